@@ -1,0 +1,184 @@
+"""Every setting of every verb, typed. Hydra fills these from `conf/` and the command line.
+
+One tree serves all verbs, so that one experiment file describes a whole run: what is trained, merged, served and
+updated. An unknown key is refused by Hydra; what contradicts another setting is refused by `validate`, by name.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from megatron_bai.errors import UserError
+
+
+@dataclass
+class Run:
+    name: str = "default"
+    dir: str = "runs/${run.name}"  # everything the run writes lies below it
+    seed: int = 0
+
+
+@dataclass
+class Backend:
+    kind: str = "auto"  # cpu (gloo), cuda (NCCL), or auto: cuda where there is a device
+    dtype: str = "float32"  # of parameters and activations in training: float32 or bfloat16
+    timeout_s: int = 600  # of one collective: after it a rank that lost its peers stops
+
+
+@dataclass
+class Model:
+    """A Qwen3-MoE: grouped-query attention with q/k norms, RMSNorm, SwiGLU experts, softmax top-k router."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING  # key/value heads
+    head_dim: int = MISSING
+    num_experts: int = MISSING
+    moe_topk: int = MISSING  # experts a token uses
+    moe_ffn_hidden_size: int = MISSING  # of one expert
+    vocab_size: int = MISSING  # rows of the embedding; the tokenizer's ids lie below it
+    max_position_embeddings: int = MISSING  # longest sequence, in tokens
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+
+
+@dataclass
+class Parallel:
+    tensor: int = 1
+    expert: int = 1
+    pipeline: int = 1
+    sequence: bool = False  # sequence parallelism; Megatron-Core needs it for MoE training when tensor > 1
+    dispatcher: str = "alltoall"  # or allgather: how tokens travel to the ranks of their experts
+
+
+@dataclass
+class Data:
+    """The generated arithmetic task, its styles of text and the tokenizer trained on them."""
+
+    task: str = "arithmetic"
+    style: str = "reasoning"  # of supervised text: pretrained (mixed), instruct (short) or reasoning (steps)
+    min_terms: int = 2  # numbers in one problem
+    max_terms: int = 5
+    eval_prompts: int = 64  # held out: their problems are never trained on
+
+
+@dataclass
+class Init:
+    """Where the weights come from. Empty: a fresh random initialisation."""
+
+    checkpoint: str = ""
+
+
+@dataclass
+class Merge:
+    """Balanced Actor Initialization (arXiv 2509.00309): stage 1 Σ wᵢ·Mᵢ, stage 2 α·pretrained + (1 − α)·stage 1."""
+
+    pretrained: str = ""
+    members: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # one a member, summing to 1
+    alpha: float = 0.5  # weight of the pretrained checkpoint
+    output: str = ""
+
+
+@dataclass
+class Rollout:
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    concurrency: int = 64  # requests in flight from one client
+    request_timeout_s: float = 120.0
+    start_timeout_s: float = 180.0  # from launch to the first healthy answer
+    retries: int = 2
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 takes a free one
+    dtype: str = "float32"  # the server's weights: float32 or bfloat16
+    max_total_tokens: int = 16384  # tokens in the server's key/value cache
+    max_running_requests: int = 64
+
+
+@dataclass
+class Replay:
+    mode: str = "r3"  # none, r2 (the training engine's old-policy routes) or r3 (the inference engine's routes)
+
+
+@dataclass
+class Objective:
+    """MiniRL's settings (arXiv 2512.01374, eq. 7), or `sft` for supervised training."""
+
+    name: str = "minirl"
+    clip_low: float = 0.2  # M_t drops a token with A < 0 once its ratio is under 1 − clip_low
+    clip_high: float = 0.27  # … with A > 0 once it is over 1 + clip_high
+    is_max: float = 5.0  # the token weight π_θ/μ_old is truncated here
+
+
+@dataclass
+class Trainer:
+    steps: int = 10  # global steps
+    prompts_per_step: int = 16
+    group_size: int = 8  # samples per prompt
+    mini_batches: int = 2  # N: updates per global step
+    micro_batch_size: int = 16  # samples per forward pass and data-parallel rank
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0  # linear, in updates
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    clip_grad: float = 1.0
+    save: str = ""  # where the final checkpoint goes; empty keeps none
+
+
+@dataclass
+class Serve:
+    checkpoint: str = ""  # a Hugging Face or Megatron checkpoint; empty serves merge.output
+
+
+@dataclass
+class Convert:
+    source: str = ""
+    target: str = ""
+    to: str = "hf"  # hf or megatron
+
+
+@dataclass
+class Inspect:
+    path: str = ""
+    other: str = ""  # a second checkpoint to compare with
+
+
+@dataclass
+class Report:
+    runs: list[str] = field(default_factory=list)  # run directories; empty reports run.dir
+    output: str = ""  # empty writes report.html into the first run
+
+
+@dataclass
+class Config:
+    run: Run = field(default_factory=Run)
+    backend: Backend = field(default_factory=Backend)
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data = field(default_factory=Data)
+    init: Init = field(default_factory=Init)
+    merge: Merge = field(default_factory=Merge)
+    rollout: Rollout = field(default_factory=Rollout)
+    replay: Replay = field(default_factory=Replay)
+    objective: Objective = field(default_factory=Objective)
+    trainer: Trainer = field(default_factory=Trainer)
+    serve: Serve = field(default_factory=Serve)
+    convert: Convert = field(default_factory=Convert)
+    inspect: Inspect = field(default_factory=Inspect)
+    report: Report = field(default_factory=Report)
+
+
+def register() -> None:
+    """Make the tree known to Hydra under the name `conf/config.yaml` starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def conf_dir() -> Path:
+    """`conf/` of the source tree, or of the installed package."""
+    here = Path(__file__).resolve().parent
+    return next(p for p in (here.parent / "conf", here / "conf") if p.is_dir())

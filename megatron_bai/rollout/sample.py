@@ -1,0 +1,43 @@
+"""One response and all that training needs to know about it: nothing is looked up by position in a second list."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Response tokens `[start, end)` were sampled with weights of this version."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response.
+
+    Attributes:
+        prompt: index of the prompt in its batch; samples of one group share it.
+        tokens: `[T]` int64, the prompt's ids then the response's.
+        prompt_length: tokens of the prompt.
+        logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
+            inference engine, at the temperature sampled with.
+        routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`).
+        spans: weight versions, covering the response in order.
+        finish: `stop` (end token), `length` (ran out of tokens) or `abort`.
+    """
+
+    prompt: int
+    tokens: np.ndarray
+    prompt_length: int
+    logprobs: np.ndarray
+    routes: np.ndarray
+    spans: tuple[VersionSpan, ...]
+    finish: str
+
+    @property
+    def response(self) -> np.ndarray:
+        """`[T − prompt_length]` int64 ids of the response."""
+        return self.tokens[self.prompt_length :]
