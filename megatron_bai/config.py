@@ -58,12 +58,12 @@ class Parallel:
 
 @dataclass
 class Data:
-    """The generated arithmetic task, its styles of text and the tokenizer trained on them."""
+    """The generated arithmetic task (sums of several numbers), its styles of text and the tokenizer trained on them."""
 
-    task: str = "arithmetic"
     style: str = "reasoning"  # of supervised text: pretrained (mixed), instruct (short) or reasoning (steps)
-    min_terms: int = 2  # numbers in one problem
+    min_terms: int = 3  # numbers in one problem
     max_terms: int = 5
+    max_number: int = 9  # numbers are 1 … max_number
     eval_prompts: int = 64  # held out: their problems are never trained on
 
 

@@ -1,0 +1,152 @@
+"""A small language about sums, written and checked by a program.
+
+A problem asks for the sum of several small numbers. Adding them at once is hard for a tiny model; adding one at a time
+is easy, and a program can write that derivation out:
+
+    problem    7+8+5
+    direct     answer:20
+    steps      7+8=15;15+5=20;answer:20
+
+Everything here is text and exact; `task` turns it into token ids. All randomness comes from the `random.Random` passed
+in, so a text is a function of its seed alone.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from megatron_bai.config import Data
+from megatron_bai.errors import UserError
+
+USER, ASSISTANT = "<user>", "<assistant>"
+STYLES = ("pretrained", "instruct", "reasoning")
+HOLD_OUT = 8  # one problem in this many is held out
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Numbers to add, in the order they are written."""
+
+    terms: tuple[int, ...]
+
+    @property
+    def expression(self) -> str:
+        return "+".join(map(str, self.terms))
+
+    @property
+    def answer(self) -> str:
+        return str(sum(self.terms))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the problem belongs to the eval split: a hash of its text decides, not a list or a seed."""
+        return hashlib.sha256(self.expression.encode()).digest()[0] % HOLD_OUT == 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """One supervised text. `prompt` is context; `response` is what a chat model is trained to say."""
+
+    prompt: str
+    response: str
+
+
+def validate(data: Data) -> None:
+    """Refuse settings under which the splits would overlap or no problem exists, naming the key.
+
+    A derivation contains two-term sums, so problems have three terms or more: then no text ever contains the solution
+    of a problem other than its own.
+    """
+    if data.min_terms < 3:
+        raise UserError(f"data.min_terms is {data.min_terms}: it must be 3 or more, two-term sums are solution steps")
+    if data.max_terms < data.min_terms:
+        raise UserError(f"data.max_terms is {data.max_terms}: it must be at least data.min_terms ({data.min_terms})")
+    if data.max_number < 2:
+        raise UserError(f"data.max_number is {data.max_number}: it must be 2 or more")
+
+
+def draw_problem(data: Data, rng: Random, held_out: bool = False) -> Problem:
+    """A random problem of the eval split (`held_out`) or of the train split."""
+    while True:
+        count = rng.randint(data.min_terms, data.max_terms)
+        problem = Problem(tuple(rng.randint(1, data.max_number) for _ in range(count)))
+        if problem.held_out == held_out:
+            return problem
+
+
+def prompt_text(problem: Problem) -> str:
+    return f"{USER}{problem.expression}{ASSISTANT}"
+
+
+def direct(problem: Problem) -> str:
+    """The short response: the answer alone."""
+    return f"answer:{problem.answer}"
+
+
+def steps(problem: Problem) -> str:
+    """The long response: a running sum, one line of the derivation a term, then the answer."""
+    total, lines = problem.terms[0], []
+    for term in problem.terms[1:]:
+        lines.append(f"{total}+{term}={total + term}")
+        total += term
+    return ";".join([*lines, direct(problem)])
+
+
+def is_correct(problem_answer: str, response: str) -> bool:
+    """Whether the last line of a finished response (its end token removed) states the answer, exactly."""
+    return response.rpartition(";")[2] == f"answer:{problem_answer}"
+
+
+def _sum_fact(data: Data, rng: Random) -> str:
+    """Two-term sums of the sizes that running sums meet."""
+    left, right = rng.randint(1, data.max_number * (data.max_terms - 1)), rng.randint(1, data.max_number)
+    return f"{left}+{right}={left + right}"
+
+
+def _parity_fact(data: Data, rng: Random) -> str:
+    number = rng.randint(1, data.max_number * data.max_terms)
+    return f"{number} is {'odd' if number % 2 else 'even'}"
+
+
+def _order_fact(data: Data, rng: Random) -> str:
+    first, second = rng.sample(range(1, data.max_number * data.max_terms + 1), 2)
+    return f"{first} is {'more' if first > second else 'less'} than {second}"
+
+
+def _counting(data: Data, rng: Random) -> str:
+    start = rng.randint(1, data.max_number * (data.max_terms - 1))
+    return "count:" + " ".join(str(start + i) for i in range(rng.randint(3, 6)))
+
+
+def _partial_expression(data: Data, rng: Random) -> str:
+    terms = draw_problem(data, rng).terms
+    return "+".join(map(str, terms[: rng.randint(1, len(terms))])) + "+"
+
+
+_FACTS: tuple[Callable[[Data, Random], str], ...] = (
+    _sum_fact,
+    _sum_fact,
+    _sum_fact,
+    _parity_fact,
+    _order_fact,
+    _counting,
+    _partial_expression,
+)
+
+
+def document(data: Data, style: str, rng: Random) -> Document:
+    """A random text of a style; its problem, if it has one, is of the train split.
+
+    instruct is the direct answer, reasoning the derivation, and pretrained the language at large: a fifth of its texts
+    answer directly, two fifths derive, the others are facts, counting and unfinished expressions without chat markers.
+    """
+    if style not in STYLES:
+        raise UserError(f"data.style is {style!r}: it must be one of {', '.join(STYLES)}")
+    if style == "pretrained":
+        kind = rng.choices(("instruct", "reasoning", "fact"), (1, 2, 2))[0]
+        if kind == "fact":
+            return Document("", rng.choice(_FACTS)(data, rng))
+        style = kind
+    problem = draw_problem(data, rng)
+    return Document(prompt_text(problem), direct(problem) if style == "instruct" else steps(problem))
