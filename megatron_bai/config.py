@@ -92,7 +92,8 @@ class Rollout:
     concurrency: int = 64  # requests in flight from one client
     request_timeout_s: float = 120.0
     start_timeout_s: float = 180.0  # from launch to the first healthy answer
-    retries: int = 2
+    retries: int = 2  # of one request, after a failure that may pass
+    deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
     host: str = "127.0.0.1"
     port: int = 0  # 0 takes a free one
     dtype: str = "float32"  # the server's weights: float32 or bfloat16

@@ -1,0 +1,31 @@
+"""Fixes to named releases of upstream packages, one module each: the symptom, where upstream, when it can go.
+
+`apply("sglang-cpu")` installs the patches of a scope; one whose package moved to another release refuses by name.
+Importing this package imports none of the patched ones.
+"""
+
+from megatron_bai.patches import (
+    megatron_cpu,
+    sglang_cpu_kernels,
+    sglang_host_memory,
+    sglang_seeded_sampling,
+    sglang_torchvision,
+)
+from megatron_bai.patches.registry import Patch, apply_scope
+
+PATCHES: tuple[Patch, ...] = (
+    megatron_cpu.PATCH,
+    sglang_cpu_kernels.PATCH,
+    sglang_torchvision.PATCH,  # from here on sglang itself can be imported
+    sglang_host_memory.PATCH,
+    sglang_seeded_sampling.PATCH,
+)
+
+
+def apply(scope: str) -> None:
+    """Install every patch of `scope` in this process; a second call does nothing.
+
+    Raises:
+        UserError: a patched package is not the release its patch was written for.
+    """
+    apply_scope(PATCHES, scope)

@@ -1,0 +1,167 @@
+"""Asks an SGLang server for samples, many at a time, and returns only what passed every check."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+import aiohttp
+import numpy as np
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import control
+from megatron_bai.rollout.reply import to_sample, to_scores
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.routes import RouteSignature
+
+T = TypeVar("T")
+_RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
+_BACKOFF_S = 0.5  # before the first retry; doubles
+
+
+class RolloutClient:
+    """Synchronous outside, concurrent inside; holds no connection between calls.
+
+    Args:
+        url: of the server, `http://host:port`.
+        rollout: sampling settings, limits and time-outs.
+        signature: of the served model's routes.
+        vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
+        max_length: its longest sequence, in tokens.
+    """
+
+    def __init__(self, url: str, rollout: Rollout, signature: RouteSignature, vocab_size: int, max_length: int):
+        self.url, self.rollout, self.signature = url, rollout, signature
+        self.vocab_size = vocab_size
+        self.max_length = min(max_length, rollout.max_total_tokens) - _RESERVED
+
+    def generate(self, prompts: Sequence[list[int]], group_size: int, seed: int, stop_token_id: int) -> list[Sample]:
+        """Sample `group_size` responses to every prompt.
+
+        Args:
+            prompts: token ids.
+            seed: under `rollout.deterministic` it determines the samples, whatever order the server takes them in.
+            stop_token_id: ends a response, and belongs to it.
+
+        Returns:
+            `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted says so in
+            `finish` and may be short.
+
+        Raises:
+            UserError: a prompt the model cannot take, before anything is sent; or the server failed.
+        """
+        limit = self.rollout.max_new_tokens
+        for index, ids in enumerate(prompts):
+            self._check_ids(ids, limit, f"prompt {index}")
+
+        def ask(index: int, member: int, post: "_Post") -> Coroutine[Any, Any, Sample]:
+            ids = list(prompts[index])
+            params = {
+                "temperature": self.rollout.temperature,
+                "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
+                "top_k": -1,
+                "max_new_tokens": limit,
+                "stop_token_ids": [stop_token_id],
+            }
+            if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
+                params["sampling_seed"] = sampling_seed(seed, index, member)
+            body = {
+                "input_ids": ids,
+                "sampling_params": params,
+                "return_logprob": True,
+                "return_routed_experts": True,
+            }
+            return post(body, lambda reply: to_sample(reply, index, ids, self.signature, limit, stop_token_id))
+
+        pairs = [(index, member) for index in range(len(prompts)) for member in range(group_size)]
+        return self._run([lambda post, p=pair: ask(*p, post) for pair in pairs])
+
+    def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
+        """The server's own log-probabilities of given tokens, at temperature 1.
+
+        Args:
+            token_lists: each at least two token ids.
+
+        Returns:
+            For a list of T tokens `[T − 1]` float32: those of tokens 1…T−1 given the tokens before.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        for index, ids in enumerate(token_lists):
+            self._check_ids(ids, 0, f"sequence {index}")
+
+        def ask(ids: list[int], post: "_Post") -> Coroutine[Any, Any, np.ndarray]:
+            body = {
+                "input_ids": ids,
+                "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            }
+            return post(body, lambda reply: to_scores(reply, ids))
+
+        return self._run([lambda post, ids=list(ids): ask(ids, post) for ids in token_lists])
+
+    def weight_version(self) -> str:
+        """Of the weights the server samples with now."""
+        return control.weight_version(self.url)
+
+    def healthy(self) -> bool:
+        """Whether the server samples a token when asked to."""
+        return control.healthy(self.url)
+
+    def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
+        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise UserError(f"{where} is empty or has a token id outside [0, {self.vocab_size})")
+        if len(ids) + new_tokens > self.max_length:
+            raise UserError(
+                f"{where} has {len(ids)} tokens, and with {new_tokens} new ones exceeds the {self.max_length} that "
+                "the model and rollout.max_total_tokens allow: lower rollout.max_new_tokens"
+            )
+
+    def _run(self, jobs: "Sequence[Callable[[_Post], Coroutine[Any, Any, T]]]") -> list[T]:
+        """Run jobs, at most `rollout.concurrency` requests at once; results in order. The first failure ends all."""
+
+        async def run() -> list[T]:
+            gate = asyncio.Semaphore(self.rollout.concurrency)
+            timeout = aiohttp.ClientTimeout(total=self.rollout.request_timeout_s)
+            connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
+            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+                return await asyncio.gather(*(job(_Post(self.url, session, gate, self.rollout.retries)) for job in jobs))
+
+        return asyncio.run(run())
+
+
+class _Post:
+    """One `/generate` request, repeated while the failure may pass."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, gate: asyncio.Semaphore, retries: int):
+        self.url, self.session, self.gate, self.retries = url, session, gate, retries
+
+    async def __call__(self, body: dict[str, Any], parse: Callable[[Any], T]) -> T:
+        """Send `body`; `parse` turns the decoded reply into the result or raises ValueError."""
+        failure = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+            try:
+                async with self.gate, self.session.post(self.url + "/generate", json=body) as reply:
+                    text, status = await reply.text(), reply.status
+                if 400 <= status < 500:  # asking again would not help
+                    raise UserError(f"SGLang at {self.url} refused a request with {status}: {text[:300]}")
+                if status >= 500:
+                    raise ValueError(f"status {status}: {text[:300]}")
+                return parse(json.loads(text))
+            except asyncio.TimeoutError:
+                failure = f"no answer within rollout.request_timeout_s={self.session.timeout.total:g} s"
+            except (aiohttp.ClientError, ValueError) as error:
+                failure = f"{type(error).__name__} {error}" if isinstance(error, aiohttp.ClientError) else str(error)
+        raise UserError(f"SGLang at {self.url} failed {self.retries + 1} times to generate: {failure}")
+
+
+def sampling_seed(seed: int, prompt: int, member: int) -> int:
+    """A seed in `[0, 2⁶³)` for one sample. Without one SGLang gives every member of a group the same."""
+    digest = blake2b(f"{seed}/{prompt}/{member}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,51 @@
+"""Control requests to an SGLang server, one at a time. Rollouts, many at a time, are the client's."""
+
+import json
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
+
+from megatron_bai.errors import UserError
+
+_open = build_opener(ProxyHandler({})).open  # the server is never behind a proxy
+
+
+def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
+    """GET a JSON object. Raises a UserError that names the server and the path."""
+    return _call(Request(url + path), url, path, timeout_s)
+
+
+def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
+    """POST a JSON object, read one. Raises a UserError that names the server, the path and the server's reason."""
+    request = Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST")
+    return _call(request, url, path, timeout_s)
+
+
+def healthy(url: str) -> bool:
+    """Whether the server generates: `/health` makes it sample one token."""
+    try:
+        with _open(url + "/health", timeout=30.0):
+            return True
+    except OSError:
+        return False
+
+
+def weight_version(url: str) -> str:
+    """Of the weights in use: `/server_info` would tell the one given at launch."""
+    return str(get(url, "/model_info").get("weight_version"))
+
+
+def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, Any]:
+    try:
+        with _open(request, timeout=timeout_s) as reply:
+            text = reply.read().decode()
+    except HTTPError as error:
+        reason = error.read().decode(errors="replace").strip()
+        raise UserError(f"SGLang at {url} refused {path} with {error.code}: {reason[:300]}") from error
+    except OSError as error:  # URLError, a time-out, a broken connection
+        raise UserError(f"SGLang at {url} does not answer {path}: {getattr(error, 'reason', error)}") from error
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = text
+    return content if isinstance(content, dict) else {"text": text}

@@ -1,0 +1,110 @@
+"""From SGLang 0.5.21's JSON to a `Sample`, refusing whatever training could not trust.
+
+The server answers `/generate` with `output_ids` and a `meta_info` that holds, for P prompt and C completion tokens:
+`output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (base64 of little-endian
+int32 `[P + C − 1, layers, topk]`, shape not sent), `weight_versions` (spans over the completion) and `finish_reason`.
+"""
+
+import base64
+import binascii
+import math
+from typing import Any
+
+import numpy as np
+
+from megatron_bai.rollout.sample import Sample, VersionSpan
+from megatron_bai.routing.routes import RouteSignature, check_ids
+
+FINISHES = ("stop", "length", "abort")
+
+
+def to_sample(
+    reply: Any, prompt: int, prompt_ids: list[int], signature: RouteSignature, max_new_tokens: int, stop_token_id: int
+) -> Sample:
+    """Check one reply and convert it.
+
+    Args:
+        reply: the decoded JSON.
+        prompt: index of the prompt in its batch.
+        prompt_ids: its tokens.
+        signature: of the served model.
+        max_new_tokens, stop_token_id: as asked for.
+
+    Raises:
+        ValueError: naming what is missing or contradicts the rest.
+    """
+    try:
+        output, meta = reply["output_ids"], reply["meta_info"]
+        logprobs = _logprobs(meta["output_token_logprobs"], output)
+        routes = decode_routes(meta["routed_experts"], len(prompt_ids) + len(output) - 1, signature)
+        spans = _spans(meta["weight_versions"], len(output))
+        finish = meta["finish_reason"]["type"]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
+    _check_finish(finish, output, max_new_tokens, stop_token_id)
+    tokens = np.array([*prompt_ids, *output], dtype=np.int64)
+    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish)
+
+
+def to_scores(reply: Any, ids: list[int]) -> np.ndarray:
+    """Log-probabilities `[T − 1]` float32 of tokens 1…T−1 of `ids` given those before, from a reply with
+    `logprob_start_len` 0. The first token has none.
+
+    Raises:
+        ValueError: the reply is malformed or about other tokens.
+    """
+    try:
+        entries = reply["meta_info"]["input_token_logprobs"]
+        if [entry[1] for entry in entries] != ids:
+            raise ValueError(f"log-probabilities of other tokens than the {len(ids)} asked for")
+        return _logprobs(entries[1:], ids[1:])
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
+
+
+def decode_routes(encoded: str, rows: int, signature: RouteSignature) -> np.ndarray:
+    """`[rows, moe_layers, topk]` expert ids from base64 of little-endian int32.
+
+    Raises:
+        ValueError: not base64, another number of bytes, or ids no route can have.
+    """
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"routes are not base64: {error}") from error
+    row_bytes = 4 * signature.moe_layers * signature.topk
+    if len(data) != rows * row_bytes:
+        raise ValueError(f"routes have {len(data)} bytes, {rows} tokens of {row_bytes} bytes need {rows * row_bytes}")
+    ids = np.frombuffer(data, dtype="<i4").reshape(rows, signature.moe_layers, signature.topk)
+    return check_ids(ids, signature, "SGLang's reply")
+
+
+def _logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:
+    """`[len(ids)]` float32 from [log-probability, token id, text] entries of exactly these tokens."""
+    if [entry[1] for entry in entries] != ids:
+        raise ValueError(f"{len(entries)} log-probabilities do not belong to the {len(ids)} tokens returned")
+    values = [entry[0] for entry in entries]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError("a log-probability is not a finite number")  # SGLang's JSON writes NaN as null
+    return np.array(values, dtype=np.float32)
+
+
+def _spans(entries: list[dict[str, Any]], length: int) -> tuple[VersionSpan, ...]:
+    """Weight versions covering tokens `[0, length)` in order and without a gap."""
+    spans = tuple(VersionSpan(str(entry["version"]), entry["start"], entry["end"]) for entry in entries)
+    ends = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != ends[:-1] or ends != sorted(ends) or ends[-1] != length or not spans:
+        raise ValueError(f"weight versions {entries} do not cover {length} tokens")
+    return spans
+
+
+def _check_finish(finish: str, output: list[int], max_new_tokens: int, stop_token_id: int) -> None:
+    if finish not in FINISHES:
+        raise ValueError(f"unknown finish reason {finish!r}")
+    if finish == "stop" and output[-1:] != [stop_token_id]:
+        raise ValueError(
+            f"stopped at token {output[-1:]} and not at {stop_token_id}: the served checkpoint's eos_token_id differs "
+            "from the tokenizer's"
+        )
+    if finish == "length" and len(output) != max_new_tokens:
+        raise ValueError(f"cut at {len(output)} tokens, {max_new_tokens} were asked for")

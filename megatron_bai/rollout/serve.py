@@ -1,0 +1,70 @@
+"""`python -m megatron_bai.rollout.serve [--parent PID] ARGS`: SGLang's own server, on a CPU too.
+
+ARGS are SGLang's. With `--device cpu` the patches of scope `sglang-cpu` go in first; on a GPU nothing is changed.
+SGLang starts its scheduler and detokenizer with multiprocessing's spawn method, which imports this module again in
+each of them as `__mp_main__` with the same arguments: so what stands at the top level reaches every process of the
+server, and no process of anybody else's.
+
+Each process asks the kernel to kill it when its parent dies, the first of them when PID does: whatever ends the
+trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+from megatron_bai import patches
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` ends; end now if it already has.
+
+    Precisely: when the thread that started this process ends.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the request was made
+        os._exit(1)
+
+
+def on_cpu(arguments: list[str]) -> bool:
+    """Whether SGLang's arguments ask for the CPU."""
+    return "--device=cpu" in arguments or ("--device", "cpu") in zip(arguments, arguments[1:])
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until told to stop. `arguments` are SGLang's."""
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    try:
+        run_server(prepare_server_args(arguments))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def enter() -> list[str]:
+    """Tie this process to its parent, prepare it to run SGLang, and return SGLang's arguments.
+
+    multiprocessing hands `sys.argv` on, so the `--parent` that a worker reads is written here by the process that
+    starts it.
+    """
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--parent"]:
+        die_with(int(arguments[1]))
+        arguments = arguments[2:]
+    sys.argv[1:] = ["--parent", str(os.getpid()), *arguments]
+    if on_cpu(arguments):
+        patches.apply("sglang-cpu")
+    return arguments
+
+
+if __name__ == "__mp_main__":  # a worker
+    enter()
+elif __name__ == "__main__":
+    main(enter())

@@ -1,0 +1,211 @@
+"""An SGLang server as a context manager: started, found healthy and of the right version, and never left behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import control
+from megatron_bai.rollout.sync import Shapes, tensor_shapes
+
+SGLANG_VERSION = "0.5.21"  # the release whose replies and endpoints this package was written for
+
+# Set by torchrun for the trainer, or by a proxied network: SGLang would take them for its own.
+_NOT_INHERITED = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|SGLANG_\w+|\w+_proxy)", re.I
+)
+_STOP_S = 10.0  # from the polite signal to the other one
+
+
+class SGLangServer:
+    """Serves one checkpoint while the `with` block runs.
+
+    The server leads its own session, so a Ctrl-C reaches only the trainer, which then stops it; and the kernel kills
+    it when the thread that started it ends (`serve.die_with`), so start it from a thread that lives as long.
+
+    Args:
+        model_dir: a Hugging Face checkpoint.
+        rollout: port, precision, limits and time-outs.
+        log_path: where everything the server prints goes.
+        device: `cpu` or `cuda`.
+        text: also load the checkpoint's tokenizer, for SGLang's OpenAI endpoints. Rollouts need token ids only.
+    """
+
+    def __init__(
+        self, model_dir: str | Path, rollout: Rollout, log_path: str | Path, device: str = "cpu", text: bool = False
+    ):
+        self.model_dir, self.rollout, self.log_path = Path(model_dir), rollout, Path(log_path)
+        self.device, self.text = device, text
+        self.port = rollout.port
+        self.tensors: Shapes = {}  # of the checkpoint it was started with
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.rollout.host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server's first process; None while there is none."""
+        return self._process.pid if self._process else None
+
+    def __enter__(self) -> "SGLangServer":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Launch, and return when the server answers.
+
+        Raises:
+            UserError: SGLang is absent or another release, the port is taken, or the server died or did not become
+                healthy in time; the last two quote its log.
+        """
+        if not (self.model_dir / "config.json").is_file():
+            raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
+        self.tensors = tensor_shapes(self.model_dir)
+        _check_version(_installed(), "is installed")
+        self.port = self.rollout.port or _free_port(self.rollout.host)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *self._arguments()]
+        with open(self.log_path, "wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(self.device),
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy()
+            _check_version(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End every process of the server, politely first. Bounded in time; a second call does nothing."""
+        if self._process is None:
+            return
+        group = self._process.pid  # it leads its session, so its group has its id
+        for sign in (signal.SIGINT, signal.SIGKILL):
+            if not _members(group):
+                break
+            try:
+                # Politely to the first process alone: it ends the others in order.
+                (os.kill if sign == signal.SIGINT else os.killpg)(group, sign)
+            except ProcessLookupError:
+                pass
+            deadline = time.monotonic() + _STOP_S
+            while _members(group) and time.monotonic() < deadline:
+                self._process.poll()  # reaps it, without which it would stay a member
+                time.sleep(0.05)
+        self._process.wait()
+        self._process = None
+
+    def check_alive(self) -> None:
+        """Raise a UserError that quotes the log if the server has ended."""
+        if self._process is None or self._process.poll() is not None:
+            code = self._process.returncode if self._process else "none"
+            raise UserError(f"the SGLang server ended (exit code {code}): {last_error(self.log_path)} [{self.log_path}]")
+
+    def _arguments(self) -> list[str]:
+        """SGLang's own command line."""
+        rollout = self.rollout
+        options = {
+            "model-path": self.model_dir,
+            "host": rollout.host,
+            "port": self.port,
+            "device": self.device,
+            "dtype": rollout.dtype,
+            "max-total-tokens": rollout.max_total_tokens,
+            "max-running-requests": rollout.max_running_requests,
+            "grammar-backend": "none",
+            "log-level": "info",
+        }
+        # Without a prefix cache every route returned was computed for this very request, with these very weights.
+        flags = ["enable-return-routed-experts", "disable-radix-cache"]
+        if self.device == "cpu":
+            options |= {"attention-backend": "torch_native", "sampling-backend": "pytorch"}
+            flags += ["disable-cuda-graph", "sleep-on-idle"]  # an idle scheduler would keep a core busy
+        if rollout.deterministic:
+            flags.append("enable-deterministic-inference")
+        if not self.text:
+            flags.append("skip-tokenizer-init")
+        pairs = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return pairs + [f"--{flag}" for flag in flags]
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + self.rollout.start_timeout_s
+        while not control.healthy(self.url):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the SGLang server was not healthy after rollout.start_timeout_s={self.rollout.start_timeout_s:g}"
+                    f" s; its last words: {last_error(self.log_path)} [{self.log_path}]"
+                )
+            time.sleep(0.25)
+
+
+def last_error(log_path: Path) -> str:
+    """The last line of a server's log that names an error, else the last line with anything in it."""
+    try:
+        lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        return f"no log ({error.strerror})"
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b.*:", line)]
+    return (errors or lines or ["the log is empty"])[-1]
+
+
+def _installed() -> str | None:
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return None
+
+
+def _check_version(found: str | None, where: str) -> None:
+    if found != SGLANG_VERSION:
+        raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={SGLANG_VERSION}")
+
+
+def _environment(device: str) -> dict[str, str]:
+    """The trainer's, less what belongs to torchrun or a proxy, plus what the server needs."""
+    inherited = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.fullmatch(name)}
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":  # a second thread a step costs more than it gives, most of all on a shared machine
+        fixed |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return inherited | fixed
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _members(group: int) -> list[int]:
+    """Living processes of a process group (the dead whom nobody reaped do not count)."""
+    found = []
+    for process in psutil.process_iter(["pid", "status"]):
+        try:
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                found.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return found
