@@ -1,6 +1,7 @@
 """Control requests to an SGLang server, one at a time. Rollouts, many at a time, are the client's."""
 
 import json
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -11,7 +12,7 @@ _open = build_opener(ProxyHandler({})).open  # the server is never behind a prox
 
 
 def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
-    """GET a JSON object. Raises a UserError that names the server and the path."""
+    """GET a JSON object; plain text comes as {"text": …}. Raises a UserError that names the server and the path."""
     return _call(Request(url + path), url, path, timeout_s)
 
 
@@ -26,7 +27,7 @@ def healthy(url: str) -> bool:
     try:
         with _open(url + "/health", timeout=30.0):
             return True
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -42,7 +43,7 @@ def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, 
     except HTTPError as error:
         reason = error.read().decode(errors="replace").strip()
         raise UserError(f"SGLang at {url} refused {path} with {error.code}: {reason[:300]}") from error
-    except OSError as error:  # URLError, a time-out, a broken connection
+    except (OSError, HTTPException) as error:  # URLError, a time-out, a broken connection
         raise UserError(f"SGLang at {url} does not answer {path}: {getattr(error, 'reason', error)}") from error
     try:
         content = json.loads(text)

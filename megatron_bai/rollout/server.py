@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +80,7 @@ class SGLangServer:
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
         self.tensors = tensor_shapes(self.model_dir)
         _check_version(_installed(), "is installed")
-        self.port = self.rollout.port or _free_port(self.rollout.host)
+        self.port = _free_port(self.rollout.host, self.rollout.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *self._arguments()]
         with open(self.log_path, "wb") as log:
@@ -103,19 +104,18 @@ class SGLangServer:
         if self._process is None:
             return
         group = self._process.pid  # it leads its session, so its group has its id
-        for sign in (signal.SIGINT, signal.SIGKILL):
+        for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL)):
             if not _members(group):
                 break
-            try:
-                # Politely to the first process alone: it ends the others in order.
-                (os.kill if sign == signal.SIGINT else os.killpg)(group, sign)
-            except ProcessLookupError:
-                pass
+            with suppress(ProcessLookupError):
+                # The first process ends the others in order. (SIGTERM would make it look for requests every 5 s.)
+                send(group, sign)
             deadline = time.monotonic() + _STOP_S
             while _members(group) and time.monotonic() < deadline:
                 self._process.poll()  # reaps it, without which it would stay a member
                 time.sleep(0.05)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_S)
         self._process = None
 
     def check_alive(self) -> None:
@@ -168,8 +168,9 @@ def last_error(log_path: Path) -> str:
         lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     except OSError as error:
         return f"no log ({error.strerror})"
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b.*:", line)]
-    return (errors or lines or ["the log is empty"])[-1]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    errors = [line for line in raised if "scheduler died" not in line]  # the first process, about the one that failed
+    return (errors or raised or lines or ["the log is empty"])[-1]
 
 
 def _installed() -> str | None:
@@ -193,9 +194,14 @@ def _environment(device: str) -> dict[str, str]:
     return inherited | fixed
 
 
-def _free_port(host: str) -> int:
+def _free_port(host: str, wanted: int) -> int:
+    """`wanted`, or any when it is 0. A port in use is refused here: whoever has it might look healthy."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise UserError(f"rollout.host={host} rollout.port={wanted} cannot be used: {error.strerror}") from error
         return probe.getsockname()[1]
 
 

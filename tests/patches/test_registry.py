@@ -1,0 +1,68 @@
+"""Patches state what they fix, and refuse a release that they were not written for."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_bai import patches
+from megatron_bai.errors import UserError
+from megatron_bai.patches.registry import Patch, apply_scope
+
+
+@pytest.fixture
+def patch(request: pytest.FixtureRequest) -> Patch:
+    """A patch of the installed pytest that counts its installations in `calls`."""
+    calls: list[int] = []
+    made = Patch(request.node.name, "pytest", pytest.__version__, "test", "none", lambda: calls.append(1))
+    object.__setattr__(made, "calls", calls)
+    return made
+
+
+def test_applies_once(patch: Patch) -> None:
+    assert patch.state == "ready"
+    patch.apply()
+    patch.apply()
+    assert patch.state == "applied" and patch.calls == [1]
+
+
+def test_refuses_another_release_by_name(patch: Patch) -> None:
+    moved = replace(patch, version="0.0.1")
+    assert moved.state == "moved"
+    with pytest.raises(UserError, match=rf"{patch.name}.*pytest 0\.0\.1, but {pytest.__version__} is installed"):
+        moved.apply()
+    assert moved.state == "moved"
+
+
+def test_refuses_an_absent_package(patch: Patch) -> None:
+    absent = replace(patch, distribution="no-such-distribution")
+    assert absent.state == "not installed"
+    with pytest.raises(UserError, match="but none is installed"):
+        absent.apply()
+
+
+def test_local_suffix_of_a_build_is_no_other_release(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_bai.patches.registry.version", lambda name: f"{pytest.__version__}+cpu")
+    assert patch.state == "ready"
+
+
+def test_applies_the_asked_scope_only(patch: Patch) -> None:
+    other = replace(patch, name=patch.name + "-other", scope="elsewhere", install=lambda: pytest.fail("other scope"))
+    apply_scope([other, patch], "test")
+    assert patch.calls == [1]
+
+
+def test_patches_are_named_after_their_modules_and_explain_themselves() -> None:
+    names = [patch.name for patch in patches.PATCHES]
+    assert len(set(names)) == len(names)
+    for patch in patches.PATCHES:
+        assert "Can go" in (sys.modules[f"megatron_bai.patches.{patch.name}"].__doc__ or "")
+
+
+def test_listing_imports_nothing_patched() -> None:
+    code = (
+        "import sys; from megatron_bai.patches import PATCHES; [p.state for p in PATCHES]; "
+        "print({'torch', 'sglang', 'megatron', 'transformers'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -1,0 +1,167 @@
+"""What the client does when the server misbehaves, and what it asks for when it does not."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp import web
+from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import client as module
+from megatron_bai.rollout.client import RolloutClient, sampling_seed
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BACKOFF_S", 0.001)
+
+
+def client(url: str, **settings: Any) -> RolloutClient:
+    rollout = Rollout(**({"max_new_tokens": NEW_TOKENS, "retries": 1} | settings))
+    return RolloutClient(url, rollout, SIGNATURE, vocab_size=16, max_length=64)
+
+
+def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:
+    bodies = []
+
+    async def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        bodies.append(body)
+        await asyncio.sleep(0.05 if body["input_ids"][0] == 2 else 0)
+        return good_reply(body["input_ids"])
+
+    with serve(answer) as url:
+        samples = client(url, temperature=0.7).generate([[2, 3], [4]], 2, seed=5, stop_token_id=STOP)
+    assert [(s.prompt, s.tokens[0]) for s in samples] == [(0, 2), (0, 2), (1, 4), (1, 4)]
+    asked = {(tuple(b["input_ids"]), b["sampling_params"]["sampling_seed"]) for b in bodies}
+    assert asked == {((2, 3), sampling_seed(5, 0, m)) for m in (0, 1)} | {((4,), sampling_seed(5, 1, m)) for m in (0, 1)}
+    params = bodies[0]["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 1.0, -1)
+    assert params["stop_token_ids"] == [STOP] and params["max_new_tokens"] == NEW_TOKENS
+
+
+def test_no_seed_is_sent_to_a_server_that_would_ignore_it() -> None:
+    bodies = []
+
+    def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        bodies.append(body)
+        return good_reply(body["input_ids"])
+
+    with serve(answer) as url:
+        client(url, deterministic=False).generate([[2]], 1, 0, STOP)
+    assert "sampling_seed" not in bodies[0]["sampling_params"]
+
+
+def test_seeds_differ_between_samples_and_fit_int64() -> None:
+    seeds = {sampling_seed(s, p, m) for s in (-1, 0, 1) for p in range(30) for m in range(30)}
+    assert len(seeds) == 3 * 30 * 30 and 0 <= min(seeds) and max(seeds) < 2**63
+    assert sampling_seed(1, 23, 4) != sampling_seed(1, 2, 34)
+
+
+def test_at_most_concurrency_requests_are_in_flight() -> None:
+    flying, most = 0, 0
+
+    async def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0.01)
+        flying -= 1
+        return good_reply(body["input_ids"])
+
+    with serve(answer) as url:
+        assert len(client(url, concurrency=3).generate([[2]], 12, 0, STOP)) == 12
+    assert most == 3
+
+
+def _nan(body: dict[str, Any]) -> dict[str, Any]:
+    reply = good_reply(body["input_ids"])
+    reply["meta_info"]["output_token_logprobs"][1][0] = None
+    return reply
+
+
+def _drop(request: web.Request) -> dict[str, Any]:
+    assert request.transport is not None
+    request.transport.abort()
+    return {}
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "truncated JSON": (lambda r, b: web.Response(text='{"output_ids": [1', content_type="application/json"), "char"),
+    "not JSON": (lambda r, b: web.Response(text="<html>"), "Expecting value"),
+    "status 500": (lambda r, b: web.Response(status=500, text="boom"), "status 500: boom"),
+    "status 503": (lambda r, b: web.Response(status=503), "status 503"),
+    "NaN": (lambda r, b: _nan(b), "not a finite number"),
+    "broken connection": (lambda r, b: _drop(r), "ServerDisconnectedError"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_passing_fault_is_retried(fault: str) -> None:
+    calls = 0
+
+    def answer(request: web.Request, body: dict[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        return FAULTS[fault][0](request, body) if calls == 1 else good_reply(body["input_ids"])
+
+    with serve(answer) as url:
+        assert len(client(url).generate([[2, 3]], 1, 0, STOP)) == 1
+    assert calls == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lasting_fault_is_one_clear_error(fault: str) -> None:
+    calls = 0
+
+    def answer(request: web.Request, body: dict[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        return FAULTS[fault][0](request, body)
+
+    with serve(answer) as url, pytest.raises(UserError) as caught:
+        client(url).generate([[2, 3]], 1, 0, STOP)
+    assert url in str(caught.value) and "failed 2 times" in str(caught.value) and FAULTS[fault][1] in str(caught.value)
+    assert calls == 2
+
+
+def test_a_hang_ends_after_the_time_out() -> None:
+    async def answer(request: web.Request, body: dict[str, Any]) -> None:
+        await asyncio.sleep(60)
+
+    with serve(answer) as url, pytest.raises(UserError, match=r"no answer within rollout\.request_timeout_s=0\.1 s"):
+        client(url, request_timeout_s=0.1).generate([[2]], 1, 0, STOP)
+
+
+def test_a_refusal_is_not_repeated() -> None:
+    calls = 0
+
+    def answer(request: web.Request, body: dict[str, Any]) -> web.Response:
+        nonlocal calls
+        calls += 1
+        return web.Response(status=400, text="bad parameter")
+
+    with serve(answer) as url, pytest.raises(UserError, match="refused a request with 400: bad parameter"):
+        client(url).generate([[2]], 1, 0, STOP)
+    assert calls == 1
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 failed 2 times"):
+        client("http://127.0.0.1:9").generate([[2]], 1, 0, STOP)
+
+
+@pytest.mark.parametrize("ids", [[], [16], [-1], [0, 3, 99], [2] * 54])
+def test_an_impossible_prompt_is_refused_before_anything_is_sent(ids: list[int]) -> None:
+    calls: list[str] = []
+    with serve(lambda request, body: calls.append(request.path)) as url, pytest.raises(UserError, match="prompt 1"):
+        client(url).generate([[2], ids], 1, 0, STOP)
+    assert not calls
+
+
+def test_an_impossible_sequence_is_not_scored() -> None:
+    calls: list[str] = []
+    with serve(lambda request, body: calls.append(request.path)) as url, pytest.raises(UserError, match="sequence 0"):
+        client(url).score([[2, 16]])
+    assert not calls

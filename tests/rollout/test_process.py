@@ -1,0 +1,132 @@
+"""What the server's process is started with, and how a failure to start reads. No SGLang is started here."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import save_file
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import server as module
+from megatron_bai.rollout.serve import on_cpu
+from megatron_bai.rollout.server import SGLangServer, last_error
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def fails_to_start(model: Path, **settings: object) -> str:
+    with pytest.raises(UserError) as caught:
+        SGLangServer(model, Rollout(**settings), model / "log").start()
+    return str(caught.value)
+
+
+def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    assert f"{tmp_path} is no Hugging Face checkpoint" in fails_to_start(tmp_path)
+
+
+def test_refuses_another_release(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "version", lambda name: "0.5.20")
+    assert fails_to_start(model) == "SGLang 0.5.20 is installed; this package needs sglang==0.5.21"
+
+
+def test_refuses_a_port_in_use(model: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"rollout.port={port} cannot be used: Address already in use" in fails_to_start(model, port=port)
+
+
+def test_a_process_that_ends_is_one_line_with_its_last_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.sys, "executable", "/bin/false")
+    message = fails_to_start(model)
+    assert message == f"the SGLang server ended (exit code 1): the log is empty [{model / 'log'}]"
+
+
+def test_a_process_that_never_answers_is_stopped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = model / "sleeper"
+    sleeper.write_text("#!/bin/sh\necho waiting for nothing\nsleep 600 & sleep 600\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(sleeper))
+    monkeypatch.setattr(module, "_STOP_S", 0.5)
+    server = SGLangServer(model, Rollout(start_timeout_s=0.3), model / "log")
+    with pytest.raises(UserError, match=r"not healthy after rollout\.start_timeout_s=0\.3 s.*waiting for nothing"):
+        server.start()
+    assert server.pid is None
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(sleeper) in (p.info["cmdline"] or [])]
+    server.stop()
+
+
+def test_last_error_is_the_failure_and_not_what_it_led_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "[time] Ignore import error when loading x: ImportError\n"
+        "Traceback (most recent call last):\n  raise ValueError(\nValueError: no such layer\n\n"
+        "RuntimeError: Rank 0 scheduler died during initialization (exit code: 1).\n"
+        "nanobind: leaked 64 types!\n"
+    )
+    assert last_error(log) == "ValueError: no such layer"
+    log.write_text("one\n\ntwo\n\n")
+    assert last_error(log) == "two"
+    assert "No such file" in last_error(tmp_path / "absent")
+
+
+def test_environment_leaves_out_torchrun_and_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SGLANG_X", "http_proxy"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    cpu, cuda = module._environment("cpu"), module._environment("cuda")
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SGLANG_X"} & cpu.keys()
+    assert "http_proxy" not in cpu and cpu["NCCL_SOCKET_IFNAME"] == "eth0" and cpu["PATH"] == os.environ["PATH"]
+    assert (cpu["OMP_NUM_THREADS"], cuda["OMP_NUM_THREADS"]) == ("1", "64")
+
+
+def test_arguments_follow_the_settings(model: Path) -> None:
+    rollout = Rollout(deterministic=False, dtype="bfloat16", max_total_tokens=99)
+    cpu = SGLangServer(model, rollout, model / "log")._arguments()
+    assert on_cpu(cpu) and "--skip-tokenizer-init" in cpu and "--enable-deterministic-inference" not in cpu
+    assert cpu[cpu.index("--dtype") + 1] == "bfloat16" and cpu[cpu.index("--max-total-tokens") + 1] == "99"
+    cuda = SGLangServer(model, Rollout(), model / "log", device="cuda", text=True)._arguments()
+    assert not on_cpu(cuda) and "--attention-backend" not in cuda and "--skip-tokenizer-init" not in cuda
+    assert {"--enable-deterministic-inference", "--enable-return-routed-experts"} <= set(cuda)
+
+
+@pytest.mark.parametrize("way", [["--device", "cpu"], ["--device=cpu"]])
+def test_cpu_is_recognised_either_way(way: list[str]) -> None:
+    assert on_cpu(["--dtype", "float32", *way]) and not on_cpu(["--device", "cuda", "--served-model-name", "cpu"])
+
+
+DIES = "import time; from megatron_bai.rollout.serve import die_with; die_with({}); print('armed', flush=True); time.sleep(60)"
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    """The parent prints its child's id once the child is armed, and is then killed with no chance to clean up."""
+    child = f"import os, subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {DIES!r}.format(os.getpid())]); "
+    parent = subprocess.Popen(
+        [sys.executable, "-c", child + "print(c.pid, flush=True); c.wait()"], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    lines = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+    assert "armed" in lines
+    process = psutil.Process(int((lines - {"armed"}).pop()))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert not psutil.wait_procs([process], timeout=20)[1] or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_whose_parent_is_already_gone_ends() -> None:
+    run = subprocess.run([sys.executable, "-c", DIES.format(1)], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert run.returncode == 1 and run.stdout == ""

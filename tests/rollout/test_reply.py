@@ -1,0 +1,126 @@
+"""A reply is taken whole or refused with a reason."""
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply
+
+from megatron_bai.rollout.reply import decode_routes, to_sample, to_scores
+from megatron_bai.rollout.sample import Sample, VersionSpan
+
+PROMPT = [7, 8, 9]
+
+
+def convert(reply: Any) -> Sample:
+    return to_sample(reply, 2, PROMPT, SIGNATURE, NEW_TOKENS, STOP)
+
+
+def test_good_reply() -> None:
+    sample = convert(good_reply(PROMPT))
+    assert sample.prompt == 2 and sample.prompt_length == 3 and sample.finish == "length"
+    assert sample.tokens.tolist() == PROMPT + [5] * NEW_TOKENS and sample.tokens.dtype == np.int64
+    assert sample.response.tolist() == [5] * NEW_TOKENS
+    assert sample.logprobs.tolist() == [-1.5] * NEW_TOKENS and sample.logprobs.dtype == np.float32
+    assert sample.routes.shape == (6, 2, 2) and sample.routes.dtype == np.uint8
+    assert sample.spans == (VersionSpan("v0", 0, NEW_TOKENS),)
+
+
+def test_two_weight_versions() -> None:
+    reply = good_reply(PROMPT)
+    reply["meta_info"]["weight_versions"] = [
+        {"version": "v0", "start": 0, "end": 1},
+        {"version": "v1", "start": 1, "end": 4},
+    ]
+    assert convert(reply).spans == (VersionSpan("v0", 0, 1), VersionSpan("v1", 1, 4))
+
+
+def test_stop_token_belongs_to_the_response() -> None:
+    reply = good_reply(PROMPT)
+    reply["output_ids"][-1] = reply["meta_info"]["output_token_logprobs"][-1][1] = STOP
+    reply["meta_info"]["finish_reason"] = {"type": "stop", "matched": STOP}
+    assert convert(reply).finish == "stop"
+
+
+def test_aborted_before_its_first_token() -> None:
+    reply = good_reply(PROMPT)
+    routes = np.tile(np.array([3, 6], dtype="<i4"), (2, 2, 1))
+    reply["output_ids"] = []
+    reply["meta_info"] |= {
+        "finish_reason": {"type": "abort", "message": "Abort"},
+        "output_token_logprobs": [],
+        "weight_versions": [{"version": "v0", "start": 0, "end": 0}],
+        "routed_experts": base64.b64encode(routes.tobytes()).decode(),
+    }
+    sample = convert(reply)
+    assert len(sample.response) == 0 and sample.routes.shape == (2, 2, 2) and sample.finish == "abort"
+
+
+def _routes(ids: Any) -> str:
+    return base64.b64encode(np.asarray(ids, dtype="<i4").tobytes()).decode()
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "a row too few": ({"routed_experts": _routes(np.tile([3, 6], (5, 2, 1)))}, "80 bytes, 6 tokens .* need 96"),
+    "a row too many": ({"routed_experts": _routes(np.tile([3, 6], (7, 2, 1)))}, "112 bytes"),
+    "not base64": ({"routed_experts": "a$b="}, "not base64"),
+    "unpadded base64": ({"routed_experts": "abc"}, "not base64"),
+    "expert twice": ({"routed_experts": _routes(np.tile([3, 3], (6, 2, 1)))}, "same expert twice"),
+    "expert out of range": ({"routed_experts": _routes(np.tile([3, 8], (6, 2, 1)))}, "from 3 to 8"),
+    "negative expert": ({"routed_experts": _routes(np.tile([-1, 3], (6, 2, 1)))}, "from -1 to 3"),
+    "no routes": ({"routed_experts": None}, "not SGLang's"),
+    "NaN as SGLang writes it": ({"output_token_logprobs": [[None, 5, None]] * 4}, "not a finite number"),
+    "NaN as Python reads it": ({"output_token_logprobs": [[float("nan"), 5, None]] * 4}, "not a finite number"),
+    "infinite log-probability": ({"output_token_logprobs": [[float("-inf"), 5, None]] * 4}, "not a finite number"),
+    "other tokens": ({"output_token_logprobs": [[-1.0, 6, None]] * 4}, "do not belong"),
+    "a log-probability too few": ({"output_token_logprobs": [[-1.0, 5, None]] * 3}, "do not belong"),
+    "gap in versions": (
+        {"weight_versions": [{"version": "a", "start": 0, "end": 1}, {"version": "b", "start": 2, "end": 4}]},
+        "do not cover 4",
+    ),
+    "versions end early": ({"weight_versions": [{"version": "a", "start": 0, "end": 3}]}, "do not cover 4"),
+    "versions go backwards": (
+        {"weight_versions": [{"version": "a", "start": 0, "end": 5}, {"version": "b", "start": 5, "end": 4}]},
+        "do not cover 4",
+    ),
+    "no versions": ({"weight_versions": []}, "do not cover 4"),
+    "unknown finish": ({"finish_reason": {"type": "tired"}}, "unknown finish reason 'tired'"),
+    "no finish": ({"finish_reason": None}, "not SGLang's"),
+    "stopped elsewhere": ({"finish_reason": {"type": "stop", "matched": 5}}, r"at token \[5\] and not at 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_refuses(fault: str) -> None:
+    change, message = FAULTS[fault]
+    reply = good_reply(PROMPT)
+    reply["meta_info"] |= change
+    with pytest.raises(ValueError, match=message):
+        convert(reply)
+
+
+def test_refuses_a_response_cut_short() -> None:
+    with pytest.raises(ValueError, match="cut at 4 tokens, 5 were asked for"):
+        to_sample(good_reply(PROMPT), 0, PROMPT, SIGNATURE, NEW_TOKENS + 1, STOP)
+
+
+@pytest.mark.parametrize("reply", [None, [], {}, "text", {"output_ids": [1]}, {"output_ids": 3, "meta_info": {}}])
+def test_refuses_what_is_no_reply(reply: Any) -> None:
+    with pytest.raises(ValueError, match="not SGLang's"):
+        convert(reply)
+
+
+def test_routes_are_little_endian_int32_in_row_order() -> None:
+    encoded = base64.b64encode(bytes([i for e in range(8) for i in (e, 0, 0, 0)])).decode()
+    assert decode_routes(encoded, 2, SIGNATURE).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_scores_leave_out_the_first_token() -> None:
+    reply = {"meta_info": {"input_token_logprobs": [[None, 7, None], [-0.5, 8, None], [-2.0, 9, None]]}}
+    assert to_scores(reply, PROMPT).tolist() == [-0.5, -2.0]
+    with pytest.raises(ValueError, match="other tokens"):
+        to_scores(reply, [7, 8, 8])
+    reply["meta_info"]["input_token_logprobs"][1][0] = None
+    with pytest.raises(ValueError, match="not a finite number"):
+        to_scores(reply, PROMPT)
