@@ -1,0 +1,223 @@
+"""Construct the Megatron-Core model, its data-parallel wrapper and its optimizer from the configuration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_bai import config
+from megatron_bai.backend import Device
+from megatron_bai.errors import UserError
+
+
+@dataclass
+class Actor:
+    """A model ready for training.
+
+    Attributes:
+        chunks: the model's stages on this rank, wrapped in Megatron's DistributedDataParallel.
+        optimizer: Megatron's, or None for a model that only runs forward.
+        settings: the architecture, independent of the layout.
+    """
+
+    chunks: list[torch.nn.Module]
+    optimizer: Any
+    settings: config.Model
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The bare GPTModel of each chunk."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
+    def transformer_config(self) -> Any:
+        return self.modules[0].config
+
+
+def init_parallel(parallel: config.Parallel, seed: int) -> None:
+    """Create Megatron's process groups. Experts are parallel over whole experts only (expert TP 1)."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed + 1)
+
+
+def transformer_config(model: config.Model, parallel: config.Parallel, device: Device) -> Any:
+    """Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fused = device.transformer_engine
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        num_moe_experts=model.num_experts,
+        moe_router_topk=model.moe_topk,
+        moe_router_load_balancing_type="none",
+        moe_router_score_function="softmax",
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type=parallel.dispatcher,
+        moe_grouped_gemm=fused,
+        moe_permute_fusion=False,
+        moe_enable_routing_replay=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.sequence,
+        variable_seq_lengths=False,
+        params_dtype=device.dtype,
+        pipeline_dtype=device.dtype,
+        bf16=device.dtype is torch.bfloat16,
+        use_cpu_initialization=device.kind == "cpu",
+        # The values are overwritten, alike in every layout; but without this Megatron-Core does not mark its
+        # parameters as tensor parallel, and the gradient's norm leaves out those of all tensor ranks but the first.
+        perform_initialization=True,
+        batch_p2p_comm=device.kind == "cuda",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+class LocalNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked so that Megatron sums its gradient over the sequence-parallel ranks.
+
+    Megatron-Core's own wrapper refuses sequence parallelism. A class, since Megatron builds no plain functions.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def _block_spec(config: Any, transformer_engine: bool) -> Any:
+    """The decoder's layers on this rank. Without Transformer Engine, Megatron's local ones with `LocalNorm`."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, normalization="RMSNorm")
+    if not transformer_engine:
+        block.layer_norm = LocalNorm
+        for layer in block.layer_specs:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = LocalNorm
+            # The local spec saves this norm under a name of its own; keep the one Transformer Engine's spec uses.
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return block
+
+
+def _gpt(model: config.Model, parallel: config.Parallel, device: Device) -> torch.nn.Module:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    cfg = transformer_config(model, parallel, device)
+    return GPTModel(
+        cfg,
+        _block_spec(cfg, device.transformer_engine),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=int(model.rope_theta),
+        share_embeddings_and_output_weights=False,
+        parallel_output=True,
+    )
+
+
+def _reduce_experts_among_their_replicas(gpt: torch.nn.Module) -> None:
+    """Put expert parameters into the expert data-parallel group.
+
+    Megatron-Core 0.16.1 does so only when expert parallelism is on. At TP > 1 with EP 1 the experts are replicated
+    over the tensor ranks, each replica sees another part of the sequence, and without this its gradient is never
+    summed with the others': the replicas drift apart, silently.
+    """
+    for name, parameter in gpt.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def build_actor(settings: config.Config, device: Device, train: bool = True) -> Actor:
+    """Build the model on this rank with unset weights, and its optimizer when it is to be trained.
+
+    `init_parallel` must have run. The optimizer copies its master weights at construction, so whoever sets the
+    weights afterwards calls `optimizer.reload_model_params()`.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    gpt = _gpt(settings.model, settings.parallel, device).to(device.device)
+    _reduce_experts_among_their_replicas(gpt)
+    ddp = DistributedDataParallel(
+        gpt.config, DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=False), gpt
+    )
+    trainer = settings.trainer
+    optimizer = None
+    if train:
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=trainer.learning_rate,
+                weight_decay=trainer.weight_decay,
+                adam_beta2=trainer.adam_beta2,
+                clip_grad=trainer.clip_grad,
+                use_distributed_optimizer=True,
+                bf16=device.dtype is torch.bfloat16,
+            ),
+            [ddp],
+        )
+    gpt.config.finalize_model_grads_func = finalize_model_grads
+    gpt.config.no_sync_func = ddp.no_sync
+    return Actor([ddp], optimizer, settings.model)
+
+
+def validate(model: config.Model, parallel: config.Parallel, world: int) -> None:
+    """Refuse an architecture or layout that cannot be built, naming the settings in conflict.
+
+    Raises:
+        UserError: a size that does not divide, or a world the layout does not fit.
+    """
+    checks = [
+        ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor", parallel.tensor),
+        ("model.num_query_groups", model.num_query_groups, "parallel.tensor", parallel.tensor),
+        ("model.vocab_size", model.vocab_size, "parallel.tensor", parallel.tensor),
+        ("model.num_experts", model.num_experts, "parallel.expert", parallel.expert),
+        ("model.num_layers", model.num_layers, "parallel.pipeline", parallel.pipeline),
+        ("model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups),
+        ("the number of processes", world, "parallel.tensor × parallel.pipeline", parallel.tensor * parallel.pipeline),
+        ("the number of processes", world, "parallel.expert × parallel.pipeline", parallel.expert * parallel.pipeline),
+    ]
+    for name, value, divisor_name, divisor in checks:
+        if divisor < 1 or value % divisor:
+            raise UserError(f"{name} ({value}) is not a multiple of {divisor_name} ({divisor})")
+    if model.moe_topk > model.num_experts:
+        raise UserError(f"model.moe_topk ({model.moe_topk}) is more than model.num_experts ({model.num_experts})")
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise UserError("parallel.tensor > 1 needs parallel.sequence=true: Megatron-Core trains an MoE no other way")
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence=true needs parallel.tensor > 1")
+    if parallel.dispatcher not in ("alltoall", "allgather"):
+        raise UserError(f"parallel.dispatcher is {parallel.dispatcher!r}: choose alltoall or allgather")

@@ -1,0 +1,207 @@
+"""Read and write Hugging Face Qwen3-MoE checkpoints from and into a live, parallel Megatron model."""
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_bai.config import Model
+from megatron_bai.errors import UserError
+from megatron_bai.model import manifest, mapping
+from megatron_bai.model.shards import Shard, fill, gather
+
+INDEX = "model.safetensors.index.json"
+MAX_FILE_BYTES = 4 << 30
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+# Our name of a setting → Hugging Face's.
+_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "num_experts": "num_experts",
+    "moe_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+# What this library builds; another value means another architecture.
+_FIXED = {
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+
+
+def hf_config(model: Model, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json` of the model, as transformers and SGLang read it."""
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        **_FIXED,
+        **{theirs: getattr(model, ours) for ours, theirs in _FIELDS.items()},
+        "intermediate_size": model.moe_ffn_hidden_size,  # of dense layers, of which there are none
+        "rope_theta": model.rope_theta,
+        "rope_parameters": rope,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def read_config(directory: str | Path) -> Model:
+    """The architecture a checkpoint's `config.json` describes.
+
+    Raises:
+        UserError: no such file, or an architecture other than this library's Qwen3-MoE.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    for name, value in _FIXED.items():
+        if found.get(name, value) != value:
+            raise UserError(f"{path}: {name} is {found[name]!r}, only {value!r} is supported")
+    if missing := [theirs for theirs in _FIELDS.values() if theirs not in found]:
+        raise UserError(f"{path}: {', '.join(missing)} missing")
+    rope = found.get("rope_parameters") or {}
+    if (rope or found.get("rope_scaling") or {}).get("rope_type", "default") != "default":
+        raise UserError(f"{path}: scaled rotary embeddings are not supported")
+    theta = rope.get("rope_theta", found.get("rope_theta", 10000.0))
+    return Model(rope_theta=float(theta), **{ours: found[theirs] for ours, theirs in _FIELDS.items()})
+
+
+class HFReader:
+    """Tensors of a safetensors checkpoint by name, each read when asked for."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._files: dict[str, Any] = {}
+        index = self.directory / INDEX
+        try:
+            if index.is_file():
+                self._where = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+            else:
+                with safe_open(self.directory / "model.safetensors", "pt") as file:
+                    self._where = dict.fromkeys(file.keys(), "model.safetensors")
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise UserError(f"no readable safetensors checkpoint at {directory}: {error}") from None
+        for name in set(self._where.values()):
+            if Path(name).name != name:  # an index is untrusted: it names files beside it, nothing else
+                raise UserError(f"{index} names the file {name!r}, outside its directory")
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        try:
+            file = self._where[name]
+            if file not in self._files:
+                self._files[file] = safe_open(self.directory / file, "pt")
+            return self._files[file].get_tensor(name)
+        except (KeyError, OSError, SafetensorError) as error:
+            raise UserError(f"cannot read tensor {name} from {self.directory}: {error}") from None
+
+
+def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Path) -> None:
+    """Fill a live model, in any layout, from a Hugging Face checkpoint.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
+    reader = HFReader(directory)
+    wanted = set(mapping.hf_names(model))
+    if difference := sorted(wanted ^ reader.names()):
+        state = "missing" if difference[0] in wanted else "unknown"
+        raise UserError(f"{directory}: {len(difference)} tensors missing or unknown, first {difference[0]} ({state})")
+
+    def whole(shard: Shard) -> torch.Tensor:
+        kind = mapping.kind_of(shard.key)
+        merged = kind.merge([reader.tensor(name) for name in kind.names(shard.index)], model)
+        if tuple(merged.shape) != shard.shape:
+            raise UserError(
+                f"{directory}: {', '.join(kind.names(shard.index))} make {tuple(merged.shape)}, "
+                f"the model needs {shard.shape} for {shard.key}"
+            )
+        return merged
+
+    fill(modules, whole)
+
+
+def export_hf(
+    modules: list[torch.nn.Module], model: Model, target: str | Path, tokenizer: str | Path, info: dict[str, Any]
+) -> None:
+    """Write a live model as a Hugging Face checkpoint, complete or not at all. Collective; rank 0 writes.
+
+    Args:
+        tokenizer: directory whose tokenizer files are copied beside the weights.
+        info: kept in the manifest.
+
+    Raises:
+        RuntimeError: the tensors written are not exactly those `config.json` promises.
+    """
+    lead = dist.get_rank() == 0
+    stage = manifest.staging(target) if lead else None
+    pending: dict[str, torch.Tensor] = {}
+    files: dict[int, list[str]] = defaultdict(list)
+    size = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        save_file(pending, stage / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files[len(files)] = list(pending)
+        pending, size = {}, 0
+
+    dtype = torch.float32
+    for key, index, tensor in gather(modules):
+        if not lead:
+            continue
+        kind = mapping.kind_of(key)
+        dtype = tensor.dtype
+        for name, part in zip(kind.names(index), kind.split(tensor, model)):
+            pending[name] = part.contiguous().cpu()
+            size += part.nbytes
+        if size >= MAX_FILE_BYTES:
+            flush()
+    if lead:
+        if pending:
+            flush()
+        _finish(stage, files, model, dtype)
+        copy_tokenizer(tokenizer, stage)
+        manifest.seal(stage, target, info)
+    dist.barrier()
+
+
+def _finish(stage: Path, files: dict[int, list[str]], model: Model, dtype: torch.dtype) -> None:
+    """Name the files as Hugging Face does, index them and describe the model."""
+    weight_map = {}
+    for number, names in files.items():
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        (stage / f"part-{number}.safetensors").rename(stage / file)
+        weight_map |= dict.fromkeys(names, file)
+    if set(weight_map) != set(mapping.hf_names(model)):
+        raise RuntimeError(f"exported {len(weight_map)} tensors, config.json promises {len(mapping.hf_names(model))}")
+    if len(files) > 1:
+        (stage / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    (stage / "config.json").write_text(json.dumps(hf_config(model, dtype), indent=1))
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy the tokenizer's files that exist."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copy(Path(source) / name, target / name)

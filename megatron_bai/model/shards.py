@@ -1,0 +1,134 @@
+"""This rank's parameters as pieces of the global tensors a checkpoint would hold.
+
+Megatron's sharded state dict says where each local tensor lies in the global one. Filling and reading weights
+through it is what makes initialisation, import and export independent of the parallel layout.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai.config import Model
+from megatron_bai.model import mapping
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A local piece of a global tensor.
+
+    Attributes:
+        key: Megatron's checkpoint key.
+        data: a view of the parameter; its shape is that of the piece without the stacked axes.
+        index: position along the stacked axes: `(layer,)`, `(layer, expert)` or `()`.
+        offset: where the piece starts along the remaining axes, in elements.
+        shape: global shape of the remaining axes.
+        main: this rank holds the copy that counts; other ranks' copies are replicas.
+    """
+
+    key: str
+    data: torch.Tensor
+    index: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    main: bool
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """This piece of `whole`, which has shape `self.shape`."""
+        for axis, (start, size) in enumerate(zip(self.offset, self.data.shape)):
+            whole = whole.narrow(axis, start, size)
+        return whole
+
+
+def local_shards(modules: list[torch.nn.Module]) -> list[Shard]:
+    """Every piece of a parameter on this rank."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+
+    shards = []
+    for module in modules:
+        state = module.sharded_state_dict()
+        apply_factories(state)
+        for piece in nested_values(state):
+            if not isinstance(piece, ShardedTensor):
+                continue  # `_extra_state` objects hold no weights
+            stacked = piece.prepend_axis_num
+            shards.append(
+                Shard(
+                    piece.key,
+                    piece.data,
+                    tuple(piece.global_offset[:stacked]),
+                    tuple(piece.global_offset[stacked:]),
+                    tuple(piece.global_shape[stacked:]),
+                    is_main_replica(piece.replica_id),
+                )
+            )
+    return shards
+
+
+@torch.no_grad()
+def fill(modules: list[torch.nn.Module], whole: Callable[[Shard], torch.Tensor]) -> None:
+    """Set every local parameter to its piece of `whole(shard)`, a tensor of shape `shard.shape`."""
+    for shard in local_shards(modules):
+        shard.data.copy_(shard.cut(whole(shard)))
+
+
+def init_random(modules: list[torch.nn.Module], model: Model, seed: int) -> None:
+    """N(0, init_std²) matrices and unit norms, the same in every layout: each global slice has its own seed."""
+
+    def whole(shard: Shard) -> torch.Tensor:
+        if len(shard.shape) == 1:
+            return torch.ones(shard.shape)
+        name = f"{seed}/{shard.key}/{shard.index}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
+        return torch.randn(shard.shape, generator=generator) * model.init_std
+
+    fill(modules, whole)
+
+
+def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+    """Collect the model on rank 0, one slice at a time. Every rank must consume the iterator; collective.
+
+    Yields:
+        `(key, index, tensor)` in the same order on every rank; the tensor has the slice's global shape, and its
+        content is defined on rank 0 alone. At most one slice is held.
+
+    Raises:
+        RuntimeError: the main pieces do not cover a slice exactly.
+    """
+    rank = dist.get_rank()
+    mine = [shard for shard in local_shards(modules) if shard.main]
+    described = [(s.key, s.index, s.offset, tuple(s.data.shape), s.shape, s.data.dtype) for s in mine]
+    everyone: list[list[tuple]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, described)
+    slices: dict[tuple, list[tuple]] = {}
+    for owner, pieces in enumerate(everyone):
+        for local, piece in enumerate(pieces):
+            slices.setdefault(piece[:2], []).append((owner, local, piece))
+    order = [kind.megatron for kind in mapping.KINDS]
+    for key, index in sorted(slices, key=lambda s: (order.index(mapping.kind_of(s[0]).megatron), s[1])):
+        pieces = slices[key, index]
+        shape, dtype = pieces[0][2][4:]
+        if sum(torch.Size(piece[3]).numel() for _, _, piece in pieces) != torch.Size(shape).numel():
+            raise RuntimeError(f"the ranks' pieces of {key}{list(index)} do not cover its shape {shape}")
+        device = modules[0].config and mine[0].data.device
+        whole = torch.empty(shape, dtype=dtype, device=device) if rank == 0 else torch.empty(0)
+        for owner, local, piece in pieces:
+            _collect(whole, owner, mine[local].data if owner == rank else None, piece)
+        yield key, index, whole
+
+
+def _collect(whole: torch.Tensor, owner: int, data: torch.Tensor | None, piece: tuple) -> None:
+    """Bring one piece from its owner into `whole` on rank 0."""
+    rank, offset, shape = dist.get_rank(), piece[2], piece[3]
+    if owner == 0 and rank == 0:
+        target = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
+        target.copy_(data.detach())
+    elif rank == owner:
+        dist.send(data.detach().contiguous(), dst=0)
+    elif rank == 0:
+        received = torch.empty(shape, dtype=whole.dtype, device=whole.device)
+        dist.recv(received, src=owner)
+        whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))].copy_(received)

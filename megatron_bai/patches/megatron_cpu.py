@@ -1,0 +1,143 @@
+"""Let Megatron-Core 0.16.1 train on a CPU over gloo.
+
+Symptom: Megatron-Core names CUDA throughout: it allocates with `device="cuda"`, waits on CUDA streams, keeps its
+random states in CUDA generators, and compares tensor type names with `torch.cuda.FloatTensor`.
+Upstream: `optimizer/clip_grads.py`, `optimizer/distrib_optimizer.py`, `pipeline_parallel/schedules.py`,
+`tensor_parallel/random.py`, `transformer/moe/{moe_utils,token_dispatcher}.py`.
+Can go: when Megatron-Core takes its device from one place.
+
+Only a process that trains on a CPU calls `install`: it changes what `torch.cuda` means there.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+from megatron_bai.patches.registry import Patch
+
+
+class _Inert:
+    """A CUDA stream or event on a machine that runs everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_Inert":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    wait_stream = wait_event = wait = record = synchronize = _nothing
+
+    def record_event(self, *args: Any) -> "_Inert":
+        return self
+
+
+def _cpu(device: Any) -> Any:
+    """The CPU where a CUDA device was asked for; anything else unchanged."""
+    import torch
+
+    return torch.device("cpu") if torch.device(device).type == "cuda" else device
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _cpu(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _devices() -> None:
+    """`cuda` as a device means the CPU."""
+    import torch
+
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    typename = torch.Tensor.type
+
+    def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = typename(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_
+    for kind in ("Float", "Half", "BFloat16", "Int", "Long", "Byte", "Double"):
+        setattr(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
+
+
+def _streams() -> None:
+    """Nothing is asynchronous, so there is nothing to wait for."""
+    import torch
+
+    torch.cuda.Stream = torch.cuda.Event = _Inert
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args: _Inert()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args: None
+
+
+def _random_states() -> None:
+    """The generator Megatron calls CUDA's is the CPU's."""
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _collectives() -> None:
+    """gloo's all_to_all_single takes split sizes as ints only; Megatron hands it tensors' elements."""
+    import torch
+
+    inner = torch.distributed.all_to_all_single
+
+    def ints(sizes: Any) -> list[int] | None:
+        return None if sizes is None else [int(size) for size in sizes]
+
+    def all_to_all_single(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+    ) -> Any:
+        return inner(output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _without_transformer_engine() -> None:
+    """`moe_router_dtype` looks up a name that only Transformer Engine's import defines."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def install() -> None:
+    """Apply every part. Must run before any Megatron-Core model module is imported."""
+    _devices()
+    _streams()
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()  # torch.compile of one-line functions: minutes of C compilation, no gain on a CPU
+    _random_states()
+    _collectives()
+    _without_transformer_engine()
+
+
+PATCH = Patch(
+    name="megatron_cpu",
+    distribution="megatron-core",
+    version="0.16.1",
+    scope="megatron-cpu",
+    summary="Megatron-Core allocates, waits and draws random numbers on CUDA: it does not train on a CPU",
+    install=install,
+)

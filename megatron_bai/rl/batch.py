@@ -1,0 +1,88 @@
+"""Samples as padded arrays, and their cut into mini- and micro-batches."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.layout import assemble
+from megatron_bai.routing.routes import RouteSignature
+
+
+@dataclass
+class Batch:
+    """B samples padded on the right to T tokens.
+
+    Position t of the `[B, T]` fields below `tokens` belongs to the token *predicted* at t, which is token t + 1.
+
+    Attributes:
+        tokens: `[B, T]` int64.
+        mask: `[B, T]` bool, response tokens: those the loss counts.
+        infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside the mask.
+        old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
+        advantages: `[B]` float32.
+        routes: `[B, T, moe_layers, topk]` experts of input token t, filled where there is none.
+        routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    infer_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    routes: torch.Tensor
+    routed: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Consecutive parts of `size` samples; views, so that filling a part fills the whole."""
+        parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)))
+        return [Batch(*part) for part in parts]
+
+
+def padded_length(longest: int, multiple: int) -> int:
+    """Tokens to pad to: the next multiple of the sequence-parallel size."""
+    return -(-longest // multiple) * multiple
+
+
+def from_samples(
+    samples: list[Sample], advantages: np.ndarray, length: int, pad_id: int, signature: RouteSignature
+) -> Batch:
+    """Build a batch from rollouts.
+
+    Args:
+        advantages: `[B]`, one a sample.
+        length: T, at least the longest sample.
+    """
+    b = len(samples)
+    tokens = np.full((b, length), pad_id, dtype=np.int64)
+    mask = np.zeros((b, length), dtype=bool)
+    logprobs = np.zeros((b, length), dtype=np.float32)
+    for i, sample in enumerate(samples):
+        total = len(sample.tokens)
+        tokens[i, :total] = sample.tokens
+        predicted = slice(sample.prompt_length - 1, total - 1)
+        mask[i, predicted] = True
+        logprobs[i, predicted] = sample.logprobs
+    routes, routed = assemble([sample.routes for sample in samples], length, signature)
+    tensors = (tokens, mask, logprobs, np.zeros_like(logprobs), advantages.astype(np.float32), routes, routed)
+    return Batch(*map(torch.from_numpy, tensors))
+
+
+def from_supervised(tokens: np.ndarray, target: np.ndarray, signature: RouteSignature) -> Batch:
+    """A batch for supervised training.
+
+    Args:
+        tokens: `[B, T]` int64.
+        target: `[B, T]` bool, true where token t is to be learned.
+    """
+    b, length = tokens.shape
+    mask = np.zeros_like(target, dtype=bool)
+    mask[:, :-1] = target[:, 1:]
+    zeros = np.zeros((b, length), dtype=np.float32)
+    empty = np.zeros((b, 0, signature.topk), dtype=signature.dtype)
+    tensors = (tokens, mask, zeros, zeros.copy(), np.zeros(b, np.float32), empty, np.zeros((b, length), bool))
+    return Batch(*map(torch.from_numpy, tensors))

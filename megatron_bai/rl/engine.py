@@ -1,0 +1,167 @@
+"""Forward and backward passes of the actor over micro-batches, through Megatron's pipeline schedules."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.model.build import Actor
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.logprobs import entropy, token_logprobs
+from megatron_bai.rl.objectives import Objective
+from megatron_bai.rl.stats import Stats
+from megatron_bai.routing.layout import rank_rows
+from megatron_bai.routing.replay import MicroRoutes, RoutingReplay
+
+
+@dataclass
+class Scores:
+    """What a forward pass over a batch found.
+
+    Attributes:
+        logprobs: `[B, T]` float32 log π, or None on ranks without the pipeline's last stage.
+        entropy: `[B, T]` float32 nats, likewise.
+        recorded: routes of each micro-batch on this rank, when they were recorded.
+    """
+
+    logprobs: torch.Tensor | None
+    entropy: torch.Tensor | None
+    recorded: list[MicroRoutes]
+
+
+class Engine:
+    """The actor with what its passes need."""
+
+    def __init__(self, actor: Actor, replay: RoutingReplay, device: torch.device, temperature: float):
+        from megatron.core import parallel_state
+
+        self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.data_group = parallel_state.get_data_parallel_group()
+        self.last_stage = parallel_state.is_pipeline_last_stage()
+        sequence = actor.transformer_config.sequence_parallel
+        self.sequence = (self.tensor_rank, self.tensor_size) if sequence else (0, 1)
+
+    def routes_of(self, micro: Batch) -> MicroRoutes:
+        """The inference engine's routes of a micro-batch, cut to this rank's tokens and layers."""
+        rows = rank_rows(micro.routes, *self.sequence)
+        return {layer: rows[:, layer].long().to(self.device) for layer in self.replay.layers}
+
+    @torch.no_grad()
+    def score(self, micros: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False) -> Scores:
+        """Log-probabilities and entropy under the current weights. Collective.
+
+        Args:
+            micros: equal-sized micro-batches, as many on every data-parallel rank.
+            routes: experts to force, one entry a micro-batch; None lets the routers choose.
+            record: keep the routers' own choices instead of forcing any.
+        """
+        recorded: list[MicroRoutes] = []
+
+        def collect(logits: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> dict[str, torch.Tensor]:
+            nats = entropy(logits, self.temperature)
+            return {"logprobs": token_logprobs(logits, micro.tokens, self.temperature), "entropy": nats}
+
+        outputs = self._run(micros, routes, recorded if record else None, collect, forward_only=True)
+        if not self.last_stage:
+            return Scores(None, None, recorded)
+        cat = {name: torch.cat([output[name] for output in outputs]) for name in ("logprobs", "entropy")}
+        return Scores(cat["logprobs"], cat["entropy"], recorded)
+
+    def update(
+        self,
+        micros: list[Batch],
+        routes: list[MicroRoutes] | None,
+        objective: Objective,
+        settings: config.Objective,
+    ) -> tuple[Stats, float]:
+        """One optimizer step on a mini-batch. Collective.
+
+        Returns:
+            The objective's statistics, with `loss`, on ranks of the last stage (empty elsewhere), and the gradient's
+            norm before clipping.
+
+        Raises:
+            UserError: the gradient is not finite; the weights are of no use any more, checkpoints are intact.
+        """
+        count = self._global_count(micros, objective)
+        stats = Stats()
+
+        def collect(logits: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict]:
+            logprobs = token_logprobs(logits, micro.tokens, self.temperature)
+            total, found = objective.loss(logprobs, micro, settings)
+            found.ratio("loss", float(total.detach()), _count(micro, objective))
+            stats.add(found)
+            # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
+            # that the gradient is that of the sum over the whole mini-batch divided by its count.
+            return total * (len(micros) * self.data_size / count), {}
+
+        for chunk in self.actor.chunks:
+            chunk.zero_grad_buffer()
+        self.actor.optimizer.zero_grad()
+        self._run(micros, routes, None, collect, forward_only=False)
+        success, norm, _ = self.actor.optimizer.step()
+        if not success or norm != norm or norm == float("inf"):
+            raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
+        return stats, float(norm)
+
+    def _global_count(self, micros: list[Batch], objective: Objective) -> float:
+        """Samples or loss tokens of the mini-batch over all data-parallel ranks."""
+        mine = sum(_count(micro, objective) for micro in micros)
+        count = torch.tensor([float(mine)], device=self.device)
+        dist.all_reduce(count, group=self.data_group)
+        return max(float(count), 1.0)
+
+    def _run(
+        self,
+        micros: list[Batch],
+        routes: list[MicroRoutes] | None,
+        recorded: list[MicroRoutes] | None,
+        collect: Callable[..., Any],
+        forward_only: bool,
+    ) -> list[Any]:
+        """Run Megatron's schedule over the micro-batches, replaying or recording in each forward pass."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        queue = iter(range(len(micros)))
+
+        def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            number = next(queue)
+            micro = micros[number]
+            tokens = micro.tokens.to(self.device)
+            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+            with self._routing(micro, routes and routes[number], recorded):
+                logits = model(tokens, positions, None)
+            return logits, partial(collect, micro=micro)
+
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=self.actor.chunks,
+            num_microbatches=len(micros),
+            seq_length=micros[0].tokens.shape[1],
+            micro_batch_size=len(micros[0]),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        assert next(queue, None) is None, "the schedule did not run every micro-batch"
+        return outputs
+
+    def _routing(
+        self, micro: Batch, routes: MicroRoutes | None, recorded: list[MicroRoutes] | None
+    ) -> AbstractContextManager:
+        if routes is not None:
+            return self.replay.replay(routes, rank_rows(micro.routed, *self.sequence).to(self.device))
+        return nullcontext() if recorded is None else self.replay.record(recorded)
+
+
+def _count(micro: Batch, objective: Objective) -> int:
+    return len(micro) if objective.per == "samples" else int(micro.mask.sum())
