@@ -100,7 +100,7 @@ class RolloutClient:
                 "return_logprob": True,
                 "logprob_start_len": 0,
             }
-            return post(body, lambda reply: to_scores(reply, ids))
+            return post(body, lambda reply: to_scores(reply, ids, self.vocab_size))
 
         return self._run([lambda post, ids=list(ids): ask(ids, post) for ids in token_lists])
 

@@ -46,18 +46,21 @@ def to_sample(
     return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish)
 
 
-def to_scores(reply: Any, ids: list[int]) -> np.ndarray:
+def to_scores(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
     """Log-probabilities `[T − 1]` float32 of tokens 1…T−1 of `ids` given those before, from a reply with
     `logprob_start_len` 0. The first token has none.
 
     Raises:
         ValueError: the reply is malformed or about other tokens.
     """
+    # SGLang masks ids of image tokens, and with them the vocabulary's last one, with 0 (not their log-probabilities):
+    # managers/scheduler_components/logprob_result_processor.py.
+    named = [token if token < vocab_size - 1 else 0 for token in ids]
     try:
         entries = reply["meta_info"]["input_token_logprobs"]
-        if [entry[1] for entry in entries] != ids:
+        if [entry[1] for entry in entries] != named:
             raise ValueError(f"log-probabilities of other tokens than the {len(ids)} asked for")
-        return _logprobs(entries[1:], ids[1:])
+        return _logprobs(entries[1:], named[1:])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
 

@@ -118,9 +118,16 @@ def test_routes_are_little_endian_int32_in_row_order() -> None:
 
 def test_scores_leave_out_the_first_token() -> None:
     reply = {"meta_info": {"input_token_logprobs": [[None, 7, None], [-0.5, 8, None], [-2.0, 9, None]]}}
-    assert to_scores(reply, PROMPT).tolist() == [-0.5, -2.0]
+    assert to_scores(reply, PROMPT, 64).tolist() == [-0.5, -2.0]
     with pytest.raises(ValueError, match="other tokens"):
-        to_scores(reply, [7, 8, 8])
+        to_scores(reply, [7, 8, 8], 64)
     reply["meta_info"]["input_token_logprobs"][1][0] = None
     with pytest.raises(ValueError, match="not a finite number"):
-        to_scores(reply, PROMPT)
+        to_scores(reply, PROMPT, 64)
+
+
+def test_the_last_of_the_vocabulary_is_named_zero_by_sglang() -> None:
+    reply = {"meta_info": {"input_token_logprobs": [[None, 7, None], [-0.5, 0, None]]}}
+    assert to_scores(reply, [7, 63], 64).tolist() == [-0.5]
+    with pytest.raises(ValueError, match="other tokens"):
+        to_scores(reply, [7, 62], 64)

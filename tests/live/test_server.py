@@ -1,0 +1,224 @@
+"""A real SGLang server: what it returns is true, what it must survive it survives, and nothing of it is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB, save_tiny
+from transformers import Qwen3MoeForCausalLM
+
+from megatron_bai.errors import UserError
+from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.sync import sync_from_disk
+
+pytestmark = pytest.mark.live
+MakeClient = Callable[..., RolloutClient]
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18]]
+
+
+class Reference:
+    """transformers' float32 forward of one checkpoint."""
+
+    def __init__(self, path: Path):
+        self.model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.gates = [layer.mlp.gate for layer in self.model.model.layers]
+
+    @torch.no_grad()
+    def __call__(self, ids: np.ndarray, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities `[T − 1]` of tokens 1… and expert sets `[T − 1, layers, topk]`, sorted, of tokens …T − 2."""
+        chosen: list[torch.Tensor] = []
+        hooks = [gate.register_forward_hook(lambda m, i, out: chosen.append(out[-1])) for gate in self.gates]
+        logits = self.model(torch.from_numpy(ids)[None]).logits[0, :-1] / temperature
+        for hook in hooks:
+            hook.remove()
+        logprobs = torch.log_softmax(logits, -1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
+        return logprobs.numpy(), torch.stack(chosen, 1)[:-1].sort(-1).values.numpy()
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints: dict[str, Path]) -> dict[str, Reference]:
+    return {version: Reference(path) for version, path in checkpoints.items()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_routes_are_those_of_transformers(
+    client: MakeClient, serving: Callable[[str], None], reference: dict[str, Reference], temperature: float
+) -> None:
+    serving("v0")
+    samples = client(temperature=temperature).generate(PROMPTS, 4, seed=0, stop_token_id=STOP)
+    assert [s.prompt for s in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    for sample in samples:
+        logprobs, routes = reference["v0"](sample.tokens, temperature)
+        np.testing.assert_allclose(sample.logprobs, logprobs[sample.prompt_length - 1 :], atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(np.sort(sample.routes, axis=-1), routes)
+        assert sample.tokens[: sample.prompt_length].tolist() == PROMPTS[sample.prompt]
+        assert [(span.version, span.start, span.end) for span in sample.spans] == [("v0", 0, len(sample.response))]
+        assert sample.finish == ("stop" if sample.tokens[-1] == STOP else "length")
+
+
+def test_scores_are_those_of_transformers(
+    client: MakeClient, serving: Callable[[str], None], reference: dict[str, Reference]
+) -> None:
+    serving("v0")
+    sequences = [[5, 6], list(range(2, 42)), [3] * 20]
+    for ids, found in zip(sequences, client(temperature=0.7).score(sequences), strict=True):
+        np.testing.assert_allclose(found, reference["v0"](np.array(ids))[0], atol=1e-4, rtol=0)
+
+
+def test_a_seed_repeats_its_sample_in_any_company(client: MakeClient, serving: Callable[[str], None]) -> None:
+    serving("v0")
+    together = client().generate(PROMPTS, 4, seed=3, stop_token_id=STOP)
+    assert len({s.tokens.tobytes() for s in together}) == len(together)
+    alone = client(concurrency=1).generate(PROMPTS[:1], 2, seed=3, stop_token_id=STOP)
+    other = client().generate(PROMPTS[:1], 2, seed=4, stop_token_id=STOP)
+    assert [s.tokens.tolist() for s in alone] == [s.tokens.tolist() for s in together[:2]]
+    assert [s.tokens.tolist() for s in other] != [s.tokens.tolist() for s in alone]
+
+
+def test_tokens_are_drawn_with_their_probabilities(client: MakeClient, serving: Callable[[str], None]) -> None:
+    """χ² of 2048 first tokens against the model's own distribution: seeds must not bias the draw."""
+    serving("v0")
+    samples = client(max_new_tokens=1).generate([PROMPTS[0]], 2048, seed=0, stop_token_id=STOP)
+    rows = client().score([PROMPTS[0] + [token] for token in range(VOCAB)])
+    expected = 2048 * np.exp([row[-1] for row in rows])
+    seen = np.bincount([int(s.response[0]) for s in samples], minlength=VOCAB)
+    common = expected >= 5
+    chi2 = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    assert chi2 < common.sum() + 5 * np.sqrt(2 * common.sum())
+
+
+def test_an_update_brings_the_new_weights(
+    client: MakeClient, serving: Callable[[str], None], reference: dict[str, Reference]
+) -> None:
+    probe = list(range(2, 22))
+    for version in ("v0", "v1", "v0"):
+        serving(version)
+        assert client().weight_version() == version
+        np.testing.assert_allclose(
+            client().score([probe])[0], reference[version](np.array(probe))[0], atol=1e-4, rtol=0
+        )
+        (sample,) = client().generate([probe], 1, 0, STOP)
+        assert {span.version for span in sample.spans} == {version}
+        np.testing.assert_array_equal(np.sort(sample.routes, -1), reference[version](sample.tokens)[1])
+
+
+def test_an_update_amid_requests_mixes_nothing(
+    client: MakeClient, serving: Callable[[str], None], reference: dict[str, Reference]
+) -> None:
+    serving("v0")
+    samples = []
+    asking = threading.Thread(
+        target=lambda: samples.extend(client(max_new_tokens=100).generate([PROMPTS[0]], 48, 0, stop_token_id=STOP))
+    )
+    asking.start()
+    time.sleep(0.3)  # most are under way by now; nothing below depends on how many
+    serving("v1")
+    asking.join()
+    assert len(samples) == 48 and client().weight_version() == "v1"
+    for sample in samples:
+        (span,) = sample.spans
+        logprobs, routes = reference[span.version](sample.tokens)
+        np.testing.assert_allclose(sample.logprobs, logprobs[sample.prompt_length - 1 :], atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(np.sort(sample.routes, -1), routes)
+
+
+def test_another_models_weights_never_reach_the_server(
+    client: MakeClient, server: SGLangServer, serving: Callable[[str], None], tmp_path: Path
+) -> None:
+    serving("v0")
+    with pytest.raises(UserError, match="is not the served model"):
+        sync_from_disk(server.url, save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", server.tensors)
+    assert client().weight_version() == "v0" and client().generate([[5]], 1, 0, STOP)
+
+
+def test_a_prompt_outside_the_vocabulary_is_refused_and_the_server_lives(client: MakeClient) -> None:
+    with pytest.raises(UserError, match=rf"outside \[0, {VOCAB}\)"):
+        client().generate([[5], [VOCAB]], 1, 0, STOP)
+    assert client().healthy() and client().generate([[VOCAB - 1]], 1, 0, STOP)
+
+
+def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) -> None:
+    longest = client().max_length
+    (sample,) = client(max_new_tokens=1).generate([[2] * (longest - 1)], 1, 0, STOP)
+    assert len(sample.tokens) == longest and len(client().score([[2] * longest])[0]) == longest - 1
+    with pytest.raises(UserError, match="exceeds"):
+        client(max_new_tokens=1).generate([[2] * longest], 1, 0, STOP)
+    assert longest >= LENGTH - 8
+
+
+PARENT = """
+import sys, time
+from megatron_bai.config import Rollout
+from megatron_bai.rollout.server import SGLangServer
+server = SGLangServer({model!r}, Rollout(), {log!r})
+{start}
+print(server.url, flush=True)
+time.sleep(600)
+"""
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Whether all end soon. (A zombie has ended: whether it is reaped is up to this machine's init.)"""
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive if p.is_running())
+
+
+def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    code = PARENT.format(model=str(checkpoints["v0"]), log=str(tmp_path / "log"), start="server.start()")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    url = parent.stdout.readline().strip()
+    client = RolloutClient(url, ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+    assert client.generate([[5]], 1, 0, STOP)
+    processes = family(parent.pid)
+    assert len(processes) >= 3, "server, scheduler, detokenizer"
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert gone(processes)
+    with pytest.raises(UserError, match=rf"SGLang at {url} failed 3 times"):
+        client.generate([[5]], 1, 0, STOP)
+
+
+def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    code = PARENT.format(model=str(checkpoints["v0"]), log=str(tmp_path / "log"), start="server.start()")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers: list[psutil.Process] = []
+    while not workers and parent.poll() is None:  # the scheduler has started and is importing
+        time.sleep(0.1)
+        workers = [p for p in family(parent.pid) if "multiprocessing.spawn" in " ".join(p.cmdline())]
+    processes = family(parent.pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert workers and gone(processes)
+
+
+def test_a_killed_server_is_one_clear_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with SGLangServer(checkpoints["v0"], ROLLOUT, tmp_path / "log") as server:
+        client = RolloutClient(server.url, ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+        server.check_alive()
+        assert server.pid is not None
+        processes = family(server.pid)
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=rf"SGLang at {server.url} failed 3 times to generate: Client\w+Error"):
+            client.generate([[5]], 1, 0, STOP)
+        with pytest.raises(UserError, match=r"the SGLang server ended \(exit code -9\): .*log\]"):
+            server.check_alive()
+        assert not client.healthy()
+        with pytest.raises(UserError, match="does not answer /model_info"):
+            client.weight_version()
+    assert gone(processes)
+    server.stop()
