@@ -58,6 +58,9 @@ def _devices() -> None:
     """`cuda` as a device means the CPU."""
     import torch
 
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # cached: `with torch.device(…)`, which transformers uses, must know the original functions
     torch.cuda.current_device = lambda: torch.device("cpu")
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
