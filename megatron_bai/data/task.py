@@ -49,7 +49,10 @@ class Task:
         else:
             raise UserError(f"there is no data split {split!r}: use train or eval")
         if len(drawn) < count:
-            raise UserError(f"data.eval_prompts is {self.data.eval_prompts}: prompts {start} to {start + count} asked for")
+            raise UserError(
+                f"eval prompts {start} to {start + count} asked for, {len(drawn) + start} exist: raise data.eval_prompts, or "
+                "data.max_terms where the task has no more problems"
+            )
         return [self._prompt(problem) for problem in drawn]
 
     def _prompt(self, problem: Problem) -> Prompt:

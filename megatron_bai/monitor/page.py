@@ -1,0 +1,111 @@
+"""The HTML shell of a report: one file, plotly's own JavaScript inside it, charts drawn by the reader's browser.
+
+A chart is a dictionary of plain data (`title`, `traces`, `log`, `legend`). `_SCRIPT` gives it the colours of the page:
+light and dark follow the reader's setting, also while the page is open.
+"""
+
+import json
+from html import escape
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+Chart = dict[str, Any]
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --text: #1d1f23; --soft: #62676f; --line: #e3e4e6;
+  --mark: #fdf3d8 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #131518; --card: #1b1e22; --text: #e6e7ea; --soft: #9aa0a8; --line: #2e3238; --mark: #3a3320 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 1.6rem; font-weight: 600; margin: 0 0 .25rem }
+h2 { font-size: 1.15rem; font-weight: 600; margin: 2.75rem 0 .25rem }
+h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .75rem; overflow-wrap: anywhere }
+p { margin: .25rem 0 1rem; color: var(--soft); max-width: 70ch }
+.card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem;
+  margin: 0 0 1rem; min-width: 0 }
+.card h3 i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem 1.25rem; margin: 0 }
+dt { color: var(--soft); font-size: .78rem }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+dd.big { font-size: 1.3rem }
+.line { grid-column: 1 / -1; display: grid; grid-template-columns: minmax(6rem, 9.5rem) 1fr; align-items: baseline;
+  font-size: .88rem }
+.line + .line { margin-top: -.6rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+figure { margin: 0; padding: .85rem .5rem .25rem }
+figcaption { font-size: .88rem; font-weight: 600; padding: 0 .6rem }
+.plot { height: 17rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem; width: 100% }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line) }
+td { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
+th { font-weight: 500; color: var(--soft); overflow-wrap: anywhere }
+tr.differs { background: var(--mark) }
+summary { cursor: pointer; color: var(--soft) }
+@media (max-width: 36rem) { body { padding: 1.25rem .75rem 3rem } .plot { height: 14rem } }
+"""
+
+_SCRIPT = """
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+function layout(chart) {
+  const line = colour("--line");
+  const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, fixedrange: true };
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--soft"), size: 12 },
+    margin: { l: 48, r: 14, t: 10, b: 34 }, hovermode: "x unified", barmode: "stack", bargap: .25,
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+    showlegend: chart.legend, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    xaxis: { ...axis, title: { text: "global step", standoff: 6 } },
+    yaxis: { ...axis, type: chart.log ? "log" : "linear", exponentformat: "e", rangemode: "tozero" },
+  };
+}
+const draw = () => charts.forEach((chart, i) =>
+  Plotly.react("chart" + i, chart.traces, layout(chart), { responsive: true, displayModeBar: false }));
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+"""
+
+
+def figure(index: int, chart: Chart) -> str:
+    """The place where the script draws chart number `index`."""
+    title = escape(chart["title"])
+    return f'<figure><figcaption>{title}</figcaption><div class="plot" id="chart{index}"></div></figure>'
+
+
+def facts(items: list[tuple[str, str]], big: int = 0) -> str:
+    """Named values: the first `big` of them large and side by side, the others one a line."""
+    cells = (
+        f'<div{"" if i < big else " class=line"}><dt>{escape(name)}</dt>'
+        f'<dd{" class=big" if i < big else ""}>{escape(value)}</dd></div>'
+        for i, (name, value) in enumerate(items)
+    )
+    return f"<dl>{''.join(cells)}</dl>"
+
+
+def table(header: list[str], rows: list[list[str]], compare: bool = True) -> str:
+    """A table whose rows begin with a name; `compare` marks the rows whose values differ."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = (
+        f'<tr{" class=differs" if compare and len(set(row[1:])) > 1 else ""}><th>{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    body = "".join(lines)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def page(title: str, body: str, charts: list[Chart]) -> str:
+    """The whole document. It loads nothing from anywhere."""
+    # A browser ends a script element at "</", wherever it stands: no "<" is left in the data.
+    data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style>'
+        f"<script>{get_plotlyjs()}</script></head><body><h1>{escape(title)}</h1>{body}"
+        f'<script type="application/json" id="charts">{data}</script><script>{_SCRIPT}</script></body></html>\n'
+    )

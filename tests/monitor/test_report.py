@@ -1,0 +1,139 @@
+"""The report: what it reads, what it refuses, and that nothing in a run's files becomes markup."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bai.errors import UserError
+from megatron_bai.monitor.report import load_run, write_report
+
+
+def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", config: str = "", **summary: Any) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
+    if config:
+        (directory / "config.yaml").write_text(config)
+    if summary:
+        (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def charts_of(html: str) -> dict[str, dict[str, Any]]:
+    """The charts in a report by title."""
+    data = html.split('<script type="application/json" id="charts">')[1].split("</script>")[0]
+    return {chart["title"]: chart for chart in json.loads(data)}
+
+
+@pytest.fixture
+def steps() -> list[dict[str, Any]]:
+    return [
+        {
+            "step": s,
+            "weight_version": str(s),
+            "reward_mean": 0.25 * s,
+            "kl_k3": 1e-9,
+            "kl_k3_live": 1e-5,
+            "seconds_rollout": 3.0,
+            "seconds_update": 1.0,
+            "seconds_step": 5.0,
+        }
+        for s in range(3)
+    ]
+
+
+def test_one_file_with_headlines_and_charts(tmp_path, steps):
+    run = make_run(tmp_path / "demo", steps, config="trainer: {steps: 3}", versions={"torch": "2.13.0"})
+    write_report([run], tmp_path / "out" / "report.html")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "0.000 → 0.500" in html and "rollout, 60%" in html and "torch 2.13.0" in html and "trainer.steps" in html
+    assert "<script src" not in html and "<link" not in html  # opens offline
+    charts = charts_of(html)
+    kl = charts["Training–inference KL (k3)"]
+    assert kl["log"] and [t["y"][0] for t in kl["traces"]] == [1e-9, 1e-5]
+    rest = next(t for t in charts["Seconds per step: demo"]["traces"] if t["name"] == "rest")
+    assert rest["y"] == [1.0, 1.0, 1.0]
+    assert "Entropy, nats per token" not in charts  # no data, no chart
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_runs_side_by_side(tmp_path, steps):
+    first = make_run(tmp_path / "a" / "demo", steps, config="replay: {mode: r3}\nseed: 1")
+    second = make_run(tmp_path / "b" / "demo", steps[:2], config="replay: {mode: none}\nseed: 1")
+    write_report([first, second], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    traces = charts_of(html)["Reward, mean over the batch"]["traces"]
+    assert [len(t["x"]) for t in traces] == [3, 2]
+    assert len({t["name"] for t in traces}) == 2 and len({t["line"]["color"] for t in traces}) == 2
+    assert html.count("<tr class=differs>") == 1  # replay.mode, not seed
+
+
+def test_a_run_in_progress(tmp_path, steps):
+    """A half-written last line is left out, a repeated step counts once, a number that is not finite is a gap."""
+    run = make_run(tmp_path, [*steps, {"step": 2, "reward_mean": float("nan")}], tail='{"step": 3, "rew')
+    data = load_run(run, "run", "#000")
+    assert data.series("reward_mean") == ([0, 1, 2], [0.0, 0.25, None])
+    write_report([run], tmp_path / "report.html")
+    assert charts_of((tmp_path / "report.html").read_text())["Reward, mean over the batch"]["traces"][0]["y"][2] is None
+
+
+def test_unknown_metrics_are_shown(tmp_path):
+    run = make_run(tmp_path, [{"step": 0, "expert_load_max": 0.5, "note": "text", "flag": True}])
+    write_report([run], tmp_path / "report.html")
+    assert set(charts_of((tmp_path / "report.html").read_text())) == {"expert_load_max"}
+
+
+def test_text_from_files_is_escaped(tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    record = {"step": 0, "weight_version": evil, "reward_mean": 1.0, evil: 1.0}
+    (tmp_path / "provenance.json").write_text(
+        json.dumps({"recipe": {"method": evil}, "sources": [{"path": evil, "coefficient": 0.5, "digest": evil}]})
+    )
+    run = make_run(tmp_path, [record], config=f"name: '{evil}'", versions={evil: evil}, provenance="provenance.json")
+    write_report([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "alert(1)" in html and "<script>alert" not in html
+
+
+def test_merge_recipe(tmp_path, steps):
+    sources = [{"path": f"ckpt/{name}", "coefficient": c, "digest": name} for name, c in (("base", 0.5), ("i", 0.25))]
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "provenance.json").write_text(json.dumps({"recipe": {"alpha": 0.5}, "sources": sources}))
+    run = make_run(tmp_path, steps, provenance=str(tmp_path / "actor" / "provenance.json"))
+    write_report([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "recipe.alpha" in html and "<th>ckpt/i</th><td>0.25</td>" in html
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "does not exist"),
+        ("", "no step yet"),
+        ('{"step": 0', "no step yet"),
+        ('nonsense\n{"step": 1}\n', "record 1"),
+        ('[1]\n{"step": 1}\n', "record 1"),
+        ('{"loss": 1}\n{"step": 1}\n', "record 1"),
+    ],
+)
+def test_refuses_what_is_no_run(tmp_path, lines, message):
+    if lines is not None:
+        (tmp_path / "metrics.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=message) as error:
+        write_report([tmp_path], tmp_path / "report.html")
+    assert str(tmp_path) in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("summary.json", "{"), ("summary.json", "[]"), ("config.yaml", "a: [")])
+def test_refuses_damaged_companions(tmp_path, name, text):
+    run = make_run(tmp_path, [{"step": 0}])
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="report.runs"):
+        write_report([], tmp_path / "report.html")
