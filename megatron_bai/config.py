@@ -83,6 +83,9 @@ class Merge:
     weights: list[float] = field(default_factory=list)  # one a member, summing to 1
     alpha: float = 0.5  # weight of the pretrained checkpoint
     output: str = ""
+    memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
+    verify: str = "sample"  # none, sample or all: how much of the output is compared with the formula before it counts
+    dry_run: bool = False  # print the plan and stop
 
 
 @dataclass
@@ -97,6 +100,7 @@ class Rollout:
     host: str = "127.0.0.1"
     port: int = 0  # 0 takes a free one
     dtype: str = "float32"  # the server's weights: float32 or bfloat16
+    sync_tolerance: float = 0.01  # nats: how far the probe's mean log-probability may be off after a weight sync
     max_total_tokens: int = 16384  # tokens in the server's key/value cache
     max_running_requests: int = 64
 
@@ -104,6 +108,7 @@ class Rollout:
 @dataclass
 class Replay:
     mode: str = "r3"  # none, r2 (the training engine's old-policy routes) or r3 (the inference engine's routes)
+    measure_live: bool = True  # one more forward a step, without replay: the discrepancy that replay removes
 
 
 @dataclass
@@ -117,6 +122,14 @@ class Objective:
 
 
 @dataclass
+class Supervised:
+    """Batches of `objective.name=sft`."""
+
+    rows: int = 32  # packed rows per step, over all data-parallel ranks
+    length: int = 64  # tokens in a row
+
+
+@dataclass
 class Trainer:
     steps: int = 10  # global steps
     prompts_per_step: int = 16
@@ -124,10 +137,11 @@ class Trainer:
     mini_batches: int = 2  # N: updates per global step
     micro_batch_size: int = 16  # samples per forward pass and data-parallel rank
     learning_rate: float = 1e-3
-    warmup_steps: int = 0  # linear, in updates
+    warmup_updates: int = 0  # the learning rate rises linearly over these, then stays
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     clip_grad: float = 1.0
+    eval_every: int = 0  # steps between evaluations on held-out prompts, one sample each; 0 never evaluates
     save: str = ""  # where the final checkpoint goes; empty keeps none
 
 
@@ -167,6 +181,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     replay: Replay = field(default_factory=Replay)
     objective: Objective = field(default_factory=Objective)
+    supervised: Supervised = field(default_factory=Supervised)
     trainer: Trainer = field(default_factory=Trainer)
     serve: Serve = field(default_factory=Serve)
     convert: Convert = field(default_factory=Convert)

@@ -1,0 +1,153 @@
+"""`megatron-bai inspect`: what a checkpoint holds, where it came from, and how far two checkpoints are apart."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_bai.config import Config
+from megatron_bai.errors import UserError
+from megatron_bai.merge.engine import TILE, one_thread
+from megatron_bai.merge.groups import group_of
+from megatron_bai.merge.output import PROVENANCE
+from megatron_bai.merge.sources import Entry, Scratch, Source, split
+from megatron_bai.merge.torch_dist import TorchDist
+
+
+@dataclass
+class Distance:
+    """How two checkpoints differ in a set of tensors; sums over elements, in float64.
+
+    With a the first's elements and b the second's: `cosine` is a·b / (‖a‖‖b‖), `relative` is ‖a − b‖ / ‖a‖.
+    """
+
+    elements: int = 0
+    aa: float = 0.0  # Σ a²
+    bb: float = 0.0  # Σ b²
+    ab: float = 0.0  # Σ a·b
+    dd: float = 0.0  # Σ (a − b)²
+    differing: list[str] = field(default_factory=list)  # tensors with an element that is not the same
+    tensors: int = 0
+
+    @property
+    def distance(self) -> float:
+        return math.sqrt(self.dd)
+
+    @property
+    def relative(self) -> float:
+        return self.distance / math.sqrt(self.aa) if self.aa else math.nan
+
+    @property
+    def cosine(self) -> float:
+        return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else math.nan
+
+
+def compare(a: Source, b: Source) -> dict[str, Distance]:
+    """The distance of two checkpoints in each parameter group, over the tensors both hold with one shape.
+
+    Reads both once, in tiles; the two may be sharded differently.
+    """
+    groups: dict[str, Distance] = defaultdict(Distance)
+    with one_thread():
+        for key in sorted(a.tensors.keys() & b.tensors.keys()):
+            if a.tensors[key].shape == b.tensors[key].shape:
+                _add(groups[group_of(key)], a, b, a.tensors[key])
+    return dict(groups)
+
+
+def _add(group: Distance, a: Source, b: Source, entry: Entry) -> None:
+    same = True
+    for chunk in entry.chunks:
+        for box in split(chunk.offsets, chunk.sizes, TILE):
+            x = a.read(entry.key, *box).double()  # a copy: the next read reuses the scratch memory
+            y = b.read(entry.key, *box).double()
+            difference = x - y
+            same = same and not difference.any()
+            group.aa += float(x.square().sum())
+            group.bb += float(y.square().sum())
+            group.ab += float((x * y).sum())
+            group.dd += float(difference.square().sum())
+    group.elements += math.prod(entry.shape)
+    group.tensors += 1
+    if not same:
+        group.differing.append(entry.key)
+
+
+def inspect(config: Config) -> None:
+    """Print what `inspect.path` holds and, with `inspect.other`, how it differs from that checkpoint.
+
+    Raises:
+        UserError: one of the two is no complete torch_dist checkpoint.
+    """
+    if not config.inspect.path:
+        raise UserError("inspect.path is empty: give a checkpoint's directory")
+    console = Console(width=None if Console().is_terminal else 120)
+    scratch = Scratch()
+    with TorchDist(config.inspect.path, scratch) as source:
+        _print_content(console, source)
+        _print_provenance(console, source.path)
+        if config.inspect.other:
+            with TorchDist(config.inspect.other, scratch) as other:
+                _print_comparison(console, source, other)
+
+
+def _print_content(console: Console, source: TorchDist) -> None:
+    table = Table("group", "tensors", "elements", "bytes", "dtypes", title=str(source.path), title_justify="left")
+    rows: dict[str, Counter] = defaultdict(Counter)
+    dtypes: dict[str, set[str]] = defaultdict(set)
+    for entry in source.tensors.values():
+        for name in (group_of(entry.key), "all"):
+            rows[name].update(tensors=1, elements=math.prod(entry.shape), bytes=entry.nbytes)
+            dtypes[name].add(str(entry.dtype).removeprefix("torch."))
+    rows["all"] = rows.pop("all", Counter())  # last
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[c]:,}" for c in ("tensors", "elements", "bytes")), ", ".join(sorted(dtypes[name])))
+    console.print(table)
+    if source.objects:
+        console.print(f"{len(source.objects)} objects that are no tensors (such as {next(iter(source.objects))})")
+
+
+def _print_provenance(console: Console, path: Path) -> None:
+    try:
+        note: dict[str, Any] = json.loads((path / PROVENANCE).read_text())
+    except FileNotFoundError:
+        console.print("not the output of a merge")
+        return
+    except ValueError as error:
+        raise UserError(f"{path / PROVENANCE} is damaged ({error}): restore the checkpoint from a copy") from None
+    recipe, versions = note["recipe"], note["versions"]
+    console.print(
+        f"merged {note['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"
+        f" alpha {recipe['alpha']:g}, weights {recipe['weights']}; fingerprint {note['fingerprint'][:16]}"
+    )
+    for source in note["sources"]:
+        dropped = ", ".join(f"{len(keys)} entries not used: {why}" for why, keys in source["dropped"].items())
+        console.print(f"  {source['coefficient']:.6g} × {source['path']} ({source['digest'][:16]}) {dropped}".rstrip())
+
+
+def _print_comparison(console: Console, a: TorchDist, b: TorchDist) -> None:
+    for here, there in ((a, b), (b, a)):
+        only = sorted(here.tensors.keys() - there.tensors.keys())
+        if only:
+            console.print(f"only in {here.path}: {len(only)} tensors, {', '.join(only[:5])}")
+    for key in sorted(a.tensors.keys() & b.tensors.keys()):
+        if a.tensors[key].shape != b.tensors[key].shape:
+            console.print(f"different shapes: {key} {a.tensors[key].shape} and {b.tensors[key].shape}")
+    table = Table("group", "tensors", "differing", "‖a − b‖", "‖a − b‖/‖a‖", "cosine", title=f"a − b, b = {b.path}")
+    groups = compare(a, b)
+    for name, d in groups.items():
+        numbers = (f"{d.distance:.6g}", f"{d.relative:.6g}", f"{d.cosine:.8f}")
+        table.add_row(name, str(d.tensors), str(len(d.differing)), *numbers)
+    console.print(table)
+    differing = sorted(key for d in groups.values() for key in d.differing)
+    console.print(f"{len(differing)} of {sum(d.tensors for d in groups.values())} tensors differ")
+    for key in differing[:20]:
+        console.print(f"  {key}")
+    if len(differing) > 20:
+        console.print(f"  and {len(differing) - 20} more")

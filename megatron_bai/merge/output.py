@@ -1,0 +1,109 @@
+"""The output directory around the tensors: what is carried over, what is noted, and whether there is anything to do."""
+
+import datetime
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_bai
+from megatron_bai.errors import UserError
+from megatron_bai.merge.plan import Plan
+from megatron_bai.merge.recipe import Recipe
+from megatron_bai.merge.torch_dist import TorchDist
+from megatron_bai.model import manifest
+
+PROVENANCE = "provenance.json"
+REVISION = 1  # of the merge's definition: raised when the same inputs would give other tensors
+
+
+def carried_files(base: TorchDist) -> list[Path]:
+    """Files of the pretrained checkpoint that the output gets unchanged, relative to it."""
+    return [path for path in base.other_files() if path.as_posix() != PROVENANCE]
+
+
+def fingerprint(plan: Plan, digests: dict[str, str]) -> str:
+    """A hash of everything the output depends on, whatever the paths are called.
+
+    Args:
+        digests: of every source's tensors, by path.
+    """
+    base = plan.base
+    what = {
+        "revision": REVISION,
+        "inputs": [(digests[str(source.path)], coefficient) for source, coefficient in plan.inputs],
+        "layout": digests[str(base.path)],
+        "outputs": [(o.key, str(o.dtype)) for o in plan.outputs.values()],
+        "objects": [
+            (key, hashlib.sha256(base.read_bytes(b.file, b.start, b.length)).hexdigest())
+            for key, b in ((key, base.objects[key]) for unit in plan.units for key in unit.objects)
+        ],
+        "files": [
+            (path.as_posix(), hashlib.sha256((base.path / path).read_bytes()).hexdigest())
+            for path in carried_files(base)
+        ],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def check_target(target: Path, plan: Plan) -> None:
+    """Refuse a target that would overwrite something other than an earlier merge, or that cannot hold the output.
+
+    Raises:
+        UserError: the target is a source, lies in one, is another kind of directory, or its disk is too small.
+    """
+    for source in plan.dropped:
+        if Path(source) in (target, *target.parents):
+            raise UserError(f"merge.output {target} is one of the sources or lies inside it: choose another directory")
+    if target.exists() and not (target / PROVENANCE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"merge.output {target} exists and is no merge's output: choose another directory")
+    existing = next(path for path in target.parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < plan.bytes_written:
+        raise UserError(f"{existing} has {free} bytes free, the merge needs {plan.bytes_written}: make room first")
+
+
+def is_current(target: Path, mark: str) -> bool:
+    """Whether `target` is complete and holds what a merge with this fingerprint would write."""
+    try:
+        info = manifest.read(target)
+    except UserError:
+        return False  # damaged: merge again
+    return info is not None and info.get("merge", {}).get("fingerprint") == mark
+
+
+def write_provenance(
+    stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], mark: str, norms: dict[str, float]
+) -> None:
+    """Copy the carried files and write `provenance.json`: everything one needs to check or repeat the merge."""
+    for path in carried_files(plan.base):
+        (stage / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.base.path / path, stage / path)
+    coefficients = {term.source: term.coefficient for term in recipe.terms()}
+    sources = [
+        {"path": path, "coefficient": coefficients[path], "digest": digest, "dropped": plan.dropped[path]}
+        for path, digest in digests.items()
+    ]
+    tensors: dict[str, Any] = {}
+    for o in plan.outputs.values():
+        fate = {"fate": "merged", "norm": norms[o.key]} if o.merged else {"fate": "equal"}
+        tensors[o.key] = {"dtype": str(o.dtype).removeprefix("torch."), "shape": o.shape, **fate}
+    text: dict[str, Any] = {
+        "fingerprint": mark,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "recipe": recipe.describe(),
+        "sources": sources,
+        "carried_files": [path.as_posix() for path in carried_files(plan.base)],
+        "carried_objects": [key for unit in plan.units for key in unit.objects],
+        "versions": {
+            "megatron_bai": megatron_bai.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "tensors": tensors,
+    }
+    (stage / PROVENANCE).write_text(json.dumps(text, indent=1) + "\n")

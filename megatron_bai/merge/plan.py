@@ -1,0 +1,173 @@
+"""What a merge will do, decided from the checkpoints' indexes before any tensor is read.
+
+Every tensor of every source gets one fate, and `plan` asserts that none is left over:
+
+    merged    floating point: Σ coefficient · value
+    equal     anything else (token tables, counters): must be the same in all sources, and is copied
+    dropped   optimizer and random-number state, which no linear combination keeps valid
+
+Objects that are no tensors (`_extra_state`: FP8 scaling factors and the like) are carried over from the pretrained
+checkpoint, whose layout the output also takes. Those of the members are dropped, and may differ in number: newer
+Transformer Engine releases write fewer.
+
+The work is cut into pieces (one item of the output each) and units (one file each). The cut depends on the pretrained
+checkpoint alone, never on the number of ranks.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.recipe import Term
+from megatron_bai.merge.sources import Box, Entry, split
+from megatron_bai.merge.torch_dist import TorchDist
+
+UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
+PIECE_BYTES = 64 << 20  # of one output item at most, whatever the size of the tensor
+STATE = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write; `merged` or else equal in all sources."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    merged: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The content of one output file."""
+
+    name: str
+    pieces: tuple[tuple[Output, Box], ...]
+    objects: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, ready to execute.
+
+    Attributes:
+        base: the pretrained checkpoint.
+        inputs: the checkpoints that are read, with their coefficients; those with coefficient 0 are not among them.
+        outputs: every tensor to write, by key.
+        dropped: for each source's path, the tensors and objects that do not enter, by reason.
+    """
+
+    base: TorchDist
+    inputs: tuple[tuple[TorchDist, float], ...]
+    outputs: dict[str, Output]
+    units: tuple[Unit, ...]
+    dropped: dict[str, dict[str, list[str]]]
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(source.tensors[key].nbytes for source, _ in self.inputs for key in self.outputs)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
+
+
+def plan(
+    terms: Iterable[Term], sources: dict[str, TorchDist], piece_bytes: int = PIECE_BYTES, unit_bytes: int = UNIT_BYTES
+) -> Plan:
+    """Decide every tensor's fate and cut the work.
+
+    Args:
+        terms: the weighted sum, the pretrained checkpoint first.
+        sources: the opened checkpoint of every term.
+        piece_bytes: the largest item of the output, which is held in memory.
+        unit_bytes: the size that output files are filled to.
+
+    Raises:
+        UserError: the sources do not hold the same tensors with the same shapes and dtypes; all are named.
+    """
+    terms = tuple(terms)
+    base = sources[terms[0].source]
+    kept = {term.source: _model_tensors(sources[term.source]) for term in terms}
+    for term in terms[1:]:
+        _require_same(base, kept[terms[0].source], sources[term.source], kept[term.source])
+    outputs = {
+        key: Output(key, entry.dtype, entry.shape, merged=entry.dtype.is_floating_point)
+        for key, entry in kept[terms[0].source].items()
+    }
+    if not outputs:
+        raise UserError(f"{base.path} holds no model tensors")
+    objects = [key for key in base.objects if not STATE.search(key)]
+    dropped = {str(source.path): _dropped(source, source is base) for source in sources.values()}
+    for source in sources.values():
+        fates = [*outputs, *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
+        assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
+    inputs = tuple((sources[term.source], term.coefficient) for term in terms if term.coefficient != 0)
+    return Plan(base, inputs, outputs, _cut(base, outputs, objects, piece_bytes, unit_bytes), dropped)
+
+
+def _model_tensors(source: TorchDist) -> dict[str, Entry]:
+    return {key: entry for key, entry in source.tensors.items() if not STATE.search(key)}
+
+
+def _dropped(source: TorchDist, is_base: bool) -> dict[str, list[str]]:
+    """What of a source does not enter, by reason."""
+    reasons = {"optimizer or random-number state": [k for k in (*source.tensors, *source.objects) if STATE.search(k)]}
+    if not is_base:
+        reasons["objects are taken from the pretrained checkpoint"] = [
+            key for key in source.objects if not STATE.search(key)
+        ]
+    return {reason: keys for reason, keys in reasons.items() if keys}
+
+
+def _require_same(base: TorchDist, expected: dict[str, Entry], other: TorchDist, found: dict[str, Entry]) -> None:
+    for path, missing in ((other.path, expected.keys() - found.keys()), (base.path, found.keys() - expected.keys())):
+        if missing:
+            against = base.path if path == other.path else other.path
+            raise UserError(f"{path} lacks {_some(missing)} of {against}: they are not the same architecture")
+    for what in ("shape", "dtype"):
+        pairs = {k: (getattr(expected[k], what), getattr(found[k], what)) for k in expected}
+        differing = {f"{key} ({a} and {b})" for key, (a, b) in pairs.items() if a != b}
+        if differing:
+            raise UserError(f"{base.path} and {other.path} differ in the {what} of {_some(differing)}")
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _cut(
+    base: TorchDist, outputs: dict[str, Output], objects: list[str], piece_bytes: int, unit_bytes: int
+) -> tuple[Unit, ...]:
+    """Pieces along the base's chunks, packed into units in the base's order; the objects go first."""
+    units: list[Unit] = []
+    pieces: list[tuple[Output, Box]] = []
+    size = sum(base.objects[key].length for key in objects)
+
+    def finish() -> None:
+        nonlocal pieces, objects, size
+        units.append(Unit(f"__{len(units)}_0", tuple(pieces), tuple(objects), size))
+        pieces, objects, size = [], [], 0
+
+    for key, output in outputs.items():
+        for chunk in base.tensors[key].chunks:
+            for box in split(chunk.offsets, chunk.sizes, piece_bytes // output.dtype.itemsize):
+                nbytes = math.prod(box[1]) * output.dtype.itemsize
+                if size + nbytes > unit_bytes and (pieces or objects):
+                    finish()
+                pieces.append((output, box))
+                size += nbytes
+    finish()
+    return tuple(units)

@@ -1,0 +1,70 @@
+"""The processes that share a merge: those torchrun started, or this one alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_bai.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    size: int = 1
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank and return all results, by rank, on every rank.
+
+        An error on one rank is an error on all: none goes on, none waits for one that stopped.
+
+        Raises:
+            UserError: the first rank's that had one, on every rank.
+            Exception: as it was, on the rank where it happened; a RuntimeError naming that rank on the others.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return [result]  # type: ignore[list-item]
+        user = str(error) if isinstance(error, UserError) else None
+        outcomes: list = [None] * self.size
+        dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)))
+        if error is not None and user is None:
+            raise error
+        for _, message, _ in outcomes:
+            if message is not None:
+                raise UserError(message)
+        for rank, (_, _, text) in enumerate(outcomes):
+            if text is not None:
+                raise RuntimeError(f"rank {rank} failed: {text}")
+        return [result for result, _, _ in outcomes]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on every rank."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """This process's place among its peers; starts a gloo group where torchrun started us and there is none."""
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    elif dist.is_torchelastic_launched():
+        # A collective waits for the slowest rank's share of the work; torchrun ends the rest when one dies.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        try:
+            yield Ranks(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Ranks()

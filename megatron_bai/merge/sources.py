@@ -1,0 +1,290 @@
+"""Tensors as boxes on disk, the same for every format and every way a model was sharded.
+
+A checkpoint's tensor is the union of chunks that do not overlap. A chunk is a box of the global tensor; its elements
+lie in one record, a contiguous range of a file. A reader of a format says which chunks there are and where their
+records lie; `Source.read` then gives any region of any tensor, so checkpoints saved at different tensor, expert or
+pipeline parallel sizes read alike.
+
+Glossary: a box is (offsets, sizes) in the global tensor; shapes, offsets, sizes and strides are in elements; starts
+and lengths are in bytes.
+"""
+
+import bisect
+import hashlib
+import itertools
+import math
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from megatron_bai.errors import UserError
+
+SPAN_BYTES = 32 << 20  # most that one read takes in; larger regions are read in parts
+OPEN_FILES = 64  # kept open per source: a checkpoint may have more files than a process may open
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor, and the item of a file (`length` bytes at `start`) that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a chunk's elements lie: `length` bytes at `start` of the file, with their CRC-32 if the format has one."""
+
+    start: int
+    length: int
+    first: int  # byte of the record at which element [0, …, 0] begins
+    strides: tuple[int, ...]
+    crc32: int | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a checkpoint."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def _by_offsets(self) -> dict[tuple[int, ...], Chunk]:
+        return {chunk.offsets: chunk for chunk in self.chunks}
+
+    @cached_property
+    def _grid(self) -> list[list[int]] | None:
+        """Where chunks begin along each dimension, or None unless they are a grid that covers the tensor."""
+        starts = [sorted(set(column)) for column in zip(*(c.offsets for c in self.chunks))]
+        regular = len(self._by_offsets) == len(self.chunks) == math.prod(map(len, starts))
+        ends = [dict(zip(column, [*column[1:], end])) for column, end in zip(starts, self.shape)]
+        for chunk in self.chunks if regular else ():
+            reach = tuple(end[o] for end, o in zip(ends, chunk.offsets))
+            regular = regular and reach == tuple(map(sum, zip(chunk.offsets, chunk.sizes)))
+        return starts if regular else None
+
+    def is_covered(self) -> bool:
+        """Whether every element lies in exactly one chunk."""
+        inside = all(
+            0 <= o and o + s <= n for chunk in self.chunks for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape)
+        )
+        if not inside or sum(math.prod(chunk.sizes) for chunk in self.chunks) != math.prod(self.shape):
+            return False
+        if self._grid is not None:
+            return True
+        return all(len(list(self.overlapping(chunk.offsets, chunk.sizes))) == 1 for chunk in self.chunks)
+
+    def overlapping(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[Chunk, Box]]:
+        """The chunks that a box touches, each with the part of the box it holds."""
+        candidates: Iterator[Chunk] | tuple[Chunk, ...] = self.chunks
+        if self._grid is not None:  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
+            cells = [
+                starts[max(bisect.bisect_right(starts, low) - 1, 0) : bisect.bisect_left(starts, low + size)]
+                for starts, low, size in zip(self._grid, offsets, sizes)
+            ]
+            candidates = (self._by_offsets[cell] for cell in itertools.product(*cells))
+        for chunk in candidates:
+            low = tuple(map(max, offsets, chunk.offsets))
+            size = tuple(
+                min(o + s, co + cs) - lo
+                for o, s, co, cs, lo in zip(offsets, sizes, chunk.offsets, chunk.sizes, low)
+            )
+            if min(size, default=1) > 0:
+                yield chunk, (low, size)
+
+
+def split(offsets: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most `limit` elements, in row-major order, each contiguous within the box."""
+    if math.prod(sizes) <= limit:
+        yield offsets, sizes
+        return
+    axis = next(i for i, size in enumerate(sizes) if size > 1)
+    rows = max(limit // math.prod(sizes[axis + 1 :]), 1)
+    for row in range(0, sizes[axis], rows):
+        low = offsets[:axis] + (offsets[axis] + row,) + offsets[axis + 1 :]
+        size = sizes[:axis] + (min(rows, sizes[axis] - row),) + sizes[axis + 1 :]
+        yield from split(low, size, limit)
+
+
+def within(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
+    """The slices that select `box` of a tensor whose element [0, …, 0] is at `offsets`."""
+    return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets))
+
+
+class Scratch:
+    """Memory that reads reuse; sources read in turn can share one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, length: int) -> torch.Tensor:
+        """`length` bytes, valid until the next call with the same name."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < length:
+            buffer = self._buffers[name] = torch.empty(length, dtype=torch.uint8)
+        return buffer[:length]
+
+
+class Source(ABC):
+    """A checkpoint to read. A format's reader fills `tensors` and says where records lie.
+
+    Attributes:
+        path: the checkpoint's directory.
+        tensors: every tensor by key.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, Entry], scratch: Scratch | None = None):
+        self.path = path
+        self.tensors = tensors
+        self._scratch = scratch or Scratch()
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._verified: set[tuple[str, int]] = set()
+        self._check_files()
+
+    @abstractmethod
+    def record(self, entry: Entry, chunk: Chunk) -> Record:
+        """Where the elements of `chunk` lie."""
+
+    def _check_files(self) -> None:
+        """Every tensor is whole as far as names and sizes tell: before anything is read."""
+        ends: dict[str, int] = {}
+        for entry in self.tensors.values():
+            for chunk in entry.chunks:
+                ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+            if not entry.is_covered():
+                raise UserError(f"{self.path}: the chunks of {entry.key} overlap or leave holes: it cannot be used")
+        for name, end in ends.items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None:
+                raise UserError(f"{file} is missing: restore the checkpoint from a copy")
+            if size < end:
+                raise UserError(f"{file} has {size} bytes of at least {end}: it was cut off, restore it from a copy")
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A region of a tensor, in the checkpoint's dtype.
+
+        Returns:
+            a tensor of shape `sizes`, valid until the next `read` with the same scratch memory, which reuses it.
+
+        Raises:
+            UserError: a record cannot be read, or its bytes are not those that were saved.
+        """
+        entry = self.tensors[key]
+        parts = list(entry.overlapping(offsets, sizes))
+        if len(parts) == 1 and parts[0][1] == (offsets, sizes):
+            chunk = parts[0][0]
+            record = self.record(entry, chunk)
+            if _span(sizes, record.strides) * entry.dtype.itemsize <= SPAN_BYTES:
+                return self._load(entry, chunk, record, offsets, sizes)
+        out = self._scratch.take("region", math.prod(sizes) * entry.dtype.itemsize).view(entry.dtype).view(sizes)
+        for chunk, box in parts:
+            record = self.record(entry, chunk)
+            ratio = max(_span(box[1], record.strides) // max(math.prod(box[1]), 1), 1)
+            for low, size in split(*box, max(SPAN_BYTES // entry.dtype.itemsize // ratio, 1)):
+                out[within((low, size), offsets)].copy_(self._load(entry, chunk, record, low, size))
+        return out
+
+    def read_bytes(self, file: str, start: int, length: int) -> memoryview:
+        """Raw bytes of a file of the checkpoint, in memory of their own."""
+        buffer = memoryview(bytearray(length))
+        self._pread(file, start, buffer)
+        return buffer
+
+    def digest(self, keys: Iterable[str]) -> str:
+        """A hash of tensors' names, types, shapes, layouts and contents; content by the records' CRC-32.
+
+        What the format already holds is not computed anew; `read` checks it against the bytes.
+        """
+        digest = hashlib.sha256()
+        for key in sorted(keys):
+            entry = self.tensors[key]
+            digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
+            for chunk in sorted(entry.chunks, key=lambda c: c.offsets):
+                record = self.record(entry, chunk)
+                crc = self._crc32(chunk.file, record) if record.crc32 is None else record.crc32
+                digest.update(f"{chunk.offsets} {chunk.sizes} {record.strides} {crc:08x}\n".encode())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _load(self, entry: Entry, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]):
+        """A region inside one chunk, as a view of the bytes between its first and its last element."""
+        item = entry.dtype.itemsize
+        begin = sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item
+        length = _span(sizes, record.strides) * item
+        whole = length == record.length
+        if record.crc32 is not None and not whole and (chunk.file, record.start) not in self._verified:
+            self._verify(entry.key, chunk.file, record, self._crc32(chunk.file, record))
+        buffer = self._scratch.take("span", length)
+        self._pread(chunk.file, record.start + record.first + begin, memoryview(buffer.numpy()))
+        if record.crc32 is not None and whole:
+            self._verify(entry.key, chunk.file, record, zlib.crc32(buffer.numpy()))
+        return buffer.view(entry.dtype).as_strided(sizes, record.strides)
+
+    def _verify(self, key: str, file: str, record: Record, crc: int) -> None:
+        if crc != record.crc32:
+            raise UserError(
+                f"{self.path / file}: the bytes of {key} are not those that were saved (CRC-32 {crc:08x}, saved"
+                f" {record.crc32:08x}): restore the file from a copy"
+            )
+        self._verified.add((file, record.start))
+
+    def _crc32(self, file: str, record: Record) -> int:
+        crc = 0
+        for start in range(0, record.length, SPAN_BYTES):
+            buffer = self._scratch.take("span", min(SPAN_BYTES, record.length - start))
+            self._pread(file, record.start + start, memoryview(buffer.numpy()))
+            crc = zlib.crc32(buffer.numpy(), crc)
+        return crc
+
+    def _pread(self, name: str, start: int, buffer: memoryview) -> None:
+        try:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(self._descriptor(name), [buffer[done:]], start + done)
+                if count == 0:
+                    raise UserError(f"{self.path / name} ends before byte {start + len(buffer)}: it was cut off")
+                done += count
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be read: {error.strerror}") from None
+
+    def _descriptor(self, name: str) -> int:
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        while len(self._files) >= OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return self._files.setdefault(name, os.open(self.path / name, os.O_RDONLY))
+
+
+def _span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided box, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0

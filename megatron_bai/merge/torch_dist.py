@@ -1,0 +1,267 @@
+"""Megatron-Core's `torch_dist` checkpoints, read and written without a model, a GPU or a process group.
+
+On disk (Megatron-Core 0.16, a `torch.distributed.checkpoint` directory):
+
+    .metadata       a pickle: the tensors with their chunks, and for each chunk or object its file, start and length
+    *.distcp        items one after another, each the archive `torch.save` makes of one chunk or object
+    common.pt       the state that is not sharded: iteration, arguments
+    metadata.json   the format's name, written last: a directory without it is unfinished
+
+An archive is an uncompressed zip, so a chunk's elements lie unpacked in the file and can be read in place.
+"""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
+from megatron_bai.merge.unpickle import SavedTensor, read_metadata, read_saved_tensor
+from megatron_bai.model import manifest
+
+INDEX = ".metadata"
+FORMAT = "metadata.json"
+SUFFIX = ".distcp"
+OWN_FILES = {INDEX, FORMAT, manifest.NAME}  # rewritten for every checkpoint; beside the *.distcp
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """An object that is no tensor, such as `_extra_state`: an item of a file, never unpickled here."""
+
+    file: str
+    start: int
+    length: int
+
+
+class TorchDist(Source):
+    """A `torch_dist` checkpoint, opened for reading.
+
+    Attributes:
+        objects: every entry that is no tensor, by key.
+
+    Raises:
+        UserError: there is no complete checkpoint at `path`, or its index and its files do not agree.
+    """
+
+    def __init__(self, path: str | Path, scratch: Scratch | None = None):
+        path = Path(path)
+        _require_complete(path)
+        metadata = read_metadata(path / INDEX)
+        try:
+            tensors, self.objects = _index(metadata)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
+        self._records: dict[tuple[str, int], Record] = {}
+        self._layouts: dict[bytes, SavedTensor] = {}  # chunks of one shape were saved with the same `data.pkl`
+        super().__init__(path, tensors, scratch)
+
+    def other_files(self) -> list[Path]:
+        """Files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""
+        files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
+        return [p for p in files if p.as_posix() not in OWN_FILES and p.suffix != SUFFIX]
+
+    def record(self, entry: Entry, chunk: Chunk) -> Record:
+        at = chunk.file, chunk.start
+        if at not in self._records:
+            try:
+                self._records[at] = self._locate(entry, chunk)
+            except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, struct.error, EOFError) as error:
+                raise UserError(
+                    f"{self.path / chunk.file}: the item of {entry.key} at byte {chunk.start} is damaged ({error}):"
+                    " restore the file from a copy"
+                ) from None
+        return self._records[at]
+
+    def _locate(self, entry: Entry, chunk: Chunk) -> Record:
+        with zipfile.ZipFile(_Item(self, chunk)) as archive:
+            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        start, length = self._member(chunk, members["data.pkl"])
+        pickled = bytes(self.read_bytes(chunk.file, start, length))
+        saved = self._layouts.get(pickled)
+        if saved is None:
+            saved = self._layouts[pickled] = read_saved_tensor(pickled)
+        if saved.dtype != entry.dtype or saved.shape != chunk.sizes:
+            raise ValueError(f"it holds {saved.dtype} {saved.shape}, the index says {entry.dtype} {chunk.sizes}")
+        data = members[f"data/{saved.storage}"]
+        start, length = self._member(chunk, data)
+        last = saved.offset + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.strides))
+        if min(saved.strides, default=0) < 0 or (last + 1) * entry.dtype.itemsize > length:
+            raise ValueError("its elements do not fit its storage")
+        crc = data.CRC or None  # torch writes 0 where it was told not to compute one
+        return Record(start, length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
+
+    def _member(self, chunk: Chunk, info: zipfile.ZipInfo) -> tuple[int, int]:
+        """Start in the file, and length, of an uncompressed member of a chunk's archive."""
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} is compressed")
+        start = chunk.start + info.header_offset
+        name, extra = _LOCAL_HEADER.unpack(self.read_bytes(chunk.file, start, _LOCAL_HEADER.size))
+        start += _LOCAL_HEADER.size + name + extra
+        if start + info.file_size > chunk.start + chunk.length:
+            raise ValueError(f"{info.filename} reaches beyond it")
+        return start, info.file_size
+
+
+class _Item(io.RawIOBase):
+    """One item of a file as a file of its own, for `zipfile`."""
+
+    def __init__(self, source: Source, chunk: Chunk):
+        self._source, self._chunk, self._at = source, chunk, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._chunk.length}[whence]
+        if base + offset < 0:
+            raise OSError("seek before the item")  # as a file would: zipfile probes a short one this way
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._chunk.length - self._at, 0)
+        size = left if size < 0 else min(size, left)
+        data = self._source.read_bytes(self._chunk.file, self._chunk.start + self._at, size)
+        self._at += size
+        return bytes(data)
+
+
+def _require_complete(path: Path) -> None:
+    """A checkpoint of ours has a manifest, whose sizes are checked; one of Megatron-LM has its last-written file."""
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}: give the directory of one")
+    manifest.read(path)
+    try:
+        backend = json.loads((path / FORMAT).read_text())["sharded_backend"]
+    except FileNotFoundError:
+        tracker = path / "latest_checkpointed_iteration.txt"
+        why = "it holds iterations, give the directory of one" if tracker.is_file() else "it was never finished"
+        raise UserError(f"{path} has no {FORMAT}: {why}, or it is no torch_dist checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / FORMAT} is damaged ({error!r}): restore the checkpoint from a copy") from None
+    if backend != "torch_dist":
+        raise UserError(f"{path} is in the format {backend}: only torch_dist can be read")
+
+
+def _index(metadata: Any) -> tuple[dict[str, Entry], dict[str, Blob]]:
+    """Tensors and objects of an index; plain data, so that the index with its copies of every plan can go."""
+    where = {
+        (at.fqn, None if at.offset is None else tuple(at.offset)): info for at, info in metadata.storage_data.items()
+    }
+    tensors, objects = {}, {}
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            chunks = []
+            for box in stored.chunks:
+                info = where[key, tuple(box.offsets)]
+                if getattr(info, "transform_descriptors", None):
+                    raise TypeError(f"{key} was saved through {info.transform_descriptors}")
+                chunks.append(
+                    Chunk(tuple(box.offsets), tuple(box.sizes), info.relative_path, info.offset, info.length)
+                )
+            tensors[key] = Entry(key, stored.properties.dtype, tuple(stored.size), tuple(chunks))
+        else:
+            info = where[key, None]
+            objects[key] = Blob(info.relative_path, info.offset, info.length)
+    return tensors, objects
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An item that was written: a chunk (`offsets` and `sizes` set) or an object."""
+
+    key: str
+    offsets: tuple[int, ...] | None
+    sizes: tuple[int, ...] | None
+    file: str
+    start: int
+    length: int
+
+
+class ItemWriter:
+    """Appends items to one `.distcp` file; `written` says where each lies."""
+
+    def __init__(self, directory: Path, name: str):
+        self.name = name + SUFFIX
+        self.written: list[Written] = []
+        self._file = open(directory / self.name, "wb")
+
+    def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
+        """Write a chunk; `tensor` must own its whole storage, or the storage's other elements are written too."""
+        start = self._file.tell()
+        torch.save(tensor, self._file)
+        self._note(key, offsets, tuple(tensor.shape), start)
+
+    def blob(self, key: str, data: memoryview) -> None:
+        start = self._file.tell()
+        self._file.write(data)
+        self._note(key, None, None, start)
+
+    def _note(self, key: str, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None, start: int) -> None:
+        self.written.append(Written(key, offsets, sizes, self.name, start, self._file.tell() - start))
+
+    def __enter__(self) -> "ItemWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def write_index(
+    directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], written: Iterable[Written]
+) -> None:
+    """Write `.metadata` and then `metadata.json`, which make `directory` a checkpoint that Megatron-Core loads.
+
+    Args:
+        tensors: key, dtype and global shape of every tensor.
+        written: every chunk of every tensor, and every object.
+    """
+    stored: dict[str, Any] = {
+        key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+        for key, dtype, shape in tensors
+    }
+    results = []
+    for item in written:
+        if item.offsets is None or item.sizes is None:
+            stored[item.key] = BytesStorageMetadata()
+            index = MetadataIndex(item.key)
+        else:
+            chunks = stored[item.key].chunks
+            index = MetadataIndex(item.key, item.offsets, len(chunks))
+            chunks.append(ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes)))
+        results.append(WriteResult(index, item.length, _StorageInfo(item.file, item.start, item.length)))
+    FileSystemWriter(directory).finish(Metadata(stored), [results])
+    # Megatron-Core's CheckpointingConfig, written out: importing megatron.core for it would take seconds
+    config = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (directory / FORMAT).write_text(json.dumps(config))

@@ -1,0 +1,158 @@
+"""Reading the two kinds of pickle in a `torch_dist` checkpoint without running what they name.
+
+A pickle may name any function and have it called. `.metadata` (the index of the checkpoint) and the `data.pkl` of a
+saved tensor need a dozen classes of torch, so these unpicklers know that dozen and refuse the rest.
+"""
+
+import collections
+import pathlib
+import pickle
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.filesystem as dcp_filesystem
+import torch.distributed.checkpoint.metadata as dcp_metadata
+import torch.distributed.checkpoint.planner as dcp_planner
+import torch.serialization
+
+from megatron_bai.errors import UserError
+
+_METADATA_CLASSES: dict[tuple[str, str], Any] = {
+    **{
+        ("torch.distributed.checkpoint.metadata", name): getattr(dcp_metadata, name)
+        for name in (
+            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+            "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+        ).split()
+    },
+    # `all_local_plans`, which Megatron-Core adds for its own saves
+    **{
+        ("torch.distributed.checkpoint.planner", name): getattr(dcp_planner, name)
+        for name in "SavePlan TensorWriteData WriteItem WriteItemType".split()
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): dcp_filesystem._StorageInfo,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch", "Size"): torch.Size,
+    # A checkpoint written by an older Megatron-Core has these in place of DCP's own; only their fields are used.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): SimpleNamespace,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): SimpleNamespace,
+    # the path it was saved to
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+
+
+class _Refused(pickle.UnpicklingError):
+    pass
+
+
+def _dtype(module: str, name: str) -> torch.dtype | None:
+    value = getattr(torch, name, None) if module == "torch" else None
+    return value if isinstance(value, torch.dtype) else None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = _METADATA_CLASSES.get((module, name)) or _dtype(module, name)
+        if found is None:
+            raise _Refused(f"it names {module}.{name}, which no checkpoint index needs")
+        return found
+
+
+def read_metadata(path: Path) -> Any:
+    """The index in a checkpoint's `.metadata`: an object with `state_dict_metadata` and `storage_data`.
+
+    Raises:
+        UserError: it is missing, damaged, or names anything but the classes of an index; nothing was run.
+    """
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
+            raise _Refused("it holds no index")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the directory holds no torch_dist checkpoint, or an unfinished one") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except _Refused as error:
+        raise UserError(f"{path} is not a checkpoint's index ({error}): nothing in it was run; do not use it") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
+    return metadata
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """How a tensor lies in the storage it was saved with; offset and strides in elements."""
+
+    dtype: torch.dtype
+    storage: str  # the record of the archive that holds the elements, `data/<storage>`
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_v2(storage: tuple, offset: int, shape: tuple, strides: tuple, *_: Any) -> SavedTensor:
+    dtype, key = storage
+    return SavedTensor(dtype, key, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_v3(storage: tuple, offset: int, shape: tuple, strides: tuple, grad: bool, hooks: Any, dtype: Any, *_: Any):
+    return SavedTensor(dtype, storage[1], offset, tuple(shape), tuple(strides))
+
+
+# The typed storages of torch's pickles; newer dtypes are named beside an untyped storage.
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+
+_TENSOR_CLASSES: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    ("torch.storage", "UntypedStorage"): None,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _TENSOR_CLASSES:
+            return _TENSOR_CLASSES[module, name]
+        found = _STORAGES.get(name) if module == "torch" else None
+        found = found or _dtype(module, name)
+        if found is None:
+            raise _Refused(f"it names {module}.{name}")
+        return found
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype | None, str]:
+        kind, dtype, key = pid[:3]
+        if kind != "storage" or not str(key).isdigit():
+            raise _Refused("it refers to something other than a storage")
+        return dtype, str(key)
+
+
+def read_saved_tensor(pickled: bytes) -> SavedTensor:
+    """What `torch.save(tensor)` noted in `data.pkl`; no storage is read and no tensor is made.
+
+    Raises:
+        pickle.UnpicklingError: it is not the record of one plain tensor.
+    """
+    saved = _TensorUnpickler(BytesIO(pickled)).load()
+    if not isinstance(saved, SavedTensor) or not isinstance(saved.dtype, torch.dtype):
+        raise _Refused("it holds something other than one tensor")
+    return saved

@@ -1,0 +1,75 @@
+"""Checking a merge against its formula, by reading the written checkpoint again."""
+
+import math
+import zlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.engine import TILE, one_thread
+from megatron_bai.merge.plan import Output, Plan
+from megatron_bai.merge.ranks import Ranks
+from megatron_bai.merge.sources import Box, split
+from megatron_bai.merge.torch_dist import TorchDist
+
+SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is checked, and at least one
+
+
+def verify(plan: Plan, output: TorchDist, ranks: Ranks, everything: bool) -> int:
+    """Compare `output` with Σ coefficient · value in float64; every rank calls it.
+
+    Let x be the exact sum. The written value may differ from x by one rounding to the output's dtype, |x|·ε/2, and
+    by the rounding of the accumulation, (n + 1)·ε_acc·Σ|coefficient · value| for n sources. (ε is `torch.finfo(…).eps`.)
+
+    Args:
+        output: the written checkpoint.
+        everything: compare every element; else a sample, the same on every run.
+
+    Returns:
+        how many elements were compared, over all ranks.
+
+    Raises:
+        UserError: the output lacks a tensor, or an element is outside the bound.
+    """
+
+    def work() -> int:
+        compared = 0
+        with one_thread():
+            for tensor, box in list(_tiles(plan, everything))[ranks.rank :: ranks.size]:
+                _compare(plan, output, tensor, box)
+                compared += math.prod(box[1])
+        return compared
+
+    return sum(ranks.together(work))
+
+
+def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
+    for tensor in plan.outputs.values():
+        boxes = [box for chunk in plan.base.tensors[tensor.key].chunks for box in split(chunk.offsets, chunk.sizes, TILE)]
+        if not everything:  # a different place in each tensor: the key's hash says where
+            boxes = boxes[zlib.crc32(tensor.key.encode()) % min(SAMPLE_EVERY, len(boxes)) :: SAMPLE_EVERY]
+        yield from ((tensor, box) for box in boxes)
+
+
+def _compare(plan: Plan, output: TorchDist, tensor: Output, box: Box) -> None:
+    found = output.tensors.get(tensor.key)
+    if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+        raise UserError(f"{output.path} lacks {tensor.key} as {tensor.dtype} {tensor.shape}: merge again")
+    written = output.read(tensor.key, *box).clone()
+    if not tensor.merged:
+        wrong = written != plan.base.read(tensor.key, *box)
+    else:
+        exact = torch.zeros(box[1], dtype=torch.float64)
+        magnitude = torch.zeros_like(exact)
+        for source, coefficient in plan.inputs:
+            term = source.read(tensor.key, *box).double() * coefficient
+            exact += term
+            magnitude += term.abs_()
+        kind = torch.finfo(tensor.dtype)
+        accumulator = torch.finfo(torch.float64 if tensor.dtype.itemsize > 2 else torch.float32)
+        bound = exact.abs() * kind.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + kind.smallest_normal * kind.eps
+        wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
+    if wrong.any():
+        at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0]))
+        raise UserError(f"{output.path}: {tensor.key} at {at} is not the weighted sum of its sources: merge again")

@@ -1,0 +1,460 @@
+"""The merge from settings to a sealed directory."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bai.config import Config, Merge
+from megatron_bai.errors import UserError
+from megatron_bai.merge import command, engine
+from megatron_bai.merge.ranks import Ranks, ranks
+from megatron_bai.merge.torch_dist import TorchDist
+from megatron_bai.merge.verify import verify
+from megatron_bai.model import manifest
+
+
+def run(settings: Merge, **changes) -> dict[str, torch.Tensor]:
+    settings = dataclasses.replace(settings, **changes)
+    command.run(Config(merge=settings))
+    return checkpoints.read(Path(settings.output))
+
+
+def in_child(function, *arguments) -> int:
+    """The exit code of `function` in a forked process; negative for a signal."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def terms(settings: Merge) -> list[tuple[dict[str, torch.Tensor], float]]:
+    coefficients = [settings.alpha, *((1 - settings.alpha) * w for w in settings.weights)]
+    return [(checkpoints.read(Path(p)), c) for p, c in zip([settings.pretrained, *settings.members], coefficients)]
+
+
+def test_bai_is_the_weighted_sum_rounded_once(three):
+    merged = run(three)
+    summands = terms(three)
+    for key, value in merged.items():
+        if key == "decoder.table":
+            continue
+        exact = checkpoints.exact(summands, key)
+        assert value.dtype == summands[0][0][key].dtype
+        half_ulp = torch.finfo(value.dtype).eps / 2
+        assert (value.double() - exact).abs().le(exact.abs() * half_ulp * 1.0001 + 1e-8).all(), key
+
+
+def test_fp32_is_the_nearest_too(tmp_path, three):
+    for i, name in enumerate(("b", "m", "n")):
+        checkpoints.write(tmp_path / name, checkpoints.model(i, torch.float32))
+    paths = {"pretrained": str(tmp_path / "b"), "members": [str(tmp_path / "m"), str(tmp_path / "n")]}
+    merged = run(three, **paths)
+    summands = terms(dataclasses.replace(three, **paths))
+    assert all(torch.equal(v, checkpoints.exact(summands, k).to(v.dtype)) for k, v in merged.items() if v.is_floating_point())
+
+
+def test_one_pass_and_two_agree_within_the_extra_rounding(three, tmp_path):
+    one = run(three)
+    # stage 1 alone: its first member plays the pretrained, α its weight; stage 2 with that as the only member
+    stage1 = dict(pretrained=three.members[0], members=[three.members[1]], weights=[1.0], alpha=three.weights[0])
+    run(three, **stage1, output=str(tmp_path / "sft"))
+    two = run(three, members=[str(tmp_path / "sft")], weights=[1.0], output=str(tmp_path / "two"))
+    differ = 0
+    for key in one:
+        if one[key].dtype != torch.bfloat16:
+            continue
+        a, b = one[key].double(), two[key].double()
+        half_ulp = torch.finfo(torch.bfloat16).eps / 2
+        between = checkpoints.read(tmp_path / "sft")[key].double().abs() * (1 - three.alpha)
+        assert (a - b).abs().le((a.abs() + b.abs() + between) * half_ulp * 1.0001 + 1e-8).all(), key
+        differ += int((a != b).sum())
+    assert differ > 0, "the two passes round differently somewhere, or the test compares a thing with itself"
+
+
+def test_the_layout_is_the_pretrained_ones(three):
+    run(three)
+    with TorchDist(three.output) as out, TorchDist(three.pretrained) as base:
+        for key, entry in out.tensors.items():
+            assert {(c.offsets, c.sizes) for c in entry.chunks} == {
+                (c.offsets, c.sizes) for c in base.tensors[key].chunks
+            }
+
+
+def test_members_layouts_do_not_matter(three, tmp_path):
+    expected = run(three)
+    for i, layout in enumerate((checkpoints.irregular, checkpoints.rows, checkpoints.whole)):
+        members = [
+            str(checkpoints.write(tmp_path / f"{seed}-{i}", checkpoints.model(seed), layout)) for seed in (1, 2)
+        ]
+        merged = run(three, members=members, output=str(tmp_path / f"out{i}"))
+        assert all(torch.equal(merged[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+def test_tiles_do_not_matter(three, tmp_path, monkeypatch, tile):
+    expected = run(three)
+    monkeypatch.setattr(engine, "TILE", tile)
+    monkeypatch.setattr(command, "PIECE_BYTES", 64)
+    merged = run(three, output=str(tmp_path / "tiled"))
+    assert all(torch.equal(merged[key], value) for key, value in expected.items())
+
+
+def peer(rank: int, size: int, store: str, settings: Merge) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    recipe = command.recipe_of(settings)
+    with ranks() as group, ExitStack() as stack:
+        work = command.prepare(recipe, stack, group, unit=2048)
+        assert len(work.units) > 4 and engine.share(work.units, group), "every rank has something to do"
+        command.merge(work, recipe, Path(settings.output), group, "all")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes(three, tmp_path, size):
+    settings = {n: dataclasses.replace(three, output=str(tmp_path / f"out{n}")) for n in (1, size)}
+    for n, each in settings.items():
+        context = multiprocessing.get_context("fork")
+        group = [context.Process(target=peer, args=(r, n, str(tmp_path / f"store{n}"), each)) for r in range(n)]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join(60)
+        assert [process.exitcode for process in group] == [0] * n
+    one, many = (Path(each.output) for each in settings.values())
+    files = sorted(p.name for p in one.glob("*.distcp"))
+    assert len(files) > 4 and files == sorted(p.name for p in many.glob("*.distcp"))
+    a, b = checkpoints.read(one), checkpoints.read(many)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert checkpoints.provenance(one)["tensors"] == checkpoints.provenance(many)["tensors"]
+
+
+def peer_with_an_error(rank: int, store: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for error in (UserError("a bad checkpoint"), OSError("a bug")):
+
+        def work():
+            if rank == 1:
+                raise error
+
+        try:
+            Ranks(rank, 2).together(work)
+        except Exception as caught:
+            results.put((rank, type(caught).__name__, str(caught)))
+    dist.destroy_process_group()
+
+
+def test_one_ranks_error_stops_all(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    group = [context.Process(target=peer_with_an_error, args=(r, str(tmp_path / "store"), results)) for r in range(2)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(60)
+    assert sorted(results.get() for _ in range(4)) == [
+        (0, "RuntimeError", "rank 1 failed: OSError('a bug')"),
+        (0, "UserError", "a bad checkpoint"),
+        (1, "OSError", "a bug"),
+        (1, "UserError", "a bad checkpoint"),
+    ]
+
+
+def test_what_is_carried_dropped_and_noted(three):
+    base = Path(three.pretrained)
+    (base / "config.json").write_text("{}")
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "vocab.txt").write_text("a b")
+    (base / "provenance.json").write_text('{"of": "the pretrained"}')
+    run(three)
+    out = Path(three.output)
+    assert (out / "config.json").read_text() == "{}" and (out / "tokenizer" / "vocab.txt").read_text() == "a b"
+    assert torch.load(out / "common.pt") == {"iteration": 7}
+    note = checkpoints.provenance(out)
+    first, second, _ = note["sources"]
+    assert first["coefficient"] == 0.6 and second["coefficient"] == pytest.approx(0.1)
+    assert first["dropped"] == {"optimizer or random-number state": ["rng_state/shard_0_1"]}
+    assert note["carried_objects"] == ["decoder.layers.0._extra_state/shard_0_1"]
+    with TorchDist(out) as merged:
+        blob = merged.objects["decoder.layers.0._extra_state/shard_0_1"]
+        assert bytes(merged.read_bytes(blob.file, blob.start, blob.length)) == b"base"
+        assert "rng_state/shard_0_1" not in merged.objects
+    for key, value in checkpoints.read(out).items():
+        if value.is_floating_point():
+            assert note["tensors"][key]["norm"] == pytest.approx(float(value.double().norm()), rel=1e-2)
+    assert note["tensors"]["decoder.table"] == {"dtype": "int64", "shape": [10], "fate": "equal"}
+
+
+def test_optimizer_state_is_dropped_from_any_source(three, tmp_path):
+    extra = {"optimizer.state.exp_avg.decoder.w": torch.ones(3), "chained_0.optimizer.state.exp_avg.w": torch.ones(2)}
+    member = checkpoints.write(tmp_path / "training", checkpoints.model(1) | extra, objects={"rng_state/shard_0_1": b""})
+    merged = run(three, members=[str(member), three.members[1]])
+    assert not any("optimizer" in key for key in merged)
+    dropped = checkpoints.provenance(Path(three.output))["sources"][1]["dropped"]
+    assert dropped == {"optimizer or random-number state": [*extra, "rng_state/shard_0_1"]}
+
+
+def test_the_info_of_the_pretrained_is_kept(three, tmp_path):
+    stage = manifest.staging(tmp_path / "sealed")
+    for file in Path(three.pretrained).iterdir():
+        (stage / file.name).write_bytes(file.read_bytes())
+    manifest.seal(stage, tmp_path / "sealed", {"step": 12})
+    run(three, pretrained=str(tmp_path / "sealed"))
+    assert manifest.require(three.output)["step"] == 12
+
+
+def test_a_source_of_weight_zero_is_not_read(three):
+    Path(three.members[0], "__0_0.distcp").write_bytes(
+        bytes(Path(three.members[0], "__0_0.distcp").stat().st_size)
+    )
+    merged = run(three, weights=[0.0, 1.0])
+    assert torch.equal(
+        merged["decoder.scale"],
+        (0.6 * checkpoints.model(0)["decoder.scale"].double() + 0.4 * checkpoints.model(2)["decoder.scale"].double()).bfloat16(),
+    )
+
+
+def test_again_is_nothing_to_do(three, capsys):
+    run(three)
+    before = {p: p.stat().st_mtime_ns for p in Path(three.output).iterdir()}
+    run(three)
+    assert "nothing to do" in capsys.readouterr().out.splitlines()[-1]
+    assert before == {p: p.stat().st_mtime_ns for p in Path(three.output).iterdir()}
+
+
+@pytest.mark.parametrize("change", ["alpha", "source", "damage", "carried file"])
+def test_again_with_something_changed_merges(three, capsys, change):
+    run(three)
+    if change == "source":
+        Path(three.members[0]).rename(three.members[0] + "-old")
+        checkpoints.write(Path(three.members[0]), checkpoints.model(9), checkpoints.columns)
+    elif change == "damage":
+        os.truncate(Path(three.output, "__0_0.distcp"), 5)
+    elif change == "carried file":
+        Path(three.pretrained, "config.json").write_text("{}")
+    settings = dataclasses.replace(three, alpha=0.5 if change == "alpha" else three.alpha)
+    merged = run(settings)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("merged 9 tensors")
+    assert torch.equal(
+        merged["decoder.final_layernorm.weight"],
+        checkpoints.exact(terms(settings), "decoder.final_layernorm.weight").bfloat16(),
+    )
+
+
+def test_dry_run_writes_nothing(three, capsys):
+    command.run(Config(merge=dataclasses.replace(three, dry_run=True)))
+    text = capsys.readouterr().out
+    assert "8 tensors merged, 1 must be equal" in text and f"0.6 × {three.pretrained}" in text
+    assert not Path(three.output).exists() and not list(Path(three.output).parent.glob(".*"))
+
+
+# What is refused, by name; the target stays as it was.
+
+
+def refused(settings: Merge, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(settings)
+    assert not Path(settings.output).exists() and not list(Path(settings.output).parent.glob(".*.unfinished"))
+
+
+def replaced(three: Merge, **tensors) -> Merge:
+    """The settings with the second member's tensors changed; None takes one out."""
+    found = checkpoints.model(2) | {key.replace("__", "."): value for key, value in tensors.items()}
+    path = Path(three.members[1] + "-changed")
+    checkpoints.write(path, {key: value for key, value in found.items() if value is not None}, checkpoints.rows)
+    return dataclasses.replace(three, members=[three.members[0], str(path)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_is_named(three, value):
+    weight = checkpoints.model(2)["decoder.layers.mlp.router.weight"]
+    weight[1, 2, 5] = value
+    settings = replaced(three, decoder__layers__mlp__router__weight=weight)
+    refused(settings, r"reasoning-changed: decoder\.layers\.mlp\.router\.weight holds NaN or Inf at \(1, 2, 5\)")
+
+
+def test_large_finite_values_are_no_nan(three):
+    big = torch.full((2, 4), 3e38)
+    merged = run(replaced(three, decoder__layers__mlp__router__expert_bias=big))
+    assert merged["decoder.layers.mlp.router.expert_bias"].isfinite().all()
+
+
+def test_a_sum_outside_the_dtype_is_refused(three):
+    big = torch.full((2, 4), 3e38)
+    settings = replaced(three, decoder__layers__mlp__router__expert_bias=big)
+    refused(dataclasses.replace(settings, weights=[-9.0, 10.0]), "too large for torch.float32")
+
+
+def test_shapes_are_named(three):
+    refused(
+        replaced(three, decoder__final_layernorm__weight=torch.ones(8).bfloat16()),
+        r"differ in the shape of decoder\.final_layernorm\.weight \(\(16,\) and \(8,\)\)",
+    )
+
+
+def test_dtypes_are_named(three):
+    refused(replaced(three, decoder__scale=torch.ones(())), r"differ in the dtype of decoder\.scale")
+
+
+def test_missing_and_additional_tensors_are_named(three):
+    refused(replaced(three, decoder__scale=None), r"reasoning-changed lacks decoder\.scale of ")
+    refused(replaced(dataclasses.replace(three, members=[three.members[0], three.members[1] + "2"]), mtp__w=torch.ones(2)),
+            r"base lacks mtp\.w of ")
+
+
+def test_integers_that_differ_are_named(three):
+    refused(replaced(three, decoder__table=torch.arange(10).flip(0)), r"differ in decoder\.table, which is torch\.int64")
+
+
+def test_a_flipped_bit_in_a_source_is_named(three):
+    file = Path(three.members[0], "__1_0.distcp")
+    with TorchDist(three.members[0]) as source:
+        entry = next(e for e in source.tensors.values() if e.chunks[0].file == file.name)
+        record = source.record(entry, entry.chunks[0])
+    data = bytearray(file.read_bytes())
+    data[record.start] ^= 4
+    file.write_bytes(data)
+    refused(three, f"instruct/{file.name}: the bytes of {entry.key}")
+
+
+def test_a_missing_source_is_named(three):
+    refused(dataclasses.replace(three, members=[three.members[0], three.members[1] + "x"]), "no checkpoint at .*reasoningx")
+
+
+def test_a_damaged_sealed_source_is_named(three, tmp_path):
+    stage = manifest.staging(tmp_path / "sealed")
+    for file in Path(three.pretrained).iterdir():
+        (stage / file.name).write_bytes(file.read_bytes())
+    manifest.seal(stage, tmp_path / "sealed", {})
+    os.truncate(tmp_path / "sealed" / "common.pt", 3)
+    refused(dataclasses.replace(three, pretrained=str(tmp_path / "sealed")), "common.pt has 3 bytes instead of")
+
+
+def test_the_target_is_not_overwritten(three, tmp_path):
+    for output in (three.pretrained, three.pretrained + "/merged", three.members[1]):
+        with pytest.raises(UserError, match="is one of the sources"):
+            run(three, output=output)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="is no merge's output"):
+        run(three, output=str(tmp_path / "work"))
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
+
+
+def test_a_full_disk_is_seen_before(three, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    refused(three, "has 100 bytes free, the merge needs")
+
+
+def test_settings_are_named(three):
+    with pytest.raises(UserError, match="merge.output is empty"):
+        run(three, output="")
+    refused(dataclasses.replace(three, verify="some"), "merge.verify is 'some'")
+    refused(dataclasses.replace(three, memory_mib=16), "merge.memory_mib is 16: at least")
+
+
+# Killed at any moment.
+
+
+def killed_at(settings: Merge, moment: str) -> None:
+    """Merge in a child that kills itself with SIGKILL when it reaches `moment`."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "first tile":
+        engine.Accumulator.weighted_sum = die
+    elif moment == "index":
+        engine.write_index = die
+    elif moment == "provenance":
+        command.write_provenance = die
+    elif moment == "verify":
+        command.verify = die
+    elif moment == "seal":
+        manifest.seal = die
+    elif moment == "manifest":
+        manifest.json.dumps = die
+    elif moment == "rename":
+        Path.rename = die
+    command.run(Config(merge=settings))
+
+
+@pytest.mark.parametrize("moment", ["first tile", "index", "provenance", "verify", "seal", "manifest", "rename"])
+@pytest.mark.parametrize("before", ["nothing", "an earlier merge"])
+def test_killed_the_target_is_never_half_written(three, moment, before):
+    if before == "an earlier merge":
+        earlier = run(three, alpha=0.25)
+    assert in_child(killed_at, three, moment) == -signal.SIGKILL
+    if before == "an earlier merge":
+        if Path(three.output).exists():  # between the two renames of `seal` there is neither the old nor the new
+            found = checkpoints.read(Path(three.output))
+            assert manifest.read(three.output) and all(torch.equal(found[key], earlier[key]) for key in earlier)
+        else:
+            assert moment == "rename"
+    else:
+        assert not Path(three.output).exists()
+        with pytest.raises(UserError):
+            manifest.require(three.output)
+    merged = run(three)
+    summands = terms(three)
+    assert torch.equal(merged["decoder.layers.mlp.router.expert_bias"], checkpoints.exact(
+        summands, "decoder.layers.mlp.router.expert_bias").float())
+    assert manifest.require(three.output) and not list(Path(three.output).parent.glob(".*"))
+
+
+# Verification.
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_verify_sees_what_was_changed(three, everything):
+    run(three)
+    out = checkpoints.read(Path(three.output))
+    key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+    recipe = command.recipe_of(three)
+    for scale, wrong in ((1.0, False), (1 + 2**-7, True)):
+        changed = out | {key: (out[key].float() * scale).bfloat16()}
+        path = checkpoints.write(Path(three.output + f"-{scale}"), changed, checkpoints.rows)
+        with ExitStack() as stack, TorchDist(path) as output:
+            work = command.prepare(recipe, stack, Ranks())
+            if wrong:
+                with pytest.raises(UserError, match=f"{key} at .* is not the weighted sum"):
+                    verify(work, output, Ranks(), everything)
+            else:
+                assert verify(work, output, Ranks(), everything) > 0
+
+
+def test_verify_all_compares_every_element_and_a_sample_every_tensor(three):
+    recipe = command.recipe_of(three)
+    run(three)
+    with ExitStack() as stack, TorchDist(three.output) as output:
+        work = command.prepare(recipe, stack, Ranks())
+        total = sum(torch.Size(o.shape).numel() for o in work.outputs.values())
+        assert verify(work, output, Ranks(), True) == total
+        assert 0 < verify(work, output, Ranks(), False) < total
+
+
+def test_a_wrong_output_is_not_sealed(three, monkeypatch):
+    right = engine._merge_tile
+
+    def wrong(plan, output, box, accumulator, tile):
+        norm = right(plan, output, box, accumulator, tile)
+        tile.mul_(1 + 2**-7)
+        return norm
+
+    monkeypatch.setattr(engine, "_merge_tile", wrong)
+    refused(three, "is not the weighted sum of its sources")
+
+
+def test_the_manifest_covers_every_file(three):
+    run(three)
+    listed = json.loads(Path(three.output, "manifest.json").read_text())["files"]
+    assert set(listed) == {p.name for p in Path(three.output).iterdir()} - {"manifest.json"}
