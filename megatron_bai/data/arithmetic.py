@@ -67,12 +67,17 @@ def validate(data: Data) -> None:
 
 
 def draw_problem(data: Data, rng: Random, held_out: bool = False) -> Problem:
-    """A random problem of the eval split (`held_out`) or of the train split."""
-    while True:
+    """A random problem of the eval split (`held_out`) or of the train split.
+
+    Raises:
+        UserError: the settings allow so few problems that the split has none.
+    """
+    for _ in range(1000):
         count = rng.randint(data.min_terms, data.max_terms)
         problem = Problem(tuple(rng.randint(1, data.max_number) for _ in range(count)))
         if problem.held_out == held_out:
             return problem
+    raise UserError("the task has no held-out problem: raise data.max_number or data.max_terms")
 
 
 def prompt_text(problem: Problem) -> str:

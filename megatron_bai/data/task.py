@@ -50,8 +50,8 @@ class Task:
             raise UserError(f"there is no data split {split!r}: use train or eval")
         if len(drawn) < count:
             raise UserError(
-                f"eval prompts {start} to {start + count} asked for, {len(drawn) + start} exist: raise data.eval_prompts, or "
-                "data.max_terms where the task has no more problems"
+                f"there are no eval prompts {start} to {start + count}: raise data.eval_prompts, or data.max_terms where "
+                "the task has no more problems"
             )
         return [self._prompt(problem) for problem in drawn]
 

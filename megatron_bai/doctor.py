@@ -1,0 +1,250 @@
+"""What this machine has, what each missing piece disables, and whether the main job can run.
+
+Versions are compared with the package's own requirements (its installed metadata), so a pin is written in one place.
+Nothing heavy is imported: packages are asked for their metadata, the GPU driver for its devices.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_bai import patches
+from megatron_bai.config import Config
+from megatron_bai.errors import UserError
+
+_PACKAGE = "megatron-bai"
+_OK, _WITHOUT, _FAULT = "ok", "without", "fault"
+_MARKS = {_OK: ("✓", "green"), _WITHOUT: ("–", "yellow"), _FAULT: ("✗", "red")}
+
+# What the main job cannot do without the requirements that deserve a line of their own.
+_ROLES = {
+    "torch": "tensors, collectives and every checkpoint",
+    "megatron-core": "the training engine",
+    "transformers": "tokenizers and the Hugging Face format",
+    "sglang": "rollouts: the inference engine",
+}
+# Optional: import name → what is lost without it. None of these is needed on a CPU.
+_OPTIONAL = {
+    "transformer_engine": (
+        "fused layers, FP8 and context parallelism; Megatron-Core's local layers are used",
+        "pip install 'megatron-bai[gpu]'",
+    ),
+    "apex": ("fused Adam and layer norm; torch's own are used", "build NVIDIA Apex from source"),
+    "flash_attn": ("flash attention in training; unfused attention is used", "pip install flash-attn"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    Attributes:
+        state: `ok`, `without` (something optional is disabled) or `fault` (the main job cannot run).
+        note: what it is for or what is disabled, and what to do.
+    """
+
+    piece: str
+    found: str
+    state: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware. `gpus` as the driver names them; `cpu_flags` as in /proc/cpuinfo; `memory_gib` 0 if unknown."""
+
+    gpus: tuple[str, ...]
+    cores: int
+    memory_gib: float
+    cpu_flags: frozenset[str]
+    compiler: str | None
+
+    @classmethod
+    def look(cls) -> "Machine":
+        affinity = getattr(os, "sched_getaffinity", None)  # what this process may use, not what the machine has
+        return cls(
+            gpus=_gpus(),
+            cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+            memory_gib=_memory_gib(),
+            cpu_flags=_cpu_flags(),
+            compiler=next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None),
+        )
+
+
+def run(config: Config) -> None:
+    """Print the findings.
+
+    Raises:
+        SystemExit: with code 1, the main job cannot run here.
+    """
+    machine = Machine.look()
+    findings = [*examine(config.backend.kind, machine)]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("", "piece", "found", "what it means"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        mark, colour = _MARKS[finding.state]
+        table.add_row(Text(mark, style=colour), Text(finding.piece), Text(finding.found), Text(finding.note))
+    console = Console()
+    console.print(table)
+    faults = [finding.piece for finding in findings if finding.state == _FAULT]
+    if faults:
+        console.print(f"\nThe main job cannot run here: {', '.join(faults)}.", style="red", markup=False)
+        raise SystemExit(1)
+    console.print(f"\nThe main job can run here, on {'GPUs' if machine.gpus else 'the CPU'}.", markup=False)
+
+
+def examine(backend: str, machine: Machine) -> Iterator[Finding]:
+    """Everything the doctor looks at, in the order it is shown.
+
+    Args:
+        backend: the setting `backend.kind`.
+    """
+    yield from _requirements()
+    yield from _optional(machine)
+    yield from _devices(backend, machine)
+    yield from _patches(patches.PATCHES, machine)
+
+
+def _requirements() -> Iterator[Finding]:
+    """Python and the package's requirements; those without a role of their own share one line."""
+    try:
+        own = metadata.metadata(_PACKAGE)
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"{_PACKAGE} is not installed, so its requirements are unknown: run `make install`") from error
+    wanted, version = SpecifierSet(own["Requires-Python"]), platform.python_version()
+    fits = wanted.contains(version, prereleases=True)
+    yield Finding("Python", version, _OK if fits else _FAULT, "" if fits else f"needs {wanted}: make a new environment")
+    wrong, right = [], 0
+    for requirement in sorted(_wanted(own.get_all("Requires-Dist") or []), key=lambda r: r.name not in _ROLES):
+        finding = _pinned(requirement)
+        if requirement.name in _ROLES:
+            yield finding
+        elif finding.state == _OK:
+            right += 1
+        else:
+            wrong.append(finding)
+    yield from wrong
+    yield Finding("other requirements", f"{right} of {right + len(wrong)}", _FAULT if wrong else _OK)
+
+
+def _wanted(lines: Iterable[str]) -> Iterator[Requirement]:
+    """Requirements of the main job: those without an extra, and SGLang, which `make install` adds on a CPU."""
+    for line in lines:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}) or requirement.name in _ROLES:
+            yield requirement
+
+
+def _pinned(requirement: Requirement) -> Finding:
+    """Compare an installed release with its pin; a build's local suffix (`+cpu`) does not count."""
+    found, role = _version(requirement.name), _ROLES.get(requirement.name, "")
+    if found is None:
+        return Finding(requirement.name, "missing", _FAULT, f"{role or 'needed by the package'}: run `make install`")
+    if not requirement.specifier.contains(found, prereleases=True):
+        note = f"needs {requirement.specifier}: run `make install`"
+        return Finding(requirement.name, found, _FAULT, note)
+    return Finding(requirement.name, found, _OK, role)
+
+
+def _optional(machine: Machine) -> Iterator[Finding]:
+    """Accelerators of the GPU path. On a CPU machine nothing is lost without them."""
+    for module, (lost, remedy) in _OPTIONAL.items():
+        name = module.replace("_", "-")
+        if util.find_spec(module) is not None:
+            yield Finding(name, _version(name) or "present", _OK)
+        elif machine.gpus:
+            yield Finding(name, "missing", _WITHOUT, f"no {lost}: {remedy}")
+        else:
+            yield Finding(name, "missing", _WITHOUT, "not needed without a GPU")
+
+
+def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
+    """GPUs, CPU and compiler."""
+    torch_build = _version("torch") or ""
+    if machine.gpus and torch_build.endswith("+cpu"):
+        state = _FAULT if backend == "cuda" else _WITHOUT
+        note = f"unused: torch {torch_build} is a CPU build, install the CUDA build of that release"
+        yield Finding("GPUs", ", ".join(machine.gpus), state, note)
+    elif machine.gpus:
+        yield Finding("GPUs", ", ".join(machine.gpus), _OK)
+    elif backend == "cuda":
+        yield Finding("GPUs", "none", _FAULT, "backend.kind is cuda: set it to auto, or install the NVIDIA driver")
+    else:
+        yield Finding("GPUs", "none", _WITHOUT, "tiny models on gloo only: no NCCL, no bfloat16 speed, no large run")
+    memory = f", {machine.memory_gib:.0f} GiB" if machine.memory_gib else ""
+    yield Finding("CPU", f"{machine.cores} cores{memory}", _OK, "ranks share the cores, one thread each")
+    for name, flag, lost in (
+        ("AMX", "amx_tile", "without SGLang's CPU kernels: its torch fallback serves, more slowly"),
+        ("AVX-512 bf16", "avx512_bf16", "bfloat16 is slow on the CPU: keep backend.dtype and rollout.dtype at float32"),
+    ):
+        if flag in machine.cpu_flags:
+            yield Finding(name, "yes", _OK)
+        else:
+            yield Finding(name, "no", _WITHOUT, "" if machine.gpus else lost)
+    if machine.compiler:
+        yield Finding("C compiler", machine.compiler, _OK)
+    else:
+        note = "without torch.compile, which SGLang's seeded sampling needs: install gcc or clang"
+        yield Finding("C compiler", "none", _WITHOUT, note)
+
+
+def _patches(known: Iterable[patches.Patch], machine: Machine) -> Iterator[Finding]:
+    """Fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
+    for patch in known:
+        piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.found or '–'}"
+        if machine.gpus and patch.scope.endswith("-cpu"):
+            yield Finding(piece, found, _OK, "not needed with a GPU")
+        elif patch.state in ("ready", "applied"):
+            yield Finding(piece, found, _OK, f"{patch.state}: {patch.summary}")
+        else:
+            remedy = f"written for {patch.version}: pip install '{patch.distribution}=={patch.version}'"
+            yield Finding(piece, found, _FAULT, f"{patch.state}; {remedy}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[str, ...]:
+    """Names of the GPUs the NVIDIA driver lists; none where there is no working driver."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in listed.stdout.splitlines() if line.strip())
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def _memory_gib() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError):
+        return 0.0

@@ -1,0 +1,118 @@
+"""The doctor: what it calls a fault, what merely disables something, and its exit code."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+
+import pytest
+
+from megatron_bai import doctor
+from megatron_bai.config import Config
+from megatron_bai.errors import UserError
+from megatron_bai.patches import Patch
+
+CPU = doctor.Machine(gpus=(), cores=2, memory_gib=24.0, cpu_flags=frozenset(), compiler="/usr/bin/cc")
+GPU = replace(CPU, gpus=("NVIDIA H100, 81559 MiB",))
+PINS = {"torch": "2.13.0+cpu", "megatron-core": "0.16.1", "transformers": "5.12.1", "sglang": "0.5.21"}
+
+
+@pytest.fixture
+def installed(monkeypatch) -> dict[str, str]:
+    """Distributions the doctor finds; a test changes it."""
+    found = dict(PINS)
+    monkeypatch.setattr(doctor, "_version", lambda name: found.get(name))
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: Own())
+    monkeypatch.setattr(doctor.patches, "PATCHES", ())
+    return found
+
+
+class Own(dict):
+    """The package's metadata as the tests need it."""
+
+    def __init__(self) -> None:
+        super().__init__({"Requires-Python": ">=3.10"})
+
+    def get_all(self, key: str) -> list[str]:
+        pins = [f"{name}=={version.partition('+')[0]}" for name, version in PINS.items() if name != "sglang"]
+        return [*pins, 'sglang==0.5.21; extra == "gpu"', 'unheard-of==1; extra == "test"']
+
+
+def look(backend: str = "auto", machine: doctor.Machine = CPU) -> dict[str, doctor.Finding]:
+    return {finding.piece: finding for finding in doctor.examine(backend, machine)}
+
+
+def faults(found: dict[str, doctor.Finding]) -> set[str]:
+    return {piece for piece, finding in found.items() if finding.state == "fault"}
+
+
+def test_a_sound_cpu_machine(installed):
+    found = look()
+    assert not faults(found)
+    assert found["torch"].found == "2.13.0+cpu" and found["torch"].state == "ok"
+    assert found["GPUs"].state == found["AMX"].state == "without"
+    assert "unheard-of" not in found  # the tests' extra is no requirement of the main job
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_every_pin_is_compared(installed, name):
+    installed[name] = "0.0.1"
+    assert faults(look()) == {name} and "make install" in look()[name].note
+    del installed[name]
+    assert faults(look()) == {name} and look()[name].found == "missing"
+
+
+def test_another_requirement_missing(installed, monkeypatch):
+    monkeypatch.setattr(Own, "get_all", lambda self, key: ["plotly>=6.0"])
+    assert faults(look()) == {"plotly", "other requirements"}
+
+
+def test_devices(installed):
+    assert faults(look("cuda")) == {"GPUs"}
+    assert faults(look("cuda", GPU)) == {"GPUs"}  # a CPU build of torch beside a GPU
+    installed["torch"] = "2.13.0+cu130"
+    assert not faults(look("cuda", GPU))
+    assert look("auto", replace(CPU, compiler=None))["C compiler"].state == "without"
+
+
+def test_optional_pieces_name_what_is_lost_on_a_gpu_only(installed, monkeypatch):
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    assert "fused" in look(machine=GPU)["apex"].note and "not needed" in look()["apex"].note
+
+
+def test_patches(installed, monkeypatch):
+    patch = Patch("fix", "megatron-bai", "0.0.0", "megatron-cpu", "a symptom", lambda: None)
+    ready = replace(patch, version=metadata.version("megatron-bai"))
+    monkeypatch.setattr(doctor.patches, "PATCHES", (ready,))
+    assert look()["patch fix"].state == "ok" and "ready: a symptom" in look()["patch fix"].note
+    monkeypatch.setattr(doctor.patches, "PATCHES", (patch,))
+    assert faults(look()) == {"patch fix"} and "0.0.0" in look()["patch fix"].note
+    assert not faults(look(machine=GPU))
+
+
+def test_exit_code_and_text(installed, monkeypatch, capsys):
+    monkeypatch.setattr(doctor.Machine, "look", classmethod(lambda cls: CPU))
+    doctor.run(Config())
+    assert "can run here, on the CPU" in capsys.readouterr().out
+    del installed["sglang"]
+    with pytest.raises(SystemExit) as error:
+        doctor.run(Config())
+    assert error.value.code == 1 and "cannot run here: sglang" in capsys.readouterr().out
+
+
+def test_not_installed(monkeypatch):
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "metadata", absent)
+    with pytest.raises(UserError, match="make install"):
+        look()
+
+
+def test_imports_nothing_heavy():
+    code = (
+        "import sys; from megatron_bai import doctor; list(doctor.examine('auto', doctor.Machine.look()));"
+        "sys.exit(', '.join({'torch', 'transformers', 'sglang', 'megatron.core'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
