@@ -3,10 +3,10 @@
 Symptom: `ModuleNotFoundError: No module named 'sgl_kernel'` while SGLang starts with `--device cpu`.
 
 Upstream: PyPI has sglang-kernel for CUDA only; the CPU kernels are built from source and need AMX. On a CPU without
-AMX (`cpu_has_amx_support()`, srt/utils/common.py) SGLang 0.5.21 takes `forward_native` in every layer, and what it
-still takes from `sgl_kernel` is imported by name at load time for speculative decoding (kernels/ops/kvcache/cache_move.py,
-srt/mem_cache/allocation.py, srt/speculative/*.py) plus the hash behind seeded sampling
-(kernels/ops/sampling/murmur_hash.py).
+AMX (`cpu_has_amx_support()`, srt/utils/common.py) SGLang 0.5.21 takes `forward_native` in every layer. What it
+still takes from `sgl_kernel` it imports by name at load time, for speculative decoding
+(kernels/ops/kvcache/cache_move.py, srt/mem_cache/allocation.py, srt/speculative/*.py), plus the hash behind seeded
+sampling (kernels/ops/sampling/murmur_hash.py).
 
 Can go: when a CPU build of sgl_kernel is on PyPI, or upstream imports these names only where they are used.
 """
@@ -16,9 +16,12 @@ import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_bai.patches.registry import Patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 
@@ -48,7 +51,7 @@ class _StandIn(ModuleType):
         return absent
 
 
-def murmur_hash32(seed: "torch.Tensor", positions: "torch.Tensor", columns: "torch.Tensor") -> "torch.Tensor":  # noqa: F821
+def murmur_hash32(seed: "Tensor", positions: "Tensor", columns: "Tensor") -> "Tensor":
     """32-bit MurmurHash3 of (seed low, seed high, position, column), as the CUDA kernel computes it.
 
     Args:
@@ -90,8 +93,7 @@ def _multiply(a: Any, b: int) -> Any:
 def _define_murmur_hash() -> None:
     import torch
 
-    # Dropping the library object would take the operator away again.
-    global _library
+    global _library  # the operator lives as long as this object
     _library = torch.library.Library("sgl_kernel", "FRAGMENT")
     _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
     _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")

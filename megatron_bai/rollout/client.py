@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import aiohttp
 import numpy as np
@@ -17,12 +17,13 @@ from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
+Request: TypeAlias = tuple[dict[str, Any], Callable[[Any], T]]  # what to send, and what makes a result of the reply
 _RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
 _BACKOFF_S = 0.5  # before the first retry; doubles
 
 
 class RolloutClient:
-    """Synchronous outside, concurrent inside; holds no connection between calls.
+    """Synchronous outside, concurrent inside: call it where no event loop runs. Holds no connection between calls.
 
     Args:
         url: of the server, `http://host:port`.
@@ -52,31 +53,15 @@ class RolloutClient:
         Raises:
             UserError: a prompt the model cannot take, before anything is sent; or the server failed.
         """
-        limit = self.rollout.max_new_tokens
         for index, ids in enumerate(prompts):
-            self._check_ids(ids, limit, f"prompt {index}")
-
-        def ask(index: int, member: int, post: "_Post") -> Coroutine[Any, Any, Sample]:
-            ids = list(prompts[index])
-            params = {
-                "temperature": self.rollout.temperature,
-                "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
-                "top_k": -1,
-                "max_new_tokens": limit,
-                "stop_token_ids": [stop_token_id],
-            }
-            if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
-                params["sampling_seed"] = sampling_seed(seed, index, member)
-            body = {
-                "input_ids": ids,
-                "sampling_params": params,
-                "return_logprob": True,
-                "return_routed_experts": True,
-            }
-            return post(body, lambda reply: to_sample(reply, index, ids, self.signature, limit, stop_token_id))
-
-        pairs = [(index, member) for index in range(len(prompts)) for member in range(group_size)]
-        return self._run([lambda post, p=pair: ask(*p, post) for pair in pairs])
+            self._check_ids(ids, self.rollout.max_new_tokens, f"prompt {index}")
+        members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
+        return self._run(
+            [
+                self._sampling_request(index, ids, sampling_seed(seed, index, member), stop_token_id)
+                for index, ids, member in members
+            ]
+        )
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
         """The server's own log-probabilities of given tokens, at temperature 1.
@@ -93,16 +78,7 @@ class RolloutClient:
         for index, ids in enumerate(token_lists):
             self._check_ids(ids, 0, f"sequence {index}")
 
-        def ask(ids: list[int], post: "_Post") -> Coroutine[Any, Any, np.ndarray]:
-            body = {
-                "input_ids": ids,
-                "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
-                "return_logprob": True,
-                "logprob_start_len": 0,
-            }
-            return post(body, lambda reply: to_scores(reply, ids, self.vocab_size))
-
-        return self._run([lambda post, ids=list(ids): ask(ids, post) for ids in token_lists])
+        return self._run([self._scoring_request(list(ids)) for ids in token_lists])
 
     def weight_version(self) -> str:
         """Of the weights the server samples with now."""
@@ -121,33 +97,47 @@ class RolloutClient:
                 "the model and rollout.max_total_tokens allow: lower rollout.max_new_tokens"
             )
 
-    def _run(self, jobs: "Sequence[Callable[[_Post], Coroutine[Any, Any, T]]]") -> list[T]:
-        """Run jobs, at most `rollout.concurrency` requests at once; results in order. The first failure ends all."""
+    def _sampling_request(self, prompt: int, ids: list[int], seed: int, stop_token_id: int) -> Request[Sample]:
+        limit = self.rollout.max_new_tokens
+        params = {
+            "temperature": self.rollout.temperature,
+            "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
+            "top_k": -1,
+            "max_new_tokens": limit,
+            "stop_token_ids": [stop_token_id],
+        }
+        if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
+            params["sampling_seed"] = seed
+        body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
+        return body, lambda reply: to_sample(reply, prompt, ids, self.signature, limit, stop_token_id)
+
+    def _scoring_request(self, ids: list[int]) -> Request[np.ndarray]:
+        params = {"temperature": 1.0, "max_new_tokens": 0}
+        body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
+        return body, lambda reply: to_scores(reply, ids, self.vocab_size)
+
+    def _run(self, requests: list[Request[T]]) -> list[T]:
+        """Send requests, at most `rollout.concurrency` at once; results in order. The first failure ends all."""
 
         async def run() -> list[T]:
             gate = asyncio.Semaphore(self.rollout.concurrency)
             timeout = aiohttp.ClientTimeout(total=self.rollout.request_timeout_s)
             connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
             async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-                return await asyncio.gather(*(job(_Post(self.url, session, gate, self.rollout.retries)) for job in jobs))
+                return await asyncio.gather(*(self._ask(session, gate, body, parse) for body, parse in requests))
 
         return asyncio.run(run())
 
-
-class _Post:
-    """One `/generate` request, repeated while the failure may pass."""
-
-    def __init__(self, url: str, session: aiohttp.ClientSession, gate: asyncio.Semaphore, retries: int):
-        self.url, self.session, self.gate, self.retries = url, session, gate, retries
-
-    async def __call__(self, body: dict[str, Any], parse: Callable[[Any], T]) -> T:
-        """Send `body`; `parse` turns the decoded reply into the result or raises ValueError."""
-        failure = ""
-        for attempt in range(self.retries + 1):
+    async def _ask(
+        self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, body: dict[str, Any], parse: Callable[[Any], T]
+    ) -> T:
+        """One request, repeated while its failure may pass. `parse` raises ValueError for a reply it cannot take."""
+        failure, attempts = "", self.rollout.retries + 1
+        for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
             try:
-                async with self.gate, self.session.post(self.url + "/generate", json=body) as reply:
+                async with gate, session.post(self.url + "/generate", json=body) as reply:
                     text, status = await reply.text(), reply.status
                 if 400 <= status < 500:  # asking again would not help
                     raise UserError(f"SGLang at {self.url} refused a request with {status}: {text[:300]}")
@@ -155,10 +145,12 @@ class _Post:
                     raise ValueError(f"status {status}: {text[:300]}")
                 return parse(json.loads(text))
             except asyncio.TimeoutError:
-                failure = f"no answer within rollout.request_timeout_s={self.session.timeout.total:g} s"
-            except (aiohttp.ClientError, ValueError) as error:
-                failure = f"{type(error).__name__} {error}" if isinstance(error, aiohttp.ClientError) else str(error)
-        raise UserError(f"SGLang at {self.url} failed {self.retries + 1} times to generate: {failure}")
+                failure = f"no answer within rollout.request_timeout_s={self.rollout.request_timeout_s:g} s"
+            except aiohttp.ClientError as error:
+                failure = f"{type(error).__name__} {error}"
+            except ValueError as error:
+                failure = str(error)
+        raise UserError(f"SGLang at {self.url} failed {attempts} times to generate: {failure}")
 
 
 def sampling_seed(seed: int, prompt: int, member: int) -> int:

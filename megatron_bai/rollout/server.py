@@ -122,7 +122,8 @@ class SGLangServer:
         """Raise a UserError that quotes the log if the server has ended."""
         if self._process is None or self._process.poll() is not None:
             code = self._process.returncode if self._process else "none"
-            raise UserError(f"the SGLang server ended (exit code {code}): {last_error(self.log_path)} [{self.log_path}]")
+            words = last_error(self.log_path)
+            raise UserError(f"the SGLang server ended (exit code {code}): {words} [{self.log_path}]")
 
     def _arguments(self) -> list[str]:
         """SGLang's own command line."""

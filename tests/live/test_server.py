@@ -6,14 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB, save_tiny
+from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB, save_tiny
 from transformers import Qwen3MoeForCausalLM
 
 from megatron_bai.errors import UserError
@@ -35,7 +36,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, ids: np.ndarray, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities `[T − 1]` of tokens 1… and expert sets `[T − 1, layers, topk]`, sorted, of tokens …T − 2."""
+        """Log-probabilities `[T − 1]` of tokens 1…T−1; experts `[T − 1, layers, topk]` of tokens 0…T−2, sorted."""
         chosen: list[torch.Tensor] = []
         hooks = [gate.register_forward_hook(lambda m, i, out: chosen.append(out[-1])) for gate in self.gates]
         logits = self.model(torch.from_numpy(ids)[None]).logits[0, :-1] / temperature
@@ -157,14 +158,32 @@ def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) ->
 
 
 PARENT = """
-import sys, time
+import time
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.server import SGLangServer
 server = SGLangServer({model!r}, Rollout(), {log!r})
-{start}
+server.start()
 print(server.url, flush=True)
 time.sleep(600)
 """
+
+
+@contextmanager
+def trainer(model: Path, log: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that starts a server and then does nothing. Ended here with all that it started."""
+    code = PARENT.format(model=str(model), log=str(log))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    started: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            started = family(process.pid)
+            process.kill()
+        process.wait()
+        for orphan in started:
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -172,38 +191,39 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    """Whether all end soon. (A zombie has ended: whether it is reaped is up to this machine's init.)"""
+    """Whether all end soon; if not, ends them. (A zombie has ended: reaping it is up to this machine's init.)"""
     _, alive = psutil.wait_procs(processes, timeout=30)
-    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive if p.is_running())
+    left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    for process in left:
+        process.kill()
+    return not left
 
 
 def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    code = PARENT.format(model=str(checkpoints["v0"]), log=str(tmp_path / "log"), start="server.start()")
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    url = parent.stdout.readline().strip()
-    client = RolloutClient(url, ROLLOUT, SIGNATURE, VOCAB, LENGTH)
-    assert client.generate([[5]], 1, 0, STOP)
-    processes = family(parent.pid)
-    assert len(processes) >= 3, "server, scheduler, detokenizer"
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    assert gone(processes)
+    with trainer(checkpoints["v0"], tmp_path / "log") as parent:
+        assert parent.stdout is not None
+        url = parent.stdout.readline().strip()
+        client = RolloutClient(url, ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+        assert client.generate([[5]], 1, 0, STOP)
+        processes = family(parent.pid)
+        assert len(processes) >= 3, "server, scheduler, detokenizer"
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert gone(processes)
     with pytest.raises(UserError, match=rf"SGLang at {url} failed 3 times"):
         client.generate([[5]], 1, 0, STOP)
 
 
 def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    code = PARENT.format(model=str(checkpoints["v0"]), log=str(tmp_path / "log"), start="server.start()")
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    workers: list[psutil.Process] = []
-    while not workers and parent.poll() is None:  # the scheduler has started and is importing
-        time.sleep(0.1)
-        workers = [p for p in family(parent.pid) if "multiprocessing.spawn" in " ".join(p.cmdline())]
-    processes = family(parent.pid)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    assert workers and gone(processes)
+    with trainer(checkpoints["v0"], tmp_path / "log") as parent:
+        workers: list[psutil.Process] = []
+        while not workers and parent.poll() is None:  # until the scheduler has started and is importing
+            time.sleep(0.1)
+            workers = [p for p in family(parent.pid) if "multiprocessing.spawn" in " ".join(p.cmdline())]
+        processes = family(parent.pid)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert workers and gone(processes)
 
 
 def test_a_killed_server_is_one_clear_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:

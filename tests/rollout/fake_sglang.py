@@ -1,4 +1,4 @@
-"""A server that answers `/generate` as SGLang does, except where a test wants a fault no real server can be asked for."""
+"""A server that answers as SGLang does, except where a test wants a fault that no real server can be asked for."""
 
 import asyncio
 import base64

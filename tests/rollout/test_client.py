@@ -35,7 +35,8 @@ def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:
         samples = client(url, temperature=0.7).generate([[2, 3], [4]], 2, seed=5, stop_token_id=STOP)
     assert [(s.prompt, s.tokens[0]) for s in samples] == [(0, 2), (0, 2), (1, 4), (1, 4)]
     asked = {(tuple(b["input_ids"]), b["sampling_params"]["sampling_seed"]) for b in bodies}
-    assert asked == {((2, 3), sampling_seed(5, 0, m)) for m in (0, 1)} | {((4,), sampling_seed(5, 1, m)) for m in (0, 1)}
+    prompts = {0: (2, 3), 1: (4,)}
+    assert asked == {(ids, sampling_seed(5, index, m)) for index, ids in prompts.items() for m in (0, 1)}
     params = bodies[0]["sampling_params"]
     assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 1.0, -1)
     assert params["stop_token_ids"] == [STOP] and params["max_new_tokens"] == NEW_TOKENS

@@ -109,7 +109,13 @@ def test_cpu_is_recognised_either_way(way: list[str]) -> None:
     assert on_cpu(["--dtype", "float32", *way]) and not on_cpu(["--device", "cuda", "--served-model-name", "cpu"])
 
 
-DIES = "import time; from megatron_bai.rollout.serve import die_with; die_with({}); print('armed', flush=True); time.sleep(60)"
+DIES = """
+import time
+from megatron_bai.rollout.serve import die_with
+die_with({})
+print('armed', flush=True)
+time.sleep(60)
+"""
 
 
 def test_a_child_dies_with_its_parent() -> None:
