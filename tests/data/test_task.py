@@ -47,6 +47,8 @@ def test_eval_prompts_are_all_different_and_never_trained_on(task):
         ("answer:{0}0<eos>", 0.0),
         ("answer:0{0}<eos>", 0.0),
         ("answer:{0}", 0.0),  # cut off
+        ("answer:{0};", 0.0),
+        ("answer:{0}<pad>", 0.0),
         ("answer:{0};<eos>", 0.0),
         ("{0}<eos>", 0.0),
         ("<eos>", 0.0),

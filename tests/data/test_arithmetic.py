@@ -1,0 +1,65 @@
+"""The task's texts are true, and its settings are checked."""
+
+import re
+from random import Random
+
+import pytest
+
+from megatron_bai.config import Data
+from megatron_bai.data.arithmetic import STYLES, Problem, direct, document, draw_problem, steps
+from megatron_bai.errors import UserError
+
+
+def test_the_two_ways_to_answer():
+    problem = Problem((7, 8, 5))
+    assert (problem.expression, problem.answer) == ("7+8+5", "20")
+    assert direct(problem) == "answer:20"
+    assert steps(problem) == "7+8=15;15+5=20;answer:20"
+
+
+def is_true(text: str) -> bool:
+    """Whether a fact, a sum or a count is what it says."""
+    if match := re.fullmatch(r"(\d+) is (odd|even)", text):
+        return ("even", "odd")[int(match[1]) % 2] == match[2]
+    if match := re.fullmatch(r"(\d+) is (more|less) than (\d+)", text):
+        return int(match[1]) != int(match[3]) and (int(match[1]) > int(match[3])) == (match[2] == "more")
+    if match := re.fullmatch(r"count:(\d+)((?: \d+)+)", text):
+        rest = [int(n) for n in match[2].split()]
+        return rest == [int(match[1]) + 1 + i for i in range(len(rest))]
+    if match := re.fullmatch(r"(\d+)\+(\d+)=(\d+)", text):
+        return int(match[1]) + int(match[2]) == int(match[3])
+    return re.fullmatch(r"(\d+\+)+", text) is not None  # an unfinished expression claims nothing
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_statement_is_true(style):
+    rng, kinds = Random(0), set()
+    for _ in range(2000):
+        text = document(Data(), style, rng)
+        *lines, last = text.response.split(";")
+        assert all(is_true(line) for line in lines), text
+        if text.prompt:
+            terms = re.fullmatch(r"<user>([\d+]+)<assistant>", text.prompt)[1].split("+")
+            assert last == f"answer:{sum(map(int, terms))}", text
+            kinds.add("reasoning" if lines else "instruct")
+        else:
+            assert is_true(last), text
+            kinds.add(re.sub(r"[\d ]+", "", last)[:6])
+    if style == "pretrained":  # mixed: both ways to answer, and every kind of fact
+        assert {"instruct", "reasoning", "isodd", "iseven", "ismore", "isless", "count:", "+=", "+"} <= kinds
+    else:
+        assert kinds == {style}
+
+
+def test_sizes_follow_the_settings():
+    data, rng = Data(min_terms=4, max_terms=6, max_number=3), Random(0)
+    problems = [draw_problem(data, rng) for _ in range(500)]
+    assert {len(p.terms) for p in problems} == {4, 5, 6}
+    assert {n for p in problems for n in p.terms} == {1, 2, 3}
+    assert not any(p.held_out for p in problems) and draw_problem(data, rng, held_out=True).held_out
+
+
+def test_a_task_without_held_out_problems_is_refused(monkeypatch):
+    monkeypatch.setattr(Problem, "held_out", False)
+    with pytest.raises(UserError, match="data.max_number"):
+        draw_problem(Data(), Random(0), held_out=True)
