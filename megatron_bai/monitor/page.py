@@ -12,6 +12,8 @@ from plotly.offline import get_plotlyjs
 
 Chart = dict[str, Any]
 
+_DASHES = {"solid": "solid", "dot": "dotted"}  # plotly's names of line styles and CSS's
+
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --text: #1d1f23; --soft: #62676f; --line: #e3e4e6;
   --mark: #fdf3d8 }
@@ -37,12 +39,14 @@ dd.big { font-size: 1.3rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 figure { margin: 0; padding: .85rem .5rem .25rem }
 figcaption { font-size: .88rem; font-weight: 600; padding: 0 .6rem }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .25rem .6rem 0; font-size: .78rem; color: var(--soft) }
+.legend i { display: inline-block; width: 1.3rem; margin-right: .4rem; vertical-align: middle }
 .plot { height: 17rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line) }
 td { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
-th { font-weight: 500; color: var(--soft); overflow-wrap: anywhere }
+th { font-weight: 500; color: var(--soft) }
 tr.differs { background: var(--mark) }
 summary { cursor: pointer; color: var(--soft) }
 @media (max-width: 36rem) { body { padding: 1.25rem .75rem 3rem } .plot { height: 14rem } }
@@ -58,7 +62,7 @@ function layout(chart) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--soft"), size: 12 },
     margin: { l: 48, r: 14, t: 10, b: 34 }, hovermode: "x unified", barmode: "stack", bargap: .25,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-    showlegend: chart.legend, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    showlegend: false,  // the page's own wraps below the title and leaves the plot its height
     xaxis: { ...axis, title: { text: "global step", standoff: 6 } },
     yaxis: { ...axis, type: chart.log ? "log" : "linear", exponentformat: "e", rangemode: "tozero" },
   };
@@ -72,8 +76,17 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 def figure(index: int, chart: Chart) -> str:
     """The place where the script draws chart number `index`."""
-    title = escape(chart["title"])
-    return f'<figure><figcaption>{title}</figcaption><div class="plot" id="chart{index}"></div></figure>'
+    keys = "".join(_key(trace) for trace in chart["traces"]) if chart["legend"] else ""
+    legend = f'<div class="legend">{keys}</div>' if keys else ""
+    title = f"<figcaption>{escape(chart['title'])}</figcaption>"
+    return f'<figure>{title}{legend}<div class="plot" id="chart{index}"></div></figure>'
+
+
+def _key(trace: dict[str, Any]) -> str:
+    """A legend's entry: a piece of the line, or of the bar, and the trace's name (escaped already, for plotly)."""
+    line = trace.get("line")
+    style = f"2px {_DASHES[line['dash']]} {line['color']}" if line else f"8px solid {trace['marker']['color']}"
+    return f'<span><i style="border-top:{style}"></i>{trace["name"]}</span>'
 
 
 def facts(items: list[tuple[str, str]], big: int = 0) -> str:

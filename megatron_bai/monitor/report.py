@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
+from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor import page
 
 _COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#c94f8f", "#8c6d4f")
-_DASHES = ("solid", "dot", "dash", "dashdot")
+_DASHES = ("solid", "dot")  # of a chart's first and second metric
 _PHASES = ("rollout", "old_logprob", "update", "sync")
 
 # section → (intro, charts as (title, {metric: label}, log scale)); a chart without data is left out
@@ -67,6 +68,14 @@ class RunData:
         """Steps that have a number under `key`, and the numbers; one that is not finite is a gap (None)."""
         found = [(int(r["step"]), r[key]) for r in self.records if _is_number(r.get(key))]
         return [step for step, _ in found], [float(v) if math.isfinite(v) else None for _, v in found]
+
+
+def run(config: Config) -> None:
+    """The verb `report`: `report.runs` (or this run) into `report.output` (or `report.html` in the first run)."""
+    run_dirs = [Path(name) for name in config.report.runs or [config.run.dir]]
+    output = Path(config.report.output) if config.report.output else run_dirs[0] / "report.html"
+    write_report(run_dirs, output)
+    print(f"wrote {output}")
 
 
 def write_report(run_dirs: list[Path], output: Path) -> None:
@@ -255,7 +264,7 @@ def _merge_section(runs: list[RunData]) -> str:
     cards = []
     for run in (run for run in runs if run.provenance):
         sources = [s for s in run.provenance.get("sources", []) if isinstance(s, dict)]
-        rows = [[str(s.get("path")), str(s.get("coefficient")), str(s.get("digest", ""))[:16]] for s in sources]
+        rows = [[str(s.get("path")), str(s.get("coefficient")), str(s.get("digest", ""))[:12]] for s in sources]
         recipe = flatten({key: run.provenance.get(key) for key in ("recipe", "created")})
         recipe.pop("recipe.terms", None)  # the table below
         cards.append(f'<div class="card"><h3>{escape(run.name)}</h3>{page.facts(list(recipe.items()))}<br>')

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
+from megatron_bai.monitor import report
 from megatron_bai.monitor.report import load_run, write_report
 
 
@@ -65,6 +67,7 @@ def test_runs_side_by_side(tmp_path, steps):
     html = (tmp_path / "report.html").read_text()
     traces = charts_of(html)["Reward, mean over the batch"]["traces"]
     assert [len(t["x"]) for t in traces] == [3, 2]
+    assert all(f"</i>{trace['name']}</span>" in html for trace in traces)  # the legend
     assert len({t["name"] for t in traces}) == 2 and len({t["line"]["color"] for t in traces}) == 2
     assert html.count("<tr class=differs>") == 1  # replay.mode, not seed
 
@@ -132,6 +135,14 @@ def test_refuses_damaged_companions(tmp_path, name, text):
     (run / name).write_text(text)
     with pytest.raises(UserError, match=name):
         write_report([run], tmp_path / "report.html")
+
+
+def test_the_verb(tmp_path, steps, capsys):
+    run = make_run(tmp_path / "demo", steps)
+    report.run(Config(run=Run(dir=str(run))))
+    assert (run / "report.html").is_file() and str(run / "report.html") in capsys.readouterr().out
+    report.run(Config(report=Report(runs=[str(run), str(run)], output=str(tmp_path / "two.html"))))
+    assert len(charts_of((tmp_path / "two.html").read_text())["Reward, mean over the batch"]["traces"]) == 2
 
 
 def test_needs_a_run(tmp_path):
