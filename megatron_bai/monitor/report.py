@@ -34,6 +34,7 @@ _SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Responses cut off at the limit, fraction", {"truncated_fraction": "fraction"}, False),
             ("Reward, standard deviation over the batch", {"reward_std": "std"}, False),
             ("Loss", {"loss": "loss"}, False),
+            ("Learning rate", {"learning_rate": "rate"}, False),
         ],
     ),
     "Stability": (
@@ -65,9 +66,9 @@ class RunData:
     provenance: dict[str, Any]
 
     def series(self, key: str) -> tuple[list[int], list[float | None]]:
-        """Steps that have a number under `key`, and the numbers; one that is not finite is a gap (None)."""
-        found = [(int(r["step"]), r[key]) for r in self.records if _is_number(r.get(key))]
-        return [step for step, _ in found], [float(v) if math.isfinite(v) else None for _, v in found]
+        """Steps that have a number under `key`, and the numbers; null and what is not finite are gaps (None)."""
+        found = [(int(r["step"]), r[key]) for r in self.records if key in r and (r[key] is None or _is_number(r[key]))]
+        return [step for step, _ in found], [float(v) if v is not None and math.isfinite(v) else None for _, v in found]
 
 
 def run(config: Config) -> None:
@@ -252,10 +253,12 @@ def _headline(run: RunData) -> str:
     if "weight_version" in run.records[-1]:
         items.append(("Weight version", str(run.records[-1]["weight_version"])))
     big = len(items)
-    layout = run.summary.get("parallel") or run.config.get("parallel")
+    if run.summary.get("complete") is False:
+        items.append(("State", "not finished"))
+    layout = run.summary.get("layout") or run.config.get("parallel")
     for label, group in (("Layout", layout), ("Versions", run.summary.get("versions"))):
         if isinstance(group, dict):
-            items.append((label, " · ".join(f"{key} {value}" for key, value in flatten(group).items())))
+            items.append((label, " · ".join(f"{key} {value}" for key, value in flatten(group).items() if value)))
     return page.facts(items, big)
 
 

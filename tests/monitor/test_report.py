@@ -46,10 +46,10 @@ def steps() -> list[dict[str, Any]]:
 
 
 def test_one_file_with_headlines_and_charts(tmp_path, steps):
-    run = make_run(tmp_path / "demo", steps, config="trainer: {steps: 3}", versions={"torch": "2.13.0"})
+    run = make_run(tmp_path / "demo", steps, config="trainer: {steps: 3}", versions={"torch": "2.13.0", "apex": None}, layout={"tensor": 2})
     write_report([run], tmp_path / "out" / "report.html")
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "0.000 → 0.500" in html and "rollout, 60%" in html and "torch 2.13.0" in html and "trainer.steps" in html
+    assert "0.000 → 0.500" in html and "rollout, 60%" in html and "torch 2.13.0<" in html and "tensor 2" in html and "trainer.steps" in html
     assert "<script src" not in html and "<link" not in html  # opens offline
     charts = charts_of(html)
     kl = charts["Training–inference KL (k3)"]
@@ -74,9 +74,10 @@ def test_runs_side_by_side(tmp_path, steps):
 
 def test_a_run_in_progress(tmp_path, steps):
     """A half-written last line is left out, a repeated step counts once, a number that is not finite is a gap."""
-    run = make_run(tmp_path, [*steps, {"step": 2, "reward_mean": float("nan")}], tail='{"step": 3, "rew')
+    run = make_run(tmp_path, [*steps, {"step": 2, "reward_mean": float("nan"), "loss": None}], tail='{"step": 3, "rew')
     data = load_run(run, "run", "#000")
     assert data.series("reward_mean") == ([0, 1, 2], [0.0, 0.25, None])
+    assert data.series("loss") == ([2], [None])
     write_report([run], tmp_path / "report.html")
     assert charts_of((tmp_path / "report.html").read_text())["Reward, mean over the batch"]["traces"][0]["y"][2] is None
 
