@@ -59,7 +59,8 @@ def run(config: Config) -> None:
         seconds = time.monotonic() - started
         checked = f", {outcome.checked:,} elements checked" if outcome.checked else ""
         what = "merged" if outcome.written else "nothing to do, the output holds this merge:"
-        print(f"{what} {outcome.tensors:,} tensors, {outcome.nbytes:,} bytes in {seconds:.1f} s{checked}: {settings.output}")
+        size = f"{outcome.tensors:,} tensors, {outcome.nbytes:,} bytes"
+        print(f"{what} {size} in {seconds:.1f} s{checked}: {settings.output}")
 
 
 def recipe_of(settings: Merge) -> Recipe:
@@ -161,5 +162,6 @@ def describe(work: Plan, recipe: Recipe, target: Path) -> None:
             print(f"    not used, {reason}: {len(keys)} entries such as {keys[0]}")
     merged = sum(output.merged for output in work.outputs.values())
     objects = sum(len(unit.objects) for unit in work.units)
-    print(f"{merged} tensors merged, {len(work.outputs) - merged} must be equal and are copied, {objects} objects carried")
+    equal = len(work.outputs) - merged
+    print(f"{merged} tensors merged, {equal} must be equal and are copied, {objects} objects carried")
     print(f"reads {work.bytes_read:,} bytes, writes {work.bytes_written:,} bytes in {len(work.units)} files to {target}")

@@ -87,7 +87,7 @@ def inspect(config: Config) -> None:
     """
     if not config.inspect.path:
         raise UserError("inspect.path is empty: give a checkpoint's directory")
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console(soft_wrap=True)  # tables fit the terminal, lines are left to it
     scratch = Scratch()
     with TorchDist(config.inspect.path, scratch) as source:
         _print_content(console, source)

@@ -75,7 +75,7 @@ def read_metadata(path: Path) -> Any:
         if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
             raise _Refused("it holds no index")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: the directory holds no torch_dist checkpoint, or an unfinished one") from None
+        raise UserError(f"{path} is missing: there is no torch_dist checkpoint, or an unfinished one") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except _Refused as error:

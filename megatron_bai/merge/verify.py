@@ -19,8 +19,8 @@ SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is checked, and at lea
 def verify(plan: Plan, output: TorchDist, ranks: Ranks, everything: bool) -> int:
     """Compare `output` with Σ coefficient · value in float64; every rank calls it.
 
-    Let x be the exact sum. The written value may differ from x by one rounding to the output's dtype, |x|·ε/2, and
-    by the rounding of the accumulation, (n + 1)·ε_acc·Σ|coefficient · value| for n sources. (ε is `torch.finfo(…).eps`.)
+    Let x be the exact sum. The written value may differ from x by one rounding to the output's dtype, |x|·ε/2, and by
+    that of the accumulation, (n + 1)·ε_acc·Σ|coefficient · value| for n sources. (ε is `torch.finfo(…).eps`.)
 
     Args:
         output: the written checkpoint.
@@ -46,7 +46,8 @@ def verify(plan: Plan, output: TorchDist, ranks: Ranks, everything: bool) -> int
 
 def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
     for tensor in plan.outputs.values():
-        boxes = [box for chunk in plan.base.tensors[tensor.key].chunks for box in split(chunk.offsets, chunk.sizes, TILE)]
+        chunks = plan.base.tensors[tensor.key].chunks
+        boxes = [box for chunk in chunks for box in split(chunk.offsets, chunk.sizes, TILE)]
         if not everything:  # a different place in each tensor: the key's hash says where
             boxes = boxes[zlib.crc32(tensor.key.encode()) % min(SAMPLE_EVERY, len(boxes)) :: SAMPLE_EVERY]
         yield from ((tensor, box) for box in boxes)
@@ -68,7 +69,8 @@ def _compare(plan: Plan, output: TorchDist, tensor: Output, box: Box) -> None:
             magnitude += term.abs_()
         kind = torch.finfo(tensor.dtype)
         accumulator = torch.finfo(torch.float64 if tensor.dtype.itemsize > 2 else torch.float32)
-        bound = exact.abs() * kind.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + kind.smallest_normal * kind.eps
+        subnormal = kind.smallest_normal * kind.eps
+        bound = exact.abs() * kind.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + subnormal
         wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
     if wrong.any():
         at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0]))

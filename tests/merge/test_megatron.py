@@ -1,0 +1,30 @@
+"""The format as Megatron-Core writes and reads it, over two ranks that torchrun started."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import megatron_io
+import pytest
+import torch
+
+from megatron_bai.config import Config
+from megatron_bai.merge import command
+
+
+@pytest.mark.distributed
+def test_megatrons_checkpoints_merge_and_the_result_loads_in_other_layouts(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("megatron_io.py")
+    done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    for seed in range(3):
+        found = checkpoints.read(tmp_path / str(seed))
+        assert all(torch.equal(found[key], value) for key, value in checkpoints.model(seed).items())
+    command.run(Config(merge=megatron_io.settings(tmp_path, "alone")))
+    alone, together = checkpoints.read(tmp_path / "alone"), checkpoints.read(tmp_path / "together")
+    assert alone.keys() == together.keys() and all(torch.equal(together[key], value) for key, value in alone.items())
+    terms = [(checkpoints.model(seed), weight) for seed, weight in ((0, 0.5), (1, 0.25), (2, 0.25))]
+    assert torch.equal(alone["decoder.scale"], checkpoints.exact(terms, "decoder.scale").bfloat16())
