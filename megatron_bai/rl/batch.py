@@ -72,17 +72,20 @@ def from_samples(
     return Batch(*map(torch.from_numpy, tensors))
 
 
-def from_supervised(tokens: np.ndarray, target: np.ndarray, signature: RouteSignature) -> Batch:
+def from_supervised(tokens: np.ndarray, target: np.ndarray) -> Batch:
     """A batch for supervised training.
 
     Args:
         tokens: `[B, T]` int64.
         target: `[B, T]` bool, true where token t is to be learned.
     """
+    batch = blank(torch.from_numpy(tokens))
+    batch.mask[:, :-1] = torch.from_numpy(target)[:, 1:]
+    return batch
+
+
+def blank(tokens: torch.Tensor) -> Batch:
+    """A batch of `[B, T]` tokens with nothing to learn and no routes."""
     b, length = tokens.shape
-    mask = np.zeros_like(target, dtype=bool)
-    mask[:, :-1] = target[:, 1:]
-    zeros = np.zeros((b, length), dtype=np.float32)
-    empty = np.zeros((b, 0, signature.topk), dtype=signature.dtype)
-    tensors = (tokens, mask, zeros, zeros.copy(), np.zeros(b, np.float32), empty, np.zeros((b, length), bool))
-    return Batch(*map(torch.from_numpy, tensors))
+    nothing, never = torch.zeros(b, length), torch.zeros(b, length, dtype=torch.bool)
+    return Batch(tokens, never, nothing, nothing.clone(), torch.zeros(b), torch.zeros(b, 0), never.clone())

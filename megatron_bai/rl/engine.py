@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model.build import Actor
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batch import Batch, blank
 from megatron_bai.rl.logprobs import entropy, token_logprobs
 from megatron_bai.rl.objectives import Objective
-from megatron_bai.rl.stats import Stats
+from megatron_bai.monitor.stats import Stats
 from megatron_bai.routing.layout import rank_rows
 from megatron_bai.routing.replay import MicroRoutes, RoutingReplay
 
@@ -75,6 +75,23 @@ class Engine:
             return Scores(None, None, recorded)
         cat = {name: torch.cat([output[name] for output in outputs]) for name in ("logprobs", "entropy")}
         return Scores(cat["logprobs"], cat["entropy"], recorded)
+
+    @torch.no_grad()
+    def probe(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Log-probabilities of tokens at temperature 1, with live routing. Collective.
+
+        Args:
+            tokens: `[B, T]` int64.
+
+        Returns:
+            `[B, T]` float32 on ranks of the last stage, as `token_logprobs`; None elsewhere.
+        """
+
+        def collect(logits: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> torch.Tensor:
+            return token_logprobs(logits, micro.tokens, 1.0)
+
+        outputs = self._run([blank(tokens)], None, None, collect, forward_only=True)
+        return outputs[0] if self.last_stage else None
 
     def update(
         self,

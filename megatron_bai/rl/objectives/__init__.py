@@ -13,7 +13,7 @@ import torch
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rl.batch import Batch
-from megatron_bai.rl.stats import Stats
+from megatron_bai.monitor.stats import Stats
 
 Loss = Callable[[torch.Tensor, Batch, config.Objective], tuple[torch.Tensor, Stats]]
 

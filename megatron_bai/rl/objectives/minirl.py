@@ -4,7 +4,7 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.rl.batch import Batch
-from megatron_bai.rl.stats import Stats
+from megatron_bai.monitor.stats import Stats
 
 
 def loss(logprobs: torch.Tensor, batch: Batch, settings: config.Objective) -> tuple[torch.Tensor, Stats]:

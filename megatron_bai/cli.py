@@ -1,0 +1,178 @@
+"""`megatron-bai VERB [group.key=value …]`: every verb takes the same Hydra configuration."""
+
+import importlib
+import inspect
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb does, where its code is, and which setting groups it reads."""
+
+    summary: str
+    function: str  # module:function taking the Config; imported when the verb runs
+    groups: tuple[str, ...]
+    example: str
+
+
+_TRAINING = ("run", "backend", "model", "parallel", "data", "init")
+VERBS = {
+    "merge": Verb(
+        "Merge a pretrained, an instruction-tuned and a reasoning checkpoint into the actor RL starts from (BAI).",
+        "megatron_bai.merge.command:run",
+        ("merge",),
+        "megatron-bai merge merge.pretrained=a 'merge.members=[b,c]' 'merge.weights=[.5,.5]' merge.output=d",
+    ),
+    "train": Verb(
+        "Train: reinforcement learning, or supervised with objective=sft. Start several processes with torchrun.",
+        "megatron_bai.train:run",
+        _TRAINING + ("rollout", "replay", "objective", "supervised", "trainer"),
+        "torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo",
+    ),
+    "serve": Verb(
+        "Serve a checkpoint with SGLang until interrupted.",
+        "megatron_bai.serve:run",
+        ("run", "backend", "serve", "rollout"),
+        "megatron-bai serve serve.checkpoint=runs/demo/actor",
+    ),
+    "convert": Verb(
+        "Convert a checkpoint between Megatron torch_dist and Hugging Face safetensors.",
+        "megatron_bai.model.convert:run",
+        ("backend", "convert"),
+        "megatron-bai convert convert.source=runs/demo/actor convert.target=actor-hf convert.to=hf",
+    ),
+    "inspect": Verb(
+        "Describe a Megatron checkpoint, or compare two.",
+        "megatron_bai.merge.inspect:inspect",
+        ("inspect",),
+        "megatron-bai inspect inspect.path=runs/demo/actor",
+    ),
+    "report": Verb(
+        "Write one HTML page about runs, finished or in progress.",
+        "megatron_bai.monitor.report:run",
+        ("run", "report"),
+        "megatron-bai report 'report.runs=[runs/demo,runs/other]' report.output=both.html",
+    ),
+    "doctor": Verb(
+        "Say what this machine has, and what each missing piece disables.",
+        "megatron_bai.doctor:run",
+        (),
+        "megatron-bai doctor",
+    ),
+}
+_HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--multirun|-m|--resolve|--package|-p|--hydra-help|--shell-completion)")
+
+
+def main() -> None:
+    """Entry point. Exits with 0, 1 (`doctor` found the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|hydra)\b")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _run(sys.argv[1:])
+    except UserError as error:
+        _complain(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("megatron-bai: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(_overview())
+        return
+    name, *rest = arguments
+    if name not in VERBS:
+        raise UserError(f"there is no verb {name!r}: choose one of {', '.join(VERBS)}")
+    verb = VERBS[name]
+    if "--help" in rest or "-h" in rest:
+        print(_help(name, verb))
+        return
+    config.register()
+    if any(_HYDRA_FLAGS.match(word) for word in rest):  # Hydra's own: sweeps, printing the configuration
+        sys.argv = [f"megatron-bai {name}", *rest]
+        start = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
+        start(lambda settings: _call(verb, settings))()
+        return
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
+            settings = hydra.compose("config", overrides=rest)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_reason(error)) from None
+    _call(verb, settings)
+
+
+def _call(verb: Verb, settings: DictConfig) -> None:
+    try:
+        typed: Any = OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        raise UserError(_reason(error)) from None
+    module, _, function = verb.function.partition(":")
+    run: Callable[[config.Config], None] = getattr(importlib.import_module(module), function)
+    run(typed)
+
+
+def _reason(error: BaseException) -> str:
+    """What Hydra and OmegaConf say over several lines and causes, without their advice about full tracebacks."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    cause = error.__cause__
+    detail = str(cause).splitlines()[0] if cause and str(cause) else ""
+    return f"{first} ({detail})" if detail and detail not in first else first
+
+
+def _complain(error: UserError) -> None:
+    """One line on the terminal. Ranks that fail alike are ended by torchrun before they repeat what rank 0 said."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(5)
+    where = f" [rank {rank}]" if rank else ""
+    print(f"megatron-bai: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """SIGTERM unwinds like an exception, so that the server is stopped and files are closed."""
+    raise SystemExit(128 + number)
+
+
+def _overview() -> str:
+    lines = [f"  {name:8} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        ["usage: megatron-bai VERB [experiment=NAME] [group.key=value …]", "", *lines, "",
+         f"Experiments in {config.conf_dir() / 'experiment'}. `megatron-bai VERB --help` lists a verb's settings,",
+         "`megatron-bai VERB --cfg job` prints the whole configuration, `--multirun` sweeps over comma-separated values."]
+    )
+
+
+def _help(name: str, verb: Verb) -> str:
+    lines = [verb.summary, "", f"usage: megatron-bai {name} [experiment=NAME] [group.key=value …]", f"e.g.   {verb.example}"]
+    for group in verb.groups:
+        lines += ["", *_settings(group)]
+    return "\n".join(lines)
+
+
+def _settings(group: str) -> list[str]:
+    """A group's settings with type, default and the comment beside each in `config.py`."""
+    kind = getattr(config, group.capitalize())
+    lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if "(" not in (kind.__doc__ or "(")[:12] else f"{group}:"]
+    for line in inspect.getsource(kind).splitlines():
+        if found := re.match(r"    (\w+): ([\w\[\]]+) = (.+?)(?:  # (.+))?$", line):
+            key, typename, default, comment = found.groups()
+            default = re.sub(r"field\(default_factory=list\)", "[]", default)
+            lines.append(f"  {group}.{key}={default}  ({typename}) {comment or ''}".rstrip())
+    return lines

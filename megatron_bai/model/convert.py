@@ -1,0 +1,54 @@
+"""The verb `convert`: Megatron torch_dist ↔ Hugging Face safetensors, in one process."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_bai import backend, config
+from megatron_bai.errors import UserError
+from megatron_bai.model import build, checkpoint, hf
+
+
+def run(settings: config.Config) -> None:
+    """Convert `convert.source` into `convert.target`.
+
+    Raises:
+        UserError: a missing or unusable source, an unknown format, or a target that exists.
+    """
+    job = settings.convert
+    if not job.source or not job.target:
+        raise UserError("convert.source and convert.target must both be given")
+    if job.to not in ("hf", "megatron"):
+        raise UserError(f"convert.to is {job.to!r}: choose hf or megatron")
+    if Path(job.target).exists():
+        raise UserError(f"{job.target} exists: remove it or choose another convert.target")
+    convert(settings, job.source, job.target, job.to)
+    print(f"wrote {job.target}")
+
+
+def convert(settings: config.Config, source: str | Path, target: str | Path, to: str) -> None:
+    """Load a checkpoint of either format and write it in format `to` (`hf` or `megatron`).
+
+    The whole model is held in memory once. The architecture comes from the source's `config.json`.
+    """
+    if not Path(source).is_dir():
+        raise UserError(f"no checkpoint at {source}")
+    kind = checkpoint.kind_of(source)
+    whole = config.Config(backend=settings.backend, model=hf.read_config(source))
+    device = backend.start(whole.backend)
+    try:
+        if dist.get_world_size() > 1:
+            raise UserError("convert runs in one process: start it without torchrun")
+        build.init_parallel(whole.parallel, seed=0)
+        actor = build.build_actor(whole, device, train=False)
+        if kind == "hf":
+            hf.import_hf(actor.modules, whole.model, source)
+        else:
+            checkpoint.load(actor, source)
+        info = {"converted_from": str(source)}
+        if to == "hf":
+            hf.export_hf(actor.modules, whole.model, target, source, info)
+        else:
+            checkpoint.save(actor, target, source, info)
+    finally:
+        backend.stop()

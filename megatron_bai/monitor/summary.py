@@ -1,0 +1,57 @@
+"""`summary.json`: what a run was and what came of it, for programs to read."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_bai import __version__, config
+from megatron_bai.monitor.progress import write_json
+
+_PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine")
+
+
+def versions() -> dict[str, str | None]:
+    """Releases of what the run stood on; None for what is not installed."""
+    found: dict[str, str | None] = {"megatron_bai": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+class Summary:
+    """Collects the steps of one run."""
+
+    def __init__(self, settings: config.Config, world: int):
+        parallel = settings.parallel
+        self._content: dict[str, Any] = {
+            "run": settings.run.name,
+            "complete": False,
+            "versions": versions(),
+            "layout": {
+                "processes": world,
+                "tensor": parallel.tensor,
+                "expert": parallel.expert,
+                "pipeline": parallel.pipeline,
+                "data": world // (parallel.tensor * parallel.pipeline),
+                "sequence_parallel": parallel.sequence,
+            },
+            "objective": settings.objective.name,
+            "replay": settings.replay.mode,
+            "mini_batches": settings.trainer.mini_batches,
+            "init": settings.init.checkpoint,
+            "steps": [],
+        }
+        provenance = Path(settings.init.checkpoint) / "provenance.json"
+        if settings.init.checkpoint and provenance.is_file():
+            self._content["provenance"] = str(provenance)
+
+    def step(self, values: dict[str, Any]) -> None:
+        self._content["steps"].append(values)
+
+    def write(self, directory: str | Path, complete: bool) -> None:
+        self._content["complete"] = complete
+        write_json(Path(directory) / "summary.json", self._content)

@@ -1,0 +1,77 @@
+"""Supervised training of the checkpoints that a merge starts from."""
+
+import time
+from pathlib import Path
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.model import checkpoint, manifest
+from megatron_bai.monitor.progress import Progress
+from megatron_bai.rl import objectives
+from megatron_bai.rl.batch import Batch, from_supervised
+from megatron_bai.rl.schedule import set_learning_rate
+from megatron_bai.rl.session import Session, fingerprint, open_session
+
+_SAME_WORK = ("model", "data", "objective", "supervised")
+
+
+def train(settings: config.Config) -> None:
+    """Train on the task's text in `data.style` and save to `trainer.save`.
+
+    A complete checkpoint made with the same settings is left as it is; one made with others is not overwritten.
+
+    Raises:
+        UserError: nowhere to save, settings that contradict each other, or a checkpoint in the way.
+    """
+    target = settings.trainer.save
+    if not target:
+        raise UserError("trainer.save is empty: say where the checkpoint goes")
+    trainer = settings.trainer
+    optimisation = f"{trainer.steps}/{trainer.learning_rate}/{trainer.warmup_updates}/{trainer.weight_decay}" \
+        f"/{trainer.adam_beta2}/{trainer.clip_grad}"
+    made_by = f"{fingerprint(settings, *_SAME_WORK)}-{optimisation}"
+    done = manifest.read(target)
+    if done is not None:
+        if done.get("made_by") != made_by:
+            raise UserError(f"{target} was made with other settings: remove it or choose another run.name")
+        print(f"{target} is complete: nothing to do")
+        return
+    with open_session(settings) as session:
+        _train(session)
+        info = {"made_by": made_by, "style": settings.data.style, "steps": trainer.steps}
+        checkpoint.save(session.actor, target, session.tokenizer_dir, info)
+        if session.lead:
+            print(f"saved {target}")
+
+
+def _train(session: Session) -> None:
+    settings = session.settings
+    objective = objectives.get(settings.objective.name)
+    directory = Path(settings.run.dir) / f"{Path(settings.trainer.save).name}-log"
+    with Progress(directory, settings, settings.trainer.steps, active=session.lead) as progress:
+        for step in range(settings.trainer.steps):
+            began = time.monotonic()
+            rate = set_learning_rate(session.actor.optimizer, settings.trainer, step)
+            micros = _batch(session, step).split(settings.trainer.micro_batch_size)
+            stats, norm = session.engine.update(micros, None, objective, settings.objective)
+            values = stats.gathered(session.contributes).values()
+            seconds = time.monotonic() - began
+            progress.step(
+                {"step": step + 1, **values, "grad_norm": norm, "learning_rate": rate, "seconds_step": seconds},
+                ("loss", "grad_norm"),
+            )
+
+
+def _batch(session: Session, step: int) -> Batch:
+    """This data-parallel rank's rows of a step's batch."""
+    supervised, data = session.settings.supervised, session.settings.data
+    rows, size = supervised.rows, session.data_size
+    micro = session.settings.trainer.micro_batch_size
+    if rows % (size * micro):
+        raise UserError(
+            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro}) × data-parallel ranks "
+            f"({size})"
+        )
+    tokens, target = session.task.supervised(data.style, session.settings.run.seed, step, rows, supervised.length)
+    part = slice(session.data_rank * rows // size, (session.data_rank + 1) * rows // size)
+    return from_supervised(tokens[part], target[part].astype(bool))

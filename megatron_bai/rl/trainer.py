@@ -1,0 +1,232 @@
+"""The reinforcement-learning loop: roll out, score, update, sync, record."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_bai import config
+from megatron_bai.data import Prompt
+from megatron_bai.errors import UserError
+from megatron_bai.model import checkpoint
+from megatron_bai.monitor.discrepancy import add_kl
+from megatron_bai.monitor.progress import Progress
+from megatron_bai.monitor.report import write_report
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.monitor.summary import Summary
+from megatron_bai.rl import objectives
+from megatron_bai.rl.advantages import group_centred
+from megatron_bai.rl.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.inference import Inference, serve
+from megatron_bai.rl.schedule import set_learning_rate
+from megatron_bai.rl.session import Session, open_session
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.replay import MicroRoutes, differing
+
+_SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
+
+
+def train(settings: config.Config) -> None:
+    """Run `trainer.steps` global steps and write the report. Collective.
+
+    Raises:
+        UserError: anything that stops the run, in one line.
+    """
+    with open_session(settings) as session, serve(session) as inference:
+        loop = Loop(session, inference)
+        summary = Summary(settings, dist.get_world_size())
+        steps = settings.trainer.steps
+        with Progress(settings.run.dir, settings, steps, active=session.lead) as progress:
+            for step in range(steps):
+                values = loop.step(step)
+                progress.step(values, _SHOWN)
+                if session.lead:
+                    summary.step(values)
+                    summary.write(settings.run.dir, complete=step + 1 == steps)
+        if settings.trainer.save:
+            info = {"steps": steps, "version": inference.version}
+            checkpoint.save(session.actor, settings.trainer.save, session.tokenizer_dir, info)
+    if session.lead:
+        output = Path(settings.run.dir) / "report.html"
+        write_report([Path(settings.run.dir)], output)
+        print(f"wrote {output}")
+
+
+class Loop:
+    """One global step after another."""
+
+    def __init__(self, session: Session, inference: Inference):
+        self.session, self.inference = session, inference
+        self.settings = settings = session.settings
+        self.objective = objectives.get(settings.objective.name)
+        trainer = settings.trainer
+        if trainer.prompts_per_step % (session.data_size * trainer.mini_batches):
+            raise UserError(
+                f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
+                f"data-parallel ranks ({trainer.mini_batches} × {session.data_size})"
+            )
+        self.prompts = trainer.prompts_per_step // session.data_size  # of this replica, a step
+        self.mini_size = self.prompts * trainer.group_size // trainer.mini_batches
+        if self.mini_size % trainer.micro_batch_size:
+            raise UserError(
+                f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {self.mini_size} samples "
+                "of a rank's mini-batch"
+            )
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
+        clock = Clock()
+        stats = Stats()
+        version = self.inference.version
+        with clock("rollout"):
+            batch = self._rollout(step, stats)
+        micros = batch.split(self.settings.trainer.micro_batch_size)
+        rows_before = self.session.engine.replay.rows
+        with clock("old_logprob"):
+            routes = self._score_old(batch, micros, stats)
+        with clock("update"):
+            norms, rate = self._update(step, batch, routes, stats)
+        expected = self._rows_expected(batch)
+        rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.contributes else 0])
+        with clock("sync"):
+            self.inference.sync()
+        every = self.settings.trainer.eval_every
+        if every and ((step + 1) % every == 0 or step == 0):
+            with clock("eval"):
+                self._evaluate(stats)
+        values = stats.gathered(self.session.contributes).values()
+        return {
+            "step": step + 1,
+            "weight_version": version,
+            **values,
+            "route_coverage": rows[0] / rows[1] if rows[1] else None,
+            "grad_norm": float(np.mean(norms)),
+            "learning_rate": rate,
+            "sync_gap": self.inference.sync_gap,
+            **clock.report(self._sum([int(batch.routed.sum()) if self.session.contributes else 0])[0]),
+        }
+
+    def _rollout(self, step: int, stats: Stats) -> Batch:
+        """Sample this replica's groups, reward them and pad them to the length of the longest anywhere."""
+        session, trainer = self.session, self.settings.trainer
+        seed = self.settings.run.seed
+        start = step * trainer.prompts_per_step + session.data_rank * self.prompts
+        prompts = session.task.prompts("train", seed, start, self.prompts)
+        samples = self.inference.sample(prompts, trainer.group_size, seed=(seed << 40) + start)
+        rewards = np.array([session.task.reward(prompts[sample.prompt], sample.response) for sample in samples])
+        _describe(samples, rewards, trainer.group_size, stats)
+        longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        length = padded_length(int(longest), session.engine.tensor_size)
+        advantages = group_centred(rewards, trainer.group_size)
+        return from_samples(samples, advantages, length, session.task.tokenizer.pad_token_id, session.signature)
+
+    def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
+        """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
+        engine, mode = self.session.engine, self.settings.replay.mode
+        inference = [engine.routes_of(micro) for micro in micros]
+        replayed = engine.score(micros, inference) if mode == "r3" else None
+        live = None
+        if mode != "r3" or self.settings.replay.measure_live:
+            live = engine.score(micros, record=True)
+            self._compare_routes(micros, inference, live.recorded, stats)
+        old = replayed or live
+        if engine.last_stage:
+            batch.old_logprobs.copy_(old.logprobs)
+            add_kl(stats, "", batch.old_logprobs, batch.infer_logprobs, batch.mask)
+            if live is not None:
+                add_kl(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.mask)
+            stats.mean("entropy", old.entropy.cpu()[batch.mask])
+        return {"none": None, "r2": live and live.recorded, "r3": inference}[mode]
+
+    def _compare_routes(
+        self, micros: list[Batch], theirs: list[MicroRoutes], ours: list[MicroRoutes], stats: Stats
+    ) -> None:
+        """Add `route_mismatch`: the share of (token, layer) routes that the live router chose differently.
+
+        Each rank sees its tokens and layers only, so the counts are summed over the world first; one rank keeps them.
+        """
+        from megatron_bai.routing.layout import rank_rows
+
+        different = total = 0
+        for micro, inference, live in zip(micros, theirs, ours):
+            routed = rank_rows(micro.routed, *self.session.engine.sequence).to(self.session.device.device)
+            for layer in self.session.engine.replay.layers:
+                different += int(differing(live[layer], inference[layer])[routed].sum())
+                total += int(routed.sum())
+        sums = self._sum([different, total])
+        if self.session.contributes:
+            stats.ratio("route_mismatch", sums[0], sums[1])
+
+    def _update(
+        self, step: int, batch: Batch, routes: list[MicroRoutes] | None, stats: Stats
+    ) -> tuple[list[float], float]:
+        """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
+        trainer, engine = self.settings.trainer, self.session.engine
+        norms, rate = [], 0.0
+        per_mini = self.mini_size // trainer.micro_batch_size
+        for number, mini in enumerate(batch.split(self.mini_size)):
+            rate = set_learning_rate(self.session.actor.optimizer, trainer, step * trainer.mini_batches + number)
+            own = routes and routes[number * per_mini : (number + 1) * per_mini]
+            found, norm = engine.update(
+                mini.split(trainer.micro_batch_size), own, self.objective, self.settings.objective
+            )
+            stats.add(found)
+            norms.append(norm)
+        return norms, rate
+
+    def _rows_expected(self, batch: Batch) -> int:
+        """(token, layer) rows that should have been replayed for this replica in the step."""
+        passes = {"none": 0, "r2": 1, "r3": 2}[self.settings.replay.mode]
+        return int(batch.routed.sum()) * self.session.signature.moe_layers * passes
+
+    def _evaluate(self, stats: Stats) -> None:
+        """Add `eval_accuracy` and `eval_length`: one sample to each held-out prompt, with the new weights."""
+        session, count = self.session, self.settings.data.eval_prompts
+        prompts: list[Prompt] = session.task.prompts("eval", self.settings.run.seed, 0, count)
+        part = prompts[session.data_rank :: session.data_size]
+        samples = self.inference.sample(part, 1, seed=self.settings.run.seed)
+        right = [session.task.reward(part[sample.prompt], sample.response) for sample in samples]
+        stats.mean("eval_accuracy", torch.tensor(right))
+        stats.mean("eval_length", torch.tensor([float(len(sample.response)) for sample in samples]))
+
+    def _sum(self, values: list[int]) -> list[int]:
+        """Sums over the world. Collective."""
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.session.device.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+def _describe(samples: list[Sample], rewards: np.ndarray, group_size: int, stats: Stats) -> None:
+    """Rewards and response lengths; `reward_std` is the mean of the groups' standard deviations."""
+    lengths = torch.tensor([float(len(sample.response)) for sample in samples])
+    stats.mean("reward_mean", torch.from_numpy(rewards))
+    stats.mean("reward_std", torch.from_numpy(rewards.reshape(-1, group_size).std(axis=1)))
+    stats.mean("response_length_mean", lengths)
+    stats.max("response_length_max", lengths)
+    stats.mean("truncated_fraction", torch.tensor([float(sample.finish != "stop") for sample in samples]))
+
+
+class Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._phases[phase] = time.monotonic() - began
+
+    def report(self, tokens: int) -> dict[str, float]:
+        """`seconds_PHASE`, `seconds_step`, and `tokens_per_second` of the whole step."""
+        total = time.monotonic() - self._began
+        phases = {f"seconds_{phase}": seconds for phase, seconds in self._phases.items()}
+        return {**phases, "seconds_step": total, "tokens_per_second": tokens / total}

@@ -1,0 +1,17 @@
+"""The verb `train`: supervised or reinforcement learning, as the objective says."""
+
+from megatron_bai import config
+
+
+def run(settings: config.Config) -> None:
+    """Train as configured.
+
+    Raises:
+        UserError: anything that stops the run, in one line.
+    """
+    from megatron_bai.rl import objectives, supervised, trainer
+
+    if objectives.get(settings.objective.name).rollouts:
+        trainer.train(settings)
+    else:
+        supervised.train(settings)
