@@ -1,0 +1,38 @@
+# make demo   create .venv, install, train three tiny checkpoints, merge them, and run RL from the result
+# make test   create .venv, install, run every test
+# ARGS adds Hydra overrides to the demo: make demo ARGS="run.name=demo-1 run.seed=1"
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+ARGS ?=
+
+.PHONY: install demo test clean
+
+install: $(VENV)/installed
+
+# torch comes first and with its dependencies, from wherever pip finds it. The rest is exactly the lock: SGLang's
+# CUDA-only dependencies are left out of it, so pip must not look for them.
+$(VENV)/installed: requirements/cpu.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps -r requirements/cpu.lock
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements/test.lock
+	$(PIP) --no-deps -r requirements/test.lock
+	touch $@
+
+demo: install
+	$(BIN)/megatron-bai train experiment=demo_pretrained $(ARGS)
+	$(BIN)/megatron-bai train experiment=demo_instruct $(ARGS)
+	$(BIN)/megatron-bai train experiment=demo_reasoning $(ARGS)
+	$(BIN)/megatron-bai merge experiment=demo $(ARGS)
+	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) runs
