@@ -17,7 +17,7 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.merge.plan import Output, Plan, Unit
 from megatron_bai.merge.ranks import Ranks
-from megatron_bai.merge.sources import Box, split, within
+from megatron_bai.merge.sources import Box, Scratch, split, within
 from megatron_bai.merge.torch_dist import ItemWriter, Written, write_index
 
 TILE = 1 << 18  # elements: the accumulator and one converted source stay in a core's cache
@@ -101,7 +101,7 @@ def one_thread() -> Iterator[None]:
 
 def _write_unit(plan: Plan, unit: Unit, directory: Path, advance: Callable[[int], None]):
     """Write one file; returns its items and, for each tensor, the sum of its squares in this file."""
-    accumulator = Accumulator()
+    accumulator, memory = Accumulator(), Scratch()
     squares: dict[str, float] = {}
     try:
         with ItemWriter(directory, unit.name) as writer:
@@ -109,7 +109,7 @@ def _write_unit(plan: Plan, unit: Unit, directory: Path, advance: Callable[[int]
                 blob = plan.base.objects[key]
                 writer.blob(key, plan.base.read_bytes(blob.file, blob.start, blob.length))
             for output, (offsets, sizes) in unit.pieces:
-                piece = torch.empty(sizes, dtype=output.dtype)
+                piece = memory.take("piece", math.prod(sizes) * output.dtype.itemsize).view(output.dtype).view(sizes)
                 itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
                 for box in split(offsets, sizes, TILE):
                     tile = piece[within(box, offsets)].view(-1)
@@ -120,9 +120,7 @@ def _write_unit(plan: Plan, unit: Unit, directory: Path, advance: Callable[[int]
                         _copy_equal(plan, output, box, tile)
                     advance(len(plan.inputs) * itemsize * tile.numel())
                 writer.tensor(output.key, offsets, piece)
-    except (OSError, RuntimeError) as error:  # torch.save hides the error of a full disk in a RuntimeError
-        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
-            raise
+    except OSError as error:
         raise UserError(f"{directory / unit.name} cannot be written: {error.strerror}") from None
     return writer.written, squares
 

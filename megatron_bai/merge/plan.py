@@ -28,7 +28,7 @@ from megatron_bai.merge.sources import Box, Entry, split
 from megatron_bai.merge.torch_dist import TorchDist
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
-PIECE_BYTES = 64 << 20  # of one output item at most, whatever the size of the tensor
+PIECE_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor
 STATE = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
 
 

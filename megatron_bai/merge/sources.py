@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.archive import span
 
 SPAN_BYTES = 32 << 20  # most that one read takes in; larger regions are read in parts
 OPEN_FILES = 64  # kept open per source: a checkpoint may have more files than a process may open
@@ -194,12 +195,12 @@ class Source(ABC):
         if len(parts) == 1 and parts[0][1] == (offsets, sizes):
             chunk = parts[0][0]
             record = self.record(entry, chunk)
-            if _span(sizes, record.strides) * entry.dtype.itemsize <= SPAN_BYTES:
+            if span(sizes, record.strides) * entry.dtype.itemsize <= SPAN_BYTES:
                 return self._load(entry, chunk, record, offsets, sizes)
         out = self._scratch.take("region", math.prod(sizes) * entry.dtype.itemsize).view(entry.dtype).view(sizes)
         for chunk, box in parts:
             record = self.record(entry, chunk)
-            ratio = max(_span(box[1], record.strides) // max(math.prod(box[1]), 1), 1)
+            ratio = max(span(box[1], record.strides) // max(math.prod(box[1]), 1), 1)
             for low, size in split(*box, max(SPAN_BYTES // entry.dtype.itemsize // ratio, 1)):
                 out[within((low, size), offsets)].copy_(self._load(entry, chunk, record, low, size))
         return out
@@ -239,7 +240,7 @@ class Source(ABC):
         """A region inside one chunk, as a view of the bytes between its first and its last element."""
         item = entry.dtype.itemsize
         begin = sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item
-        length = _span(sizes, record.strides) * item
+        length = span(sizes, record.strides) * item
         whole = length == record.length
         if record.crc32 is not None and not whole and (chunk.file, record.start) not in self._verified:
             self._verify(entry.key, chunk.file, record, self._crc32(chunk.file, record))
@@ -283,8 +284,3 @@ class Source(ABC):
         while len(self._files) >= OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return self._files.setdefault(name, os.open(self.path / name, os.O_RDONLY))
-
-
-def _span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a strided box, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0

@@ -7,14 +7,12 @@ On disk (Megatron-Core 0.16, a `torch.distributed.checkpoint` directory):
     common.pt       the state that is not sharded: iteration, arguments
     metadata.json   the format's name, written last: a directory without it is unfinished
 
-An archive is an uncompressed zip, so a chunk's elements lie unpacked in the file and can be read in place.
+The archives are uncompressed, so a chunk's elements lie plain in the file and are read in place.
 """
 
 import io
 import json
-import pickle
-import struct
-import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +31,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge import archive
 from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.unpickle import SavedTensor, read_metadata, read_saved_tensor
+from megatron_bai.merge.unpickle import read_metadata
 from megatron_bai.model import manifest
 
 INDEX = ".metadata"
 FORMAT = "metadata.json"
 SUFFIX = ".distcp"
 OWN_FILES = {INDEX, FORMAT, manifest.NAME}  # rewritten for every checkpoint; beside the *.distcp
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ class TorchDist(Source):
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
         self._records: dict[tuple[str, int], Record] = {}
-        self._layouts: dict[bytes, SavedTensor] = {}  # chunks of one shape were saved with the same `data.pkl`
+        self._frames: dict[int, list[archive.Frame]] = {}  # by the length of the item
         super().__init__(path, tensors, scratch)
 
     def other_files(self) -> list[Path]:
@@ -85,7 +83,7 @@ class TorchDist(Source):
         if at not in self._records:
             try:
                 self._records[at] = self._locate(entry, chunk)
-            except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, struct.error, EOFError) as error:
+            except archive.DAMAGE as error:
                 raise UserError(
                     f"{self.path / chunk.file}: the item of {entry.key} at byte {chunk.start} is damaged ({error}):"
                     " restore the file from a copy"
@@ -93,33 +91,23 @@ class TorchDist(Source):
         return self._records[at]
 
     def _locate(self, entry: Entry, chunk: Chunk) -> Record:
-        with zipfile.ZipFile(_Item(self, chunk)) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        start, length = self._member(chunk, members["data.pkl"])
-        pickled = bytes(self.read_bytes(chunk.file, start, length))
-        saved = self._layouts.get(pickled)
-        if saved is None:
-            saved = self._layouts[pickled] = read_saved_tensor(pickled)
+        frame, crc = self._frame(chunk)
+        saved = frame.saved
         if saved.dtype != entry.dtype or saved.shape != chunk.sizes:
             raise ValueError(f"it holds {saved.dtype} {saved.shape}, the index says {entry.dtype} {chunk.sizes}")
-        data = members[f"data/{saved.storage}"]
-        start, length = self._member(chunk, data)
-        last = saved.offset + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.strides))
-        if min(saved.strides, default=0) < 0 or (last + 1) * entry.dtype.itemsize > length:
-            raise ValueError("its elements do not fit its storage")
-        crc = data.CRC or None  # torch writes 0 where it was told not to compute one
-        return Record(start, length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
+        start = chunk.start + len(frame.head)
+        return Record(start, frame.length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
 
-    def _member(self, chunk: Chunk, info: zipfile.ZipInfo) -> tuple[int, int]:
-        """Start in the file, and length, of an uncompressed member of a chunk's archive."""
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{info.filename} is compressed")
-        start = chunk.start + info.header_offset
-        name, extra = _LOCAL_HEADER.unpack(self.read_bytes(chunk.file, start, _LOCAL_HEADER.size))
-        start += _LOCAL_HEADER.size + name + extra
-        if start + info.file_size > chunk.start + chunk.length:
-            raise ValueError(f"{info.filename} reaches beyond it")
-        return start, info.file_size
+    def _frame(self, chunk: Chunk) -> tuple[archive.Frame, int | None]:
+        """The frame of an item and the CRC-32 it holds: one seen before with this length and head, or else parsed."""
+        known = self._frames.setdefault(chunk.length, [])
+        for frame in known:
+            if self.read_bytes(chunk.file, chunk.start, len(frame.head)) == frame.head:
+                at = chunk.start + len(frame.head) + frame.length + frame.crcs[0]
+                return frame, frame.crc32_in(self.read_bytes(chunk.file, at, archive.CRC32.size))
+        frame = archive.parse(_Item(self, chunk))
+        known.append(frame)
+        return frame, frame.crc32
 
 
 class _Item(io.RawIOBase):
@@ -213,9 +201,12 @@ class ItemWriter:
         self._file = open(directory / self.name, "wb")
 
     def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        """Write a chunk; `tensor` must own its whole storage, or the storage's other elements are written too."""
+        """Write a contiguous tensor as a chunk, byte for byte as `torch.save` would but for an identifier."""
         start = self._file.tell()
-        torch.save(tensor, self._file)
+        frame = archive.frame_for(tensor.dtype, tuple(tensor.shape))
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        for part in (frame.head, data, frame.tail_with(zlib.crc32(data))):
+            self._file.write(part)
         self._note(key, offsets, tuple(tensor.shape), start)
 
     def blob(self, key: str, data: memoryview) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command, engine
+from megatron_bai.merge.plan import Unit
 from megatron_bai.merge.ranks import Ranks, ranks
 from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.merge.verify import verify
@@ -139,6 +140,14 @@ def test_any_number_of_ranks_writes_the_same_bytes(three, tmp_path, size):
     a, b = checkpoints.read(one), checkpoints.read(many)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert checkpoints.provenance(one)["tensors"] == checkpoints.provenance(many)["tensors"]
+
+
+def test_ranks_share_the_units():
+    units = tuple(Unit(f"__{i}_0", (), (), nbytes) for i, nbytes in enumerate((5, 3, 9, 1, 1, 4)))
+    for size in (1, 2, 3, 8):
+        shares = [engine.share(units, Ranks(rank, size)) for rank in range(size)]
+        assert sorted(u.name for share in shares for u in share) == sorted(u.name for u in units)
+    assert max(sum(u.nbytes for u in engine.share(units, Ranks(rank, 2))) for rank in range(2)) <= 12
 
 
 @pytest.mark.distributed

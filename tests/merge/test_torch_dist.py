@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -28,8 +29,11 @@ def test_any_region_of_any_layout(tmp_path, layout):
 
 def test_tensors_saved_with_other_strides(tmp_path):
     tensor = torch.randn(5, 7, 3).permute(2, 0, 1)  # torch.save keeps the strides
-    path = tmp_path / "c"
-    checkpoints.write(path, {"w": tensor})
+    path = checkpoints.write(tmp_path / "c", {"w": tensor.contiguous()})
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    assert len(file.getvalue()) == len((path / "__0_0.distcp").read_bytes()), "the index still fits"
+    (path / "__0_0.distcp").write_bytes(file.getvalue())
     assert torch.load(path / "__0_0.distcp").stride() == tensor.stride(), "the test's premise"
     with TorchDist(path) as source:
         assert torch.equal(source.read("w", (1, 2, 3), (2, 3, 4)), tensor[1:3, 2:5, 3:7])
@@ -154,6 +158,28 @@ def test_holes_and_overlaps_are_refused(tmp_path, boxes):
         TorchDist(path)
 
 
-def test_items_are_zips_that_anyone_can_open(tmp_path):
-    path = checkpoints.write(tmp_path / "c", {"w": torch.ones(3)})
-    assert zipfile.ZipFile(path / "__0_0.distcp").testzip() is None
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 0), (300, 300)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.float8_e4m3fn])
+def test_items_are_archives_as_torch_save_makes_them(tmp_path, shape, dtype):
+    """Two of a shape, so that the second reuses the first's frame; the zip's own checksums must hold."""
+    for value in (1.0, 2.0):
+        tensor = torch.full(shape, value).to(dtype)
+        path = checkpoints.write(tmp_path / str(value), {"w": tensor})
+        file = path / "__0_0.distcp"
+        assert zipfile.ZipFile(file).testzip() is None
+        assert torch.equal(torch.load(file, weights_only=True), tensor) and torch.load(file).dtype == dtype
+
+
+def test_checksums_that_torch_did_not_compute_are_not_asked_for(tmp_path):
+    path = checkpoints.write(tmp_path / "c", {"w": torch.ones(64), "v": torch.ones(64)})
+    digests = []
+    for compute in (False, True):
+        file = io.BytesIO()
+        torch.serialization.set_crc32_options(compute)
+        torch.save(torch.full((64,), 2.0), file)
+        (path / "__0_0.distcp").write_bytes(file.getvalue())
+        with TorchDist(path) as source:
+            assert torch.equal(source.read("w", (0,), (64,)), torch.full((64,), 2.0))
+            assert (source.record(source.tensors["w"], source.tensors["w"].chunks[0]).crc32 is not None) == compute
+            digests.append(source.digest(["w"]))
+    assert digests[0] == digests[1], "the digest is of the content"

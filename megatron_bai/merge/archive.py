@@ -1,0 +1,108 @@
+"""The archive that `torch.save` makes of one tensor, seen as a frame around the tensor's bytes.
+
+An archive is an uncompressed zip: a pickle that describes the tensor, the record of its elements, and a directory with
+the record's CRC-32. Two tensors of one dtype, shape and stride have the same archive but for the elements and their
+CRC-32. So a frame is parsed once, recognised by its head afterwards, and reused to write: thousands of experts cost
+one `zipfile` and one pickle.
+"""
+
+import functools
+import io
+import pickle
+import struct
+import zipfile
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+
+from megatron_bai.merge.unpickle import SavedTensor, read_saved_tensor
+
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and its extra field
+_CRC_IN_DIRECTORY = 46 - 16  # bytes from a directory entry's CRC-32 to its name
+CRC32 = struct.Struct("<I")
+
+DAMAGE = (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, struct.error, EOFError)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What surrounds the elements.
+
+    Attributes:
+        head: the bytes before them.
+        tail: the bytes after them; `crcs` are the places in it where their CRC-32 stands.
+        length: of the record of elements, in bytes.
+        saved: how the tensor lies in that record.
+    """
+
+    head: bytes
+    tail: bytes
+    crcs: tuple[int, ...]
+    length: int
+    saved: SavedTensor
+
+    @property
+    def crc32(self) -> int | None:
+        """The elements' CRC-32 of the archive this was parsed from; None where torch was told not to compute one."""
+        return self.crc32_in(self.tail[self.crcs[0] :])
+
+    @staticmethod
+    def crc32_in(data: bytes) -> int | None:
+        return CRC32.unpack_from(data)[0] or None
+
+    def tail_with(self, crc32: int) -> bytes:
+        """The tail for other elements."""
+        tail = bytearray(self.tail)
+        for at in self.crcs:
+            CRC32.pack_into(tail, at, crc32)
+        return bytes(tail)
+
+
+def parse(file: BinaryIO) -> Frame:
+    """The frame of the archive in `file`, whose elements are not read.
+
+    Raises:
+        one of `DAMAGE`: it is not the archive of one plain tensor; no code of the file was run.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    start, length = _member(file, members["data.pkl"])
+    file.seek(start)
+    saved = read_saved_tensor(file.read(length))
+    info = members[f"data/{saved.storage}"]
+    start, length = _member(file, info)
+    elements = saved.offset + span(saved.shape, saved.strides)
+    if min(saved.strides, default=0) < 0 or elements * saved.dtype.itemsize > length:
+        raise ValueError("its elements do not fit its storage")
+    file.seek(0)
+    head = file.read(start)
+    file.seek(start + length)
+    tail = file.read()
+    entry = tail.rindex(info.filename.encode()) - _CRC_IN_DIRECTORY  # the directory comes last
+    crcs = (4, entry) if tail.startswith(b"PK\7\x08") else (entry,)  # a descriptor may follow the elements
+    if any(CRC32.unpack_from(tail, at)[0] != info.CRC for at in crcs):
+        raise ValueError("its directory contradicts itself")
+    return Frame(head, tail, crcs, length, saved)
+
+
+def _member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Start and length of an uncompressed member."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    file.seek(info.header_offset)
+    name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    return info.header_offset + _LOCAL_HEADER.size + name + extra, info.file_size
+
+
+def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided box, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def frame_for(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
+    """The frame that `torch.save` puts around a contiguous tensor."""
+    file = io.BytesIO()
+    torch.save(torch.empty(shape, dtype=dtype), file)
+    return parse(file)
