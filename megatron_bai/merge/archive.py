@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import torch
 
+from megatron_bai.merge.boxes import span
 from megatron_bai.merge.unpickle import SavedTensor, read_saved_tensor
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and its extra field
@@ -93,11 +94,6 @@ def _member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     file.seek(info.header_offset)
     name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     return info.header_offset + _LOCAL_HEADER.size + name + extra, info.file_size
-
-
-def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a strided box, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import engine
+from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.output import check_target, fingerprint, is_current, write_provenance
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.ranks import Ranks, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch
-from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.merge.verify import verify
 from megatron_bai.model import manifest
 
@@ -93,7 +93,7 @@ def prepare(
     def work() -> Plan:
         scratch = Scratch()
         terms = recipe.terms()
-        sources = {term.source: stack.enter_context(TorchDist(term.source, scratch)) for term in terms}
+        sources = {term.source: stack.enter_context(open_source(term.source, scratch)) for term in terms}
         return plan(terms, sources, piece, unit)
 
     plans: list[Plan] = []
@@ -123,7 +123,7 @@ def merge(work: Plan, recipe: Recipe, target: Path, group: Ranks, check: str = "
         group.first(lambda: write_provenance(stage, recipe, work, digests, mark, norms))
         checked = 0
         if check != "none":
-            with TorchDist(stage) as written:
+            with open_source(stage) as written:
                 checked = verify(work, written, group, everything=check == "all")
         info = manifest.read(work.base.path) or {}
         group.first(lambda: manifest.seal(stage, target, {**info, "merge": {"fingerprint": mark}}))

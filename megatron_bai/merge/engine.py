@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.boxes import Box, split, within
 from megatron_bai.merge.plan import Output, Plan, Unit
 from megatron_bai.merge.ranks import Ranks
-from megatron_bai.merge.sources import Box, Scratch, split, within
-from megatron_bai.merge.torch_dist import ItemWriter, Written, write_index
+from megatron_bai.merge.sources import Scratch
+from megatron_bai.merge.targets import Target, Written
 
 TILE = 1 << 18  # elements: the accumulator and one converted source stay in a core's cache
 
@@ -55,13 +56,16 @@ def execute(plan: Plan, directory: Path, ranks: Ranks, advance: Callable[[int], 
         UserError: a source cannot be read or holds NaN or Inf, a tensor that must be equal is not, or the disk is full.
     """
 
+    target = plan.base.target()
+
     def work() -> tuple[dict[str, list[Written]], dict[str, dict[str, float]]]:
         done = {}
         with one_thread():
             for unit in share(plan.units, ranks):
-                done[unit.name] = _write_unit(plan, unit, directory, advance)
+                done[unit.name] = _write_unit(plan, unit, target, directory, advance)
         return {name: w for name, (w, _) in done.items()}, {name: s for name, (_, s) in done.items()}
 
+    ranks.first(lambda: target.begin(directory))
     results = ranks.together(work)
     written = {name: items for files, _ in results for name, items in files.items()}
     squares = {name: sums for _, files in results for name, sums in files.items()}
@@ -72,7 +76,7 @@ def execute(plan: Plan, directory: Path, ranks: Ranks, advance: Callable[[int], 
     items = [item for unit in plan.units for item in written[unit.name]]
     _assert_covered(plan, items)
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]
-    ranks.first(lambda: write_index(directory, outputs, items))
+    ranks.first(lambda: target.finish(directory, outputs, items))
     return {key: math.sqrt(value) for key, value in norms.items()}
 
 
@@ -99,12 +103,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _write_unit(plan: Plan, unit: Unit, directory: Path, advance: Callable[[int], None]):
+def _write_unit(plan: Plan, unit: Unit, target: Target, directory: Path, advance: Callable[[int], None]):
     """Write one file; returns its items and, for each tensor, the sum of its squares in this file."""
     accumulator, memory = Accumulator(), Scratch()
     squares: dict[str, float] = {}
     try:
-        with ItemWriter(directory, unit.name) as writer:
+        with target.unit(directory, unit.name) as writer:
             for key in unit.objects:
                 blob = plan.base.objects[key]
                 writer.blob(key, plan.base.read_bytes(blob.file, blob.start, blob.length))
@@ -121,7 +125,7 @@ def _write_unit(plan: Plan, unit: Unit, directory: Path, advance: Callable[[int]
                     advance(len(plan.inputs) * itemsize * tile.numel())
                 writer.tensor(output.key, offsets, piece)
     except OSError as error:
-        raise UserError(f"{directory / unit.name} cannot be written: {error.strerror}") from None
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
     return writer.written, squares
 
 

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
+from megatron_bai.merge.boxes import split
 from megatron_bai.merge.engine import TILE, one_thread
+from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import group_of
 from megatron_bai.merge.output import PROVENANCE
-from megatron_bai.merge.sources import Entry, Scratch, Source, split
-from megatron_bai.merge.torch_dist import TorchDist
+from megatron_bai.merge.sources import Entry, Scratch, Source
 
 
 @dataclass
@@ -83,21 +84,21 @@ def inspect(config: Config) -> None:
     """Print what `inspect.path` holds and, with `inspect.other`, how it differs from that checkpoint.
 
     Raises:
-        UserError: one of the two is no complete torch_dist checkpoint.
+        UserError: one of the two is no complete checkpoint.
     """
     if not config.inspect.path:
         raise UserError("inspect.path is empty: give a checkpoint's directory")
     console = Console(soft_wrap=True)  # tables fit the terminal, lines are left to it
     scratch = Scratch()
-    with TorchDist(config.inspect.path, scratch) as source:
+    with open_source(config.inspect.path, scratch) as source:
         _print_content(console, source)
         _print_provenance(console, source.path)
         if config.inspect.other:
-            with TorchDist(config.inspect.other, scratch) as other:
+            with open_source(config.inspect.other, scratch) as other:
                 _print_comparison(console, source, other)
 
 
-def _print_content(console: Console, source: TorchDist) -> None:
+def _print_content(console: Console, source: Source) -> None:
     table = Table("group", "tensors", "elements", "bytes", "dtypes", title=str(source.path), title_justify="left")
     rows: dict[str, Counter] = defaultdict(Counter)
     dtypes: dict[str, set[str]] = defaultdict(set)
@@ -131,7 +132,7 @@ def _print_provenance(console: Console, path: Path) -> None:
         console.print(f"  {source['coefficient']:.6g} × {source['path']} ({source['digest'][:16]}) {dropped}".rstrip())
 
 
-def _print_comparison(console: Console, a: TorchDist, b: TorchDist) -> None:
+def _print_comparison(console: Console, a: Source, b: Source) -> None:
     for here, there in ((a, b), (b, a)):
         only = sorted(here.tensors.keys() - there.tensors.keys())
         if only:

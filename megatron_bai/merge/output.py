@@ -14,16 +14,19 @@ import megatron_bai
 from megatron_bai.errors import UserError
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.recipe import Recipe
-from megatron_bai.merge.torch_dist import TorchDist
+from megatron_bai.merge.safetensors_files import SafeTensors
+from megatron_bai.merge.sources import Source
 from megatron_bai.model import manifest
 
 PROVENANCE = "provenance.json"
+CARD = "README.md"  # the model card of a Hugging Face checkpoint: the pretrained one's would be wrong
 REVISION = 1  # of the merge's definition: raised when the same inputs would give other tensors
 
 
-def carried_files(base: TorchDist) -> list[Path]:
+def carried_files(base: Source) -> list[Path]:
     """Files of the pretrained checkpoint that the output gets unchanged, relative to it."""
-    return [path for path in base.other_files() if path.as_posix() != PROVENANCE]
+    replaced = {PROVENANCE, CARD} if isinstance(base, SafeTensors) else {PROVENANCE}
+    return [path for path in base.other_files() if path.as_posix() not in replaced]
 
 
 def fingerprint(plan: Plan, digests: dict[str, str]) -> str:
@@ -107,3 +110,29 @@ def write_provenance(
         "tensors": tensors,
     }
     (stage / PROVENANCE).write_text(json.dumps(text, indent=1) + "\n")
+    if isinstance(plan.base, SafeTensors):
+        (stage / CARD).write_text(model_card(recipe))
+
+
+def model_card(recipe: Recipe) -> str:
+    """What Hugging Face shows of a merged model."""
+    names = [Path(term.source).name for term in recipe.terms()]
+    rows = [f"| {Path(term.source).name} | {term.coefficient:.6g} |" for term in recipe.terms()]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [merge]",
+            "base_model:",
+            *(f"- {json.dumps(name)}" for name in names),
+            "---",
+            "",
+            f"A weighted sum of {len(names)} checkpoints by Balanced Actor Initialization (arXiv 2509.00309) with"
+            f" α = {recipe.alpha:g}, made with megatron_bai {megatron_bai.__version__}. `{PROVENANCE}` has the details.",
+            "",
+            "| Checkpoint | Coefficient |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )

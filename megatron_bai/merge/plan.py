@@ -23,9 +23,9 @@ from itertools import chain
 import torch
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.recipe import Term
-from megatron_bai.merge.sources import Box, Entry, split
-from megatron_bai.merge.torch_dist import TorchDist
+from megatron_bai.merge.sources import Entry, Source
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
 PIECE_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor
@@ -67,8 +67,8 @@ class Plan:
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
     """
 
-    base: TorchDist
-    inputs: tuple[tuple[TorchDist, float], ...]
+    base: Source
+    inputs: tuple[tuple[Source, float], ...]
     outputs: dict[str, Output]
     units: tuple[Unit, ...]
     dropped: dict[str, dict[str, list[str]]]
@@ -83,7 +83,7 @@ class Plan:
 
 
 def plan(
-    terms: Iterable[Term], sources: dict[str, TorchDist], piece_bytes: int = PIECE_BYTES, unit_bytes: int = UNIT_BYTES
+    terms: Iterable[Term], sources: dict[str, Source], piece_bytes: int = PIECE_BYTES, unit_bytes: int = UNIT_BYTES
 ) -> Plan:
     """Decide every tensor's fate and cut the work.
 
@@ -116,11 +116,11 @@ def plan(
     return Plan(base, inputs, outputs, _cut(base, outputs, objects, piece_bytes, unit_bytes), dropped)
 
 
-def _model_tensors(source: TorchDist) -> dict[str, Entry]:
+def _model_tensors(source: Source) -> dict[str, Entry]:
     return {key: entry for key, entry in source.tensors.items() if not STATE.search(key)}
 
 
-def _dropped(source: TorchDist, is_base: bool) -> dict[str, list[str]]:
+def _dropped(source: Source, is_base: bool) -> dict[str, list[str]]:
     """What of a source does not enter, by reason."""
     reasons = {"optimizer or random-number state": [k for k in (*source.tensors, *source.objects) if STATE.search(k)]}
     if not is_base:
@@ -130,7 +130,9 @@ def _dropped(source: TorchDist, is_base: bool) -> dict[str, list[str]]:
     return {reason: keys for reason, keys in reasons.items() if keys}
 
 
-def _require_same(base: TorchDist, expected: dict[str, Entry], other: TorchDist, found: dict[str, Entry]) -> None:
+def _require_same(base: Source, expected: dict[str, Entry], other: Source, found: dict[str, Entry]) -> None:
+    if type(base) is not type(other):
+        raise UserError(f"{base.path} and {other.path} are in two formats: bring them into one with `convert`")
     for path, missing in ((other.path, expected.keys() - found.keys()), (base.path, found.keys() - expected.keys())):
         if missing:
             against = base.path if path == other.path else other.path
@@ -149,7 +151,7 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _cut(
-    base: TorchDist, outputs: dict[str, Output], objects: list[str], piece_bytes: int, unit_bytes: int
+    base: Source, outputs: dict[str, Output], objects: list[str], piece_bytes: int, unit_bytes: int
 ) -> tuple[Unit, ...]:
     """Pieces along the base's chunks, packed into units in the base's order; the objects go first."""
     units: list[Unit] = []

@@ -5,8 +5,7 @@ lie in one record, a contiguous range of a file. A reader of a format says which
 records lie; `Source.read` then gives any region of any tensor, so checkpoints saved at different tensor, expert or
 pipeline parallel sizes read alike.
 
-Glossary: a box is (offsets, sizes) in the global tensor; shapes, offsets, sizes and strides are in elements; starts
-and lengths are in bytes.
+Glossary: shapes, offsets, sizes and strides are in elements; starts and lengths are in bytes.
 """
 
 import bisect
@@ -25,12 +24,12 @@ from pathlib import Path
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.archive import span
+from megatron_bai.merge.boxes import Box, span, split, within
+from megatron_bai.merge.targets import Target
+from megatron_bai.model import manifest
 
 SPAN_BYTES = 32 << 20  # most that one read takes in; larger regions are read in parts
 OPEN_FILES = 64  # kept open per source: a checkpoint may have more files than a process may open
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,15 @@ class Record:
     first: int  # byte of the record at which element [0, …, 0] begins
     strides: tuple[int, ...]
     crc32: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """An object that is no tensor, such as `_extra_state`: an item of a file, never unpickled here."""
+
+    file: str
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -113,24 +121,6 @@ class Entry:
                 yield chunk, (low, size)
 
 
-def split(offsets: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most `limit` elements, in row-major order, each contiguous within the box."""
-    if math.prod(sizes) <= limit:
-        yield offsets, sizes
-        return
-    axis = next(i for i, size in enumerate(sizes) if size > 1)
-    rows = max(limit // math.prod(sizes[axis + 1 :]), 1)
-    for row in range(0, sizes[axis], rows):
-        low = offsets[:axis] + (offsets[axis] + row,) + offsets[axis + 1 :]
-        size = sizes[:axis] + (min(rows, sizes[axis] - row),) + sizes[axis + 1 :]
-        yield from split(low, size, limit)
-
-
-def within(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
-    """The slices that select `box` of a tensor whose element [0, …, 0] is at `offsets`."""
-    return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets))
-
-
 class Scratch:
     """Memory that reads reuse; sources read in turn can share one."""
 
@@ -151,11 +141,19 @@ class Source(ABC):
     Attributes:
         path: the checkpoint's directory.
         tensors: every tensor by key.
+        objects: every entry that is no tensor, by key.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Entry], scratch: Scratch | None = None):
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, Entry],
+        scratch: Scratch | None = None,
+        objects: dict[str, Blob] | None = None,
+    ):
         self.path = path
         self.tensors = tensors
+        self.objects = objects or {}
         self._scratch = scratch or Scratch()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._verified: set[tuple[str, int]] = set()
@@ -164,6 +162,19 @@ class Source(ABC):
     @abstractmethod
     def record(self, entry: Entry, chunk: Chunk) -> Record:
         """Where the elements of `chunk` lie."""
+
+    @abstractmethod
+    def is_own_file(self, file: Path) -> bool:
+        """Whether a file, relative to the checkpoint, holds its tensors or their index."""
+
+    @abstractmethod
+    def target(self) -> Target:
+        """Writes a checkpoint of this format and layout."""
+
+    def other_files(self) -> list[Path]:
+        """Files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""
+        files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
+        return [p for p in files if p.as_posix() != manifest.NAME and not self.is_own_file(p)]
 
     def _check_files(self) -> None:
         """Every tensor is whole as far as names and sizes tell: before anything is read."""

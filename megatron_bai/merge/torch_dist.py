@@ -14,7 +14,6 @@ import io
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +31,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge import archive
-from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
+from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
+from megatron_bai.merge.targets import Target, Writer, Written
 from megatron_bai.merge.unpickle import read_metadata
 from megatron_bai.model import manifest
 
 INDEX = ".metadata"
 FORMAT = "metadata.json"
 SUFFIX = ".distcp"
-OWN_FILES = {INDEX, FORMAT, manifest.NAME}  # rewritten for every checkpoint; beside the *.distcp
-
-
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """An object that is no tensor, such as `_extra_state`: an item of a file, never unpickled here."""
-
-    file: str
-    start: int
-    length: int
 
 
 class TorchDist(Source):
     """A `torch_dist` checkpoint, opened for reading.
-
-    Attributes:
-        objects: every entry that is no tensor, by key.
 
     Raises:
         UserError: there is no complete checkpoint at `path`, or its index and its files do not agree.
@@ -66,17 +53,18 @@ class TorchDist(Source):
         _require_complete(path)
         metadata = read_metadata(path / INDEX)
         try:
-            tensors, self.objects = _index(metadata)
+            tensors, objects = _index(metadata)
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
         self._records: dict[tuple[str, int], Record] = {}
         self._frames: dict[int, list[archive.Frame]] = {}  # by the length of the item
-        super().__init__(path, tensors, scratch)
+        super().__init__(path, tensors, scratch, objects)
 
-    def other_files(self) -> list[Path]:
-        """Files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""
-        files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
-        return [p for p in files if p.as_posix() not in OWN_FILES and p.suffix != SUFFIX]
+    def is_own_file(self, file: Path) -> bool:
+        return file.as_posix() in (INDEX, FORMAT) or file.suffix == SUFFIX
+
+    def target(self) -> Target:
+        return TorchDistTarget()
 
     def record(self, entry: Entry, chunk: Chunk) -> Record:
         at = chunk.file, chunk.start
@@ -180,19 +168,7 @@ def _index(metadata: Any) -> tuple[dict[str, Entry], dict[str, Blob]]:
     return tensors, objects
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """An item that was written: a chunk (`offsets` and `sizes` set) or an object."""
-
-    key: str
-    offsets: tuple[int, ...] | None
-    sizes: tuple[int, ...] | None
-    file: str
-    start: int
-    length: int
-
-
-class ItemWriter:
+class ItemWriter(Writer):
     """Appends items to one `.distcp` file; `written` says where each lies."""
 
     def __init__(self, directory: Path, name: str):
@@ -256,3 +232,18 @@ def write_index(
         "common_backend_version": 1,
     }
     (directory / FORMAT).write_text(json.dumps(config))
+
+
+class TorchDistTarget(Target):
+    """A file for each unit, then the index."""
+
+    def begin(self, directory: Path) -> None:
+        pass
+
+    def unit(self, directory: Path, name: str) -> ItemWriter:
+        return ItemWriter(directory, name)
+
+    def finish(
+        self, directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], written: Iterable[Written]
+    ) -> None:
+        write_index(directory, tensors, written)

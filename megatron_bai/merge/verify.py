@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.engine import TILE, one_thread
 from megatron_bai.merge.plan import Output, Plan
 from megatron_bai.merge.ranks import Ranks
-from megatron_bai.merge.sources import Box, split
-from megatron_bai.merge.torch_dist import TorchDist
+from megatron_bai.merge.sources import Source
 
 SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is checked, and at least one
 
 
-def verify(plan: Plan, output: TorchDist, ranks: Ranks, everything: bool) -> int:
+def verify(plan: Plan, output: Source, ranks: Ranks, everything: bool) -> int:
     """Compare `output` with Σ coefficient · value in float64; every rank calls it.
 
     Let x be the exact sum. The written value may differ from x by one rounding to the output's dtype, |x|·ε/2, and by
@@ -53,7 +53,7 @@ def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
         yield from ((tensor, box) for box in boxes)
 
 
-def _compare(plan: Plan, output: TorchDist, tensor: Output, box: Box) -> None:
+def _compare(plan: Plan, output: Source, tensor: Output, box: Box) -> None:
     found = output.tensors.get(tensor.key)
     if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
         raise UserError(f"{output.path} lacks {tensor.key} as {tensor.dtype} {tensor.shape}: merge again")

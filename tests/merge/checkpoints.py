@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.merge.sources import Box, split
-from megatron_bai.merge.torch_dist import ItemWriter, TorchDist, write_index
+from megatron_bai.merge.boxes import Box, split
+from megatron_bai.merge.formats import open_source
+from megatron_bai.merge.torch_dist import ItemWriter, write_index
 
 Tensors = dict[str, torch.Tensor]
 Layout = Callable[[str, tuple[int, ...]], Iterable[Box]]
@@ -76,7 +77,7 @@ def write(path: Path, tensors: Tensors, layout: Layout = whole, objects: dict[st
 
 def read(path: Path) -> Tensors:
     """Every tensor of a checkpoint, whole."""
-    with TorchDist(path) as source:
+    with open_source(path) as source:
         return {
             key: source.read(key, (0,) * len(entry.shape), entry.shape).clone() for key, entry in source.tensors.items()
         }

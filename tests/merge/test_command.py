@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine
+from megatron_bai.merge import command, engine, torch_dist
 from megatron_bai.merge.plan import Unit
 from megatron_bai.merge.ranks import Ranks, ranks
 from megatron_bai.merge.torch_dist import TorchDist
@@ -117,7 +117,7 @@ def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     recipe = command.recipe_of(settings)
     with ranks() as group, ExitStack() as stack:
-        work = command.prepare(recipe, stack, group, unit=2048)
+        work = command.prepare(recipe, stack, group, unit=512)
         assert len(work.units) > 4 and engine.share(work.units, group), "every rank has something to do"
         command.merge(work, recipe, Path(settings.output), group, "all")
     dist.destroy_process_group()
@@ -407,7 +407,7 @@ def killed_at(settings: Merge, moment: str) -> None:
     if moment == "first tile":
         engine.Accumulator.weighted_sum = die
     elif moment == "index":
-        engine.write_index = die
+        torch_dist.write_index = die
     elif moment == "provenance":
         command.write_provenance = die
     elif moment == "verify":

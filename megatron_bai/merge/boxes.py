@@ -1,0 +1,34 @@
+"""Geometry of tensors cut into boxes. A box is (offsets, sizes) in the global tensor; all in elements."""
+
+import math
+from collections.abc import Iterator
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def split(offsets: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most `limit` elements, in row-major order, each contiguous within the box."""
+    if math.prod(sizes) <= limit:
+        yield offsets, sizes
+        return
+    axis = next(i for i, size in enumerate(sizes) if size > 1)
+    rows = max(limit // math.prod(sizes[axis + 1 :]), 1)
+    for row in range(0, sizes[axis], rows):
+        low = offsets[:axis] + (offsets[axis] + row,) + offsets[axis + 1 :]
+        size = sizes[:axis] + (min(rows, sizes[axis] - row),) + sizes[axis + 1 :]
+        yield from split(low, size, limit)
+
+
+def within(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
+    """The slices that select `box` of a tensor whose element [0, …, 0] is at `offsets`."""
+    return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets))
+
+
+def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided box, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,0 +1,21 @@
+"""The formats a checkpoint may be in."""
+
+from pathlib import Path
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge import safetensors_files, torch_dist
+from megatron_bai.merge.sources import Scratch, Source
+
+
+def open_source(path: str | Path, scratch: Scratch | None = None) -> Source:
+    """Open the checkpoint at `path`, whichever format it is in.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}: give the directory of one")
+    if any((path / name).is_file() for name in (safetensors_files.INDEX, safetensors_files.SINGLE)):
+        return safetensors_files.SafeTensors(path, scratch)
+    return torch_dist.TorchDist(path, scratch)
