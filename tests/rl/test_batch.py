@@ -1,0 +1,97 @@
+"""Samples become padded arrays in which position t belongs to token t + 1, and routes to token t."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bai.rl.batch import Batch, blank, from_samples, from_supervised, padded_length
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.routes import RouteSignature
+
+SIGNATURE = RouteSignature(moe_layers=3, num_experts=16, topk=2)
+PAD = 63
+
+
+def sample(total: int, prompt: int, seed: int) -> Sample:
+    """`total` tokens of which the first `prompt` are the prompt's; everything in it is telling."""
+    random = np.random.default_rng(seed)
+    return Sample(
+        prompt=0,
+        tokens=random.integers(0, 60, total),
+        prompt_length=prompt,
+        logprobs=-random.exponential(1, total - prompt).astype(np.float32),
+        routes=np.argsort(random.random((total - 1, 3, 16)), axis=-1)[..., :2].astype(np.uint8),
+        spans=(),
+        finish="stop",
+    )
+
+
+shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=5)
+
+
+@given(shapes, st.integers(0, 4), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_every_field_lies_where_its_token_is(shape: list[tuple[int, int]], spare: int, seed: int) -> None:
+    samples = [sample(max(2, p + r), p, seed + i) for i, (p, r) in enumerate(shape)]
+    length = max(len(s.tokens) for s in samples) + spare
+    advantages = np.random.default_rng(seed).normal(size=len(samples))
+    batch = from_samples(samples, advantages, length, PAD, SIGNATURE)
+    assert batch.tokens.shape == (len(samples), length) and len(batch) == len(samples)
+    for i, s in enumerate(samples):
+        total = len(s.tokens)
+        for t in range(length):
+            assert batch.tokens[i, t] == (s.tokens[t] if t < total else PAD)
+            is_response = s.prompt_length <= t + 1 < total
+            assert bool(batch.mask[i, t]) == is_response
+            wanted = s.logprobs[t + 1 - s.prompt_length] if is_response else 0
+            assert batch.infer_logprobs[i, t] == wanted
+            assert bool(batch.routed[i, t]) == (t < total - 1)
+            if t < total - 1:
+                assert batch.routes[i, t].tolist() == s.routes[t].tolist()
+        assert batch.advantages[i] == np.float32(advantages[i])
+    assert int(batch.mask.sum()) == sum(len(s.response) for s in samples)
+    assert not batch.old_logprobs.any()
+
+
+def test_an_empty_response_counts_nothing_and_a_single_token_counts_once() -> None:
+    batch = from_samples([sample(4, 4, 0), sample(5, 4, 1)], np.zeros(2), 6, PAD, SIGNATURE)
+    assert batch.mask.tolist() == [[False] * 6, [False, False, False, True, False, False]]
+
+
+def test_a_sample_longer_than_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError):
+        from_samples([sample(9, 4, 0)], np.zeros(1), 6, PAD, SIGNATURE)
+
+
+def test_parts_are_consecutive_and_filling_one_fills_the_whole() -> None:
+    samples = [sample(6, 2, seed) for seed in range(5)]
+    batch = from_samples(samples, np.arange(5.0), 6, PAD, SIGNATURE)
+    parts = batch.split(2)
+    assert [len(part) for part in parts] == [2, 2, 1]
+    for field in fields(Batch):
+        assert torch.equal(torch.cat([getattr(p, field.name) for p in parts]), getattr(batch, field.name)), field.name
+    parts[1].old_logprobs.fill_(-3.0)
+    assert batch.old_logprobs[2:4].eq(-3).all() and not batch.old_logprobs[[0, 1, 4]].any()
+
+
+def test_supervised_targets_move_to_the_position_that_predicts_them() -> None:
+    tokens = np.arange(10).reshape(2, 5)
+    target = np.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]], dtype=bool)
+    batch = from_supervised(tokens, target)
+    predicted = [int(batch.tokens[i, t + 1]) for i, t in zip(*np.nonzero(batch.mask.numpy()))]
+    assert predicted == [1, 2, 9]  # the first token of a row is predicted by nothing
+
+
+def test_a_blank_batch_has_nothing_to_learn() -> None:
+    batch = blank(torch.zeros(2, 3, dtype=torch.int64))
+    assert not batch.mask.any() and not batch.routed.any() and [len(p) for p in batch.split(1)] == [1, 1]
+
+
+@given(st.integers(1, 300), st.integers(1, 16))
+def test_padding_is_the_least_that_divides(longest: int, multiple: int) -> None:
+    found = padded_length(longest, multiple)
+    assert found % multiple == 0 and longest <= found < longest + multiple

@@ -1,0 +1,116 @@
+"""Contradictory settings are refused by name; the learning rate's schedule."""
+
+from typing import Any
+
+import pytest
+
+from megatron_bai import backend, config
+from megatron_bai.errors import UserError
+from megatron_bai.model import build
+from megatron_bai.rl import objectives, session
+from megatron_bai.rl.schedule import set_learning_rate
+
+MODEL = {
+    "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
+    "num_experts": 8, "moe_topk": 2, "moe_ffn_hidden_size": 64, "vocab_size": 64, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def changed(**values: Any) -> config.Config:
+    """A valid configuration but for `group__key=value`."""
+    settings = config.Config(model=config.Model(**MODEL))
+    for name, value in values.items():
+        group, key = name.split("__")
+        assert hasattr(getattr(settings, group), key)
+        setattr(getattr(settings, group), key, value)
+    return settings
+
+
+def test_the_defaults_are_valid() -> None:
+    session.validate(changed())
+    build.validate(changed().model, config.Parallel(), world=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"replay__mode": "r4"}, ["replay.mode", "'r4'", "none, r2 or r3"]),
+        ({"trainer__steps": 0}, ["trainer.steps is 0"]),
+        ({"trainer__prompts_per_step": 0}, ["trainer.prompts_per_step is 0"]),
+        ({"trainer__group_size": -1}, ["trainer.group_size is -1"]),
+        ({"trainer__group_size": 1}, ["trainer.group_size is 1", "advantage"]),
+        ({"trainer__mini_batches": 0}, ["trainer.mini_batches is 0"]),
+        ({"trainer__micro_batch_size": 0}, ["trainer.micro_batch_size is 0"]),
+        ({"trainer__mini_batches": 3}, ["trainer.prompts_per_step (16)", "trainer.mini_batches (3)"]),
+        ({"objective__name": "ppo"}, ["objective.name is 'ppo'", "minirl, sft"]),
+        ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
+    ],
+)
+def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        session.validate(changed(**values))
+    assert all(part in str(error.value) for part in named), error.value
+
+
+def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
+    session.validate(changed(objective__name="sft", trainer__group_size=1, trainer__mini_batches=3))
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "world", "named"),
+    [
+        ({"num_attention_heads": 3}, {}, 1, ["model.num_attention_heads (3)", "model.num_query_groups (2)"]),
+        ({}, {"tensor": 4, "sequence": True}, 4, ["model.num_query_groups (2)", "parallel.tensor (4)"]),
+        ({"vocab_size": 65}, {"tensor": 2, "sequence": True}, 2, ["model.vocab_size (65)", "parallel.tensor (2)"]),
+        ({}, {"expert": 3}, 3, ["model.num_experts (8)", "parallel.expert (3)"]),
+        ({}, {"pipeline": 3}, 3, ["model.num_layers (4)", "parallel.pipeline (3)"]),
+        ({}, {"tensor": 2, "sequence": True}, 1, ["processes (1)", "parallel.tensor × parallel.pipeline (2)"]),
+        ({}, {"expert": 2, "pipeline": 2}, 2, ["processes (2)", "parallel.expert × parallel.pipeline (4)"]),
+        ({"moe_topk": 9}, {}, 1, ["model.moe_topk (9)", "model.num_experts (8)"]),
+        ({}, {"tensor": 0}, 1, ["parallel.tensor (0)"]),
+        ({}, {"tensor": 2}, 2, ["parallel.sequence=true"]),
+        ({}, {"sequence": True}, 1, ["parallel.sequence=true needs parallel.tensor > 1"]),
+        ({}, {"dispatcher": "flex"}, 1, ["parallel.dispatcher is 'flex'", "alltoall or allgather"]),
+    ],
+)
+def test_a_layout_that_cannot_be_built_is_refused_by_name(
+    model: dict[str, Any], parallel: dict[str, Any], world: int, named: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        build.validate(config.Model(**MODEL | model), config.Parallel(**parallel), world)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (config.Backend(kind="tpu"), "backend.kind is 'tpu'"),
+        (config.Backend(kind="cpu", dtype="float16"), "backend.dtype is 'float16'"),
+    ],
+)
+def test_an_unknown_backend_is_refused_by_name(settings: config.Backend, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        backend.select(settings)
+
+
+def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="backend.kind is cuda"):
+        backend.select(config.Backend(kind="cuda"))
+    assert backend.select(config.Backend(kind="auto")).kind == "cpu"
+
+
+def test_objectives_say_what_their_loss_is_divided_by() -> None:
+    assert (objectives.get("minirl").per, objectives.get("sft").per) == ("samples", "tokens")
+    assert objectives.get("minirl").rollouts and not objectives.get("sft").rollouts
+
+
+def test_the_learning_rate_rises_linearly_then_stays_in_every_group() -> None:
+    class Optimizer:
+        param_groups = [{"lr": 0.0}, {"lr": 0.0}]
+
+    trainer = config.Trainer(learning_rate=2.0, warmup_updates=4)
+    rates = [set_learning_rate(Optimizer, trainer, update) for update in range(6)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert [group["lr"] for group in Optimizer.param_groups] == [2.0, 2.0]
+    assert set_learning_rate(Optimizer, config.Trainer(learning_rate=2.0), 0) == 2.0

@@ -1,0 +1,133 @@
+"""The command line: every mistake is one line on stderr and exit code 2, every verb explains itself."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_bai import cli, config
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_bai", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Call the command line in this process, in an empty directory; gives the exit code."""
+
+    def call(*arguments: str) -> int:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["megatron-bai", *arguments])
+        monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["trian"], ["no verb 'trian'", "merge, train"]),
+        (["train", "trainer.stepz=3"], ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
+        (["train", "foo.bar=1"], ["foo.bar"]),
+        (["train", "trainer.steps=many"], ["trainer.steps", "many", "Integer"]),
+        (["train", "trainer.steps"], ["trainer.steps"]),
+        (["train", "trainer.steps=[1"], ["'trainer.steps=[1'"]),
+        (["train", "experiment=nothing"], ["experiment/nothing"]),
+        (["train", "run.name=${no.such}"], ["no.such"]),
+        (["train", "replay.mode=r4"], ["replay.mode is 'r4'"]),
+        (["train", "trainer.mini_batches=5"], ["trainer.mini_batches (5)"]),
+        (["train", "objective=sft"], ["trainer.save is empty"]),
+        (["convert"], ["convert.source"]),
+        (["convert", "convert.source=none", "convert.target=x"], ["none"]),
+        (["convert", "convert.source=none", "convert.target=x", "convert.to=gguf"], ["'gguf'"]),
+        (["serve", "serve.checkpoint=none"], ["no checkpoint at none"]),
+        (["merge"], ["merge."]),
+        (["inspect", "inspect.path=none"], ["none"]),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], named: list[str], here: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert here(*arguments) == 2
+    out, err = capfd.readouterr()
+    assert len(err.splitlines()) == 1 and err.startswith("megatron-bai: error: ") and out == "", err
+    assert all(part in err for part in named), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["train", "trainer.stepz=3"], "trainer.stepz"), (["train", "parallel.tensor=2"], "parallel.tensor")],
+)
+def test_so_it_is_in_a_process_of_its_own(arguments: list[str], named: str, tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("megatron-bai: error: ") and named in done.stderr
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_names_what_a_verb_does_and_every_setting_it_reads(verb: str) -> None:
+    text = cli._help(verb, cli.VERBS[verb])
+    assert cli.VERBS[verb].summary in text and cli.VERBS[verb].example in text
+    for group in cli.VERBS[verb].groups:
+        for name in getattr(config, group.capitalize()).__dataclass_fields__:
+            assert f"  {group}.{name}=" in text
+
+
+def test_help_is_printed_whatever_else_is_asked(tmp_path: Path) -> None:
+    done = run("train", "no.such=1", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.rstrip() == cli._help("train", cli.VERBS["train"])
+    overview = run(cwd=tmp_path)
+    assert overview.returncode == 0 and all(verb.summary in overview.stdout for verb in cli.VERBS.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_verbs_code_exists_and_every_group_is_read_by_a_verb() -> None:
+    read = {group for verb in cli.VERBS.values() for group in verb.groups}
+    assert read == set(config.Config.__dataclass_fields__)
+
+
+def test_the_whole_configuration_can_be_printed(tmp_path: Path) -> None:
+    done = run("train", "experiment=demo", "trainer.steps=3", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0 and "steps: 3" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_a_reason_is_the_first_line_with_its_cause_and_no_advice() -> None:
+    try:
+        try:
+            raise ValueError("Key 'x' is not in struct\nfull_key: a.x")
+        except ValueError as cause:
+            raise RuntimeError("Could not override 'a.x'.\nTo append, use +a.x=1") from cause
+    except RuntimeError as error:
+        assert cli._reason(error) == "Could not override 'a.x'. (Key 'x' is not in struct)"
+    assert cli._reason(KeyError()) == "KeyError"
+    outer = RuntimeError("Key 'x' is missing")
+    outer.__cause__ = ValueError("Key 'x' is missing")
+    assert cli._reason(outer) == "Key 'x' is missing"  # said once
+
+
+def test_a_later_rank_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    cli._complain(cli.UserError("a\n b"))
+    assert capsys.readouterr().err == "megatron-bai: error [rank 3]: a b\n"
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130 and capsys.readouterr().err == "megatron-bai: interrupted\n"
