@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -91,6 +91,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("megatron-bai: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        _let_rank_0_speak()
+        raise
 
 
 def _run(arguments: list[str]) -> None:
@@ -133,16 +136,24 @@ def _reason(error: BaseException) -> str:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if cause and str(cause) else ""
+    if isinstance(error, OverrideParseException):
+        first = f"cannot read the override {error.override!r}: {first}"
     return f"{first} ({detail})" if detail and detail not in first else first
 
 
 def _complain(error: UserError) -> None:
-    """One line on the terminal. Ranks that fail alike are ended by torchrun before they repeat what rank 0 said."""
+    """One line on the terminal."""
+    rank = _let_rank_0_speak()
+    where = f" [rank {rank}]" if rank else ""
+    print(f"megatron-bai: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def _let_rank_0_speak() -> int:
+    """Wait on other ranks than 0. One that fails like rank 0, or because rank 0 left, is ended by torchrun meanwhile."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(5)
-    where = f" [rank {rank}]" if rank else ""
-    print(f"megatron-bai: error{where}: {error}", file=sys.stderr, flush=True)
+    return rank
 
 
 def _terminate(number: int, frame: Any) -> None:

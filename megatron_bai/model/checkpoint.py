@@ -4,11 +4,9 @@ A directory holds Megatron's own files, `config.json` (the architecture, as Hugg
 and the manifest that marks it complete.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_bai.errors import UserError
@@ -39,8 +37,7 @@ def save(actor: Actor, target: str | Path, tokenizer: str | Path, info: dict[str
     dist.barrier()
     if lead:
         dtype = actor.transformer_config.params_dtype
-        (stage / "config.json").write_text(json.dumps(hf.hf_config(actor.settings, dtype), indent=1))
-        hf.copy_tokenizer(tokenizer, stage)
+        hf.write_config(actor.settings, dtype, tokenizer, stage)
         manifest.seal(stage, target, info)
     dist.barrier()
 

@@ -48,8 +48,34 @@ _FIXED = {
 }
 
 
+def write_config(model: Model, dtype: torch.dtype, tokenizer: str | Path, target: Path) -> None:
+    """Write `config.json`, as transformers and SGLang read it, and copy the tokenizer's files beside it.
+
+    Args:
+        tokenizer: directory of the tokenizer; its end token becomes the model's, which stops generation.
+    """
+    described = hf_config(model, dtype)
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer) / name).is_file():
+            shutil.copy(Path(tokenizer) / name, target / name)
+    if (end := _end_token(target)) is not None:
+        described["eos_token_id"] = end
+    (target / "config.json").write_text(json.dumps(described, indent=1))
+
+
+def _end_token(directory: Path) -> int | None:
+    """Id of the tokenizer's end token, read from its files."""
+    try:
+        word = json.loads((directory / "tokenizer_config.json").read_text()).get("eos_token")
+        added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
+    except (OSError, ValueError, KeyError):
+        return None
+    word = word.get("content") if isinstance(word, dict) else word
+    return next((token["id"] for token in added if token["content"] == word), None)
+
+
 def hf_config(model: Model, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of the model, as transformers and SGLang read it."""
+    """The architecture in Hugging Face's terms."""
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -180,14 +206,14 @@ def export_hf(
     if lead:
         if pending:
             flush()
-        _finish(stage, files, model, dtype)
-        copy_tokenizer(tokenizer, stage)
+        _finish(stage, files, model)
+        write_config(model, dtype, tokenizer, stage)
         manifest.seal(stage, target, info)
     dist.barrier()
 
 
-def _finish(stage: Path, files: dict[int, list[str]], model: Model, dtype: torch.dtype) -> None:
-    """Name the files as Hugging Face does, index them and describe the model."""
+def _finish(stage: Path, files: dict[int, list[str]], model: Model) -> None:
+    """Name the files as Hugging Face does, and index them."""
     weight_map = {}
     for number, names in files.items():
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
@@ -197,11 +223,3 @@ def _finish(stage: Path, files: dict[int, list[str]], model: Model, dtype: torch
         raise RuntimeError(f"exported {len(weight_map)} tensors, config.json promises {len(mapping.hf_names(model))}")
     if len(files) > 1:
         (stage / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    (stage / "config.json").write_text(json.dumps(hf_config(model, dtype), indent=1))
-
-
-def copy_tokenizer(source: str | Path, target: Path) -> None:
-    """Copy the tokenizer's files that exist."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copy(Path(source) / name, target / name)

@@ -107,13 +107,13 @@ def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...
     for owner, pieces in enumerate(everyone):
         for local, piece in enumerate(pieces):
             slices.setdefault(piece[:2], []).append((owner, local, piece))
+    device = next(modules[0].parameters()).device
     order = [kind.megatron for kind in mapping.KINDS]
     for key, index in sorted(slices, key=lambda s: (order.index(mapping.kind_of(s[0]).megatron), s[1])):
         pieces = slices[key, index]
         shape, dtype = pieces[0][2][4:]
         if sum(torch.Size(piece[3]).numel() for _, _, piece in pieces) != torch.Size(shape).numel():
             raise RuntimeError(f"the ranks' pieces of {key}{list(index)} do not cover its shape {shape}")
-        device = modules[0].config and mine[0].data.device
         whole = torch.empty(shape, dtype=dtype, device=device) if rank == 0 else torch.empty(0)
         for owner, local, piece in pieces:
             _collect(whole, owner, mine[local].data if owner == rank else None, piece)

@@ -32,7 +32,7 @@ _SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Accuracy on held-out problems", {"eval_accuracy": "accuracy"}, False),
             ("Response length, tokens", {"response_length_mean": "mean", "response_length_max": "longest"}, False),
             ("Responses cut off at the limit, fraction", {"truncated_fraction": "fraction"}, False),
-            ("Reward, standard deviation over the batch", {"reward_std": "std"}, False),
+            ("Reward, mean standard deviation within a group", {"reward_std": "std"}, False),
             ("Loss", {"loss": "loss"}, False),
             ("Learning rate", {"learning_rate": "rate"}, False),
         ],

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf
+from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.sample import Sample
@@ -29,9 +30,9 @@ class Inference:
         sync_gap: |mean log-probability of the probe under the server − under the trainer|, nats, after the last sync.
     """
 
-    def __init__(self, session: Session, url: str, server: SGLangServer | None, shapes: Shapes):
+    def __init__(self, session: Session, url: str, shapes: Shapes):
         settings = session.settings
-        self._session, self._url, self._server, self._shapes = session, url, server, shapes
+        self._session, self._url, self._shapes = session, url, shapes
         self._client = RolloutClient(
             url, settings.rollout, session.signature, settings.model.vocab_size, settings.model.max_position_embeddings
         )
@@ -72,9 +73,7 @@ class Inference:
     def _prove(self) -> None:
         """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks the server."""
         session = self._session
-        length = max(map(len, self._probe))
-        width = session.engine.tensor_size
-        length = -(-length // width) * width
+        length = padded_length(max(map(len, self._probe)), session.engine.tensor_size)
         tokens = torch.zeros(_PROBES, length, dtype=torch.int64)
         mask = torch.zeros(_PROBES, length, dtype=torch.bool)
         for row, ids in enumerate(self._probe):
@@ -120,12 +119,14 @@ def serve(session: Session) -> Iterator[Inference]:
     settings = session.settings
     directory = _export(session, 0)
     with ExitStack() as stack:
-        server, found = None, ["", {}]
+        found = ["", {}]
         if session.lead:
             log = Path(settings.run.dir) / "server.log"
             server = SGLangServer(directory, settings.rollout, log, session.device.kind)
             found = [stack.enter_context(server).url, server.tensors]
         dist.broadcast_object_list(found, src=0)
-        inference = Inference(session, found[0], server, found[1])
+        if session.lead:  # what was sent is the server's now; a run's result is `trainer.save`
+            stack.callback(rmtree, directory.parent, ignore_errors=True)
+        inference = Inference(session, found[0], found[1])
         inference.sync()
         yield inference

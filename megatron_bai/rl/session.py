@@ -4,12 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from megatron_bai import backend, config
 from megatron_bai.data import Task, build_tokenizer
@@ -135,7 +134,7 @@ def validate(settings: config.Config) -> None:
     Raises:
         UserError: names the settings.
     """
-    trainer, data = settings.trainer, settings.model
+    trainer, model = settings.trainer, settings.model
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
@@ -150,19 +149,17 @@ def validate(settings: config.Config) -> None:
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
             f"({trainer.mini_batches})"
         )
-    if settings.rollout.max_new_tokens >= data.max_position_embeddings:
+    if settings.rollout.max_new_tokens >= model.max_position_embeddings:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
-            f"model.max_position_embeddings ({data.max_position_embeddings})"
+            f"model.max_position_embeddings ({model.max_position_embeddings})"
         )
 
 
-def fingerprint(settings: config.Config, *groups: str) -> str:
-    """A digest of the named setting groups, the seed and the checkpoint they start from: equal means the same work."""
-    described: dict[str, Any] = {name: OmegaConf.to_container(OmegaConf.structured(getattr(settings, name)))
-                                 for name in groups}
+def fingerprint(settings: config.Config) -> str:
+    """A digest of what determines a supervised checkpoint, and of the one it starts from: equal means the same work."""
+    described = {name: asdict(getattr(settings, name)) for name in ("model", "data", "objective", "supervised", "trainer")}
+    del described["trainer"]["save"]
     described["seed"] = settings.run.seed
-    if settings.init.checkpoint:
-        described["init"] = manifest.require(settings.init.checkpoint)
-    text = json.dumps(described, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    described["init"] = manifest.require(settings.init.checkpoint) if settings.init.checkpoint else None
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,8 +12,6 @@ from megatron_bai.rl.batch import Batch, from_supervised
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, fingerprint, open_session
 
-_SAME_WORK = ("model", "data", "objective", "supervised")
-
 
 def train(settings: config.Config) -> None:
     """Train on the task's text in `data.style` and save to `trainer.save`.
@@ -26,10 +24,7 @@ def train(settings: config.Config) -> None:
     target = settings.trainer.save
     if not target:
         raise UserError("trainer.save is empty: say where the checkpoint goes")
-    trainer = settings.trainer
-    optimisation = f"{trainer.steps}/{trainer.learning_rate}/{trainer.warmup_updates}/{trainer.weight_decay}" \
-        f"/{trainer.adam_beta2}/{trainer.clip_grad}"
-    made_by = f"{fingerprint(settings, *_SAME_WORK)}-{optimisation}"
+    made_by = fingerprint(settings)
     done = manifest.read(target)
     if done is not None:
         if done.get("made_by") != made_by:
@@ -38,7 +33,7 @@ def train(settings: config.Config) -> None:
         return
     with open_session(settings) as session:
         _train(session)
-        info = {"made_by": made_by, "style": settings.data.style, "steps": trainer.steps}
+        info = {"made_by": made_by, "style": settings.data.style, "steps": settings.trainer.steps}
         checkpoint.save(session.actor, target, session.tokenizer_dir, info)
         if session.lead:
             print(f"saved {target}")

@@ -26,6 +26,7 @@ from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.layout import rank_rows
 from megatron_bai.routing.replay import MicroRoutes, differing
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
@@ -151,8 +152,6 @@ class Loop:
 
         Each rank sees its tokens and layers only, so the counts are summed over the world first; one rank keeps them.
         """
-        from megatron_bai.routing.layout import rank_rows
-
         different = total = 0
         for micro, inference, live in zip(micros, theirs, ours):
             routed = rank_rows(micro.routed, *self.session.engine.sequence).to(self.session.device.device)
