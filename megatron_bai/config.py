@@ -82,7 +82,8 @@ class Merge:
     members: list[str] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # one a member, summing to 1
     alpha: float = 0.5  # weight of the pretrained checkpoint
-    output: str = ""
+    sweep: list[float] = field(default_factory=list)  # alphas: one output each, the inputs read once; replaces alpha
+    output: str = ""  # with a sweep, the directory of the outputs: alpha-0.1 and so on
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
     verify: str = "sample"  # none, sample or all: how much of the output is compared with the formula before it counts
     dry_run: bool = False  # print the plan and stop

@@ -1,9 +1,12 @@
 """`megatron-bai merge`: plan, check, write, verify, and only then move the result into place."""
 
+import dataclasses
+import functools
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,116 +30,138 @@ VERIFY = ("none", "sample", "all")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a merge did. `written` is False where the target already held the result."""
+class Job:
+    """A merge to do: the recipe, and the directory that is to hold its result."""
 
-    written: bool
-    tensors: int
-    nbytes: int
-    checked: int  # elements compared with the formula
+    recipe: Recipe
+    target: Path
 
 
 def run(config: Config) -> None:
     """Merge as `config.merge` says, under torchrun or alone, and print one line about it.
 
     Raises:
-        UserError: a setting, a source or the target does not allow the merge; the target is as it was.
+        UserError: a setting, a source or a target does not allow the merge; the target is as it was.
     """
     started = time.monotonic()
     settings = config.merge
-    recipe = recipe_of(settings)
-    if not settings.output:
-        raise UserError("merge.output is empty: give the directory to write")
+    jobs = jobs_of(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
     with ranks() as group, ExitStack() as stack:
-        work = prepare(recipe, stack, group, piece_bytes(settings.memory_mib))
+        work = prepare(jobs, stack, group, piece_bytes(settings.memory_mib, len(jobs)))
         if settings.dry_run:
-            group.first(lambda: describe(work, recipe, Path(settings.output)))
+            group.first(lambda: describe(work, jobs))
             return
-        outcome = merge(work, recipe, Path(settings.output), group, settings.verify)
+        written, checked = merge(work, jobs, group, settings.verify)
     if group.rank == 0:
-        seconds = time.monotonic() - started
-        checked = f", {outcome.checked:,} elements checked" if outcome.checked else ""
-        what = "merged" if outcome.written else "nothing to do, the output holds this merge:"
-        size = f"{outcome.tensors:,} tensors, {outcome.nbytes:,} bytes"
-        print(f"{what} {size} in {seconds:.1f} s{checked}: {settings.output}")
+        what = "merged" if written else "nothing to do, the output holds this merge:"
+        size = f"{len(work.outputs):,} tensors, {work.bytes_written:,} bytes"
+        times = f" {written} times" if written > 1 else ""
+        verified = f", {checked:,} elements checked" if checked else ""
+        print(f"{what} {size}{times} in {time.monotonic() - started:.1f} s{verified}: {settings.output}")
 
 
-def recipe_of(settings: Merge) -> Recipe:
-    """The recipe with its paths resolved, so that a checkpoint named in two ways counts as one."""
+def jobs_of(settings: Merge) -> list[Job]:
+    """The merges that the settings ask for: one, or one for each alpha of a sweep.
+
+    Paths are resolved, so that a checkpoint named in two ways counts as one.
+    """
+    if not settings.output:
+        raise UserError("merge.output is empty: give the directory to write")
     members = tuple(os.path.realpath(m) if m else "" for m in settings.members)
     pretrained = os.path.realpath(settings.pretrained) if settings.pretrained else ""
-    return Recipe(pretrained, members, tuple(settings.weights), settings.alpha)
+    output = Path(os.path.abspath(settings.output))
+    if len(set(settings.sweep)) != len(settings.sweep):
+        raise UserError(f"merge.sweep {list(settings.sweep)} names an alpha twice: give each once")
+    alphas = {alpha: output / f"alpha-{alpha!r}" for alpha in settings.sweep} or {settings.alpha: output}
+    return [Job(Recipe(pretrained, members, tuple(settings.weights), a), target) for a, target in alphas.items()]
 
 
-def piece_bytes(memory_mib: int) -> int:
+def piece_bytes(memory_mib: int, sums: int) -> int:
     """The largest output item that keeps a rank's buffers within `memory_mib`.
 
-    A rank holds one item, `torch.save`'s copy of it, and scratch memory for reading (two spans) and adding (16 MiB).
+    A rank holds one item of each sum, two spans for reading, and tiles in float32 and float64.
 
     Raises:
-        UserError: there is no room for an item.
+        UserError: there is no room for an item of 1 MiB.
     """
-    scratch = 2 * SPAN_BYTES + (16 << 20)
-    room = ((memory_mib << 20) - scratch) // 2
+    scratch = 2 * SPAN_BYTES + (1 + sums) * engine.TILE * (4 + 8)
+    room = ((memory_mib << 20) - scratch) // sums
     if room < 1 << 20:
-        raise UserError(f"merge.memory_mib is {memory_mib}: at least {(scratch >> 20) + 2} are needed")
+        raise UserError(f"merge.memory_mib is {memory_mib}: at least {math.ceil(scratch / 2**20) + sums} are needed")
     return min(room, PIECE_BYTES)
 
 
 def prepare(
-    recipe: Recipe, stack: ExitStack, group: Ranks, piece: int = PIECE_BYTES, unit: int = UNIT_BYTES
+    jobs: Sequence[Job], stack: ExitStack, group: Ranks, piece: int = PIECE_BYTES, unit: int = UNIT_BYTES
 ) -> Plan:
-    """Open every source on every rank and plan. `stack` closes them."""
+    """Open every source on every rank and plan. The jobs differ in alpha only. `stack` closes the sources."""
 
     def work() -> Plan:
         scratch = Scratch()
-        terms = recipe.terms()
-        sources = {term.source: stack.enter_context(open_source(term.source, scratch)) for term in terms}
-        return plan(terms, sources, piece, unit)
+        sums = [job.recipe.terms() for job in jobs]
+        sources = {term.source: stack.enter_context(open_source(term.source, scratch)) for term in sums[0]}
+        return plan(sums, sources, piece, unit)
 
     plans: list[Plan] = []
     group.together(lambda: plans.append(work()))
     return plans[0]
 
 
-def merge(work: Plan, recipe: Recipe, target: Path, group: Ranks, check: str = "sample") -> Outcome:
-    """Execute a plan: the target either ends complete and checked, or stays as it was. Every rank calls it.
+def merge(work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample") -> tuple[int, int]:
+    """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
 
     Args:
-        check: `none`, `sample` or `all`: how much of the written checkpoint is compared with the formula.
+        jobs: one for each of the plan's sums.
+        check: `none`, `sample` or `all`: how much of the written checkpoints is compared with the formula.
+
+    Returns:
+        how many targets were written, the others being up to date, and how many elements were compared.
 
     Raises:
-        UserError: a source or the target does not allow the merge, or the result is not what it should be.
+        UserError: a source or a target does not allow the merge, or a result is not what it should be.
     """
-    target = Path(os.path.abspath(target))
-    digests = _digests(work, recipe, group)
-    mark = group.first(lambda: fingerprint(work, digests))
-    if group.first(lambda: is_current(target, mark)):
-        return Outcome(False, len(work.outputs), work.bytes_written, 0)
-    group.first(lambda: check_target(target, work))
-    stage = group.first(lambda: manifest.staging(target))
+    digests = _digests(work, group)
+    marks = group.first(lambda: [fingerprint(work, k, digests) for k in range(len(jobs))])
+    todo = group.first(lambda: [k for k, job in enumerate(jobs) if not is_current(job.target, marks[k])])
+    jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
+    work = dataclasses.replace(work, sums=tuple(work.sums[k] for k in todo))
+    if not jobs:
+        return 0, 0
+    stages: list[Path] = []
+
+    def stage() -> list[Path]:
+        for job in jobs:
+            check_target(job.target, work)
+        stages.extend(manifest.staging(job.target) for job in jobs)
+        return stages
+
+    checked = 0
     try:
+        directories = group.first(stage)
         with _progress(work, group) as advance:
-            norms = engine.execute(work, stage, group, advance)
-        group.first(lambda: write_provenance(stage, recipe, work, digests, mark, norms))
-        checked = 0
-        if check != "none":
-            with open_source(stage) as written:
-                checked = verify(work, written, group, everything=check == "all")
+            norms = engine.execute(work, directories, group, advance)
+        for k, (job, directory) in enumerate(zip(jobs, directories)):
+            note = functools.partial(write_provenance, directory, job.recipe, work, digests, marks[k], norms[k])
+            group.first(note)
+            if check != "none":
+                with open_source(directory) as written:
+                    checked += verify(work, k, written, group, everything=check == "all")
         info = manifest.read(work.base.path) or {}
-        group.first(lambda: manifest.seal(stage, target, {**info, "merge": {"fingerprint": mark}}))
+        for job, directory, mark in zip(jobs, directories, marks):
+            about = {**info, "merge": {"fingerprint": mark}}
+            group.first(functools.partial(manifest.seal, directory, job.target, about))
     except BaseException:
-        if group.rank == 0:
-            shutil.rmtree(stage, ignore_errors=True)
+        for path in stages:
+            shutil.rmtree(path, ignore_errors=True)
         raise
-    return Outcome(True, len(work.outputs), work.bytes_written, checked)
+    return len(jobs), checked
 
 
-def _digests(work: Plan, recipe: Recipe, group: Ranks) -> dict[str, str]:
+def _digests(work: Plan, group: Ranks) -> dict[str, str]:
     """The content hash of every source that enters, by path; the ranks share the sources."""
-    sources = {str(source.path): source for source in (work.base, *(source for source, _ in work.inputs))}
+    sources = {str(source.path): source for source in (work.base, *work.inputs)}
     mine = list(sources)[group.rank :: group.size]
     shares = group.together(lambda: {path: sources[path].digest(work.outputs) for path in mine})
     found = {path: digest for share in shares for path, digest in share.items()}
@@ -154,14 +179,18 @@ def _progress(work: Plan, group: Ranks) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def describe(work: Plan, recipe: Recipe, target: Path) -> None:
+def describe(work: Plan, jobs: Sequence[Job]) -> None:
     """Print the plan; nothing of a tensor has been read."""
-    for term in recipe.terms():
-        print(f"{term.coefficient:.9g} × {term.source}")
-        for reason, keys in work.dropped[term.source].items():
-            print(f"    not used, {reason}: {len(keys)} entries such as {keys[0]}")
+    for job in jobs:
+        print(job.target)
+        for term in job.recipe.terms():
+            print(f"    {term.coefficient:.9g} × {term.source}")
+    for path, reasons in work.dropped.items():
+        for reason, keys in reasons.items():
+            print(f"not used of {path}, {reason}: {len(keys)} entries such as {keys[0]}")
     merged = sum(output.merged for output in work.outputs.values())
     objects = sum(len(unit.objects) for unit in work.units)
     equal = len(work.outputs) - merged
     print(f"{merged} tensors merged, {equal} must be equal and are copied, {objects} objects carried")
-    print(f"reads {work.bytes_read:,} bytes, writes {work.bytes_written:,} bytes in {len(work.units)} files to {target}")
+    times = f"{len(jobs)} times " if len(jobs) > 1 else ""
+    print(f"reads {work.bytes_read:,} bytes, writes {times}{work.bytes_written:,} bytes in {len(work.units)} units")

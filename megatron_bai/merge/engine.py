@@ -8,8 +8,9 @@ tile, and the result would depend on the tiling. As it is, no element depends on
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,59 +26,84 @@ TILE = 1 << 18  # elements: the accumulator and one converted source stay in a c
 
 
 class Accumulator:
-    """One tile's weighted sum, in memory reused from tile to tile."""
+    """One tile's weighted sums, in memory reused from tile to tile."""
 
-    def __init__(self) -> None:
-        self._memory = {dtype: torch.empty(2, TILE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+    def __init__(self, sums: int) -> None:
+        self._memory = {dtype: torch.empty(1 + sums, TILE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
-    def weighted_sum(self, plan: Plan, output: Output, box: Box) -> torch.Tensor:
-        """Σ coefficient · value of one tile, unrounded; valid until the next call."""
+    def weighted_sums(self, plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
+        """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
         wide = output.dtype.itemsize > 2
-        total, term = (row[: math.prod(box[1])] for row in self._memory[torch.float64 if wide else torch.float32])
-        for i, (source, coefficient) in enumerate(plan.inputs):
+        memory = self._memory[torch.float64 if wide else torch.float32][:, : math.prod(box[1])]
+        term, totals = memory[0], memory[1:]
+        begun = [False] * len(totals)
+        for i, source in enumerate(plan.inputs):
             values = source.read(output.key, *box).reshape(-1)
-            if i == 0:
-                total.copy_(values).mul_(coefficient)
-            else:
-                total.add_(term.copy_(values).mul_(coefficient))
-        return total
+            for k, total in enumerate(totals):
+                coefficient = plan.sums[k][i]
+                if coefficient == 0:
+                    continue  # as if this sum did not know the source: adding 0 would turn -0 into 0
+                if begun[k]:
+                    total.add_(term.copy_(values).mul_(coefficient))
+                else:
+                    total.copy_(values).mul_(coefficient)
+                    begun[k] = True
+        return list(totals)
 
 
-def execute(plan: Plan, directory: Path, ranks: Ranks, advance: Callable[[int], None]) -> dict[str, float]:
-    """Write the merged checkpoint's tensors and index into `directory`; every rank calls it.
+def execute(
+    plan: Plan, directories: Sequence[Path], ranks: Ranks, advance: Callable[[int], None]
+) -> list[dict[str, float]]:
+    """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
 
     Args:
+        directories: one for each sum.
         advance: told the number of input bytes whenever some have been merged.
 
     Returns:
-        the 2-norm of every merged tensor, before rounding; on every rank.
+        for each sum, the 2-norm of every merged tensor, before rounding; on every rank.
 
     Raises:
         UserError: a source cannot be read or holds NaN or Inf, a tensor that must be equal is not, or the disk is full.
     """
-
     target = plan.base.target()
 
-    def work() -> tuple[dict[str, list[Written]], dict[str, dict[str, float]]]:
-        done = {}
-        with one_thread():
-            for unit in share(plan.units, ranks):
-                done[unit.name] = _write_unit(plan, unit, target, directory, advance)
-        return {name: w for name, (w, _) in done.items()}, {name: s for name, (_, s) in done.items()}
+    def begin() -> None:
+        for directory in directories:
+            target.begin(directory)
 
-    ranks.first(lambda: target.begin(directory))
-    results = ranks.together(work)
-    written = {name: items for files, _ in results for name, items in files.items()}
-    squares = {name: sums for _, files in results for name, sums in files.items()}
-    norms: dict[str, float] = {key: 0.0 for key, output in plan.outputs.items() if output.merged}
-    for unit in plan.units:  # in the plan's order: the sums must not depend on the ranks
-        for key, value in squares[unit.name].items():
-            norms[key] += value
-    items = [item for unit in plan.units for item in written[unit.name]]
+    def work() -> dict[str, list[_Done]]:
+        with one_thread():
+            units = share(plan.units, ranks)
+            return {unit.name: _write_unit(plan, unit, target, directories, advance) for unit in units}
+
+    ranks.first(begin)
+    done = {name: result for shares in ranks.together(work) for name, result in shares.items()}
+    return [
+        _finish(plan, target, directory, ranks, [done[unit.name][k] for unit in plan.units])
+        for k, directory in enumerate(directories)
+    ]
+
+
+@dataclass
+class _Done:
+    """One unit of one sum: its items, and for each tensor the sum of its squares."""
+
+    written: list[Written] = field(default_factory=list)
+    squares: dict[str, float] = field(default_factory=dict)
+
+
+def _finish(plan: Plan, target: Target, directory: Path, ranks: Ranks, done: list[_Done]) -> dict[str, float]:
+    """Index the units, given in the plan's order so that nothing depends on the ranks; returns the norms."""
+    squares: dict[str, float] = {key: 0.0 for key, output in plan.outputs.items() if output.merged}
+    for unit in done:
+        for key, value in unit.squares.items():
+            squares[key] += value
+    items = [item for unit in done for item in unit.written]
     _assert_covered(plan, items)
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]
     ranks.first(lambda: target.finish(directory, outputs, items))
-    return {key: math.sqrt(value) for key, value in norms.items()}
+    return {key: math.sqrt(value) for key, value in squares.items()}
 
 
 def share(units: tuple[Unit, ...], ranks: Ranks) -> list[Unit]:
@@ -103,35 +129,56 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _write_unit(plan: Plan, unit: Unit, target: Target, directory: Path, advance: Callable[[int], None]):
-    """Write one file; returns its items and, for each tensor, the sum of its squares in this file."""
-    accumulator, memory = Accumulator(), Scratch()
-    squares: dict[str, float] = {}
+def _write_unit(
+    plan: Plan, unit: Unit, target: Target, directories: Sequence[Path], advance: Callable[[int], None]
+) -> list[_Done]:
+    """Write one unit of every sum."""
+    accumulator, memory = Accumulator(len(plan.sums)), Scratch()
+    done = [_Done() for _ in plan.sums]
     try:
-        with target.unit(directory, unit.name) as writer:
+        with ExitStack() as stack:
+            writers = [stack.enter_context(target.unit(directory, unit.name)) for directory in directories]
             for key in unit.objects:
                 blob = plan.base.objects[key]
-                writer.blob(key, plan.base.read_bytes(blob.file, blob.start, blob.length))
-            for output, (offsets, sizes) in unit.pieces:
-                piece = memory.take("piece", math.prod(sizes) * output.dtype.itemsize).view(output.dtype).view(sizes)
-                itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
-                for box in split(offsets, sizes, TILE):
-                    tile = piece[within(box, offsets)].view(-1)
-                    if output.merged:
-                        norm = _merge_tile(plan, output, box, accumulator, tile)
-                        squares[output.key] = squares.get(output.key, 0.0) + norm**2
-                    else:
-                        _copy_equal(plan, output, box, tile)
-                    advance(len(plan.inputs) * itemsize * tile.numel())
-                writer.tensor(output.key, offsets, piece)
+                data = plan.base.read_bytes(blob.file, blob.start, blob.length)
+                for writer in writers:
+                    writer.blob(key, data)
+            for output, box in unit.pieces:
+                pieces = memory.take("pieces", len(writers) * math.prod(box[1]) * output.dtype.itemsize)
+                pieces = pieces.view(output.dtype).view(len(writers), *box[1])
+                _fill(plan, output, box, accumulator, pieces, [d.squares for d in done], advance)
+                for writer, piece in zip(writers, pieces):
+                    writer.tensor(output.key, box[0], piece)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
-    return writer.written, squares
+        raise UserError(f"{directories[0]} cannot be written: {error.strerror}") from None
+    for result, writer in zip(done, writers):
+        result.written = writer.written
+    return done
 
 
-def _merge_tile(plan: Plan, output: Output, box: Box, accumulator: Accumulator, tile: torch.Tensor) -> float:
-    """Fill `tile` with the merged values of `box`; returns their 2-norm before rounding."""
-    total = accumulator.weighted_sum(plan, output, box)
+def _fill(
+    plan: Plan,
+    output: Output,
+    piece: Box,
+    accumulator: Accumulator,
+    values: torch.Tensor,
+    squares: list[dict[str, float]],
+    advance: Callable[[int], None],
+) -> None:
+    """Merge one box of a tensor, tile by tile, into `values` [sums, *sizes], and add to `squares`."""
+    itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
+    for box in split(*piece, TILE):
+        tiles = [value[within(box, piece[0])].view(-1) for value in values]
+        if output.merged:
+            for tile, total, sums in zip(tiles, accumulator.weighted_sums(plan, output, box), squares):
+                sums[output.key] = sums.get(output.key, 0.0) + _round(plan, output, box, total, tile) ** 2
+        else:
+            _copy_equal(plan, output, box, tiles)
+        advance(len(plan.inputs) * itemsize * math.prod(box[1]))
+
+
+def _round(plan: Plan, output: Output, box: Box, total: torch.Tensor, tile: torch.Tensor) -> float:
+    """Round a finished sum into `tile`; returns its 2-norm before that."""
     tile.copy_(total)
     norm = float(torch.linalg.vector_norm(total))
     if not norm <= torch.finfo(output.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
@@ -142,7 +189,7 @@ def _merge_tile(plan: Plan, output: Output, box: Box, accumulator: Accumulator, 
 
 def _require_finite(plan: Plan, output: Output, box: Box, tile: torch.Tensor) -> None:
     """Say which source a NaN or Inf came from."""
-    for source, _ in plan.inputs:
+    for source in plan.inputs:
         finite = source.read(output.key, *box).isfinite()
         if not finite.all():
             at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
@@ -151,14 +198,16 @@ def _require_finite(plan: Plan, output: Output, box: Box, tile: torch.Tensor) ->
         raise UserError(f"{output.key}: the weighted sum is too large for {output.dtype}: check merge.weights")
 
 
-def _copy_equal(plan: Plan, output: Output, box: Box, tile: torch.Tensor) -> None:
-    tile.copy_(plan.base.read(output.key, *box).reshape(-1))
-    for source, _ in plan.inputs:
-        if not torch.equal(source.read(output.key, *box).reshape(-1), tile):
+def _copy_equal(plan: Plan, output: Output, box: Box, tiles: list[torch.Tensor]) -> None:
+    tiles[0].copy_(plan.base.read(output.key, *box).reshape(-1))
+    for source in plan.inputs:
+        if not torch.equal(source.read(output.key, *box).reshape(-1), tiles[0]):
             raise UserError(
                 f"{source.path} and {plan.base.path} differ in {output.key}, which is {output.dtype}: only floating"
                 " point tensors can be merged"
             )
+    for tile in tiles[1:]:
+        tile.copy_(tiles[0])
 
 
 def _assert_covered(plan: Plan, items: list[Written]) -> None:

@@ -29,16 +29,17 @@ def carried_files(base: Source) -> list[Path]:
     return [path for path in base.other_files() if path.as_posix() not in replaced]
 
 
-def fingerprint(plan: Plan, digests: dict[str, str]) -> str:
-    """A hash of everything the output depends on, whatever the paths are called.
+def fingerprint(plan: Plan, which: int, digests: dict[str, str]) -> str:
+    """A hash of everything an output depends on, whatever the paths are called.
 
     Args:
+        which: the number of the plan's sum.
         digests: of every source's tensors, by path.
     """
     base = plan.base
     what = {
         "revision": REVISION,
-        "inputs": [(digests[str(source.path)], coefficient) for source, coefficient in plan.inputs],
+        "inputs": [(digests[str(s.path)], c) for s, c in zip(plan.inputs, plan.sums[which]) if c != 0],
         "layout": digests[str(base.path)],
         "outputs": [(o.key, str(o.dtype)) for o in plan.outputs.values()],
         "objects": [
@@ -66,8 +67,9 @@ def check_target(target: Path, plan: Plan) -> None:
         raise UserError(f"merge.output {target} exists and is no merge's output: choose another directory")
     existing = next(path for path in target.parents if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < plan.bytes_written:
-        raise UserError(f"{existing} has {free} bytes free, the merge needs {plan.bytes_written}: make room first")
+    needed = plan.bytes_written * len(plan.sums)
+    if free < needed:
+        raise UserError(f"{existing} has {free} bytes free, the merge needs {needed}: make room first")
 
 
 def is_current(target: Path, mark: str) -> bool:

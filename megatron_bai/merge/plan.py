@@ -16,7 +16,7 @@ checkpoint alone, never on the number of ranks.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -62,33 +62,39 @@ class Plan:
 
     Attributes:
         base: the pretrained checkpoint.
-        inputs: the checkpoints that are read, with their coefficients; those with coefficient 0 are not among them.
+        inputs: the checkpoints that are read; those that no sum needs are not among them.
+        sums: for each checkpoint to write, the coefficients of `inputs`.
         outputs: every tensor to write, by key.
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
     """
 
     base: Source
-    inputs: tuple[tuple[Source, float], ...]
+    inputs: tuple[Source, ...]
+    sums: tuple[tuple[float, ...], ...]
     outputs: dict[str, Output]
     units: tuple[Unit, ...]
     dropped: dict[str, dict[str, list[str]]]
 
     @property
     def bytes_read(self) -> int:
-        return sum(source.tensors[key].nbytes for source, _ in self.inputs for key in self.outputs)
+        return sum(source.tensors[key].nbytes for source in self.inputs for key in self.outputs)
 
     @property
     def bytes_written(self) -> int:
+        """For each sum."""
         return sum(unit.nbytes for unit in self.units)
 
 
 def plan(
-    terms: Iterable[Term], sources: dict[str, Source], piece_bytes: int = PIECE_BYTES, unit_bytes: int = UNIT_BYTES
+    sums: Sequence[tuple[Term, ...]],
+    sources: dict[str, Source],
+    piece_bytes: int = PIECE_BYTES,
+    unit_bytes: int = UNIT_BYTES,
 ) -> Plan:
     """Decide every tensor's fate and cut the work.
 
     Args:
-        terms: the weighted sum, the pretrained checkpoint first.
+        sums: one for each checkpoint to write, all over the same sources, the pretrained first.
         sources: the opened checkpoint of every term.
         piece_bytes: the largest item of the output, which is held in memory.
         unit_bytes: the size that output files are filled to.
@@ -96,14 +102,14 @@ def plan(
     Raises:
         UserError: the sources do not hold the same tensors with the same shapes and dtypes; all are named.
     """
-    terms = tuple(terms)
-    base = sources[terms[0].source]
-    kept = {term.source: _model_tensors(sources[term.source]) for term in terms}
-    for term in terms[1:]:
-        _require_same(base, kept[terms[0].source], sources[term.source], kept[term.source])
+    names = [term.source for term in sums[0]]
+    base = sources[names[0]]
+    kept = {name: _model_tensors(sources[name]) for name in names}
+    for name in names[1:]:
+        _require_same(base, kept[names[0]], sources[name], kept[name])
     outputs = {
         key: Output(key, entry.dtype, entry.shape, merged=entry.dtype.is_floating_point)
-        for key, entry in kept[terms[0].source].items()
+        for key, entry in kept[names[0]].items()
     }
     if not outputs:
         raise UserError(f"{base.path} holds no model tensors")
@@ -112,8 +118,10 @@ def plan(
     for source in sources.values():
         fates = [*outputs, *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
         assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
-    inputs = tuple((sources[term.source], term.coefficient) for term in terms if term.coefficient != 0)
-    return Plan(base, inputs, outputs, _cut(base, outputs, objects, piece_bytes, unit_bytes), dropped)
+    needed = [name for i, name in enumerate(names) if any(terms[i].coefficient != 0 for terms in sums)]
+    rows = tuple(tuple(term.coefficient for term in terms if term.source in needed) for terms in sums)
+    inputs = tuple(sources[name] for name in needed)
+    return Plan(base, inputs, rows, outputs, _cut(base, outputs, objects, piece_bytes, unit_bytes), dropped)
 
 
 def _model_tensors(source: Source) -> dict[str, Entry]:

@@ -16,13 +16,14 @@ from megatron_bai.merge.sources import Source
 SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is checked, and at least one
 
 
-def verify(plan: Plan, output: Source, ranks: Ranks, everything: bool) -> int:
+def verify(plan: Plan, which: int, output: Source, ranks: Ranks, everything: bool) -> int:
     """Compare `output` with Σ coefficient · value in float64; every rank calls it.
 
     Let x be the exact sum. The written value may differ from x by one rounding to the output's dtype, |x|·ε/2, and by
     that of the accumulation, (n + 1)·ε_acc·Σ|coefficient · value| for n sources. (ε is `torch.finfo(…).eps`.)
 
     Args:
+        which: the number of the plan's sum.
         output: the written checkpoint.
         everything: compare every element; else a sample, the same on every run.
 
@@ -37,7 +38,7 @@ def verify(plan: Plan, output: Source, ranks: Ranks, everything: bool) -> int:
         compared = 0
         with one_thread():
             for tensor, box in list(_tiles(plan, everything))[ranks.rank :: ranks.size]:
-                _compare(plan, output, tensor, box)
+                _compare(plan, plan.sums[which], output, tensor, box)
                 compared += math.prod(box[1])
         return compared
 
@@ -53,7 +54,7 @@ def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
         yield from ((tensor, box) for box in boxes)
 
 
-def _compare(plan: Plan, output: Source, tensor: Output, box: Box) -> None:
+def _compare(plan: Plan, coefficients: tuple[float, ...], output: Source, tensor: Output, box: Box) -> None:
     found = output.tensors.get(tensor.key)
     if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
         raise UserError(f"{output.path} lacks {tensor.key} as {tensor.dtype} {tensor.shape}: merge again")
@@ -63,7 +64,7 @@ def _compare(plan: Plan, output: Source, tensor: Output, box: Box) -> None:
     else:
         exact = torch.zeros(box[1], dtype=torch.float64)
         magnitude = torch.zeros_like(exact)
-        for source, coefficient in plan.inputs:
+        for source, coefficient in zip(plan.inputs, coefficients):
             term = source.read(tensor.key, *box).double() * coefficient
             exact += term
             magnitude += term.abs_()

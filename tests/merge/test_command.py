@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -115,11 +116,11 @@ def test_tiles_do_not_matter(three, tmp_path, monkeypatch, tile):
 
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    recipe = command.recipe_of(settings)
+    jobs = command.jobs_of(settings)
     with ranks() as group, ExitStack() as stack:
-        work = command.prepare(recipe, stack, group, unit=512)
+        work = command.prepare(jobs, stack, group, unit=512)
         assert len(work.units) > 4 and engine.share(work.units, group), "every rank has something to do"
-        command.merge(work, recipe, Path(settings.output), group, "all")
+        command.merge(work, jobs, group, "all")
     dist.destroy_process_group()
 
 
@@ -285,7 +286,48 @@ def test_dry_run_writes_nothing(three, capsys):
     command.run(Config(merge=dataclasses.replace(three, dry_run=True)))
     text = capsys.readouterr().out
     assert "8 tensors merged, 1 must be equal" in text and f"0.6 × {three.pretrained}" in text
+    assert "optimizer or random-number state: 1 entries such as rng_state/shard_0_1" in text
     assert not Path(three.output).exists() and not list(Path(three.output).parent.glob(".*"))
+
+
+ALPHAS = [0.0, 0.1, 0.5, 1.0]
+
+
+def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path, monkeypatch, capsys):
+    singles = {alpha: run(three, alpha=alpha, output=str(tmp_path / f"single-{alpha}")) for alpha in ALPHAS}
+    reads = Counter()
+    read = TorchDist.read
+
+    def count(self, key, offsets, sizes):
+        reads[self.path.name] += torch.Size(sizes).numel()
+        return read(self, key, offsets, sizes)
+
+    monkeypatch.setattr(TorchDist, "read", count)
+    command.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
+    monkeypatch.undo()
+    assert "9 tensors, 7,734 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
+    elements = sum(tensor.numel() for tensor in checkpoints.model(0).values())
+    assert reads == {"base": elements + 10, "instruct": elements, "reasoning": elements}, "10: the table, to copy"
+    for alpha, single in singles.items():
+        path = Path(three.output, f"alpha-{alpha}")
+        merged = checkpoints.read(path)
+        for key, value in single.items():
+            assert torch.equal(merged[key].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), key
+        assert checkpoints.provenance(path)["recipe"]["alpha"] == alpha and manifest.require(path)
+
+
+def test_a_sweep_does_only_what_is_missing(three, capsys):
+    command.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.5])))
+    done = Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns
+    command.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.9])))
+    assert Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns == done
+    assert capsys.readouterr().out.splitlines()[-1].startswith("merged 9 tensors, 7,734 bytes in")
+    assert sorted(p.name for p in Path(three.output).iterdir()) == ["alpha-0.1", "alpha-0.5", "alpha-0.9"]
+
+
+def test_a_sweep_is_checked_before(three):
+    refused(dataclasses.replace(three, sweep=[0.1, 1.5]), "alpha is 1.5")
+    refused(dataclasses.replace(three, sweep=[0.1, 0.1]), "names an alpha twice")
 
 
 # What is refused, by name; the target stays as it was.
@@ -405,7 +447,7 @@ def killed_at(settings: Merge, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "first tile":
-        engine.Accumulator.weighted_sum = die
+        engine.Accumulator.weighted_sums = die
     elif moment == "index":
         torch_dist.write_index = die
     elif moment == "provenance":
@@ -452,38 +494,38 @@ def test_verify_sees_what_was_changed(three, everything):
     run(three)
     out = checkpoints.read(Path(three.output))
     key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
-    recipe = command.recipe_of(three)
+    jobs = command.jobs_of(three)
     for scale, wrong in ((1.0, False), (1 + 2**-7, True)):
         changed = out | {key: (out[key].float() * scale).bfloat16()}
         path = checkpoints.write(Path(three.output + f"-{scale}"), changed, checkpoints.rows)
         with ExitStack() as stack, TorchDist(path) as output:
-            work = command.prepare(recipe, stack, Ranks())
+            work = command.prepare(jobs, stack, Ranks())
             if wrong:
                 with pytest.raises(UserError, match=f"{key} at .* is not the weighted sum"):
-                    verify(work, output, Ranks(), everything)
+                    verify(work, 0, output, Ranks(), everything)
             else:
-                assert verify(work, output, Ranks(), everything) > 0
+                assert verify(work, 0, output, Ranks(), everything) > 0
 
 
 def test_verify_all_compares_every_element_and_a_sample_every_tensor(three):
-    recipe = command.recipe_of(three)
+    jobs = command.jobs_of(three)
     run(three)
     with ExitStack() as stack, TorchDist(three.output) as output:
-        work = command.prepare(recipe, stack, Ranks())
+        work = command.prepare(jobs, stack, Ranks())
         total = sum(torch.Size(o.shape).numel() for o in work.outputs.values())
-        assert verify(work, output, Ranks(), True) == total
-        assert 0 < verify(work, output, Ranks(), False) < total
+        assert verify(work, 0, output, Ranks(), True) == total
+        assert 0 < verify(work, 0, output, Ranks(), False) < total
 
 
 def test_a_wrong_output_is_not_sealed(three, monkeypatch):
-    right = engine._merge_tile
+    right = engine._round
 
-    def wrong(plan, output, box, accumulator, tile):
-        norm = right(plan, output, box, accumulator, tile)
+    def wrong(plan, output, box, total, tile):
+        norm = right(plan, output, box, total, tile)
         tile.mul_(1 + 2**-7)
         return norm
 
-    monkeypatch.setattr(engine, "_merge_tile", wrong)
+    monkeypatch.setattr(engine, "_round", wrong)
     refused(three, "is not the weighted sum of its sources")
 
 
