@@ -18,6 +18,7 @@ from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import engine
 from megatron_bai.merge.formats import open_source
+from megatron_bai.merge.groups import fits
 from megatron_bai.merge.output import check_target, fingerprint, is_current, write_provenance
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.ranks import Ranks, ranks
@@ -75,7 +76,13 @@ def jobs_of(settings: Merge) -> list[Job]:
     if len(set(settings.sweep)) != len(settings.sweep):
         raise UserError(f"merge.sweep {list(settings.sweep)} names an alpha twice: give each once")
     alphas = {alpha: output / f"alpha-{alpha!r}" for alpha in settings.sweep} or {settings.alpha: output}
-    return [Job(Recipe(pretrained, members, tuple(settings.weights), a), target) for a, target in alphas.items()]
+    weights = tuple(settings.weights)
+    alpha_for = tuple(settings.alpha_for.items())
+    weights_for = tuple((pattern, tuple(value)) for pattern, value in settings.weights_for.items())
+    return [
+        Job(Recipe(pretrained, members, weights, alpha, alpha_for, weights_for), target)
+        for alpha, target in alphas.items()
+    ]
 
 
 def piece_bytes(memory_mib: int, sums: int) -> int:
@@ -100,9 +107,10 @@ def prepare(
 
     def work() -> Plan:
         scratch = Scratch()
-        sums = [job.recipe.terms() for job in jobs]
-        sources = {term.source: stack.enter_context(open_source(term.source, scratch)) for term in sums[0]}
-        return plan(sums, sources, piece, unit)
+        recipes = [job.recipe for job in jobs]
+        paths = [term.source for term in recipes[0].terms()]
+        sources = {path: stack.enter_context(open_source(path, scratch)) for path in paths}
+        return plan(recipes, sources, piece, unit)
 
     plans: list[Plan] = []
     group.together(lambda: plans.append(work()))
@@ -185,6 +193,9 @@ def describe(work: Plan, jobs: Sequence[Job]) -> None:
         print(job.target)
         for term in job.recipe.terms():
             print(f"    {term.coefficient:.9g} × {term.source}")
+        for key in work.outputs:
+            if any(fits(pattern, key) for pattern in job.recipe.patterns):
+                print(f"    {key}: {', '.join(f'{term.coefficient:.9g}' for term in job.recipe.terms(key))}")
     for path, reasons in work.dropped.items():
         for reason, keys in reasons.items():
             print(f"not used of {path}, {reason}: {len(keys)} entries such as {keys[0]}")

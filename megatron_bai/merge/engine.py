@@ -40,7 +40,7 @@ class Accumulator:
         for i, source in enumerate(plan.inputs):
             values = source.read(output.key, *box).reshape(-1)
             for k, total in enumerate(totals):
-                coefficient = plan.sums[k][i]
+                coefficient = plan.sums[k][output.key][i]
                 if coefficient == 0:
                     continue  # as if this sum did not know the source: adding 0 would turn -0 into 0
                 if begun[k]:

@@ -17,3 +17,8 @@ GROUPS = {
 def group_of(key: str) -> str:
     """The group of a tensor, or `other`."""
     return next((name for name, pattern in GROUPS.items() if re.search(pattern, key)), "other")
+
+
+def fits(pattern: str, key: str) -> bool:
+    """Whether a tensor is in the group called `pattern`, or else its name has a match of that regular expression."""
+    return group_of(key) == pattern if pattern in GROUPS else re.search(pattern, key) is not None

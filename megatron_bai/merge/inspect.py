@@ -127,6 +127,9 @@ def _print_provenance(console: Console, path: Path) -> None:
         f"merged {note['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"
         f" alpha {recipe['alpha']:g}, weights {recipe['weights']}; fingerprint {note['fingerprint'][:16]}"
     )
+    for name in ("alpha_for", "weights_for"):
+        for pattern, value in recipe.get(name, {}).items():
+            console.print(f"  {name} {pattern}: {value}")
     for source in note["sources"]:
         dropped = ", ".join(f"{len(keys)} entries not used: {why}" for why, keys in source["dropped"].items())
         console.print(f"  {source['coefficient']:.6g} × {source['path']} ({source['digest'][:16]}) {dropped}".rstrip())

@@ -12,6 +12,7 @@ import torch
 
 import megatron_bai
 from megatron_bai.errors import UserError
+from megatron_bai.merge.groups import fits
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.safetensors_files import SafeTensors
@@ -36,12 +37,13 @@ def fingerprint(plan: Plan, which: int, digests: dict[str, str]) -> str:
         which: the number of the plan's sum.
         digests: of every source's tensors, by path.
     """
-    base = plan.base
+    base, rows = plan.base, plan.sums[which]
+    used = [i for i in range(len(plan.inputs)) if any(row[i] != 0 for row in rows.values())]
     what = {
         "revision": REVISION,
-        "inputs": [(digests[str(s.path)], c) for s, c in zip(plan.inputs, plan.sums[which]) if c != 0],
+        "inputs": [digests[str(plan.inputs[i].path)] for i in used],
         "layout": digests[str(base.path)],
-        "outputs": [(o.key, str(o.dtype)) for o in plan.outputs.values()],
+        "outputs": [(key, [rows[key][i] for i in used] if key in rows else "equal") for key in plan.outputs],
         "objects": [
             (key, hashlib.sha256(base.read_bytes(b.file, b.start, b.length)).hexdigest())
             for key, b in ((key, base.objects[key]) for unit in plan.units for key in unit.objects)
@@ -94,8 +96,11 @@ def write_provenance(
         for path, digest in digests.items()
     ]
     tensors: dict[str, Any] = {}
+    fate: dict[str, Any]
     for o in plan.outputs.values():
         fate = {"fate": "merged", "norm": norms[o.key]} if o.merged else {"fate": "equal"}
+        if o.merged and any(fits(pattern, o.key) for pattern in recipe.patterns):
+            fate["coefficients"] = [term.coefficient for term in recipe.terms(o.key)]
         tensors[o.key] = {"dtype": str(o.dtype).removeprefix("torch."), "shape": o.shape, **fate}
     text: dict[str, Any] = {
         "fingerprint": mark,
@@ -130,7 +135,7 @@ def model_card(recipe: Recipe) -> str:
             "---",
             "",
             f"A weighted sum of {len(names)} checkpoints by Balanced Actor Initialization (arXiv 2509.00309) with"
-            f" α = {recipe.alpha:g}, made with megatron_bai {megatron_bai.__version__}. `{PROVENANCE}` has the details.",
+            f" α = {recipe.alpha:g}, made with megatron_bai {megatron_bai.__version__}. `{PROVENANCE}` has all details.",
             "",
             "| Checkpoint | Coefficient |",
             "|---|---|",

@@ -24,7 +24,8 @@ import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge.boxes import Box, split
-from megatron_bai.merge.recipe import Term
+from megatron_bai.merge.groups import fits
+from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.sources import Entry, Source
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
@@ -63,14 +64,14 @@ class Plan:
     Attributes:
         base: the pretrained checkpoint.
         inputs: the checkpoints that are read; those that no sum needs are not among them.
-        sums: for each checkpoint to write, the coefficients of `inputs`.
+        sums: for each checkpoint to write, the coefficients of `inputs` in each merged tensor.
         outputs: every tensor to write, by key.
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
     """
 
     base: Source
     inputs: tuple[Source, ...]
-    sums: tuple[tuple[float, ...], ...]
+    sums: tuple[dict[str, tuple[float, ...]], ...]
     outputs: dict[str, Output]
     units: tuple[Unit, ...]
     dropped: dict[str, dict[str, list[str]]]
@@ -86,7 +87,7 @@ class Plan:
 
 
 def plan(
-    sums: Sequence[tuple[Term, ...]],
+    recipes: Sequence[Recipe],
     sources: dict[str, Source],
     piece_bytes: int = PIECE_BYTES,
     unit_bytes: int = UNIT_BYTES,
@@ -94,15 +95,16 @@ def plan(
     """Decide every tensor's fate and cut the work.
 
     Args:
-        sums: one for each checkpoint to write, all over the same sources, the pretrained first.
+        recipes: one for each checkpoint to write, over the same sources.
         sources: the opened checkpoint of every term.
         piece_bytes: the largest item of the output, which is held in memory.
         unit_bytes: the size that output files are filled to.
 
     Raises:
-        UserError: the sources do not hold the same tensors with the same shapes and dtypes; all are named.
+        UserError: the sources do not hold the same tensors with the same shapes and dtypes, or a recipe's pattern fits
+            no tensor; what is wrong is named.
     """
-    names = [term.source for term in sums[0]]
+    names = [term.source for term in recipes[0].terms()]
     base = sources[names[0]]
     kept = {name: _model_tensors(sources[name]) for name in names}
     for name in names[1:]:
@@ -118,10 +120,24 @@ def plan(
     for source in sources.values():
         fates = [*outputs, *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
         assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
-    needed = [name for i, name in enumerate(names) if any(terms[i].coefficient != 0 for terms in sums)]
-    rows = tuple(tuple(term.coefficient for term in terms if term.source in needed) for terms in sums)
-    inputs = tuple(sources[name] for name in needed)
-    return Plan(base, inputs, rows, outputs, _cut(base, outputs, objects, piece_bytes, unit_bytes), dropped)
+    inputs, sums = _sums(recipes, [key for key, output in outputs.items() if output.merged])
+    units = _cut(base, outputs, objects, piece_bytes, unit_bytes)
+    return Plan(base, tuple(sources[name] for name in inputs), sums, outputs, units, dropped)
+
+
+def _sums(recipes: Sequence[Recipe], keys: list[str]) -> tuple[list[str], tuple[dict[str, tuple[float, ...]], ...]]:
+    """The sources that any tensor of any recipe needs, and their coefficients for each recipe and tensor."""
+    for pattern in recipes[0].patterns:
+        if not any(fits(pattern, key) for key in keys):
+            raise UserError(f"the pattern {pattern!r} of merge.alpha_for or merge.weights_for fits no tensor")
+    all_terms = [{key: recipe.terms(key) for key in keys} for recipe in recipes]
+    needed = {term.source for terms in all_terms for row in terms.values() for term in row if term.coefficient != 0}
+    inputs = [term.source for term in recipes[0].terms() if term.source in needed]
+    sums = tuple(
+        {key: tuple(term.coefficient for term in row if term.source in needed) for key, row in terms.items()}
+        for terms in all_terms
+    )
+    return inputs, sums
 
 
 def _model_tensors(source: Source) -> dict[str, Entry]:

@@ -63,7 +63,7 @@ class SafeTensors(Source):
             key for key, file in expected.items() if places[key] != file
         )
         if wrong:
-            raise UserError(f"{path / INDEX} and the files disagree about {wrong[0]}: restore the checkpoint from a copy")
+            raise UserError(f"{path / INDEX} and the files disagree about {wrong[0]}: restore them from a copy")
         super().__init__(path, tensors, scratch)
 
     def record(self, entry: Entry, chunk: Chunk) -> Record:

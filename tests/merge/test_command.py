@@ -290,6 +290,33 @@ def test_dry_run_writes_nothing(three, capsys):
     assert not Path(three.output).exists() and not list(Path(three.output).parent.glob(".*"))
 
 
+def test_groups_and_patterns_get_their_own_numbers(three, capsys):
+    settings = dataclasses.replace(
+        three, alpha_for={"router": 1.0, "final_layernorm": 0.0}, weights_for={"experts": [1.0, 0.0]}
+    )
+    command.run(Config(merge=dataclasses.replace(settings, dry_run=True)))
+    assert "decoder.final_layernorm.weight: 0, 0.25, 0.75" in capsys.readouterr().out
+    merged = run(settings)
+    base, instruct, reasoning = (checkpoints.model(seed) for seed in range(3))
+    assert torch.equal(merged["decoder.layers.mlp.router.weight"], base["decoder.layers.mlp.router.weight"])
+    for key, coefficients in {
+        "decoder.final_layernorm.weight": (0.0, 0.25, 0.75),
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight": (0.6, 0.4, 0.0),
+        "decoder.layers.self_attention.linear_qkv.weight": (0.6, 0.1, 0.3),
+    }.items():
+        exact = checkpoints.exact(list(zip((base, instruct, reasoning), coefficients)), key)
+        assert (merged[key].double() - exact).abs().le(exact.abs() * 2**-8 * 1.0001 + 1e-8).all(), key
+    note = checkpoints.provenance(Path(three.output))
+    assert note["tensors"]["decoder.final_layernorm.weight"]["coefficients"] == [0.0, 0.25, 0.75]
+    assert note["recipe"]["alpha_for"] == {"router": 1.0, "final_layernorm": 0.0}
+    run(dataclasses.replace(settings, alpha_for={"router": 0.5, "final_layernorm": 0.0}))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("merged"), "other numbers are another merge"
+
+
+def test_a_pattern_that_fits_nothing_is_refused(three):
+    refused(dataclasses.replace(three, alpha_for={"roter": 1.0}), "'roter' of merge.alpha_for .* fits no tensor")
+
+
 ALPHAS = [0.0, 0.1, 0.5, 1.0]
 
 

@@ -50,3 +50,37 @@ def test_paths_are_needed():
         Recipe("", ("a",), (1.0,), 0.5)
     with pytest.raises(UserError, match="merge.members is empty"):
         Recipe("base", (), (), 0.5)
+
+
+def test_the_first_pattern_that_fits_decides():
+    recipe = Recipe(
+        "base",
+        ("a", "b"),
+        (0.5, 0.5),
+        0.5,
+        alpha_for=(("router", 1.0), (r"layers\.[01]\.", 0.2)),
+        weights_for=(("norms", (0.0, 1.0)),),
+    )
+
+    def coefficients(key):
+        return [term.coefficient for term in recipe.terms(key)]
+
+    assert coefficients("model.layers.7.mlp.experts.3.up_proj.weight") == [0.5, 0.25, 0.25]
+    assert coefficients("model.layers.1.mlp.experts.3.up_proj.weight") == pytest.approx([0.2, 0.4, 0.4])
+    assert coefficients("model.layers.1.mlp.gate.weight") == [1.0, 0.0, 0.0]
+    assert coefficients("model.layers.0.input_layernorm.weight") == pytest.approx([0.2, 0.0, 0.8])
+    assert [term.coefficient for term in recipe.terms()] == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"alpha_for": (("router", 1.5),)}, r"merge.alpha_for\[router\] is 1.5"),
+        ({"weights_for": (("router", (0.5, 0.6)),)}, r"merge.weights_for\[router\] \[0.5, 0.6\] sum to 1.1"),
+        ({"weights_for": (("router", (1.0,)),)}, "1 entries for 2 members"),
+        ({"alpha_for": (("(", 0.5),)}, "neither a parameter group nor a regular expression"),
+    ],
+)
+def test_patterns_are_checked(change, message):
+    with pytest.raises(UserError, match=message):
+        Recipe("base", ("a", "b"), (0.5, 0.5), 0.5, **change)

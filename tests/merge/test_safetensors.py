@@ -37,7 +37,8 @@ def model(seed: int) -> checkpoints.Tensors:
 def write(path: Path, tensors: checkpoints.Tensors, files: int = 2) -> Path:
     """As `save_pretrained` leaves a model: files, index, config, card."""
     path.mkdir()
-    names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)] if files > 1 else ["model.safetensors"]
+    names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+    names = names if files > 1 else ["model.safetensors"]
     where = {key: names[i % files] for i, key in enumerate(tensors)}
     for name in names:
         save_file({k: t for k, t in tensors.items() if where[k] == name}, path / name, metadata={"format": "pt"})
