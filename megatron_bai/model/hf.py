@@ -124,7 +124,7 @@ class HFReader:
             else:
                 with safe_open(self.directory / "model.safetensors", "pt") as file:
                     self._where = dict.fromkeys(file.keys(), "model.safetensors")
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(f"no readable safetensors checkpoint at {directory}: {error}") from None
         for name in set(self._where.values()):
             if Path(name).name != name:  # an index is untrusted: it names files beside it, nothing else
