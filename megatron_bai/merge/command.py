@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import engine
+from megatron_bai.merge import engine, journal
 from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.output import check_target, fingerprint, is_current, write_provenance
@@ -142,7 +142,8 @@ def merge(work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample") 
     def stage() -> list[Path]:
         for job in jobs:
             check_target(job.target, work)
-        stages.extend(manifest.staging(job.target) for job in jobs)
+        cut = work.cut()
+        stages.extend(journal.stage(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks))
         return stages
 
     checked = 0
@@ -158,9 +159,10 @@ def merge(work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample") 
                     checked += verify(work, k, written, group, everything=check == "all")
         info = manifest.read(work.base.path) or {}
         for job, directory, mark in zip(jobs, directories, marks):
+            group.first(functools.partial(journal.close, directory))
             about = {**info, "merge": {"fingerprint": mark}}
             group.first(functools.partial(manifest.seal, directory, job.target, about))
-    except BaseException:
+    except Exception:  # but not an interrupt: run again, it goes on
         for path in stages:
             shutil.rmtree(path, ignore_errors=True)
         raise

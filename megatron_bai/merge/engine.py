@@ -10,13 +10,14 @@ tile, and the result would depend on the tiling. As it is, no element depends on
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge import journal
 from megatron_bai.merge.boxes import Box, split, within
+from megatron_bai.merge.journal import UnitResult
 from megatron_bai.merge.plan import Output, Plan, Unit
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.sources import Scratch
@@ -56,8 +57,10 @@ def execute(
 ) -> list[dict[str, float]]:
     """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
 
+    Units that the directories' journals have are not written again.
+
     Args:
-        directories: one for each sum.
+        directories: one for each sum, from `journal.stage`.
         advance: told the number of input bytes whenever some have been merged.
 
     Returns:
@@ -72,28 +75,25 @@ def execute(
         for directory in directories:
             target.begin(directory)
 
-    def work() -> dict[str, list[_Done]]:
+    def found() -> dict[str, list[UnitResult]]:
+        notes = [journal.finished(directory) for directory in directories]
+        return {name: [n[name] for n in notes] for name in notes[0] if all(name in n for n in notes)}
+
+    def work() -> dict[str, list[UnitResult]]:
         with one_thread():
-            units = share(plan.units, ranks)
+            units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
             return {unit.name: _write_unit(plan, unit, target, directories, advance) for unit in units}
 
     ranks.first(begin)
-    done = {name: result for shares in ranks.together(work) for name, result in shares.items()}
+    done = ranks.first(found)
+    done |= {name: result for shares in ranks.together(work) for name, result in shares.items()}
     return [
         _finish(plan, target, directory, ranks, [done[unit.name][k] for unit in plan.units])
         for k, directory in enumerate(directories)
     ]
 
 
-@dataclass
-class _Done:
-    """One unit of one sum: its items, and for each tensor the sum of its squares."""
-
-    written: list[Written] = field(default_factory=list)
-    squares: dict[str, float] = field(default_factory=dict)
-
-
-def _finish(plan: Plan, target: Target, directory: Path, ranks: Ranks, done: list[_Done]) -> dict[str, float]:
+def _finish(plan: Plan, target: Target, directory: Path, ranks: Ranks, done: list[UnitResult]) -> dict[str, float]:
     """Index the units, given in the plan's order so that nothing depends on the ranks; returns the norms."""
     squares: dict[str, float] = {key: 0.0 for key, output in plan.outputs.items() if output.merged}
     for unit in done:
@@ -131,10 +131,10 @@ def one_thread() -> Iterator[None]:
 
 def _write_unit(
     plan: Plan, unit: Unit, target: Target, directories: Sequence[Path], advance: Callable[[int], None]
-) -> list[_Done]:
+) -> list[UnitResult]:
     """Write one unit of every sum."""
     accumulator, memory = Accumulator(len(plan.sums)), Scratch()
-    done = [_Done() for _ in plan.sums]
+    done = [UnitResult() for _ in plan.sums]
     try:
         with ExitStack() as stack:
             writers = [stack.enter_context(target.unit(directory, unit.name)) for directory in directories]
@@ -149,10 +149,11 @@ def _write_unit(
                 _fill(plan, output, box, accumulator, pieces, [d.squares for d in done], advance)
                 for writer, piece in zip(writers, pieces):
                     writer.tensor(output.key, box[0], piece)
+        for directory, result, writer in zip(directories, done, writers):
+            result.written = writer.written
+            journal.note(directory, unit.name, result)
     except OSError as error:
         raise UserError(f"{directories[0]} cannot be written: {error.strerror}") from None
-    for result, writer in zip(done, writers):
-        result.written = writer.written
     return done
 
 

@@ -135,7 +135,7 @@ def model_card(recipe: Recipe) -> str:
             "---",
             "",
             f"A weighted sum of {len(names)} checkpoints by Balanced Actor Initialization (arXiv 2509.00309) with"
-            f" α = {recipe.alpha:g}, made with megatron_bai {megatron_bai.__version__}. `{PROVENANCE}` has all details.",
+            f" α = {recipe.alpha:g}, made with megatron_bai {megatron_bai.__version__}. See `{PROVENANCE}`.",
             "",
             "| Checkpoint | Coefficient |",
             "|---|---|",

@@ -14,6 +14,7 @@ The work is cut into pieces (one item of the output each) and units (one file ea
 checkpoint alone, never on the number of ranks.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -84,6 +85,11 @@ class Plan:
     def bytes_written(self) -> int:
         """For each sum."""
         return sum(unit.nbytes for unit in self.units)
+
+    def cut(self) -> str:
+        """A hash of how the work is cut, which depends on the settings as well as on the checkpoints."""
+        names = [(unit.name, unit.objects, [(o.key, box) for o, box in unit.pieces]) for unit in self.units]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def plan(

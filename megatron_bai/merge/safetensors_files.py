@@ -135,9 +135,12 @@ class SafeTensorsTarget(Target):
 
     def begin(self, directory: Path) -> None:
         for name, length in self._base.headers.items():
-            with open(self._base.path / name, "rb") as old, open(directory / name, "wb") as new:
+            if (directory / name).exists():  # a merge that goes on has written into it
+                continue
+            with open(self._base.path / name, "rb") as old, open(directory / f"{name}.new", "wb") as new:
                 new.write(old.read(length))
                 new.truncate(os.fstat(old.fileno()).st_size)
+            os.replace(directory / f"{name}.new", directory / name)
 
     @contextmanager
     def unit(self, directory: Path, name: str) -> Iterator[Writer]:

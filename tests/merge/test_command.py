@@ -513,6 +513,63 @@ def test_killed_the_target_is_never_half_written(three, moment, before):
     assert manifest.require(three.output) and not list(Path(three.output).parent.glob(".*"))
 
 
+def merge_in_small_units(settings: Merge, die_after: int | None = None, counted: Path | None = None) -> None:
+    """Merge in units of 512 bytes; on request die with SIGKILL after some units, and list the units written."""
+    write_unit, units = engine._write_unit, []
+
+    def write(plan, unit, *rest):
+        if die_after == len(units):
+            os.kill(os.getpid(), signal.SIGKILL)
+        units.append(unit.name)
+        return write_unit(plan, unit, *rest)
+
+    engine._write_unit = write
+    jobs = command.jobs_of(settings)
+    with ExitStack() as stack:
+        command.merge(command.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+    if counted:
+        counted.write_text(json.dumps(units))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file but the two that hold a time or a random number."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix in (".distcp", ".safetensors")]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("sweep", [[], [0.1, 0.6]])
+@pytest.mark.parametrize("die_after", [0, 1, 4])
+def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, die_after, sweep):
+    three = dataclasses.replace(three, sweep=sweep)
+    unbroken = dataclasses.replace(three, output=str(tmp_path / "unbroken"))
+    assert in_child(merge_in_small_units, unbroken, None, tmp_path / "all") == 0
+    assert in_child(merge_in_small_units, three, die_after) == -signal.SIGKILL
+    assert in_child(merge_in_small_units, three, None, tmp_path / "rest") == 0
+    units = [json.loads((tmp_path / name).read_text()) for name in ("all", "rest")]
+    assert len(units[0]) > 5 and units[1] == units[0][die_after:]
+    assert content(Path(three.output)) == content(Path(unbroken.output)) != {}
+    for name in [f"alpha-{alpha}" for alpha in sweep] or [""]:
+        ended, whole = (checkpoints.provenance(Path(path, name)) for path in (three.output, unbroken.output))
+        assert ended["tensors"] == whole["tensors"]
+        assert not Path(three.output, name, ".journal").exists()
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("change", ["alpha", "source", "unit"])
+def test_killed_and_changed_it_begins_anew(three, tmp_path, change):
+    assert in_child(merge_in_small_units, three, 3) == -signal.SIGKILL
+    if change == "source":
+        Path(three.members[0]).rename(three.members[0] + "-old")
+        checkpoints.write(Path(three.members[0]), checkpoints.model(9), checkpoints.columns)
+    settings = dataclasses.replace(three, alpha=0.5 if change == "alpha" else three.alpha)
+    if change == "unit":
+        run(settings)
+    else:
+        assert in_child(merge_in_small_units, settings) == 0
+    merged, key = checkpoints.read(Path(three.output)), "decoder.layers.mlp.router.expert_bias"
+    assert torch.equal(merged[key], checkpoints.exact(terms(settings), key).float())
+
+
 # Verification.
 
 

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_command import peer
+from test_command import content, in_child, merge_in_small_units, peer
 
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
@@ -95,6 +96,16 @@ def test_hf_any_number_of_ranks_writes_the_same_bytes(hf, tmp_path):
     assert len(files) == 2
     for name in files:
         assert Path(hf.output, name).read_bytes() == Path(together.output, name).read_bytes()
+
+
+def test_hf_killed_it_goes_on_and_ends_the_same(hf, tmp_path):
+    unbroken = dataclasses.replace(hf, output=str(tmp_path / "unbroken"))
+    assert in_child(merge_in_small_units, unbroken, None, tmp_path / "all") == 0
+    assert in_child(merge_in_small_units, hf, 3) == -signal.SIGKILL
+    assert in_child(merge_in_small_units, hf, None, tmp_path / "rest") == 0
+    units = [json.loads((tmp_path / name).read_text()) for name in ("all", "rest")]
+    assert len(units[0]) > 5 and units[1] == units[0][3:]
+    assert content(Path(hf.output)) == content(Path(unbroken.output)) != {}
 
 
 def test_hf_again_is_nothing_to_do_and_a_changed_source_is_seen(hf, capsys):
