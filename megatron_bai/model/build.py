@@ -171,9 +171,8 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
 
     gpt = _gpt(settings.model, settings.parallel, device).to(device.device)
     _reduce_experts_among_their_replicas(gpt)
-    ddp = DistributedDataParallel(
-        gpt.config, DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=False), gpt
-    )
+    reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallel(gpt.config, reduction, gpt)
     trainer = settings.trainer
     optimizer = None
     if train:

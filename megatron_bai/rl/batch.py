@@ -37,6 +37,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; itself where it already is there."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def split(self, size: int) -> list["Batch"]:
         """Consecutive parts of `size` samples; views, so that filling a part fills the whole."""
         parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)))

@@ -152,11 +152,10 @@ class Engine:
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             number = next(queue)
-            micro = micros[number]
-            tokens = micro.tokens.to(self.device)
-            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+            micro = micros[number].to(self.device)
+            positions = torch.arange(micro.tokens.shape[1], device=self.device).expand_as(micro.tokens)
             with self._routing(micro, routes and routes[number], recorded):
-                logits = model(tokens, positions, None)
+                logits = model(micro.tokens, positions, None)
             return logits, partial(collect, micro=micro)
 
         outputs = get_forward_backward_func()(
@@ -176,7 +175,7 @@ class Engine:
         self, micro: Batch, routes: MicroRoutes | None, recorded: list[MicroRoutes] | None
     ) -> AbstractContextManager:
         if routes is not None:
-            return self.replay.replay(routes, rank_rows(micro.routed, *self.sequence).to(self.device))
+            return self.replay.replay(routes, rank_rows(micro.routed, *self.sequence))
         return nullcontext() if recorded is None else self.replay.record(recorded)
 
 
