@@ -44,13 +44,15 @@ class Inference:
         """Responses to this replica's prompts, on every rank of the replica. Collective over it.
 
         Raises:
-            UserError: the server failed, or sampled with other weights than it was given.
+            UserError: the server failed, aborted a sample, or sampled with other weights than it was given.
         """
         session, samples = self._session, None
         if session.leader:
             end = session.task.tokenizer.eos_token_id
             samples = self._client.generate([prompt.ids for prompt in prompts], group_size, seed, end)
             for sample in samples:
+                if sample.finish == "abort":
+                    raise UserError(f"{self._url} aborted a rollout: somebody else controls the server; run your own")
                 if wrong := {span.version for span in sample.spans} - {str(self.version)}:
                     raise UserError(f"{self._url} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
         return session.share(samples)
