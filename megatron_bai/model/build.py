@@ -147,16 +147,21 @@ def _gpt(model: config.Model, parallel: config.Parallel, device: Device) -> torc
     )
 
 
-def _reduce_experts_among_their_replicas(gpt: torch.nn.Module) -> None:
-    """Put expert parameters into the expert data-parallel group.
+def _mark_experts(gpt: torch.nn.Module) -> None:
+    """Mark expert parameters so that their gradients are reduced and counted among the right ranks.
 
-    Megatron-Core 0.16.1 does so only when expert parallelism is on. At TP > 1 with EP 1 the experts are replicated
-    over the tensor ranks, each replica sees another part of the sequence, and without this its gradient is never
-    summed with the others': the replicas drift apart, silently.
+    Megatron-Core 0.16.1 gets two layouts wrong, both silently (Megatron-LM #5916, #6080):
+
+    - TP > 1 with EP 1: the experts are replicated over the tensor ranks and each replica sees another part of the
+      sequence, but only with EP > 1 are they put into the expert data-parallel group. Without `allreduce = False`
+      their gradients are never summed and the replicas drift apart.
+    - TP > 1 with Transformer Engine: a parameter not marked `tensor_model_parallel` counts in the gradient's norm on
+      the first tensor rank only, although the other ranks hold other experts (or, at EP 1, other optimizer shards).
     """
     for name, parameter in gpt.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
+            parameter.tensor_model_parallel = True
 
 
 def build_actor(settings: config.Config, device: Device, train: bool = True) -> Actor:
@@ -170,7 +175,7 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     gpt = _gpt(settings.model, settings.parallel, device).to(device.device)
-    _reduce_experts_among_their_replicas(gpt)
+    _mark_experts(gpt)
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     ddp = DistributedDataParallel(gpt.config, reduction, gpt)
     trainer = settings.trainer
