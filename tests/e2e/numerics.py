@@ -1,0 +1,177 @@
+"""Run by torchrun: compares the two engines on the same weights, before and after an update, and writes what it found.
+
+`numerics.py RESULT OVERRIDE …`; every rank takes part, rank 0 writes. The settings are those of the verb train.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from megatron_bai import config
+from megatron_bai.rl import objectives
+from megatron_bai.rl.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.inference import Inference, serve
+from megatron_bai.rl.session import Session, open_session
+from megatron_bai.rollout import control
+from megatron_bai.routing.layout import rank_rows
+from megatron_bai.routing.replay import MicroRoutes, differing
+
+_PROMPTS, _GROUP = 8, 4
+
+
+def measure(session: Session, inference: Inference) -> dict[str, Any]:
+    """Everything, in the order of a training step. Collective."""
+    batch, fed = _rollout(session, inference)
+    found: dict[str, Any] = {"version": control.weight_version(inference._url)}
+    found["live"] = _live(session, batch, fed)
+    before = _score(session, inference, batch)
+    found["before"] = before["gap"]
+    found["updates"] = [_update(session, batch) for _ in range(2)]  # the second: routes of older weights
+    # The server still has the old weights: its log-probabilities must be far from the trainer's now.
+    found["unsynced"] = _score(session, inference, batch)["gap"]
+    inference.sync()
+    after = _score(session, inference, batch)
+    found |= {"after": after["gap"], "sync_gap": inference.sync_gap, "trainer_version": inference.version}
+    found["moved"] = float(np.abs(after["theirs"] - before["theirs"]).max())
+    found["server_version"] = control.weight_version(inference._url)
+    found["fresh"] = _live(session, *_rollout(session, inference, seed=1))
+    return found
+
+
+def _rollout(session: Session, inference: Inference, seed: int = 0) -> tuple[Batch, int]:
+    """A batch, and the tokens in it that were fed to the rollout model: all but each sample's last."""
+    prompts = session.task.prompts("train", seed, 0, _PROMPTS)
+    samples = inference.sample(prompts, _GROUP, seed)
+    length = padded_length(max(len(sample.tokens) for sample in samples), session.engine.tensor_size)
+    advantages = np.resize([1.0, -1.0], len(samples))  # whatever was sampled: there must be a gradient
+    batch = from_samples(samples, advantages, length, session.task.tokenizer.pad_token_id, session.signature)
+    return batch, sum(len(sample.tokens) - 1 for sample in samples)
+
+
+def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
+    """Megatron's own forward beside what SGLang said when it sampled."""
+    scores = session.engine.score([batch], record=True)
+    different, rows = _compare(session, batch, scores.recorded[0])
+    assert scores.logprobs is not None  # there is one stage
+    gaps = (scores.logprobs - batch.infer_logprobs)[batch.mask].abs()
+    return {
+        "logprobs": float(gaps.max()),
+        "tokens": gaps.numel(),
+        "routes_different": different,
+        "routes": rows,
+        "routes_expected": fed * session.signature.moe_layers,
+    }
+
+
+def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, int]:
+    """Of the (token, layer) routes the server recorded: how many differ from `ours`, and how many there are."""
+    theirs = session.engine.routes_of(batch)
+    routed = rank_rows(batch.routed, *session.engine.sequence)
+    different = sum(int(differing(ours[layer], theirs[layer])[routed].sum()) for layer in theirs)
+    return _sum([different, int(routed.sum()) * len(theirs)])
+
+
+def _score(session: Session, inference: Inference, batch: Batch) -> dict[str, Any]:
+    """The largest difference between the engines' log-probabilities of the batch's prompts, at temperature 1."""
+    ours = session.engine.probe(batch.tokens)
+    assert ours is not None
+    if not session.lead:
+        return {"gap": None, "theirs": np.zeros(1)}
+    lengths = batch.routed.sum(dim=1).tolist()  # of a sequence less its last token
+    theirs = inference._client.score([row[: n + 1].tolist() for row, n in zip(batch.tokens, lengths)])
+    mine = [row[:n].numpy() for row, n in zip(ours, lengths)]
+    gap = max(float(np.abs(a - b).max()) for a, b in zip(mine, theirs, strict=True))
+    return {"gap": gap, "theirs": np.concatenate(theirs)}
+
+
+def _update(session: Session, batch: Batch) -> dict[str, Any]:
+    """One optimizer step with the server's routes: which experts ran, and what reached the routers."""
+    engine = session.engine
+    live_different, _ = _compare(session, batch, engine.score([batch], record=True).recorded[0])
+    batch.old_logprobs.copy_(engine.score([batch], [engine.routes_of(batch)]).logprobs)
+    replayed = engine.replay.rows
+    with _experts_used(session, batch) as used:
+        objective = objectives.get(session.settings.objective.name)
+        _, norm = engine.update([batch], [engine.routes_of(batch)], objective, session.settings.objective)
+    rows, same = _sum([engine.replay.rows - replayed, sum(used)])
+    routers = [
+        (name, parameter.main_grad.abs().max().item())
+        for module in session.actor.modules
+        for name, parameter in module.named_parameters()
+        if name.endswith("router.weight")
+    ]
+    return {
+        "grad_norm": norm,
+        "live_different": live_different,
+        "rows_replayed": rows,
+        "rows_used": same,
+        "rows_expected": int(batch.routed.sum()) * session.signature.moe_layers,
+        "router_gradients": _gathered(dict(routers)),
+    }
+
+
+@contextmanager
+def _experts_used(session: Session, batch: Batch) -> Iterator[list[int]]:
+    """Count the recorded rows whose tokens each MoE layer sent to the server's experts, as its dispatcher sees them.
+
+    Measured behind the router and apart from `RoutingReplay`, from the probabilities that weight the experts' outputs:
+    the experts with a positive one are those that the token used.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    theirs, routed = session.engine.routes_of(batch), rank_rows(batch.routed, *session.engine.sequence)
+    counts: list[int] = []
+
+    def watch(layer: int, original: Any) -> Any:
+        def dispatch(hidden: torch.Tensor, routing_map: torch.Tensor, probabilities: torch.Tensor) -> Any:
+            wanted = torch.zeros_like(routing_map).scatter_(1, theirs[layer], True)
+            sent = (routing_map == wanted).all(dim=1) & ((probabilities > 0) == wanted).all(dim=1)
+            counts.append(int((sent & routed).sum()))
+            return original(hidden, routing_map, probabilities)
+
+        return dispatch
+
+    layers = [m for module in session.actor.modules for m in module.modules() if isinstance(m, MoELayer)]
+    originals = [layer.token_dispatcher.dispatch_preprocess for layer in layers]
+    for layer, original in zip(layers, originals):
+        layer.token_dispatcher.dispatch_preprocess = watch(layer.layer_number - 1, original)
+    yield counts
+    for layer, original in zip(layers, originals):
+        layer.token_dispatcher.dispatch_preprocess = original
+
+
+def _gathered(value: dict[str, float]) -> list[dict[str, float]]:
+    """Every rank's."""
+    everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _sum(values: list[int]) -> list[int]:
+    """Over the ranks. Collective."""
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def main(result: Path, overrides: list[str]) -> None:
+    config.register()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
+        settings: Any = OmegaConf.to_object(hydra.compose("config", overrides=overrides))
+    with open_session(settings) as session, serve(session) as inference:
+        found = measure(session, inference)
+        if session.lead:
+            result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

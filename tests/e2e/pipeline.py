@@ -1,0 +1,44 @@
+"""The demo's commands, shortened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from command import Command, megatron_bai, torchrun
+
+STEPS = 3
+SHORT = {  # enough text for a few right answers, without which there is nothing to learn from
+    "pretrained": ["trainer.steps=100"],
+    "instruct": ["trainer.steps=20"],
+    "reasoning": ["trainer.steps=20"],
+}
+RL = [f"trainer.steps={STEPS}", "trainer.eval_every=2", "data.eval_prompts=16"]
+ONE_PROCESS = ["parallel.tensor=1", "parallel.expert=1", "parallel.sequence=false"]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A run directory with its checkpoints, and where commands keep what they say."""
+
+    directory: Path
+    logs: Path
+
+    @property
+    def actor(self) -> Path:
+        return self.directory / "actor"
+
+    def supervised(self, name: str, *more: str) -> Command:
+        """The verb that makes one of the three checkpoints that are merged."""
+        return self.verb(f"train-{name}", "train", f"experiment=demo_{name}", *SHORT[name], *more)
+
+    def merge(self, log: str = "merge") -> Command:
+        return self.verb(log, "merge", "experiment=demo")
+
+    def verb(self, log: str, *words: str | Path) -> Command:
+        """A verb in one process, with this run directory."""
+        return megatron_bai(self.logs / log, *words, f"run.dir={self.directory}")
+
+    def reinforce(self, log: str, processes: int, *more: str | Path) -> Command:
+        """The verb train of the demo from this actor; the run's directory is `log`'s unless `more` says."""
+        directory = self.logs / log / "run"
+        words = ["train", "experiment=demo", f"run.dir={directory}", f"init.checkpoint={self.actor}", *RL, *more]
+        return torchrun(self.logs / log, processes, "-m", "megatron_bai", *words)
