@@ -157,13 +157,13 @@ def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Pat
 
     def whole(shard: Shard) -> torch.Tensor:
         kind = mapping.kind_of(shard.key)
-        merged = kind.merge([reader.tensor(name) for name in kind.names(shard.index)], model)
-        if tuple(merged.shape) != shard.shape:
-            raise UserError(
-                f"{directory}: {', '.join(kind.names(shard.index))} make {tuple(merged.shape)}, "
-                f"the model needs {shard.shape} for {shard.key}"
-            )
-        return merged
+        names = kind.names(shard.index)
+        tensors = [reader.tensor(name) for name in names]
+        for name, tensor, part in zip(names, tensors, kind.split(torch.empty(shard.shape, device="meta"), model)):
+            if tensor.shape != part.shape:
+                shapes = tuple(tensor.shape), tuple(part.shape)
+                raise UserError(f"{directory}: {name} has shape {shapes[0]}, the model needs {shapes[1]}")
+        return kind.merge(tensors, model)
 
     fill(modules, whole)
 

@@ -1,0 +1,177 @@
+"""The same training step in every parallel layout, and in plain torch without Megatron-Core.
+
+Tolerances, all in fp32, with the largest difference seen between the layouts on the CPU in brackets:
+
+- loss and gradient norm of each of three updates, relative: 3e-6 [4.3e-7];
+- log-probabilities and entropy, absolute: 1e-5 nats [1.4e-6];
+- every gradient tensor, relative to its largest element: 2e-5 [2.2e-6];
+- updated parameters: Adam's first step is rate · g / (|g| + 1e-8), which turns the rounding of a gradient near zero
+  into as much as 2 · rate. So parameters whose gradient is above 1e-4 of their tensor's largest are held to 1e-3 of
+  the rate, which is 1e-6 [3e-8]; of the others one in 1000 may be off by more [3e-5 of them], none by more than
+  2 · rate [0.04 · rate].
+"""
+
+import pytest
+import reference
+import torch
+from conftest import Layouts
+from distributed.worker import CASES, LEARNING_RATE, LENGTH, SAMPLES, UPDATES, problem
+from moe import MODEL, SIGNATURE
+
+from megatron_bai.config import Objective
+from megatron_bai.rl.batch import from_samples
+from megatron_bai.rl.objectives import minirl
+
+pytestmark = pytest.mark.distributed
+MODES = ("none", "r3")
+OTHERS = [name for name in CASES if name != "one"]
+each_mode = pytest.mark.parametrize("mode", MODES)
+each_other = pytest.mark.parametrize("case", OTHERS)
+
+
+def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest difference of a tensor's elements over the largest element of that tensor, and its name."""
+    assert a.keys() == b.keys()
+    return max((float((a[name] - b[name]).abs().max() / b[name].abs().max()), name) for name in b)
+
+
+@each_mode
+@each_other
+def test_losses_norms_and_statistics_are_the_same(case: str, mode: str, layouts: Layouts) -> None:
+    one, other = layouts["one"][mode], layouts[case][mode]
+    assert len(other["updates"]) == UPDATES
+    for ours, theirs in zip(other["updates"], one["updates"]):
+        assert ours == pytest.approx(theirs, rel=3e-6, abs=1e-6)
+    assert other["first"] == pytest.approx(one["first"], rel=3e-6, abs=1e-6)
+    assert 0 < one["first"]["clip_fraction"] < 0.5 and one["first"]["loss"] != one["updates"][1]["loss"]
+
+
+@each_mode
+@each_other
+def test_log_probabilities_and_entropy_are_the_same(case: str, mode: str, layouts: Layouts) -> None:
+    for name in ("logprobs", "entropy"):
+        ours, theirs = layouts[case][mode]["scores"][name], layouts["one"][mode]["scores"][name]
+        assert ours.shape == theirs.shape == (SAMPLES, LENGTH)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@each_mode
+@each_other
+def test_every_gradient_is_the_same(case: str, mode: str, layouts: Layouts) -> None:
+    gap, name = relative(layouts[case][mode]["gradient"], layouts["one"][mode]["gradient"])
+    assert gap <= 2e-5, name
+
+
+@each_mode
+@pytest.mark.parametrize("case", CASES)
+def test_the_norm_reported_is_that_of_the_whole_gradient(case: str, mode: str, layouts: Layouts) -> None:
+    found = layouts[case][mode]
+    whole = torch.cat([gradient.flatten() for gradient in found["gradient"].values()])
+    assert found["first"]["grad_norm"] == pytest.approx(float(whole.norm()), rel=3e-6)
+
+
+@each_mode
+@each_other
+def test_updated_parameters_are_the_same(case: str, mode: str, layouts: Layouts) -> None:
+    one, other = layouts["one"][mode], layouts[case][mode]
+    gaps, clear = [], []
+    for name, gradient in one["gradient"].items():
+        gaps.append((other["updated"][name] - one["updated"][name]).abs().flatten())
+        clear.append((gradient.abs() > 1e-4 * gradient.abs().max()).flatten())
+    gap, well_conditioned = torch.cat(gaps), torch.cat(clear)
+    assert well_conditioned.float().mean() > 0.95
+    assert gap[well_conditioned].max() <= 1e-3 * LEARNING_RATE
+    assert gap.max() <= 2 * LEARNING_RATE and (gap > 1e-3 * LEARNING_RATE).float().mean() < 0.001
+
+
+@each_mode
+@each_other
+def test_parameters_stay_the_same_over_several_updates(case: str, mode: str, layouts: Layouts) -> None:
+    one, other = layouts["one"][mode]["trained"], layouts[case][mode]["trained"]
+    gap = torch.cat([(other[name] - one[name]).abs().flatten() for name in one])
+    assert gap.max() <= 2 * UPDATES * LEARNING_RATE and (gap > 1e-2 * LEARNING_RATE).float().mean() < 0.001
+
+
+@each_mode
+@pytest.mark.parametrize("case", CASES)
+def test_replicas_hold_the_same_bits_after_training(case: str, mode: str, layouts: Layouts) -> None:
+    assert layouts[case][mode]["diverged"] == []
+
+
+@each_mode
+def test_the_gradient_is_that_of_plain_torch(mode: str, layouts: Layouts) -> None:
+    """Scores, loss and all gradients of one process against a dense model in float64, with MiniRL on top."""
+    one = layouts["one"][mode]
+    weights = reference.load(layouts.directory / "one" / "hf")
+    rollouts, advantages, noise = problem()
+    batch = from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE)
+    scores = reference.logits(weights, MODEL, batch.tokens, batch.routes if mode == "r3" else None)
+    logprobs = torch.nn.functional.pad(reference.next_logprobs(scores, batch.tokens), (0, 1))
+    entropy = torch.distributions.Categorical(logits=scores.detach()).entropy()
+    torch.testing.assert_close(one["scores"]["logprobs"].double(), logprobs.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one["scores"]["entropy"].double(), entropy, rtol=0, atol=1e-5)
+    batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
+    total, _ = minirl.loss(logprobs, batch, Objective())
+    (total / SAMPLES).backward()
+    assert one["first"]["loss"] == pytest.approx(float(total.detach()) / SAMPLES, rel=1e-5)
+    gap, name = relative(one["gradient"], {name: tensor.grad for name, tensor in weights.items()})
+    assert gap <= 1e-4, name
+
+
+def test_replayed_and_live_routing_are_different_problems(layouts: Layouts) -> None:
+    gap, _ = relative(layouts["one"]["r3"]["gradient"], layouts["one"]["none"]["gradient"])
+    assert gap > 0.1
+    assert all(gradient.any() for gradient in layouts["one"]["r3"]["gradient"].values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_row_that_should_be_replayed_was_counted_once(case: str, layouts: Layouts) -> None:
+    routed = sum(len(sample.routes) for sample in problem()[0])
+    found = layouts[case]["r3"]
+    # Ranks of one tensor group share a sample's rows, ranks of a pipeline its layers; one pass scores, others update.
+    assert found["routed"] == routed and found["rows"] == routed * MODEL.num_layers * (1 + UPDATES)
+    assert layouts[case]["none"]["rows"] == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_binds_the_layers_of_its_stage(case: str, layouts: Layouts) -> None:
+    stages = CASES[case].parallel.pipeline
+    per = MODEL.num_layers // stages
+    bound = sorted(map(tuple, layouts[case]["r3"]["layers"]))
+    wanted = [tuple(range(stage * per, stage * per + per)) for stage in range(stages)]
+    assert bound == sorted(wanted * (CASES[case].processes // stages))
+
+
+def test_the_dispatcher_is_the_one_asked_for(layouts: Layouts) -> None:
+    assert "AlltoAll" in layouts["tp2_ep2"]["dispatcher"]
+    assert "AllGather" in layouts["tp2_ep2_allgather"]["dispatcher"]
+
+
+@pytest.fixture
+def vocabulary(layouts: Layouts) -> dict[str, torch.Tensor]:
+    return layouts["tp2"]["vocabulary"]
+
+
+def test_log_probabilities_over_a_split_vocabulary_are_log_softmax(vocabulary: dict[str, torch.Tensor]) -> None:
+    logits = vocabulary["logits"].double().requires_grad_()
+    wanted = torch.nn.functional.pad(reference.next_logprobs(logits / 0.7, vocabulary["tokens"]), (0, 1))
+    (wanted * vocabulary["weights"]).sum().backward()
+    torch.testing.assert_close(vocabulary["logprobs"].double(), wanted.detach(), rtol=1e-6, atol=2e-4)
+    torch.testing.assert_close(vocabulary["logprobs"][:3].double(), wanted[:3].detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(vocabulary["gradient"].double(), logits.grad, rtol=0, atol=2e-4)
+    torch.testing.assert_close(vocabulary["gradient"][:3].double(), logits.grad[:3], rtol=0, atol=1e-5)
+    assert not vocabulary["logprobs"][:, -1].any() and not vocabulary["gradient"][:, -1].any()
+
+
+def test_entropy_over_a_split_vocabulary_is_that_of_the_softmax(vocabulary: dict[str, torch.Tensor]) -> None:
+    wanted = torch.distributions.Categorical(logits=vocabulary["logits"].double() / 0.7).entropy()
+    torch.testing.assert_close(vocabulary["entropy"][:4].double(), wanted[:4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(vocabulary["entropy"][4].double(), wanted[4], rtol=0, atol=2e-3)
+    assert wanted[0, 0] == pytest.approx(torch.tensor(56.0).log().item())
+
+
+def test_statistics_are_summed_over_the_ranks_that_contribute(layouts: Layouts) -> None:
+    found = layouts["tp2"]["statistics"]
+    assert found["all"] == [{"mean": pytest.approx(1 / 3), "only": 5.0, "top": 1.0}] * 2
+    assert found["one"] == [{"mean": 0.5, "only": 5.0, "top": 1.0}] * 2
+    assert found["own"] == {"mean": 0.0, "top": 0.0}

@@ -1,0 +1,353 @@
+"""Run as a script: the same work in several parallel layouts. Argument: a directory.
+
+Importing Megatron-Core takes seconds, so the ranks are forked from one process that has imported it, and each world of
+ranks goes through all cases of its size. Rank 0 leaves what it found in `NAME.pt`, weights in `NAME/hf`, and for
+some cases a Megatron checkpoint in `NAME/megatron`. A case with `loads` fills itself from the checkpoints that another
+case saved, and exports what it then holds as `NAME/loaded` and `NAME/imported`.
+"""
+
+import hashlib
+import importlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from moe import MODEL, SIGNATURE, samples
+from safetensors.torch import load_file, save_file
+
+from megatron_bai import backend, config, patches
+
+SAMPLES, LENGTH = 8, 24
+LEARNING_RATE = 1e-3
+# Adam's first step is −rate · g / (|g| + epsilon): with an epsilon far above any gradient it is −SCALE · g. The scale
+# makes it large beside the parameters, whose rounding is then of no account.
+EPSILON, SCALE = 1e6, 1e3
+UPDATES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    processes: int
+    parallel: config.Parallel
+    micro: int = 4  # samples in a micro-batch
+    loads: str = ""
+    saves: bool = False
+
+
+def _layout(**sizes: Any) -> config.Parallel:
+    return config.Parallel(sequence=sizes.get("tensor", 1) > 1, **sizes)
+
+
+CASES = {
+    "one": Case(1, _layout(), micro=8, saves=True),
+    "one_micro1": Case(1, _layout(), micro=1),
+    "one_micro4": Case(1, _layout()),
+    "tp2_ep2": Case(2, _layout(tensor=2, expert=2), loads="one", saves=True),
+    "tp2_ep2_allgather": Case(2, _layout(tensor=2, expert=2, dispatcher="allgather")),
+    "tp2": Case(2, _layout(tensor=2), micro=2),
+    "dp2": Case(2, _layout()),
+    "ep2": Case(2, _layout(expert=2), micro=2),
+    "pp2": Case(2, _layout(pipeline=2), micro=2),
+    "ep2_pp2": Case(4, _layout(expert=2, pipeline=2), micro=2, loads="tp2_ep2", saves=True),
+    "tp2_ep2_pp2": Case(4, _layout(tensor=2, expert=2, pipeline=2), micro=2),
+}
+
+
+def problem() -> tuple[list, np.ndarray, np.ndarray]:
+    """Rollouts, their advantages, and how far `old_logprobs` lie from the current policy's: enough to be clipped."""
+    random = np.random.default_rng(7)
+    return samples(SAMPLES, random), random.normal(size=SAMPLES), random.normal(0, 0.2, (SAMPLES, LENGTH))
+
+
+class Run:
+    """A fresh actor in a layout, with this rank's part of the batch."""
+
+    def __init__(self, case: Case, device: backend.Device):
+        from megatron.core import parallel_state
+
+        from megatron_bai.model import build, checkpoint, shards
+        from megatron_bai.rl.batch import from_samples
+        from megatron_bai.rl.engine import Engine
+        from megatron_bai.routing.replay import RoutingReplay
+
+        trainer = config.Trainer(learning_rate=LEARNING_RATE, clip_grad=1e9)
+        self.settings = config.Config(model=MODEL, parallel=case.parallel, trainer=trainer)
+        self.actor = build.build_actor(self.settings, device)
+        shards.init_random(self.actor.modules, MODEL, seed=0)
+        checkpoint.finish_loading(self.actor)
+        group = parallel_state.get_pipeline_model_parallel_group()
+        self.replay = RoutingReplay(self.actor.modules, SIGNATURE, group)
+        self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
+        size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
+        rollouts, advantages, noise = problem()
+        self.batch = from_samples(rollouts[own], advantages[own], LENGTH, 0, SIGNATURE)
+        self.noise = torch.from_numpy(noise[own])
+        self.micros = self.batch.split(case.micro)
+        self.data_rank = rank
+        self.contributes = self.engine.last_stage and self.engine.tensor_rank == 0
+
+    def routes(self, mode: str) -> list | None:
+        return [self.engine.routes_of(micro) for micro in self.micros] if mode == "r3" else None
+
+    def score(self, mode: str) -> dict[str, torch.Tensor]:
+        """Log-probabilities and entropy of the whole batch; fills `old_logprobs`."""
+        found = self.engine.score(self.micros, self.routes(mode))
+        if found.logprobs is not None:
+            self.batch.old_logprobs.copy_(found.logprobs + self.noise)
+        mine = (self.data_rank, found.logprobs, found.entropy) if self.contributes else None
+        parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
+        return {"logprobs": torch.cat([p[1] for p in parts]), "entropy": torch.cat([p[2] for p in parts])}
+
+    def update(self, mode: str) -> dict[str, float]:
+        from megatron_bai.rl import objectives
+
+        stats, norm = self.engine.update(
+            self.micros, self.routes(mode), objectives.get("minirl"), self.settings.objective
+        )
+        return stats.gathered(self.contributes).values() | {"grad_norm": norm}
+
+    def export(self, target: Path) -> None:
+        from megatron_bai.model import hf
+
+        hf.export_hf(self.actor.modules, MODEL, target, Path("none"), {})
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor by its Hugging Face name, on rank 0."""
+        from megatron_bai.model import mapping, shards
+
+        found = {}
+        for key, index, whole in shards.gather(self.actor.modules):
+            if dist.get_rank() == 0:
+                kind = mapping.kind_of(key)
+                found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, MODEL))}
+        return found
+
+    def diverged(self) -> list[str]:
+        """Keys of pieces that two ranks hold with different content."""
+        from megatron_bai.model import shards
+
+        mine = {}
+        for shard in shards.local_shards(self.actor.modules):
+            digest = hashlib.sha256(shard.data.detach().contiguous().numpy().tobytes()).hexdigest()
+            mine[shard.key, shard.index, shard.offset] = digest
+        first: dict[tuple, str] = {}
+        different = set()
+        for other in gathered(mine):
+            for place, digest in other.items():
+                if first.setdefault(place, digest) != digest:
+                    different.add(place[0])
+        return sorted(different)
+
+
+def gathered(mine: Any) -> list:
+    """What every rank has."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def gradient(case: Case, device: backend.Device, mode: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The gradient the optimizer applied, reduced over all ranks and gathered, and the update's statistics."""
+    run = Run(case, device)
+    run.score(mode)
+    for group in run.actor.optimizer.param_groups:
+        group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
+    before = run.state()
+    found = run.update(mode)
+    after = run.state()
+    return found, {name: (before[name].double() - after[name].double()) / SCALE for name in after}
+
+
+def step(case: Case, device: backend.Device, mode: str) -> dict[str, Any]:
+    """Scores, one measured gradient, and `UPDATES` ordinary updates."""
+    run = Run(case, device)
+    found: dict[str, Any] = {"scores": run.score(mode)}
+    found["updates"] = [run.update(mode)]
+    found["updated"] = run.state()
+    found["updates"] += [run.update(mode) for _ in range(UPDATES - 1)]
+    found["trained"] = run.state()
+    found["diverged"] = run.diverged()
+    found["layers"] = gathered(run.replay.layers)
+    found["rows"] = sum(gathered(run.replay.rows))
+    found["routed"] = sum(int(part) for part in gathered(run.batch.routed.sum() if run.contributes else 0))
+    found["first"], found["gradient"] = gradient(case, device, mode)
+    return found
+
+
+def vocabulary(device: backend.Device) -> dict[str, torch.Tensor]:
+    """Log-probabilities, entropy and the gradient in logits that are split over the tensor ranks."""
+    from megatron.core import parallel_state
+
+    from megatron_bai.rl.logprobs import entropy, token_logprobs
+
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 9, 56, generator=generator) * torch.tensor([0.0, 1, 5, 30, 30])[:, None, None]
+    logits[4] += 1000
+    tokens = torch.randint(0, 56, (5, 9), generator=generator)
+    weights = torch.randn(5, 9, generator=generator)
+    part = logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
+    found = token_logprobs(part * 1, tokens, 0.7)
+    (found * weights).sum().backward()
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "weights": weights,
+        "logprobs": found.detach(),
+        "entropy": entropy(part.detach().clone(), 0.7),
+        "gradient": torch.cat(gathered(part.grad), dim=-1),
+    }
+
+
+def statistics() -> dict[str, Any]:
+    """Statistics over ranks of which all, or only rank 1, contribute."""
+    from megatron_bai.monitor.stats import Stats
+
+    rank = dist.get_rank()
+    stats = Stats()
+    stats.mean("mean", torch.arange(rank + 1.0))  # [0] and [0, 1]
+    stats.max("top", torch.tensor([float(rank)]))
+    if rank:
+        stats.mean("only", torch.tensor([5.0]))
+    values = stats.gathered(True).values(), stats.gathered(rank == 1).values()
+    return {"all": gathered(values[0]), "one": gathered(values[1]), "own": stats.values()}
+
+
+def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
+    """Everything asked of one case."""
+    from megatron_bai.model import checkpoint, hf, shards
+
+    case = CASES[name]
+    own = directory / name
+    run = Run(case, device)
+    run.export(own / "hf")
+    found: dict[str, Any] = {}
+    if case.saves:
+        checkpoint.save(run.actor, own / "megatron", Path("none"), {"by": name})
+    if case.loads:
+        shards.init_random(run.actor.modules, MODEL, seed=1)
+        found["info"] = checkpoint.load(run.actor, directory / case.loads / "megatron")
+        found["optimizer_follows"] = follows(run)
+        run.export(own / "loaded")
+    if case.saves:
+        shards.init_random(run.actor.modules, MODEL, seed=1)
+        hf.import_hf(run.actor.modules, MODEL, directory / (case.loads or name) / "hf")
+        run.export(own / "imported")
+    for mode in ("none", "r3"):
+        found[mode] = step(case, device, mode)
+    found["dispatcher"] = type(run.actor.modules[0].decoder.layers[0].mlp.token_dispatcher).__name__
+    if name == "one":
+        found["logits"], found["faults"] = logits(run), faults(run, directory / "faults", own)
+    if name == "tp2":
+        found["vocabulary"], found["statistics"] = vocabulary(device), statistics()
+    return found
+
+
+def logits(run: Run) -> dict[str, torch.Tensor]:
+    """The bare model's logits, of sequences at half and at full length."""
+    tokens = torch.randint(0, MODEL.vocab_size, (3, 64), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        full = run.actor.modules[0](tokens, torch.arange(64).expand(3, -1), None)
+        half = run.actor.modules[0](tokens[:, :32], torch.arange(32).expand(3, -1), None)
+    return {"tokens": tokens, "full": full, "half": half}
+
+
+def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
+    """What is said about each way in which a checkpoint can be unfit; runs in a single process."""
+    from megatron_bai.errors import UserError
+    from megatron_bai.model import checkpoint, hf
+
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(good / ("hf" if name.startswith("hf") else "megatron"), directory / name))
+
+    def reshaped(name: str, shape: tuple[int, ...]) -> Path:
+        path = damaged(f"hf-{name}")
+        tensors = load_file(path / "model.safetensors")
+        save_file(tensors | {f"model.layers.1.{name}.weight": torch.zeros(shape)}, path / "model.safetensors")
+        return path
+
+    def said(load: Callable[[], object]) -> str:
+        try:
+            load()
+        except UserError as error:
+            return str(error)
+        return "nothing"
+
+    found = {}
+    shapes = {"mlp.gate": (8, 47), "mlp.experts.5.up_proj": (39, 48), "self_attn.k_proj": (33, 48)}
+    for name, shape in shapes.items():
+        path = reshaped(name, shape)
+        found[name] = said(lambda: hf.import_hf(run.actor.modules, MODEL, path))
+    cut, unfinished, other = damaged("cut"), damaged("unfinished"), damaged("other")
+    largest = max(cut.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    (unfinished / "manifest.json").unlink()
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"num_experts": 8', '"num_experts": 4'))
+    places = {"cut": cut, "unfinished": unfinished, "other": other, "hf": good / "hf", "nowhere": directory / "nowhere"}
+    for name, path in places.items():
+        found[name] = said(lambda: checkpoint.load(run.actor, path))
+    found["good"] = said(lambda: checkpoint.load(run.actor, good / "megatron"))
+    return found
+
+
+def follows(run: Run) -> bool:
+    """Whether an optimizer step that changes nothing leaves the loaded weights, on every rank."""
+    before = [parameter.detach().clone() for parameter in run.actor.modules[0].parameters()]
+    for group in run.actor.optimizer.param_groups:
+        group["lr"] = 0.0
+    for chunk in run.actor.chunks:
+        chunk.zero_grad_buffer()
+    run.actor.optimizer.step()
+    return all(gathered(all(map(torch.equal, before, run.actor.modules[0].parameters()))))
+
+
+def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
+    """One rank of one world: what torchrun says in the environment, then every case of this size."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = backend.start(config.Backend(kind="cpu", timeout_s=300))
+    from megatron.core import parallel_state
+
+    from megatron_bai.model import build
+
+    for name, case in CASES.items():
+        if case.processes != world:
+            continue
+        build.validate(MODEL, case.parallel, world)
+        build.init_parallel(case.parallel, seed=0)
+        found = work(name, directory, device)
+        if rank == 0:
+            torch.save(found, directory / f"{name}.pt")
+        parallel_state.destroy_model_parallel()
+    backend.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    patches.apply("megatron-cpu")
+    importlib.import_module("megatron.core.models.gpt")
+    importlib.import_module("megatron.core.dist_checkpointing")
+    importlib.import_module("megatron_bai.rl.engine")
+    for world in sorted({case.processes for case in CASES.values()}):  # a case loads what smaller worlds saved
+        arguments = (world, free_port(), Path(sys.argv[1]))
+        torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")
+
+
+if __name__ == "__main__":  # dist_checkpointing spawns helpers that import this module again
+    main()
