@@ -13,7 +13,8 @@ from megatron_bai.merge.plan import Output, Plan
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.sources import Source
 
-SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is checked, and at least one
+SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at least one
+SAMPLE = 1 << 12  # elements that are compared of a sampled tile
 
 
 def verify(plan: Plan, which: int, output: Source, ranks: Ranks, everything: bool) -> int:
@@ -50,7 +51,9 @@ def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
         chunks = plan.base.tensors[tensor.key].chunks
         boxes = [box for chunk in chunks for box in split(chunk.offsets, chunk.sizes, TILE)]
         if not everything:  # a different place in each tensor: the key's hash says where
-            boxes = boxes[zlib.crc32(tensor.key.encode()) % min(SAMPLE_EVERY, len(boxes)) :: SAMPLE_EVERY]
+            place = zlib.crc32(tensor.key.encode())
+            parts = [list(split(*box, SAMPLE)) for box in boxes[place % min(SAMPLE_EVERY, len(boxes)) :: SAMPLE_EVERY]]
+            boxes = [part[place % len(part)] for part in parts]
         yield from ((tensor, box) for box in boxes)
 
 
