@@ -52,7 +52,6 @@ class RoutingReplay:
             for child in module.modules():
                 if isinstance(child, TopKRouter) and child.router_replay is not None:
                     self._routers[child.layer_number - 1] = child
-                    child.register_forward_hook(self._after)
         self.layers = sorted(self._routers)
         found = [self.layers]
         if pipeline_group is not None:
@@ -65,6 +64,8 @@ class RoutingReplay:
         self._micro: _Micro | None = None
         self._done: set[int] = set()
         self.rows = 0
+        for router in self._routers.values():
+            router.register_forward_hook(self._after)
 
     @contextmanager
     def record(self, into: list[MicroRoutes]) -> Iterator[None]:
@@ -73,11 +74,10 @@ class RoutingReplay:
         Raises:
             RuntimeError: a bound router did not run, or ran twice.
         """
-        self._recording = {}
+        recording = self._recording = {}
         with self._action("RECORD"):
             yield
-        into.append(self._recording)
-        self._recording = None
+        into.append(recording)
 
     @contextmanager
     def replay(self, routes: MicroRoutes, counted: torch.Tensor) -> Iterator[None]:
@@ -91,26 +91,25 @@ class RoutingReplay:
             RuntimeError: a bound router did not run, ran twice, or did not choose what it was given.
         """
         self._micro = _Micro(routes, counted)
-        for layer, router in self._routers.items():
-            router.router_replay.set_target_indices(routes[layer])
         with self._action("REPLAY_FORWARD"):
             yield
-        self._micro = None
 
     @contextmanager
     def _action(self, name: str) -> Iterator[None]:
         from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
-        handles = [router.router_replay for router in self._routers.values()]
         self._done = set()
-        for handle in handles:
-            handle.set_router_replay_action(RouterReplayAction[name])
         try:
+            for layer, router in self._routers.items():
+                if self._micro is not None:
+                    router.router_replay.set_target_indices(self._micro.routes[layer])
+                router.router_replay.set_router_replay_action(RouterReplayAction[name])
             yield
-        finally:
-            for handle in handles:
-                handle.clear_router_replay_action()
-                handle.clear_indices()
+        finally:  # whatever happened, the next pass is a live one
+            self._recording = self._micro = None
+            for router in self._routers.values():
+                router.router_replay.clear_router_replay_action()
+                router.router_replay.clear_indices()
         if missing := set(self._routers) - self._done:
             raise RuntimeError(f"routers of MoE layers {sorted(missing)} did not run: their routing was not replayed")
 

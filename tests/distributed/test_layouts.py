@@ -14,9 +14,9 @@ Tolerances, all in fp32, with the largest difference seen between the layouts on
 import pytest
 import reference
 import torch
-from conftest import Layouts
 from distributed.worker import CASES, LEARNING_RATE, LENGTH, SAMPLES, UPDATES, problem
 from moe import MODEL, SIGNATURE
+from processes import Layouts
 
 from megatron_bai.config import Objective
 from megatron_bai.rl.batch import from_samples

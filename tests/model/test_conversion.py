@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import Layouts
 from distributed.worker import CASES
 from moe import MODEL
+from processes import Layouts
 from safetensors.torch import load_file
 
 from megatron_bai.merge.formats import open_source

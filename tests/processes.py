@@ -1,0 +1,38 @@
+"""Running Megatron-Core in processes of its own: on a CPU it changes what `torch.cuda` means in a process."""
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def launch(script: Path, *arguments: object) -> str:
+    """Run a script in a process of its own, with this directory importable, and return what it printed.
+
+    Raises:
+        AssertionError: it failed; shows the end of what it said.
+    """
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """What `distributed/worker.py` left: the facts of each case, and the directory of their checkpoints."""
+
+    directory: Path
+
+    @functools.cache
+    def __getitem__(self, case: str) -> dict[str, Any]:
+        return torch.load(self.directory / f"{case}.pt")
