@@ -321,6 +321,9 @@ ALPHAS = [0.0, 0.1, 0.5, 1.0]
 
 
 def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path, monkeypatch, capsys):
+    base = checkpoints.model(0)
+    base["decoder.layers.self_attention.linear_qkv.weight"][0] = -0.0  # which + 0 · value would lose
+    three = dataclasses.replace(three, pretrained=str(checkpoints.write(tmp_path / "zeros", base)))
     singles = {alpha: run(three, alpha=alpha, output=str(tmp_path / f"single-{alpha}")) for alpha in ALPHAS}
     reads = Counter()
     read = TorchDist.read
@@ -334,7 +337,7 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
     monkeypatch.undo()
     assert "9 tensors, 7,734 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
     elements = sum(tensor.numel() for tensor in checkpoints.model(0).values())
-    assert reads == {"base": elements + 10, "instruct": elements, "reasoning": elements}, "10: the table, to copy"
+    assert reads == {"zeros": elements + 10, "instruct": elements, "reasoning": elements}, "10: the table, to copy"
     for alpha, single in singles.items():
         path = Path(three.output, f"alpha-{alpha}")
         merged = checkpoints.read(path)
