@@ -33,7 +33,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge import archive
 from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
 from megatron_bai.merge.targets import Target, Writer, Written
-from megatron_bai.merge.unpickle import read_metadata
+from megatron_bai.model.unpickle import read_metadata
 from megatron_bai.model import manifest
 
 INDEX = ".metadata"

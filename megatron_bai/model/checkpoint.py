@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bai.errors import UserError
-from megatron_bai.model import hf, manifest
+from megatron_bai.model import hf, manifest, unpickle
 from megatron_bai.model.build import Actor
 
 
@@ -51,9 +51,6 @@ def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no complete checkpoint there, or one of another architecture.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
     info = manifest.require(directory)
     if not (Path(directory) / "metadata.json").is_file():
         raise UserError(f"{directory} is not a Megatron torch_dist checkpoint: `megatron-bai convert` makes one")
@@ -64,6 +61,10 @@ def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
                 f"{directory} has {name} {getattr(found, name)}, the configured model.{name} is "
                 f"{getattr(actor.settings, name)}"
             )
+    unpickle.read_metadata(Path(directory) / ".metadata")  # Megatron-Core's reader would run what a hostile one names
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
     try:
         loaded = dist_checkpointing.load(_sharded(actor), str(directory))
     except CheckpointingException as error:
