@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.rl.batch import Batch, blank, from_samples, from_supervised, padded_length
@@ -34,7 +34,6 @@ shapes = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, m
 
 
 @given(shapes, st.integers(0, 4), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_every_field_lies_where_its_token_is(shape: list[tuple[int, int]], spare: int, seed: int) -> None:
     samples = [sample(max(2, p + r), p, seed + i) for i, (p, r) in enumerate(shape)]
     length = max(len(s.tokens) for s in samples) + spare

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.config import Objective
@@ -74,12 +74,11 @@ def rising(b: int, length: int, seed: int, spread: float) -> tuple[np.ndarray, .
 
 
 @given(b=st.integers(2, 6), length=st.integers(1, 9), seed=st.integers(0, 2**31), spread=st.sampled_from([0, 0.2, 4.0]))
-@settings(deadline=None)
 def test_value_gradient_and_statistics_are_the_formulas(b: int, length: int, seed: int, spread: float) -> None:
     case = rising(b, length, seed, spread)
     value, gradient, tokens = closed_form(*case, LIMITS)
     found_value, found_gradient, stats = ours(*case, LIMITS)
-    assert found_value == pytest.approx(value, rel=1e-12, abs=1e-12)
+    assert found_value == pytest.approx(value, rel=1e-12, abs=1e-10)
     np.testing.assert_allclose(found_gradient, gradient, rtol=1e-12, atol=0)
     assert stats["clip_fraction"] == pytest.approx(np.mean(tokens["clipped"]))
     assert stats["is_weight_mean"] == pytest.approx(np.mean(tokens["weight"]))

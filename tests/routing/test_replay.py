@@ -9,7 +9,6 @@ from moe import MODEL
 from processes import TESTS, launch
 
 Facts = dict[str, Any]
-pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
