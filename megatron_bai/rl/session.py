@@ -125,7 +125,10 @@ def _load_tokenizer(directory: Path) -> Any:
 
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} holds no tokenizer.json: copy the model's tokenizer files there")
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from None
 
 
 def validate(settings: config.Config) -> None:

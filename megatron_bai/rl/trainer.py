@@ -38,7 +38,7 @@ def train(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    with open_session(settings) as session, serve(session) as inference:
+    with open_session(settings) as session, serve(_checked(session)) as inference:
         loop = Loop(session, inference)
         summary = Summary(settings, dist.get_world_size())
         steps = settings.trainer.steps
@@ -58,6 +58,28 @@ def train(settings: config.Config) -> None:
         print(f"wrote {output}")
 
 
+def _checked(session: Session) -> Session:
+    """Refuse batches that do not divide evenly, before a server is started.
+
+    Raises:
+        UserError: names the settings.
+    """
+    trainer = session.settings.trainer
+    parts = session.data_size * trainer.mini_batches
+    if trainer.prompts_per_step % parts:
+        raise UserError(
+            f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
+            f"data-parallel ranks ({trainer.mini_batches} × {session.data_size})"
+        )
+    samples = trainer.prompts_per_step // parts * trainer.group_size
+    if samples % trainer.micro_batch_size:
+        raise UserError(
+            f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
+            "mini-batch"
+        )
+    return session
+
+
 class Loop:
     """One global step after another."""
 
@@ -66,18 +88,8 @@ class Loop:
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
         trainer = settings.trainer
-        if trainer.prompts_per_step % (session.data_size * trainer.mini_batches):
-            raise UserError(
-                f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
-                f"data-parallel ranks ({trainer.mini_batches} × {session.data_size})"
-            )
         self.prompts = trainer.prompts_per_step // session.data_size  # of this replica, a step
         self.mini_size = self.prompts * trainer.group_size // trainer.mini_batches
-        if self.mini_size % trainer.micro_batch_size:
-            raise UserError(
-                f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {self.mini_size} samples "
-                "of a rank's mini-batch"
-            )
 
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
