@@ -31,6 +31,11 @@ class Result:
         """Our error lines, without the ranks' own."""
         return re.findall(r"^megatron-bai: error: (.*)$", self.err, re.M)
 
+    @property
+    def tracebacks(self) -> list[str]:
+        """Lines of a Python traceback through our code, on any rank. (torchrun always shows one of its own.)"""
+        return re.findall(r"^.*File .*/megatron_bai/.*$", self.err, re.M)
+
 
 class Command:
     """A command that was started. `wait` must be called."""
