@@ -180,7 +180,8 @@ def _help(name: str, verb: Verb) -> str:
 def _settings(group: str) -> list[str]:
     """A group's settings with type, default and the comment beside each in `config.py`."""
     kind = getattr(config, group.capitalize())
-    lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if "(" not in (kind.__doc__ or "(")[:12] else f"{group}:"]
+    written = not kind.__doc__.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
+    lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if written else f"{group}:"]
     for line in inspect.getsource(kind).splitlines():
         if found := re.match(r"    (\w+): ([\w\[\]]+) = (.+?)(?:  # (.+))?$", line):
             key, typename, default, comment = found.groups()
