@@ -76,6 +76,8 @@ VERBS = {
         "megatron-bai doctor",
     ),
 }
+# Defaults as one would write them on the command line; ??? is Hydra's mark for a value that must be given.
+_AS_TYPED = {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}", "MISSING": "???"}
 _HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--multirun|-m|--resolve|--package|-p|--hydra-help|--shell-completion)")
 
 
@@ -88,6 +90,9 @@ def main() -> None:
     except UserError as error:
         _complain(error)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("megatron-bai: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -183,8 +188,7 @@ def _settings(group: str) -> list[str]:
     written = not kind.__doc__.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
     lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if written else f"{group}:"]
     for line in inspect.getsource(kind).splitlines():
-        if found := re.match(r"    (\w+): ([\w\[\]]+) = (.+?)(?:  # (.+))?$", line):
+        if found := re.match(r"    (\w+): ([\w\[\], ]+) = (.+?)(?:  # (.+))?$", line):
             key, typename, default, comment = found.groups()
-            default = re.sub(r"field\(default_factory=list\)", "[]", default)
-            lines.append(f"  {group}.{key}={default}  ({typename}) {comment or ''}".rstrip())
+            lines.append(f"  {group}.{key}={_AS_TYPED.get(default, default)}  ({typename}) {comment or ''}".rstrip())
     return lines

@@ -83,10 +83,8 @@ class Merge:
     weights: list[float] = field(default_factory=list)  # one a member, summing to 1
     alpha: float = 0.5  # weight of the pretrained checkpoint
     sweep: list[float] = field(default_factory=list)  # alphas: one output each, the inputs read once; replaces alpha
-    # For some tensors only: a parameter group (see `inspect`) or a regular expression found in the name, and its value;
-    # the first that fits decides.
-    alpha_for: dict[str, float] = field(default_factory=dict)
-    weights_for: dict[str, list[float]] = field(default_factory=dict)
+    alpha_for: dict[str, float] = field(default_factory=dict)  # by group (see inspect) or regex; the first that fits
+    weights_for: dict[str, list[float]] = field(default_factory=dict)  # likewise
     output: str = ""  # with a sweep, the directory of the outputs: alpha-0.1 and so on
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
     verify: str = "sample"  # none, sample or all: how much of the output is compared with the formula before it counts
