@@ -47,6 +47,11 @@ def garble_tokenizer(checkpoint: Path) -> None:
     path.write_text("x" * path.stat().st_size)
 
 
+def otherwise(demo: Demo) -> list[str]:
+    """Settings that would train over a checkpoint made with others."""
+    return ["objective=sft", f"init.checkpoint={demo.directory}/pretrained", f"trainer.save={demo.directory}/instruct"]
+
+
 # mistake → the verb and what is wrong in its settings, in one process
 WRONG: dict[str, Callable[[Demo], list[str]]] = {
     "override": lambda demo: ["train", "trainer.stepz=3"],
@@ -58,8 +63,10 @@ WRONG: dict[str, Callable[[Demo], list[str]]] = {
     "vocabulary": lambda demo: ["train", "model.vocab_size=128"],
     "prompts": lambda demo: ["train", "trainer.prompts_per_step=15"],
     "micro-batch": lambda demo: ["train", "trainer.micro_batch_size=24"],
+    "otherwise": lambda demo: ["train", *otherwise(demo)],
     "weights": lambda demo: ["merge", "merge.weights=[0.5,0.6]"],
     "member": lambda demo: ["merge", f"merge.pretrained={demo.logs}/nowhere"],
+    "convert": lambda demo: ["convert", f"convert.source={demo.actor}", f"convert.target={demo.directory}/instruct"],
     "serve": lambda demo: ["serve", f"serve.checkpoint={demo.directory}/tokenizer"],
 }
 # mistake → what the line must name
@@ -73,8 +80,10 @@ NAMED = {
     "vocabulary": r"vocab_size 64, the configured model.vocab_size is 128",
     "prompts": r"trainer.prompts_per_step \(15\) is not a multiple of trainer.mini_batches \(2\)",
     "micro-batch": r"trainer.micro_batch_size \(24\) does not divide the 64 samples",
+    "otherwise": r"/instruct was made with other settings: remove it",
     "weights": r"merge.weights .* 1.1",
     "member": r"/nowhere",
+    "convert": r"instruct exists: remove it",
     "serve": r"tokenizer holds neither a Megatron torch_dist nor a Hugging Face safetensors checkpoint",
 }
 
@@ -172,7 +181,7 @@ def faults(demo: Demo) -> dict[str, Result]:
     [
         ("wrong_world", r"number of processes \(2\) is not a multiple of parallel.tensor × parallel.pipeline \(4\)"),
         ("kill_server", r"SGLang at http://127.0.0.1:\d+ failed 3 times to generate: Client\w+Error"),
-        ("hang_server", r"SGLang at http://.* failed 1 times to generate: no answer within rollout.request_timeout_s=3 s"),
+        ("hang_server", r"SGLang at .* failed 1 times to generate: no answer within rollout.request_timeout_s=3 s"),
     ],
 )
 def test_a_run_that_fails_says_so_once(faults: dict[str, Result], fault: str, named: str) -> None:

@@ -107,11 +107,3 @@ def test_a_second_run_reuses_every_checkpoint(demo: Demo, trained: Result) -> No
         for command in [demo.supervised(name) if name else demo.merge("again") for name in pair]:
             assert "nothing to do" in succeeded(command).out
     assert state() == before
-
-
-def test_a_checkpoint_made_otherwise_is_not_replaced(demo: Demo) -> None:
-    before = (demo.directory / "instruct" / "manifest.json").read_text()
-    result = demo.supervised("instruct", "trainer.learning_rate=0.5").wait()
-    assert result.code == 2 and len(result.complaints) == 1
-    assert f"{demo.directory}/instruct was made with other settings" in result.complaints[0]
-    assert (demo.directory / "instruct" / "manifest.json").read_text() == before
