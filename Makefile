@@ -24,6 +24,8 @@ $(VENV)/installed-test: $(VENV)/installed requirements/test.lock
 	$(PIP) --no-deps -r requirements/test.lock
 	touch $@
 
+# torchrun would set it too, with a warning.
+demo: export OMP_NUM_THREADS = 1
 demo: install
 	$(BIN)/megatron-bai train experiment=demo_pretrained $(ARGS)
 	$(BIN)/megatron-bai train experiment=demo_instruct $(ARGS)
