@@ -85,6 +85,7 @@ def main() -> None:
     """Entry point. Exits with 0, 1 (`doctor` found the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|hydra)\b")
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
     try:
         _run(sys.argv[1:])
     except UserError as error:
