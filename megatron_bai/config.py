@@ -87,6 +87,7 @@ class Merge:
     weights_for: dict[str, list[float]] = field(default_factory=dict)  # likewise
     output: str = ""  # with a sweep, the directory of the outputs: alpha-0.1 and so on
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
+    threads: int = 0  # of a rank; 0 shares the machine's cores among its ranks, up to 8 each
     verify: str = "sample"  # none, sample or all: how much of the output is compared with the formula before it counts
     dry_run: bool = False  # print the plan and stop
 

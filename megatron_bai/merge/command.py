@@ -21,7 +21,7 @@ from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.output import check_target, fingerprint, is_current, write_provenance
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
-from megatron_bai.merge.ranks import Ranks, ranks
+from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch
 from megatron_bai.merge.verify import verify
@@ -49,12 +49,13 @@ def run(config: Config) -> None:
     jobs = jobs_of(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
+    threads = settings.threads or cores_per_rank()
     with ranks() as group, ExitStack() as stack:
-        work = prepare(jobs, stack, group, piece_bytes(settings.memory_mib, len(jobs)))
+        work = prepare(jobs, stack, group, piece_bytes(settings.memory_mib, len(jobs), threads))
         if settings.dry_run:
             group.first(lambda: describe(work, jobs))
             return
-        written, checked = merge(work, jobs, group, settings.verify)
+        written, checked = merge(work, jobs, group, settings.verify, threads)
     if group.rank == 0:
         what = "merged" if written else "nothing to do, the output holds this merge:"
         size = f"{len(work.outputs):,} tensors, {work.bytes_written:,} bytes"
@@ -85,18 +86,21 @@ def jobs_of(settings: Merge) -> list[Job]:
     ]
 
 
-def piece_bytes(memory_mib: int, sums: int) -> int:
+def piece_bytes(memory_mib: int, sums: int, threads: int) -> int:
     """The largest output item that keeps a rank's buffers within `memory_mib`.
 
-    A rank holds one item of each sum, two spans for reading, and tiles in float32 and float64.
+    Each thread reads two spans; it and the writer hold one item of each sum, and tiles in float32 and float64.
 
     Raises:
         UserError: there is no room for an item of 1 MiB.
     """
-    scratch = 2 * SPAN_BYTES + (1 + sums) * engine.TILE * (4 + 8)
-    room = ((memory_mib << 20) - scratch) // sums
+    spans = threads * 2 * SPAN_BYTES
+    tiles = (threads + 1) * (1 + sums) * engine.TILE * (4 + 8)
+    items = (threads + 1) * sums
+    room = ((memory_mib << 20) - spans - tiles) // items
     if room < 1 << 20:
-        raise UserError(f"merge.memory_mib is {memory_mib}: at least {math.ceil(scratch / 2**20) + sums} are needed")
+        needed = math.ceil((spans + tiles) / 2**20) + items
+        raise UserError(f"merge.memory_mib is {memory_mib}: at least {needed} are needed with {threads} threads")
     return min(room, PIECE_BYTES)
 
 
@@ -117,12 +121,15 @@ def prepare(
     return plans[0]
 
 
-def merge(work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample") -> tuple[int, int]:
+def merge(
+    work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample", threads: int = 1
+) -> tuple[int, int]:
     """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
 
     Args:
         jobs: one for each of the plan's sums.
         check: `none`, `sample` or `all`: how much of the written checkpoints is compared with the formula.
+        threads: of this rank.
 
     Returns:
         how many targets were written, the others being up to date, and how many elements were compared.
@@ -130,8 +137,8 @@ def merge(work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample") 
     Raises:
         UserError: a source or a target does not allow the merge, or a result is not what it should be.
     """
-    digests = _digests(work, group)
-    marks = group.first(lambda: [fingerprint(work, k, digests) for k in range(len(jobs))])
+    identities = group.first(lambda: {str(source.path): source.identity() for source in work.inputs})
+    marks = group.first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
     todo = group.first(lambda: [k for k, job in enumerate(jobs) if not is_current(job.target, marks[k])])
     jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
     work = dataclasses.replace(work, sums=tuple(work.sums[k] for k in todo))
@@ -150,32 +157,26 @@ def merge(work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample") 
     try:
         directories = group.first(stage)
         with _progress(work, group) as advance:
-            norms = engine.execute(work, directories, group, advance)
-        for k, (job, directory) in enumerate(zip(jobs, directories)):
-            note = functools.partial(write_provenance, directory, job.recipe, work, digests, marks[k], norms[k])
-            group.first(note)
+            norms = engine.execute(work, directories, group, advance, threads)
+        digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
+        note = functools.partial(write_provenance, plan=work, digests=digests)
+        prints = group.first(
+            lambda: [note(d, job.recipe, which=k, norms=norms[k]) for k, (d, job) in enumerate(zip(directories, jobs))]
+        )
+        for k, directory in enumerate(directories):
             if check != "none":
                 with open_source(directory) as written:
                     checked += verify(work, k, written, group, everything=check == "all")
         info = manifest.read(work.base.path) or {}
-        for job, directory, mark in zip(jobs, directories, marks):
+        for job, directory, mark, fingerprint_ in zip(jobs, directories, marks, prints):
             group.first(functools.partial(journal.close, directory))
-            about = {**info, "merge": {"fingerprint": mark}}
+            about = {**info, "merge": {"fingerprint": fingerprint_, "mark": mark}}
             group.first(functools.partial(manifest.seal, directory, job.target, about))
     except Exception:  # but not an interrupt: run again, it goes on
         for path in stages:
             shutil.rmtree(path, ignore_errors=True)
         raise
     return len(jobs), checked
-
-
-def _digests(work: Plan, group: Ranks) -> dict[str, str]:
-    """The content hash of every source that enters, by path; the ranks share the sources."""
-    sources = {str(source.path): source for source in (work.base, *work.inputs)}
-    mine = list(sources)[group.rank :: group.size]
-    shares = group.together(lambda: {path: sources[path].digest(work.outputs) for path in mine})
-    found = {path: digest for share in shares for path, digest in share.items()}
-    return {path: found[path] for path in sources}
 
 
 @contextmanager

@@ -7,6 +7,8 @@ the output's. Multiplication and addition are separate operations: fused ones wo
 tile, and the result would depend on the tiling. As it is, no element depends on tiles, layouts or ranks.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,7 @@ from megatron_bai.merge import journal
 from megatron_bai.merge.boxes import Box, split, within
 from megatron_bai.merge.journal import UnitResult
 from megatron_bai.merge.plan import Output, Plan, Unit
+from megatron_bai.merge.pool import Pool
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Target, Written
@@ -26,11 +29,15 @@ from megatron_bai.merge.targets import Target, Written
 TILE = 1 << 18  # elements: the accumulator and one converted source stay in a core's cache
 
 
+BATCH_BYTES = 1 << 20  # of the output, that a thread merges at a time: many small pieces, or one
+
+
 class Accumulator:
     """One tile's weighted sums, in memory reused from tile to tile."""
 
     def __init__(self, sums: int) -> None:
         self._memory = {dtype: torch.empty(1 + sums, TILE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+        self.results = Scratch()  # what is made of the sums
 
     def weighted_sums(self, plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
         """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
@@ -53,7 +60,7 @@ class Accumulator:
 
 
 def execute(
-    plan: Plan, directories: Sequence[Path], ranks: Ranks, advance: Callable[[int], None]
+    plan: Plan, directories: Sequence[Path], ranks: Ranks, advance: Callable[[int], None], threads: int = 1
 ) -> list[dict[str, float]]:
     """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
 
@@ -61,7 +68,8 @@ def execute(
 
     Args:
         directories: one for each sum, from `journal.stage`.
-        advance: told the number of input bytes whenever some have been merged.
+        advance: told the number of input bytes whenever some have been merged, by any thread.
+        threads: of this rank, that merge.
 
     Returns:
         for each sum, the 2-norm of every merged tensor, before rounding; on every rank.
@@ -80,9 +88,9 @@ def execute(
         return {name: [n[name] for n in notes] for name in notes[0] if all(name in n for n in notes)}
 
     def work() -> dict[str, list[UnitResult]]:
-        with one_thread():
-            units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
-            return {unit.name: _write_unit(plan, unit, target, directories, advance) for unit in units}
+        units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
+        with Pool(threads, lambda: Accumulator(len(plan.sums))) as pool:
+            return {unit.name: _write_unit(plan, unit, target, directories, pool, advance) for unit in units}
 
     ranks.first(begin)
     done = ranks.first(found)
@@ -130,10 +138,9 @@ def one_thread() -> Iterator[None]:
 
 
 def _write_unit(
-    plan: Plan, unit: Unit, target: Target, directories: Sequence[Path], advance: Callable[[int], None]
+    plan: Plan, unit: Unit, target: Target, directories: Sequence[Path], pool: Pool[Accumulator], advance: Callable[[int], None]
 ) -> list[UnitResult]:
-    """Write one unit of every sum."""
-    accumulator, memory = Accumulator(len(plan.sums)), Scratch()
+    """Write one unit of every sum: the pool's threads merge its pieces, this one writes them, in order."""
     done = [UnitResult() for _ in plan.sums]
     try:
         with ExitStack() as stack:
@@ -143,12 +150,12 @@ def _write_unit(
                 data = plan.base.read_bytes(blob.file, blob.start, blob.length)
                 for writer in writers:
                     writer.blob(key, data)
-            for output, box in unit.pieces:
-                pieces = memory.take("pieces", len(writers) * math.prod(box[1]) * output.dtype.itemsize)
-                pieces = pieces.view(output.dtype).view(len(writers), *box[1])
-                _fill(plan, output, box, accumulator, pieces, [d.squares for d in done], advance)
-                for writer, piece in zip(writers, pieces):
-                    writer.tensor(output.key, box[0], piece)
+            for pieces in pool.map(functools.partial(_merge_pieces, plan, advance), _batches(unit)):
+                for output, box, values, squares in pieces:
+                    for writer, value, square, result in zip(writers, values, squares, done):
+                        writer.tensor(output.key, box[0], value)
+                        if output.merged:
+                            result.squares[output.key] = result.squares.get(output.key, 0.0) + square
         for directory, result, writer in zip(directories, done, writers):
             result.written = writer.written
             journal.note(directory, unit.name, result)
@@ -157,25 +164,60 @@ def _write_unit(
     return done
 
 
+def _batches(unit: Unit) -> Iterator[list[tuple[Output, Box]]]:
+    """A unit's pieces in order, many small ones together: a thread has no time for one expert's bias."""
+    batch: list[tuple[Output, Box]] = []
+    size = 0
+    for output, box in unit.pieces:
+        nbytes = math.prod(box[1]) * output.dtype.itemsize
+        if batch and size + nbytes > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((output, box))
+        size += nbytes
+    if batch:
+        yield batch
+
+
+Piece = tuple[Output, Box, torch.Tensor, list[float]]
+"""A merged box: its tensor, the values `[sums, *sizes]`, and for each sum the sum of its squares."""
+
+
+def _merge_pieces(
+    plan: Plan, advance: Callable[[int], None], batch: list[tuple[Output, Box]], accumulator: Accumulator
+) -> list[Piece]:
+    """Merge the boxes of a batch, in the accumulator's memory."""
+    sums = len(plan.sums)
+    sizes = [math.prod(box[1]) * output.dtype.itemsize for output, box in batch]
+    starts = list(itertools.accumulate((-(-sums * size // 64) * 64 for size in sizes), initial=0))  # 64: a cache line
+    memory = accumulator.results.take("pieces", starts[-1])
+    pieces = []
+    for (output, box), size, start in zip(batch, sizes, starts):
+        values = memory[start : start + sums * size].view(output.dtype).view(sums, *box[1])
+        pieces.append((output, box, values, _fill(plan, output, box, accumulator, values, advance)))
+    return pieces
+
+
 def _fill(
     plan: Plan,
     output: Output,
     piece: Box,
     accumulator: Accumulator,
     values: torch.Tensor,
-    squares: list[dict[str, float]],
     advance: Callable[[int], None],
-) -> None:
-    """Merge one box of a tensor, tile by tile, into `values` [sums, *sizes], and add to `squares`."""
+) -> list[float]:
+    """Merge one box of a tensor, tile by tile, into `values` [sums, *sizes]; returns the sums of squares."""
     itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
+    squares = [0.0] * len(values)
     for box in split(*piece, TILE):
         tiles = [value[within(box, piece[0])].view(-1) for value in values]
         if output.merged:
-            for tile, total, sums in zip(tiles, accumulator.weighted_sums(plan, output, box), squares):
-                sums[output.key] = sums.get(output.key, 0.0) + _round(plan, output, box, total, tile) ** 2
+            for k, total in enumerate(accumulator.weighted_sums(plan, output, box)):
+                squares[k] += _round(plan, output, box, total, tiles[k]) ** 2
         else:
             _copy_equal(plan, output, box, tiles)
         advance(len(plan.inputs) * itemsize * math.prod(box[1]))
+    return squares
 
 
 def _round(plan: Plan, output: Output, box: Box, total: torch.Tensor, tile: torch.Tensor) -> float:

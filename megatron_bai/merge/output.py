@@ -30,19 +30,19 @@ def carried_files(base: Source) -> list[Path]:
     return [path for path in base.other_files() if path.as_posix() not in replaced]
 
 
-def fingerprint(plan: Plan, which: int, digests: dict[str, str]) -> str:
+def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
     """A hash of everything an output depends on, whatever the paths are called.
 
     Args:
         which: the number of the plan's sum.
-        digests: of every source's tensors, by path.
+        sources: by path, what stands for each source's tensors: `identity` before reading, `prove`'s hash after.
     """
     base, rows = plan.base, plan.sums[which]
     used = [i for i in range(len(plan.inputs)) if any(row[i] != 0 for row in rows.values())]
     what = {
         "revision": REVISION,
-        "inputs": [digests[str(plan.inputs[i].path)] for i in used],
-        "layout": digests[str(base.path)],
+        "inputs": [sources[str(plan.inputs[i].path)] for i in used],
+        "layout": [(key, [(c.offsets, c.sizes) for c in base.tensors[key].chunks]) for key in plan.outputs],
         "outputs": [(key, [rows[key][i] for i in used] if key in rows else "equal") for key in plan.outputs],
         "objects": [
             (key, hashlib.sha256(base.read_bytes(b.file, b.start, b.length)).hexdigest())
@@ -75,26 +75,36 @@ def check_target(target: Path, plan: Plan) -> None:
 
 
 def is_current(target: Path, mark: str) -> bool:
-    """Whether `target` is complete and holds what a merge with this fingerprint would write."""
+    """Whether `target` is complete and was written by a merge with this mark."""
     try:
         info = manifest.read(target)
     except UserError:
         return False  # damaged: merge again
-    return info is not None and info.get("merge", {}).get("fingerprint") == mark
+    return info is not None and info.get("merge", {}).get("mark") == mark
 
 
 def write_provenance(
-    stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], mark: str, norms: dict[str, float]
-) -> None:
-    """Copy the carried files and write `provenance.json`: everything one needs to check or repeat the merge."""
+    stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], which: int, norms: dict[str, float]
+) -> str:
+    """Copy the carried files and write `provenance.json`: everything one needs to check or repeat the merge.
+
+    Args:
+        digests: of the tensors of every source that was read, by path.
+        which: the number of the plan's sum.
+
+    Returns:
+        the output's fingerprint.
+    """
     for path in carried_files(plan.base):
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.path / path, stage / path)
     coefficients = {term.source: term.coefficient for term in recipe.terms()}
     sources = [
-        {"path": path, "coefficient": coefficients[path], "digest": digest, "dropped": plan.dropped[path]}
-        for path, digest in digests.items()
+        {"path": path, "coefficient": coefficient, "digest": digests.get(path), "dropped": plan.dropped[path]}
+        for path, coefficient in coefficients.items()
+        if path in digests or path == str(plan.base.path)  # of a base with coefficient 0, only the layout was used
     ]
+    mark = fingerprint(plan, which, digests)
     tensors: dict[str, Any] = {}
     fate: dict[str, Any]
     for o in plan.outputs.values():
@@ -119,6 +129,7 @@ def write_provenance(
     (stage / PROVENANCE).write_text(json.dumps(text, indent=1) + "\n")
     if isinstance(plan.base, SafeTensors):
         (stage / CARD).write_text(model_card(recipe))
+    return mark
 
 
 def model_card(recipe: Recipe) -> str:

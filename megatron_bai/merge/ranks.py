@@ -1,5 +1,6 @@
 """The processes that share a merge: those torchrun started, or this one alone."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ class Ranks:
     def first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank."""
         return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def cores_per_rank(most: int = 8) -> int:
+    """This rank's share of the cores that this machine's ranks may use."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    return min(max(len(os.sched_getaffinity(0)) // local, 1), most)
 
 
 @contextmanager

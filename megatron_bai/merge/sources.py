@@ -5,6 +5,8 @@ lie in one record, a contiguous range of a file. A reader of a format says which
 records lie; `Source.read` then gives any region of any tensor, so checkpoints saved at different tensor, expert or
 pipeline parallel sizes read alike.
 
+What a reader returns is proven by `Source.prove`, once all ranks have read their shares.
+
 Glossary: shapes, offsets, sizes and strides are in elements; starts and lengths are in bytes.
 """
 
@@ -13,7 +15,7 @@ import hashlib
 import itertools
 import math
 import os
-import zlib
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -22,14 +24,17 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge.boxes import Box, span, split, within
+from megatron_bai.merge.checks import Checks, Place
+from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.targets import Target
 from megatron_bai.model import manifest
 
-SPAN_BYTES = 32 << 20  # most that one read takes in; larger regions are read in parts
-OPEN_FILES = 64  # kept open per source: a checkpoint may have more files than a process may open
+SPAN_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
+OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more files than a process may open
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +126,47 @@ class Entry:
                 yield chunk, (low, size)
 
 
-class Scratch:
-    """Memory that reads reuse; sources read in turn can share one."""
+class Scratch(threading.local):
+    """Memory that reads reuse; sources read in turn can share one. Every thread has its own."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, length: int) -> torch.Tensor:
-        """`length` bytes, valid until the next call with the same name."""
+        """`length` bytes, valid until this thread's next call with the same name."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < length:
             buffer = self._buffers[name] = torch.empty(length, dtype=torch.uint8)
         return buffer[:length]
+
+
+class _Files:
+    """The files of one source that are open: every thread's own, so that none closes what another reads."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._mine = threading.local()
+        self._all: list[OrderedDict[str, int]] = []
+
+    def descriptor(self, name: str) -> int:
+        """Of this thread's; the one used longest ago is closed when there are too many."""
+        try:
+            mine = self._mine.open
+        except AttributeError:
+            mine = self._mine.open = OrderedDict()
+            self._all.append(mine)
+        if name in mine:
+            mine.move_to_end(name)
+            return mine[name]
+        while len(mine) >= OPEN_FILES:
+            os.close(mine.popitem(last=False)[1])
+        return mine.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+
+    def close(self) -> None:
+        """Close every thread's; none may be reading."""
+        for files in self._all:
+            while files:
+                os.close(files.popitem()[1])
 
 
 class Source(ABC):
@@ -155,8 +189,8 @@ class Source(ABC):
         self.tensors = tensors
         self.objects = objects or {}
         self._scratch = scratch or Scratch()
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._verified: set[tuple[str, int]] = set()
+        self._files = _Files(path)
+        self._checks = Checks()
         self._check_files()
 
     @abstractmethod
@@ -195,8 +229,10 @@ class Source(ABC):
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """A region of a tensor, in the checkpoint's dtype.
 
+        Any number of threads may read. A record that is now read completely is checked; others are by `prove`.
+
         Returns:
-            a tensor of shape `sizes`, valid until the next `read` with the same scratch memory, which reuses it.
+            a tensor of shape `sizes`, valid until this thread's next `read` with the same scratch memory.
 
         Raises:
             UserError: a record cannot be read, or its bytes are not those that were saved.
@@ -222,24 +258,53 @@ class Source(ABC):
         self._pread(file, start, buffer)
         return buffer
 
-    def digest(self, keys: Iterable[str]) -> str:
-        """A hash of tensors' names, types, shapes, layouts and contents; content by the records' CRC-32.
+    def identity(self) -> str:
+        """A hash of the tensors' names, types, shapes and places, and of the files' sizes and times of change.
 
-        What the format already holds is not computed anew; `read` checks it against the bytes.
+        It is had without reading. The same contents in files of another time have another identity.
         """
+        entries = sorted(self.tensors.items())
+        places = [(key, [(c.offsets, c.sizes, c.file, c.start) for c in entry.chunks]) for key, entry in entries]
+        what = [(key, str(entry.dtype), entry.shape) for key, entry in entries], places
+        names = {c.file for _, e in entries for c in e.chunks} | {blob.file for blob in self.objects.values()}
+        stats = [(name, (self.path / name).stat()) for name in sorted(names)]
+        files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
+        return hashlib.sha256(repr((what, files)).encode()).hexdigest()
+
+    def prove(self, keys: Iterable[str], ranks: Ranks) -> str:
+        """Prove that the bytes read were those that were saved; every rank calls it, after reading its share.
+
+        Args:
+            keys: tensors that were read. What no rank has read of them, since a merge was taken up again, is read now
+                if the format keeps no CRC-32.
+
+        Returns:
+            a hash of these tensors' names, types, shapes, chunks and contents, the latter by their records' CRC-32.
+
+        Raises:
+            UserError: the bytes of a record are not those that were saved.
+        """
+        tensors = sorted((key, self.tensors[key]) for key in keys)
+        chunks = {(c.file, c.start): (entry, c) for _, entry in tensors for c in entry.chunks}
+
+        def resolve(place: Place, found: int | None, touched: bool) -> int:
+            entry, chunk = chunks[place]
+            record = self.record(entry, chunk)
+            if found is None:
+                found = self._crc32(chunk.file, record) if touched or record.crc32 is None else record.crc32
+            self._require(entry.key, chunk.file, record, found)
+            return found
+
+        crcs = self._checks.settle(chunks, ranks, resolve)
         digest = hashlib.sha256()
-        for key in sorted(keys):
-            entry = self.tensors[key]
+        for key, entry in tensors:
             digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
-            for chunk in sorted(entry.chunks, key=lambda c: c.offsets):
-                record = self.record(entry, chunk)
-                crc = self._crc32(chunk.file, record) if record.crc32 is None else record.crc32
-                digest.update(f"{chunk.offsets} {chunk.sizes} {record.strides} {crc:08x}\n".encode())
+            for c in sorted(entry.chunks, key=lambda c: c.offsets):
+                digest.update(f"{c.offsets} {c.sizes} {crcs[c.file, c.start]:08x}\n".encode())
         return digest.hexdigest()
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> "Source":
         return self
@@ -250,48 +315,37 @@ class Source(ABC):
     def _load(self, entry: Entry, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]):
         """A region inside one chunk, as a view of the bytes between its first and its last element."""
         item = entry.dtype.itemsize
-        begin = sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item
+        begin = record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item
         length = span(sizes, record.strides) * item
-        whole = length == record.length
-        if record.crc32 is not None and not whole and (chunk.file, record.start) not in self._verified:
-            self._verify(entry.key, chunk.file, record, self._crc32(chunk.file, record))
         buffer = self._scratch.take("span", length)
-        self._pread(chunk.file, record.start + record.first + begin, memoryview(buffer.numpy()))
-        if record.crc32 is not None and whole:
-            self._verify(entry.key, chunk.file, record, zlib.crc32(buffer.numpy()))
+        self._pread(chunk.file, record.start + begin, memoryview(buffer.numpy()))
+        part = begin, length, crc32(buffer.numpy())
+        if (crc := self._checks.add((chunk.file, chunk.start), part, record.length)) is not None:
+            self._require(entry.key, chunk.file, record, crc)
         return buffer.view(entry.dtype).as_strided(sizes, record.strides)
 
-    def _verify(self, key: str, file: str, record: Record, crc: int) -> None:
-        if crc != record.crc32:
+    def _require(self, key: str, file: str, record: Record, crc: int) -> None:
+        if record.crc32 is not None and crc != record.crc32:
             raise UserError(
                 f"{self.path / file}: the bytes of {key} are not those that were saved (CRC-32 {crc:08x}, saved"
                 f" {record.crc32:08x}): restore the file from a copy"
             )
-        self._verified.add((file, record.start))
 
     def _crc32(self, file: str, record: Record) -> int:
         crc = 0
         for start in range(0, record.length, SPAN_BYTES):
             buffer = self._scratch.take("span", min(SPAN_BYTES, record.length - start))
             self._pread(file, record.start + start, memoryview(buffer.numpy()))
-            crc = zlib.crc32(buffer.numpy(), crc)
+            crc = crc32(buffer.numpy(), crc)
         return crc
 
     def _pread(self, name: str, start: int, buffer: memoryview) -> None:
         try:
             done = 0
             while done < len(buffer):
-                count = os.preadv(self._descriptor(name), [buffer[done:]], start + done)
+                count = os.preadv(self._files.descriptor(name), [buffer[done:]], start + done)
                 if count == 0:
                     raise UserError(f"{self.path / name} ends before byte {start + len(buffer)}: it was cut off")
                 done += count
         except OSError as error:
             raise UserError(f"{self.path / name} cannot be read: {error.strerror}") from None
-
-    def _descriptor(self, name: str) -> int:
-        if name in self._files:
-            self._files.move_to_end(name)
-            return self._files[name]
-        while len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return self._files.setdefault(name, os.open(self.path / name, os.O_RDONLY))

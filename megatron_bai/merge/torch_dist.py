@@ -12,7 +12,6 @@ The archives are uncompressed, so a chunk's elements lie plain in the file and a
 
 import io
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from zlib_ng.zlib_ng import crc32
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge import archive
@@ -181,7 +181,7 @@ class ItemWriter(Writer):
         start = self._file.tell()
         frame = archive.frame_for(tensor.dtype, tuple(tensor.shape))
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        for part in (frame.head, data, frame.tail_with(zlib.crc32(data))):
+        for part in (frame.head, data, frame.tail_with(crc32(data))):
             self._file.write(part)
         self._note(key, offsets, tuple(tensor.shape), start)
 

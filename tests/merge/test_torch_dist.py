@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.torch_dist import TorchDist
 
 LAYOUTS = [checkpoints.whole, checkpoints.rows, checkpoints.columns, checkpoints.experts, checkpoints.irregular]
@@ -117,8 +118,11 @@ def test_a_flipped_bit_is_found(tmp_path):
     data[at + 100] ^= 1
     file.write_bytes(data)
     assert not torch.equal(torch.load(file), torch.full((64,), 1.5)), "torch itself loads it without a word"
-    with TorchDist(path) as source, pytest.raises(UserError, match="the bytes of w are not those that were saved"):
-        source.read("w", (40,), (3,))
+    for parts in ([(0, 64)], [(0, 30), (30, 34)], [(34, 30), (0, 34)], [(40, 3)], [(0, 40), (20, 44)]):
+        with TorchDist(path) as source, pytest.raises(UserError, match="the bytes of w are not those that were saved"):
+            for start, size in parts:
+                source.read("w", (start,), (size,))
+            source.prove(["w"], Ranks())
 
 
 def test_an_unfinished_checkpoint_is_refused(tmp_path):
@@ -181,5 +185,5 @@ def test_checksums_that_torch_did_not_compute_are_not_asked_for(tmp_path):
         with TorchDist(path) as source:
             assert torch.equal(source.read("w", (0,), (64,)), torch.full((64,), 2.0))
             assert (source.record(source.tensors["w"], source.tensors["w"].chunks[0]).crc32 is not None) == compute
-            digests.append(source.digest(["w"]))
+            digests.append(source.prove(["w"], Ranks()))
     assert digests[0] == digests[1], "the digest is of the content"
