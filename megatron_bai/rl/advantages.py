@@ -1,6 +1,9 @@
-"""From rewards to advantages."""
+"""From rewards to advantages: one a sample from its group's rewards (numpy), one a token from a critic's values (torch)."""
 
 import numpy as np
+import torch
+
+ESTIMATORS = ("centred", "normalised", "leave_one_out")
 
 
 def group_centred(rewards: np.ndarray, group_size: int) -> np.ndarray:
@@ -14,3 +17,54 @@ def group_centred(rewards: np.ndarray, group_size: int) -> np.ndarray:
     """
     groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
     return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
+
+
+def group_normalised(rewards: np.ndarray, group_size: int, epsilon: float = 1e-6) -> np.ndarray:
+    """A = (R − mean of the group's R) / (their standard deviation + epsilon) (GRPO, arXiv 2402.03300).
+
+    The deviation has group_size − 1 in its denominator, as in the implementations; the paper does not say.
+    """
+    groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
+    return group_centred(rewards, group_size) / np.repeat(groups.std(axis=1, ddof=1) + epsilon, group_size)
+
+
+def leave_one_out(rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """A = R − mean of the *other* samples' R in the group (RLOO, arXiv 2402.14740): the baseline is unbiased."""
+    return group_centred(rewards, group_size) * (group_size / (group_size - 1))
+
+
+def of_groups(rewards: np.ndarray, group_size: int, estimator: str) -> np.ndarray:
+    """Advantages by the estimator's name, one of `ESTIMATORS`. Shapes as in `group_centred`."""
+    return {"centred": group_centred, "normalised": group_normalised, "leave_one_out": leave_one_out}[estimator](
+        rewards, group_size
+    )
+
+
+def uniform(rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """`[groups · group_size]` bool: the sample's group has equal rewards, from which there is nothing to learn."""
+    groups = np.asarray(rewards).reshape(-1, group_size)
+    return np.repeat((groups == groups[:, :1]).all(axis=1), group_size)
+
+
+@torch.no_grad()
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16): A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ·V_{t+1} − V_t.
+
+    Args:
+        rewards: `[B, T]` r, of each action.
+        values: `[B, T]` V of the state before each action; after a response's last token it is 0.
+        mask: `[B, T]` bool, the response's tokens, without gaps.
+
+    Returns:
+        Advantages A and returns A + V, the critic's targets, `[B, T]`, 0 outside the mask.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(values)
+    following = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        ahead = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        following = (rewards[:, t] + gamma * ahead - values[:, t] + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
