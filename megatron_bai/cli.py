@@ -77,7 +77,12 @@ VERBS = {
     ),
 }
 # Defaults as one would write them on the command line; ??? is Hydra's mark for a value that must be given.
-_AS_TYPED = {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}", "MISSING": "???"}
+_AS_TYPED = {
+    "field(default_factory=list)": "[]",
+    "field(default_factory=dict)": "{}",
+    "MISSING": "???",
+    'float("inf")': "inf",
+}
 _HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--multirun|-m|--resolve|--package|-p|--hydra-help|--shell-completion)")
 
 
@@ -184,8 +189,16 @@ def _help(name: str, verb: Verb) -> str:
 
 
 def _settings(group: str) -> list[str]:
-    """A group's settings with type, default and the comment beside each in `config.py`."""
-    kind = getattr(config, group.capitalize())
+    """A group's settings, and those of each choice of it, as `config.py` has them."""
+    return [line for kind in _family(getattr(config, group.capitalize())) for line in _described(group, kind)]
+
+
+def _family(kind: type) -> list[type]:
+    return [kind, *(each for child in kind.__subclasses__() for each in _family(child))]
+
+
+def _described(group: str, kind: type) -> list[str]:
+    """A class's own settings with type, default and the comment beside each."""
     written = not kind.__doc__.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
     lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if written else f"{group}:"]
     for line in inspect.getsource(kind).splitlines():

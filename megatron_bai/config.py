@@ -5,6 +5,7 @@ updated. An unknown key is refused by Hydra; what contradicts another setting is
 """
 
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +118,102 @@ class Replay:
 
 @dataclass
 class Objective:
-    """MiniRL's settings (arXiv 2512.01374, eq. 7), or `sft` for supervised training."""
+    """What training maximises: `objective=NAME` chooses one with its own settings (docs/objectives.md)."""
+
+    name: str = MISSING  # set by the choice
+
+
+@dataclass
+class Sft(Objective):
+    """Cross-entropy of given text."""
+
+    name: str = "sft"
+
+
+@dataclass
+class Policy(Objective):
+    """Of every objective that learns from rollouts."""
+
+    advantage: str = "normalised"  # R − group mean: centred; over the group's deviation: normalised; or leave_one_out
+    entropy_bonus: float = 0.0  # weight of the policy's entropy, in the loss of every token
+    kl_penalty: float = 0.0  # weight of the KL divergence from the run's initial weights, likewise
+    kl_estimator: str = "k3"  # k1, k2 or k3
+    drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere; nothing replaces them
+    mask_overlong: bool = False  # responses cut off at the token limit count nowhere but in their group's mean reward
+
+
+@dataclass
+class Minirl(Policy):
+    """MiniRL (arXiv 2512.01374, eq. 7) and its ablations."""
 
     name: str = "minirl"
+    advantage: str = "centred"
     clip_low: float = 0.2  # M_t drops a token with A < 0 once its ratio is under 1 − clip_low
     clip_high: float = 0.27  # … with A > 0 once it is over 1 + clip_high
-    is_max: float = 5.0  # the token weight π_θ/μ_old is truncated here
+    is_max: float = 5.0  # the token weight π_θ/μ_old is truncated here; inf: never
+    clip: bool = True  # false: M_t = 1
+    train_infer_is: bool = True  # false: the token weight is π_θ/π_old
+    length_norm: bool = False  # true: 1/|y|
+
+
+@dataclass
+class Sequence(Policy):
+    """The sequence-level objective that MiniRL approximates (arXiv 2512.01374)."""
+
+    name: str = "sequence"
+    advantage: str = "centred"
+    is_max: float = float("inf")  # the response's weight π_θ(y)/μ_old(y) is truncated here
+
+
+@dataclass
+class Corrected(Policy):
+    """Of every objective with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
+
+    correction: str = "none"  # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
+    correction_max: float = 2.0  # C: a weight above it becomes C (truncate) or 0 (mask)
+
+
+@dataclass
+class Grpo(Corrected):
+    """GRPO (arXiv 2402.03300); a clip_high above clip_low is clip-higher."""
+
+    name: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+
+@dataclass
+class Dapo(Corrected):
+    """GRPO's loss as DAPO averages it, over tokens (arXiv 2503.14476)."""
+
+    name: str = "dapo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    token_mean: str = "batch"  # over the mini-batch's tokens, or prompt: over each prompt's, then over prompts
+
+
+@dataclass
+class Cispo(Corrected):
+    """CISPO (arXiv 2506.13585): the ratio is clipped, no token is dropped."""
+
+    name: str = "cispo"
+    clip_low: float = 1.0  # 1: no lower limit, as in the paper
+    clip_high: float = 0.27  # the paper gives no value; this is MiniRL's
+    token_mean: str = "batch"  # or prompt
+
+
+@dataclass
+class Gspo(Corrected):
+    """GSPO (arXiv 2507.18071): the ratio is the response's, per token."""
+
+    name: str = "gspo"
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
 
 
 @dataclass
 class Supervised:
-    """Batches of `objective.name=sft`."""
+    """Batches of `objective=sft`."""
 
     rows: int = 32  # packed rows per step, over all data-parallel ranks
     length: int = 64  # tokens in a row
@@ -184,7 +270,7 @@ class Config:
     merge: Merge = field(default_factory=Merge)
     rollout: Rollout = field(default_factory=Rollout)
     replay: Replay = field(default_factory=Replay)
-    objective: Objective = field(default_factory=Objective)
+    objective: Objective = field(default_factory=Minirl)
     supervised: Supervised = field(default_factory=Supervised)
     trainer: Trainer = field(default_factory=Trainer)
     serve: Serve = field(default_factory=Serve)
@@ -194,8 +280,16 @@ class Config:
 
 
 def register() -> None:
-    """Make the tree known to Hydra under the name `conf/config.yaml` starts from."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load objectives from outside."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config(objective=MISSING))
+    for kind in (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo):
+        store.store(group="objective/settings", name=kind.name, node=kind)
+    for point in entry_points(group="megatron_bai.objectives"):
+        try:
+            point.load()
+        except Exception as error:  # whatever it is, it is the plugin's
+            raise UserError(f"the objective plugin {point.name} = {point.value} cannot be loaded: {error!r}") from error
 
 
 def conf_dir() -> Path:

@@ -11,7 +11,7 @@ def run(settings: config.Config) -> None:
     """
     from megatron_bai.rl import objectives, supervised, trainer
 
-    if objectives.get(settings.objective.name).rollouts:
+    if objectives.check(settings.objective).rollouts:
         trainer.train(settings)
     else:
         supervised.train(settings)

@@ -24,6 +24,10 @@ class Batch:
         advantages: `[B]` float32.
         routes: `[B, T, moe_layers, topk]` experts of input token t, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
+        reference_logprobs: `[B, T]` float32, of the reference policy; 0 where the objective has no use for it.
+        prompts: `[B]` int64, which of this replica's prompts the sample answers.
+        prompt_tokens: `[B]` int64, response tokens of all samples of that prompt that count.
+        counted: `[B]` bool, false for samples that the loss leaves out.
     """
 
     tokens: torch.Tensor
@@ -33,6 +37,10 @@ class Batch:
     advantages: torch.Tensor
     routes: torch.Tensor
     routed: torch.Tensor
+    reference_logprobs: torch.Tensor
+    prompts: torch.Tensor
+    prompt_tokens: torch.Tensor
+    counted: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -40,6 +48,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; itself where it already is there."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def leave_out(self) -> None:
+        """Take the samples that do not count out of `mask`, in place."""
+        self.mask &= self.counted[:, None]
 
     def split(self, size: int) -> list["Batch"]:
         """Consecutive parts of `size` samples; views, so that filling a part fills the whole."""
@@ -53,13 +65,19 @@ def padded_length(longest: int, multiple: int) -> int:
 
 
 def from_samples(
-    samples: list[Sample], advantages: np.ndarray, length: int, pad_id: int, signature: RouteSignature
+    samples: list[Sample],
+    advantages: np.ndarray,
+    length: int,
+    pad_id: int,
+    signature: RouteSignature,
+    counted: np.ndarray | None = None,
 ) -> Batch:
     """Build a batch from rollouts.
 
     Args:
         advantages: `[B]`, one a sample.
         length: T, at least the longest sample.
+        counted: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.leave_out`.
     """
     b = len(samples)
     tokens = np.full((b, length), pad_id, dtype=np.int64)
@@ -72,8 +90,12 @@ def from_samples(
         mask[i, predicted] = True
         logprobs[i, predicted] = sample.logprobs
     routes, routed = assemble([sample.routes for sample in samples], length, signature)
-    tensors = (tokens, mask, logprobs, np.zeros_like(logprobs), advantages.astype(np.float32), routes, routed)
-    return Batch(*map(torch.from_numpy, tensors))
+    prompts = np.array([sample.prompt for sample in samples])
+    counted = np.ones(b, dtype=bool) if counted is None else counted
+    prompt_tokens = np.bincount(prompts, mask.sum(1) * counted)[prompts].astype(np.int64)
+    old, reference = np.zeros_like(logprobs), np.zeros_like(logprobs)
+    policy = (tokens, mask, logprobs, old, advantages.astype(np.float32), routes, routed)
+    return Batch(*map(torch.from_numpy, (*policy, reference, prompts, prompt_tokens, counted)))
 
 
 def from_supervised(tokens: np.ndarray, target: np.ndarray) -> Batch:
@@ -92,4 +114,6 @@ def blank(tokens: torch.Tensor) -> Batch:
     """A batch of `[B, T]` tokens with nothing to learn and no routes."""
     b, length = tokens.shape
     nothing, never = torch.zeros(b, length), torch.zeros(b, length, dtype=torch.bool)
-    return Batch(tokens, never, nothing, nothing.clone(), torch.zeros(b), torch.zeros(b, 0), never.clone())
+    none, every = torch.zeros(b, dtype=torch.int64), torch.ones(b, dtype=torch.bool)
+    policy = (tokens, never, nothing, nothing.clone(), torch.zeros(b), torch.zeros(b, 0), never.clone())
+    return Batch(*policy, nothing.clone(), none, none.clone(), every)

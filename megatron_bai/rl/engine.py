@@ -14,7 +14,8 @@ from megatron_bai.errors import UserError
 from megatron_bai.model.build import Actor
 from megatron_bai.rl.batch import Batch, blank
 from megatron_bai.rl.logprobs import entropy, token_logprobs
-from megatron_bai.rl.objectives import Objective
+from megatron_bai.rl import objectives
+from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.routing.layout import rank_rows
 from megatron_bai.routing.replay import MicroRoutes, RoutingReplay
@@ -109,13 +110,18 @@ class Engine:
         Raises:
             UserError: the gradient is not finite; the weights are of no use any more, checkpoints are intact.
         """
-        count = self._global_count(micros, objective)
+        mine = aggregate.count(micros, objective.mean(settings))
+        count = self._global(mine)
         stats = Stats()
+        if self.last_stage:
+            stats.ratio("loss", 0.0, mine)
+        bonus = isinstance(settings, config.Policy) and settings.entropy_bonus
 
         def collect(logits: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict]:
+            nats = entropy(logits, self.temperature) if bonus else None
             logprobs = token_logprobs(logits, micro.tokens, self.temperature)
-            total, found = objective.loss(logprobs, micro, settings)
-            found.ratio("loss", float(total.detach()), _count(micro, objective))
+            total, found = objectives.total(objective, settings, logprobs, micro, nats)
+            found.ratio("loss", float(total.detach()), 0)
             stats.add(found)
             # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
             # that the gradient is that of the sum over the whole mini-batch divided by its count.
@@ -130,9 +136,8 @@ class Engine:
             raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
         return stats, float(norm)
 
-    def _global_count(self, micros: list[Batch], objective: Objective) -> float:
-        """Samples or loss tokens of the mini-batch over all data-parallel ranks."""
-        mine = sum(_count(micro, objective) for micro in micros)
+    def _global(self, mine: int) -> float:
+        """The mini-batch's denominator: this rank's summed over all data-parallel ranks, at least 1."""
         count = torch.tensor([float(mine)], device=self.device)
         dist.all_reduce(count, group=self.data_group)
         return max(float(count), 1.0)
@@ -177,7 +182,3 @@ class Engine:
         if routes is not None:
             return self.replay.replay(routes, rank_rows(micro.routed, *self.sequence))
         return nullcontext() if recorded is None else self.replay.record(recorded)
-
-
-def _count(micro: Batch, objective: Objective) -> int:
-    return len(micro) if objective.per == "samples" else int(micro.mask.sum())

@@ -143,7 +143,7 @@ def validate(settings: config.Config) -> None:
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
-    if not objectives.get(settings.objective.name).rollouts:
+    if not objectives.check(settings.objective).rollouts:
         return
     if trainer.group_size < 2:
         raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")

@@ -18,7 +18,7 @@ from distributed.worker import CASES, LEARNING_RATE, LENGTH, SAMPLES, UPDATES, p
 from moe import MODEL, SIGNATURE
 from processes import Layouts
 
-from megatron_bai.config import Objective
+from megatron_bai.config import Minirl
 from megatron_bai.rl.batch import from_samples
 from megatron_bai.rl.objectives import minirl
 
@@ -111,7 +111,8 @@ def test_the_gradient_is_that_of_plain_torch(mode: str, layouts: Layouts) -> Non
     torch.testing.assert_close(one["scores"]["logprobs"].double(), logprobs.detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(one["scores"]["entropy"].double(), entropy, rtol=0, atol=1e-5)
     batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
-    total, _ = minirl.loss(logprobs, batch, Objective())
+    losses, _ = minirl.loss(logprobs, batch, Minirl())
+    total = losses.sum()
     (total / SAMPLES).backward()
     assert one["first"]["loss"] == pytest.approx(float(total.detach()) / SAMPLES, rel=1e-5)
     gap, name = relative(one["gradient"], {name: tensor.grad for name, tensor in weights.items()})

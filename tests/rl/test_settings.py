@@ -7,7 +7,7 @@ import pytest
 from megatron_bai import backend, config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
-from megatron_bai.rl import objectives, session
+from megatron_bai.rl import session
 from megatron_bai.rl.schedule import set_learning_rate
 
 MODEL = {
@@ -42,7 +42,7 @@ def test_the_defaults_are_valid() -> None:
         ({"trainer__mini_batches": 0}, ["trainer.mini_batches is 0"]),
         ({"trainer__micro_batch_size": 0}, ["trainer.micro_batch_size is 0"]),
         ({"trainer__mini_batches": 3}, ["trainer.prompts_per_step (16)", "trainer.mini_batches (3)"]),
-        ({"objective__name": "ppo"}, ["objective.name is 'ppo'", "minirl, sft"]),
+        ({"objective__name": "ppo"}, ["objective.name is 'ppo'", "cispo, dapo, grpo, gspo, minirl, sequence, sft"]),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
     ],
 )
@@ -53,7 +53,9 @@ def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any]
 
 
 def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
-    session.validate(changed(objective__name="sft", trainer__group_size=1, trainer__mini_batches=3))
+    settings = changed(trainer__group_size=1, trainer__mini_batches=3)
+    settings.objective = config.Sft()
+    session.validate(settings)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +100,6 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match="backend.kind is cuda"):
         backend.select(config.Backend(kind="cuda"))
     assert backend.select(config.Backend(kind="auto")).kind == "cpu"
-
-
-def test_objectives_say_what_their_loss_is_divided_by() -> None:
-    assert (objectives.get("minirl").per, objectives.get("sft").per) == ("samples", "tokens")
-    assert objectives.get("minirl").rollouts and not objectives.get("sft").rollouts
 
 
 def test_the_learning_rate_rises_linearly_then_stays_in_every_group() -> None:

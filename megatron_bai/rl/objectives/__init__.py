@@ -1,44 +1,42 @@
 """Training objectives: pure functions from log-probabilities to a loss, one file each.
 
-An objective returns the *sum* of its loss over the tokens given. The engine divides by the count the objective names,
-taken over the whole mini-batch and all data-parallel ranks, so that the loss does not depend on how the batch was cut.
+An objective gives one loss a token and says how tokens are averaged. What all have in common is done here, once: the
+factorisation of π_θ/μ_old is measured, a penalty and a bonus are added, and the mean is taken with denominators of the
+whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does not depend on how the batch was cut.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
+from hydra.core.config_store import ConfigStore
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rl.batch import Batch
 from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives import cispo, dapo, gspo, grpo, minirl, sequence, sft
+from megatron_bai.rl.objectives.aggregate import summed
+from megatron_bai.rl.objectives.checks import check_policy
+from megatron_bai.rl.objectives.objective import Objective, PerToken, Scalar
+from megatron_bai.rl.objectives.regularise import regularised
+from megatron_bai.rl.objectives.terms import factorisation
 
-Loss = Callable[[torch.Tensor, Batch, config.Objective], tuple[torch.Tensor, Stats]]
+__all__ = ["Objective", "check", "get", "register", "total"]
+
+_BUILT_IN = (sft, minirl, sequence, grpo, dapo, cispo, gspo)
+_REGISTRY: dict[str, Objective] = {module.OBJECTIVE.settings.name: module.OBJECTIVE for module in _BUILT_IN}
 
 
-@dataclass(frozen=True)
-class Objective:
-    """How a batch becomes a loss.
+def register(objective: Objective) -> None:
+    """Make an objective from outside available as `objective=NAME`, NAME the default `name` of its settings.
 
-    Attributes:
-        loss: `(logprobs [B, T], batch, settings) → (scalar sum to minimise, metrics)`.
-        per: the sum is divided by the mini-batch's `samples` or loss `tokens`.
-        rollouts: it learns from sampled responses; otherwise from given text.
+    Raises:
+        UserError: the name is taken, or the settings lack those that every objective on rollouts has.
     """
-
-    loss: Loss
-    per: Literal["samples", "tokens"]
-    rollouts: bool
-
-
-_REGISTRY: dict[str, Objective] = {}
-
-
-def register(name: str, objective: Objective) -> None:
-    """Make an objective available as `objective.name=NAME`."""
-    _REGISTRY[name] = objective
+    name = objective.settings.name
+    if objective.rollouts and not issubclass(objective.settings, config.Policy):
+        raise UserError(f"objective {name!r} learns from rollouts: derive {objective.settings.__qualname__} from Policy")
+    if _REGISTRY.setdefault(name, objective) is not objective:
+        raise UserError(f"there is an objective {name!r} already: give {objective.settings.__qualname__} another name")
+    ConfigStore.instance().store(group="objective", name=name, node=objective.settings)
 
 
 def get(name: str) -> Objective:
@@ -52,7 +50,45 @@ def get(name: str) -> Objective:
     return _REGISTRY[name]
 
 
-from megatron_bai.rl.objectives import minirl, sft  # noqa: E402  (they register nothing themselves)
+def check(settings: config.Objective) -> Objective:
+    """The objective that the settings choose, after refusing what contradicts itself or is never read.
 
-register("minirl", Objective(minirl.loss, per="samples", rollouts=True))
-register("sft", Objective(sft.loss, per="tokens", rollouts=False))
+    Raises:
+        UserError: names the settings.
+    """
+    objective = get(settings.name)
+    if type(settings) is not objective.settings:
+        raise UserError(
+            f"objective.name is {settings.name!r}, but the settings are those of {type(settings).name!r}: choose with "
+            f"objective={settings.name}"
+        )
+    if isinstance(settings, config.Policy):
+        check_policy(settings)
+    objective.check(settings)
+    return objective
+
+
+def total(
+    objective: Objective,
+    settings: config.Objective,
+    logprobs: PerToken,
+    batch: Batch,
+    entropy: PerToken | None = None,
+) -> tuple[Scalar, Stats]:
+    """The batch's share of the loss: a sum, to be divided by `aggregate.count` of the whole mini-batch.
+
+    Args:
+        logprobs: log π_θ, with gradient.
+        entropy: of the policy in nats, with gradient; needed when `objective.entropy_bonus` is not 0.
+
+    Returns:
+        The sum over the batch, and its metrics: the objective's own and, learning from rollouts, those of
+        `terms.factorisation` and `regularise.regularised`.
+    """
+    losses, stats = objective.loss(logprobs, batch, settings)
+    assert losses.shape == batch.mask.shape, f"{settings.name} gave losses {tuple(losses.shape)}: one a token is needed"
+    if objective.rollouts:
+        stats.add(factorisation(logprobs, batch))
+    if isinstance(settings, config.Policy):
+        losses = regularised(losses, settings, logprobs, batch, entropy, stats)
+    return summed(losses.masked_fill(~batch.mask, 0.0), batch, objective.mean(settings)), stats

@@ -1,39 +1,51 @@
 """MiniRL: policy gradient with training–inference correction and clipping (arXiv 2512.01374, eq. 7)."""
 
-import torch
-
 from megatron_bai import config
-from megatron_bai.rl.batch import Batch
 from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.checks import positive, unread, within
+from megatron_bai.rl.objectives.objective import Mean, Objective, PerToken
+from megatron_bai.rl.objectives.terms import beyond, log_ratio, per_token
 
 
-def loss(logprobs: torch.Tensor, batch: Batch, settings: config.Objective) -> tuple[torch.Tensor, Stats]:
-    """−Σ_i Σ_t M_t · sg[min(π_θ/μ_old, is_max)] · A · log π_θ, with no 1/|y| and no division by the group's std.
+def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[PerToken, Stats]:
+    """−M_t · sg[min(π_θ/μ_old, is_max)] · A · log π_θ at each token.
 
     M_t = 0 where (A > 0 and r_t > 1 + clip_high) or (A < 0 and r_t < 1 − clip_low), r_t = π_θ/π_old in the training
-    engine; 1 elsewhere.
+    engine; 1 elsewhere. The paper sums over a response's tokens, without 1/|y|, and A is not divided by the group's
+    deviation. Ablations: `clip=false` sets M_t = 1, `train_infer_is=false` puts π_θ/π_old in the weight's place, which
+    leaves out the discrepancy π_old/μ_old, and `length_norm=true` takes the mean over a response's tokens.
 
     Args:
-        logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `old_logprobs`, `infer_logprobs` `[B, T]` and `advantages` `[B]` are used.
+        logprobs: log π_θ, with gradient.
+        batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
 
     Returns:
-        The sum over samples, and the statistics `clip_fraction`, `is_weight` (π_θ/μ_old before truncation) and
-        `staleness` (log π_θ/π_old).
+        Losses, and `clip_fraction`, the share of tokens with M_t = 0.
     """
-    mask, advantage = batch.mask, batch.advantages[:, None]
+    mask, advantages = batch.mask, per_token(batch.advantages)
     live = logprobs.detach()
-    # Padding may hold anything; exponentiate only what counts.
-    staleness = (live - batch.old_logprobs).masked_fill(~mask, 0.0)
-    weight = (live - batch.infer_logprobs).masked_fill(~mask, 0.0).exp()
-    ratio = staleness.exp()
-    clipped = ((advantage > 0) & (ratio > 1 + settings.clip_high)) | ((advantage < 0) & (ratio < 1 - settings.clip_low))
-    kept = mask & ~clipped
-    coefficient = (weight.clamp(max=settings.is_max) * advantage).masked_fill(~kept, 0.0)
-    total = -(coefficient * logprobs.masked_fill(~mask, 0.0)).sum()
+    ratio = log_ratio(live, batch.old_logprobs, mask).exp()
+    weight = log_ratio(live, batch.infer_logprobs, mask).exp() if settings.train_infer_is else ratio
+    coefficient = weight.clamp(max=settings.is_max) * advantages
     stats = Stats()
-    stats.mean("clip_fraction", clipped[mask])
-    stats.mean("is_weight_mean", weight[mask])
-    stats.max("is_weight_max", weight[mask])
-    stats.mean("staleness", staleness[mask])
-    return total, stats
+    if settings.clip:
+        clipped = beyond(ratio, advantages, settings.clip_low, settings.clip_high)
+        coefficient = coefficient.masked_fill(clipped, 0.0)
+        stats.mean("clip_fraction", clipped[mask])
+    return -coefficient * logprobs.masked_fill(~mask, 0.0), stats
+
+
+def mean(settings: config.Minirl) -> Mean:
+    return "sample_mean" if settings.length_norm else "sample_sum"
+
+
+def check(settings: config.Minirl) -> None:
+    within(settings, "clip_low", 0, 1)
+    within(settings, "clip_high", 0)
+    positive(settings, "is_max")
+    if not settings.clip:
+        unread(settings, ["clip_low", "clip_high"], "objective.clip=false")
+
+
+OBJECTIVE = Objective(loss, config.Minirl, mean, check)

@@ -1,0 +1,36 @@
+"""From losses of tokens to the loss of a mini-batch, exact however the mini-batch is cut.
+
+With ℓ the loss of token t of response i, y its length, over all micro-batches and data-parallel ranks:
+
+    sample_sum    (1/samples) Σ_i Σ_t ℓ            MiniRL
+    sample_mean   (1/samples) Σ_i (1/|y_i|) Σ_t ℓ  GRPO
+    token_mean    (1/tokens)  Σ_i Σ_t ℓ            DAPO over the mini-batch
+    prompt_mean   (1/prompts) Σ_i Σ_t ℓ / (tokens of all responses to i's prompt)     DAPO as in its paper
+
+A micro-batch gives its part of the sum (`summed`); the engine divides by `count`, summed over data-parallel ranks.
+Samples that do not count (`Batch.counted`) are in neither; an empty response is a sample without tokens.
+"""
+
+import torch
+
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.objective import Mean, PerToken, Scalar
+from megatron_bai.rl.objectives.terms import lengths
+
+
+def summed(losses: PerToken, batch: Batch, mean: Mean) -> Scalar:
+    """The numerator over a micro-batch. `losses` are 0 outside the mask."""
+    if mean == "sample_mean":
+        losses = losses / lengths(batch.mask)
+    elif mean == "prompt_mean":
+        losses = losses / batch.prompt_tokens[:, None].clamp(min=1)
+    return losses.sum()
+
+
+def count(micros: list[Batch], mean: Mean) -> int:
+    """The denominator over a rank's part of the mini-batch, which holds whole groups."""
+    if mean == "token_mean":
+        return sum(int(micro.mask.sum()) for micro in micros)
+    if mean == "prompt_mean":
+        return len(torch.cat([micro.prompts[micro.counted] for micro in micros]).unique())
+    return sum(int(micro.counted.sum()) for micro in micros)

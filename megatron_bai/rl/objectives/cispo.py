@@ -1,0 +1,34 @@
+"""Clipped importance-sampling policy optimization (arXiv 2506.13585, eq. 4 and 5)."""
+
+from megatron_bai import config
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.checks import check_clipped
+from megatron_bai.rl.objectives.correction import corrected
+from megatron_bai.rl.objectives.dapo import mean
+from megatron_bai.rl.objectives.objective import Objective, PerToken
+from megatron_bai.rl.objectives.terms import log_ratio, per_token
+
+
+def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerToken, Stats]:
+    """−sg[clip(r, 1 − clip_low, 1 + clip_high)] · A · log π_θ at each token, r = π_θ/π_old.
+
+    A ratio beyond its limit is clipped and its token still learns, whatever the sign of A.
+
+    Args:
+        logprobs: log π_θ, with gradient.
+        batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
+
+    Returns:
+        Losses, and `clip_fraction`, the share of tokens whose ratio was clipped.
+    """
+    mask = batch.mask
+    ratio = log_ratio(logprobs.detach(), batch.old_logprobs, mask).exp()
+    weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    stats = Stats()
+    stats.mean("clip_fraction", (weight != ratio)[mask])
+    losses = -weight * per_token(batch.advantages) * logprobs.masked_fill(~mask, 0.0)
+    return corrected(losses, batch, settings, stats), stats
+
+
+OBJECTIVE = Objective(loss, config.Cispo, mean, check_clipped)

@@ -1,0 +1,41 @@
+"""Correction of a loss for the gap between the engines: importance weights π_old/μ_old, truncated or masked.
+
+Truncated importance sampling (TIS) multiplies a token's loss by min(π_old/μ_old, C). Its peers put 0 where the weight is
+above C (masking), or take the weight of the whole response, Π_t π_old/μ_old, at every token of it (sequence level).
+"""
+
+from megatron_bai import config
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.objective import PerToken
+from megatron_bai.rl.objectives.terms import log_ratio, whole
+
+KINDS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+def weights(old: PerToken, infer: PerToken, mask: PerToken, kind: str, limit: float) -> tuple[PerToken, PerToken]:
+    """Importance weights w = π_old/μ_old, without gradient.
+
+    Args:
+        old, infer: log π_old and log μ_old.
+        kind: one of `KINDS` but none.
+        limit: C.
+
+    Returns:
+        min(w, C), or w where w ≤ C and else 0; and where w > C (bool).
+    """
+    logs = log_ratio(old, infer, mask)
+    weight = (whole(logs) if kind.startswith("sequence") else logs).exp()
+    over = weight > limit
+    return weight.masked_fill(over, limit if kind.endswith("truncate") else 0.0), over
+
+
+def corrected(losses: PerToken, batch: Batch, settings: config.Corrected, stats: Stats) -> PerToken:
+    """The losses times their weights; adds `corrected_fraction`, the share of tokens whose weight is above C."""
+    if settings.correction == "none":
+        return losses
+    weight, over = weights(
+        batch.old_logprobs, batch.infer_logprobs, batch.mask, settings.correction, settings.correction_max
+    )
+    stats.mean("corrected_fraction", over[batch.mask])
+    return losses * weight

@@ -1,0 +1,32 @@
+"""Group Relative Policy Optimization (arXiv 2402.03300, eq. 3), with separate limits (arXiv 2503.14476)."""
+
+from megatron_bai import config
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.checks import check_clipped
+from megatron_bai.rl.objectives.correction import corrected
+from megatron_bai.rl.objectives.objective import Objective, PerToken
+from megatron_bai.rl.objectives.terms import clipped_surrogate, log_ratio, per_token
+
+
+def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo) -> tuple[PerToken, Stats]:
+    """−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) at each token, r = π_θ/π_old.
+
+    A response's tokens are averaged, then the responses. A is divided by the group's deviation. The paper's KL penalty
+    is an option (`kl_penalty`, k3), and so is the weight π_old/μ_old (`correction`).
+
+    Args:
+        logprobs: log π_θ, with gradient.
+        batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
+
+    Returns:
+        Losses, and `clip_fraction`, the share of tokens whose gradient the limit removes.
+    """
+    logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
+    losses, clipped = clipped_surrogate(logs, per_token(batch.advantages), settings.clip_low, settings.clip_high)
+    stats = Stats()
+    stats.mean("clip_fraction", clipped[batch.mask])
+    return corrected(losses, batch, settings, stats), stats
+
+
+OBJECTIVE = Objective(loss, config.Grpo, mean=lambda settings: "sample_mean", check=check_clipped)

@@ -1,0 +1,44 @@
+"""What any policy objective may be joined by: a penalty on the KL divergence from a reference, an entropy bonus."""
+
+from megatron_bai import config
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.objective import PerToken
+from megatron_bai.rl.objectives.terms import log_ratio
+
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(new: PerToken, reference: PerToken, mask: PerToken, kind: str) -> PerToken:
+    """Estimates of KL(π_θ ‖ π_ref) at sampled tokens, in nats; 0 outside `mask`. With x = log π_ref/π_θ:
+
+        k1 = −x             unbiased; its gradient in a loss is 1, whose expectation under π_θ is 0: it restrains nothing
+        k2 = x²/2           its gradient −x is, in expectation, that of KL(π_θ ‖ π_ref)
+        k3 = eˣ − 1 − x     unbiased, never negative; its gradient 1 − eˣ is, in expectation, that of KL(π_ref ‖ π_θ)
+
+    (John Schulman's names, 2020.) The statements hold on-policy, where the tokens come from π_θ.
+    """
+    x = log_ratio(reference, new, mask)
+    if kind == "k1":
+        return -x
+    return x.square() / 2 if kind == "k2" else x.expm1() - x
+
+
+def regularised(
+    losses: PerToken,
+    settings: config.Policy,
+    logprobs: PerToken,
+    batch: Batch,
+    entropy: PerToken | None,
+    stats: Stats,
+) -> PerToken:
+    """ℓ + kl_penalty · KL − entropy_bonus · H at every token; adds `kl_reference` and `entropy_update`, their means."""
+    if settings.kl_penalty:
+        kl = kl_estimate(logprobs, batch.reference_logprobs, batch.mask, settings.kl_estimator)
+        losses = losses + settings.kl_penalty * kl
+        stats.mean("kl_reference", kl.detach()[batch.mask])
+    if settings.entropy_bonus:
+        assert entropy is not None, "an entropy bonus needs the entropy"
+        losses = losses - settings.entropy_bonus * entropy
+        stats.mean("entropy_update", entropy.detach()[batch.mask])
+    return losses

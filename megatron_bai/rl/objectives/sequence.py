@@ -1,0 +1,40 @@
+"""The sequence-level objective that token-level ones approximate to first order (arXiv 2512.01374)."""
+
+import torch
+
+from megatron_bai import config
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.checks import positive
+from megatron_bai.rl.objectives.objective import Objective, PerToken
+from megatron_bai.rl.objectives.terms import log_ratio, per_token, whole
+
+
+def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[PerToken, Stats]:
+    """−min(w, is_max) · A of each response, w = π_θ(y)/μ_old(y) = Π_t π_θ/μ_old.
+
+    The gradient is −min(w, is_max) · A · ∇ log π_θ(y): truncation bounds a response's weight, it does not drop it.
+
+    Args:
+        logprobs: log π_θ, with gradient.
+        batch: `mask`, `infer_logprobs` and `advantages` (one a sample) are used.
+
+    Returns:
+        Losses, and the response's weight before truncation: `sequence_weight_mean` and `sequence_weight_max`, over
+        tokens. Its spread grows exponentially with the length, which is why token-level objectives exist.
+    """
+    logs = whole(log_ratio(logprobs, batch.infer_logprobs, batch.mask))
+    weight = logs.detach().exp()
+    stats = Stats()
+    stats.mean("sequence_weight_mean", weight[batch.mask])
+    stats.max("sequence_weight_max", weight[batch.mask])
+    # Without truncation an overflowing weight stays finite here, so that 0 · weight is 0; the engine refuses the rest.
+    coefficient = weight.clamp(max=min(settings.is_max, torch.finfo(weight.dtype).max)) * per_token(batch.advantages)
+    return -coefficient * (1 + logs - logs.detach()), stats
+
+
+def check(settings: config.Sequence) -> None:
+    positive(settings, "is_max")
+
+
+OBJECTIVE = Objective(loss, config.Sequence, mean=lambda settings: "sample_mean", check=check)

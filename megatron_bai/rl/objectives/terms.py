@@ -1,0 +1,75 @@
+"""What several objectives are made of.
+
+The ratio of the policy to the one that sampled has two factors (arXiv 2512.01374):
+
+    π_θ/μ_old  =  π_old/μ_old                           ×  π_θ/π_old
+                  training–inference discrepancy            policy staleness
+"""
+
+import torch
+
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives.objective import PerToken
+
+
+def log_ratio(new: PerToken, old: PerToken, mask: PerToken) -> PerToken:
+    """log(new/old) of log-probabilities, 0 outside `mask`, where padding may hold anything."""
+    return (new - old).masked_fill(~mask, 0.0)
+
+
+def whole(logs: PerToken) -> PerToken:
+    """The log-ratio of the response, the sum over its tokens, at each of its tokens."""
+    return logs.sum(1, keepdim=True).expand_as(logs)
+
+
+def lengths(mask: PerToken) -> torch.Tensor:
+    """`[B, 1]` tokens of each response, at least 1."""
+    return mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def per_token(advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages of samples `[B]` or of tokens `[B, T]`, in a shape that goes with `[B, T]`."""
+    return advantages[:, None] if advantages.dim() == 1 else advantages
+
+
+def beyond(ratio: PerToken, advantages: torch.Tensor, low: float, high: float) -> PerToken:
+    """Where a ratio has left the trust region on the side its advantage pushes to: r > 1 + high with A > 0, or
+    r < 1 − low with A < 0. Bool."""
+    return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+
+
+def clipped_surrogate(logs: PerToken, advantages: torch.Tensor, low: float, high: float) -> tuple[PerToken, PerToken]:
+    """−min(r·A, clip(r, 1 − low, 1 + high)·A), r = exp(logs) (PPO, arXiv 1707.06347, eq. 7).
+
+    Args:
+        logs: log r, with gradient.
+        advantages: `[B, T]` or `[B, 1]`.
+
+    Returns:
+        The loss, and where the limit holds: there the gradient is 0.
+    """
+    ratio = logs.exp()
+    losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    return losses, beyond(ratio.detach(), advantages, low, high)
+
+
+def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
+    """Both factors and their product, over response tokens.
+
+    Returns:
+        Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and
+        largest ratio of each factor and of the product, `discrepancy_ratio_mean`, `staleness_ratio_mean`,
+        `is_weight_mean` and so on with `_max`.
+    """
+    new, mask = logprobs.detach(), batch.mask
+    discrepancy = log_ratio(batch.old_logprobs, batch.infer_logprobs, mask)[mask].double()
+    staleness = log_ratio(new, batch.old_logprobs, mask)[mask].double()
+    stats = Stats()
+    stats.mean("discrepancy", discrepancy)
+    stats.mean("staleness", staleness)
+    ratios = {"discrepancy_ratio": discrepancy, "staleness_ratio": staleness, "is_weight": discrepancy + staleness}
+    for name, logs in ratios.items():
+        stats.mean(f"{name}_mean", logs.exp())
+        stats.max(f"{name}_max", logs.exp())
+    return stats

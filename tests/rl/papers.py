@@ -1,0 +1,133 @@
+"""Losses and their gradients as the papers' formulas give them, one token after another, without autograd.
+
+Each function takes a case and settings and returns the loss of a mini-batch and its gradient in log π_θ.
+"""
+
+from collections.abc import Callable
+from math import exp
+
+import numpy as np
+from policies import Case
+
+from megatron_bai import config
+
+Answer = tuple[float, np.ndarray]
+
+
+def responses(case: Case) -> list[tuple[int, list[int]]]:
+    """(sample, positions of its tokens) of the samples that count, empty responses included."""
+    return [(i, np.nonzero(case.mask[i])[0].tolist()) for i in np.nonzero(case.counted)[0].tolist()]
+
+
+def clip(x: float, low: float, high: float) -> float:
+    return max(min(x, high), low)
+
+
+def token_weight(case: Case, i: int, t: int, settings: config.Corrected) -> float:
+    """The correction's factor."""
+    if settings.correction == "none":
+        return 1.0
+    level, action = settings.correction.split("_")
+    tokens = [t] if level == "token" else np.nonzero(case.mask[i])[0]
+    w = 1.0
+    for s in tokens:
+        w *= exp(case.old[i, s]) / exp(case.infer[i, s])
+    if w <= settings.correction_max:
+        return w
+    return settings.correction_max if action == "truncate" else 0.0
+
+
+def surrogate(ratio: float, a: float, settings: config.Corrected) -> tuple[float, float]:
+    """min(rA, clip(r)A) and its derivative in r."""
+    free, held = ratio * a, clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high) * a
+    return (free, a) if free <= held else (held, 0.0)
+
+
+def minirl(case: Case, settings: config.Minirl) -> Answer:
+    value, gradient = 0.0, np.zeros_like(case.new)
+    counted = responses(case)
+    for i, tokens in counted:
+        for t in tokens:
+            a, p, old, mu = case.advantages[i], exp(case.new[i, t]), exp(case.old[i, t]), exp(case.infer[i, t])
+            m = 1.0
+            if settings.clip and ((a > 0 and p / old > 1 + settings.clip_high) or (a < 0 and p / old < 1 - settings.clip_low)):
+                m = 0.0
+            weight = min(p / (mu if settings.train_infer_is else old), settings.is_max)
+            c = m * weight * a / (len(tokens) if settings.length_norm else 1) / len(counted)
+            value -= c * case.new[i, t]
+            gradient[i, t] = -c
+    return value, gradient
+
+
+def sequence(case: Case, settings: config.Sequence) -> Answer:
+    value, gradient = 0.0, np.zeros_like(case.new)
+    counted = responses(case)
+    for i, tokens in counted:
+        w = 1.0
+        for t in tokens:
+            w *= exp(case.new[i, t]) / exp(case.infer[i, t])
+        c = min(w, settings.is_max) * case.advantages[i] / len(counted)
+        value -= c if tokens else 0.0
+        gradient[i, tokens] = -c
+    return value, gradient
+
+
+def denominators(case: Case, how: str) -> Callable[[int, list[int]], float]:
+    """What a token of a response is divided by."""
+    counted = responses(case)
+    prompts = {case.prompts[i] for i, _ in counted}
+    tokens = {q: sum(len(own) for i, own in counted if case.prompts[i] == q) for q in prompts}
+    return {
+        "sample": lambda i, own: len(own) * len(counted),
+        "batch": lambda i, own: sum(tokens.values()),
+        "prompt": lambda i, own: tokens[case.prompts[i]] * len(prompts),
+    }[how]
+
+
+def grpo(case: Case, settings: config.Grpo | config.Dapo) -> Answer:
+    value, gradient = 0.0, np.zeros_like(case.new)
+    divisor = denominators(case, getattr(settings, "token_mean", "sample"))
+    for i, tokens in responses(case):
+        for t in tokens:
+            r = exp(case.new[i, t]) / exp(case.old[i, t])
+            j, slope = surrogate(r, case.advantages[i], settings)
+            c = token_weight(case, i, t, settings) / divisor(i, tokens)
+            value -= c * j
+            gradient[i, t] = -c * slope * r  # dr / d log π = r
+    return value, gradient
+
+
+def cispo(case: Case, settings: config.Cispo) -> Answer:
+    value, gradient = 0.0, np.zeros_like(case.new)
+    divisor = denominators(case, settings.token_mean)
+    for i, tokens in responses(case):
+        for t in tokens:
+            r = clip(exp(case.new[i, t]) / exp(case.old[i, t]), 1 - settings.clip_low, 1 + settings.clip_high)
+            c = token_weight(case, i, t, settings) * r * case.advantages[i] / divisor(i, tokens)
+            value -= c * case.new[i, t]
+            gradient[i, t] = -c
+    return value, gradient
+
+
+def gspo(case: Case, settings: config.Gspo) -> Answer:
+    value, gradient = 0.0, np.zeros_like(case.new)
+    counted = responses(case)
+    for i, tokens in counted:
+        if not tokens:
+            continue
+        s = exp(sum(case.new[i, t] - case.old[i, t] for t in tokens) / len(tokens))
+        j, slope = surrogate(s, case.advantages[i], settings)
+        c = sum(token_weight(case, i, t, settings) for t in tokens) / len(tokens) / len(counted)
+        value -= c * j
+        gradient[i, tokens] = -c * slope * s / len(tokens)  # ds / d log π(y_t) = s / |y|
+    return value, gradient
+
+
+FORMULAS: dict[type, Callable[[Case, config.Objective], Answer]] = {
+    config.Minirl: minirl,
+    config.Sequence: sequence,
+    config.Grpo: grpo,
+    config.Dapo: grpo,
+    config.Cispo: cispo,
+    config.Gspo: gspo,
+}

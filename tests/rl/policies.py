@@ -1,0 +1,91 @@
+"""Cases for objectives, and what ours makes of them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_bai import config
+from megatron_bai.rl import objectives
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives import aggregate
+
+
+@dataclass(frozen=True)
+class Case:
+    """Log-probabilities `[B, T]` of π_θ, π_old, μ_old and the reference; advantages and prompts `[B]`; the response mask."""
+
+    new: np.ndarray
+    old: np.ndarray
+    infer: np.ndarray
+    reference: np.ndarray
+    advantages: np.ndarray
+    mask: np.ndarray
+    prompts: np.ndarray
+    counted: np.ndarray
+
+    def batch(self) -> Batch:
+        """With what objectives read, in the precision of the arrays; samples that do not count are out of the mask."""
+        nothing = torch.zeros(self.mask.shape, dtype=torch.int64)
+        mask = self.mask & self.counted[:, None]
+        tokens = np.array([mask[self.prompts == prompt].sum() for prompt in self.prompts])
+        batch = Batch(
+            tokens=nothing,
+            mask=torch.from_numpy(self.mask.copy()),
+            infer_logprobs=torch.from_numpy(self.infer),
+            old_logprobs=torch.from_numpy(self.old),
+            advantages=torch.from_numpy(self.advantages),
+            routes=nothing,
+            routed=torch.from_numpy(self.mask),
+            reference_logprobs=torch.from_numpy(self.reference),
+            prompts=torch.from_numpy(self.prompts),
+            prompt_tokens=torch.from_numpy(tokens),
+            counted=torch.from_numpy(self.counted),
+        )
+        batch.leave_out()
+        return batch
+
+
+def drawn(b: int, length: int, seed: int, spread: float, group: int = 3) -> Case:
+    """Random policies `spread` apart and responses of 0 to `length` tokens, the first empty, the second of one."""
+    random = np.random.default_rng(seed)
+    new = -random.exponential(2.0, (b, length))
+    old, infer, reference = (new + random.normal(0, spread, (b, length)) for _ in range(3))
+    lengths = random.integers(0, length + 1, b)
+    lengths[:2] = 0, 1
+    mask = np.arange(length) < lengths[:, None]
+    prompts, counted = np.arange(b) // group, np.ones(b, dtype=bool)
+    return Case(new, old, infer, reference, random.normal(0, 1, b), mask, prompts, counted)
+
+
+def one_token(ratio: float, advantage: float, weight: float = 1.0) -> Case:
+    """A response of one token with the given π_θ/π_old, A and π_θ/μ_old."""
+    new, yes = np.array([[-1.5]]), np.array([True])
+    old, infer = new - np.log(ratio), new - np.log(weight)
+    return Case(new, old, infer, new, np.array([advantage]), yes[:, None], np.array([0]), yes)
+
+
+def dirty(case: Case, garbage: float) -> Case:
+    """The case with something else where nothing counts."""
+    names = ("new", "old", "infer", "reference")
+    return replace(case, **{name: np.where(case.mask, getattr(case, name), garbage) for name in names})
+
+
+def loss(
+    settings: config.Objective, case: Case, entropy: torch.Tensor | None = None, micro: int | None = None
+) -> tuple[float, np.ndarray, dict[str, float]]:
+    """The mini-batch's loss, its gradient in `new`, and the metrics. `micro`: samples of a micro-batch."""
+    objective = objectives.check(settings)
+    logprobs = torch.from_numpy(case.new.copy()).requires_grad_()
+    size = micro or len(case.new)
+    micros = case.batch().split(size)
+    parts = [
+        objectives.total(objective, settings, part, batch, nats)
+        for part, batch, nats in zip(logprobs.split(size), micros, (entropy if entropy is not None else logprobs).split(size))
+    ]
+    value = sum(part for part, _ in parts) / max(aggregate.count(micros, objective.mean(settings)), 1)
+    value.backward()
+    stats = parts[0][1]
+    for _, found in parts[1:]:
+        stats.add(found)
+    return float(value.detach()), logprobs.grad.numpy(), stats.values()
