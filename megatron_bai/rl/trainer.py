@@ -20,9 +20,10 @@ from megatron_bai.monitor.report import write_report
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.summary import Summary
 from megatron_bai.rl import objectives
-from megatron_bai.rl.advantages import group_centred
+from megatron_bai.rl.advantages import of_groups, uniform
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.inference import Inference, serve
+from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.sample import Sample
@@ -87,6 +88,7 @@ class Loop:
         self.session, self.inference = session, inference
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
+        self.reference = Reference(session.actor) if settings.objective.kl_penalty else None
         trainer = settings.trainer
         self.prompts = trainer.prompts_per_step // session.data_size  # of this replica, a step
         self.mini_size = self.prompts * trainer.group_size // trainer.mini_batches
@@ -136,8 +138,20 @@ class Loop:
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.tensor_size)
-        advantages = group_centred(rewards, trainer.group_size)
-        return from_samples(samples, advantages, length, session.task.tokenizer.pad_token_id, session.signature)
+        advantages = of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
+        counted = self._counted(samples, rewards, stats)
+        pad = session.task.tokenizer.pad_token_id
+        return from_samples(samples, advantages, length, pad, session.signature, counted)
+
+    def _counted(self, samples: list[Sample], rewards: np.ndarray, stats: Stats) -> np.ndarray:
+        """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
+        objective, counted = self.settings.objective, np.ones(len(samples), dtype=bool)
+        if objective.drop_uniform_groups:
+            counted &= ~uniform(rewards, self.settings.trainer.group_size)
+        if objective.mask_overlong:
+            counted &= [sample.finish == "stop" for sample in samples]
+        stats.mean("left_out_fraction", torch.from_numpy(~counted))
+        return counted
 
     def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
@@ -155,6 +169,11 @@ class Loop:
             if live is not None:
                 add_kl(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.mask)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
+        if self.reference:
+            with self.reference():  # its own router decides: the reference is one distribution for the whole run
+                reference = engine.score(micros).logprobs
+            if engine.last_stage:
+                batch.reference_logprobs.copy_(reference)
         return {"none": None, "r2": live and live.recorded, "r3": inference}[mode]
 
     def _compare_routes(
@@ -179,6 +198,7 @@ class Loop:
     ) -> tuple[list[float], float]:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
+        batch.leave_out()
         norms, rate = [], 0.0
         per_mini = self.mini_size // trainer.micro_batch_size
         for number, mini in enumerate(batch.split(self.mini_size)):

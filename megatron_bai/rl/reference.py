@@ -1,0 +1,36 @@
+"""The reference policy of a KL penalty: the weights the run started from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_bai.model.build import Actor
+
+
+class Reference:
+    """A copy of the actor's weights as they are now, one more model in memory on each rank."""
+
+    def __init__(self, actor: Actor):
+        self._actor = actor
+        self._weights = [parameter.detach().clone() for parameter in self._parameters()]
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for module in self._actor.modules for parameter in module.parameters()]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within the block the actor has the reference's weights; after it its own, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """In place, since Megatron's parameters are views of its buffers; one parameter's memory at a time."""
+        for parameter, kept in zip(self._parameters(), self._weights):
+            own = parameter.clone()
+            parameter.copy_(kept)
+            kept.copy_(own)
