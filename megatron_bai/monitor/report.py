@@ -23,6 +23,11 @@ _COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#
 _DASHES = ("solid", "dot")  # of a chart's first and second metric
 _PHASES = ("rollout", "old_logprob", "update", "sync")
 
+
+def _factors(of: str) -> dict[str, str]:
+    return {f"discrepancy_ratio_{of}": "discrepancy", f"staleness_ratio_{of}": "staleness"}
+
+
 # section → (intro, charts as (title, {metric: label}, log scale)); a chart without data is left out
 _SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
     "Learning": (
@@ -47,6 +52,10 @@ _SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Entropy, nats per token", {"entropy": "entropy"}, False),
             ("Tokens dropped by the clip mask, fraction", {"clip_fraction": "fraction"}, False),
             ("Importance weight π_θ/μ_old", {"is_weight_mean": "mean", "is_weight_max": "largest"}, False),
+            ("Its mean's factors: π_old/μ_old and π_θ/π_old", _factors("mean"), False),
+            ("Its largest factors: π_old/μ_old and π_θ/π_old", _factors("max"), False),
+            ("KL to the initial weights, nats per token", {"kl_reference": "KL"}, False),
+            ("Samples left out of the loss, fraction", {"left_out_fraction": "fraction"}, False),
             ("Gradient norm", {"grad_norm": "norm"}, True),
         ],
     ),

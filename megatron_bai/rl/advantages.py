@@ -1,4 +1,4 @@
-"""From rewards to advantages: one a sample from its group's rewards (numpy), one a token from a critic's values (torch)."""
+"""From rewards to advantages: of samples, from their group's rewards, or of tokens, from a critic's values."""
 
 import numpy as np
 import torch
@@ -50,7 +50,9 @@ def uniform(rewards: np.ndarray, group_size: int) -> np.ndarray:
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16): A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ·V_{t+1} − V_t.
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16).
+
+    A_t = Σ_l (γλ)^l δ_{t+l} with the temporal differences δ_t = r_t + γ·V_{t+1} − V_t.
 
     Args:
         rewards: `[B, T]` r, of each action.

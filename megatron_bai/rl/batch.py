@@ -25,9 +25,9 @@ class Batch:
         routes: `[B, T, moe_layers, topk]` experts of input token t, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
         reference_logprobs: `[B, T]` float32, of the reference policy; 0 where the objective has no use for it.
+        counted: `[B]` bool, false for samples that the loss leaves out (`leave_out`).
         prompts: `[B]` int64, which of this replica's prompts the sample answers.
-        prompt_tokens: `[B]` int64, response tokens of all samples of that prompt that count.
-        counted: `[B]` bool, false for samples that the loss leaves out.
+        prompt_tokens: `[B]` int64, tokens in `mask` of all samples of that prompt.
     """
 
     tokens: torch.Tensor
@@ -38,9 +38,9 @@ class Batch:
     routes: torch.Tensor
     routed: torch.Tensor
     reference_logprobs: torch.Tensor
+    counted: torch.Tensor
     prompts: torch.Tensor
     prompt_tokens: torch.Tensor
-    counted: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,8 +50,9 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def leave_out(self) -> None:
-        """Take the samples that do not count out of `mask`, in place."""
+        """Take the samples that do not count out of `mask` and of `prompt_tokens`, in place."""
         self.mask &= self.counted[:, None]
+        self.prompt_tokens.copy_(_tokens_of_prompts(self.mask, self.prompts))
 
     def split(self, size: int) -> list["Batch"]:
         """Consecutive parts of `size` samples; views, so that filling a part fills the whole."""
@@ -90,12 +91,17 @@ def from_samples(
         mask[i, predicted] = True
         logprobs[i, predicted] = sample.logprobs
     routes, routed = assemble([sample.routes for sample in samples], length, signature)
-    prompts = np.array([sample.prompt for sample in samples])
     counted = np.ones(b, dtype=bool) if counted is None else counted
-    prompt_tokens = np.bincount(prompts, mask.sum(1) * counted)[prompts].astype(np.int64)
     old, reference = np.zeros_like(logprobs), np.zeros_like(logprobs)
-    policy = (tokens, mask, logprobs, old, advantages.astype(np.float32), routes, routed)
-    return Batch(*map(torch.from_numpy, (*policy, reference, prompts, prompt_tokens, counted)))
+    policy = (tokens, mask, logprobs, old, advantages.astype(np.float32), routes, routed, reference, counted)
+    prompts = torch.tensor([sample.prompt for sample in samples])
+    prompt_tokens = _tokens_of_prompts(torch.from_numpy(mask), prompts)
+    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens)
+
+
+def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """`[B]` int64: tokens in the mask of all samples of each sample's prompt."""
+    return torch.bincount(prompts, mask.sum(1)).long()[prompts]
 
 
 def from_supervised(tokens: np.ndarray, target: np.ndarray) -> Batch:
@@ -116,4 +122,4 @@ def blank(tokens: torch.Tensor) -> Batch:
     nothing, never = torch.zeros(b, length), torch.zeros(b, length, dtype=torch.bool)
     none, every = torch.zeros(b, dtype=torch.int64), torch.ones(b, dtype=torch.bool)
     policy = (tokens, never, nothing, nothing.clone(), torch.zeros(b), torch.zeros(b, 0), never.clone())
-    return Batch(*policy, nothing.clone(), none, none.clone(), every)
+    return Batch(*policy, nothing.clone(), every, none, none.clone())

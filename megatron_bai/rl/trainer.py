@@ -139,19 +139,9 @@ class Loop:
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.tensor_size)
         advantages = of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
-        counted = self._counted(samples, rewards, stats)
+        counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
         pad = session.task.tokenizer.pad_token_id
         return from_samples(samples, advantages, length, pad, session.signature, counted)
-
-    def _counted(self, samples: list[Sample], rewards: np.ndarray, stats: Stats) -> np.ndarray:
-        """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
-        objective, counted = self.settings.objective, np.ones(len(samples), dtype=bool)
-        if objective.drop_uniform_groups:
-            counted &= ~uniform(rewards, self.settings.trainer.group_size)
-        if objective.mask_overlong:
-            counted &= [sample.finish == "stop" for sample in samples]
-        stats.mean("left_out_fraction", torch.from_numpy(~counted))
-        return counted
 
     def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
@@ -241,6 +231,19 @@ def _describe(samples: list[Sample], rewards: np.ndarray, group_size: int, stats
     stats.mean("response_length_mean", lengths)
     stats.max("response_length_max", lengths)
     stats.mean("truncated_fraction", torch.tensor([float(sample.finish != "stop") for sample in samples]))
+
+
+def _counted(
+    samples: list[Sample], rewards: np.ndarray, group_size: int, objective: config.Policy, stats: Stats
+) -> np.ndarray:
+    """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
+    counted = np.ones(len(samples), dtype=bool)
+    if objective.drop_uniform_groups:
+        counted &= ~uniform(rewards, group_size)
+    if objective.mask_overlong:
+        counted &= [sample.finish == "stop" for sample in samples]
+    stats.mean("left_out_fraction", torch.from_numpy(~counted))
+    return counted
 
 
 class Clock:

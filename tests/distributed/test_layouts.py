@@ -11,15 +11,17 @@ Tolerances, all in fp32, with the largest difference seen between the layouts on
   2 · rate [0.04 · rate].
 """
 
+import numpy as np
 import pytest
 import reference
 import torch
-from distributed.worker import CASES, LEARNING_RATE, LENGTH, SAMPLES, UPDATES, problem
+from distributed.worker import CASES, LEARNING_RATE, LEFT_OUT, LENGTH, OBJECTIVES, SAMPLES, UPDATES, problem
 from moe import MODEL, SIGNATURE
 from processes import Layouts
 
 from megatron_bai.config import Minirl
 from megatron_bai.rl.batch import from_samples
+from megatron_bai.rl import objectives
 from megatron_bai.rl.objectives import minirl
 
 pytestmark = pytest.mark.distributed
@@ -119,6 +121,41 @@ def test_the_gradient_is_that_of_plain_torch(mode: str, layouts: Layouts) -> Non
     assert gap <= 1e-4, name
 
 
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+
+
+@each_objective
+@each_other
+def test_denominators_of_every_kind_span_ranks_and_micro_batches(case: str, objective: str, layouts: Layouts) -> None:
+    one, other = layouts["one"]["objectives"][objective], layouts[case]["objectives"][objective]
+    assert other[0] == pytest.approx(one[0], rel=3e-6, abs=1e-6)
+    gap, name = relative(other[1], one[1])
+    assert gap <= 2e-5, name
+
+
+@each_objective
+def test_other_objectives_gradients_are_those_of_plain_torch(objective: str, layouts: Layouts) -> None:
+    """With entropy bonus and KL penalty, through the dense model in float64, and denominators counted by hand."""
+    statistics, gradients = layouts["one"]["objectives"][objective]
+    weights = reference.load(layouts.directory / "one" / "hf")
+    rollouts, advantages, noise = problem()
+    counted = np.array([sample not in LEFT_OUT for sample in range(SAMPLES)])
+    batch = from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE, counted=counted)
+    scores = reference.logits(weights, MODEL, batch.tokens)
+    logprobs = torch.nn.functional.pad(reference.next_logprobs(scores, batch.tokens), (0, 1))
+    batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
+    batch.reference_logprobs = batch.old_logprobs + torch.from_numpy(noise)
+    batch.leave_out()
+    settings = OBJECTIVES[objective]
+    entropy = torch.distributions.Categorical(logits=scores).entropy()
+    total, _ = objectives.total(objectives.get(settings.name), settings, logprobs, batch, entropy)
+    loss = total / (6 if objective == "sample_mean" else 2)
+    loss.backward()
+    assert statistics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    gap, name = relative(gradients, {name: tensor.grad for name, tensor in weights.items()})
+    assert gap <= 1e-4, name
+
+
 def test_replayed_and_live_routing_are_different_problems(layouts: Layouts) -> None:
     gap, _ = relative(layouts["one"]["r3"]["gradient"], layouts["one"]["none"]["gradient"])
     assert gap > 0.1
@@ -169,6 +206,22 @@ def test_entropy_over_a_split_vocabulary_is_that_of_the_softmax(vocabulary: dict
     torch.testing.assert_close(vocabulary["entropy"][:4].double(), wanted[:4], rtol=0, atol=1e-5)
     torch.testing.assert_close(vocabulary["entropy"][4].double(), wanted[4], rtol=0, atol=2e-3)
     assert wanted[0, 0] == pytest.approx(torch.tensor(56.0).log().item())
+
+
+def test_the_gradient_of_entropy_over_a_split_vocabulary_is_that_of_the_softmax(
+    vocabulary: dict[str, torch.Tensor]
+) -> None:
+    logits = vocabulary["logits"].double().requires_grad_()
+    (torch.distributions.Categorical(logits=logits / 0.7).entropy() * vocabulary["weights"]).sum().backward()
+    torch.testing.assert_close(vocabulary["entropy_gradient"][:3].double(), logits.grad[:3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(vocabulary["entropy_gradient"].double(), logits.grad, rtol=0, atol=2e-3)
+
+
+def test_entropy_needs_memory_for_a_chunk_and_for_the_gradient(vocabulary: dict[str, torch.Tensor]) -> None:
+    chunk, whole = 8 * 28, 45 * 28
+    beyond = [elements for elements in vocabulary["allocated"] if elements > chunk]
+    assert set(beyond) == {whole} and chunk in vocabulary["allocated"]
+    assert len(vocabulary["allocated"]) > 50 and len(beyond) <= 3, beyond  # views of the one gradient
 
 
 def test_statistics_are_summed_over_the_ranks_that_contribute(layouts: Layouts) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from moe import MODEL, SIGNATURE, samples
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bai import backend, config, patches
 
@@ -32,6 +33,13 @@ LEARNING_RATE = 1e-3
 # makes it large beside the parameters, whose rounding is then of no account.
 EPSILON, SCALE = 1e6, 1e3
 UPDATES = 3
+# Objectives whose denominators span ranks and micro-batches, with all that can be added to a token's loss.
+_ADDED = {"entropy_bonus": 0.5, "kl_penalty": 0.5}
+OBJECTIVES = {
+    "sample_mean": config.Grpo(correction="token_truncate", **_ADDED),
+    "prompt_mean": config.Dapo(token_mean="prompt", **_ADDED),
+}
+LEFT_OUT = (3, 6)  # samples that do not count
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Run:
         rollouts, advantages, noise = problem()
         self.batch = from_samples(rollouts[own], advantages[own], LENGTH, 0, SIGNATURE)
         self.noise = torch.from_numpy(noise[own])
+        self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own]
         self.micros = self.batch.split(case.micro)
         self.data_rank = rank
         self.contributes = self.engine.last_stage and self.engine.tensor_rank == 0
@@ -108,12 +117,11 @@ class Run:
         parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
         return {"logprobs": torch.cat([p[1] for p in parts]), "entropy": torch.cat([p[2] for p in parts])}
 
-    def update(self, mode: str) -> dict[str, float]:
+    def update(self, mode: str, settings: config.Objective | None = None) -> dict[str, float]:
         from megatron_bai.rl import objectives
 
-        stats, norm = self.engine.update(
-            self.micros, self.routes(mode), objectives.get("minirl"), self.settings.objective
-        )
+        settings = settings or self.settings.objective
+        stats, norm = self.engine.update(self.micros, self.routes(mode), objectives.get(settings.name), settings)
         return stats.gathered(self.contributes).values() | {"grad_norm": norm}
 
     def export(self, target: Path) -> None:
@@ -156,14 +164,23 @@ def gathered(mine: Any) -> list:
     return everyone
 
 
-def gradient(case: Case, device: backend.Device, mode: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The gradient the optimizer applied, reduced over all ranks and gathered, and the update's statistics."""
+def gradient(
+    case: Case, device: backend.Device, mode: str, objective: str = ""
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The gradient the optimizer applied, reduced over all ranks and gathered, and the update's statistics.
+
+    With one of `OBJECTIVES` the reference policy is at twice the old one's distance, and some samples are left out.
+    """
     run = Run(case, device)
     run.score(mode)
+    if objective:
+        run.batch.reference_logprobs.copy_(run.batch.old_logprobs + run.noise)
+        run.batch.counted.copy_(run.counted)
+        run.batch.leave_out()
     for group in run.actor.optimizer.param_groups:
         group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
     before = run.state()
-    found = run.update(mode)
+    found = run.update(mode, OBJECTIVES.get(objective))
     after = run.state()
     return found, {name: (before[name].double() - after[name].double()) / SCALE for name in after}
 
@@ -184,6 +201,20 @@ def step(case: Case, device: backend.Device, mode: str) -> dict[str, Any]:
     return found
 
 
+class Allocations(TorchDispatchMode):
+    """The sizes in elements of the tensors made within the block, views of `given` apart."""
+
+    def __init__(self, given: torch.Tensor):
+        super().__init__()
+        self.given, self.elements = given.untyped_storage().data_ptr(), []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out._is_view() and out.untyped_storage().data_ptr() != self.given:
+            self.elements.append(out.numel())
+        return out
+
+
 def vocabulary(device: backend.Device) -> dict[str, torch.Tensor]:
     """Log-probabilities, entropy and the gradient in logits that are split over the tensor ranks."""
     from megatron.core import parallel_state
@@ -199,13 +230,18 @@ def vocabulary(device: backend.Device) -> dict[str, torch.Tensor]:
     part = logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
     found = token_logprobs(part * 1, tokens, 0.7)
     (found * weights).sum().backward()
+    with Allocations(part) as allocated:
+        nats = entropy(part, 0.7, chunk=8)  # 45 tokens: the last chunk is short
+        (slope,) = torch.autograd.grad((nats * weights).sum(), part)
     return {
         "logits": logits,
         "tokens": tokens,
         "weights": weights,
         "logprobs": found.detach(),
-        "entropy": entropy(part.detach().clone(), 0.7),
+        "entropy": nats.detach(),
+        "entropy_gradient": torch.cat(gathered(slope), dim=-1),
         "gradient": torch.cat(gathered(part.grad), dim=-1),
+        "allocated": allocated.elements,
     }
 
 
@@ -245,6 +281,7 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
         run.export(own / "imported")
     for mode in ("none", "r3"):
         found[mode] = step(case, device, mode)
+    found["objectives"] = {objective: gradient(case, device, "none", objective) for objective in OBJECTIVES}
     found["dispatcher"] = type(run.actor.modules[0].decoder.layers[0].mlp.token_dispatcher).__name__
     if name == "one":
         found["logits"], found["faults"] = logits(run), faults(run, directory / "faults", own)

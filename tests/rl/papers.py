@@ -50,7 +50,9 @@ def minirl(case: Case, settings: config.Minirl) -> Answer:
         for t in tokens:
             a, p, old, mu = case.advantages[i], exp(case.new[i, t]), exp(case.old[i, t]), exp(case.infer[i, t])
             m = 1.0
-            if settings.clip and ((a > 0 and p / old > 1 + settings.clip_high) or (a < 0 and p / old < 1 - settings.clip_low)):
+            if settings.clip and a > 0 and p / old > 1 + settings.clip_high:
+                m = 0.0
+            if settings.clip and a < 0 and p / old < 1 - settings.clip_low:
                 m = 0.0
             weight = min(p / (mu if settings.train_infer_is else old), settings.is_max)
             c = m * weight * a / (len(tokens) if settings.length_norm else 1) / len(counted)

@@ -13,7 +13,7 @@ from megatron_bai.rl.objectives import aggregate
 
 @dataclass(frozen=True)
 class Case:
-    """Log-probabilities `[B, T]` of π_θ, π_old, μ_old and the reference; advantages and prompts `[B]`; the response mask."""
+    """Log-probabilities of four policies and the response mask `[B, T]`; the rest is `[B]`."""
 
     new: np.ndarray
     old: np.ndarray
@@ -27,8 +27,6 @@ class Case:
     def batch(self) -> Batch:
         """With what objectives read, in the precision of the arrays; samples that do not count are out of the mask."""
         nothing = torch.zeros(self.mask.shape, dtype=torch.int64)
-        mask = self.mask & self.counted[:, None]
-        tokens = np.array([mask[self.prompts == prompt].sum() for prompt in self.prompts])
         batch = Batch(
             tokens=nothing,
             mask=torch.from_numpy(self.mask.copy()),
@@ -39,7 +37,7 @@ class Case:
             routed=torch.from_numpy(self.mask),
             reference_logprobs=torch.from_numpy(self.reference),
             prompts=torch.from_numpy(self.prompts),
-            prompt_tokens=torch.from_numpy(tokens),
+            prompt_tokens=torch.zeros(len(self.prompts), dtype=torch.int64),
             counted=torch.from_numpy(self.counted),
         )
         batch.leave_out()
@@ -79,9 +77,9 @@ def loss(
     logprobs = torch.from_numpy(case.new.copy()).requires_grad_()
     size = micro or len(case.new)
     micros = case.batch().split(size)
+    nats = [None] * len(micros) if entropy is None else entropy.split(size)
     parts = [
-        objectives.total(objective, settings, part, batch, nats)
-        for part, batch, nats in zip(logprobs.split(size), micros, (entropy if entropy is not None else logprobs).split(size))
+        objectives.total(objective, settings, *part) for part in zip(logprobs.split(size), micros, nats, strict=True)
     ]
     value = sum(part for part, _ in parts) / max(aggregate.count(micros, objective.mean(settings)), 1)
     value.backward()

@@ -74,7 +74,8 @@ def test_gae_is_the_discounted_sum_of_temporal_differences(length: int, seed: in
     starts = random.integers(0, length, 4)
     ends = [int(random.integers(start, length + 1)) for start in starts]  # some are empty
     mask = np.array([[start <= t < end for t in range(length)] for start, end in zip(starts, ends)])
-    found, returns = gae(*(torch.from_numpy(np.where(mask, each, np.nan)) for each in (rewards, values)), torch.from_numpy(mask), gamma, lam)
+    garbled = [torch.from_numpy(np.where(mask, each, np.nan)) for each in (rewards, values)]
+    found, returns = gae(*garbled, torch.from_numpy(mask), gamma, lam)
     for i, (start, end) in enumerate(zip(starts, ends)):
         v = [*values[i, start:end], 0.0]
         delta = [rewards[i, start + k] + gamma * v[k + 1] - v[k] for k in range(end - start)]

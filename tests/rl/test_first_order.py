@@ -50,7 +50,7 @@ MODEL = Model()
 THETA = torch.nn.utils.parameters_to_vector(MODEL.parameters()).detach()
 STEP = torch.randn(THETA.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 DIRECTION = STEP / STEP.norm()
-REWARD = torch.tensor([float(len(set(y.tolist())) == 2) for y in RESPONSES], dtype=torch.float64)  # two different tokens
+REWARD = torch.tensor([float(len(set(y.tolist())) == 2) for y in RESPONSES], dtype=torch.float64)  # of two tokens
 with torch.no_grad():
     OLD = MODEL(RESPONSES)
 
@@ -125,5 +125,6 @@ def test_a_discrepancy_between_the_engines_leaves_an_error_that_does_not_vanish(
     torch.nn.utils.vector_to_parameters(THETA + 0.1 * DIRECTION.flip(0), MODEL.parameters())
     with torch.no_grad():
         infer = MODEL(RESPONSES)
-    errors = [float((measured(config.Sequence(), d, infer)[1] - measured(TOKEN, d, infer)[1]).norm()) for d in DISTANCES]
+    pairs = [[measured(settings, d, infer)[1] for settings in (config.Sequence(), TOKEN)] for d in DISTANCES]
+    errors = [float((sequence - token).norm()) for sequence, token in pairs]
     assert abs(slope(errors)) < 0.2

@@ -1,4 +1,4 @@
-"""MiniRL at its limits, and its ablations (arXiv 2512.01374, eq. 7); `test_objectives.py` has its value and gradient."""
+"""MiniRL at its limits, and its ablations (arXiv 2512.01374, eq. 7). Its formula is in `test_objectives.py`."""
 
 from dataclasses import replace
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policies import Case, dirty, drawn, loss, one_token
+from policies import dirty, drawn, loss, one_token
 
 from megatron_bai import config
+from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.advantages import of_groups
+from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.correction import KINDS
 
@@ -120,7 +122,8 @@ def test_every_objective_logs_both_factors_of_the_ratio(settings: config.Objecti
     discrepancy, staleness = (case.old - case.infer)[case.mask], (case.new - case.old)[case.mask]
     assert found["discrepancy"] == pytest.approx(discrepancy.mean())
     assert found["staleness"] == pytest.approx(staleness.mean())
-    for key, logs in (("discrepancy_ratio", discrepancy), ("staleness_ratio", staleness), ("is_weight", discrepancy + staleness)):
+    ratios = {"discrepancy_ratio": discrepancy, "staleness_ratio": staleness, "is_weight": discrepancy + staleness}
+    for key, logs in ratios.items():
         assert found[f"{key}_mean"] == pytest.approx(np.exp(logs).mean())
         assert found[f"{key}_max"] == pytest.approx(np.exp(logs).max())
     assert np.exp(discrepancy) * np.exp(staleness) == pytest.approx(np.exp(case.new - case.infer)[case.mask])
@@ -143,8 +146,8 @@ def test_on_policy_and_without_discrepancy_the_gradient_is_the_policy_gradient(s
 
 # π_θ/π_old, A → gradient of a one-token response; clip_low 0.2, clip_high 0.28
 CLIPPED = [
-    (1.28 - 1e-9, 1.0, -1.28), (1.28 + 1e-9, 1.0, 0.0), (0.01, 1.0, -0.01), (0.8 + 1e-9, -1.0, 0.8), (0.8 - 1e-9, -1.0, 0.0),
-    (100.0, -1.0, 100.0), (1.0, 0.0, 0.0),
+    (1.28 - 1e-9, 1.0, -1.28), (1.28 + 1e-9, 1.0, 0.0), (0.01, 1.0, -0.01),
+    (0.8 + 1e-9, -1.0, 0.8), (0.8 - 1e-9, -1.0, 0.0), (100.0, -1.0, 100.0), (1.0, 0.0, 0.0),
 ]  # fmt: skip
 
 
@@ -188,7 +191,8 @@ def test_float32_log_probabilities_stay_close_to_the_formulas() -> None:
     arrays = ("new", "old", "infer", "reference", "advantages")
     single = replace(double, **{key: getattr(double, key).astype(np.float32) for key in arrays})
     exact = replace(single, **{key: getattr(single, key).astype(np.float64) for key in arrays})
-    for settings in (config.Minirl(), config.Grpo(), config.Cispo(), config.Sequence(), config.Gspo(clip_low=0.5, clip_high=0.5)):
+    wide = config.Gspo(clip_low=0.5, clip_high=0.5)
+    for settings in (config.Minirl(), config.Grpo(), config.Cispo(), config.Sequence(), wide):
         found, wanted = loss(settings, single), papers.FORMULAS[type(settings)](exact, settings)
         assert found[0] == pytest.approx(wanted[0], rel=1e-4, abs=1e-6), settings.name
         np.testing.assert_allclose(found[1], wanted[1], rtol=1e-4, err_msg=settings.name)
@@ -202,7 +206,10 @@ def test_a_prompts_tokens_and_the_count_of_prompts_follow_what_counts() -> None:
 
 
 def test_losses_of_the_wrong_shape_are_caught() -> None:
-    broken = objectives.Objective(lambda logprobs, batch, settings: (logprobs.sum(), objectives.Stats()), config.Minirl, lambda settings: "token_mean")
-    case: Case = drawn(3, 4, 0, 0.1)
+    def reduced(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) -> tuple[torch.Tensor, Stats]:
+        return logprobs.sum(), Stats()
+
+    broken = objectives.Objective(reduced, config.Minirl, lambda settings: "token_mean")
+    case = drawn(3, 4, 0, 0.1)
     with pytest.raises(AssertionError, match="one a token"):
         objectives.total(broken, config.Minirl(), torch.from_numpy(case.new), case.batch())

@@ -33,7 +33,7 @@ def register(objective: Objective) -> None:
     """
     name = objective.settings.name
     if objective.rollouts and not issubclass(objective.settings, config.Policy):
-        raise UserError(f"objective {name!r} learns from rollouts: derive {objective.settings.__qualname__} from Policy")
+        raise UserError(f"objective {name!r} has rollouts: derive its {objective.settings.__qualname__} from Policy")
     if _REGISTRY.setdefault(name, objective) is not objective:
         raise UserError(f"there is an objective {name!r} already: give {objective.settings.__qualname__} another name")
     ConfigStore.instance().store(group="objective", name=name, node=objective.settings)

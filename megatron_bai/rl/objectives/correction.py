@@ -1,7 +1,7 @@
 """Correction of a loss for the gap between the engines: importance weights π_old/μ_old, truncated or masked.
 
-Truncated importance sampling (TIS) multiplies a token's loss by min(π_old/μ_old, C). Its peers put 0 where the weight is
-above C (masking), or take the weight of the whole response, Π_t π_old/μ_old, at every token of it (sequence level).
+Truncated importance sampling (TIS) multiplies a token's loss by min(π_old/μ_old, C). Its peers put 0 where the weight
+is above C (masking), or take the whole response's weight, Π_t π_old/μ_old, at each of its tokens (sequence level).
 """
 
 from megatron_bai import config

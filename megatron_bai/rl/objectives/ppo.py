@@ -1,6 +1,6 @@
 """Proximal Policy Optimization with a critic (arXiv 1707.06347), as BAI's paper trains (arXiv 2509.00309).
 
-The losses of actor and critic; `rl/advantages.py` has GAE. The trainer has no critic, so `objective=ppo` does not exist.
+The losses of actor and critic; `advantages.gae` goes with them. The trainer has no critic: there is no `objective=ppo`.
 """
 
 import torch
@@ -39,7 +39,8 @@ def critic_loss(
         returns: R, the targets, as `advantages.gae` gives them.
 
     Returns:
-        Losses, 0 outside `mask`; `value_clip_fraction`, where the bounded error is the larger; `value_error`, mean (V − R)².
+        Losses, 0 outside `mask`; `value_clip_fraction`, where the bounded error is the larger, and `value_error`, the
+        mean of (V − R)².
     """
     values, old, returns = (each.masked_fill(~mask, 0.0) for each in (values, old, returns))
     limited = values.clamp(old - clip, old + clip)

@@ -12,7 +12,7 @@ ESTIMATORS = ("k1", "k2", "k3")
 def kl_estimate(new: PerToken, reference: PerToken, mask: PerToken, kind: str) -> PerToken:
     """Estimates of KL(π_θ ‖ π_ref) at sampled tokens, in nats; 0 outside `mask`. With x = log π_ref/π_θ:
 
-        k1 = −x             unbiased; its gradient in a loss is 1, whose expectation under π_θ is 0: it restrains nothing
+        k1 = −x             unbiased; its gradient in a loss is 1, in expectation 0 over tokens: it restrains nothing
         k2 = x²/2           its gradient −x is, in expectation, that of KL(π_θ ‖ π_ref)
         k3 = eˣ − 1 − x     unbiased, never negative; its gradient 1 − eˣ is, in expectation, that of KL(π_ref ‖ π_θ)
 
