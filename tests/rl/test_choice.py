@@ -158,5 +158,5 @@ def test_a_package_that_cannot_be_loaded_is_named(installed: Path, tmp_path: Pat
     (installed / "outside.py").write_text("import nothing_of_this_name")
     done = command("train", "--cfg", "job", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert "the objective plugin outside = outside cannot be loaded" in done.stderr
+    assert "the objective plugin reinforce = outside cannot be loaded" in done.stderr
     assert "nothing_of_this_name" in done.stderr
