@@ -194,7 +194,9 @@ def _settings(group: str) -> list[str]:
 
 
 def _family(kind: type) -> list[type]:
-    return [kind, *(each for child in kind.__subclasses__() for each in _family(child))]
+    """A class of `config.py` and its descendants there."""
+    children = [child for child in kind.__subclasses__() if child.__module__ == config.__name__]
+    return [kind, *(each for child in children for each in _family(child))]
 
 
 def _described(group: str, kind: type) -> list[str]:

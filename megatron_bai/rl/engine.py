@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model.build import Actor
+from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, blank
 from megatron_bai.rl.logprobs import entropy, token_logprobs
-from megatron_bai.rl import objectives
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.routing.layout import rank_rows
@@ -136,11 +136,11 @@ class Engine:
             raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
         return stats, float(norm)
 
-    def _global(self, mine: int) -> float:
+    def _global(self, mine: int) -> int:
         """The mini-batch's denominator: this rank's summed over all data-parallel ranks, at least 1."""
-        count = torch.tensor([float(mine)], device=self.device)
+        count = torch.tensor([mine], dtype=torch.int64, device=self.device)  # exact
         dist.all_reduce(count, group=self.data_group)
-        return max(float(count), 1.0)
+        return max(int(count), 1)
 
     def _run(
         self,
