@@ -251,6 +251,7 @@ class Convert:
 class Inspect:
     path: str = ""
     other: str = ""  # a second checkpoint to compare with
+    verify: bool = True  # read every byte against the checksums; false trusts sizes, which is quick
 
 
 @dataclass

@@ -9,3 +9,12 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class Unfit(UserError):
+    """A fault that the same input would have again, so that nothing already done for it is of use."""
+
+
+def of_system(error: OSError, where: object = "") -> UserError:
+    """What the operating system refused, in one line: a full disk, a vanished file, missing rights."""
+    return UserError(f"{error.filename or where or 'the system'}: {error.strerror or error}")

@@ -23,7 +23,10 @@ def run(settings: config.Config) -> None:
         raise UserError(f"no checkpoint at {source}")
     kind = backend.select(settings.backend).kind
     directory = Path(source)
-    if checkpoint.kind_of(source) == "megatron":
+    manifest.read(source)
+    if checkpoint.kind_of(source) == "hf":
+        manifest.verify(source)  # SGLang would not notice; `convert` does so itself
+    else:
         directory = Path(settings.run.dir) / "serve" / "model"
         # Made anew each time: the source may have changed since the last.
         manifest.require(source)

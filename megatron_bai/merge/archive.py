@@ -8,9 +8,9 @@ one `zipfile` and one pickle.
 
 import functools
 import io
-import pickle
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and 
 _CRC_IN_DIRECTORY = 46 - 16  # bytes from a directory entry's CRC-32 to its name
 CRC32 = struct.Struct("<I")
 
-DAMAGE = (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError, struct.error, EOFError)
+_MAX_FRAME = 1 << 20  # bytes; real ones have some hundred
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,20 @@ def parse(file: BinaryIO) -> Frame:
     """The frame of the archive in `file`, whose elements are not read.
 
     Raises:
-        one of `DAMAGE`: it is not the archive of one plain tensor; no code of the file was run.
+        anything: it is not the archive of one plain tensor; no code of the file was run.
     """
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    start, length = _member(file, members["data.pkl"])
-    file.seek(start)
-    saved = read_saved_tensor(file.read(length))
+    if _content(file, members.get("byteorder"), b"little") != b"little":
+        raise ValueError("it is from a machine of another byte order")
+    saved = read_saved_tensor(_content(file, members["data.pkl"]))
     info = members[f"data/{saved.storage}"]
     start, length = _member(file, info)
     elements = saved.offset + span(saved.shape, saved.strides)
     if min(saved.strides, default=0) < 0 or elements * saved.dtype.itemsize > length:
         raise ValueError("its elements do not fit its storage")
+    if file.seek(0, io.SEEK_END) - length > _MAX_FRAME:
+        raise ValueError("it holds more than one tensor")
     file.seek(0)
     head = file.read(start)
     file.seek(start + length)
@@ -94,6 +96,30 @@ def _member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     file.seek(info.header_offset)
     name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     return info.header_offset + _LOCAL_HEADER.size + name + extra, info.file_size
+
+
+def _content(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = b"") -> bytes:
+    """The bytes of a member, which are those that were saved."""
+    if info is None:
+        return default
+    start, length = _member(file, info)
+    file.seek(start)
+    data = file.read(length)
+    if len(data) != length or info.CRC not in (0, zlib.crc32(data)):  # 0 where torch was told not to compute it
+        raise ValueError(f"{info.filename} is not what was saved")
+    return data
+
+
+def check(data: memoryview) -> None:
+    """Whether `data` is an archive that `torch.save` made of any object, with the content it had then.
+
+    Raises:
+        anything: it is not; nothing of it was unpickled.
+    """
+    file = io.BytesIO(data)
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            _content(file, info)
 
 
 @functools.lru_cache(maxsize=4096)

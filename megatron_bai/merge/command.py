@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_bai.config import Config, Merge
-from megatron_bai.errors import UserError
+from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import engine, journal
 from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
-from megatron_bai.merge.output import check_target, fingerprint, is_current, write_provenance
+from megatron_bai.merge.output import check_space, check_target, fingerprint, is_current, left_to_write, write_provenance
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch
 from megatron_bai.merge.verify import verify
-from megatron_bai.model import manifest
+from megatron_bai.model import manifest, placing
 
 VERIFY = ("none", "sample", "all")
 
@@ -126,6 +126,8 @@ def merge(
 ) -> tuple[int, int]:
     """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
 
+    Whatever stops it, the units finished until then are kept beside the target, and the same merge goes on from there.
+
     Args:
         jobs: one for each of the plan's sums.
         check: `none`, `sample` or `all`: how much of the written checkpoints is compared with the formula.
@@ -135,48 +137,95 @@ def merge(
         how many targets were written, the others being up to date, and how many elements were compared.
 
     Raises:
-        UserError: a source or a target does not allow the merge, or a result is not what it should be.
+        Unfit: these sources cannot be merged, or a result is not what it should be; nothing is kept.
+        UserError: a source or a target does not allow the merge, or another process writes a target.
     """
     identities = group.first(lambda: {str(source.path): source.identity() for source in work.inputs})
     marks = group.first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
-    todo = group.first(lambda: [k for k, job in enumerate(jobs) if not is_current(job.target, marks[k])])
-    jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
-    work = dataclasses.replace(work, sums=tuple(work.sums[k] for k in todo))
-    if not jobs:
-        return 0, 0
-    stages: list[Path] = []
+    with ExitStack() as stack:
+        is_to_do = functools.partial(_is_to_do, work, stack)
+        todo = group.first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job.target, marks[k])])
+        if not todo:
+            return 0, 0
+        jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
+        work = dataclasses.replace(work, sums=tuple(work.sums[k] for k in todo))
+        try:
+            return len(jobs), _write(work, jobs, marks, group, check, threads)
+        except Exception as error:
+            if group.rank == 0:
+                _keep_what_is_finished(work, [placing.unfinished(job.target) for job in jobs], error)
+            raise
+
+
+def _is_to_do(work: Plan, stack: ExitStack, target: Path, mark: str) -> bool:
+    """Whether `target` must be written, which then nobody else may until `stack` is closed."""
+    resumable = (placing.unfinished(target) / journal.DIRECTORY).is_dir()
+    if is_current(target, mark) and (resumable or not placing.has_remains(target)):
+        return False
+    check_target(target, work)
+    stack.enter_context(placing.lock(target))
+    if is_current(target, mark):
+        placing.discard(target)  # a merge was killed after it had put its result in place
+        return False
+    if is_current(placing.unfinished(target), mark):  # … just before
+        shutil.rmtree(placing.unfinished(target) / journal.DIRECTORY, ignore_errors=True)
+        placing.place(target)
+        return False
+    return True
+
+
+def _write(
+    work: Plan, jobs: Sequence[Job], marks: Sequence[str], group: Ranks, check: str, threads: int
+) -> int:
+    """Write, prove, check and seal every target; returns how many elements were compared."""
+    checked, cut = 0, work.cut()
 
     def stage() -> list[Path]:
-        for job in jobs:
-            check_target(job.target, work)
-        cut = work.cut()
-        stages.extend(journal.stage(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks))
-        return stages
+        return [journal.stage(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks)]
 
-    checked = 0
-    try:
-        directories = group.first(stage)
-        with _progress(work, group) as advance:
-            norms = engine.execute(work, directories, group, advance, threads)
-        digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
-        note = functools.partial(write_provenance, plan=work, digests=digests)
-        prints = group.first(
-            lambda: [note(d, job.recipe, which=k, norms=norms[k]) for k, (d, job) in enumerate(zip(directories, jobs))]
-        )
-        for k, directory in enumerate(directories):
-            if check != "none":
-                with open_source(directory) as written:
-                    checked += verify(work, k, written, group, everything=check == "all")
+    directories = group.first(stage, jobs[0].target)
+    group.first(lambda: check_space(work, directories))
+    with _progress(work, group) as advance:
+        norms = engine.execute(work, directories, group, advance, threads)
+    digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
+    prints = []
+    for k, (job, directory) in enumerate(zip(jobs, directories)):
+        note = functools.partial(write_provenance, directory, job.recipe, work, digests, k, norms[k])
+        prints.append(group.first(note, directory))
+        if check != "none":
+            with open_source(directory) as written:
+                checked += verify(work, k, written, group, everything=check == "all")
+
+    def seal(k: int) -> None:
         info = manifest.read(work.base.path) or {}
-        for job, directory, mark, fingerprint_ in zip(jobs, directories, marks, prints):
-            group.first(functools.partial(journal.close, directory))
-            about = {**info, "merge": {"fingerprint": fingerprint_, "mark": mark}}
-            group.first(functools.partial(manifest.seal, directory, job.target, about))
-    except Exception:  # but not an interrupt: run again, it goes on
-        for path in stages:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-    return len(jobs), checked
+        about = {**info, "merge": {"fingerprint": prints[k], "mark": marks[k]}}
+        sums = journal.checksums(directories[k])
+        manifest.seal(directories[k], jobs[k].target, about, sums, journal.DIRECTORY)
+
+    for k, directory in enumerate(directories):
+        group.first(functools.partial(seal, k), directory)
+    return checked
+
+
+def _keep_what_is_finished(work: Plan, stages: Sequence[Path], error: Exception) -> None:
+    """After an error: delete what nothing can go on from, or say what is kept and what is missing.
+
+    Raises:
+        UserError: in place of one: it, and how to go on.
+    """
+    stages = [stage for stage in stages if stage.is_dir()]  # of a sweep some may be in place
+    left = left_to_write(work, stages)
+    kept = work.bytes_written * len(stages) - left
+    if isinstance(error, Unfit) or not kept:
+        for stage in stages:
+            shutil.rmtree(stage, ignore_errors=True)
+        return
+    if isinstance(error, UserError):
+        short = left - shutil.disk_usage(stages[0].parent).free
+        room = f", which takes {short:,} bytes more than are free" if short > 0 else ""
+        raise UserError(
+            f"{error}; {kept:,} bytes are finished and kept: run the merge again, it goes on with the other {left:,}{room}"
+        ) from None
 
 
 @contextmanager

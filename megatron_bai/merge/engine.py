@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.errors import UserError
+from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import journal
 from megatron_bai.merge.boxes import Box, split, within
 from megatron_bai.merge.journal import UnitResult
@@ -64,7 +64,7 @@ def execute(
 ) -> list[dict[str, float]]:
     """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
 
-    Units that the directories' journals have are not written again.
+    Units that the directories' journals have, and whose items are as they were written, are not written again.
 
     Args:
         directories: one for each sum, from `journal.stage`.
@@ -75,7 +75,8 @@ def execute(
         for each sum, the 2-norm of every merged tensor, before rounding; on every rank.
 
     Raises:
-        UserError: a source cannot be read or holds NaN or Inf, a tensor that must be equal is not, or the disk is full.
+        Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
+        UserError: a source cannot be read, or the disk is full; the units finished until then count.
     """
     target = plan.base.target()
 
@@ -84,7 +85,7 @@ def execute(
             target.begin(directory)
 
     def found() -> dict[str, list[UnitResult]]:
-        notes = [journal.finished(directory) for directory in directories]
+        notes = [journal.finished(directory, ranks.rank, ranks.size) for directory in directories]
         return {name: [n[name] for n in notes] for name in notes[0] if all(name in n for n in notes)}
 
     def work() -> dict[str, list[UnitResult]]:
@@ -92,8 +93,8 @@ def execute(
         with Pool(threads, lambda: Accumulator(len(plan.sums))) as pool:
             return {unit.name: _write_unit(plan, unit, target, directories, pool, advance) for unit in units}
 
-    ranks.first(begin)
-    done = ranks.first(found)
+    ranks.first(begin, directories[0])
+    done = {name: results for share in ranks.together(found) for name, results in share.items()}
     done |= {name: result for shares in ranks.together(work) for name, result in shares.items()}
     return [
         _finish(plan, target, directory, ranks, [done[unit.name][k] for unit in plan.units])
@@ -110,7 +111,7 @@ def _finish(plan: Plan, target: Target, directory: Path, ranks: Ranks, done: lis
     items = [item for unit in done for item in unit.written]
     _assert_covered(plan, items)
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]
-    ranks.first(lambda: target.finish(directory, outputs, items))
+    ranks.first(lambda: target.finish(directory, outputs, items), directory)
     return {key: math.sqrt(value) for key, value in squares.items()}
 
 
@@ -146,8 +147,7 @@ def _write_unit(
         with ExitStack() as stack:
             writers = [stack.enter_context(target.unit(directory, unit.name)) for directory in directories]
             for key in unit.objects:
-                blob = plan.base.objects[key]
-                data = plan.base.read_bytes(blob.file, blob.start, blob.length)
+                data = plan.base.read_object(key)
                 for writer in writers:
                     writer.blob(key, data)
             for pieces in pool.map(functools.partial(_merge_pieces, plan, advance), _batches(unit)):
@@ -236,16 +236,16 @@ def _require_finite(plan: Plan, output: Output, box: Box, tile: torch.Tensor) ->
         finite = source.read(output.key, *box).isfinite()
         if not finite.all():
             at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
-            raise UserError(f"{source.path}: {output.key} holds NaN or Inf at {at}: it must not be merged")
+            raise Unfit(f"{source.path}: {output.key} holds NaN or Inf at {at}: it must not be merged")
     if not tile.isfinite().all():  # negative weights can leave the sources' range
-        raise UserError(f"{output.key}: the weighted sum is too large for {output.dtype}: check merge.weights")
+        raise Unfit(f"{output.key}: the weighted sum is too large for {output.dtype}: check merge.weights")
 
 
 def _copy_equal(plan: Plan, output: Output, box: Box, tiles: list[torch.Tensor]) -> None:
     tiles[0].copy_(plan.base.read(output.key, *box).reshape(-1))
     for source in plan.inputs:
         if not torch.equal(source.read(output.key, *box).reshape(-1), tiles[0]):
-            raise UserError(
+            raise Unfit(
                 f"{source.path} and {plan.base.path} differ in {output.key}, which is {output.dtype}: only floating"
                 " point tensors can be merged"
             )

@@ -1,6 +1,5 @@
 """`megatron-bai inspect`: what a checkpoint holds, where it came from, and how far two checkpoints are apart."""
 
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import group_of
 from megatron_bai.merge.output import PROVENANCE
 from megatron_bai.merge.sources import Entry, Scratch, Source
+from megatron_bai.model import manifest
+from megatron_bai.model.strict_json import parse
 
 
 @dataclass
@@ -84,18 +85,32 @@ def inspect(config: Config) -> None:
     """Print what `inspect.path` holds and, with `inspect.other`, how it differs from that checkpoint.
 
     Raises:
-        UserError: one of the two is no complete checkpoint.
+        UserError: one of the two is no complete checkpoint, or is not what was written.
     """
     if not config.inspect.path:
         raise UserError("inspect.path is empty: give a checkpoint's directory")
     console = Console(soft_wrap=True)  # tables fit the terminal, lines are left to it
     scratch = Scratch()
     with open_source(config.inspect.path, scratch) as source:
+        if config.inspect.verify:
+            _check(console, source)
         _print_content(console, source)
         _print_provenance(console, source.path)
         if config.inspect.other:
             with open_source(config.inspect.other, scratch) as other:
+                if config.inspect.verify:
+                    _check(console, other)
                 _print_comparison(console, source, other)
+
+
+def _check(console: Console, source: Source) -> None:
+    """Read all of a checkpoint against whatever checksums it has: its manifest's, or else its format's."""
+    if manifest.verify(source.path):
+        console.print(f"{source.path}: every file is what was written")
+    elif compared := source.check():
+        console.print(f"{source.path}: {compared:,} bytes of tensors and objects are what was saved")
+    else:
+        console.print(f"{source.path} has no checksums: damage that keeps the sizes goes unseen")
 
 
 def _print_content(console: Console, source: Source) -> None:
@@ -116,12 +131,14 @@ def _print_content(console: Console, source: Source) -> None:
 
 def _print_provenance(console: Console, path: Path) -> None:
     try:
-        note: dict[str, Any] = json.loads((path / PROVENANCE).read_text())
+        _print_note(console, parse((path / PROVENANCE).read_bytes()))
     except FileNotFoundError:
         console.print("not the output of a merge")
-        return
-    except ValueError as error:
-        raise UserError(f"{path / PROVENANCE} is damaged ({error}): restore the checkpoint from a copy") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / PROVENANCE} is damaged ({error!r}): restore the checkpoint from a copy") from None
+
+
+def _print_note(console: Console, note: dict[str, Any]) -> None:
     recipe, versions = note["recipe"], note["versions"]
     console.print(
         f"merged {note['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"

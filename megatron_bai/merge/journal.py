@@ -1,18 +1,21 @@
 """Which units of an unfinished merge are on disk, so that a merge that was killed goes on where it stopped.
 
 An unfinished output holds, in `.journal/`, the mark of its merge and a file for each finished unit, written after the
-unit's data were flushed to disk. A merge with the same mark takes up what is noted; any other begins anew.
+unit's data were flushed to disk. A merge with the same mark takes up what is noted; any other begins anew. A note holds
+the CRC-32 of every item, computed when it was written: what no longer agrees is written again.
 """
 
 import dataclasses
 import json
 import os
-import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bai.merge.targets import Written
-from megatron_bai.model import manifest
+from megatron_bai.model import crc32, manifest, placing
 
 DIRECTORY = ".journal"
 MARK = "mark"
@@ -28,7 +31,7 @@ class UnitResult:
 
 def stage(target: Path, mark: str) -> Path:
     """The directory to write `target` into: the one a merge with this mark left behind, or an empty one."""
-    path = target.with_name(f".{target.name}.unfinished")  # as `manifest.staging` calls it
+    path = placing.unfinished(target)
     try:
         if (path / DIRECTORY / MARK).read_text() == mark:
             return path
@@ -40,30 +43,71 @@ def stage(target: Path, mark: str) -> Path:
     return path
 
 
-def finished(directory: Path) -> dict[str, UnitResult]:
-    """The units that are on disk, by name."""
-    found = {}
+def finished(directory: Path, rank: int = 0, size: int = 1) -> dict[str, UnitResult]:
+    """The units that are on disk, by name; `size` processes share the reading."""
+    notes = sorted(_notes(directory), key=lambda note: note[0])[rank::size]
+    return {name: unit for name, unit in notes if all(_is_there(directory, item) for item in unit.written)}
+
+
+def names(directory: Path) -> set[str]:
+    """The units that were noted; that they are on disk is not looked at."""
+    return {name for name, _ in _notes(directory)}
+
+
+def checksums(directory: Path) -> dict[str, int]:
+    """The CRC-32 of every file that units were written into, put together from their items'.
+
+    What lies between the items, such as a header, is read.
+    """
+    items: dict[str, list[Written]] = defaultdict(list)
+    for _, unit in _notes(directory):
+        for item in unit.written:
+            items[item.file].append(item)
+    return {name: _checksum(directory / name, found) for name, found in items.items()}
+
+
+def _checksum(file: Path, items: list[Written]) -> int:
+    crc = at = 0
+
+    def skip_to(start: int) -> None:
+        nonlocal crc, at
+        assert start >= at, f"{file}: two items overlap"
+        crc, at = crc32.combine(crc, crc32.of_file(file, at, start - at), start - at), start
+
+    for item in sorted(items, key=lambda item: (item.start, item.length)):
+        skip_to(item.start)
+        crc, at = crc32.combine(crc, item.crc32, item.length), item.start + item.length
+    skip_to(file.stat().st_size)
+    return crc
+
+
+def _is_there(directory: Path, item: Written) -> bool:
+    try:
+        return crc32.of_file(directory / item.file, item.start, item.length) == item.crc32
+    except FileNotFoundError:
+        return False
+
+
+def _notes(directory: Path) -> Iterator[tuple[str, UnitResult]]:
+    """Every readable note, with the unit's name."""
     for file in (directory / DIRECTORY).glob("*.json"):
-        noted = json.loads(file.read_text())
+        text, _, crc = file.read_text().rpartition("\n")
+        if crc != f"{zlib.crc32(text.encode()):08x}":
+            continue  # damaged: the unit is written again
+        noted = json.loads(text)
         written = [
-            Written(key, _tuple(offsets), _tuple(sizes), name, start, length)
-            for key, offsets, sizes, name, start, length in noted["written"]
+            Written(key, _tuple(offsets), _tuple(sizes), *place) for key, offsets, sizes, *place in noted["written"]
         ]
-        found[file.stem] = UnitResult(written, noted["squares"])
-    return found
+        yield file.stem, UnitResult(written, noted["squares"])
 
 
 def note(directory: Path, unit: str, result: UnitResult) -> None:
     """Remember a unit, after its data; both survive a power cut."""
     for name in {item.file for item in result.written}:
-        manifest.sync(directory / name)
+        placing.sync(directory / name)
     written = [dataclasses.astuple(item) for item in result.written]
-    _write(directory / DIRECTORY / f"{unit}.json", json.dumps({"written": written, "squares": result.squares}))
-
-
-def close(directory: Path) -> None:
-    """All units are on disk and indexed."""
-    shutil.rmtree(directory / DIRECTORY)
+    text = json.dumps({"written": written, "squares": result.squares})
+    _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{zlib.crc32(text.encode()):08x}")
 
 
 def _tuple(value: list[int] | None) -> tuple[int, ...] | None:
@@ -74,6 +118,6 @@ def _write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text)
-    manifest.sync(new)
+    placing.sync(new)
     os.replace(new, path)
-    manifest.sync(path.parent)
+    placing.sync(path.parent)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import megatron_bai
 from megatron_bai.errors import UserError
+from megatron_bai.merge import journal
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.recipe import Recipe
@@ -45,8 +47,7 @@ def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
         "layout": [(key, [(c.offsets, c.sizes) for c in base.tensors[key].chunks]) for key in plan.outputs],
         "outputs": [(key, [rows[key][i] for i in used] if key in rows else "equal") for key in plan.outputs],
         "objects": [
-            (key, hashlib.sha256(base.read_bytes(b.file, b.start, b.length)).hexdigest())
-            for key, b in ((key, base.objects[key]) for unit in plan.units for key in unit.objects)
+            (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
         ],
         "files": [
             (path.as_posix(), hashlib.sha256((base.path / path).read_bytes()).hexdigest())
@@ -57,21 +58,34 @@ def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
 
 
 def check_target(target: Path, plan: Plan) -> None:
-    """Refuse a target that would overwrite something other than an earlier merge, or that cannot hold the output.
+    """Refuse a target that would overwrite something other than an earlier merge.
 
     Raises:
-        UserError: the target is a source, lies in one, is another kind of directory, or its disk is too small.
+        UserError: the target is a source, lies in one, or is another kind of directory.
     """
     for source in plan.dropped:
         if Path(source) in (target, *target.parents):
             raise UserError(f"merge.output {target} is one of the sources or lies inside it: choose another directory")
     if target.exists() and not (target / PROVENANCE).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"merge.output {target} exists and is no merge's output: choose another directory")
-    existing = next(path for path in target.parents if path.exists())
-    free = shutil.disk_usage(existing).free
-    needed = plan.bytes_written * len(plan.sums)
+
+
+def left_to_write(plan: Plan, stages: Sequence[Path]) -> int:
+    """The bytes of all units that unfinished outputs lack."""
+    finished = [journal.names(stage) for stage in stages]
+    return sum(unit.nbytes for unit in plan.units for names in finished if unit.name not in names)
+
+
+def check_space(plan: Plan, stages: Sequence[Path]) -> None:
+    """Refuse to begin what the disk cannot hold; what an unfinished merge has written already needs no more room.
+
+    Raises:
+        UserError: the disk is too small.
+    """
+    place = stages[0].parent
+    needed, free = left_to_write(plan, stages), shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"{existing} has {free} bytes free, the merge needs {needed}: make room first")
+        raise UserError(f"{place} has {free:,} bytes free, the merge needs {needed:,}: make room first")
 
 
 def is_current(target: Path, mark: str) -> bool:

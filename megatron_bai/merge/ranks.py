@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_bai.errors import UserError
+from megatron_bai.errors import UserError, of_system
 
 T = TypeVar("T")
 
@@ -19,40 +19,51 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def together(self, work: Callable[[], T], where: object = "") -> list[T]:
         """Run `work` on every rank and return all results, by rank, on every rank.
 
         An error on one rank is an error on all: none goes on, none waits for one that stopped.
 
+        Args:
+            where: what an error of the system is about, unless it says so itself.
+
         Raises:
-            UserError: the first rank's that had one, on every rank.
+            UserError: the first rank's that had one, on every rank; what the system refuses becomes one.
             Exception: as it was, on the rank where it happened; a RuntimeError naming that rank on the others.
         """
-        result, error = None, None
+        result: T | None = None
+        error: Exception | None = None
         try:
             result = work()
+        except OSError as caught:
+            error = caught if caught.errno is None else of_system(caught, where)
         except Exception as caught:
             error = caught
         if self.size == 1:
             if error is not None:
                 raise error
             return [result]  # type: ignore[list-item]
-        user = str(error) if isinstance(error, UserError) else None
+        user = error if isinstance(error, UserError) else None
         outcomes: list = [None] * self.size
         dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)))
         if error is not None and user is None:
             raise error
-        for _, message, _ in outcomes:
-            if message is not None:
-                raise UserError(message)
+        for _, theirs, _ in outcomes:
+            if theirs is not None:
+                raise theirs
         for rank, (_, _, text) in enumerate(outcomes):
             if text is not None:
                 raise RuntimeError(f"rank {rank} failed: {text}")
         return [result for result, _, _ in outcomes]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def first(self, work: Callable[[], T], where: object = "") -> T:
         """Run `work` on rank 0 and return its result on every rank."""
-        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.together(lambda: work() if self.rank == 0 else None, where)[0]  # type: ignore[return-value]
+
+
+def joined() -> Ranks:
+    """This process's place in the group it is in, or alone."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
 
 
 def cores_per_rank(most: int = 8) -> int:
@@ -65,12 +76,12 @@ def cores_per_rank(most: int = 8) -> int:
 def ranks() -> Iterator[Ranks]:
     """This process's place among its peers; starts a gloo group where torchrun started us and there is none."""
     if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield joined()
     elif dist.is_torchelastic_launched():
         # A collective waits for the slowest rank's share of the work; torchrun ends the rest when one dies.
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         try:
-            yield Ranks(dist.get_rank(), dist.get_world_size())
+            yield joined()
         finally:
             dist.destroy_process_group()
     else:

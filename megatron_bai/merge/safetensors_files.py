@@ -4,7 +4,6 @@ A file is an 8-byte length, a JSON header that names each tensor's dtype, shape 
 format has no checksum and no mark of completeness; what can be checked is that index, headers and sizes agree.
 """
 
-import json
 import math
 import os
 import shutil
@@ -15,11 +14,13 @@ from typing import Any
 
 import torch
 
-from megatron_bai.errors import UserError
+from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.boxes import row_major, span
+from megatron_bai.merge.checks import Place
 from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
 from megatron_bai.merge.targets import Target, Writer, Written
-from megatron_bai.model import manifest
+from megatron_bai.model import crc32, manifest
+from megatron_bai.model.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -69,6 +70,20 @@ class SafeTensors(Source):
     def record(self, entry: Entry, chunk: Chunk) -> Record:
         return Record(chunk.start, chunk.length, 0, row_major(entry.shape), None)
 
+    def _prove_files(self, crcs: dict[Place, int]) -> None:
+        noted = manifest.noted_sums(self.path)
+        for file in self.headers.keys() & noted.keys():
+            crc = crc32.of_file(self.path / file, 0, self.headers[file])
+            entries = [entry for entry in self.tensors.values() if entry.chunks[0].file == file]
+            for entry in sorted(entries, key=lambda entry: entry.chunks[0].start):
+                record = self.record(entry, entry.chunks[0])
+                known = crcs.get((file, record.start))
+                crc = crc32.combine(crc, self._crc32(file, record) if known is None else known, record.length)
+            try:
+                manifest.compare(self.path / file, crc, noted[file])
+            except UserError as error:
+                raise Unfit(str(error)) from None
+
     def is_own_file(self, file: Path) -> bool:
         return file.suffix == SUFFIX or file.as_posix() == INDEX
 
@@ -81,7 +96,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not (path / INDEX).is_file():
         return {}
     try:
-        files = json.loads((path / INDEX).read_text())["weight_map"]
+        files = parse((path / INDEX).read_bytes())["weight_map"]
         if not all(isinstance(f, str) and Path(f).name == f and f.endswith(SUFFIX) for f in files.values()):
             raise ValueError("it names a file outside the checkpoint")
         return dict(files)
@@ -96,7 +111,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, Entry]]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise ValueError(f"its header claims {length} bytes")
-            header = json.loads(stream.read(length))
+            header = parse(stream.read(length))
             size = os.fstat(stream.fileno()).st_size
         header.pop("__metadata__", None)
         entries, end = {}, 8 + length
@@ -115,7 +130,9 @@ def _read_header(file: Path) -> tuple[int, dict[str, Entry]]:
 
 
 def _entry(key: str, note: dict[str, Any], file: str, base: int) -> Entry:
-    shape, (start, end) = tuple(map(int, note["shape"])), note["data_offsets"]
+    shape, (start, end) = tuple(note["shape"]), note["data_offsets"]
+    if not all(type(number) is int for number in (*shape, start, end)):
+        raise ValueError(f"{key} has a shape or a place that is no number")
     if note["dtype"] not in DTYPES:
         raise ValueError(f"{key} has the dtype {note['dtype']}, which is not known here")
     dtype = DTYPES[note["dtype"]]
@@ -135,12 +152,10 @@ class SafeTensorsTarget(Target):
 
     def begin(self, directory: Path) -> None:
         for name, length in self._base.headers.items():
-            if (directory / name).exists():  # a merge that goes on has written into it
-                continue
-            with open(self._base.path / name, "rb") as old, open(directory / f"{name}.new", "wb") as new:
+            (directory / name).touch()  # a merge that goes on has written into it
+            with open(self._base.path / name, "rb") as old, open(directory / name, "r+b") as new:
                 new.write(old.read(length))
                 new.truncate(os.fstat(old.fileno()).st_size)
-            os.replace(directory / f"{name}.new", directory / name)
 
     @contextmanager
     def unit(self, directory: Path, name: str) -> Iterator[Writer]:
@@ -176,7 +191,8 @@ class _InPlaceWriter(Writer):
         done = 0
         while done < len(data):
             done += os.pwrite(self._files[chunk.file], data[done:], start + done)
-        self.written.append(Written(key, offsets, tuple(tensor.shape), chunk.file, start, len(data)))
+        crc = crc32.of(data)
+        self.written.append(Written(key, offsets, tuple(tensor.shape), chunk.file, start, len(data), crc))
 
     def blob(self, key: str, data: memoryview) -> None:
         raise AssertionError("safetensors files hold tensors only")

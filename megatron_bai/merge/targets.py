@@ -11,7 +11,10 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """An item that was written: a chunk (`offsets` and `sizes` set, in elements) or an object."""
+    """An item that was written: a chunk (`offsets` and `sizes` set, in elements) or an object.
+
+    It fills `length` bytes at `start` of the file, which have the checksum `crc32`.
+    """
 
     key: str
     offsets: tuple[int, ...] | None
@@ -19,6 +22,7 @@ class Written:
     file: str
     start: int
     length: int
+    crc32: int
 
 
 class Writer(ABC):

@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from zlib_ng.zlib_ng import crc32
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge import archive
 from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
 from megatron_bai.merge.targets import Target, Writer, Written
+from megatron_bai.model import crc32, manifest
+from megatron_bai.model.strict_json import parse
 from megatron_bai.model.unpickle import read_metadata
-from megatron_bai.model import manifest
 
 INDEX = ".metadata"
 FORMAT = "metadata.json"
@@ -54,7 +54,7 @@ class TorchDist(Source):
         metadata = read_metadata(path / INDEX)
         try:
             tensors, objects = _index(metadata)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
         self._records: dict[tuple[str, int], Record] = {}
         self._frames: dict[int, list[archive.Frame]] = {}  # by the length of the item
@@ -71,12 +71,25 @@ class TorchDist(Source):
         if at not in self._records:
             try:
                 self._records[at] = self._locate(entry, chunk)
-            except archive.DAMAGE as error:
+            except UserError:
+                raise
+            except Exception as error:  # a damaged archive raises nearly anything
                 raise UserError(
                     f"{self.path / chunk.file}: the item of {entry.key} at byte {chunk.start} is damaged ({error}):"
                     " restore the file from a copy"
                 ) from None
         return self._records[at]
+
+    def read_object(self, key: str) -> memoryview:
+        data, blob = super().read_object(key), self.objects[key]
+        try:
+            archive.check(data)
+        except Exception as error:  # likewise
+            raise UserError(
+                f"{self.path / blob.file}: the object {key} at byte {blob.start} is damaged ({error}): restore the file"
+                " from a copy"
+            ) from None
+        return data
 
     def _locate(self, entry: Entry, chunk: Chunk) -> Record:
         frame, crc = self._frame(chunk)
@@ -134,7 +147,7 @@ def _require_complete(path: Path) -> None:
         raise UserError(f"no checkpoint at {path}: give the directory of one")
     manifest.read(path)
     try:
-        backend = json.loads((path / FORMAT).read_text())["sharded_backend"]
+        backend = parse((path / FORMAT).read_bytes())["sharded_backend"]
     except FileNotFoundError:
         tracker = path / "latest_checkpointed_iteration.txt"
         why = "it holds iterations, give the directory of one" if tracker.is_file() else "it was never finished"
@@ -181,17 +194,22 @@ class ItemWriter(Writer):
         start = self._file.tell()
         frame = archive.frame_for(tensor.dtype, tuple(tensor.shape))
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        for part in (frame.head, data, frame.tail_with(crc32(data))):
+        crc = crc32.of(data)
+        tail = frame.tail_with(crc)
+        for part in (frame.head, data, tail):
             self._file.write(part)
-        self._note(key, offsets, tuple(tensor.shape), start)
+        crc = crc32.of(tail, crc32.combine(crc32.of(frame.head), crc, len(data)))
+        self._note(key, offsets, tuple(tensor.shape), start, crc)
 
     def blob(self, key: str, data: memoryview) -> None:
         start = self._file.tell()
         self._file.write(data)
-        self._note(key, None, None, start)
+        self._note(key, None, None, start, crc32.of(data))
 
-    def _note(self, key: str, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None, start: int) -> None:
-        self.written.append(Written(key, offsets, sizes, self.name, start, self._file.tell() - start))
+    def _note(
+        self, key: str, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None, start: int, crc: int
+    ) -> None:
+        self.written.append(Written(key, offsets, sizes, self.name, start, self._file.tell() - start, crc))
 
     def __enter__(self) -> "ItemWriter":
         return self

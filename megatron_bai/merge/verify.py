@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_bai.errors import UserError
+from megatron_bai.errors import Unfit
 from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.engine import TILE, one_thread
 from megatron_bai.merge.plan import Output, Plan
@@ -32,7 +32,7 @@ def verify(plan: Plan, which: int, output: Source, ranks: Ranks, everything: boo
         how many elements were compared, over all ranks.
 
     Raises:
-        UserError: the output lacks a tensor, or an element is outside the bound.
+        Unfit: the output lacks a tensor, or an element is outside the bound.
     """
 
     def work() -> int:
@@ -60,7 +60,7 @@ def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
 def _compare(plan: Plan, coefficients: tuple[float, ...], output: Source, tensor: Output, box: Box) -> None:
     found = output.tensors.get(tensor.key)
     if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        raise UserError(f"{output.path} lacks {tensor.key} as {tensor.dtype} {tensor.shape}: merge again")
+        raise Unfit(f"{output.path} lacks {tensor.key} as {tensor.dtype} {tensor.shape}: merge again")
     written = output.read(tensor.key, *box).clone()
     if not tensor.merged:
         wrong = written != plan.base.read(tensor.key, *box)
@@ -78,4 +78,4 @@ def _compare(plan: Plan, coefficients: tuple[float, ...], output: Source, tensor
         wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
     if wrong.any():
         at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0]))
-        raise UserError(f"{output.path}: {tensor.key} at {at} is not the weighted sum of its sources: merge again")
+        raise Unfit(f"{output.path}: {tensor.key} at {at} is not the weighted sum of its sources: merge again")

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_bai import backend, config
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint, hf
+from megatron_bai.model import build, checkpoint, hf, manifest
 
 
 def run(settings: config.Config) -> None:
@@ -33,6 +33,7 @@ def convert(settings: config.Config, source: str | Path, target: str | Path, to:
     """
     if not Path(source).is_dir():
         raise UserError(f"no checkpoint at {source}")
+    manifest.read(source)  # before its configuration decides how much memory is asked for
     kind = checkpoint.kind_of(source)
     whole = config.Config(backend=settings.backend, model=hf.read_config(source))
     device = backend.start(whole.backend)

@@ -1,20 +1,23 @@
 """Read and write Hugging Face Qwen3-MoE checkpoints from and into a live, parallel Megatron model."""
 
 import json
+import math
 import shutil
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_bai.config import Model
 from megatron_bai.errors import UserError
-from megatron_bai.model import manifest, mapping
+from megatron_bai.merge.ranks import joined
+from megatron_bai.model import manifest, mapping, placing
 from megatron_bai.model.shards import Shard, fill, gather
+from megatron_bai.model.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 4 << 30
@@ -96,7 +99,9 @@ def read_config(directory: str | Path) -> Model:
     """
     path = Path(directory) / "config.json"
     try:
-        found = json.loads(path.read_text())
+        found = parse(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     for name, value in _FIXED.items():
@@ -105,10 +110,18 @@ def read_config(directory: str | Path) -> Model:
     if missing := [theirs for theirs in _FIELDS.values() if theirs not in found]:
         raise UserError(f"{path}: {', '.join(missing)} missing")
     rope = found.get("rope_parameters") or {}
-    if (rope or found.get("rope_scaling") or {}).get("rope_type", "default") != "default":
+    scaling = rope or found.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"{path}: its rotary embeddings are {scaling!r}, which cannot be understood")
+    if scaling.get("rope_type", "default") != "default":
         raise UserError(f"{path}: scaled rotary embeddings are not supported")
     theta = rope.get("rope_theta", found.get("rope_theta", 10000.0))
-    return Model(rope_theta=float(theta), **{ours: found[theirs] for ours, theirs in _FIELDS.items()})
+    numbers = {ours: found[theirs] for ours, theirs in _FIELDS.items()}
+    for ours, value in (*numbers.items(), ("rope_theta", theta)):
+        kinds = (int, float) if ours in ("norm_epsilon", "init_std", "rope_theta") else (int,)
+        if type(value) not in kinds or not 0 <= value < math.inf or (kinds == (int,) and value == 0):
+            raise UserError(f"{path}: {_FIELDS.get(ours, ours)} is {value!r}, which is no size")
+    return Model(rope_theta=float(theta), **numbers)
 
 
 class HFReader:
@@ -120,7 +133,7 @@ class HFReader:
         index = self.directory / INDEX
         try:
             if index.is_file():
-                self._where = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+                self._where = {name: str(file) for name, file in parse(index.read_bytes())["weight_map"].items()}
             else:
                 with safe_open(self.directory / "model.safetensors", "pt") as file:
                     self._where = dict.fromkeys(file.keys(), "model.safetensors")
@@ -147,8 +160,10 @@ def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Pat
     """Fill a live model, in any layout, from a Hugging Face checkpoint.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape.
+        UserError: a tensor is missing, unknown or of another shape, or a file is not what its manifest says.
     """
+    group = joined()
+    group.together(lambda: manifest.verify(directory, group.rank, group.size))
     reader = HFReader(directory)
     wanted = set(mapping.hf_names(model))
     if difference := sorted(wanted ^ reader.names()):
@@ -178,21 +193,41 @@ def export_hf(
         info: kept in the manifest.
 
     Raises:
+        UserError: the directory cannot be written, or another process writes it; the target is as it was.
         RuntimeError: the tensors written are not exactly those `config.json` promises.
     """
-    lead = dist.get_rank() == 0
-    stage = manifest.staging(target) if lead else None
+    group = joined()
+    with ExitStack() as stack:
+        group.first(lambda: stack.enter_context(placing.lock(Path(target))))
+        stage = group.first(lambda: manifest.staging(target))
+        files, dtype = _write_files(modules, model, stage, group.rank == 0)
+
+        def finish() -> None:
+            _finish(stage, files, model)
+            write_config(model, dtype, tokenizer, stage)
+            manifest.seal(stage, target, info)
+
+        group.first(finish, stage)
+
+
+def _write_files(
+    modules: list[torch.nn.Module], model: Model, stage: Path, lead: bool
+) -> tuple[dict[int, list[str]], torch.dtype]:
+    """Gather every tensor and write it, on the lead alone; returns the names in each file, and the dtype."""
     pending: dict[str, torch.Tensor] = {}
     files: dict[int, list[str]] = defaultdict(list)
-    size = 0
+    size, dtype = 0, torch.float32
 
     def flush() -> None:
         nonlocal pending, size
-        save_file(pending, stage / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        path = stage / f"part-{len(files)}.safetensors"
+        try:
+            save_file(pending, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be written: {error}") from None
         files[len(files)] = list(pending)
         pending, size = {}, 0
 
-    dtype = torch.float32
     for key, index, tensor in gather(modules):
         if not lead:
             continue
@@ -203,13 +238,9 @@ def export_hf(
             size += part.nbytes
         if size >= MAX_FILE_BYTES:
             flush()
-    if lead:
-        if pending:
-            flush()
-        _finish(stage, files, model)
-        write_config(model, dtype, tokenizer, stage)
-        manifest.seal(stage, target, info)
-    dist.barrier()
+    if pending:
+        flush()
+    return files, dtype
 
 
 def _finish(stage: Path, files: dict[int, list[str]], model: Model) -> None:

@@ -1,85 +1,175 @@
-"""Which checkpoint directories are whole.
+"""Which checkpoint directories are whole, and whether they still are what was written.
 
-A checkpoint is written into a sibling directory, described by `manifest.json`, which is written last, and
-renamed into place. So a directory with a manifest is complete, and one without was never finished. The manifest
-lists every file with its size in bytes, which finds a truncated shard before anything is loaded.
+A checkpoint is written into a sibling directory, described by `manifest.json`, which is written last, and put in
+place (`placing.py`). So a directory with a manifest is complete, and one without was never finished. The manifest lists
+every file with its size in bytes and its CRC-32 (`crc32.py` says why that), and has one of its own.
+
+    read      every file's size, and the content of all but the weights: cheap, done wherever a checkpoint is opened
+    verify    the content of the weights too: done wherever all of them are about to be used
 """
 
 import json
-import os
 import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_bai.errors import UserError
+from megatron_bai.model import crc32, placing
+from megatron_bai.model.strict_json import parse
 
 NAME = "manifest.json"
-VERSION = 1
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory entry to disk, so that a power cut cannot reorder what is written after it."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+VERSION = 2  # 1 had sizes alone
+WEIGHTS = (".distcp", ".safetensors")
+_THREADS = 4  # zlib lets go of the interpreter, so files are summed side by side
 
 
 def staging(target: str | Path) -> Path:
     """An empty directory beside `target` to write into until `seal` moves it into place."""
     target = Path(target)
-    stage = target.with_name(f".{target.name}.unfinished")
+    placing.recover(target)
+    stage = placing.unfinished(target)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     return stage
 
 
-def seal(stage: Path, target: str | Path, info: dict[str, Any]) -> Path:
-    """Describe `stage` and move it to `target`, replacing what was there. Called by one process, after all wrote."""
+def seal(
+    stage: Path, target: str | Path, info: dict[str, Any], sums: Mapping[str, int] | None = None, working: str = ""
+) -> Path:
+    """Describe `stage` and move it to `target`, replacing what was there. Called by one process, after all wrote.
+
+    Args:
+        info: kept in the manifest.
+        sums: the CRC-32 of files where it is known, by their path in `stage`; the others are read.
+        working: a directory in `stage` that is no part of the checkpoint, deleted once the manifest is written.
+    """
     target = Path(target)
-    files = sorted(p for p in stage.rglob("*") if p.is_file())
-    for path in files:
-        sync(path)
-    listing = {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}
-    text = json.dumps({"version": VERSION, "files": listing, "info": info}, indent=1)
-    (stage / NAME).write_text(text + "\n")
-    sync(stage / NAME)
-    sync(stage)
-    old = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    stage.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    found = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
+    names = sorted(path.as_posix() for path in found if path.as_posix() != NAME and path.parts[0] != working)
+    for name in names:
+        placing.sync(stage / name)
+    known = dict(sums or {})
+    known |= checksums(stage, [name for name in names if name not in known])
+    files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{known[name]:08x}"} for name in names}
+    body = json.loads(json.dumps({"version": VERSION, "files": files, "info": info}))  # as it will be read
+    (stage / NAME).write_text(json.dumps(body | {"crc32": _sum_of(body)}, indent=1) + "\n")
+    placing.sync(stage / NAME)
+    placing.sync(stage)
+    if working:
+        shutil.rmtree(stage / working, ignore_errors=True)
+    placing.place(target)
     return target
+
+
+def checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
+    """The CRC-32 of files of `directory`.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+
+    def read(name: str) -> tuple[str, int]:
+        try:
+            return name, crc32.of_file(directory / name)
+        except OSError as error:
+            raise UserError(f"{directory / name} cannot be read: {error.strerror}") from None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(pool.map(read, names))
 
 
 def read(directory: str | Path) -> dict[str, Any] | None:
     """The `info` of a complete checkpoint, or None where there is no finished one.
 
     Raises:
-        UserError: the manifest cannot be read, or a file it lists is missing or has another size.
+        UserError: the manifest cannot be read, a file it lists is missing or has another size, or one that holds no
+            weights has another content.
     """
     directory = Path(directory)
-    path = directory / NAME
-    if not path.is_file():
+    placing.recover(directory)
+    if not (directory / NAME).is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        version, files, info = manifest["version"], manifest["files"], manifest["info"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
-    if version != VERSION:
-        raise UserError(f"{path} has version {version}, this release reads version {VERSION}")
-    for name, size in files.items():
+    files, info = _listing(directory)
+    for name, noted in files.items():
         file = directory / name
         found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        if found != noted["bytes"]:
+            state = "is missing" if found is None else f"has {found} bytes instead of {noted['bytes']}"
             raise UserError(f"{file} {state}: the checkpoint is damaged, restore it from a copy")
+    _compare(directory, {name: noted for name, noted in files.items() if not name.endswith(WEIGHTS)})
     return info
+
+
+def verify(directory: str | Path, rank: int = 0, size: int = 1) -> int:
+    """Compare the weights with the sums in the manifest; `size` processes share the files.
+
+    Returns:
+        how many files were compared here; 0 where the checkpoint has no manifest, or one of version 1.
+
+    Raises:
+        UserError: a file is not what was written.
+    """
+    directory = Path(directory)
+    if not (directory / NAME).is_file():
+        return 0
+    files, _ = _listing(directory)
+    weights = sorted(name for name in files if name.endswith(WEIGHTS))
+    return _compare(directory, {name: files[name] for name in weights[rank::size]})
+
+
+def noted_sums(directory: str | Path) -> dict[str, int]:
+    """The CRC-32 of every file of a checkpoint, as its manifest has them; empty where it has none."""
+    if not (Path(directory) / NAME).is_file():
+        return {}
+    files, _ = _listing(Path(directory))
+    return {name: int(noted["crc32"], 16) for name, noted in files.items() if noted["crc32"] is not None}
+
+
+def _compare(directory: Path, files: dict[str, dict[str, Any]]) -> int:
+    noted = {name: int(note["crc32"], 16) for name, note in files.items() if note["crc32"] is not None}
+    for name, found in checksums(directory, noted).items():
+        compare(directory / name, found, noted[name])
+    return len(noted)
+
+
+def compare(file: Path, found: int, noted: int) -> None:
+    """Raise a UserError about a file whose CRC-32 is not the one that was noted."""
+    if found != noted:
+        raise UserError(
+            f"{file} is not what was written (CRC-32 {found:08x}, written {noted:08x}): the checkpoint is damaged,"
+            " restore it from a copy"
+        )
+
+
+def _sum_of(body: dict[str, Any]) -> str:
+    """The CRC-32 of a manifest's content, however it is laid out."""
+    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+
+
+def _listing(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Bytes and CRC-32 (None in version 1) of every file, and the info."""
+    path = directory / NAME
+    try:
+        manifest = parse(path.read_bytes())
+        version, files, info = (manifest[name] for name in ("version", "files", "info"))
+        if version not in (1, VERSION):
+            raise UserError(f"{path} has version {version}, this release reads versions 1 and {VERSION}")
+        if version == 1:
+            files = {name: {"bytes": size, "crc32": None} for name, size in files.items()}
+        elif manifest["crc32"] != _sum_of({"version": version, "files": files, "info": info}):
+            raise ValueError("it is not what was written")
+        if not all(type(noted["bytes"]) is int and int(noted["crc32"] or "0", 16) >= 0 for noted in files.values()):
+            raise ValueError("it lists something that is no size")
+        if any(name.startswith("/") or ".." in name.split("/") for name in files):
+            raise ValueError("it lists a file outside the checkpoint")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore the checkpoint from a copy") from None
+    return files, info
 
 
 def require(directory: str | Path) -> dict[str, Any]:
@@ -89,6 +179,7 @@ def require(directory: str | Path) -> dict[str, Any]:
         UserError: there is no such directory, or it was never finished, or it is damaged.
     """
     directory = Path(directory)
+    placing.recover(directory)
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: give the path of a directory that `train` or `merge` wrote")
     info = read(directory)

@@ -7,6 +7,8 @@ saved tensor need a dozen classes of torch, so these unpicklers know that dozen 
 import collections
 import pathlib
 import pickle
+import re
+import zipfile
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -67,13 +69,15 @@ def read_metadata(path: Path) -> Any:
     """The index in a checkpoint's `.metadata`: an object with `state_dict_metadata` and `storage_data`.
 
     Raises:
-        UserError: it is missing, damaged, or names anything but the classes of an index; nothing was run.
+        UserError: it is missing, damaged, names anything but the classes of an index, or places in other directories;
+            nothing was run.
     """
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
             raise _Refused("it holds no index")
+        _check_index(metadata)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: there is no torch_dist checkpoint, or an unfinished one") from None
     except OSError as error:
@@ -83,6 +87,30 @@ def read_metadata(path: Path) -> Any:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
     return metadata
+
+
+def _check_index(metadata: Any) -> None:
+    """Every place is in a file beside the index, every number is a size or an offset."""
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise _Refused(f"it points to the file {info.relative_path!r}")
+        _require_counts(info.offset, info.length)
+    for key, stored in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{key!r} is no name")
+        if isinstance(stored, dcp_metadata.TensorStorageMetadata):
+            if not isinstance(stored.properties.dtype, torch.dtype):
+                raise TypeError(f"{key} has no dtype")
+            _require_counts(*stored.size)
+            for chunk in stored.chunks:
+                _require_counts(*chunk.offsets, *chunk.sizes)
+                if not len(chunk.offsets) == len(chunk.sizes) == len(stored.size):
+                    raise ValueError(f"a chunk of {key} has other dimensions")
+
+
+def _require_counts(*numbers: Any) -> None:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers} are no sizes")
 
 
 @dataclass(frozen=True)
@@ -127,6 +155,29 @@ _TENSOR_CLASSES: dict[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): None,
     ("collections", "OrderedDict"): collections.OrderedDict,
 }
+
+
+def check_common(path: Path) -> None:
+    """Whether `common.pt`, the state that is not sharded, is an uncompressed archive of plain values.
+
+    Raises:
+        UserError: it is missing, damaged, or names what `torch.load(weights_only=True)` does not know; nothing was run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("it is compressed")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: restore the checkpoint from a copy") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError as error:
+        names = re.findall(r"GLOBAL (\S+)", str(error))
+        why = f"it names {names[0]}" if names else str(error).partition("\n")[0]
+        raise UserError(f"{path} holds more than plain values ({why}): nothing in it was run; do not use it") from None
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
 
 class _TensorUnpickler(pickle.Unpickler):

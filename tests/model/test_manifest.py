@@ -1,22 +1,29 @@
 """A checkpoint directory is complete or is not read, at whatever point its writer died."""
 
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import zlib
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kills import at_step, in_child
 
 from megatron_bai.errors import UserError
-from megatron_bai.model import manifest
+from megatron_bai.model import crc32, manifest, placing
 
 
 def write(target: Path, word: str) -> Path:
     """Stage and seal a checkpoint of two files, one below a folder."""
     stage = manifest.staging(target)
     (stage / "deep").mkdir()
-    (stage / "weights").write_text(word * 100)
+    (stage / "a.distcp").write_text(word * 100)
     (stage / "deep" / "more").write_text(word)
     return manifest.seal(stage, target, {"word": word})
 
@@ -25,63 +32,74 @@ def test_what_was_sealed_is_read_and_nothing_is_left_beside_it(tmp_path: Path) -
     target = write(tmp_path / "a" / "checkpoint", "one")
     assert manifest.read(target) == manifest.require(target) == {"word": "one"}
     assert write(target, "two") == target
-    assert manifest.read(target) == {"word": "two"} and (target / "weights").read_text() == "two" * 100
+    assert manifest.read(target) == {"word": "two"} and (target / "a.distcp").read_text() == "two" * 100
     assert [path.name for path in target.parent.iterdir()] == ["checkpoint"]
 
 
-class Killed(BaseException):
-    """The process ended here."""
-
-
-def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
-    """Die before the `step`-th flush, rename or deletion. Returns the list that steps are noted in."""
-    done: list[str] = []
-
-    def dying(name: str, inner):
-        def call(*args, **kwargs):
-            if len(done) == step:
-                raise Killed
-            done.append(name)
-            return inner(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(manifest, "sync", dying("sync", manifest.sync))
-    monkeypatch.setattr(manifest.shutil, "rmtree", dying("rmtree", manifest.shutil.rmtree))
-    for name in ("rename", "write_text", "mkdir"):
-        monkeypatch.setattr(Path, name, dying(name, getattr(Path, name)))
-    return done
-
-
+@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("replacing", [False, True])
-def test_a_writer_that_dies_at_any_step_leaves_the_old_checkpoint_the_new_or_none(
-    replacing: bool, tmp_path: Path
+def test_a_writer_killed_at_any_step_leaves_the_old_checkpoint_or_the_new(
+    replacing: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not exchange:  # a file system such as NFS
+        monkeypatch.setattr(placing, "_exchange", lambda a, b: False)
     seen = set()
     for step in range(100):
         target = tmp_path / str(step) / "checkpoint"
         if replacing:
             write(target, "old")
-        with pytest.MonkeyPatch.context() as patch:
-            done = killed_at(patch, step)
-            try:
-                write(target, "new")
-                died = False
-            except Killed:
-                died = True
-        found = manifest.read(target) if target.exists() else None
-        if found is not None:
-            assert (target / "weights").read_text() == found["word"] * 100
+        code = in_child(at_step, step, write, target, "new")
+        found = manifest.read(target)
+        if replacing or found:
+            assert manifest.require(target) and manifest.verify(target) == 1
+            assert (target / "a.distcp").read_text() == found["word"] * 100
             assert (target / "deep" / "more").read_text() == found["word"]
         else:
             with pytest.raises(UserError):
                 manifest.require(target)
         seen.add(found and found["word"])
         assert write(target, "again") and manifest.require(target) == {"word": "again"}  # the remains are in no way
-        if not died:
+        assert [path.name for path in target.parent.iterdir()] == ["checkpoint"]
+        if code == 0:
             break
-    assert done.count("rename") == 1 + replacing and step > 8
-    assert seen == ({None, "old", "new"} if replacing else {None, "new"})
+        assert code == -signal.SIGKILL
+    assert seen == {"old" if replacing else None, "new"} and step > 10
+
+
+def test_a_reader_finishes_the_replacement_of_a_killed_writer(tmp_path: Path) -> None:
+    """Between the two renames, which only a file system that cannot exchange needs."""
+    target = write(tmp_path / "checkpoint", "new")
+    target.rename(placing.unfinished(target))
+    write(target, "old").rename(tmp_path / ".checkpoint.replaced")  # `write` empties the place of the new one …
+    write(tmp_path / "other", "new").rename(placing.unfinished(target))  # … so it comes back
+    assert not target.exists()
+    assert manifest.require(target) == {"word": "new"}
+
+
+def test_a_relative_path_may_be_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path / "checkpoint", "one"))
+    assert manifest.require(".") == {"word": "one"}
+
+
+def hold(target: Path, held: Connection) -> None:
+    with placing.lock(target):
+        held.send(True)
+        signal.pause()
+
+
+def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> None:
+    target, context = tmp_path / "checkpoint", multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    holder = context.Process(target=hold, args=(target, theirs))
+    holder.start()
+    assert mine.recv()
+    with pytest.raises(UserError, match=f"{target} is being written by another process"), placing.lock(target):
+        pass
+    holder.kill()
+    holder.join()
+    with placing.lock(target), placing.lock(tmp_path / "another"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_killed_between_writing_and_sealing_leaves_nothing_to_read(tmp_path: Path) -> None:
@@ -106,13 +124,45 @@ def test_a_process_killed_between_writing_and_sealing_leaves_nothing_to_read(tmp
 
 def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
     target = write(tmp_path / "checkpoint", "one")
-    (target / "weights").write_text("one" * 99)
-    with pytest.raises(UserError, match=r"weights has 297 bytes instead of 300: the checkpoint is damaged"):
+    (target / "a.distcp").write_text("one" * 99)
+    with pytest.raises(UserError, match=r"a\.distcp has 297 bytes instead of 300: the checkpoint is damaged"):
         manifest.read(target)
-    (target / "weights").write_text("one" * 100)
+    (target / "a.distcp").write_text("one" * 100)
     (target / "deep" / "more").unlink()
     with pytest.raises(UserError, match="deep/more is missing"):
         manifest.require(target)
+
+
+def test_other_content_of_the_same_size_is_named(tmp_path: Path) -> None:
+    target = write(tmp_path / "checkpoint", "one")
+    (target / "deep" / "more").write_text("two")
+    with pytest.raises(UserError, match="deep/more is not what was written"):
+        manifest.read(target)
+    (target / "deep" / "more").write_text("one")
+    (target / "a.distcp").write_text("one" * 99 + "oNe")
+    assert manifest.read(target) == {"word": "one"}, "weights are left to `verify`"
+    with pytest.raises(UserError, match=r"a\.distcp is not what was written"):
+        manifest.verify(target)
+    assert manifest.verify(target, rank=1, size=2) == 0, "the other rank's share"
+
+
+def test_a_manifest_of_the_first_version_has_sizes_alone(tmp_path: Path) -> None:
+    target = write(tmp_path / "checkpoint", "one")
+    files = {"a.distcp": 300, "deep/more": 3}
+    (target / "manifest.json").write_text(json.dumps({"version": 1, "files": files, "info": {"old": 1}}))
+    assert manifest.require(target) == {"old": 1} and manifest.verify(target) == 0
+    os.truncate(target / "a.distcp", 299)
+    with pytest.raises(UserError, match="299 bytes instead of 300"):
+        manifest.read(target)
+
+
+@given(st.binary(max_size=200), st.binary(max_size=200), st.integers(0, 300), st.integers(0, 300))
+def test_checksums_of_parts_and_of_their_whole(tmp_path_factory, a: bytes, b: bytes, start: int, length: int) -> None:
+    assert crc32.combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
+    path = tmp_path_factory.getbasetemp() / "parts"
+    path.write_bytes(a + b)
+    assert crc32.of_file(path) == zlib.crc32(a + b)
+    assert crc32.of_file(path, start, length) == zlib.crc32((a + b)[start : start + length])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +172,12 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
         ('{"version": 1, "files": {}', "is damaged"),
         ("[]", "is damaged"),
         ('{"version": 1}', "is damaged"),
-        (json.dumps({"version": 2, "files": {}, "info": {}}), "has version 2, this release reads version 1"),
+        (json.dumps({"version": 3, "files": {}, "info": {}}), "has version 3, this release reads versions 1 and 2"),
+        (json.dumps({"version": 2, "files": {}, "info": {}, "crc32": "00000000"}), "it is not what was written"),
+        (json.dumps({"version": 1, "files": {"../x": 1}, "info": {}}), "outside the checkpoint"),
+        (json.dumps({"version": 1, "files": {"x": "1"}, "info": {}}), "no size"),
+        ('{"version": 1, "version": 1, "files": {}, "info": {}}', "the key 'version' stands twice"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_manifest_that_cannot_be_understood_is_named(text: str, named: str, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""How a directory comes into place whole: written beside its target, then put there in one step.
+
+Where the file system can exchange two names (ext4, XFS, Btrfs, tmpfs, overlayfs), the target is at every moment the
+old directory or the new one. Where it cannot (NFS, Lustre), a writer that is killed between its two renames leaves the
+new one, complete, under its working name: `recover`, which every reader calls, then does the second rename.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_bai.errors import UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def unfinished(target: Path) -> Path:
+    """Where `target` is written until it is complete."""
+    return _beside(target, "unfinished")
+
+
+def _replaced(target: Path) -> Path:
+    """Where the old directory goes for a moment, on a file system that cannot exchange."""
+    return _beside(target, "replaced")
+
+
+def _beside(target: Path, ending: str) -> Path:
+    target = Path(os.path.abspath(target))  # "." has no name of its own
+    return target.parent / f".{target.name}.{ending}"
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory entry to disk, so that a power cut cannot reorder what is written after it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """The right to write `target`, which this process has until the block, or the process, ends.
+
+    A file system without locks gives everyone the right.
+
+    Raises:
+        UserError: another process has it.
+        OSError: the lock's file cannot be made.
+    """
+    path = _beside(target, "lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which a forked child would keep alive
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(fd)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise UserError(f"{target} is being written by another process: let it end, or choose another") from None
+        with suppress(FileNotFoundError):
+            if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                break
+        os.close(fd)  # whoever had it deleted it after we opened it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def place(target: Path) -> None:
+    """Make the complete directory at `unfinished(target)` the target, and delete the one that was there."""
+    stage, old = unfinished(target), _replaced(target)
+    if not target.exists():
+        stage.rename(target)
+    elif not _exchange(stage, target):
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        recover(target)
+    sync(target.parent)
+    discard(target)
+
+
+def recover(target: Path) -> None:
+    """Do the second rename of a writer that was killed before it; does nothing where there is nothing to do."""
+    if not target.exists() and _replaced(target).is_dir():
+        with suppress(FileNotFoundError):  # another reader was first
+            unfinished(target).rename(target)
+
+
+def has_remains(target: Path) -> bool:
+    return unfinished(target).exists() or _replaced(target).exists()
+
+
+def discard(target: Path) -> None:
+    """Delete what a writer left beside `target`."""
+    for path in (unfinished(target), _replaced(target)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the file system cannot.
+
+    Raises:
+        OSError: it can, but something else is wrong.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(b))
