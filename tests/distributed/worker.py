@@ -302,7 +302,7 @@ def logits(run: Run) -> dict[str, torch.Tensor]:
 def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     """What is said about each way in which a checkpoint can be unfit; runs in a single process."""
     from megatron_bai.errors import UserError
-    from megatron_bai.model import checkpoint, hf
+    from megatron_bai.model import checkpoint, hf, manifest, placing
 
     def damaged(name: str) -> Path:
         return Path(shutil.copytree(good / ("hf" if name.startswith("hf") else "megatron"), directory / name))
@@ -311,7 +311,11 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
         path = damaged(f"hf-{name}")
         tensors = load_file(path / "model.safetensors")
         save_file(tensors | {f"model.layers.1.{name}.weight": torch.zeros(shape)}, path / "model.safetensors")
-        return path
+        return sealed(path)
+
+    def sealed(path: Path) -> Path:
+        """As whoever wrote such a thing on purpose would leave it."""
+        return manifest.seal(path.rename(placing.unfinished(path)), path, {})
 
     def said(load: Callable[[], object]) -> str:
         try:
@@ -331,6 +335,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     (unfinished / "manifest.json").unlink()
     text = (other / "config.json").read_text()
     (other / "config.json").write_text(text.replace('"num_experts": 8', '"num_experts": 4'))
+    sealed(other)
     places = {"cut": cut, "unfinished": unfinished, "other": other, "hf": good / "hf", "nowhere": directory / "nowhere"}
     for name, path in places.items():
         found[name] = said(lambda: checkpoint.load(run.actor, path))

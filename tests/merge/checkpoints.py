@@ -1,5 +1,6 @@
 """Small checkpoints for the tests: written by hand in this process, or by Megatron-Core in one of its own."""
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -73,6 +74,13 @@ def write(path: Path, tensors: Tensors, layout: Layout = whole, objects: dict[st
     torch.save({"iteration": 7}, path / "common.pt")
     write_index(path, [(k, t.dtype, tuple(t.shape)) for k, t in tensors.items()], written)
     return path
+
+
+def saved(value: object) -> bytes:
+    """An object as Megatron-Core stores it."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def read(path: Path) -> Tensors:

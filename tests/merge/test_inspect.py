@@ -89,6 +89,10 @@ def test_damage_is_named(three):
     manifest = json.loads(Path(three.output, "manifest.json").read_text())
     text = Path(three.output, "provenance.json").read_text()
     Path(three.output, "provenance.json").write_text("{" * len(text))
-    assert manifest["files"]["provenance.json"] == len(text.encode())
-    with pytest.raises(UserError, match="provenance.json is damaged"):
+    assert manifest["files"]["provenance.json"]["bytes"] == len(text.encode())
+    with pytest.raises(UserError, match="provenance.json is not what was written"):
         inspect(Config(inspect=Inspect(path=three.output)))
+    for text in ("{", "[]", "{}", '{"recipe": 3}', "[" * 100_000):
+        Path(three.pretrained, "provenance.json").write_text(text)
+        with pytest.raises(UserError, match="provenance.json is damaged"):
+            inspect(Config(inspect=Inspect(path=three.pretrained)))

@@ -1,11 +1,17 @@
-"""Loading a Megatron checkpoint runs nothing that its files name."""
+"""Loading a Megatron checkpoint runs nothing that its files name, and no damage goes unseen; saving can be killed."""
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from moe import MODEL
+from processes import TESTS, launch
 
 from megatron_bai.errors import UserError
 from megatron_bai.model import checkpoint, hf, manifest
@@ -30,3 +36,64 @@ def test_a_hostile_index_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing in it was run"):
         checkpoint.load(Actor([], None, MODEL), target)
     assert not ran.exists()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `loading.py` left."""
+    directory = tmp_path_factory.mktemp("loading")
+    launch(TESTS / "model" / "loading.py", directory)
+    return torch.load(directory / "found.pt")
+
+
+def test_no_damage_goes_unseen(found: dict[str, Any]) -> None:
+    said = {name: text for name, text in found["said"].items() if not name.startswith(("hostile", "full"))}
+    assert said.pop("good") == "loaded True"
+    assert said.pop("manifest.json cut") == "loaded True", "its last byte is a line's end"
+    assert len({name.split()[0] for name in said}) == 7 and len(said) == 7 * 8 - 1
+    for name, text in said.items():
+        file, how = name.split(" ", 1)
+        assert file in text and "\n" not in text and ("damaged" in text or how == "gone"), (name, text)
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        ("common", "common.pt holds more than plain values (it names posix.mkdir)"),
+        ("object", "embedding.word_embeddings.weight is no tensor there"),
+        ("item", "other.distcp: the item of embedding.word_embeddings.weight at byte 0 is damaged (it names posix.mkdir)"),
+        ("index", ".metadata is not a checkpoint's index (it names posix.mkdir"),
+        ("compressed", "is compressed"),
+        ("compressed common", "common.pt is damaged (ValueError('it is compressed'))"),
+        ("outside", "it points to the file '../good/__0_0.distcp'"),
+        ("negative", "(-1, "),
+        ("huge", "__0_0.distcp has "),
+        ("config", "config.json: it is nested too deeply"),
+    ],
+)
+def test_malice_is_one_line_and_runs_nothing(attack: str, said: str, found: dict[str, Any]) -> None:
+    assert said in found["said"][f"hostile {attack}"] and not found["ran"]
+    assert found["premise"] == {"object"}, "Megatron-Core's reader by itself would run the object"
+
+
+def test_a_save_that_cannot_be_written_is_one_line(found: dict[str, Any]) -> None:
+    said = [text for name, text in found["said"].items() if name.startswith("full")]
+    assert len(said) == 3 and all("full.unfinished cannot be written: " in text and "\n" not in text for text in said)
+
+
+def test_a_save_killed_in_its_middle_leaves_the_old_checkpoint_and_no_process(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(TESTS / "model" / "loading.py"), str(tmp_path), "save"]
+    saving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert [saving.stdout.readline() for _ in range(2)] == ["in the middle\n"] * 2
+    children = psutil.Process(saving.pid).children(recursive=True)
+    assert len(children) == 2, "Megatron-Core's writers, and no server for its queue"
+    saving.kill()
+    saving.wait()
+    saving.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    stage = tmp_path / ".target.unfinished"
+    assert any(path.stat().st_size for path in stage.glob("*.distcp")), "it was in the middle"
+    assert manifest.read(stage) is None and manifest.require(tmp_path / "target") == {"step": 1}
+    assert manifest.verify(tmp_path / "target") == 2

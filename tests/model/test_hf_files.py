@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_bai.config import Model
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, hf, mapping
+from megatron_bai.model import checkpoint, hf, manifest, mapping, placing
 
 
 @pytest.fixture
@@ -123,6 +123,33 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
         hf.HFReader(directory).tensor("lm_head.weight")
+
+
+def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None:
+    sealed = manifest.seal(directory.rename(placing.unfinished(directory)), directory, {})
+    path = sealed / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="model.safetensors is not what was written"):
+        hf.import_hf([], MODEL, directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64', which is no size"),
+        ({"num_experts": -8}, "num_experts is -8"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+        ({"rope_parameters": None, "rope_theta": [1]}, r"rope_theta is \[1\]"),
+        ({"rope_parameters": [1]}, r"rotary embeddings are \[1\]"),
+    ],
+)
+def test_a_number_that_is_none_is_named(changes: dict[str, Any], named: str, directory: Path) -> None:
+    rewrite(directory, **changes)
+    with pytest.raises(UserError, match=f"config.json: .*{named}"):
+        hf.read_config(directory)
 
 
 def test_the_formats_are_told_apart(directory: Path) -> None:
