@@ -19,7 +19,14 @@ from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import engine, journal
 from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
-from megatron_bai.merge.output import check_space, check_target, fingerprint, is_current, left_to_write, write_provenance
+from megatron_bai.merge.output import (
+    check_space,
+    check_target,
+    fingerprint,
+    is_current,
+    left_to_write,
+    write_provenance,
+)
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
@@ -224,7 +231,8 @@ def _keep_what_is_finished(work: Plan, stages: Sequence[Path], error: Exception)
         short = left - shutil.disk_usage(stages[0].parent).free
         room = f", which takes {short:,} bytes more than are free" if short > 0 else ""
         raise UserError(
-            f"{error}; {kept:,} bytes are finished and kept: run the merge again, it goes on with the other {left:,}{room}"
+            f"{error}; {kept:,} bytes are finished and kept: run the merge again, it goes on with the other"
+            f" {left:,}{room}"
         ) from None
 
 

@@ -65,7 +65,7 @@ def lock(target: Path) -> Iterator[None]:
                 os.close(fd)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
-                raise UserError(f"{target} is being written by another process: let it end, or choose another") from None
+                raise UserError(f"{target} is being written by another process: let it end first") from None
         with suppress(FileNotFoundError):
             if os.fstat(fd).st_ino == os.stat(path).st_ino:
                 break
