@@ -4,14 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class VersionSpan:
-    """Response tokens `[start, end)` were sampled with weights of this version."""
-
-    version: str
-    start: int
-    end: int
+from megatron_bai.routing.routes import VersionSpan
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,7 @@ class Sample:
         logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
             inference engine, at the temperature sampled with.
         routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`).
-        spans: weight versions, covering the response in order.
+        spans: weight versions that the response's tokens were sampled with, covering them in order.
         finish: `stop` (end token), `length` (ran out of tokens) or `abort`.
     """
 
