@@ -1,0 +1,316 @@
+"""The envelope: routes of one sequence as bytes that say which model, weights and tokens they belong to.
+
+    header      magic, format version, encoding, signature, layers held, rows, token hash     38 bytes
+    spans       weight version of each range of rows
+    bitmap      one bit a row, only when some row has no route
+    payload     the rows that have one
+    checksum    CRC-32 of everything above
+
+`plain` keeps ids as they are (uint8, or int16 above 256 experts), order included: a copy and a check. `compact` keeps
+the sets (order carries no meaning) as numbers of equal length, within 1.05 of the bound log₂ C(E, k) (see `sets`); it
+returns ids in ascending order. Both hold layers apart, so that `cut` takes a pipeline stage's layers without decoding.
+
+An envelope is either read as it was written or refused. CRC-32 finds every damage of up to 32 adjacent bits and leaves
+one in 2³² of the others to the checks of structure; it does not stop someone who forges it, whose ids are still routes.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+
+from megatron_bai.routing import planes
+from megatron_bai.routing.routes import (
+    RouteSignature,
+    VersionSpan,
+    ascending,
+    check_distinct,
+    check_ids,
+    check_range,
+    chunks,
+)
+from megatron_bai.routing.sets import SetCode, bound_bits, set_code
+
+MAGIC = b"MBRT"
+VERSION = 1
+ENCODINGS = ("plain", "compact")
+HASH_BYTES = 16
+MAX_DECODED = 1 << 31  # bytes of ids: a forged header must not exhaust memory. A million tokens of 94 layers fit.
+_HEADER = struct.Struct("<4sBBBBHHHHIH16s")
+_SPAN = struct.Struct("<IIB")
+_CHECKSUM = struct.Struct("<I")
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The routes of one sequence.
+
+    Attributes:
+        signature: of the model.
+        ids: `[rows, layers, topk]` expert ids in the signature's dtype; zeros, which are no routes, where not valid.
+        valid: `[rows]` bool, rows that have a route.
+        spans: weight versions, covering the rows in order; empty where unknown.
+        token_hash: `token_hash` of the sequence.
+        first_layer: `ids[:, j]` belongs to MoE layer first_layer + j.
+    """
+
+    signature: RouteSignature
+    ids: np.ndarray
+    valid: np.ndarray
+    spans: tuple[VersionSpan, ...]
+    token_hash: bytes
+    first_layer: int = 0
+
+    @property
+    def sets(self) -> int:
+        """(row, layer) pairs with a route."""
+        return int(self.valid.sum()) * self.ids.shape[1]
+
+
+def token_hash(tokens: np.ndarray) -> bytes:
+    """A digest of token ids `[T]`, whatever their dtype."""
+    return blake2b(np.ascontiguousarray(tokens, dtype="<i8").tobytes(), digest_size=HASH_BYTES).digest()
+
+
+def bound_bytes(signature: RouteSignature, sets: int) -> float:
+    """Bytes that this many (row, layer) sets need at least, when all sets are equally likely."""
+    return sets * bound_bits(signature.num_experts, signature.topk) / 8
+
+
+def encode(recording: Recording, encoding: str = "plain") -> bytes:
+    """An envelope.
+
+    Raises:
+        ValueError: the recording contradicts itself or exceeds what an envelope can say.
+    """
+    signature, valid = recording.signature, recording.valid
+    layers = recording.ids.shape[1] if recording.ids.ndim == 3 else -1
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding {encoding!r}: choose one of {', '.join(ENCODINGS)}")
+    if valid.shape != recording.ids.shape[:1] or valid.dtype != bool or len(recording.token_hash) != HASH_BYTES:
+        raise ValueError(f"routes of {len(recording.ids)} rows with validity {valid.shape} {valid.dtype}")
+    check_range(recording.ids, signature, "routes to encode", layers)
+    whole = bool(valid.all())
+    head = _Head(
+        ENCODINGS.index(encoding), not whole, signature, recording.first_layer, layers, len(valid),
+        recording.spans, recording.token_hash,
+    )  # fmt: skip
+    head.check()
+    ids = recording.ids if whole else recording.ids[valid]
+    if encoding == "compact":
+        payload = _pack(ids, set_code(signature.num_experts, signature.topk))
+    else:
+        payload = np.ascontiguousarray(_checked(ids, head), head.dtype)
+    return _join(head, valid, payload)
+
+
+def decode(data: bytes | memoryview, signature: RouteSignature | None = None) -> Recording:
+    """What `encode` was given, with sets in ascending order when compact.
+
+    Args:
+        data: one whole envelope.
+        signature: of the model the routes are for; None takes any.
+
+    Raises:
+        ValueError: not an intact envelope, or one of another model.
+    """
+    head, valid, payload = _split(data)
+    if signature is not None and head.signature != signature:
+        raise ValueError(f"routes of {head.signature}, the model is {signature}")
+    rows = int(valid.sum())
+    if head.encoding == ENCODINGS.index("compact"):
+        ids = _unpack(payload, rows, head.layers, head.code)
+    else:
+        ids = np.frombuffer(payload, head.dtype).reshape(rows, head.layers, head.signature.topk)
+        ids = _checked(ids, head).astype(head.signature.dtype)  # a copy, so that it can be written to
+    if rows < head.rows:
+        ids, given = np.zeros((head.rows, *ids.shape[1:]), dtype=ids.dtype), ids
+        ids[valid] = given
+    return Recording(head.signature, ids, valid, head.spans, head.token_hash, head.first_layer)
+
+
+def cut(data: bytes | memoryview, start: int, stop: int) -> bytes:
+    """The envelope of MoE layers `[start, stop)` alone, without decoding: what a pipeline stage needs.
+
+    Raises:
+        ValueError: not an intact envelope, or it lacks one of the layers.
+    """
+    head, valid, payload = _split(data)
+    first, last = start - head.first_layer, stop - head.first_layer
+    if not 0 <= first < last <= head.layers:
+        raise ValueError(f"layers [{start}, {stop}) of an envelope with {head.layers} from {head.first_layer}")
+    rows = int(valid.sum())
+    if head.encoding == ENCODINGS.index("compact"):
+        views = _plane_views(np.frombuffer(payload, np.uint8), rows, head.layers, head.code)
+        kept = np.concatenate([plane[first:last].ravel() for *_, plane in views])
+    else:
+        ids = np.frombuffer(payload, head.dtype).reshape(rows, head.layers, head.signature.topk)
+        kept = np.ascontiguousarray(ids[:, first:last])
+    return _join(replace(head, first_layer=start, layers=stop - start), valid, kept)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What an envelope says before its payload."""
+
+    encoding: int
+    partial: bool
+    signature: RouteSignature
+    first_layer: int
+    layers: int
+    rows: int
+    spans: tuple[VersionSpan, ...]
+    token_hash: bytes
+
+    @property
+    def dtype(self) -> str:
+        """Of ids in a plain payload, with its byte order."""
+        return "u1" if self.signature.dtype is np.uint8 else "<i2"
+
+    @property
+    def code(self) -> SetCode:
+        return set_code(self.signature.num_experts, self.signature.topk)
+
+    def check(self) -> None:
+        """Refuse what contradicts itself, or would need more memory than an envelope may ask for."""
+        s = self.signature
+        if not (1 <= s.topk <= min(s.num_experts, 255) and s.num_experts < 1 << 15 and 1 <= s.moe_layers < 1 << 16):
+            raise ValueError(f"an envelope cannot hold routes of {s}")
+        if not (0 <= self.first_layer and 1 <= self.layers <= s.moe_layers - self.first_layer):
+            raise ValueError(f"{self.layers} layers from {self.first_layer} of a model with {s.moe_layers}")
+        if self.rows * self.layers * s.topk * np.dtype(s.dtype).itemsize > MAX_DECODED:
+            raise ValueError(f"{self.rows} rows of {self.layers} layers exceed {MAX_DECODED} bytes")
+        ends = [0, *(span.end for span in self.spans)]
+        starts = [span.start for span in self.spans]
+        if self.spans and (starts != ends[:-1] or ends != sorted(ends) or ends[-1] != self.rows):
+            raise ValueError(f"weight versions {self.spans} do not cover {self.rows} rows")
+        if len(self.spans) > 0xFFFF or any(len(span.version.encode()) > 255 for span in self.spans):
+            raise ValueError("more than 65,535 weight versions, or one of more than 255 bytes")
+
+    def payload_bytes(self, rows: int) -> int:
+        """Of this many valid rows."""
+        if self.encoding == ENCODINGS.index("compact"):
+            return sum(size * self.layers for _, _, _, size in _plane_sizes(rows, self.code))
+        return rows * self.layers * self.signature.topk * np.dtype(self.dtype).itemsize
+
+    def __bytes__(self) -> bytes:
+        s, spans = self.signature, [(span.start, span.end, span.version.encode()) for span in self.spans]
+        fixed = _HEADER.pack(
+            MAGIC, VERSION, self.encoding, self.partial, s.topk, s.num_experts, s.moe_layers, self.first_layer,
+            self.layers, self.rows, len(spans), self.token_hash,
+        )  # fmt: skip
+        return fixed + b"".join(_SPAN.pack(start, end, len(name)) + name for start, end, name in spans)
+
+
+def _join(head: _Head, valid: np.ndarray, payload: np.ndarray) -> bytes:
+    parts = [bytes(head), np.packbits(valid, bitorder="little") if head.partial else b"", payload.reshape(-1)]
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join([*parts, _CHECKSUM.pack(checksum)])
+
+
+def _split(data: bytes | memoryview) -> tuple[_Head, np.ndarray, memoryview]:
+    """Header, validity of rows and payload of an envelope whose every length is right."""
+    data = memoryview(data).cast("B")
+    if len(data) < _HEADER.size + _CHECKSUM.size:
+        raise ValueError(f"{len(data)} bytes are no envelope of routes")
+    magic, version, encoding, partial, topk, experts, moe_layers, first, layers, rows, spans, digest = (
+        _HEADER.unpack_from(data)
+    )
+    if magic != MAGIC:
+        raise ValueError(f"an envelope of routes begins with {MAGIC!r}, not {magic!r}")
+    if version != VERSION:
+        raise ValueError(f"envelope of version {version}, this release reads version {VERSION}")
+    data, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
+    if zlib.crc32(data) != _CHECKSUM.unpack(checksum)[0]:
+        raise ValueError("the envelope is damaged: its checksum is another")
+    if encoding >= len(ENCODINGS) or partial > 1:
+        raise ValueError(f"unknown encoding {encoding} or flags {partial}")
+    named, at = _read_spans(data, spans)
+    head = _Head(encoding, bool(partial), RouteSignature(moe_layers, experts, topk), first, layers, rows, named, digest)
+    head.check()
+    valid, at = _read_bitmap(data, at, rows) if partial else (np.ones(rows, dtype=bool), at)
+    size = head.payload_bytes(int(valid.sum()))
+    if len(data) - at != size:
+        raise ValueError(f"the envelope holds {len(data) - at} bytes of routes instead of {size}")
+    return head, valid, data[at:]
+
+
+def _read_spans(data: memoryview, count: int) -> tuple[tuple[VersionSpan, ...], int]:
+    found, at = [], _HEADER.size
+    for _ in range(count):
+        if len(data) - at < _SPAN.size:
+            raise ValueError("the envelope ends within its weight versions")
+        start, end, size = _SPAN.unpack_from(data, at)
+        at += _SPAN.size
+        name = bytes(data[at : at + size])
+        at += size
+        if len(name) != size:
+            raise ValueError("the envelope ends within its weight versions")
+        found.append(VersionSpan(name.decode(), start, end))  # UnicodeDecodeError is a ValueError
+    return tuple(found), at
+
+
+def _read_bitmap(data: memoryview, at: int, rows: int) -> tuple[np.ndarray, int]:
+    size = -(-rows // 8)
+    if len(data) - at < size:
+        raise ValueError("the envelope ends within its bitmap")
+    bits = np.unpackbits(np.frombuffer(data[at : at + size], np.uint8), bitorder="little").astype(bool)
+    if bits[rows:].any() or bits[:rows].all():
+        raise ValueError("the bitmap of rows is not one that an envelope has")
+    return bits[:rows], at + size
+
+
+def _checked(ids: np.ndarray, head: _Head) -> np.ndarray:
+    return check_ids(ids, replace(head.signature, moe_layers=head.layers), "routes in an envelope")
+
+
+# The compact payload: for every plane of every field of a word, all layers.
+
+
+def _plane_sizes(rows: int, code: SetCode) -> list[tuple[int, int, int, int]]:
+    """(field, first bit, width, bytes a layer) of each plane."""
+    words = -(-rows // code.group)
+    fields = [(field, *plane) for field, bits in enumerate(code.fields) for plane in planes.split(bits)]
+    return [(field, shift, width, planes.size(words, width)) for field, shift, width in fields]
+
+
+def _plane_views(
+    payload: np.ndarray, rows: int, layers: int, code: SetCode
+) -> list[tuple[int, int, int, np.ndarray]]:
+    """(field, first bit, width, uint8 `[layers, bytes]` within the payload) of each plane."""
+    found, at = [], 0
+    for field, shift, width, size in _plane_sizes(rows, code):
+        found.append((field, shift, width, payload[at : at + layers * size].reshape(layers, size)))
+        at += layers * size
+    return found
+
+
+def _pack(ids: np.ndarray, code: SetCode) -> np.ndarray:
+    rows, layers, _ = ids.shape
+    payload = np.empty(sum(size for *_, size in _plane_sizes(rows, code)) * layers, dtype=np.uint8)
+    views = _plane_views(payload, rows, layers, code)
+    for part in chunks(rows, layers):
+        columns = ascending(ids[:, part])
+        check_distinct(columns, "routes to encode")
+        words = code.words(columns)
+        for field, shift, width, plane in views:
+            planes.write(words[field], shift, width, plane[part])
+    return payload
+
+
+def _unpack(payload: memoryview, rows: int, layers: int, code: SetCode) -> np.ndarray:
+    views = _plane_views(np.frombuffer(payload, np.uint8), rows, layers, code)
+    ids = np.empty((rows, layers, code.topk), dtype=code.dtype)
+    for part in chunks(rows, layers):
+        height = part.stop - part.start
+        words = [np.zeros((height, -(-rows // code.group)), dtype=np.int64) for _ in code.fields]
+        for field, shift, width, plane in views:
+            planes.read(plane[part], shift, width, words[field])
+        columns = code.columns(words, rows)
+        for layer in range(height):
+            ids[:, part.start + layer] = columns[:, layer].T
+    return ids
