@@ -58,8 +58,8 @@ VERBS = {
         "megatron-bai convert convert.source=runs/demo/actor convert.target=actor-hf convert.to=hf",
     ),
     "inspect": Verb(
-        "Describe a Megatron checkpoint, or compare two.",
-        "megatron_bai.merge.inspect:inspect",
+        "Describe a checkpoint or a store of routes, or compare two.",
+        "megatron_bai.inspect:run",
         ("inspect",),
         "megatron-bai inspect inspect.path=runs/demo/actor",
     ),

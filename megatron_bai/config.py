@@ -114,6 +114,8 @@ class Rollout:
 class Replay:
     mode: str = "r3"  # none, r2 (the training engine's old-policy routes) or r3 (the inference engine's routes)
     measure_live: bool = True  # one more forward a step, without replay: the discrepancy that replay removes
+    store: str = ""  # a directory that keeps the routes each step replays (see inspect); empty keeps none
+    store_encoding: str = "compact"  # sets within 1.05 of the fewest bits, or plain: one or two bytes an expert
 
 
 @dataclass
@@ -249,8 +251,8 @@ class Convert:
 
 @dataclass
 class Inspect:
-    path: str = ""
-    other: str = ""  # a second checkpoint to compare with
+    path: str = ""  # a checkpoint, or a directory that replay.store named
+    other: str = ""  # a second one of the same kind to compare with
     verify: bool = True  # read every byte against the checksums; false trusts sizes, which is quick
 
 

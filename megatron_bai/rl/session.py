@@ -17,8 +17,10 @@ from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
 from megatron_bai.rl.engine import Engine
+from megatron_bai.routing.codec import ENCODINGS
 from megatron_bai.routing.replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
+from megatron_bai.routing.sets import MAX_EXPERTS, MAX_TOPK
 
 
 @dataclass
@@ -140,6 +142,7 @@ def validate(settings: config.Config) -> None:
     trainer, model = settings.trainer, settings.model
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
+    _check_store(settings)
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
@@ -156,6 +159,22 @@ def validate(settings: config.Config) -> None:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
             f"model.max_position_embeddings ({model.max_position_embeddings})"
+        )
+
+
+def _check_store(settings: config.Config) -> None:
+    """Refuse a store that nothing would be written to, or not in the way asked for."""
+    replay, model = settings.replay, settings.model
+    if not replay.store:
+        return
+    if replay.mode == "none" or not objectives.get(settings.objective.name).rollouts:
+        raise UserError(f"replay.store={replay.store} keeps replayed routes, and nothing is replayed: leave it empty")
+    if replay.store_encoding not in ENCODINGS:
+        raise UserError(f"replay.store_encoding is {replay.store_encoding!r}: choose {' or '.join(ENCODINGS)}")
+    if replay.store_encoding == "compact" and (model.num_experts > MAX_EXPERTS or model.moe_topk > MAX_TOPK):
+        raise UserError(
+            f"replay.store_encoding=compact knows up to {MAX_TOPK} of {MAX_EXPERTS} experts, the model uses "
+            f"{model.moe_topk} of {model.num_experts}: choose plain"
         )
 
 

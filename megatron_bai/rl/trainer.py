@@ -23,6 +23,7 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.advantages import of_groups, uniform
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.inference import Inference, serve
+from megatron_bai.rl.keep import RouteKeeper, keep_routes
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
@@ -39,8 +40,8 @@ def train(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    with open_session(settings) as session, serve(_checked(session)) as inference:
-        loop = Loop(session, inference)
+    with open_session(settings) as session, keep_routes(_checked(session)) as keeper, serve(session) as inference:
+        loop = Loop(session, inference, keeper)
         summary = Summary(settings, dist.get_world_size())
         steps = settings.trainer.steps
         with Progress(settings.run.dir, settings, steps, active=session.lead) as progress:
@@ -84,8 +85,8 @@ def _checked(session: Session) -> Session:
 class Loop:
     """One global step after another."""
 
-    def __init__(self, session: Session, inference: Inference):
-        self.session, self.inference = session, inference
+    def __init__(self, session: Session, inference: Inference, keeper: RouteKeeper | None = None):
+        self.session, self.inference, self.keeper = session, inference, keeper
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
         self.reference = Reference(session.actor) if settings.objective.kl_penalty else None
@@ -99,11 +100,14 @@ class Loop:
         stats = Stats()
         version = self.inference.version
         with clock("rollout"):
-            batch = self._rollout(step, stats)
+            samples, batch = self._rollout(step, stats)
         micros = batch.split(self.settings.trainer.micro_batch_size)
         rows_before = self.session.engine.replay.rows
         with clock("old_logprob"):
             routes = self._score_old(batch, micros, stats)
+        if self.keeper:
+            with clock("store"):
+                self.keeper.keep(step, version, samples, micros, routes)
         with clock("update"):
             norms, rate = self._update(step, batch, routes, stats)
         expected = self._rows_expected(batch)
@@ -126,7 +130,7 @@ class Loop:
             **clock.report(self._sum([int(batch.routed.sum()) if self.session.contributes else 0])[0]),
         }
 
-    def _rollout(self, step: int, stats: Stats) -> Batch:
+    def _rollout(self, step: int, stats: Stats) -> tuple[list[Sample], Batch]:
         """Sample this replica's groups, reward them and pad them to the length of the longest anywhere."""
         session, trainer = self.session, self.settings.trainer
         seed = self.settings.run.seed
@@ -141,7 +145,7 @@ class Loop:
         advantages = of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
         counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
         pad = session.task.tokenizer.pad_token_id
-        return from_samples(samples, advantages, length, pad, session.signature, counted)
+        return samples, from_samples(samples, advantages, length, pad, session.signature, counted)
 
     def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""

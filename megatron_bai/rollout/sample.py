@@ -34,3 +34,11 @@ class Sample:
     def response(self) -> np.ndarray:
         """`[T − prompt_length]` int64 ids of the response."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def row_spans(self) -> tuple[VersionSpan, ...]:
+        """Weight versions of the rows of `routes`: row t was computed to sample token t + 1, the prompt's before the
+        first token of the response."""
+        shift = self.prompt_length - 1
+        spans = [VersionSpan(span.version, span.start + shift, span.end + shift) for span in self.spans]
+        return (VersionSpan(spans[0].version, 0, spans[0].end), *spans[1:]) if spans else ()

@@ -131,6 +131,12 @@ def decode(data: bytes | memoryview, signature: RouteSignature | None = None) ->
     return Recording(head.signature, ids, valid, head.spans, head.token_hash, head.first_layer)
 
 
+def intact(data: bytes | memoryview) -> bool:
+    """Whether bytes end in the checksum of those before, as envelopes of every version do."""
+    size = _CHECKSUM.size
+    return len(data) > size and zlib.crc32(memoryview(data)[:-size]) == _CHECKSUM.unpack(data[-size:])[0]
+
+
 def cut(data: bytes | memoryview, start: int, stop: int) -> bytes:
     """The envelope of MoE layers `[start, stop)` alone, without decoding: what a pipeline stage needs.
 
@@ -224,9 +230,9 @@ def _split(data: bytes | memoryview) -> tuple[_Head, np.ndarray, memoryview]:
         raise ValueError(f"an envelope of routes begins with {MAGIC!r}, not {magic!r}")
     if version != VERSION:
         raise ValueError(f"envelope of version {version}, this release reads version {VERSION}")
-    data, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
-    if zlib.crc32(data) != _CHECKSUM.unpack(checksum)[0]:
+    if not intact(data):
         raise ValueError("the envelope is damaged: its checksum is another")
+    data = data[: -_CHECKSUM.size]
     if encoding >= len(ENCODINGS) or partial > 1:
         raise ValueError(f"unknown encoding {encoding} or flags {partial}")
     named, at = _read_spans(data, spans)

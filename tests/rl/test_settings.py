@@ -35,6 +35,10 @@ def test_the_defaults_are_valid() -> None:
     ("values", "named"),
     [
         ({"replay__mode": "r4"}, ["replay.mode", "'r4'", "none, r2 or r3"]),
+        ({"replay__store": "s", "replay__mode": "none"}, ["replay.store=s", "nothing is replayed"]),
+        ({"replay__store": "s", "objective__name": "sft"}, ["replay.store=s", "nothing is replayed"]),
+        ({"replay__store": "s", "replay__store_encoding": "zip"}, ["replay.store_encoding is 'zip'", "plain or compact"]),
+        ({"replay__store": "s", "model__num_experts": 2048}, ["replay.store_encoding=compact", "2 of 2048: choose plain"]),
         ({"trainer__steps": 0}, ["trainer.steps is 0"]),
         ({"trainer__prompts_per_step": 0}, ["trainer.prompts_per_step is 0"]),
         ({"trainer__group_size": -1}, ["trainer.group_size is -1"]),

@@ -1,0 +1,119 @@
+"""Keep the routes that training replays in a store (`replay.store`)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_bai.errors import UserError
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.session import Session
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.codec import Recording, encode, token_hash
+from megatron_bai.routing.layout import rank_rows
+from megatron_bai.routing.replay import MicroRoutes
+from megatron_bai.routing.routes import VersionSpan
+from megatron_bai.routing.store import RouteStore, StoreWriter, is_store
+
+
+class RouteKeeper:
+    """The leader of each replica writes the routes of its samples to a file of its own, once a step."""
+
+    def __init__(self, session: Session):
+        """Open the store.
+
+        Raises:
+            UserError: it holds routes of another run, or cannot be written.
+        """
+        self.session, self.settings = session, session.settings.replay
+        self._writer: StoreWriter | None = None
+        if not session.leader:
+            return
+        if is_store(self.settings.store):
+            with RouteStore(self.settings.store) as store:
+                if store.entries:
+                    raise UserError(
+                        f"replay.store={self.settings.store} holds routes of another run, up to its step "
+                        f"{store.entries[-1].step}: name another directory"
+                    )
+        self._writer = StoreWriter(self.settings.store, f"replica-{session.data_rank:05}")
+
+    def keep(
+        self, step: int, version: int, samples: list[Sample], micros: list[Batch], routes: list[MicroRoutes]
+    ) -> None:
+        """Write the routes of a step, as the engine was given them. Collective over the replica.
+
+        Args:
+            version: of the training engine's weights, which chose R2's routes.
+            samples: of this replica, in the order of the batch.
+            micros: the batch in parts, which hold the padded samples.
+            routes: replayed in each of them on this rank.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        number, remaining = self.session.data_rank * len(samples), iter(samples)
+        for micro, own in zip(micros, routes, strict=True):
+            whole = self._gathered(micro, own)
+            if self._writer is None:
+                continue
+            for ids, routed in zip(whole, micro.routed.numpy()):
+                sample = next(remaining)
+                rows = len(sample.tokens) - 1
+                mine = (VersionSpan(str(version), 0, rows),)
+                recording = Recording(
+                    signature=self.session.signature,
+                    ids=ids[:rows],
+                    valid=routed[:rows],
+                    spans=sample.row_spans if self.settings.mode == "r3" else mine,
+                    token_hash=token_hash(sample.tokens),
+                )
+                self._writer.append(step, number, self.settings.mode, encode(recording, self.settings.store_encoding))
+                number += 1
+        if self._writer:
+            assert next(remaining, None) is None, "samples whose routes were not kept"
+            self._writer.sync()
+
+    def _gathered(self, micro: Batch, own: MicroRoutes) -> np.ndarray | None:
+        """`[B, T, moe_layers, topk]` of a micro-batch on the leader, None elsewhere, from what each rank replayed.
+
+        Raises:
+            RuntimeError: the ranks together do not hold a route of every token in every layer.
+        """
+        session, signature = self.session, self.session.signature
+        place = torch.arange(micro.tokens.numel()).reshape(micro.tokens.shape)
+        tokens = rank_rows(place, *session.engine.sequence).numpy()  # where each of this rank's rows belongs
+        ids = torch.stack(list(own.values()), dim=1).cpu().numpy().astype(signature.dtype)
+        parts = [None] * dist.get_world_size(session.model_group) if session.leader else None
+        dist.gather_object((tokens, list(own), ids), parts, group=session.model_group, group_dst=0)
+        if parts is None:
+            return None
+        whole = np.full((micro.tokens.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
+        for tokens, layers, ids in parts:
+            whole[np.ix_(tokens, layers)] = ids
+        if (whole < 0).any():
+            raise RuntimeError("the ranks of a replica do not replay a route of every token in every layer")
+        return whole.astype(signature.dtype).reshape(*micro.tokens.shape, signature.moe_layers, signature.topk)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+@contextmanager
+def keep_routes(session: Session) -> Iterator[RouteKeeper | None]:
+    """A keeper where `replay.store` asks for one.
+
+    Raises:
+        UserError: as `RouteKeeper`.
+    """
+    if not session.settings.replay.store:
+        yield None
+        return
+    keeper = RouteKeeper(session)
+    try:
+        yield keeper
+    finally:
+        keeper.close()

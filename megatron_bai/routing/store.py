@@ -1,0 +1,288 @@
+"""Routes on disk: a directory of append-only files `NAME.routes`, each written by one process.
+
+    file      record, record, …
+    record    header: magic, envelope's length, step, sample, source, CRC-32 of the header    32 bytes
+              envelope (see `codec`), which carries a checksum of its own
+
+There is no index to lose: opening reads the headers. What a killed writer left unfinished lies at the end of its file;
+readers say so and pass over it, and the next writer of that file cuts it off. Damage further up costs the records it
+touches: reading resumes at the next header that is intact.
+
+A record is with the operating system when `append` returns, so a killed process loses at most the one it was writing;
+it is on the disk after `sync`, so a power cut loses what came later.
+"""
+
+import fcntl
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bai.errors import UserError
+from megatron_bai.model.manifest import sync
+from megatron_bai.routing import codec
+from megatron_bai.routing.codec import Recording
+
+SUFFIX = ".routes"
+MAGIC = b"MBR\x01"  # the last byte is the version
+SOURCES = ("r2", "r3")
+_HEADER = struct.Struct("<4sIQQB3x")
+_CHECKSUM = struct.Struct("<I")
+_HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """Where a record is.
+
+    Attributes:
+        step: global step, from 0.
+        sample: index of the sample in the step's batch, over all data-parallel replicas.
+        source: `r3`, the inference engine's routes, or `r2`, the training engine's.
+        offset, length: of its envelope in `file`, in bytes.
+    """
+
+    step: int
+    sample: int
+    source: str
+    file: Path
+    offset: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"step {self.step} sample {self.sample} ({self.file} at byte {self.offset - _HEADER_BYTES})"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Bytes `[start, end)` of a file that are no records; `tail` where no record follows them."""
+
+    file: Path
+    start: int
+    end: int
+    tail: bool
+
+    def __str__(self) -> str:
+        what = "an unfinished record at the end" if self.tail else "damage"
+        return f"{self.file}: {what}, bytes {self.start:,} to {self.end:,}"
+
+
+def is_store(directory: str | Path) -> bool:
+    """Whether a directory holds files of routes."""
+    return any(Path(directory).glob(f"*{SUFFIX}"))
+
+
+class StoreWriter:
+    """Appends to one file of a store. Only one writer may have a file open.
+
+    Attributes:
+        path: the file.
+        entries: its records, earlier ones included.
+        cut: bytes of an unfinished record that opening cut off.
+    """
+
+    def __init__(self, directory: str | Path, name: str):
+        """Open `NAME.routes`, making it and the directory where they are missing.
+
+        Raises:
+            UserError: another process writes to it, it is something else, or the directory cannot be written.
+        """
+        self.path = Path(directory) / f"{name}{SUFFIX}"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            sync(self.path.parent)
+        except OSError as error:
+            raise UserError(f"cannot write routes to {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._recover()
+        except BaseException as error:
+            os.close(self._fd)
+            if isinstance(error, BlockingIOError):
+                raise UserError(f"another process writes to {self.path}: give each run its own directory") from None
+            raise
+
+    def append(self, step: int, sample: int, source: str, envelope: bytes) -> Entry:
+        """Add a record.
+
+        Args:
+            envelope: from `codec.encode`.
+
+        Raises:
+            UserError: the file system took only part of it; the file is as it was before.
+        """
+        header = _HEADER.pack(MAGIC, len(envelope), step, sample, SOURCES.index(source))
+        data = memoryview(header + _CHECKSUM.pack(zlib.crc32(header)) + envelope)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+        except OSError as error:
+            os.ftruncate(self._fd, self._end)
+            raise UserError(f"cannot write routes to {self.path}: {error.strerror}") from None
+        entry = Entry(step, sample, source, self.path, self._end + _HEADER_BYTES, len(envelope))
+        self._end += len(data)
+        self.entries.append(entry)
+        return entry
+
+    def sync(self) -> None:
+        """Return once everything appended is on the disk."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Sync, and let others write."""
+        self.sync()
+        os.close(self._fd)
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def _recover(self) -> None:
+        """Cut what follows the last intact record. Its data may be missing too: a power cut keeps no order."""
+        size = os.fstat(self._fd).st_size
+        self.entries, _ = _scan(self._fd, self.path)
+        while self.entries and not codec.intact(os.pread(self._fd, self.entries[-1].length, self.entries[-1].offset)):
+            self.entries.pop()
+        if not self.entries and not MAGIC.startswith(os.pread(self._fd, len(MAGIC), 0)):
+            raise UserError(f"{self.path} holds no routes that this release knows: move it away")
+        last = self.entries[-1] if self.entries else None
+        self._end = last.offset + last.length if last else 0
+        self.cut = size - self._end
+        if self.cut:
+            os.ftruncate(self._fd, self._end)
+            self.sync()
+
+
+class RouteStore:
+    """All files of a store as they are now; records appended later are not seen. Any number may read while some write.
+
+    Attributes:
+        entries: records by step and sample.
+        damage: found so far: in headers when opening, in envelopes when reading on over them.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Read the headers.
+
+        Raises:
+            UserError: there is no store, or two records claim to be the same sample.
+        """
+        self.directory = Path(directory)
+        if not is_store(self.directory):
+            raise UserError(f"no routes in {self.directory}: give a directory that replay.store named in a run")
+        self.entries: list[Entry] = []
+        self.damage: list[Damage] = []
+        self._fds: dict[Path, int] = {}
+        try:
+            for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+                self._fds[path] = os.open(path, os.O_RDONLY)
+                entries, damage = _scan(self._fds[path], path)
+                self.entries += entries
+                self.damage += damage
+            self.entries.sort()
+            for a, b in zip(self.entries, self.entries[1:]):
+                if (a.step, a.sample) == (b.step, b.sample):
+                    raise UserError(f"two recordings of one sample: {a} and {b}. Several runs wrote to this directory")
+        except OSError as error:
+            self.close()
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def envelope(self, entry: Entry) -> bytes:
+        """The bytes of a record, not checked."""
+        return os.pread(self._fds[entry.file], entry.length, entry.offset)
+
+    def read(self, entry: Entry) -> Recording:
+        """A record.
+
+        Raises:
+            ValueError: it is damaged; says where it is.
+        """
+        try:
+            return codec.decode(self.envelope(entry))
+        except ValueError as error:
+            raise ValueError(f"{entry}: {error}") from None
+
+    def recordings(self, skip_damaged: bool = False) -> Iterator[tuple[Entry, Recording]]:
+        """Every record by step and sample.
+
+        Args:
+            skip_damaged: pass over damage and add it to `damage`, instead of stopping.
+
+        Raises:
+            UserError: damage other than an unfinished last record, unless it is to be passed over.
+        """
+        if not skip_damaged and (broken := [damage for damage in self.damage if not damage.tail]):
+            raise UserError(f"{broken[0]}: restore the file from a copy")
+        for entry in self.entries:
+            try:
+                recording = self.read(entry)
+            except ValueError as error:
+                if not skip_damaged:
+                    raise UserError(f"{error}: restore the file from a copy") from None
+                self.damage.append(Damage(entry.file, entry.offset, entry.offset + entry.length, tail=False))
+                continue
+            yield entry, recording
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+    def __enter__(self) -> "RouteStore":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+
+def _scan(fd: int, path: Path) -> tuple[list[Entry], list[Damage]]:
+    """Records and what lies between them, by the headers alone."""
+    entries, damage = [], []
+    at, size = 0, os.fstat(fd).st_size
+    while at < size:
+        entry = _entry(fd, path, at)
+        if entry is not None and entry.offset + entry.length <= size:
+            entries.append(entry)
+            at = entry.offset + entry.length
+            continue
+        following = _next_header(fd, path, at + 1, size)
+        damage.append(Damage(path, at, size if following is None else following, tail=following is None))
+        at = damage[-1].end
+    return entries, damage
+
+
+def _entry(fd: int, path: Path, at: int) -> Entry | None:
+    """The record whose header is at this offset, if one is."""
+    header = os.pread(fd, _HEADER_BYTES, at)
+    if len(header) < _HEADER_BYTES or not header.startswith(MAGIC):
+        return None
+    fields, checksum = header[: _HEADER.size], header[_HEADER.size :]
+    _, length, step, sample, source = _HEADER.unpack(fields)
+    if zlib.crc32(fields) != _CHECKSUM.unpack(checksum)[0] or source >= len(SOURCES):
+        return None
+    return Entry(step, sample, SOURCES[source], path, at + _HEADER_BYTES, length)
+
+
+def _next_header(fd: int, path: Path, at: int, size: int) -> int | None:
+    """The offset of the first whole record from `at` on."""
+    while at < size:
+        block = os.pread(fd, _BLOCK + len(MAGIC) - 1, at)  # a magic number may lie across two blocks
+        found = block.find(MAGIC)
+        while found >= 0:
+            entry = _entry(fd, path, at + found)
+            if entry is not None and entry.offset + entry.length <= size:
+                return at + found
+            found = block.find(MAGIC, found + 1)
+        at += _BLOCK
+    return None

@@ -1,0 +1,76 @@
+"""What the trainer keeps in a store is what its routers did in the updates."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from keep_worker import LAYOUTS, STEPS
+from moe import MODEL, SIGNATURE
+from processes import TESTS, launch
+
+from megatron_bai.routing.codec import token_hash
+from megatron_bai.routing.routes import VersionSpan
+from megatron_bai.routing.store import RouteStore
+
+pytestmark = pytest.mark.distributed
+SAMPLES, MICRO = 16, 2
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_mode = pytest.mark.parametrize("mode", ["r2", "r3"])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keep")
+    launch(TESTS / "routing" / "keep_worker.py", path)
+    return path
+
+
+def facts(directory: Path, layout: str, mode: str) -> list[dict]:
+    return [torch.load(directory / f"{layout}-{mode}-{rank}.pt") for rank in range(2)]
+
+
+@each_layout
+@each_mode
+def test_every_kept_route_is_what_the_router_did(directory: Path, layout: str, mode: str) -> None:
+    """Walks over the routing maps of all ranks: row s · B + b of a micro-batch is token s of its sample b."""
+    replicas = 2 if layout == "dp2" else 1
+    with RouteStore(directory / f"{layout}-{mode}") as store:
+        kept = {(entry.step, entry.sample): recording for entry, recording in store.recordings()}
+    assert sorted(kept) == [(step, sample) for step in range(STEPS) for sample in range(SAMPLES)]
+    seen = {key: np.zeros((len(r.ids), MODEL.num_layers), dtype=bool) for key, r in kept.items()}
+    for rank in facts(directory, layout, mode):
+        own = SAMPLES // replicas
+        for layer, maps in rank["maps"].items():
+            assert len(maps) == STEPS * own // MICRO
+            for number, chosen in enumerate(maps):
+                step, micro = divmod(number, own // MICRO)
+                per_sample = len(chosen) // MICRO  # tokens of a sample on this rank
+                first = rank["tensor_rank"] * per_sample
+                for row, experts in enumerate(chosen):
+                    s, b = divmod(row, MICRO)
+                    key = step, rank["data_rank"] * own + micro * MICRO + b
+                    if first + s < len(kept[key].ids):
+                        assert experts.nonzero()[:, 0].tolist() == kept[key].ids[first + s, layer].tolist()
+                        seen[key][first + s, layer] = True
+    assert all(rows.all() for rows in seen.values())
+
+
+@each_layout
+@each_mode
+def test_a_recording_says_what_it_belongs_to(directory: Path, layout: str, mode: str) -> None:
+    with RouteStore(directory / f"{layout}-{mode}") as store:
+        assert store.damage == [] and {entry.source for entry in store.entries} == {mode}
+        assert len({entry.file for entry in store.entries}) == (2 if layout == "dp2" else 1)
+        kept = {(entry.step, entry.sample): recording for entry, recording in store.recordings()}
+    different = 0
+    for rank in facts(directory, layout, mode):
+        assert rank["coverage"] == [1.0] * STEPS
+        for step, sampled in enumerate(rank["sampled"]):
+            for number, (tokens, routes) in enumerate(sampled, start=rank["data_rank"] * len(sampled)):
+                recording = kept[step, number]
+                assert recording.signature == SIGNATURE and recording.token_hash == token_hash(tokens.numpy())
+                assert recording.valid.all() and len(recording.ids) == len(tokens) - 1
+                assert recording.spans == (VersionSpan(str(step), 0, len(tokens) - 1),)
+                different += int((recording.ids != np.sort(routes.numpy(), axis=-1)).any(axis=-1).sum())
+    assert (different == 0) == (mode == "r3")  # R2's are the router's own, not the rollout's
