@@ -14,6 +14,7 @@ from megatron_bai.routing.codec import Recording, bound_bytes
 from megatron_bai.routing.routes import RouteSignature, ascending, chunks
 from megatron_bai.routing.store import Entry, RouteStore
 
+_BARS = " ▁▂▃▄▅▆▇█"  # an expert that was never chosen is blank
 _NAMED = 4  # experts named as the busiest of a layer, samples named as belonging to other tokens
 
 
@@ -52,6 +53,7 @@ class Overlap:
         only: samples that one of the two lacks, in the first and in the second.
     """
 
+    signature: RouteSignature
     rows: np.ndarray
     equal: np.ndarray
     common: np.ndarray
@@ -119,22 +121,25 @@ def overlap(a: RouteStore, b: RouteStore) -> Overlap:
         key = entry.step, entry.sample
         if key not in theirs:
             continue
-        try:
-            other = b.read(theirs[key])
-        except ValueError:  # said when its store was read
+        other = b.attempt(theirs[key])
+        if other is None:
             continue
         if other.signature != mine.signature:
             raise UserError(f"{a.directory} holds routes of {mine.signature}, {b.directory} of {other.signature}")
         if found is None:
-            found = Overlap(*(np.zeros(mine.signature.moe_layers, dtype=np.int64) for _ in range(3)))
+            found = _no_overlap(mine.signature)
         if other.token_hash != mine.token_hash:
             found.other_tokens.append(key)
             continue
         found.matched += 1
         _add_overlap(found, mine, other)
-    found = found or Overlap(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+    found = found or _no_overlap(RouteSignature(0, 0, 0))
     found.only = len(ours - theirs.keys()), len(theirs.keys() - ours)
     return found
+
+
+def _no_overlap(signature: RouteSignature) -> Overlap:
+    return Overlap(signature, *(np.zeros(signature.moe_layers, dtype=np.int64) for _ in range(3)))
 
 
 def _add_overlap(total: Overlap, a: Recording, b: Recording) -> None:
@@ -178,16 +183,14 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
     )
     console.print(f"rows {found.rows:,}, with a route {found.valid:,} ({_share(found.valid, found.rows)})")
     console.print("weight versions (rows): " + ", ".join(f"{name} ({rows:,})" for name, rows in found.versions.items()))
-    per_row = found.encoded / max(found.rows, 1)
-    console.print(
-        f"{per_row:,.1f} bytes a token, {found.encoded / found.bound:.3f} of the bound"
-        f" {found.bound / max(found.valid, 1):,.1f}; int32 takes {4 * s.moe_layers * s.topk:,}"
-        if found.bound
-        else f"{per_row:,.1f} bytes a token"
-    )
-    for damage in store.damage:
-        console.print(f"not read: {damage}")
-    table = Table("layer", "entropy", "max/mean", "min/mean", "unused", "busiest (share of choices)", title="load per expert")
+    if found.valid:
+        size, least = found.encoded / found.valid, found.bound / found.valid
+        ratio = f" ({size / least:.3f} of it)" if least else ""
+        plain = 4 * s.moe_layers * s.topk
+        console.print(f"bytes a row with a route: {size:,.1f}, at least {least:,.1f}{ratio}; int32 takes {plain:,}")
+    _print_damage(console, store)
+    columns = ("layer", "entropy", "max/mean", "min/mean", "unused", "busiest (share of choices)")
+    table = Table(*columns, title="load of the experts", title_justify="left")
     for layer, (load, even) in enumerate(zip(found.load, entropy(found.load))):
         mean = load.mean()
         if not mean:
@@ -197,13 +200,15 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
         unused = str(int((load == 0).sum()))
         table.add_row(str(layer), f"{even:.4f}", f"{load.max() / mean:.2f}", f"{load.min() / mean:.2f}", unused, busiest)
     console.print(table)
+    console.print("every expert's load, as a share of its layer's busiest:")
+    for layer, load in enumerate(found.load):
+        height = np.ceil(load * (len(_BARS) - 1) / max(load.max(), 1)).astype(int)
+        console.print(f"{layer:>5} {''.join(_BARS[h] for h in height)}")
 
 
 def _print_overlap(console: Console, a: RouteStore, b: RouteStore) -> None:
     found = overlap(a, b)
-    topk = content(b).signature.topk
-    for damage in b.damage:
-        console.print(f"not read: {damage}")
+    _print_damage(console, b)
     console.print(
         f"{found.matched:,} samples in both; only in {a.directory}: {found.only[0]:,}, only in {b.directory}:"
         f" {found.only[1]:,}"
@@ -217,8 +222,13 @@ def _print_overlap(console: Console, a: RouteStore, b: RouteStore) -> None:
         *((str(layer), *values) for layer, values in enumerate(sums)),
         ("all", found.rows.sum(), found.equal.sum(), found.common.sum()),
     ]:
-        table.add_row(name, f"{rows:,}", _share(equal, rows), _share(common, rows * topk))
+        table.add_row(name, f"{rows:,}", _share(equal, rows), _share(common, rows * found.signature.topk))
     console.print(table)
+
+
+def _print_damage(console: Console, store: RouteStore) -> None:
+    for damage in store.damage:
+        console.print(f"not read: {damage}")
 
 
 def _share(part: int, whole: int) -> str:

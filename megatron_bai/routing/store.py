@@ -213,6 +213,16 @@ class RouteStore:
         except ValueError as error:
             raise ValueError(f"{entry}: {error}") from None
 
+    def attempt(self, entry: Entry) -> Recording | None:
+        """A record, or None where it is damaged, which `damage` then says."""
+        try:
+            return self.read(entry)
+        except ValueError:
+            found = Damage(entry.file, entry.offset, entry.offset + entry.length, tail=False)
+            if found not in self.damage:
+                self.damage.append(found)
+            return None
+
     def recordings(self, skip_damaged: bool = False) -> Iterator[tuple[Entry, Recording]]:
         """Every record by step and sample.
 
@@ -225,14 +235,11 @@ class RouteStore:
         if not skip_damaged and (broken := [damage for damage in self.damage if not damage.tail]):
             raise UserError(f"{broken[0]}: restore the file from a copy")
         for entry in self.entries:
-            try:
-                recording = self.read(entry)
-            except ValueError as error:
-                if not skip_damaged:
-                    raise UserError(f"{error}: restore the file from a copy") from None
-                self.damage.append(Damage(entry.file, entry.offset, entry.offset + entry.length, tail=False))
-                continue
-            yield entry, recording
+            recording = self.attempt(entry)
+            if recording is not None:
+                yield entry, recording
+            elif not skip_damaged:
+                raise UserError(f"the recording of {entry} is damaged: restore the file from a copy")
 
     def close(self) -> None:
         for fd in self._fds.values():
