@@ -14,8 +14,8 @@ from megatron_bai.routing.codec import Recording, bound_bytes
 from megatron_bai.routing.routes import RouteSignature, ascending, chunks
 from megatron_bai.routing.store import Entry, RouteStore
 
-_BARS = " ▁▂▃▄▅▆▇█"  # an expert that was never chosen is blank
-_NAMED = 4  # experts named as the busiest of a layer, samples named as belonging to other tokens
+_BARS = "·▁▂▃▄▅▆▇█"  # an expert that was never chosen is a dot
+_NAMED = 3  # experts named as the busiest of a layer, samples named as belonging to other tokens
 
 
 @dataclass

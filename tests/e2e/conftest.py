@@ -19,4 +19,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 @pytest.fixture(scope="session")
 def trained(demo: Demo) -> Result:
     """The demo's reinforcement learning in its own layout, in the run directory of `demo`."""
-    return succeeded(demo.reinforce("train", 2, f"run.dir={demo.directory}"))
+    kept = f"replay.store={demo.directory}/routes"
+    return succeeded(demo.reinforce("train", 2, f"run.dir={demo.directory}", kept))

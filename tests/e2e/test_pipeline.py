@@ -11,6 +11,8 @@ import pytest
 from command import Result, succeeded
 from pipeline import STEPS, Demo
 
+from megatron_bai.routing.store import RouteStore
+
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 
 # What the record of a step holds at least (issue 2).
@@ -94,7 +96,23 @@ def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:
     found = {path.name for path in demo.directory.iterdir()}
     logs = {"pretrained-log", "instruct-log", "reasoning-log", "server.log"}
     models = {"pretrained", "instruct", "reasoning", "actor", "tokenizer"}
-    assert found == models | logs | {"config.yaml", "metrics.jsonl", "summary.json", "report.html"}
+    assert found == models | logs | {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "routes"}
+
+
+def test_the_routes_of_every_step_are_kept_and_described(demo: Demo, summary: dict[str, Any]) -> None:
+    samples = 16 * 8
+    with RouteStore(demo.directory / "routes") as store:
+        kept = list(store.recordings())
+    assert [(entry.step, entry.sample) for entry, _ in kept] == [(s, i) for s in range(STEPS) for i in range(samples)]
+    for number, step in enumerate(summary["steps"]):
+        own = [recording for entry, recording in kept if entry.step == number]
+        assert {span.version for recording in own for span in recording.spans} == {str(step["weight_version"])}
+        rows = sum(int(recording.valid.sum()) for recording in own)
+        assert rows == round(step["tokens_per_second"] * step["seconds_step"]) > samples
+    found = succeeded(demo.verb("inspect-routes", "inspect", f"inspect.path={demo.directory}/routes"))
+    assert f"{STEPS * samples} samples of {STEPS} steps (0 to {STEPS - 1}), r3" in found.out
+    refused = demo.reinforce("again", 2, f"replay.store={demo.directory}/routes").wait()
+    assert refused.code and "holds routes of another run" in refused.complaints[0] and not refused.tracebacks
 
 
 def test_a_second_run_reuses_every_checkpoint(demo: Demo, trained: Result) -> None:

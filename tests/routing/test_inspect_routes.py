@@ -105,7 +105,7 @@ def test_an_unused_expert_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture)
     one.ids[0, 1] = [6, 4]
     verb.run(Config(inspect=Inspect(path=str(write(tmp_path, {(0, 0): one})))))
     text = capsys.readouterr().out
-    assert "\n    1   █ ▁ █ \n" in text
+    assert "\n    1 ··█·▁·█·\n" in text
     (row,) = [line.split("│") for line in text.splitlines() if line.startswith("│ 1 ")]
     assert row[5].strip() == "5" and row[6].strip().startswith("6 (50.0%), 2 (49.0%), 4 (1.0%)")
 
