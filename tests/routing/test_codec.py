@@ -76,6 +76,7 @@ def test_a_number_no_set_has_is_refused(experts: int, topk: int) -> None:
             refused += 1
             continue
         assert all(np.array_equal(a, b) for a, b in zip(code.words(columns), words))
+        assert (np.diff(columns.astype(int), axis=0) > 0).all()
     assert refused or code.count == 1
     beyond = [np.array([[code.count**code.group >> shift & mask]]) for shift, mask in _limbs(code)]
     with pytest.raises(ValueError, match="no set of experts"):
@@ -224,6 +225,18 @@ def test_a_small_forged_envelope_cannot_ask_for_much_memory() -> None:
     """One expert of one needs no bits, a bitmap of zeros one an absent row: rows times layers could be anything."""
     body = struct.pack("<4sBBBBHHHHIH16s", b"MBRT", 1, 1, 0, 1, 1, 65535, 0, 65535, 2**32 - 1, 0, bytes(16))
     with pytest.raises(ValueError, match="4294967295 rows of 65535 layers exceed"):
+        decode(_sealed(body))
+
+
+def test_a_bitmap_has_an_absent_row_and_nothing_beyond_the_last() -> None:
+    body = bytearray(encode(recording(9, valid=0.6))[:-4])
+    at = body.index(recording(9).spans[1].version.encode()) + len(recording(9).spans[1].version.encode())
+    assert body[at + 1] in (0, 1)  # the ninth row
+    body[at + 1] |= 2
+    with pytest.raises(ValueError, match="bitmap of rows"):
+        decode(_sealed(body))
+    body[at : at + 2] = b"\xff\x01"
+    with pytest.raises(ValueError, match="bitmap of rows"):
         decode(_sealed(body))
 
 

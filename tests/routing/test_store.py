@@ -119,6 +119,14 @@ def test_damage_over_many_blocks_is_passed_over(tmp_path: Path) -> None:
         assert [(damage.start, damage.end) for damage in store.damage] == [(0, last.offset - 32)]
 
 
+def test_a_header_across_two_blocks_of_the_search_is_found(tmp_path: Path) -> None:
+    (entry,) = fill(tmp_path, count=1)
+    record = entry.file.read_bytes()
+    for shift in range(-4, 3):  # the search begins at byte 1 and reads blocks of 1 MiB
+        entry.file.write_bytes(bytes((1 << 20) + 1 + shift) + record)
+        assert held(tmp_path) == [(0, 0)]
+
+
 _WRITER = """
 import sys
 from recordings import recording
