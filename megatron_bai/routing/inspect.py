@@ -74,7 +74,7 @@ def content(store: RouteStore) -> Content:
             signature = recording.signature
             found = Content(signature, np.zeros((signature.moe_layers, signature.num_experts), dtype=np.int64))
         if recording.signature != found.signature:
-            raise UserError(f"{entry} is of {recording.signature}, others are of {found.signature}: not one model's routes")
+            raise UserError(f"{entry} is of {recording.signature}, others are of {found.signature}: two models")
         ids = recording.ids[recording.valid]
         for j in range(ids.shape[1]):
             found.load[recording.first_layer + j] += np.bincount(ids[:, j].ravel(), minlength=found.load.shape[1])
@@ -178,8 +178,8 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
     s, steps = found.signature, {entry.step for entry in store.entries}
     sources = " and ".join(sorted(found.sources))
     console.print(
-        f"{store.directory}: {found.records:,} samples of {len(steps):,} steps ({min(steps)} to {max(steps)}), {sources};"
-        f" {s.moe_layers} MoE layers, {s.topk} of {s.num_experts} experts"
+        f"{store.directory}: {found.records:,} samples of {len(steps):,} steps ({min(steps)} to {max(steps)}), "
+        f"{sources}; {s.moe_layers} MoE layers, {s.topk} of {s.num_experts} experts"
     )
     console.print(f"rows {found.rows:,}, with a route {found.valid:,} ({_share(found.valid, found.rows)})")
     console.print("weight versions (rows): " + ", ".join(f"{name} ({rows:,})" for name, rows in found.versions.items()))
@@ -198,7 +198,8 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
             continue
         busiest = ", ".join(f"{e} ({load[e] / load.sum():.1%})" for e in np.argsort(-load, kind="stable")[:_NAMED])
         unused = str(int((load == 0).sum()))
-        table.add_row(str(layer), f"{even:.4f}", f"{load.max() / mean:.2f}", f"{load.min() / mean:.2f}", unused, busiest)
+        numbers = (f"{even:.4f}", f"{load.max() / mean:.2f}", f"{load.min() / mean:.2f}")
+        table.add_row(str(layer), *numbers, unused, busiest)
     console.print(table)
     console.print("every expert's load, as a share of its layer's busiest:")
     for layer, load in enumerate(found.load):

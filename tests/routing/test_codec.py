@@ -22,7 +22,7 @@ MODELS = [(4, 2), (8, 2), (60, 4), (64, 6), (64, 8), (128, 4), (128, 8), (160, 8
           (512, 10), (768, 12), (128, 16), (256, 16), (1024, 1), (1024, 16), (2, 1), (17, 16), (41, 16)]  # fmt: skip
 signatures = st.builds(
     lambda layers, model: RouteSignature(layers, *model),
-    st.integers(1, 4), st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 2), (9, 9), (60, 4), (256, 8), (257, 5), (512, 10)]),
+    st.integers(1, 4), st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 2), (9, 9), (60, 4), (256, 8), (512, 10)]),
 )  # fmt: skip
 ranges = st.tuples(st.integers(0, 40), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
 encodings = pytest.mark.parametrize("encoding", ENCODINGS)
