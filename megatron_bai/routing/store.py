@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bai.errors import UserError
-from megatron_bai.model.manifest import sync
+from megatron_bai.model.placing import sync
 from megatron_bai.routing import codec
 from megatron_bai.routing.codec import Recording
 
