@@ -81,6 +81,7 @@ _AS_TYPED = {
     "field(default_factory=list)": "[]",
     "field(default_factory=dict)": "{}",
     "MISSING": "???",
+    "None": "null",
     'float("inf")': "inf",
 }
 _HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--multirun|-m|--resolve|--package|-p|--hydra-help|--shell-completion)")
@@ -204,7 +205,7 @@ def _described(group: str, kind: type) -> list[str]:
     written = not kind.__doc__.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
     lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if written else f"{group}:"]
     for line in inspect.getsource(kind).splitlines():
-        if found := re.match(r"    (\w+): ([\w\[\], ]+) = (.+?)(?:  # (.+))?$", line):
+        if found := re.match(r"    (\w+): ([\w\[\], |]+) = (.+?)(?:  # (.+))?$", line):
             key, typename, default, comment = found.groups()
             lines.append(f"  {group}.{key}={_AS_TYPED.get(default, default)}  ({typename}) {comment or ''}".rstrip())
     return lines

@@ -77,15 +77,33 @@ class Init:
 
 @dataclass
 class Merge:
-    """Balanced Actor Initialization (arXiv 2509.00309): stage 1 Σ wᵢ·Mᵢ, stage 2 α·pretrained + (1 − α)·stage 1."""
+    """Merging checkpoints, by Balanced Actor Initialization unless `method` says otherwise.
 
-    pretrained: str = ""
-    members: list[str] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # one a member, summing to 1
-    alpha: float = 0.5  # weight of the pretrained checkpoint
-    sweep: list[float] = field(default_factory=list)  # alphas: one output each, the inputs read once; replaces alpha
+    bai              α · pretrained + (1 − α) · Σ wᵢ·Mᵢ                          (arXiv 2509.00309)
+    linear           Σ wᵢ·Mᵢ                                                     (arXiv 2203.05482)
+    slerp            from the first of two members to the second, on an arc
+    task_arithmetic  pretrained + λ · Σ wᵢ·τᵢ with τᵢ = Mᵢ − pretrained          (arXiv 2212.04089)
+    ties             … τᵢ trimmed, averaged where they agree with a common sign  (arXiv 2306.01708)
+    dare             … τᵢ with a random share dropped and the rest rescaled      (arXiv 2311.03099)
+
+    A setting that the method does not use must be left out.
+    """
+
+    method: str = "bai"  # or linear, task_arithmetic, slerp, ties, dare
+    pretrained: str = ""  # gives the layout, too; in linear and slerp that alone: empty takes the first member's
+    members: list[str] = field(default_factory=list)  # Mᵢ; slerp: two
+    weights: list[float] = field(default_factory=list)  # wᵢ; bai, linear: summing to 1; task vectors: 1 each unless given
+    normalize: bool = False  # divide the weights by their sum; not for ties, which averages, and slerp
+    alpha: float | None = None  # bai: weight of the pretrained checkpoint, 0.5 unless given
+    t: float | None = None  # slerp: from 0, the first member, to 1, the second
+    scale: float | None = None  # task vectors: λ, 1 unless given
+    density: float | None = None  # ties: the share of each parameter's elements that is kept, 0.2 unless given
+    drop_rate: float | None = None  # dare: the share that is dropped
+    seed: int | None = None  # dare: of what is dropped, 0 unless given
+    sweep: list[float] = field(default_factory=list)  # of alpha, t or scale: one output each, the inputs read once
     alpha_for: dict[str, float] = field(default_factory=dict)  # by group (see inspect) or regex; the first that fits
     weights_for: dict[str, list[float]] = field(default_factory=dict)  # likewise
+    t_for: dict[str, float] = field(default_factory=dict)  # likewise
     output: str = ""  # with a sweep, the directory of the outputs: alpha-0.1 and so on
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
     threads: int = 0  # of a rank; 0 shares the machine's cores among its ranks, up to 8 each

@@ -28,6 +28,8 @@ from megatron_bai.merge.output import (
     write_provenance,
 )
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
+from megatron_bai.merge.measure import measured, to_measure
+from megatron_bai.merge.methods import recipes_of
 from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch
@@ -58,7 +60,7 @@ def run(config: Config) -> None:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
     threads = settings.threads or cores_per_rank()
     with ranks() as group, ExitStack() as stack:
-        work = prepare(jobs, stack, group, piece_bytes(settings.memory_mib, len(jobs), threads))
+        work = prepare(jobs, stack, group, piece_bytes(settings.memory_mib, jobs, threads))
         if settings.dry_run:
             group.first(lambda: describe(work, jobs))
             return
@@ -72,37 +74,33 @@ def run(config: Config) -> None:
 
 
 def jobs_of(settings: Merge) -> list[Job]:
-    """The merges that the settings ask for: one, or one for each alpha of a sweep.
+    """The merges that the settings ask for: one, or one for each value of a sweep.
 
     Paths are resolved, so that a checkpoint named in two ways counts as one.
     """
     if not settings.output:
         raise UserError("merge.output is empty: give the directory to write")
-    members = tuple(os.path.realpath(m) if m else "" for m in settings.members)
+    members = [os.path.realpath(m) if m else "" for m in settings.members]
     pretrained = os.path.realpath(settings.pretrained) if settings.pretrained else ""
     output = Path(os.path.abspath(settings.output))
-    if len(set(settings.sweep)) != len(settings.sweep):
-        raise UserError(f"merge.sweep {list(settings.sweep)} names an alpha twice: give each once")
-    alphas = {alpha: output / f"alpha-{alpha!r}" for alpha in settings.sweep} or {settings.alpha: output}
-    weights = tuple(settings.weights)
-    alpha_for = tuple(settings.alpha_for.items())
-    weights_for = tuple((pattern, tuple(value)) for pattern, value in settings.weights_for.items())
-    return [
-        Job(Recipe(pretrained, members, weights, alpha, alpha_for, weights_for), target)
-        for alpha, target in alphas.items()
-    ]
+    recipes = recipes_of(dataclasses.replace(settings, members=members, pretrained=pretrained))
+    return [Job(recipe, output / name) for name, recipe in recipes.items()]
 
 
-def piece_bytes(memory_mib: int, sums: int, threads: int) -> int:
+def piece_bytes(memory_mib: int, jobs: Sequence[Job], threads: int) -> int:
     """The largest output item that keeps a rank's buffers within `memory_mib`.
 
-    Each thread reads two spans; it and the writer hold one item of each sum, and tiles in float32 and float64.
+    Each thread reads two spans; it and the writer hold one item of each sum, and tiles in float32 and float64. For an
+    elementwise method a thread holds tiles of all sources, and what the arithmetic leaves between.
 
     Raises:
         UserError: there is no room for an item of 1 MiB.
     """
+    sums, recipe = len(jobs), jobs[0].recipe
     spans = threads * 2 * SPAN_BYTES
     tiles = (threads + 1) * (1 + sums) * engine.TILE * (4 + 8)
+    if recipe.elementwise:
+        tiles += threads * (3 * len(recipe.members) + sums + 10) * engine.SMALL_TILE * 8
     items = (threads + 1) * sums
     room = ((memory_mib << 20) - spans - tiles) // items
     if room < 1 << 20:
@@ -114,7 +112,7 @@ def piece_bytes(memory_mib: int, sums: int, threads: int) -> int:
 def prepare(
     jobs: Sequence[Job], stack: ExitStack, group: Ranks, piece: int = PIECE_BYTES, unit: int = UNIT_BYTES
 ) -> Plan:
-    """Open every source on every rank and plan. The jobs differ in alpha only. `stack` closes the sources."""
+    """Open every source on every rank and plan. The jobs differ in what is swept only. `stack` closes the sources."""
 
     def work() -> Plan:
         scratch = Scratch()
@@ -155,7 +153,8 @@ def merge(
         if not todo:
             return 0, 0
         jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
-        work = dataclasses.replace(work, sums=tuple(work.sums[k] for k in todo))
+        sums, recipes = (tuple(each[k] for k in todo) for each in (work.sums, work.recipes))
+        work = dataclasses.replace(work, sums=sums, recipes=recipes)
         try:
             return len(jobs), _write(work, jobs, marks, group, check, threads)
         except Exception as error:
@@ -192,7 +191,11 @@ def _write(
 
     directories = group.first(stage, jobs[0].target)
     group.first(lambda: check_space(work, directories))
-    with _progress(work, group) as advance:
+    total = work.recipes[0].passes * len(work.inputs) * sum(s.nbytes for s in engine.share(to_measure(work), group))
+    with _progress("measuring", total, group) as advance:
+        work = measured(work, group, advance, threads)
+    share = sum(unit.nbytes for unit in engine.share(work.units, group)) / max(work.bytes_written, 1)
+    with _progress("merging", int(work.bytes_read * share), group) as advance:
         norms = engine.execute(work, directories, group, advance, threads)
     digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
     prints = []
@@ -237,20 +240,19 @@ def _keep_what_is_finished(work: Plan, stages: Sequence[Path], error: Exception)
 
 
 @contextmanager
-def _progress(work: Plan, group: Ranks) -> Iterator[Callable[[int], None]]:
-    """A bar of the bytes this rank reads, on rank 0 of a terminal."""
+def _progress(what: str, total: int, group: Ranks) -> Iterator[Callable[[int], None]]:
+    """A bar of the bytes this rank reads, on rank 0 of a terminal; none where there is nothing to do."""
     console = Console(stderr=True)
-    share = sum(unit.nbytes for unit in engine.share(work.units, group)) / max(work.bytes_written, 1)
-    columns = TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=group.rank > 0 or not console.is_terminal) as bar:
-        task = bar.add_task("merge", total=int(work.bytes_read * share))
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=group.rank > 0 or not (total and console.is_terminal)) as bar:
+        task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
 
 
 def describe(work: Plan, jobs: Sequence[Job]) -> None:
     """Print the plan; nothing of a tensor has been read."""
     for job in jobs:
-        print(job.target)
+        print(f"{job.target}: {job.recipe.method}, {job.recipe.summary()}")
         for term in job.recipe.terms():
             print(f"    {term.coefficient:.9g} × {term.source}")
         for key in work.outputs:

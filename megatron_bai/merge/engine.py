@@ -1,5 +1,7 @@
 """The arithmetic and its streaming: Σ coefficient · value over any number of checkpoints, in bounded memory.
 
+(Methods that are no weighted sum bring their own arithmetic, see `combined`; the rest holds for them too.)
+
 A tensor passes through in tiles of `TILE` elements. For each, every source's region is read into the same scratch
 memory, converted, multiplied and added to the accumulator; the sum is rounded once, to the output's dtype. The
 accumulator is float32 for outputs of 16 bits or fewer and float64 for wider ones, so its own rounding stays far below
@@ -13,23 +15,38 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import journal
-from megatron_bai.merge.boxes import Box, split, within
+from megatron_bai.merge.boxes import Box, within
 from megatron_bai.merge.journal import UnitResult
 from megatron_bai.merge.plan import Output, Plan, Unit
 from megatron_bai.merge.pool import Pool
 from megatron_bai.merge.ranks import Ranks
+from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Target, Written
+from megatron_bai.merge.values import read_all, require_finite
 
 TILE = 1 << 18  # elements: the accumulator and one converted source stay in a core's cache
-
-
+SMALL_TILE = 1 << 16  # for methods that hold a tile of every source, and more
 BATCH_BYTES = 1 << 20  # of the output, that a thread merges at a time: many small pieces, or one
+
+
+class Sized(Protocol):
+    """A portion of work."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+W = TypeVar("W", bound=Sized)
 
 
 class Accumulator:
@@ -45,10 +62,11 @@ class Accumulator:
         memory = self._memory[torch.float64 if wide else torch.float32][:, : math.prod(box[1])]
         term, totals = memory[0], memory[1:]
         begun = [False] * len(totals)
+        coefficients = plan.coefficients(output, box)
         for i, source in enumerate(plan.inputs):
             values = source.read(output.key, *box).reshape(-1)
             for k, total in enumerate(totals):
-                coefficient = plan.sums[k][output.key][i]
+                coefficient = coefficients[k][i]
                 if coefficient == 0:
                     continue  # as if this sum did not know the source: adding 0 would turn -0 into 0
                 if begun[k]:
@@ -57,6 +75,13 @@ class Accumulator:
                     total.copy_(values).mul_(coefficient)
                     begun[k] = True
         return list(totals)
+
+
+def combined(plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
+    """The values of one tile for each of the plan's recipes, whose method is elementwise; in float64, unrounded."""
+    values, part = read_all(plan, output, box), Part(output.key, output.shape, box)
+    measure = plan.measure(part)
+    return [r.combine(values, row[output.key], part, measure) for r, row in zip(plan.recipes, plan.sums)]
 
 
 def execute(
@@ -115,8 +140,8 @@ def _finish(plan: Plan, target: Target, directory: Path, ranks: Ranks, done: lis
     return {key: math.sqrt(value) for key, value in squares.items()}
 
 
-def share(units: tuple[Unit, ...], ranks: Ranks) -> list[Unit]:
-    """The units of this rank: the largest first, each to the rank with the fewest bytes so far."""
+def share(units: Sequence[W], ranks: Ranks) -> list[W]:
+    """This rank's portions of the work: the largest first, each to the rank with the fewest bytes so far."""
     loads = [0] * ranks.size
     mine = []
     for unit in sorted(units, key=lambda u: (-u.nbytes, u.name)):
@@ -209,10 +234,11 @@ def _fill(
     """Merge one box of a tensor, tile by tile, into `values` [sums, *sizes]; returns the sums of squares."""
     itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
     squares = [0.0] * len(values)
-    for box in split(*piece, TILE):
+    merge, tile = (combined, SMALL_TILE) if plan.recipes[0].elementwise else (accumulator.weighted_sums, TILE)
+    for box in plan.tiles(output, piece, tile):
         tiles = [value[within(box, piece[0])].view(-1) for value in values]
         if output.merged:
-            for k, total in enumerate(accumulator.weighted_sums(plan, output, box)):
+            for k, total in enumerate(merge(plan, output, box)):
                 squares[k] += _round(plan, output, box, total, tiles[k]) ** 2
         else:
             _copy_equal(plan, output, box, tiles)
@@ -225,20 +251,11 @@ def _round(plan: Plan, output: Output, box: Box, total: torch.Tensor, tile: torc
     tile.copy_(total)
     norm = float(torch.linalg.vector_norm(total))
     if not norm <= torch.finfo(output.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
-        _require_finite(plan, output, box, tile)
+        require_finite(plan, output, box)
+        if not tile.isfinite().all():  # negative weights can leave the sources' range
+            raise Unfit(f"{output.key}: the merged values are too large for {output.dtype}: check the weights")
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
     return norm
-
-
-def _require_finite(plan: Plan, output: Output, box: Box, tile: torch.Tensor) -> None:
-    """Say which source a NaN or Inf came from."""
-    for source in plan.inputs:
-        finite = source.read(output.key, *box).isfinite()
-        if not finite.all():
-            at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
-            raise Unfit(f"{source.path}: {output.key} holds NaN or Inf at {at}: it must not be merged")
-    if not tile.isfinite().all():  # negative weights can leave the sources' range
-        raise Unfit(f"{output.key}: the weighted sum is too large for {output.dtype}: check merge.weights")
 
 
 def _copy_equal(plan: Plan, output: Output, box: Box, tiles: list[torch.Tensor]) -> None:

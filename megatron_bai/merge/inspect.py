@@ -17,6 +17,7 @@ from megatron_bai.merge.engine import TILE, one_thread
 from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import group_of
 from megatron_bai.merge.output import PROVENANCE
+from megatron_bai.merge.recipe import ABOUT, summary
 from megatron_bai.merge.sources import Entry, Scratch, Source
 from megatron_bai.model import manifest
 from megatron_bai.model.strict_json import parse
@@ -140,12 +141,13 @@ def _print_provenance(console: Console, path: Path) -> None:
 
 def _print_note(console: Console, note: dict[str, Any]) -> None:
     recipe, versions = note["recipe"], note["versions"]
+    settings = {name: value for name, value in recipe.items() if name not in ABOUT}
     console.print(
         f"merged {note['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"
-        f" alpha {recipe['alpha']:g}, weights {recipe['weights']}; fingerprint {note['fingerprint'][:16]}"
+        f" {recipe['method']}: {summary(settings)}; fingerprint {note['fingerprint'][:16]}"
     )
-    for name in ("alpha_for", "weights_for"):
-        for pattern, value in recipe.get(name, {}).items():
+    for name, values in settings.items():
+        for pattern, value in values.items() if name.endswith("_for") else ():
             console.print(f"  {name} {pattern}: {value}")
     for source in note["sources"]:
         dropped = ", ".join(f"{len(keys)} entries not used: {why}" for why, keys in source["dropped"].items())

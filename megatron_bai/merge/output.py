@@ -46,6 +46,8 @@ def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
         "inputs": [sources[str(plan.inputs[i].path)] for i in used],
         "layout": [(key, [(c.offsets, c.sizes) for c in base.tensors[key].chunks]) for key in plan.outputs],
         "outputs": [(key, [rows[key][i] for i in used] if key in rows else "equal") for key in plan.outputs],
+        "recipe": plan.recipes[which].identity(),
+        "places": used if plan.recipes[which].elementwise else None,
         "objects": [
             (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
         ],
@@ -159,10 +161,10 @@ def model_card(recipe: Recipe) -> str:
             *(f"- {json.dumps(name)}" for name in names),
             "---",
             "",
-            f"A weighted sum of {len(names)} checkpoints by Balanced Actor Initialization (arXiv 2509.00309) with"
-            f" α = {recipe.alpha:g}, made with megatron_bai {megatron_bai.__version__}. See `{PROVENANCE}`.",
+            f"Merged from {len(names)} checkpoints by {recipe.title} with {recipe.summary()}; made with megatron_bai"
+            f" {megatron_bai.__version__}. See `{PROVENANCE}`.",
             "",
-            "| Checkpoint | Coefficient |",
+            f"| Checkpoint | {'Weight' if recipe.passes or recipe.elementwise else 'Coefficient'} |",
             "|---|---|",
             *rows,
             "",

@@ -2,7 +2,7 @@
 
 Every tensor of every source gets one fate, and `plan` asserts that none is left over:
 
-    merged    floating point: Σ coefficient · value
+    merged    floating point, by the recipe's method
     equal     anything else (token tables, counters): must be the same in all sources, and is copied
     dropped   optimizer and random-number state, which no linear combination keeps valid
 
@@ -17,8 +17,8 @@ checkpoint alone, never on the number of ranks.
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -26,7 +26,8 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.groups import fits
-from megatron_bai.merge.recipe import Recipe
+from megatron_bai.merge.recipe import Measure, Recipe
+from megatron_bai.merge.slices import Part, parts
 from megatron_bai.merge.sources import Entry, Source
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
@@ -65,9 +66,11 @@ class Plan:
     Attributes:
         base: the pretrained checkpoint.
         inputs: the checkpoints that are read; those that no sum needs are not among them.
-        sums: for each checkpoint to write, the coefficients of `inputs` in each merged tensor.
+        recipes: for each checkpoint to write, the method.
+        sums: likewise, the weights of `inputs` in each merged tensor.
         outputs: every tensor to write, by key.
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
+        measures: what the method's first passes found, by tensor and slice.
     """
 
     base: Source
@@ -76,6 +79,8 @@ class Plan:
     outputs: dict[str, Output]
     units: tuple[Unit, ...]
     dropped: dict[str, dict[str, list[str]]]
+    recipes: tuple[Recipe, ...] = ()
+    measures: Mapping[tuple[str, tuple[int, ...]], Measure] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -85,6 +90,22 @@ class Plan:
     def bytes_written(self) -> int:
         """For each sum."""
         return sum(unit.nbytes for unit in self.units)
+
+    def tiles(self, output: Output, box: Box, limit: int) -> Iterator[Box]:
+        """Cut a box into boxes of at most `limit` elements, each in one slice where the method distinguishes them."""
+        recipe = self.recipes[0]
+        if output.merged and (recipe.passes or recipe.elementwise):
+            return parts(output.key, output.shape, box, limit)
+        return split(*box, limit)
+
+    def measure(self, part: Part) -> Measure | None:
+        """What was measured of the slice that `part` lies in."""
+        return self.measures.get((part.key, part.index)) if self.measures else None
+
+    def coefficients(self, output: Output, box: Box) -> list[tuple[float, ...]]:
+        """For each sum, the coefficients of `inputs` in one of the `tiles`."""
+        measure = self.measure(Part(output.key, output.shape, box))
+        return [recipe.coefficients(row[output.key], measure) for recipe, row in zip(self.recipes, self.sums)]
 
     def cut(self) -> str:
         """A hash of how the work is cut, which depends on the settings as well as on the checkpoints."""
@@ -110,7 +131,7 @@ def plan(
         UserError: the sources do not hold the same tensors with the same shapes and dtypes, or a recipe's pattern fits
             no tensor; what is wrong is named.
     """
-    names = [term.source for term in recipes[0].terms()]
+    names = [term.source for term in recipes[0].terms()]  # the first gives the layout
     base = sources[names[0]]
     kept = {name: _model_tensors(sources[name]) for name in names}
     for name in names[1:]:
@@ -128,22 +149,30 @@ def plan(
         assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
     inputs, sums = _sums(recipes, [key for key, output in outputs.items() if output.merged])
     units = _cut(base, outputs, objects, piece_bytes, unit_bytes)
-    return Plan(base, tuple(sources[name] for name in inputs), sums, outputs, units, dropped)
+    return Plan(base, tuple(sources[name] for name in inputs), sums, outputs, units, dropped, tuple(recipes))
 
 
 def _sums(recipes: Sequence[Recipe], keys: list[str]) -> tuple[list[str], tuple[dict[str, tuple[float, ...]], ...]]:
     """The sources that any tensor of any recipe needs, and their coefficients for each recipe and tensor."""
     for pattern in recipes[0].patterns:
         if not any(fits(pattern, key) for key in keys):
-            raise UserError(f"the pattern {pattern!r} of merge.alpha_for or merge.weights_for fits no tensor")
+            raise UserError(f"the pattern {pattern!r} of {_setting_of(recipes[0], pattern)} fits no tensor")
     all_terms = [{key: recipe.terms(key) for key in keys} for recipe in recipes]
     needed = {term.source for terms in all_terms for row in terms.values() for term in row if term.coefficient != 0}
+    if recipes[0].elementwise:  # its `combine` knows the sources by their places
+        needed.update(term.source for term in recipes[0].terms())
     inputs = [term.source for term in recipes[0].terms() if term.source in needed]
     sums = tuple(
         {key: tuple(term.coefficient for term in row if term.source in needed) for key, row in terms.items()}
         for terms in all_terms
     )
     return inputs, sums
+
+
+def _setting_of(recipe: Recipe, pattern: str) -> str:
+    """Where a pattern was given."""
+    named = {name: value for name, value in recipe.settings.items() if name.endswith("_for")}
+    return next(f"merge.{name}" for name, value in named.items() if pattern in dict(value))
 
 
 def _model_tensors(source: Source) -> dict[str, Entry]:

@@ -1,71 +1,69 @@
-"""The algebra of Balanced Actor Initialization, resolved before any file is opened.
+"""What a merge method must say, resolved before any file is opened; each method is a file of `methods/`.
 
-BAI (arXiv 2509.00309) builds the model that RL starts from in two stages:
+Every method gives each source a weight in each tensor (`terms`). For a weighted sum Σ coefficient · value these are the
+coefficients and there is nothing more to say. Two steps away from that:
 
-    stage 1   M_sft = Σ_i w_i · M_i,  Σ_i w_i = 1
-    stage 2   M_BAI = α · M_pretrained + (1 − α) · M_sft
+- A method with `passes` reads the sources that many times beforehand and measures each slice (`slices`: one layer's or
+  one expert's parameter). A weighted sum may then have other coefficients in each slice (`coefficients`).
+- A method that is `elementwise` is no weighted sum: `combine` computes its values.
 
-Both are linear, so the two stages are one weighted sum over all checkpoints:
-
-    M_BAI = α · M_pretrained + Σ_i (1 − α) · w_i · M_i
-
-Computing it in one pass reads every input once, writes once and rounds once; writing M_sft in between would round
-twice. `Recipe.terms` gives that sum.
+Methods on task vectors τ_i = M_i − M_pretrained weigh those; their `terms` give the pretrained checkpoint 1.
 """
 
+import dataclasses
 import math
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
+
+import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge.groups import fits
+from megatron_bai.merge.slices import Part
 
-TOLERANCE = 1e-6  # how far the stage-1 weights may be from 1: the error of weights written with seven decimals
+T = TypeVar("T")
+Blocks = Callable[[], Iterator[torch.Tensor]]  # a slice's values [sources, elements] in float64, block by block
+Measure = tuple[float, ...]  # what a method measured of one slice
+
+ABOUT = ("method", "pretrained", "members", "terms")  # of a description, what is no setting of the method
+TOLERANCE = 1e-6  # how far weights that must sum to 1 may be from it: the error of seven decimals
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand: `coefficient` (float64) times the checkpoint at `source`."""
+    """A source's part in a merge: in a weighted sum, `coefficient` (float64) times the checkpoint at `source`."""
 
     source: str
     coefficient: float
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A two-stage merge, as the user writes it.
+class Recipe(ABC):
+    """A merge as the user writes it: the fields of a method are the settings it uses.
 
     Args:
-        pretrained: the base checkpoint; it also gives the output its layout and its non-tensor state.
-        members: the checkpoints of stage 1.
-        weights: one for each member, finite, summing to 1.
-        alpha: the weight of `pretrained` in stage 2, in [0, 1].
-        alpha_for, weights_for: (pattern, value) pairs that replace `alpha` or `weights` for the tensors that fit the
-            pattern, a parameter group's name or a regular expression; the first that fits decides.
+        pretrained: the base checkpoint, or empty where the method has none.
+        members: the other checkpoints.
 
     Raises:
         UserError: a checkpoint is missing, a number is outside its range, or a pattern is no regular expression.
     """
 
+    method: ClassVar[str]
+    title: ClassVar[str]  # with the paper, for people
+    swept: ClassVar[str] = ""  # the setting that `merge.sweep` gives values for; empty: none
+    passes: ClassVar[int] = 0
+    elementwise: ClassVar[bool] = False
+
     pretrained: str
     members: tuple[str, ...]
-    weights: tuple[float, ...]
-    alpha: float
-    alpha_for: tuple[tuple[str, float], ...] = ()
-    weights_for: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.pretrained:
-            raise UserError("merge.pretrained is empty: give the base checkpoint's directory")
         if not self.members or not all(self.members):
-            raise UserError("merge.members is empty or holds an empty path: give the checkpoints of stage 1")
-        _check_alpha("merge.alpha", self.alpha)
-        _check_weights("merge.weights", self.weights, len(self.members))
-        for pattern, alpha in self.alpha_for:
-            _check_alpha(f"merge.alpha_for[{pattern}]", alpha)
-        for pattern, weights in self.weights_for:
-            _check_weights(f"merge.weights_for[{pattern}]", weights, len(self.members))
+            raise UserError("merge.members is empty or holds an empty path: give the checkpoints to merge")
         for pattern in self.patterns:
             try:
                 fits(pattern, "")
@@ -73,52 +71,153 @@ class Recipe:
                 raise UserError(f"{pattern!r} is neither a parameter group nor a regular expression: {error}") from None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but the checkpoints; patterns last."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ABOUT}
+
+    @property
     def patterns(self) -> tuple[str, ...]:
-        return tuple(pattern for pattern, _ in (*self.alpha_for, *self.weights_for))
+        return tuple(pattern for name, value in self.settings.items() if name.endswith("_for") for pattern, _ in value)
 
+    @abstractmethod
     def terms(self, key: str | None = None) -> tuple[Term, ...]:
-        """The merge as one weighted sum, the pretrained first; a checkpoint named twice appears once.
-
-        Coefficients are float64 and sum to 1 within its rounding: what the weights' sum lacks to 1 is divided out.
+        """The sources, each once, and their weights; the first gives the output its layout and non-tensor state.
 
         Args:
             key: the tensor to merge; None gives the terms of tensors that no pattern fits.
         """
-        alpha, weights = self.alpha, self.weights
-        if key is not None:
-            alpha = next((value for pattern, value in self.alpha_for if fits(pattern, key)), alpha)
-            weights = next((value for pattern, value in self.weights_for if fits(pattern, key)), weights)
-        total = math.fsum(weights)
-        coefficients = {self.pretrained: alpha}
-        for member, weight in zip(self.members, weights):
-            coefficients[member] = coefficients.get(member, 0.0) + (1 - alpha) * weight / total
-        return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())
+
+    def needs(self, weights: Sequence[float]) -> bool:
+        """Whether a tensor with these weights of the sources must be measured; only asked where there are passes."""
+        return True
+
+    def measure(self, blocks: Blocks, part: Part) -> Measure:
+        """What `coefficients` or `combine` must know of a whole slice; calls `blocks` as often as there are passes."""
+        raise NotImplementedError
+
+    def coefficients(self, weights: tuple[float, ...], measure: Measure | None) -> tuple[float, ...]:
+        """The weighted sum's coefficients in a slice that was measured, or in any tensor."""
+        return weights
+
+    def combine(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> torch.Tensor:
+        """The merged values of an elementwise method.
+
+        Args:
+            values: float64 [sources, elements], the pretrained checkpoint first; it must not be changed. Sources of
+                weight 0 may be left at zero.
+            weights: one for each source.
+            part: which elements these are.
+
+        Returns:
+            float64 [elements]; where a method does not move an element, the pretrained checkpoint's bits.
+        """
+        raise NotImplementedError
+
+    def check(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The merged values by the method's plain formula, written apart from how the engine computes them.
+
+        Returns:
+            float64 [elements] each: the values, and the magnitude of what was added up for them, which bounds the
+            rounding of the engine's sums; infinite where rounding alone decides the value.
+        """
+        coefficients = torch.tensor(self.coefficients(tuple(weights), measure), dtype=torch.float64)
+        summands = values * coefficients.unsqueeze(1)
+        return summands.sum(0), summands.abs().sum(0)
+
+    def summary(self) -> str:
+        """The settings in a line, such as `alpha 0.5, weights 0.25 0.75`."""
+        return summary(self.settings)
 
     def describe(self) -> dict[str, Any]:
         """The recipe and its terms, as `provenance.json` keeps them."""
         return {
-            "method": "bai",
+            "method": self.method,
             "pretrained": self.pretrained,
             "members": list(self.members),
-            "weights": list(self.weights),
-            "alpha": self.alpha,
-            "alpha_for": dict(self.alpha_for),
-            "weights_for": {pattern: list(weights) for pattern, weights in self.weights_for},
+            **{name: dict(value) if name.endswith("_for") else value for name, value in self.settings.items()},
             "terms": [{"source": t.source, "coefficient": t.coefficient} for t in self.terms()],
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What the merged values depend on besides the terms, for the fingerprint."""
+        return {"method": self.method}
 
-def _check_alpha(name: str, alpha: float) -> None:
-    if not 0 <= alpha <= 1:  # also catches NaN
-        raise UserError(f"{name} is {alpha:g}: the pretrained checkpoint's weight lies between 0 and 1")
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Recipe):
+    """A method that weighs its members.
+
+    Args:
+        weights: one for each member, finite.
+        weights_for: (pattern, weights) pairs that replace `weights` for the tensors that fit the pattern, a parameter
+            group's name or a regular expression; the first that fits decides.
+    """
+
+    weights: tuple[float, ...] = ()
+    weights_for: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, weights in self.all_weights():
+            if len(weights) != len(self.members):
+                raise UserError(f"{name} has {len(weights)} entries for {len(self.members)} members: give one a member")
+            if not all(math.isfinite(w) for w in weights):
+                raise UserError(f"{name} [{listed(weights)}] holds a number that is not finite")
+
+    def all_weights(self) -> list[tuple[str, tuple[float, ...]]]:
+        """Every set of weights with its setting's name."""
+        named = [(f"merge.weights_for[{pattern}]", weights) for pattern, weights in self.weights_for]
+        return [("merge.weights", self.weights), *named]
+
+    def weights_of(self, key: str | None) -> tuple[float, ...]:
+        return pick(self.weights_for, key, self.weights)
 
 
-def _check_weights(name: str, weights: tuple[float, ...], members: int) -> None:
-    if len(weights) != members:
-        raise UserError(f"{name} has {len(weights)} entries for {members} members: give one a member")
-    listed = ", ".join(f"{w:g}" for w in weights)
-    if not all(math.isfinite(w) for w in weights):
-        raise UserError(f"{name} [{listed}] holds a number that is not finite")
-    total = math.fsum(weights)
-    if abs(total - 1) > TOLERANCE:
-        raise UserError(f"{name} [{listed}] sum to {total:.8g}: they must sum to 1")
+def pick(choices: Sequence[tuple[str, T]], key: str | None, default: T) -> T:
+    """The value of the first pattern that fits a tensor."""
+    return default if key is None else next((value for pattern, value in choices if fits(pattern, key)), default)
+
+
+def require_pretrained(recipe: Recipe) -> None:
+    if not recipe.pretrained:
+        raise UserError("merge.pretrained is empty: give the base checkpoint's directory")
+
+
+def require_distinct(recipe: Recipe) -> None:
+    """For methods in which a checkpoint's second mention would not just add to its weight."""
+    paths = [path for path in (recipe.pretrained, *recipe.members) if path]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise UserError(f"merge.method={recipe.method} names {twice} twice: name each checkpoint once")
+
+
+def require_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:  # also catches NaN
+        raise UserError(f"{name} is {value:g}: it lies between 0 and 1")
+
+
+def require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value:g}: give a finite number")
+
+
+def require_positive_sum(name: str, weights: Sequence[float]) -> None:
+    if math.fsum(weights) <= 0:
+        raise UserError(
+            f"{name} [{listed(weights)}] sum to {math.fsum(weights):g}: merge.normalize needs a positive sum"
+        )
+
+
+def summary(settings: Mapping[str, Any]) -> str:
+    """Settings in a line; those of patterns, and those left out, are not in it."""
+    plain = {name: value for name, value in settings.items() if not name.endswith("_for") and value is not False}
+    shown = {n: " ".join(f"{w:g}" for w in v) if isinstance(v, Sequence) else v for n, v in plain.items()}
+    return ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in shown.items())
+
+
+def listed(weights: Sequence[float]) -> str:
+    return ", ".join(f"{w:g}" for w in weights)

@@ -66,7 +66,7 @@ def test_inspect_prints_content_provenance_and_differences(three, capsys):
     command.run(Config(merge=three))
     inspect(Config(inspect=Inspect(path=three.output, other=three.pretrained)))
     text = capsys.readouterr().out
-    assert "alpha 0.6, weights [0.25, 0.75]" in text and f"0.6 × {three.pretrained}" in text
+    assert "bai: weights 0.25 0.75, alpha 0.6;" in text and f"0.6 × {three.pretrained}" in text
     assert "1 entries not used: optimizer or random-number state" in text
     assert "8 of 9 tensors differ" in text and "decoder.table" not in text.split("tensors differ")[1]
     inspect(Config(inspect=Inspect(path=three.output, other=three.output)))

@@ -3,27 +3,31 @@ import math
 import pytest
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.recipe import Recipe
+from megatron_bai.merge.methods.bai import Bai
+
+
+def bai(pretrained, members, weights, alpha, **patterns) -> Bai:
+    return Bai(pretrained, members, weights=weights, alpha=alpha, **patterns)
 
 
 def test_two_stages_are_one_sum():
-    terms = Recipe("base", ("instruct", "reasoning"), (0.25, 0.75), 0.6).terms()
+    terms = bai("base", ("instruct", "reasoning"), (0.25, 0.75), 0.6).terms()
     assert [t.source for t in terms] == ["base", "instruct", "reasoning"]
     assert [t.coefficient for t in terms] == pytest.approx([0.6, 0.4 * 0.25, 0.4 * 0.75], abs=1e-15)
 
 
 def test_any_number_of_members():
-    recipe = Recipe("base", tuple("abcdefg"), (1 / 7,) * 7, 0.3)
+    recipe = bai("base", tuple("abcdefg"), (1 / 7,) * 7, 0.3)
     assert math.fsum(t.coefficient for t in recipe.terms()) == pytest.approx(1, abs=1e-15)
 
 
 def test_a_source_named_twice_is_read_once():
-    terms = Recipe("base", ("a", "base", "a"), (0.25, 0.25, 0.5), 0.5).terms()
+    terms = bai("base", ("a", "base", "a"), (0.25, 0.25, 0.5), 0.5).terms()
     assert {t.source: t.coefficient for t in terms} == {"base": 0.625, "a": 0.375}
 
 
 def test_weights_written_with_seven_decimals_are_brought_to_one():
-    terms = Recipe("base", ("a", "b", "c"), (0.3333333,) * 3, 0.1).terms()
+    terms = bai("base", ("a", "b", "c"), (0.3333333,) * 3, 0.1).terms()
     assert math.fsum(t.coefficient for t in terms) == pytest.approx(1, abs=1e-15)
 
 
@@ -42,18 +46,18 @@ def test_weights_written_with_seven_decimals_are_brought_to_one():
 )
 def test_refused(weights, alpha, message):
     with pytest.raises(UserError, match=message):
-        Recipe("base", ("a", "b"), weights, alpha)
+        bai("base", ("a", "b"), weights, alpha)
 
 
 def test_paths_are_needed():
     with pytest.raises(UserError, match="merge.pretrained is empty"):
-        Recipe("", ("a",), (1.0,), 0.5)
+        bai("", ("a",), (1.0,), 0.5)
     with pytest.raises(UserError, match="merge.members is empty"):
-        Recipe("base", (), (), 0.5)
+        bai("base", (), (), 0.5)
 
 
 def test_the_first_pattern_that_fits_decides():
-    recipe = Recipe(
+    recipe = bai(
         "base",
         ("a", "b"),
         (0.5, 0.5),
@@ -83,4 +87,4 @@ def test_the_first_pattern_that_fits_decides():
 )
 def test_patterns_are_checked(change, message):
     with pytest.raises(UserError, match=message):
-        Recipe("base", ("a", "b"), (0.5, 0.5), 0.5, **change)
+        bai("base", ("a", "b"), (0.5, 0.5), 0.5, **change)

@@ -79,7 +79,7 @@ def test_hf_merges_by_the_formula_into_the_files_of_the_pretrained(hf):
     for name in ("model.safetensors.index.json", "config.json"):
         assert (out / name).read_text() == (base / name).read_text()
     card = (out / "README.md").read_text()
-    assert "α = 0.6" in card and "| n | 0.3 |" in card and "the base's" not in card
+    assert "alpha 0.6" in card and "| n | 0.3 |" in card and "the base's" not in card
 
 
 def test_hf_any_number_of_ranks_writes_the_same_bytes(hf, tmp_path):

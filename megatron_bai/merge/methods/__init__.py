@@ -1,0 +1,68 @@
+"""The methods of merging, one a file. `merge.method` chooses one, and its fields are the settings it uses."""
+
+import dataclasses
+from typing import Any
+
+from megatron_bai.config import Merge
+from megatron_bai.errors import UserError
+from megatron_bai.merge.methods.bai import Bai
+from megatron_bai.merge.methods.dare import Dare
+from megatron_bai.merge.methods.linear import Linear
+from megatron_bai.merge.methods.slerp import Slerp
+from megatron_bai.merge.methods.task_arithmetic import TaskArithmetic
+from megatron_bai.merge.methods.ties import Ties
+from megatron_bai.merge.recipe import Recipe
+
+METHODS: dict[str, type[Recipe]] = {m.method: m for m in (Bai, Linear, TaskArithmetic, Slerp, Ties, Dare)}
+
+
+UNSET = (None, "", [], {})  # with False: that is, not 0
+
+
+def recipes_of(settings: Merge) -> dict[str, Recipe]:
+    """The recipe under the name "", or one for each value of `merge.sweep`, such as `alpha-0.1`.
+
+    Raises:
+        UserError: there is no such method, it does not use a setting that is given, or it lacks one.
+    """
+    if settings.method not in METHODS:
+        raise UserError(f"merge.method is {settings.method!r}: choose one of {', '.join(METHODS)}")
+    method = METHODS[settings.method]
+    sweep, given = list(settings.sweep), _given(settings, method)
+    if sweep and not method.swept:
+        raise UserError(f"merge.method={method.method} does not use merge.sweep: leave it out")
+    if len(set(sweep)) != len(sweep):
+        raise UserError(f"merge.sweep {sweep} names a value twice: give each once")
+    every = {f"{method.swept}-{value!r}": given | {method.swept: value} for value in sweep} or {"": given}
+    return {name: _build(method, values) for name, values in every.items()}
+
+
+def _given(settings: Merge, method: type[Recipe]) -> dict[str, Any]:
+    """The settings of methods that are given; None and what is empty count as not given."""
+    known = {field.name for each in METHODS.values() for field in dataclasses.fields(each)}
+    values = {name: getattr(settings, name) for name in sorted(known)}
+    given = {name: _frozen(value) for name, value in values.items() if value is not False and value not in UNSET}
+    used = {field.name for field in dataclasses.fields(method)}
+    unused = [f"merge.{name}" for name in given if name not in used]
+    if unused:
+        raise UserError(f"merge.method={method.method} does not use {', '.join(unused)}: leave it out")
+    return given
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, and mappings as pairs."""
+    if isinstance(value, dict):
+        return tuple((key, _frozen(each)) for key, each in value.items())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _build(method: type[Recipe], values: dict[str, Any]) -> Recipe:
+    missing = [
+        field.name
+        for field in dataclasses.fields(method)
+        if field.name not in values and field.default is dataclasses.MISSING
+        if field.name not in ("pretrained", "members")
+    ]
+    if missing:
+        raise UserError(f"merge.{missing[0]} is not given: merge.method={method.method} needs it")
+    return method(**{"pretrained": "", "members": (), **values})

@@ -1,0 +1,58 @@
+"""Balanced Actor Initialization (arXiv 2509.00309), which builds the model that RL starts from in two stages:
+
+    stage 1   M_sft = Σ_i w_i · M_i,  Σ_i w_i = 1
+    stage 2   M_BAI = α · M_pretrained + (1 − α) · M_sft
+
+Both are linear, so the two stages are one weighted sum over all checkpoints:
+
+    M_BAI = α · M_pretrained + Σ_i (1 − α) · w_i · M_i
+
+Computing it in one pass reads every input once, writes once and rounds once; writing M_sft in between would round
+twice.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_bai.merge.recipe import Term, pick, require_pretrained, require_unit
+from megatron_bai.merge.methods.linear import Averaged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bai(Averaged):
+    """A two-stage merge.
+
+    Args:
+        pretrained: the base checkpoint; it also gives the output its layout and its non-tensor state.
+        members: the checkpoints of stage 1.
+        weights, weights_for, normalize: as in `Averaged`.
+        alpha: the weight of `pretrained` in stage 2, in [0, 1].
+        alpha_for: (pattern, alpha) pairs, as `weights_for`.
+    """
+
+    method: ClassVar[str] = "bai"
+    title: ClassVar[str] = "Balanced Actor Initialization (arXiv 2509.00309)"
+    swept: ClassVar[str] = "alpha"
+
+    alpha: float = 0.5
+    alpha_for: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        require_pretrained(self)
+        super().__post_init__()
+        require_unit("merge.alpha", self.alpha)
+        for pattern, alpha in self.alpha_for:
+            require_unit(f"merge.alpha_for[{pattern}]", alpha)
+
+    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+        """The merge as one weighted sum; a checkpoint named twice appears once.
+
+        Coefficients are float64 and sum to 1 within its rounding: what the weights' sum lacks to 1 is divided out.
+        """
+        alpha, weights = pick(self.alpha_for, key, self.alpha), self.weights_of(key)
+        total = math.fsum(weights)
+        coefficients = {self.pretrained: alpha}
+        for member, weight in zip(self.members, weights):
+            coefficients[member] = coefficients.get(member, 0.0) + (1 - alpha) * weight / total
+        return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())

@@ -1,0 +1,104 @@
+"""DARE (arXiv 2311.03099): drop a random share p of each task vector and rescale the rest, then add them up.
+
+    m_i ~ Bernoulli(1 − p), element by element
+    τ̃_i = m_i ⊙ τ_i / (1 − p),  so that E[τ̃_i] = τ_i = M_i − M_pretrained
+    M = M_pretrained + λ · Σ_i w_i · τ̃_i
+
+Nothing is drawn in turn: whether an element is dropped is a hash of the seed, the member's number, the parameter's
+name, layer and expert, and the element's number in it. So it is the same whatever order elements are read in, however
+the checkpoints are sharded and however their tensors are stacked.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.methods.task_arithmetic import Summed
+from megatron_bai.merge.recipe import Measure, require_distinct
+from megatron_bai.merge.slices import Part
+
+# SplitMix64 (Steele, Lea, Flood 2014): its increment, and the multipliers and shifts of its finaliser
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST = 31
+BITS = 53  # of a hash that are compared with p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dare(Summed):
+    """Task vectors thinned out at random and summed.
+
+    Args:
+        drop_rate: p, in [0, 1).
+        seed: of the choice of elements.
+    """
+
+    method: ClassVar[str] = "dare"
+    title: ClassVar[str] = "DARE (arXiv 2311.03099)"
+    elementwise: ClassVar[bool] = True
+
+    drop_rate: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_distinct(self)
+        if not 0 <= self.drop_rate < 1:
+            raise UserError(f"merge.drop_rate is {self.drop_rate:g}: it lies between 0 and 1, and is not 1")
+
+    def identity(self) -> dict[str, object]:
+        return {"method": self.method, "scale": self.scale, "drop_rate": self.drop_rate, "seed": self.seed}
+
+    def combine(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> torch.Tensor:
+        base = values[0]
+        step = torch.zeros_like(base)
+        elements = part.elements()
+        for number, weight in enumerate(weights[1:], 1):
+            if weight != 0:
+                factor = self.scale * weight / (1 - self.drop_rate)
+                kept = keeps(self.seed, number, part.name, elements, self.drop_rate)
+                step += torch.where(kept, values[number] - base, 0).mul_(factor)
+        return torch.where(step == 0, base, base + step)
+
+    def check(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over all checkpoints that the definition comes to, with the mask as a factor 0 or 1."""
+        elements = part.elements()
+        masks = [keeps(self.seed, n, part.name, elements, self.drop_rate) for n in range(1, len(weights))]
+        factors = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1) * torch.stack(masks) * self.scale
+        factors /= 1 - self.drop_rate
+        exact = values[0] * (1 - factors.sum(0)) + (factors * values[1:]).sum(0)
+        return exact, values[0].abs() * (1 + factors.abs().sum(0)) + (factors * values[1:]).abs().sum(0)
+
+
+def keeps(seed: int, number: int, name: str, elements: torch.Tensor, drop_rate: float) -> torch.Tensor:
+    """Which elements of a slice stay: bool, of the shape of `elements`.
+
+    Args:
+        number: the member's, from 1.
+        name: the slice's.
+        elements: int64, their numbers in the slice.
+    """
+    stream = hashlib.sha256(f"{seed} {number} {name}".encode()).digest()
+    hashed = (elements * _signed(GOLDEN)).add_(_signed(int.from_bytes(stream[:8], "little")))
+    for shift, multiplier in MIX:
+        hashed.bitwise_xor_(_shifted(hashed, shift)).mul_(_signed(multiplier))
+    hashed.bitwise_xor_(_shifted(hashed, LAST))
+    return _shifted(hashed, 64 - BITS) >= round(drop_rate * 2**BITS)
+
+
+def _signed(number: int) -> int:
+    """The int64 that has the bits of a 64-bit number; arithmetic modulo 2⁶⁴ is the same for both."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _shifted(numbers: torch.Tensor, places: int) -> torch.Tensor:
+    """Shifted right with zeros coming in, which int64 would replace by its sign."""
+    return (numbers >> places).bitwise_and_((1 << 64 - places) - 1)

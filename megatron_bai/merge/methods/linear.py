@@ -1,0 +1,52 @@
+"""The weighted average M = Σ_i w_i · M_i, Σ_i w_i = 1 (with equal weights a "model soup", arXiv 2203.05482)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.recipe import TOLERANCE, Term, Weighted, listed, require_positive_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged(Weighted):
+    """A method whose weights are those of an average: they sum to 1.
+
+    Args:
+        normalize: divide the weights by their sum, whatever it is, rather than require it to be 1.
+    """
+
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, weights in self.all_weights():
+            if self.normalize:
+                require_positive_sum(name, weights)
+            elif abs(math.fsum(weights) - 1) > TOLERANCE:
+                raise UserError(
+                    f"{name} [{listed(weights)}] sum to {math.fsum(weights):.8g}: they must sum to 1, or"
+                    " merge.normalize=true divides by their sum"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Averaged):
+    """A weighted average of the members.
+
+    Args:
+        pretrained: gives the layout and the non-tensor state, and is not averaged; empty: the first member gives them.
+        members: the checkpoints to average.
+    """
+
+    method: ClassVar[str] = "linear"
+    title: ClassVar[str] = "a weighted average (arXiv 2203.05482)"
+
+    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+        """The members' weights, brought to the sum 1; a checkpoint named twice appears once."""
+        weights = self.weights_of(key)
+        total = math.fsum(weights)
+        coefficients = {self.pretrained: 0.0} if self.pretrained else {}
+        for member, weight in zip(self.members, weights):
+            coefficients[member] = coefficients.get(member, 0.0) + weight / total
+        return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())

@@ -1,0 +1,95 @@
+"""Spherical linear interpolation (Shoemake 1985) between two checkpoints, each parameter a vector:
+
+    θ = the angle between a and b,  cos θ = ⟨a, b⟩ / (|a| |b|)
+    M = sin((1 − t)·θ) / sin θ · a + sin(t·θ) / sin θ · b
+
+The vectors enter as they are, not scaled to unit length. One pass measures ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ of every slice;
+after it the merge is a weighted sum. Where sin θ is below `PARALLEL`, or a vector is zero, there is no arc to follow
+and the coefficients are those of the straight line, 1 − t and t; for small angles the two are the same to θ².
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.recipe import Blocks, Measure, Recipe, Term, pick, require_distinct, require_unit
+from megatron_bai.merge.slices import Part
+
+PARALLEL = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slerp(Recipe):
+    """Spherical interpolation from the first member to the second.
+
+    Args:
+        pretrained: gives the layout and the non-tensor state, and no values; empty: the first member gives them.
+        members: a and b.
+        t: 0 gives a, 1 gives b.
+        t_for: (pattern, t) pairs that replace `t` for the tensors that fit the pattern, a parameter group's name or a
+            regular expression; the first that fits decides.
+    """
+
+    method: ClassVar[str] = "slerp"
+    title: ClassVar[str] = "spherical linear interpolation"
+    swept: ClassVar[str] = "t"
+    passes: ClassVar[int] = 1
+
+    t: float
+    t_for: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.members) != 2:
+            raise UserError(f"merge.members has {len(self.members)} entries: merge.method=slerp is between two")
+        require_distinct(self)
+        require_unit("merge.t", self.t)
+        for pattern, t in self.t_for:
+            require_unit(f"merge.t_for[{pattern}]", t)
+
+    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+        """1 − t and t, which are the coefficients of vectors at no angle."""
+        t = pick(self.t_for, key, self.t)
+        layout = (Term(self.pretrained, 0.0),) if self.pretrained else ()
+        return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
+
+    def needs(self, weights: Sequence[float]) -> bool:
+        return 0 not in weights and len(weights) == 2
+
+    def measure(self, blocks: Blocks, part: Part) -> Measure:
+        """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: the blocks' sums in float64, added without rounding in between."""
+        sums = [(float((a * a).sum()), float((b * b).sum()), float((a * b).sum())) for a, b in blocks()]
+        aa, bb, ab = (math.fsum(column) for column in zip(*sums))
+        if not all(map(math.isfinite, (aa, bb, ab))):
+            raise UserError(f"{part.key}: the squares of its values are beyond float64: they must not be merged")
+        return aa, bb, ab
+
+    def coefficients(self, weights: tuple[float, ...], measure: Measure | None) -> tuple[float, ...]:
+        if measure is None or not self.needs(weights):
+            return weights
+        angle = _angle(measure)
+        if math.sin(angle) < PARALLEL:
+            return weights
+        return tuple(math.sin(weight * angle) / math.sin(angle) for weight in weights)
+
+    def check(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ."""
+        if measure is None or not self.needs(weights) or math.sin(_angle(measure)) < PARALLEL:
+            return super().check(values, weights, part, None)
+        (a, b), angle, t = values, _angle(measure), weights[1]
+        along, across = math.cos(t * angle), math.sin(t * angle) / math.sin(angle)
+        size = (abs(along) + abs(across * math.cos(angle))) * a.abs() + abs(across) * b.abs()
+        return along * a + across * (b - math.cos(angle) * a), size
+
+
+def _angle(measure: Measure) -> float:
+    """θ in [0, π]; 0 where a vector is zero."""
+    aa, bb, ab = measure
+    length = math.sqrt(aa) * math.sqrt(bb)
+    return math.acos(max(-1.0, min(1.0, ab / length))) if length else 0.0

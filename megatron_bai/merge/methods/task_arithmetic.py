@@ -1,0 +1,74 @@
+"""Task arithmetic (arXiv 2212.04089): the pretrained checkpoint plus what each member learned beyond it.
+
+    τ_i = M_i − M_pretrained
+    M = M_pretrained + λ · Σ_i w_i · τ_i = (1 − λ · Σ_i w_i) · M_pretrained + Σ_i λ · w_i · M_i
+
+Negative weights take away what a member learned. With Σ w_i = 1 it is BAI with α = 1 − λ.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_bai.merge.recipe import Term, Weighted, require_finite, require_positive_sum, require_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVectors(Weighted):
+    """A method that adds weighted task vectors to the pretrained checkpoint.
+
+    Args:
+        pretrained: the checkpoint that the members were trained from; it also gives the layout and non-tensor state.
+        members: the trained checkpoints.
+        weights: none stands for 1 each.
+        scale: λ.
+    """
+
+    swept: ClassVar[str] = "scale"
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_pretrained(self)
+        if not self.weights:
+            object.__setattr__(self, "weights", (1.0,) * len(self.members))
+        super().__post_init__()
+        require_finite("merge.scale", self.scale)
+
+    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+        return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_of(key)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed(TaskVectors):
+    """A method in which the weighted task vectors are added up.
+
+    Args:
+        normalize: divide the weights by their sum.
+    """
+
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, weights in self.all_weights() if self.normalize else ():
+            require_positive_sum(name, weights)
+
+    def weights_of(self, key: str | None) -> tuple[float, ...]:
+        weights = super().weights_of(key)
+        total = math.fsum(weights)
+        return tuple(w / total for w in weights) if self.normalize else weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(Summed):
+    method: ClassVar[str] = "task_arithmetic"
+    title: ClassVar[str] = "task arithmetic (arXiv 2212.04089)"
+
+    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+        """The merge as one weighted sum; a checkpoint named twice appears once."""
+        weights = self.weights_of(key)
+        coefficients = {self.pretrained: 1 - self.scale * math.fsum(weights)}
+        for member, weight in zip(self.members, weights):
+            coefficients[member] = coefficients.get(member, 0.0) + self.scale * weight
+        return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())

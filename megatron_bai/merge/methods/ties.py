@@ -1,0 +1,138 @@
+"""TIES (arXiv 2306.01708): trim, elect sign, merge what agrees.
+
+For the task vectors τ_i = M_i − M_pretrained of each parameter, element by element:
+
+    trim    τ̂_i = τ_i where |τ_i| is among the parameter's largest, else 0
+    elect   γ = sgn(Σ_i w_i · τ̂_i)
+    merge   M = M_pretrained + λ · (Σ_{i: sgn τ̂_i = γ} w_i · τ̂_i) / (Σ_{i: sgn τ̂_i = γ} w_i)
+
+The paper has w_i = 1. Where the trimmed values cancel, γ = 0 and the pretrained value stays.
+
+Of n elements the largest k = max(⌊density · n⌋, 1) are kept, and with them all that are as large as the k-th, so that
+the choice does not depend on the order in which elements are read. Magnitudes are compared in float32, whose bits, as
+integers, are in the order of the numbers; so the k-th largest is found exactly by counting: one pass counts the upper
+16 bits, a second the lower 15 of those elements that have the upper bits found. That needs two tables a member,
+whatever the parameter's size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.methods.task_arithmetic import TaskVectors
+from megatron_bai.merge.recipe import Blocks, Measure, listed, require_distinct
+from megatron_bai.merge.slices import Part, elements_of
+
+LOW = 15  # bits that the second pass counts; the sign is 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ties(TaskVectors):
+    """Task vectors trimmed, and averaged where they agree with the elected sign.
+
+    Args:
+        weights: none negative; only their ratios matter.
+        density: the share of each parameter's elements that is kept, in (0, 1].
+    """
+
+    method: ClassVar[str] = "ties"
+    title: ClassVar[str] = "TIES (arXiv 2306.01708)"
+    passes: ClassVar[int] = 2
+    elementwise: ClassVar[bool] = True
+
+    density: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_distinct(self)
+        if not 0 < self.density <= 1:
+            raise UserError(f"merge.density is {self.density:g}: it lies between 0 and 1, and is not 0")
+        for name, weights in self.all_weights():
+            if min(weights) < 0:
+                raise UserError(f"{name} [{listed(weights)}] holds a negative weight: TIES averages")
+
+    def identity(self) -> dict[str, object]:
+        return {"method": self.method, "scale": self.scale, "density": self.density}
+
+    def needs(self, weights: Sequence[float]) -> bool:
+        return self.density < 1
+
+    def measure(self, blocks: Blocks, part: Part) -> Measure:
+        """Each member's threshold: the k-th largest |τ|."""
+        # the density as it was written: 0.29 · 100 in float64 is less than 29
+        rank = max(math.floor(Fraction(repr(self.density)) * elements_of(part)), 1)
+        high = _count(blocks, 31 - LOW, lambda bits: bits >> LOW)
+        found = [_kth(counts, rank) for counts in high]
+        uppers = torch.tensor([upper for upper, _ in found], dtype=torch.int32).unsqueeze(1)
+        low = _count(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, -1))
+        lowers = [_kth(counts, left)[0] for counts, (_, left) in zip(low, found)]
+        bits = [upper << LOW | lower for (upper, _), lower in zip(found, lowers)]
+        return tuple(torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist())
+
+    def combine(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> torch.Tensor:
+        base = values[0]
+        trimmed = self._trimmed(values, measure)
+        shares = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
+        mass = torch.zeros_like(base)
+        for vector, share in zip(trimmed, shares):  # one after another: `sum` is free to choose another order
+            mass.addcmul_(vector, share)
+        agrees = trimmed.sign() == mass.sign()
+        agrees &= trimmed != 0
+        step = torch.zeros_like(base)
+        total = torch.zeros_like(base)
+        for vector, share, counted in zip(trimmed, shares, agrees):
+            step += torch.where(counted, vector * share, 0)
+            total += torch.where(counted, share, 0)
+        step.mul_(self.scale).div_(total.masked_fill_(total == 0, 1))
+        return torch.where(step == 0, base, base + step)
+
+    def check(
+        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the two camps: the mass and the mean of the positive values, and those of the negative ones."""
+        base, trimmed = values[0], self._trimmed(values, measure)
+        shares = torch.tensor(weights[1:], dtype=torch.float64)
+        up, down = shares @ trimmed.clamp(min=0), shares @ -trimmed.clamp(max=0)
+        mean_up = up / (shares @ (trimmed > 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
+        mean_down = down / (shares @ (trimmed < 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
+        step = self.scale * torch.where(up > down, mean_up, torch.where(up < down, -mean_down, 0))
+        near = (up - down).abs() <= 4 * len(shares) * torch.finfo(torch.float64).eps * (up + down)
+        size = base.abs() + step.abs()
+        return base + step, size.masked_fill(near & (up > 0), math.inf)
+
+    def _trimmed(self, values: torch.Tensor, measure: Measure | None) -> torch.Tensor:
+        """τ̂ of every member, float64 [members, elements]."""
+        vectors = values[1:] - values[0]
+        if measure is None:
+            return vectors
+        thresholds = torch.tensor(measure, dtype=torch.float32).unsqueeze(1)
+        return torch.where(vectors.float().abs() >= thresholds, vectors, 0)
+
+
+def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """How often each bucket is met in the bits of each member's |τ|: int64 [members, 2**bits]; -1 is not counted."""
+    counts: torch.Tensor | None = None
+    for values in blocks():
+        numbers = bucket((values[1:] - values[0]).float().abs_().view(torch.int32))
+        if counts is None:
+            counts = torch.zeros(len(numbers), 1 << bits, dtype=torch.int64)
+        for row, member in zip(counts, numbers):
+            row += torch.bincount(member[member >= 0], minlength=1 << bits)
+    assert counts is not None, "a slice has elements"
+    return counts
+
+
+def _kth(counts: torch.Tensor, rank: int) -> tuple[int, int]:
+    """The bucket that holds the `rank`-th largest, and its rank in there."""
+    above = counts.flip(0).cumsum(0)  # how many lie in a bucket and those over it, the uppermost first
+    place = int(torch.searchsorted(above, rank))
+    assert place < len(counts), "there are fewer elements than are to be kept"
+    before = int(above[place - 1]) if place else 0
+    return len(counts) - 1 - place, rank - before
