@@ -29,7 +29,7 @@ from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Target, Written
-from megatron_bai.merge.values import read_all, require_finite
+from megatron_bai.merge.values import read_all, require_finite, used
 
 TILE = 1 << 18  # elements: the accumulator and one converted source stay in a core's cache
 SMALL_TILE = 1 << 16  # for methods that hold a tile of every source, and more
@@ -79,7 +79,8 @@ class Accumulator:
 
 def combined(plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
     """The values of one tile for each of the plan's recipes, whose method is elementwise; in float64, unrounded."""
-    values, part = read_all(plan, output, box), Part(output.key, output.shape, box)
+    values = read_all(plan, output, box, used(plan, {output.key})).view(len(plan.inputs), -1)
+    part = Part(output.key, output.shape, box)
     measure = plan.measure(part)
     return [r.combine(values, row[output.key], part, measure) for r, row in zip(plan.recipes, plan.sums)]
 

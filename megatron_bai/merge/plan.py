@@ -70,7 +70,7 @@ class Plan:
         sums: likewise, the weights of `inputs` in each merged tensor.
         outputs: every tensor to write, by key.
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
-        measures: what the method's first passes found, by tensor and slice.
+        measures: what the method's first passes found, by slice.
     """
 
     base: Source
@@ -80,7 +80,7 @@ class Plan:
     units: tuple[Unit, ...]
     dropped: dict[str, dict[str, list[str]]]
     recipes: tuple[Recipe, ...] = ()
-    measures: Mapping[tuple[str, tuple[int, ...]], Measure] = field(default_factory=dict)
+    measures: Mapping[str, Measure] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -100,7 +100,7 @@ class Plan:
 
     def measure(self, part: Part) -> Measure | None:
         """What was measured of the slice that `part` lies in."""
-        return self.measures.get((part.key, part.index)) if self.measures else None
+        return self.measures.get(part.name) if self.measures else None
 
     def coefficients(self, output: Output, box: Box) -> list[tuple[float, ...]]:
         """For each sum, the coefficients of `inputs` in one of the `tiles`."""

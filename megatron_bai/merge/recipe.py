@@ -25,7 +25,7 @@ from megatron_bai.merge.groups import fits
 from megatron_bai.merge.slices import Part
 
 T = TypeVar("T")
-Blocks = Callable[[], Iterator[torch.Tensor]]  # a slice's values [sources, elements] in float64, block by block
+Blocks = Callable[[], Iterator[torch.Tensor]]  # a slice's values [sources, …, columns] in float64, some rows at a time
 Measure = tuple[float, ...]  # what a method measured of one slice
 
 ABOUT = ("method", "pretrained", "members", "terms")  # of a description, what is no setting of the method
@@ -91,8 +91,15 @@ class Recipe(ABC):
         """Whether a tensor with these weights of the sources must be measured; only asked where there are passes."""
         return True
 
-    def measure(self, blocks: Blocks, part: Part) -> Measure:
-        """What `coefficients` or `combine` must know of a whole slice; calls `blocks` as often as there are passes."""
+    def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
+        """What `coefficients` or `combine` must know of a whole slice; calls `blocks` as often as there are passes.
+
+        Must not depend on the order of the blocks, nor on how many rows are in one.
+
+        Args:
+            name: the slice's.
+            count: of its elements.
+        """
         raise NotImplementedError
 
     def coefficients(self, weights: tuple[float, ...], measure: Measure | None) -> tuple[float, ...]:

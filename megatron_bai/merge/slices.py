@@ -52,6 +52,11 @@ class Part:
     box: Box
 
     @property
+    def count(self) -> int:
+        """Of its elements."""
+        return math.prod(self.box[1])
+
+    @property
     def index(self) -> tuple[int, ...]:
         """Where the slice is, along the tensor's leading axes."""
         return self.box[0][: slice_axes(self.key, self.shape)]
@@ -64,7 +69,7 @@ class Part:
         return " ".join([canonical(self.key), *map(str, numbers)])
 
     def elements(self) -> torch.Tensor:
-        """int64 [elements]: the number of each element in its slice, in row-major order."""
+        """int64 [count]: the number of each element in its slice, in row-major order."""
         axes = slice_axes(self.key, self.shape)
         numbers = torch.zeros((), dtype=torch.int64)
         for low, size, stride in zip(self.box[0][axes:], self.box[1][axes:], row_major(self.shape[axes:])):
@@ -86,7 +91,3 @@ def slices(key: str, shape: tuple[int, ...]) -> Iterator[Part]:
     for index in itertools.product(*map(range, shape[:axes])):
         low = (*index, *(0 for _ in shape[axes:]))
         yield Part(key, shape, (low, (*(1 for _ in index), *shape[axes:])))
-
-
-def elements_of(part: Part) -> int:
-    return math.prod(part.box[1])

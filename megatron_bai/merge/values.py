@@ -1,5 +1,7 @@
 """The sources' values of a box side by side, for methods that need them all at once."""
 
+from collections.abc import Collection
+
 import torch
 
 from megatron_bai.errors import Unfit
@@ -7,19 +9,23 @@ from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.plan import Output, Plan
 
 
-def read_all(plan: Plan, output: Output, box: Box) -> torch.Tensor:
-    """The inputs' values, float64 [inputs, elements]; 0 for an input whose weight is 0 in every sum, which is not read.
+def used(plan: Plan, keys: Collection[str]) -> list[int]:
+    """The inputs that have a weight in one of the tensors, in any sum."""
+    return [i for i in range(len(plan.inputs)) if any(row[key][i] != 0 for row in plan.sums for key in keys)]
+
+
+def read_all(plan: Plan, output: Output, box: Box, inputs: Collection[int]) -> torch.Tensor:
+    """The inputs' values, float64 [inputs, *sizes of the box]; 0 for those not among `inputs`, which are not read.
 
     Raises:
         UserError: one of them is NaN or Inf.
     """
-    found = torch.zeros(len(plan.inputs), *box[1], dtype=torch.float64)
-    for i, source in enumerate(plan.inputs):
-        if any(row[output.key][i] != 0 for row in plan.sums):
-            found[i] = source.read(output.key, *box)
-    if not found.isfinite().all():
+    values = torch.zeros(len(plan.inputs), *box[1], dtype=torch.float64)
+    for i in inputs:
+        values[i] = plan.inputs[i].read(output.key, *box)
+    if not values.isfinite().all():
         require_finite(plan, output, box)
-    return found.reshape(len(plan.inputs), -1)
+    return values
 
 
 def require_finite(plan: Plan, output: Output, box: Box) -> None:

@@ -60,12 +60,13 @@ class Slerp(Recipe):
     def needs(self, weights: Sequence[float]) -> bool:
         return 0 not in weights and len(weights) == 2
 
-    def measure(self, blocks: Blocks, part: Part) -> Measure:
-        """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: the blocks' sums in float64, added without rounding in between."""
-        sums = [(float((a * a).sum()), float((b * b).sum()), float((a * b).sum())) for a, b in blocks()]
-        aa, bb, ab = (math.fsum(column) for column in zip(*sums))
+    def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
+        """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
+        products = ((a * a, b * b, a * b) for a, b in blocks())
+        rows = [[product.sum(-1).view(-1) for product in three] for three in products]
+        aa, bb, ab = (math.fsum(torch.cat(column).tolist()) for column in zip(*rows))
         if not all(map(math.isfinite, (aa, bb, ab))):
-            raise UserError(f"{part.key}: the squares of its values are beyond float64: they must not be merged")
+            raise UserError(f"{name}: the squares of its values are beyond float64: they must not be merged")
         return aa, bb, ab
 
     def coefficients(self, weights: tuple[float, ...], measure: Measure | None) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.merge.methods.task_arithmetic import TaskVectors
 from megatron_bai.merge.recipe import Blocks, Measure, listed, require_distinct
-from megatron_bai.merge.slices import Part, elements_of
+from megatron_bai.merge.slices import Part
 
 LOW = 15  # bits that the second pass counts; the sign is 0
 
@@ -62,10 +62,10 @@ class Ties(TaskVectors):
     def needs(self, weights: Sequence[float]) -> bool:
         return self.density < 1
 
-    def measure(self, blocks: Blocks, part: Part) -> Measure:
+    def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
         """Each member's threshold: the k-th largest |τ|."""
         # the density as it was written: 0.29 · 100 in float64 is less than 29
-        rank = max(math.floor(Fraction(repr(self.density)) * elements_of(part)), 1)
+        rank = max(math.floor(Fraction(repr(self.density)) * count), 1)
         high = _count(blocks, 31 - LOW, lambda bits: bits >> LOW)
         found = [_kth(counts, rank) for counts in high]
         uppers = torch.tensor([upper for upper, _ in found], dtype=torch.int32).unsqueeze(1)
@@ -120,7 +120,8 @@ def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Ten
     """How often each bucket is met in the bits of each member's |τ|: int64 [members, 2**bits]; -1 is not counted."""
     counts: torch.Tensor | None = None
     for values in blocks():
-        numbers = bucket((values[1:] - values[0]).float().abs_().view(torch.int32))
+        magnitudes = (values[1:] - values[0]).float().abs_().view(len(values) - 1, -1)
+        numbers = bucket(magnitudes.view(torch.int32))
         if counts is None:
             counts = torch.zeros(len(numbers), 1 << bits, dtype=torch.int64)
         for row, member in zip(counts, numbers):
