@@ -63,7 +63,7 @@ class Dare(Summed):
             if weight != 0:
                 factor = self.scale * weight / (1 - self.drop_rate)
                 kept = keeps(self.seed, number, part.name, elements, self.drop_rate)
-                step += torch.where(kept, values[number] - base, 0).mul_(factor)
+                step += (values[number] - base).mul_(kept).mul_(factor)
         return torch.where(step == 0, base, base + step)
 
     def check(

@@ -62,9 +62,11 @@ class Slerp(Recipe):
 
     def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
         """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
-        products = ((a * a, b * b, a * b) for a, b in blocks())
-        rows = [[product.sum(-1).view(-1) for product in three] for three in products]
-        aa, bb, ab = (math.fsum(torch.cat(column).tolist()) for column in zip(*rows))
+        rows: tuple[list[float], ...] = ([], [], [])
+        for a, b in blocks():
+            for row, product in zip(rows, (a * a, b * b, a * b)):
+                row += product.sum(-1).view(-1).tolist()
+        aa, bb, ab = map(math.fsum, rows)
         if not all(map(math.isfinite, (aa, bb, ab))):
             raise UserError(f"{name}: the squares of its values are beyond float64: they must not be merged")
         return aa, bb, ab

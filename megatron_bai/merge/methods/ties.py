@@ -69,7 +69,7 @@ class Ties(TaskVectors):
         high = _count(blocks, 31 - LOW, lambda bits: bits >> LOW)
         found = [_kth(counts, rank) for counts in high]
         uppers = torch.tensor([upper for upper, _ in found], dtype=torch.int32).unsqueeze(1)
-        low = _count(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, -1))
+        low = _count(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, 1 << LOW))
         lowers = [_kth(counts, left)[0] for counts, (_, left) in zip(low, found)]
         bits = [upper << LOW | lower for (upper, _), lower in zip(found, lowers)]
         return tuple(torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist())
@@ -78,19 +78,12 @@ class Ties(TaskVectors):
         self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
     ) -> torch.Tensor:
         base = values[0]
-        trimmed = self._trimmed(values, measure)
         shares = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
-        mass = torch.zeros_like(base)
-        for vector, share in zip(trimmed, shares):  # one after another: `sum` is free to choose another order
-            mass.addcmul_(vector, share)
-        agrees = trimmed.sign() == mass.sign()
-        agrees &= trimmed != 0
-        step = torch.zeros_like(base)
-        total = torch.zeros_like(base)
-        for vector, share, counted in zip(trimmed, shares, agrees):
-            step += torch.where(counted, vector * share, 0)
-            total += torch.where(counted, share, 0)
-        step.mul_(self.scale).div_(total.masked_fill_(total == 0, 1))
+        weighted = self._trimmed(values, measure).mul_(shares)
+        sign = _total(weighted).sign_()
+        agreeing = weighted.mul_(sign).clamp_(min=0)  # |w · τ̂| of those that agree
+        step = _total(agreeing).mul_(sign)
+        step.div_(_total((agreeing > 0) * shares).clamp_(min=torch.finfo(torch.float64).tiny)).mul_(self.scale)
         return torch.where(step == 0, base, base + step)
 
     def check(
@@ -110,14 +103,21 @@ class Ties(TaskVectors):
     def _trimmed(self, values: torch.Tensor, measure: Measure | None) -> torch.Tensor:
         """τ̂ of every member, float64 [members, elements]."""
         vectors = values[1:] - values[0]
-        if measure is None:
-            return vectors
-        thresholds = torch.tensor(measure, dtype=torch.float32).unsqueeze(1)
-        return torch.where(vectors.float().abs() >= thresholds, vectors, 0)
+        for vector, threshold in zip(vectors, measure or ()):
+            vector.mul_(vector.float().abs_() >= threshold)
+        return vectors
+
+
+def _total(rows: torch.Tensor) -> torch.Tensor:
+    """Their sum, one after another: `sum` is free to choose another order for another number of columns."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total
 
 
 def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """How often each bucket is met in the bits of each member's |τ|: int64 [members, 2**bits]; -1 is not counted."""
+    """How often each bucket is met in the bits of each member's |τ|: int64 [members, 2**bits]; others do not count."""
     counts: torch.Tensor | None = None
     for values in blocks():
         magnitudes = (values[1:] - values[0]).float().abs_().view(len(values) - 1, -1)
@@ -125,7 +125,7 @@ def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Ten
         if counts is None:
             counts = torch.zeros(len(numbers), 1 << bits, dtype=torch.int64)
         for row, member in zip(counts, numbers):
-            row += torch.bincount(member[member >= 0], minlength=1 << bits)
+            row += torch.bincount(member, minlength=row.numel())[: 1 << bits]
     assert counts is not None, "a slice has elements"
     return counts
 
