@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bai.merge.engine import one_thread, share
+from megatron_bai.merge.engine import share
 from megatron_bai.merge.plan import Output, Plan
+from megatron_bai.merge.pool import Pool
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.recipe import Measure
 from megatron_bai.merge.slices import Part, parts, slices
@@ -45,11 +46,12 @@ def to_measure(plan: Plan) -> tuple[Slice, ...]:
     )
 
 
-def measured(plan: Plan, ranks: Ranks, advance: Callable[[int], None]) -> Plan:
+def measured(plan: Plan, ranks: Ranks, advance: Callable[[int], None], threads: int = 1) -> Plan:
     """The plan with its measures; every rank calls it.
 
     Args:
-        advance: told the number of input bytes whenever some have been read.
+        advance: told the number of input bytes whenever some have been read, by any thread.
+        threads: of this rank.
 
     Raises:
         UserError: a source cannot be read or holds NaN or Inf.
@@ -59,8 +61,10 @@ def measured(plan: Plan, ranks: Ranks, advance: Callable[[int], None]) -> Plan:
         return plan
 
     def work() -> dict[str, Measure]:
-        with one_thread():
-            return {each.name: _measure(plan, each, advance) for each in share(todo, ranks)}
+        mine = share(todo, ranks)
+        with Pool(threads, lambda: None) as pool:
+            measures = pool.map(lambda each, _: _measure(plan, each, advance), mine)
+            return {each.name: measure for each, measure in zip(mine, measures)}
 
     found = {name: measure for part in ranks.together(work) for name, measure in part.items()}
     assert len(found) == len(todo), "every slice was measured once"
