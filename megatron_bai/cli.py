@@ -34,7 +34,7 @@ class Verb:
 _TRAINING = ("run", "backend", "model", "parallel", "data", "init")
 VERBS = {
     "merge": Verb(
-        "Merge a pretrained, an instruction-tuned and a reasoning checkpoint into the actor RL starts from (BAI).",
+        "Merge checkpoints into the one that RL starts from, by BAI or another method.",
         "megatron_bai.merge.command:run",
         ("merge",),
         "megatron-bai merge merge.pretrained=a 'merge.members=[b,c]' 'merge.weights=[.5,.5]' merge.output=d",

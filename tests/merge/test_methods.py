@@ -184,7 +184,7 @@ def test_stacking_does_not_matter(each, tmp_path, apart):
         ("decoder.layers.7.mlp.experts.experts.linear_fc1.weight", (3, 4, 5), 1, "{} 7 0"),
         ("decoder.layers.7.mlp.experts.experts.2.linear_fc1.weight", (4, 5), 0, "{} 7 2"),
         ("decoder.layers.mlp.experts.experts.2.linear_fc1.weight", (9, 4, 5), 1, "{} 0 2"),
-        ("decoder.layers.mlp.shared_experts.gate_weight", (2, 1, 5), 1, "decoder.layers.mlp.shared_experts.gate_weight 0"),
+        ("decoder.layers.mlp.shared_experts.gate", (2, 1, 5), 1, "decoder.layers.mlp.shared_experts.gate 0"),
         ("model.layers.3.mlp.experts.5.up_proj.weight", (4, 5), 0, "model.layers.mlp.experts.up_proj.weight 3 5"),
         ("model.layers.3.mlp.experts.gate_up_proj", (8, 4, 5), 1, "model.layers.mlp.experts.gate_up_proj 3 0"),
         ("model.layers.3.input_layernorm.weight", (5,), 0, "model.layers.input_layernorm.weight 3"),
@@ -282,7 +282,8 @@ def test_verify_sees_what_was_changed(each, monkeypatch):
 
     monkeypatch.setattr(engine, "_round", wrong)
     for verify in ("sample", "all"):
-        refused(dataclasses.replace(each, verify=verify), f"is not what merge.method={each.method} makes of its sources")
+        wrong_values = f"is not what merge.method={each.method} makes of its sources"
+        refused(dataclasses.replace(each, verify=verify), wrong_values)
 
 
 def test_verify_sees_a_wrong_choice_of_elements(three, monkeypatch):
