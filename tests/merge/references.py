@@ -21,10 +21,8 @@ def by_slice(function, key: str, *tensors: torch.Tensor, lead: int | None = None
     lead = axes(key) if lead is None else lead
     if lead == 0:
         return function(key, *(t.double() for t in tensors), **more)
-    rows = [
-        by_slice(function, f"{key} {i}", *(t[i] for t in tensors), lead=lead - 1, **more) for i in range(len(tensors[0]))
-    ]
-    return torch.stack(rows)
+    rows = zip(*tensors)
+    return torch.stack([by_slice(function, f"{key} {i}", *row, lead=lead - 1, **more) for i, row in enumerate(rows)])
 
 
 def linear(members: list[torch.Tensor], weights: list[float]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_bai.errors import UserError
+from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.recipe import Blocks, Measure, Recipe, Term, pick, require_distinct, require_unit
 from megatron_bai.merge.slices import Part
 
@@ -68,7 +68,7 @@ class Slerp(Recipe):
                 row += product.sum(-1).view(-1).tolist()
         aa, bb, ab = map(math.fsum, rows)
         if not all(map(math.isfinite, (aa, bb, ab))):
-            raise UserError(f"{name}: the squares of its values are beyond float64: they must not be merged")
+            raise Unfit(f"{name}: the squares of its values are beyond float64: they must not be merged")
         return aa, bb, ab
 
     def coefficients(self, weights: tuple[float, ...], measure: Measure | None) -> tuple[float, ...]:
