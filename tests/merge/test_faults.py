@@ -211,7 +211,7 @@ def test_what_can_never_be_merged_is_not_kept(settings, monkeypatch):
         return norm
 
     monkeypatch.setattr(engine, "_round", wrong)
-    refused(merge_in_small_units, settings, "is not the weighted sum of its sources", kept=False)
+    refused(merge_in_small_units, settings, "is not what merge.method=bai makes of its sources", kept=False)
 
 
 @pytest.fixture
