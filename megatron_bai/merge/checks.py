@@ -36,6 +36,10 @@ class Checks:
         with self._lock:
             if place in self._whole:
                 return None
+            if part[1] == length:
+                self._whole[place] = part[2]
+                self._parts.pop(place, None)
+                return part[2]
             found = self._parts.setdefault(place, _Parts(length))
             if part not in found.parts:
                 found.parts.add(part)

@@ -19,6 +19,7 @@ from megatron_bai.model import crc32, manifest, placing
 
 DIRECTORY = ".journal"
 MARK = "mark"
+_FIELDS = [field.name for field in dataclasses.fields(Written)]
 
 
 @dataclass
@@ -105,7 +106,7 @@ def note(directory: Path, unit: str, result: UnitResult) -> None:
     """Remember a unit, after its data; both survive a power cut."""
     for name in {item.file for item in result.written}:
         placing.sync(directory / name)
-    written = [dataclasses.astuple(item) for item in result.written]
+    written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply
     text = json.dumps({"written": written, "squares": result.squares})
     _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{zlib.crc32(text.encode()):08x}")
 

@@ -107,6 +107,11 @@ class Entry:
             return True
         return all(len(list(self.overlapping(chunk.offsets, chunk.sizes))) == 1 for chunk in self.chunks)
 
+    def chunk_at(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk | None:
+        """The chunk that is this box."""
+        chunk = self._by_offsets.get(offsets)
+        return chunk if chunk is not None and chunk.sizes == sizes else None
+
     def overlapping(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[Chunk, Box]]:
         """The chunks that a box touches, each with the part of the box it holds."""
         candidates: Iterator[Chunk] | tuple[Chunk, ...] = self.chunks
@@ -240,7 +245,8 @@ class Source(ABC):
             UserError: a record cannot be read, or its bytes are not those that were saved.
         """
         entry = self.tensors[key]
-        parts = list(entry.overlapping(offsets, sizes))
+        whole = entry.chunk_at(offsets, sizes)
+        parts = [(whole, (offsets, sizes))] if whole else list(entry.overlapping(offsets, sizes))
         if len(parts) == 1 and parts[0][1] == (offsets, sizes):
             chunk = parts[0][0]
             record = self.record(entry, chunk)
