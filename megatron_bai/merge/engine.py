@@ -20,9 +20,10 @@ from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import journal
 from megatron_bai.merge.boxes import Box, split, within
 from megatron_bai.merge.journal import UnitResult
-from megatron_bai.merge.plan import Output, Plan, Unit
+from megatron_bai.merge.plan import Plan, Unit
 from megatron_bai.merge.pool import Pool
 from megatron_bai.merge.ranks import Ranks
+from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Target, Written
 
@@ -39,16 +40,16 @@ class Accumulator:
         self._memory = {dtype: torch.empty(1 + sums, TILE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
         self.results = Scratch()  # what is made of the sums
 
-    def weighted_sums(self, plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
+    def weighted_sums(self, plan: Plan, region: Region, box: Box) -> list[torch.Tensor]:
         """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
-        wide = output.dtype.itemsize > 2
+        wide = region.dtype.itemsize > 2
         memory = self._memory[torch.float64 if wide else torch.float32][:, : math.prod(box[1])]
         term, totals = memory[0], memory[1:]
         begun = [False] * len(totals)
         for i, source in enumerate(plan.inputs):
-            values = source.read(output.key, *box).reshape(-1)
+            values = source.read(region.key, *box).reshape(-1)
             for k, total in enumerate(totals):
-                coefficient = plan.sums[k][output.key][i]
+                coefficient = plan.sums[k][region.name][i]
                 if coefficient == 0:
                     continue  # as if this sum did not know the source: adding 0 would turn -0 into 0
                 if begun[k]:
@@ -78,7 +79,7 @@ def execute(
         Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
         UserError: a source cannot be read, or the disk is full; the units finished until then count.
     """
-    target = plan.base.target()
+    target = plan.base.target([(o.key, o.dtype, o.shape) for o in plan.outputs.values()], plan.form.file_bytes)
 
     def begin() -> None:
         for directory in directories:
@@ -151,11 +152,11 @@ def _write_unit(
                 for writer in writers:
                     writer.blob(key, data)
             for pieces in pool.map(functools.partial(_merge_pieces, plan, advance), _batches(unit)):
-                for output, box, values, squares in pieces:
+                for region, box, values, squares in pieces:
                     for writer, value, square, result in zip(writers, values, squares, done):
-                        writer.tensor(output.key, box[0], value)
-                        if output.merged:
-                            result.squares[output.key] = result.squares.get(output.key, 0.0) + square
+                        writer.tensor(region.key, box[0], value)
+                        if region.fate is Fate.MERGED:
+                            result.squares[region.key] = result.squares.get(region.key, 0.0) + square
         for directory, result, writer in zip(directories, done, writers):
             result.written = writer.written
             journal.note(directory, unit.name, result)
@@ -164,89 +165,91 @@ def _write_unit(
     return done
 
 
-def _batches(unit: Unit) -> Iterator[list[tuple[Output, Box]]]:
+def _batches(unit: Unit) -> Iterator[list[tuple[Region, Box]]]:
     """A unit's pieces in order, many small ones together: a thread has no time for one expert's bias."""
-    batch: list[tuple[Output, Box]] = []
+    batch: list[tuple[Region, Box]] = []
     size = 0
-    for output, box in unit.pieces:
-        nbytes = math.prod(box[1]) * output.dtype.itemsize
+    for region, box in unit.pieces:
+        nbytes = math.prod(box[1]) * region.dtype.itemsize
         if batch and size + nbytes > BATCH_BYTES:
             yield batch
             batch, size = [], 0
-        batch.append((output, box))
+        batch.append((region, box))
         size += nbytes
     if batch:
         yield batch
 
 
-Piece = tuple[Output, Box, torch.Tensor, list[float]]
+Piece = tuple[Region, Box, torch.Tensor, list[float]]
 """A merged box: its tensor, the values `[sums, *sizes]`, and for each sum the sum of its squares."""
 
 
 def _merge_pieces(
-    plan: Plan, advance: Callable[[int], None], batch: list[tuple[Output, Box]], accumulator: Accumulator
+    plan: Plan, advance: Callable[[int], None], batch: list[tuple[Region, Box]], accumulator: Accumulator
 ) -> list[Piece]:
     """Merge the boxes of a batch, in the accumulator's memory."""
     sums = len(plan.sums)
-    sizes = [math.prod(box[1]) * output.dtype.itemsize for output, box in batch]
+    sizes = [math.prod(box[1]) * region.dtype.itemsize for region, box in batch]
     starts = list(itertools.accumulate((-(-sums * size // 64) * 64 for size in sizes), initial=0))  # 64: a cache line
     memory = accumulator.results.take("pieces", starts[-1])
     pieces = []
-    for (output, box), size, start in zip(batch, sizes, starts):
-        values = memory[start : start + sums * size].view(output.dtype).view(sums, *box[1])
-        pieces.append((output, box, values, _fill(plan, output, box, accumulator, values, advance)))
+    for (region, box), size, start in zip(batch, sizes, starts):
+        values = memory[start : start + sums * size].view(region.dtype).view(sums, *box[1])
+        pieces.append((region, box, values, _fill(plan, region, box, accumulator, values, advance)))
     return pieces
 
 
 def _fill(
     plan: Plan,
-    output: Output,
+    region: Region,
     piece: Box,
     accumulator: Accumulator,
     values: torch.Tensor,
     advance: Callable[[int], None],
 ) -> list[float]:
     """Merge one box of a tensor, tile by tile, into `values` [sums, *sizes]; returns the sums of squares."""
-    itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
+    itemsize = sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)
     squares = [0.0] * len(values)
     for box in split(*piece, TILE):
         tiles = [value[within(box, piece[0])].view(-1) for value in values]
-        if output.merged:
-            for k, total in enumerate(accumulator.weighted_sums(plan, output, box)):
-                squares[k] += _round(plan, output, box, total, tiles[k]) ** 2
+        if region.fate is Fate.MERGED:
+            for k, total in enumerate(accumulator.weighted_sums(plan, region, box)):
+                squares[k] += _round(plan, region, box, total, tiles[k]) ** 2
         else:
-            _copy_equal(plan, output, box, tiles)
-        advance(len(plan.inputs) * itemsize * math.prod(box[1]))
+            _copy(plan, region, box, tiles)
+        advance(itemsize * math.prod(box[1]))
     return squares
 
 
-def _round(plan: Plan, output: Output, box: Box, total: torch.Tensor, tile: torch.Tensor) -> float:
+def _round(plan: Plan, region: Region, box: Box, total: torch.Tensor, tile: torch.Tensor) -> float:
     """Round a finished sum into `tile`; returns its 2-norm before that."""
     tile.copy_(total)
     norm = float(torch.linalg.vector_norm(total))
-    if not norm <= torch.finfo(output.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
-        _require_finite(plan, output, box, tile)
+    if not norm <= torch.finfo(region.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
+        _require_finite(plan, region, box, tile)
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
     return norm
 
 
-def _require_finite(plan: Plan, output: Output, box: Box, tile: torch.Tensor) -> None:
+def _require_finite(plan: Plan, region: Region, box: Box, tile: torch.Tensor) -> None:
     """Say which source a NaN or Inf came from."""
     for source in plan.inputs:
-        finite = source.read(output.key, *box).isfinite()
+        finite = source.read(region.key, *box).isfinite()
         if not finite.all():
             at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
-            raise Unfit(f"{source.path}: {output.key} holds NaN or Inf at {at}: it must not be merged")
+            raise Unfit(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
     if not tile.isfinite().all():  # negative weights can leave the sources' range
-        raise Unfit(f"{output.key}: the weighted sum is too large for {output.dtype}: check merge.weights")
+        raise Unfit(
+            f"{region.key}: the weighted sum is too large for {region.dtype}: check merge.weights and merge.dtype"
+        )
 
 
-def _copy_equal(plan: Plan, output: Output, box: Box, tiles: list[torch.Tensor]) -> None:
-    tiles[0].copy_(plan.base.read(output.key, *box).reshape(-1))
-    for source in plan.inputs:
-        if not torch.equal(source.read(output.key, *box).reshape(-1), tiles[0]):
+def _copy(plan: Plan, region: Region, box: Box, tiles: list[torch.Tensor]) -> None:
+    tiles[0].copy_(plan.base.read(region.key, *box).reshape(-1))
+    for source in plan.inputs if region.fate is Fate.EQUAL else ():
+        if not torch.equal(source.read(region.key, *box).reshape(-1), tiles[0]):
             raise Unfit(
-                f"{source.path} and {plan.base.path} differ in {output.key}, which is {output.dtype}: only floating"
+                f"{source.path} and {plan.base.path} differ in {region.key}, which is {region.dtype}: only floating"
                 " point tensors can be merged"
             )
     for tile in tiles[1:]:

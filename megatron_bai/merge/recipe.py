@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.groups import fits
+from megatron_bai.merge.groups import fits, layers_of
 
 TOLERANCE = 1e-6  # how far the stage-1 weights may be from 1: the error of weights written with seven decimals
 
@@ -67,6 +67,8 @@ class Recipe:
         for pattern, weights in self.weights_for:
             _check_weights(f"merge.weights_for[{pattern}]", weights, len(self.members))
         for pattern in self.patterns:
+            if (layers := layers_of(pattern)) is not None and not layers:
+                raise UserError(f"{pattern!r} names no layer: write the first before the last, as in layers.0-11")
             try:
                 fits(pattern, "")
             except re.error as error:
@@ -76,18 +78,19 @@ class Recipe:
     def patterns(self) -> tuple[str, ...]:
         return tuple(pattern for pattern, _ in (*self.alpha_for, *self.weights_for))
 
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The merge as one weighted sum, the pretrained first; a checkpoint named twice appears once.
 
         Coefficients are float64 and sum to 1 within its rounding: what the weights' sum lacks to 1 is divided out.
 
         Args:
             key: the tensor to merge; None gives the terms of tensors that no pattern fits.
+            layer: the decoder layer of it that is merged, if it has any.
         """
         alpha, weights = self.alpha, self.weights
         if key is not None:
-            alpha = next((value for pattern, value in self.alpha_for if fits(pattern, key)), alpha)
-            weights = next((value for pattern, value in self.weights_for if fits(pattern, key)), weights)
+            alpha = next((value for pattern, value in self.alpha_for if fits(pattern, key, layer)), alpha)
+            weights = next((value for pattern, value in self.weights_for if fits(pattern, key, layer)), weights)
         total = math.fsum(weights)
         coefficients = {self.pretrained: alpha}
         for member, weight in zip(self.members, weights):
