@@ -269,3 +269,33 @@ def test_places(key, shape, name, origin):
 def test_layers_of_multi_token_prediction_are_counted_apart():
     assert place("mtp.layers.0.eh_proj.weight", (6, 12)).layers is None
     assert place("decoder.layers.mlp.router.weight", (3, 4, 6)).layers == range(3)
+
+
+@pytest.mark.parametrize("fused", [0, 1])
+def test_transformers_loads_what_was_merged_from_fused_and_separate_experts(tmp_path, fused):
+    """A Qwen3-MoE saved as transformers saves it and as it holds it, in other files and another dtype than the base."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        mlp_only_layers=[0], dtype=torch.float32,
+    )  # fmt: skip
+    models, paths = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Qwen3MoeForCausalLM(config).eval())
+        paths.append(tmp_path / str(seed))
+        if seed == fused:
+            write_hf(paths[-1], models[-1].state_dict(), models[-1].config.to_json_string())
+        else:
+            models[-1].save_pretrained(paths[-1])
+    command.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], alpha=0.5, dtype="bfloat16")))
+    keys = checkpoints.read(tmp_path / "out")
+    assert ("model.layers.1.mlp.experts.gate_up_proj" in keys) == (fused == 0)
+    merged = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert merged.dtype == torch.bfloat16, "as config.json says"
+    found = merged.state_dict()
+    for name, a in models[0].state_dict().items():
+        mean = (a.float() * 0.5 + models[1].state_dict()[name].float() * 0.5).bfloat16()
+        assert torch.equal(found[name], mean), name
