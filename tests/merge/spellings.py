@@ -10,7 +10,7 @@ import checkpoints
 import torch
 
 Model = dict[tuple[str, int | None, int | None], torch.Tensor]
-LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 3, 4, 6, 5, 9
+LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 3, 4, 7, 5, 9
 
 
 def model(seed: int, dense: int = 0, dtype: torch.dtype = torch.bfloat16) -> Model:

@@ -70,7 +70,7 @@ def test_without_a_word_equal_rows_are_all_merged(tmp_path):
     paths = write_padded(tmp_path, (12, 12, 12), (None, None, None))
     command.run(Config(merge=settings(paths, tmp_path / "out")))
     merged = checkpoints.read(tmp_path / "out")["output_layer.weight"]
-    assert torch.equal(merged[9:], torch.full((3, 6), 0.125 * 1 + 0.1 + 0.6).bfloat16())
+    assert torch.equal(merged[9:], torch.full((3, 7), 0.125 * 1 + 0.1 + 0.6).bfloat16())
 
 
 def test_megatrons_arguments_say_the_size_too(tmp_path):

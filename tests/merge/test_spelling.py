@@ -204,11 +204,11 @@ FC1 = "decoder.layers.1.mlp.experts.experts.3.linear_fc1.weight"
     [
         (lambda t: t.pop("decoder.final_layernorm.weight"), r"other lacks decoder\.final_layernorm\.weight of .*base"),
         (lambda t: t.update({"decoder.gain": torch.ones(2)}), r"base lacks decoder\.gain of .*other"),
-        (lambda t: t.update({QKV: torch.ones(7, 6)}), r"holds 138 of the 144 elements of decoder.layers.self_attention"),
-        (lambda t: t.pop(QKV.replace("2", "1")), r"holds 96 of the 144 elements of decoder\.layers\.self_attention"),
+        (lambda t: t.update({QKV: torch.ones(7, 7)}), r"holds 161 of the 168 elements of decoder.layers.self_attention"),
+        (lambda t: t.pop(QKV.replace("2", "1")), r"holds 112 of the 168 elements of decoder\.layers\.self_attention"),
         (lambda t: t.pop(QKV), r"number of layers of decoder\.layers\.self_attention\.linear_qkv\.weight \(3 and 2\)"),
         (
-            lambda t: t.update({QKV.replace("2.", "3."): torch.ones(8, 6).bfloat16()}),
+            lambda t: t.update({QKV.replace("2.", "3."): torch.ones(8, 7).bfloat16()}),
             r"number of layers of decoder\.layers\.self_attention\.linear_qkv\.weight \(3 and 4\)",
         ),
     ],
@@ -229,7 +229,7 @@ def test_half_an_expert_is_named(tmp_path):
     refused(settings, rf"other lacks {FC1}_v of .*base")
     (tmp_path / "again").mkdir()
     settings = changed(tmp_path / "again", lambda t: t.pop(FC1 + "_v"), spellings.stacked, spellings.singleton)
-    refused(settings, r"holds 690 of the 720 elements of decoder\.layers\.mlp\.experts\.experts\.linear_fc1\.weight")
+    refused(settings, r"holds 805 of the 840 elements of decoder\.layers\.mlp\.experts\.experts\.linear_fc1\.weight")
 
 
 def test_one_layer_dense_in_one_source_only(tmp_path):
@@ -241,7 +241,7 @@ def test_one_layer_dense_in_one_source_only(tmp_path):
 
 
 def test_a_norm_under_both_names_is_refused(tmp_path):
-    both = {f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": torch.ones(6).bfloat16() for layer in range(3)}
+    both = {f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": torch.ones(7).bfloat16() for layer in range(3)}
     refused(changed(tmp_path, lambda t: t.update(both)), "hold the same weights: remove one of them")
 
 
