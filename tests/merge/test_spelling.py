@@ -1,6 +1,6 @@
 """Sources that name, stack or cut the same weights otherwise."""
 
-import dataclasses
+import multiprocessing
 from pathlib import Path
 
 import checkpoints
@@ -8,10 +8,9 @@ import pytest
 import spellings
 import torch
 from safetensors.torch import save_file
-from test_command import content, in_child, merge_in_small_units, refused
+from test_command import content, in_child, merge_in_small_units, peer, refused
 
 from megatron_bai.config import Config, Merge
-from megatron_bai.errors import UserError
 from megatron_bai.merge import command, engine
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.spelling import place
@@ -101,6 +100,20 @@ def test_killed_it_goes_on_under_other_spellings(tmp_path):
     assert in_child(merge_in_small_units, broken, 2) == -9
     assert in_child(merge_in_small_units, broken) == 0
     assert content(tmp_path / "broken") == content(tmp_path / "unbroken") != {}
+
+
+def test_ranks_share_the_work_under_other_spellings(tmp_path):
+    paths = write_three(tmp_path, [spellings.stacked, spellings.singleton, spellings.by_layer])
+    command.run(Config(merge=settings(paths, tmp_path / "alone")))
+    context = multiprocessing.get_context("fork")
+    arguments = 2, str(tmp_path / "store"), settings(paths, tmp_path / "together")
+    group = [context.Process(target=peer, args=(rank, *arguments)) for rank in range(2)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(60)
+    assert [process.exitcode for process in group] == [0, 0]
+    assert same(checkpoints.read(tmp_path / "together"), checkpoints.read(tmp_path / "alone"))
 
 
 # Ranges of layers.
