@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import checkpoints
@@ -65,6 +66,20 @@ def test_rows_that_mean_a_token_are_merged_and_padding_is_the_bases(tmp_path, ro
     assert same(checkpoints.read(tmp_path / "out"), expected)
     note = checkpoints.provenance(tmp_path / "out")["tensors"]["output_layer.weight"]
     assert note["rows"] == [{"fate": "merged", "rows": [0, 9]}, {"fate": "kept", "rows": [9, rows[0]]}]
+
+
+def test_padding_is_the_bases_even_if_nothing_else_is(tmp_path, capsys):
+    """With alpha 0; and other padding is another merge."""
+    paths = write_padded(tmp_path, (12, 16, 10), (9, 9, 9))
+    for value in (0.125, 3.5):
+        command.run(Config(merge=settings(paths, tmp_path / "out", alpha=0.0)))
+        assert capsys.readouterr().out.splitlines()[-1].startswith("merged")
+        found = checkpoints.read(tmp_path / "out")["output_layer.weight"]
+        assert torch.equal(found[9:], torch.full((3, 7), value).bfloat16())
+        assert torch.equal(found[:9], reference(coefficients=lambda at: [0.0, 0.25, 0.75])["output", None, None])
+        shutil.rmtree(paths[0])
+        tensors = padded(spellings.stacked(spellings.model(0)), 12, 3.5)
+        (checkpoints.write(paths[0], tensors) / "config.json").write_text('{"vocab_size": 9}')
 
 
 def test_without_a_word_equal_rows_are_all_merged(tmp_path):
