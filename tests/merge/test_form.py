@@ -79,7 +79,7 @@ def test_padding_is_the_bases_even_if_nothing_else_is(tmp_path, capsys):
         assert torch.equal(found[:9], reference(coefficients=lambda at: [0.0, 0.25, 0.75])["output", None, None])
         shutil.rmtree(paths[0])
         tensors = padded(spellings.stacked(spellings.model(0)), 12, 3.5)
-        (checkpoints.write(paths[0], tensors) / "config.json").write_text('{"vocab_size": 9}')
+        (checkpoints.write(paths[0], tensors, checkpoints.rows) / "config.json").write_text('{"vocab_size": 9}')
 
 
 def test_without_a_word_equal_rows_are_all_merged(tmp_path):
