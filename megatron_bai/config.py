@@ -105,6 +105,10 @@ class Merge:
     weights_for: dict[str, list[float]] = field(default_factory=dict)  # likewise
     t_for: dict[str, float] = field(default_factory=dict)  # likewise
     output: str = ""  # with a sweep, the directory of the outputs: alpha-0.1 and so on
+    dtype: str = ""  # of the output: bfloat16, float16 or float32; empty: the pretrained checkpoint's
+    vocab_size: int = 0  # rows of the embedding that mean a token, the others are padding; 0: as the checkpoints say
+    chunk_mib: int = 0  # cut torch_dist tensors anew, into chunks of at most this; 0: the pretrained checkpoint's chunks
+    file_mib: int = 0  # fill output files to this; 0: the pretrained's files (safetensors) or 256 (torch_dist)
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
     threads: int = 0  # of a rank; 0 shares the machine's cores among its ranks, up to 8 each
     verify: str = "sample"  # none, sample or all: how much of the output is compared with the formula before it counts

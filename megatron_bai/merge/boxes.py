@@ -19,6 +19,13 @@ def split(offsets: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Itera
         yield from split(low, size, limit)
 
 
+def overlap(a: Box, b: Box) -> Box | None:
+    """What two boxes have in common, or None."""
+    low = tuple(map(max, a[0], b[0]))
+    sizes = tuple(min(o + s, p + t) - lo for o, s, p, t, lo in zip(*a, *b, low))
+    return (low, sizes) if min(sizes, default=1) > 0 else None
+
+
 def within(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
     """The slices that select `box` of a tensor whose element [0, …, 0] is at `offsets`."""
     return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets))

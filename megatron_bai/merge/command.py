@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import engine, journal
+from megatron_bai.merge.form import Form, form_of
 from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.output import (
@@ -32,8 +34,10 @@ from megatron_bai.merge.measure import measured, to_measure
 from megatron_bai.merge.methods import recipes_of
 from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
+from megatron_bai.merge.regions import Fate
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch
 from megatron_bai.merge.verify import verify
+from megatron_bai.merge.view import View
 from megatron_bai.model import manifest, placing
 
 VERIFY = ("none", "sample", "all")
@@ -58,9 +62,10 @@ def run(config: Config) -> None:
     jobs = jobs_of(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
-    threads = settings.threads or cores_per_rank()
+    form, threads = form_of(settings), settings.threads or cores_per_rank()
+    piece = piece_bytes(settings.memory_mib, jobs, threads, settings.chunk_mib)
     with ranks() as group, ExitStack() as stack:
-        work = prepare(jobs, stack, group, piece_bytes(settings.memory_mib, jobs, threads))
+        work = prepare(jobs, stack, group, piece, form=form)
         if settings.dry_run:
             group.first(lambda: describe(work, jobs))
             return
@@ -87,30 +92,40 @@ def jobs_of(settings: Merge) -> list[Job]:
     return [Job(recipe, output / name) for name, recipe in recipes.items()]
 
 
-def piece_bytes(memory_mib: int, jobs: Sequence[Job], threads: int) -> int:
+def piece_bytes(memory_mib: int, jobs: Sequence[Job], threads: int, chunk_mib: int = 0) -> int:
     """The largest output item that keeps a rank's buffers within `memory_mib`.
 
-    Each thread reads two spans; it and the writer hold one item of each sum, and tiles in float32 and float64. For an
-    elementwise method a thread holds tiles of all sources, and what the arithmetic leaves between.
+    Each thread reads two spans, and a tile that it puts together from several tensors; it and the writer hold one item
+    of each sum, and tiles in float32 and float64. For an elementwise method a thread holds tiles of all sources, and
+    what the arithmetic leaves between.
 
     Raises:
-        UserError: there is no room for an item of 1 MiB.
+        UserError: there is no room for an item of 1 MiB, or of `chunk_mib`.
     """
     sums, recipe = len(jobs), jobs[0].recipe
-    spans = threads * 2 * SPAN_BYTES
+    spans = threads * (2 * SPAN_BYTES + engine.TILE * 8)
     tiles = (threads + 1) * (1 + sums) * engine.TILE * (4 + 8)
     if recipe.elementwise:
         tiles += threads * (3 * len(recipe.members) + sums + 10) * engine.SMALL_TILE * 8
     items = (threads + 1) * sums
     room = ((memory_mib << 20) - spans - tiles) // items
-    if room < 1 << 20:
-        needed = math.ceil((spans + tiles) / 2**20) + items
-        raise UserError(f"merge.memory_mib is {memory_mib}: at least {needed} are needed with {threads} threads")
+    least = max(chunk_mib, 1)
+    if room < least << 20:
+        needed = math.ceil((spans + tiles) / 2**20) + items * least
+        chunks = f" and merge.chunk_mib={chunk_mib}" if chunk_mib else ""
+        raise UserError(
+            f"merge.memory_mib is {memory_mib}: at least {needed} are needed with {threads} threads{chunks}"
+        )
     return min(room, PIECE_BYTES)
 
 
 def prepare(
-    jobs: Sequence[Job], stack: ExitStack, group: Ranks, piece: int = PIECE_BYTES, unit: int = UNIT_BYTES
+    jobs: Sequence[Job],
+    stack: ExitStack,
+    group: Ranks,
+    piece: int = PIECE_BYTES,
+    unit: int = UNIT_BYTES,
+    form: Form = Form(),
 ) -> Plan:
     """Open every source on every rank and plan. The jobs differ in what is swept only. `stack` closes the sources."""
 
@@ -119,7 +134,7 @@ def prepare(
         recipes = [job.recipe for job in jobs]
         paths = [term.source for term in recipes[0].terms()]
         sources = {path: stack.enter_context(open_source(path, scratch)) for path in paths}
-        return plan(recipes, sources, piece, unit)
+        return plan(recipes, sources, piece, unit, form)
 
     plans: list[Plan] = []
     group.together(lambda: plans.append(work()))
@@ -255,9 +270,15 @@ def describe(work: Plan, jobs: Sequence[Job]) -> None:
         print(f"{job.target}: {job.recipe.method}, {job.recipe.summary()}")
         for term in job.recipe.terms():
             print(f"    {term.coefficient:.9g} × {term.source}")
-        for key in work.outputs:
-            if any(fits(pattern, key) for pattern in job.recipe.patterns):
-                print(f"    {key}: {', '.join(f'{term.coefficient:.9g}' for term in job.recipe.terms(key))}")
+        for region in chain(*work.regions.values()):
+            if region.fate is Fate.KEPT:
+                print(f"    {region.name}: kept as in {work.base.path}")
+            elif any(fits(pattern, region.key, region.layer) for pattern in job.recipe.patterns):
+                terms = job.recipe.terms(region.key, region.layer)
+                print(f"    {region.name}: {', '.join(f'{term.coefficient:.9g}' for term in terms)}")
+    for source in work.inputs:
+        if isinstance(source, View):
+            print(f"read under other names or shapes: {source.path}")
     for path, reasons in work.dropped.items():
         for reason, keys in reasons.items():
             print(f"not used of {path}, {reason}: {len(keys)} entries such as {keys[0]}")

@@ -23,9 +23,10 @@ from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import journal
 from megatron_bai.merge.boxes import Box, within
 from megatron_bai.merge.journal import UnitResult
-from megatron_bai.merge.plan import Output, Plan, Unit
+from megatron_bai.merge.plan import Plan, Unit
 from megatron_bai.merge.pool import Pool
 from megatron_bai.merge.ranks import Ranks
+from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Target, Written
@@ -53,18 +54,20 @@ class Accumulator:
     """One tile's weighted sums, in memory reused from tile to tile."""
 
     def __init__(self, sums: int) -> None:
-        self._memory = {dtype: torch.empty(1 + sums, TILE, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+        self._memory = {
+            dtype: [torch.empty(TILE, dtype=dtype) for _ in range(1 + sums)] for dtype in (torch.float32, torch.float64)
+        }
         self.results = Scratch()  # what is made of the sums
 
-    def weighted_sums(self, plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
+    def weighted_sums(self, plan: Plan, region: Region, box: Box) -> list[torch.Tensor]:
         """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
-        wide = output.dtype.itemsize > 2
-        memory = self._memory[torch.float64 if wide else torch.float32][:, : math.prod(box[1])]
-        term, totals = memory[0], memory[1:]
+        wide = region.dtype.itemsize > 2
+        count = math.prod(box[1])
+        term, *totals = (row[:count] for row in self._memory[torch.float64 if wide else torch.float32])
         begun = [False] * len(totals)
-        coefficients = plan.coefficients(output, box)
+        coefficients = plan.coefficients(region, box)
         for i, source in enumerate(plan.inputs):
-            values = source.read(output.key, *box).reshape(-1)
+            values = source.read(region.key, *box).reshape(-1)
             for k, total in enumerate(totals):
                 coefficient = coefficients[k][i]
                 if coefficient == 0:
@@ -74,15 +77,15 @@ class Accumulator:
                 else:
                     total.copy_(values).mul_(coefficient)
                     begun[k] = True
-        return list(totals)
+        return totals
 
 
-def combined(plan: Plan, output: Output, box: Box) -> list[torch.Tensor]:
+def combined(plan: Plan, region: Region, box: Box) -> list[torch.Tensor]:
     """The values of one tile for each of the plan's recipes, whose method is elementwise; in float64, unrounded."""
-    values = read_all(plan, output, box, used(plan, {output.key})).view(len(plan.inputs), -1)
-    part = Part(output.key, output.shape, box)
+    values = read_all(plan, region, box, used(plan, {region.name})).view(len(plan.inputs), -1)
+    part = Part(region.output, box)
     measure = plan.measure(part)
-    return [r.combine(values, row[output.key], part, measure) for r, row in zip(plan.recipes, plan.sums)]
+    return [r.combine(values, row[region.name], part, measure) for r, row in zip(plan.recipes, plan.sums)]
 
 
 def execute(
@@ -104,7 +107,7 @@ def execute(
         Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
         UserError: a source cannot be read, or the disk is full; the units finished until then count.
     """
-    target = plan.base.target()
+    target = plan.base.target([(o.key, o.dtype, o.shape) for o in plan.outputs.values()], plan.form.file_bytes)
 
     def begin() -> None:
         for directory in directories:
@@ -165,7 +168,12 @@ def one_thread() -> Iterator[None]:
 
 
 def _write_unit(
-    plan: Plan, unit: Unit, target: Target, directories: Sequence[Path], pool: Pool[Accumulator], advance: Callable[[int], None]
+    plan: Plan,
+    unit: Unit,
+    target: Target,
+    directories: Sequence[Path],
+    pool: Pool[Accumulator],
+    advance: Callable[[int], None],
 ) -> list[UnitResult]:
     """Write one unit of every sum: the pool's threads merge its pieces, this one writes them, in order."""
     done = [UnitResult() for _ in plan.sums]
@@ -177,11 +185,11 @@ def _write_unit(
                 for writer in writers:
                     writer.blob(key, data)
             for pieces in pool.map(functools.partial(_merge_pieces, plan, advance), _batches(unit)):
-                for output, box, values, squares in pieces:
+                for region, box, values, squares in pieces:
                     for writer, value, square, result in zip(writers, values, squares, done):
-                        writer.tensor(output.key, box[0], value)
-                        if output.merged:
-                            result.squares[output.key] = result.squares.get(output.key, 0.0) + square
+                        writer.tensor(region.key, box[0], value)
+                        if region.fate is Fate.MERGED:
+                            result.squares[region.key] = result.squares.get(region.key, 0.0) + square
         for directory, result, writer in zip(directories, done, writers):
             result.written = writer.written
             journal.note(directory, unit.name, result)
@@ -190,81 +198,83 @@ def _write_unit(
     return done
 
 
-def _batches(unit: Unit) -> Iterator[list[tuple[Output, Box]]]:
+def _batches(unit: Unit) -> Iterator[list[tuple[Region, Box]]]:
     """A unit's pieces in order, many small ones together: a thread has no time for one expert's bias."""
-    batch: list[tuple[Output, Box]] = []
+    batch: list[tuple[Region, Box]] = []
     size = 0
-    for output, box in unit.pieces:
-        nbytes = math.prod(box[1]) * output.dtype.itemsize
+    for region, box in unit.pieces:
+        nbytes = math.prod(box[1]) * region.dtype.itemsize
         if batch and size + nbytes > BATCH_BYTES:
             yield batch
             batch, size = [], 0
-        batch.append((output, box))
+        batch.append((region, box))
         size += nbytes
     if batch:
         yield batch
 
 
-Piece = tuple[Output, Box, torch.Tensor, list[float]]
+Piece = tuple[Region, Box, torch.Tensor, list[float]]
 """A merged box: its tensor, the values `[sums, *sizes]`, and for each sum the sum of its squares."""
 
 
 def _merge_pieces(
-    plan: Plan, advance: Callable[[int], None], batch: list[tuple[Output, Box]], accumulator: Accumulator
+    plan: Plan, advance: Callable[[int], None], batch: list[tuple[Region, Box]], accumulator: Accumulator
 ) -> list[Piece]:
     """Merge the boxes of a batch, in the accumulator's memory."""
     sums = len(plan.sums)
-    sizes = [math.prod(box[1]) * output.dtype.itemsize for output, box in batch]
+    sizes = [math.prod(box[1]) * region.dtype.itemsize for region, box in batch]
     starts = list(itertools.accumulate((-(-sums * size // 64) * 64 for size in sizes), initial=0))  # 64: a cache line
     memory = accumulator.results.take("pieces", starts[-1])
     pieces = []
-    for (output, box), size, start in zip(batch, sizes, starts):
-        values = memory[start : start + sums * size].view(output.dtype).view(sums, *box[1])
-        pieces.append((output, box, values, _fill(plan, output, box, accumulator, values, advance)))
+    for (region, box), size, start in zip(batch, sizes, starts):
+        values = memory[start : start + sums * size].view(region.dtype).view(sums, *box[1])
+        pieces.append((region, box, values, _fill(plan, region, box, accumulator, values, advance)))
     return pieces
 
 
 def _fill(
     plan: Plan,
-    output: Output,
+    region: Region,
     piece: Box,
     accumulator: Accumulator,
     values: torch.Tensor,
     advance: Callable[[int], None],
 ) -> list[float]:
     """Merge one box of a tensor, tile by tile, into `values` [sums, *sizes]; returns the sums of squares."""
-    itemsize = plan.base.tensors[output.key].dtype.itemsize  # the same in all sources
+    itemsize = sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)
     squares = [0.0] * len(values)
     merge, tile = (combined, SMALL_TILE) if plan.recipes[0].elementwise else (accumulator.weighted_sums, TILE)
-    for box in plan.tiles(output, piece, tile):
+    for box in plan.tiles(region, piece, tile):
         tiles = [value[within(box, piece[0])].view(-1) for value in values]
-        if output.merged:
-            for k, total in enumerate(merge(plan, output, box)):
-                squares[k] += _round(plan, output, box, total, tiles[k]) ** 2
+        if region.fate is Fate.MERGED:
+            for k, total in enumerate(merge(plan, region, box)):
+                squares[k] += _round(plan, region, box, total, tiles[k]) ** 2
         else:
-            _copy_equal(plan, output, box, tiles)
-        advance(len(plan.inputs) * itemsize * math.prod(box[1]))
+            _copy(plan, region, box, tiles)
+        advance(itemsize * math.prod(box[1]))
     return squares
 
 
-def _round(plan: Plan, output: Output, box: Box, total: torch.Tensor, tile: torch.Tensor) -> float:
+def _round(plan: Plan, region: Region, box: Box, total: torch.Tensor, tile: torch.Tensor) -> float:
     """Round a finished sum into `tile`; returns its 2-norm before that."""
     tile.copy_(total)
     norm = float(torch.linalg.vector_norm(total))
-    if not norm <= torch.finfo(output.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
-        require_finite(plan, output, box)
+    if not norm <= torch.finfo(region.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
+        require_finite(plan, region, box)
         if not tile.isfinite().all():  # negative weights can leave the sources' range
-            raise Unfit(f"{output.key}: the merged values are too large for {output.dtype}: check the weights")
+            raise Unfit(
+                f"{region.key}: the merged values are too large for {region.dtype}: check the weights and merge.dtype"
+            )
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
     return norm
 
 
-def _copy_equal(plan: Plan, output: Output, box: Box, tiles: list[torch.Tensor]) -> None:
-    tiles[0].copy_(plan.base.read(output.key, *box).reshape(-1))
-    for source in plan.inputs:
-        if not torch.equal(source.read(output.key, *box).reshape(-1), tiles[0]):
+def _copy(plan: Plan, region: Region, box: Box, tiles: list[torch.Tensor]) -> None:
+    tiles[0].copy_(plan.base.read(region.key, *box).reshape(-1))
+    for source in plan.inputs if region.fate is Fate.EQUAL else ():
+        if not torch.equal(source.read(region.key, *box).reshape(-1), tiles[0]):
             raise Unfit(
-                f"{source.path} and {plan.base.path} differ in {output.key}, which is {output.dtype}: only floating"
+                f"{source.path} and {plan.base.path} differ in {region.key}, which is {region.dtype}: only floating"
                 " point tensors can be merged"
             )
     for tile in tiles[1:]:

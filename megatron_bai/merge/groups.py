@@ -13,12 +13,34 @@ GROUPS = {
     "dense MLP": r"\bmlp\.",
 }
 
+RANGE = re.compile(r"^layers\.(\d+)(?:-(\d+))?(?:/|$)")  # in front of a pattern, or alone
+
 
 def group_of(key: str) -> str:
     """The group of a tensor, or `other`."""
     return next((name for name, pattern in GROUPS.items() if re.search(pattern, key)), "other")
 
 
-def fits(pattern: str, key: str) -> bool:
-    """Whether a tensor is in the group called `pattern`, or else its name has a match of that regular expression."""
-    return group_of(key) == pattern if pattern in GROUPS else re.search(pattern, key) is not None
+def layers_of(pattern: str) -> range | None:
+    """The layers that a pattern is about, or None: all, and tensors that belong to no layer."""
+    found = RANGE.match(pattern)
+    return range(int(found[1]), int(found[2] or found[1]) + 1) if found else None
+
+
+def fits(pattern: str, key: str, layer: int | None = None) -> bool:
+    """Whether a pattern is about a tensor, or about one decoder layer of it.
+
+    A pattern is the name of a group, or a regular expression that has a match in the tensor's name. `layers.3` or
+    `layers.0-11` (both ends included) before it, with a slash between, or alone, is about these layers only, whether
+    the checkpoint has a tensor for each layer or stacks them in one.
+
+    Args:
+        layer: counted from 0; None where the tensor belongs to no layer.
+
+    Raises:
+        re.error: it is no regular expression.
+    """
+    layers = layers_of(pattern)
+    rest = RANGE.sub("", pattern, count=1) if layers is not None else pattern
+    found = group_of(key) == rest if rest in GROUPS else re.search(rest, key) is not None
+    return found and (layers is None or layer in layers)

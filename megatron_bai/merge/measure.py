@@ -6,17 +6,20 @@ written: a merge that was killed measures again and finds the same.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from megatron_bai.merge.engine import share
-from megatron_bai.merge.plan import Output, Plan
+from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.pool import Pool
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.recipe import Measure
+from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part, parts, slices
 from megatron_bai.merge.values import read_all, used
 
@@ -28,20 +31,20 @@ class Slice:
     """One slice to measure: its parts, of one tensor or of several; `nbytes` of one input."""
 
     name: str
-    parts: tuple[tuple[Output, Part], ...]
+    parts: tuple[tuple[Region, Part], ...]
     nbytes: int
 
 
 def to_measure(plan: Plan) -> tuple[Slice, ...]:
     """The slices whose measures the plan's recipes need."""
-    found: dict[str, list[tuple[Output, Part]]] = defaultdict(list)
-    for output in plan.outputs.values() if plan.recipes[0].passes else ():
-        if output.merged and any(r.needs(row[output.key]) for r, row in zip(plan.recipes, plan.sums)):
-            for part in slices(output.key, output.shape):
+    found: dict[str, list[tuple[Region, Part]]] = defaultdict(list)
+    for region in chain(*plan.regions.values()) if plan.recipes[0].passes else ():
+        if region.fate is Fate.MERGED and any(r.needs(row[region.name]) for r, row in zip(plan.recipes, plan.sums)):
+            for part in slices(region):
                 if part.count:
-                    found[part.name].append((output, part))
+                    found[part.name].append((region, part))
     return tuple(
-        Slice(name, tuple(held), sum(part.count * output.dtype.itemsize for output, part in held))
+        Slice(name, tuple(held), sum(part.count * region.dtype.itemsize for region, part in held))
         for name, held in found.items()
     )
 
@@ -72,12 +75,12 @@ def measured(plan: Plan, ranks: Ranks, advance: Callable[[int], None], threads: 
 
 
 def _measure(plan: Plan, which: Slice, advance: Callable[[int], None]) -> Measure:
-    inputs = used(plan, {output.key for output, _ in which.parts})
+    inputs = used(plan, {region.name for region, _ in which.parts})
 
     def blocks() -> Iterator[torch.Tensor]:
-        for output, part in which.parts:
-            for box in parts(part.key, part.shape, part.box, BLOCK):
-                yield read_all(plan, output, box, inputs)
-                advance(len(inputs) * Part(part.key, part.shape, box).count * output.dtype.itemsize)
+        for region, part in which.parts:
+            for box in parts(region.output, part.box, BLOCK):
+                yield read_all(plan, region, box, inputs)
+                advance(len(inputs) * math.prod(box[1]) * region.dtype.itemsize)
 
     return plan.recipes[0].measure(blocks, which.name, sum(part.count for _, part in which.parts))

@@ -1,5 +1,6 @@
 """The output directory around the tensors: what is carried over, what is noted, and whether there is anything to do."""
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -14,14 +15,17 @@ import torch
 import megatron_bai
 from megatron_bai.errors import UserError
 from megatron_bai.merge import journal
+from megatron_bai.merge.form import config_with
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.recipe import Recipe
+from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.safetensors_files import SafeTensors
 from megatron_bai.merge.sources import Source
 from megatron_bai.model import manifest
 
 PROVENANCE = "provenance.json"
+CONFIG = "config.json"
 CARD = "README.md"  # the model card of a Hugging Face checkpoint: the pretrained one's would be wrong
 REVISION = 1  # of the merge's definition: raised when the same inputs would give other tensors
 
@@ -45,9 +49,15 @@ def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
         "revision": REVISION,
         "inputs": [sources[str(plan.inputs[i].path)] for i in used],
         "layout": [(key, [(c.offsets, c.sizes) for c in base.tensors[key].chunks]) for key in plan.outputs],
-        "outputs": [(key, [rows[key][i] for i in used] if key in rows else "equal") for key in plan.outputs],
+        "outputs": [
+            (r.name, str(r.dtype), [rows[r.name][i] for i in used] if r.name in rows else r.fate.value)
+            for parts in plan.regions.values()
+            for r in parts
+        ],
         "recipe": plan.recipes[which].identity(),
         "places": used if plan.recipes[which].elementwise else None,
+        "kept": sources[str(base.path)] if plan.keeps else None,
+        "form": dataclasses.astuple(dataclasses.replace(plan.form, dtype=None)),
         "objects": [
             (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
         ],
@@ -114,6 +124,8 @@ def write_provenance(
     for path in carried_files(plan.base):
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.path / path, stage / path)
+    if plan.form.dtype is not None and (stage / CONFIG).is_file():
+        (stage / CONFIG).write_text(config_with((stage / CONFIG).read_text(), plan.form.dtype))
     coefficients = {term.source: term.coefficient for term in recipe.terms()}
     sources = [
         {"path": path, "coefficient": coefficient, "digest": digests.get(path), "dropped": plan.dropped[path]}
@@ -122,12 +134,11 @@ def write_provenance(
     ]
     mark = fingerprint(plan, which, digests)
     tensors: dict[str, Any] = {}
-    fate: dict[str, Any]
     for o in plan.outputs.values():
-        fate = {"fate": "merged", "norm": norms[o.key]} if o.merged else {"fate": "equal"}
-        if o.merged and any(fits(pattern, o.key) for pattern in recipe.patterns):
-            fate["coefficients"] = [term.coefficient for term in recipe.terms(o.key)]
-        tensors[o.key] = {"dtype": str(o.dtype).removeprefix("torch."), "shape": o.shape, **fate}
+        about = {"dtype": str(o.dtype).removeprefix("torch."), "shape": o.shape}
+        norm = {"norm": norms[o.key]} if o.merged else {}
+        parts = [_about(region, recipe) for region in plan.regions[o.key]]
+        tensors[o.key] = about | norm | (parts[0] if len(parts) == 1 else {"fate": "by rows", "rows": parts})
     text: dict[str, Any] = {
         "fingerprint": mark,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -146,6 +157,16 @@ def write_provenance(
     if isinstance(plan.base, SafeTensors):
         (stage / CARD).write_text(model_card(recipe))
     return mark
+
+
+def _about(region: Region, recipe: Recipe) -> dict[str, Any]:
+    """A region's fate, its rows where it is a part of its tensor, and its coefficients where a pattern gave them."""
+    about: dict[str, Any] = {"fate": region.fate.value}
+    if region.box[1] != region.output.shape:
+        about["rows"] = [region.box[0][0], region.box[0][0] + region.box[1][0]]
+    if region.fate is Fate.MERGED and any(fits(pattern, region.key, region.layer) for pattern in recipe.patterns):
+        about["coefficients"] = [term.coefficient for term in recipe.terms(region.key, region.layer)]
+    return about
 
 
 def model_card(recipe: Recipe) -> str:

@@ -4,14 +4,24 @@ Every tensor of every source gets one fate, and `plan` asserts that none is left
 
     merged    floating point, by the recipe's method
     equal     anything else (token tables, counters): must be the same in all sources, and is copied
+    kept      the vocabulary's padding rows: as the pretrained checkpoint has them
     dropped   optimizer and random-number state, which no linear combination keeps valid
 
-Objects that are no tensors (`_extra_state`: FP8 scaling factors and the like) are carried over from the pretrained
-checkpoint, whose layout the output also takes. Those of the members are dropped, and may differ in number: newer
-Transformer Engine releases write fewer.
+The output has the names, shapes and objects of the pretrained checkpoint, the *base*:
 
-The work is cut into pieces (one item of the output each) and units (one file each). The cut depends on the pretrained
-checkpoint alone, never on the number of ranks.
+- Members that name or stack tensors otherwise are read through a `View`; together they must hold exactly the base's
+  elements. Other numbers of layers or experts and missing or additional tensors are refused by name.
+- The vocabulary's first rows, as many as there are tokens, are merged. How many that is, `vocabulary.true_size` says.
+- Tied embeddings: where all are tied there is one tensor. A tied member of an untied base gives its embedding for the
+  output layer. An untied member of a tied base is refused.
+- The router's bias (`expert_bias`) and, where the base has them in float32, the router's weights are merged like the
+  rest and stay in float32, whatever `merge.dtype` is.
+- 8-bit floating point is refused: such numbers mean nothing without their scales.
+- Objects that are no tensors (`_extra_state`: FP8 scaling factors and the like) are the base's. Those of the members
+  are dropped, and may differ in number: newer Transformer Engine releases write fewer.
+
+The work is cut into pieces (one item of the output each) and units (one file each). The cut depends on the base and the
+settings alone, never on the number of ranks.
 """
 
 import hashlib
@@ -24,11 +34,15 @@ from itertools import chain
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.boxes import Box, split
+from megatron_bai.merge.boxes import Box, overlap, split
+from megatron_bai.merge.form import Form, output_dtypes
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.recipe import Measure, Recipe
+from megatron_bai.merge.regions import Fate, Output, Region, regions
 from megatron_bai.merge.slices import Part, parts
-from megatron_bai.merge.sources import Entry, Source
+from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source
+from megatron_bai.merge.view import Chart, View, respell, some
+from megatron_bai.merge.vocabulary import true_size
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
 PIECE_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor
@@ -36,25 +50,11 @@ STATE = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machin
 
 
 @dataclass(frozen=True)
-class Output:
-    """A tensor to write; `merged` or else equal in all sources."""
-
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    merged: bool
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class Unit:
     """The content of one output file."""
 
     name: str
-    pieces: tuple[tuple[Output, Box], ...]
+    pieces: tuple[tuple[Region, Box], ...]
     objects: tuple[str, ...]
     nbytes: int
 
@@ -65,22 +65,31 @@ class Plan:
 
     Attributes:
         base: the pretrained checkpoint.
-        inputs: the checkpoints that are read; those that no sum needs are not among them.
+        inputs: the checkpoints that are read, under the base's names; those that no sum needs are not among them.
         recipes: for each checkpoint to write, the method.
-        sums: likewise, the weights of `inputs` in each merged tensor.
+        sums: likewise, the weights of `inputs` in each merged region, by its name.
         outputs: every tensor to write, by key.
+        regions: of every tensor, by its key.
+        form: what the output looks like besides.
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
         measures: what the method's first passes found, by slice.
     """
 
     base: Source
-    inputs: tuple[Source, ...]
+    inputs: tuple[Source | View, ...]
     sums: tuple[dict[str, tuple[float, ...]], ...]
     outputs: dict[str, Output]
+    regions: dict[str, tuple[Region, ...]]
     units: tuple[Unit, ...]
     dropped: dict[str, dict[str, list[str]]]
-    recipes: tuple[Recipe, ...] = ()
+    form: Form
+    recipes: tuple[Recipe, ...]
     measures: Mapping[str, Measure] = field(default_factory=dict)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept as the base has it, which is then among the inputs."""
+        return any(region.fate is Fate.KEPT for each in self.regions.values() for region in each)
 
     @property
     def bytes_read(self) -> int:
@@ -91,25 +100,25 @@ class Plan:
         """For each sum."""
         return sum(unit.nbytes for unit in self.units)
 
-    def tiles(self, output: Output, box: Box, limit: int) -> Iterator[Box]:
+    def tiles(self, region: Region, box: Box, limit: int) -> Iterator[Box]:
         """Cut a box into boxes of at most `limit` elements, each in one slice where the method distinguishes them."""
         recipe = self.recipes[0]
-        if output.merged and (recipe.passes or recipe.elementwise):
-            return parts(output.key, output.shape, box, limit)
+        if region.fate is Fate.MERGED and (recipe.passes or recipe.elementwise):
+            return parts(region.output, box, limit)
         return split(*box, limit)
 
     def measure(self, part: Part) -> Measure | None:
         """What was measured of the slice that `part` lies in."""
         return self.measures.get(part.name) if self.measures else None
 
-    def coefficients(self, output: Output, box: Box) -> list[tuple[float, ...]]:
+    def coefficients(self, region: Region, box: Box) -> list[tuple[float, ...]]:
         """For each sum, the coefficients of `inputs` in one of the `tiles`."""
-        measure = self.measure(Part(output.key, output.shape, box))
-        return [recipe.coefficients(row[output.key], measure) for recipe, row in zip(self.recipes, self.sums)]
+        measure = self.measure(Part(region.output, box))
+        return [recipe.coefficients(row[region.name], measure) for recipe, row in zip(self.recipes, self.sums)]
 
     def cut(self) -> str:
         """A hash of how the work is cut, which depends on the settings as well as on the checkpoints."""
-        names = [(unit.name, unit.objects, [(o.key, box) for o, box in unit.pieces]) for unit in self.units]
+        names = [(unit.name, unit.objects, [(r.name, box) for r, box in unit.pieces]) for unit in self.units]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
@@ -118,6 +127,7 @@ def plan(
     sources: dict[str, Source],
     piece_bytes: int = PIECE_BYTES,
     unit_bytes: int = UNIT_BYTES,
+    form: Form = Form(),
 ) -> Plan:
     """Decide every tensor's fate and cut the work.
 
@@ -125,45 +135,63 @@ def plan(
         recipes: one for each checkpoint to write, over the same sources.
         sources: the opened checkpoint of every term.
         piece_bytes: the largest item of the output, which is held in memory.
-        unit_bytes: the size that output files are filled to.
+        unit_bytes: the size that output files are filled to, unless the form says another.
+        form: of the output.
 
     Raises:
-        UserError: the sources do not hold the same tensors with the same shapes and dtypes, or a recipe's pattern fits
-            no tensor; what is wrong is named.
+        UserError: the sources do not hold the same weights in the same dtypes, the form does not fit them, or a
+            recipe's pattern fits no tensor; what is wrong is named.
     """
     names = [term.source for term in recipes[0].terms()]  # the first gives the layout
     base = sources[names[0]]
     kept = {name: _model_tensors(sources[name]) for name in names}
+    if not kept[names[0]]:
+        raise UserError(f"{base.path} holds no model tensors")
+    if form.chunk_bytes and base.whole:
+        raise UserError(f"merge.chunk_mib is for torch_dist: {base.path} holds every tensor in one piece, give 0")
     for name in names[1:]:
-        _require_same(base, kept[names[0]], sources[name], kept[name])
+        if type(base) is not type(sources[name]):
+            raise UserError(f"{base.path} and {name} are in two formats: bring them into one with `convert`")
+    used = {sources[name].path: kept[name] for name in names}
+    rows = true_size(used, form.vocab_size)
+    chart, scratch = Chart(base.path, kept[names[0]], rows), Scratch()
+    inputs = {name: respell(sources[name], kept[name], chart, rows, scratch) for name in names[1:]}
+    _require_dtypes(base, inputs.values(), kept[names[0]], any_float=form.dtype is not None)
+    dtypes = output_dtypes(kept[names[0]], form.dtype)
     outputs = {
-        key: Output(key, entry.dtype, entry.shape, merged=entry.dtype.is_floating_point)
+        key: Output(key, dtypes[key], entry.shape, merged=entry.dtype.is_floating_point)
         for key, entry in kept[names[0]].items()
     }
-    if not outputs:
-        raise UserError(f"{base.path} holds no model tensors")
+    cut = {key: regions(output, recipes[0].patterns, rows) for key, output in outputs.items()}
     objects = [key for key in base.objects if not STATE.search(key)]
     dropped = {str(source.path): _dropped(source, source is base) for source in sources.values()}
     for source in sources.values():
-        fates = [*outputs, *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
+        fates = [*used[source.path], *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
         assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
-    inputs, sums = _sums(recipes, [key for key, output in outputs.items() if output.merged])
-    units = _cut(base, outputs, objects, piece_bytes, unit_bytes)
-    return Plan(base, tuple(sources[name] for name in inputs), sums, outputs, units, dropped, tuple(recipes))
+    merged = [region for each in cut.values() for region in each if region.fate is Fate.MERGED]
+    keeps = any(region.fate is Fate.KEPT for each in cut.values() for region in each)
+    needed, sums = _sums(recipes, merged, {names[0]} if keeps else set())
+    units = _cut(base, cut, objects, piece_bytes, form.file_bytes or unit_bytes, form.chunk_bytes)
+    read = tuple(inputs.get(name, base) for name in needed)
+    return Plan(base, read, sums, outputs, cut, units, dropped, form, tuple(recipes))
 
 
-def _sums(recipes: Sequence[Recipe], keys: list[str]) -> tuple[list[str], tuple[dict[str, tuple[float, ...]], ...]]:
-    """The sources that any tensor of any recipe needs, and their coefficients for each recipe and tensor."""
+def _sums(
+    recipes: Sequence[Recipe], merged: list[Region], also: set[str]
+) -> tuple[list[str], tuple[dict[str, tuple[float, ...]], ...]]:
+    """The sources that any region of any recipe needs and those in `also`, and their coefficients for each recipe and
+    region."""
     for pattern in recipes[0].patterns:
-        if not any(fits(pattern, key) for key in keys):
+        if not any(fits(pattern, region.key, region.layer) for region in merged):
             raise UserError(f"the pattern {pattern!r} of {_setting_of(recipes[0], pattern)} fits no tensor")
-    all_terms = [{key: recipe.terms(key) for key in keys} for recipe in recipes]
+    all_terms = [{region.name: recipe.terms(region.key, region.layer) for region in merged} for recipe in recipes]
     needed = {term.source for terms in all_terms for row in terms.values() for term in row if term.coefficient != 0}
+    needed |= also
     if recipes[0].elementwise:  # its `combine` knows the sources by their places
         needed.update(term.source for term in recipes[0].terms())
     inputs = [term.source for term in recipes[0].terms() if term.source in needed]
     sums = tuple(
-        {key: tuple(term.coefficient for term in row if term.source in needed) for key, row in terms.items()}
+        {name: tuple(term.coefficient for term in row if term.source in needed) for name, row in terms.items()}
         for terms in all_terms
     )
     return inputs, sums
@@ -189,32 +217,38 @@ def _dropped(source: Source, is_base: bool) -> dict[str, list[str]]:
     return {reason: keys for reason, keys in reasons.items() if keys}
 
 
-def _require_same(base: Source, expected: dict[str, Entry], other: Source, found: dict[str, Entry]) -> None:
-    if type(base) is not type(other):
-        raise UserError(f"{base.path} and {other.path} are in two formats: bring them into one with `convert`")
-    for path, missing in ((other.path, expected.keys() - found.keys()), (base.path, found.keys() - expected.keys())):
-        if missing:
-            against = base.path if path == other.path else other.path
-            raise UserError(f"{path} lacks {_some(missing)} of {against}: they are not the same architecture")
-    for what in ("shape", "dtype"):
-        pairs = {k: (getattr(expected[k], what), getattr(found[k], what)) for k in expected}
-        differing = {f"{key} ({a} and {b})" for key, (a, b) in pairs.items() if a != b}
+def _require_dtypes(
+    base: Source, others: Iterable[Source | View], tensors: dict[str, Entry], any_float: bool
+) -> None:
+    """A tensor has one dtype in all sources; `any_float`: or several, all floating point of 16 bits or more."""
+    small = [key for key, entry in tensors.items() if entry.dtype.is_floating_point and entry.dtype.itemsize < 2]
+    if small:
+        raise UserError(f"{base.path} holds quantised tensors ({some(small)}): merge checkpoints of 16 bits or more")
+    for other in others:
+        pairs = {key: (entry.dtype, other.tensors[key].dtype) for key, entry in tensors.items()}
+        differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if any_float:
+            floats = torch.bfloat16, torch.float16, torch.float32, torch.float64
+            differing = {key: pair for key, pair in differing.items() if not set(pair) <= set(floats)}
         if differing:
-            raise UserError(f"{base.path} and {other.path} differ in the {what} of {_some(differing)}")
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+            floating = all(dtype.is_floating_point for pair in differing.values() for dtype in pair)
+            listed = some(f"{key} ({a} and {b})" for key, (a, b) in differing.items())
+            advice = ": choose the output's with merge.dtype" if floating else ""
+            raise UserError(f"{base.path} and {other.path} differ in the dtype of {listed}{advice}")
 
 
 def _cut(
-    base: Source, outputs: dict[str, Output], objects: list[str], piece_bytes: int, unit_bytes: int
+    base: Source,
+    cut: dict[str, tuple[Region, ...]],
+    objects: list[str],
+    piece_bytes: int,
+    unit_bytes: int,
+    chunk_bytes: int,
 ) -> tuple[Unit, ...]:
-    """Pieces along the base's chunks, packed into units in the base's order; the objects go first."""
+    """Pieces of regions along the base's chunks, or as large as `chunk_bytes` says, packed into units in the base's
+    order; the objects go first."""
     units: list[Unit] = []
-    pieces: list[tuple[Output, Box]] = []
+    pieces: list[tuple[Region, Box]] = []
     size = sum(base.objects[key].length for key in objects)
 
     def finish() -> None:
@@ -222,13 +256,28 @@ def _cut(
         units.append(Unit(f"__{len(units)}_0", tuple(pieces), tuple(objects), size))
         pieces, objects, size = [], [], 0
 
-    for key, output in outputs.items():
-        for chunk in base.tensors[key].chunks:
-            for box in split(chunk.offsets, chunk.sizes, piece_bytes // output.dtype.itemsize):
-                nbytes = math.prod(box[1]) * output.dtype.itemsize
-                if size + nbytes > unit_bytes and (pieces or objects):
-                    finish()
-                pieces.append((output, box))
-                size += nbytes
+    for key, parts in cut.items():
+        for region, box in _pieces(parts, base.tensors[key].chunks, piece_bytes, chunk_bytes):
+            nbytes = math.prod(box[1]) * region.dtype.itemsize
+            if size + nbytes > unit_bytes and (pieces or objects):
+                finish()
+            pieces.append((region, box))
+            size += nbytes
     finish()
     return tuple(units)
+
+
+def _pieces(
+    parts: tuple[Region, ...], chunks: tuple[Chunk, ...], piece_bytes: int, chunk_bytes: int
+) -> Iterator[tuple[Region, Box]]:
+    """The items of one tensor. None is in two regions."""
+    for region in parts:
+        limit = (chunk_bytes or piece_bytes) // region.dtype.itemsize
+        if chunk_bytes:
+            boxes: Iterable[Box] = [region.box]
+        else:
+            boxes = [(chunk.offsets, chunk.sizes) for chunk in chunks]
+            if len(parts) > 1:
+                boxes = [part for box in boxes if (part := overlap(region.box, box)) is not None]
+        for offsets, sizes in boxes:
+            yield from ((region, box) for box in split(offsets, sizes, limit))

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.groups import fits
+from megatron_bai.merge.groups import fits, layers_of
 from megatron_bai.merge.slices import Part
 
 T = TypeVar("T")
@@ -65,6 +65,8 @@ class Recipe(ABC):
         if not self.members or not all(self.members):
             raise UserError("merge.members is empty or holds an empty path: give the checkpoints to merge")
         for pattern in self.patterns:
+            if (layers := layers_of(pattern)) is not None and not layers:
+                raise UserError(f"{pattern!r} names no layer: write the first before the last, as in layers.0-11")
             try:
                 fits(pattern, "")
             except re.error as error:
@@ -80,11 +82,12 @@ class Recipe(ABC):
         return tuple(pattern for name, value in self.settings.items() if name.endswith("_for") for pattern, _ in value)
 
     @abstractmethod
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The sources, each once, and their weights; the first gives the output its layout and non-tensor state.
 
         Args:
             key: the tensor to merge; None gives the terms of tensors that no pattern fits.
+            layer: the decoder layer of it that is merged, if it has any.
         """
 
     def needs(self, weights: Sequence[float]) -> bool:
@@ -180,13 +183,14 @@ class Weighted(Recipe):
         named = [(f"merge.weights_for[{pattern}]", weights) for pattern, weights in self.weights_for]
         return [("merge.weights", self.weights), *named]
 
-    def weights_of(self, key: str | None) -> tuple[float, ...]:
-        return pick(self.weights_for, key, self.weights)
+    def weights_of(self, key: str | None, layer: int | None) -> tuple[float, ...]:
+        return pick(self.weights_for, key, layer, self.weights)
 
 
-def pick(choices: Sequence[tuple[str, T]], key: str | None, default: T) -> T:
-    """The value of the first pattern that fits a tensor."""
-    return default if key is None else next((value for pattern, value in choices if fits(pattern, key)), default)
+def pick(choices: Sequence[tuple[str, T]], key: str | None, layer: int | None, default: T) -> T:
+    """The value of the first pattern that fits a tensor, or this layer of it."""
+    fitting = (value for pattern, value in choices if key is not None and fits(pattern, key, layer))
+    return next(fitting, default)
 
 
 def require_pretrained(recipe: Recipe) -> None:

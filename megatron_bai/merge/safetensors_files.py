@@ -4,11 +4,12 @@ A file is an 8-byte length, a JSON header that names each tensor's dtype, shape 
 format has no checksum and no mark of completeness; what can be checked is that index, headers and sizes agree.
 """
 
+import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.boxes import row_major, span
 from megatron_bai.merge.checks import Place
 from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.targets import Target, Writer, Written
+from megatron_bai.merge.targets import Shape, Target, Writer, Written
 from megatron_bai.model import crc32, manifest
 from megatron_bai.model.strict_json import parse
 
@@ -41,6 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafeTensors(Source):
@@ -50,14 +52,17 @@ class SafeTensors(Source):
         UserError: files, headers and index do not agree, or a tensor has a dtype this format's reader does not know.
     """
 
+    whole = True
+
     def __init__(self, path: str | Path, scratch: Scratch | None = None):
         path = Path(path)
         manifest.read(path)
         expected = _weight_map(path)
         tensors = {}
         self.headers: dict[str, int] = {}  # bytes before the tensors, by file
+        self.metadata: dict[str, dict[str, str]] = {}  # likewise
         for file in sorted(set(expected.values())) if expected else [SINGLE]:
-            self.headers[file], entries = _read_header(path / file)
+            self.headers[file], self.metadata[file], entries = _read_header(path / file)
             tensors.update(entries)
         places = {key: entry.chunks[0].file for key, entry in tensors.items()}
         wrong = sorted(key for key in expected.keys() ^ places.keys() if expected) or sorted(
@@ -87,8 +92,8 @@ class SafeTensors(Source):
     def is_own_file(self, file: Path) -> bool:
         return file.suffix == SUFFIX or file.as_posix() == INDEX
 
-    def target(self) -> Target:
-        return SafeTensorsTarget(self)
+    def target(self, tensors: Sequence[Shape], file_bytes: int) -> Target:
+        return SafeTensorsTarget(self, tensors, file_bytes)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -104,8 +109,8 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
 
-def _read_header(file: Path) -> tuple[int, dict[str, Entry]]:
-    """Bytes before the tensors, and the tensors of one file."""
+def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, Entry]]:
+    """Bytes before the tensors, the metadata and the tensors of one file."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -113,7 +118,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, Entry]]:
                 raise ValueError(f"its header claims {length} bytes")
             header = parse(stream.read(length))
             size = os.fstat(stream.fileno()).st_size
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         entries, end = {}, 8 + length
         for key, note in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             entry = _entry(key, note, file.name, 8 + length)
@@ -126,7 +131,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, Entry]]:
         raise UserError(f"{file} is damaged ({error}): restore the file from a copy") from None
     if size != end:
         raise UserError(f"{file} has {size} bytes instead of {end}: restore the file from a copy")
-    return 8 + length, entries
+    return 8 + length, metadata, entries
 
 
 def _entry(key: str, note: dict[str, Any], file: str, base: int) -> Entry:
@@ -141,58 +146,128 @@ def _entry(key: str, note: dict[str, Any], file: str, base: int) -> Entry:
     return Entry(key, dtype, shape, (Chunk((0,) * len(shape), shape, file, base + start, end - start),))
 
 
-class SafeTensorsTarget(Target):
-    """Files like those of a checkpoint, with other values: every tensor has its place before it is written.
+@dataclass(frozen=True)
+class _File:
+    """A file to write: what stands before the tensors, its length with them, and where each of them begins."""
 
-    So ranks write into the same files, and the index of that checkpoint stays valid.
+    header: bytes
+    length: int
+    starts: dict[str, int]
+
+
+class SafeTensorsTarget(Target):
+    """Files in which every tensor has its place before it is written, so that ranks write into the same ones.
+
+    Args:
+        base: gives the order of the tensors, the metadata and, unless `file_bytes` is set, the files.
+        tensors: to write.
+        file_bytes: that files are filled to; a larger tensor has a file of its own. 0: the base's files.
     """
 
-    def __init__(self, base: SafeTensors):
-        self._base = base
+    def __init__(self, base: SafeTensors, tensors: Sequence[Shape], file_bytes: int):
+        self._shapes = {key: (dtype, shape) for key, dtype, shape in tensors}
+        if file_bytes:
+            shares = _fill(tensors, file_bytes)
+            names = [f"model-{i + 1:05}-of-{len(shares):05}{SUFFIX}" for i in range(len(shares))]
+            files = dict(zip(names if len(shares) > 1 else [SINGLE], shares))
+            self._indexed = len(files) > 1
+        else:
+            files = {name: [] for name in base.metadata}
+            for key, _, _ in tensors:
+                files[base.tensors[key].chunks[0].file].append(key)
+            self._indexed = (base.path / INDEX).is_file()
+        usual = next(iter(base.metadata.values())) or {"format": "pt"}
+        self._files = {
+            name: _lay_out(keys, self._shapes, base.metadata.get(name) or usual) for name, keys in files.items()
+        }
+        self._places = {key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()}
+        self._notes = _index_notes(base.path)
 
     def begin(self, directory: Path) -> None:
-        for name, length in self._base.headers.items():
+        for name, file in self._files.items():
             (directory / name).touch()  # a merge that goes on has written into it
-            with open(self._base.path / name, "rb") as old, open(directory / name, "r+b") as new:
-                new.write(old.read(length))
-                new.truncate(os.fstat(old.fileno()).st_size)
+            with open(directory / name, "r+b") as new:
+                new.write(file.header)
+                new.truncate(file.length)
 
     @contextmanager
     def unit(self, directory: Path, name: str) -> Iterator[Writer]:
-        writer = _InPlaceWriter(self._base, directory)
+        writer = _InPlaceWriter(self._places, self._shapes, directory)
         try:
             yield writer
         finally:
             writer.close()
 
-    def finish(
-        self, directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], written: Iterable[Written]
-    ) -> None:
-        if (self._base.path / INDEX).is_file():
-            shutil.copyfile(self._base.path / INDEX, directory / INDEX)
+    def finish(self, directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
+        if self._indexed:
+            total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
+            weight_map = {key: name for key, (name, _) in sorted(self._places.items())}
+            index = {"metadata": {**self._notes, "total_size": total}, "weight_map": weight_map}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _fill(tensors: Sequence[Shape], file_bytes: int) -> list[list[str]]:
+    """The keys of each file, in order."""
+    shares: list[list[str]] = [[]]
+    room = file_bytes
+    for key, dtype, shape in tensors:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > room and shares[-1]:
+            shares.append([])
+            room = file_bytes
+        shares[-1].append(key)
+        room -= nbytes
+    return shares
+
+
+def _lay_out(
+    keys: list[str], shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> _File:
+    """The wider dtypes come first, so that every tensor is aligned to its own."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end, starts = 0, {}
+    for key in sorted(keys, key=lambda key: -shapes[key][0].itemsize):
+        dtype, shape = shapes[key]
+        starts[key], end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [starts[key], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    before = 8 + len(text)
+    prefix = len(text).to_bytes(8, "little") + text
+    return _File(prefix, before + end, {key: before + start for key, start in starts.items()})
+
+
+def _index_notes(path: Path) -> dict[str, Any]:
+    """What a checkpoint's index says besides the files."""
+    notes = parse((path / INDEX).read_bytes()).get("metadata") if (path / INDEX).is_file() else None
+    return notes if isinstance(notes, dict) else {}
 
 
 class _InPlaceWriter(Writer):
-    """Writes contiguous boxes of tensors where the base has them."""
+    """Writes contiguous boxes of tensors where they belong."""
 
-    def __init__(self, base: SafeTensors, directory: Path):
+    def __init__(
+        self,
+        places: dict[str, tuple[str, int]],
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        directory: Path,
+    ):
         self.written: list[Written] = []
-        self._base, self._directory = base, directory
+        self._places, self._shapes, self._directory = places, shapes, directory
         self._files: dict[str, int] = {}
 
     def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        entry = self._base.tensors[key]
-        chunk, strides = entry.chunks[0], row_major(entry.shape)
-        assert tensor.dtype == entry.dtype and span(tuple(tensor.shape), strides) == tensor.numel()
-        start = chunk.start + sum(o * s for o, s in zip(offsets, strides)) * entry.dtype.itemsize
-        if chunk.file not in self._files:
-            self._files[chunk.file] = os.open(self._directory / chunk.file, os.O_WRONLY)
+        (dtype, shape), (file, start) = self._shapes[key], self._places[key]
+        strides = row_major(shape)
+        assert tensor.dtype == dtype and span(tuple(tensor.shape), strides) == tensor.numel()
+        start += sum(o * s for o, s in zip(offsets, strides)) * dtype.itemsize
+        if file not in self._files:
+            self._files[file] = os.open(self._directory / file, os.O_WRONLY)
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         done = 0
         while done < len(data):
-            done += os.pwrite(self._files[chunk.file], data[done:], start + done)
-        crc = crc32.of(data)
-        self.written.append(Written(key, offsets, tuple(tensor.shape), chunk.file, start, len(data), crc))
+            done += os.pwrite(self._files[file], data[done:], start + done)
+        self.written.append(Written(key, offsets, tuple(tensor.shape), file, start, len(data), crc32.of(data)))
 
     def blob(self, key: str, data: memoryview) -> None:
         raise AssertionError("safetensors files hold tensors only")

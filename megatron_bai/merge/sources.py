@@ -18,10 +18,11 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from zlib_ng.zlib_ng import crc32
@@ -30,7 +31,7 @@ from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.boxes import Box, span, split, within
 from megatron_bai.merge.checks import Checks, Place
 from megatron_bai.merge.ranks import Ranks
-from megatron_bai.merge.targets import Target
+from megatron_bai.merge.targets import Shape, Target
 from megatron_bai.model import manifest
 
 SPAN_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
@@ -181,7 +182,10 @@ class Source(ABC):
         path: the checkpoint's directory.
         tensors: every tensor by key.
         objects: every entry that is no tensor, by key.
+        whole: whether the format holds every tensor in one piece.
     """
+
+    whole: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -207,8 +211,13 @@ class Source(ABC):
         """Whether a file, relative to the checkpoint, holds its tensors or their index."""
 
     @abstractmethod
-    def target(self) -> Target:
-        """Writes a checkpoint of this format and layout."""
+    def target(self, tensors: Sequence[Shape], file_bytes: int) -> Target:
+        """Writes a checkpoint of this format.
+
+        Args:
+            tensors: to write.
+            file_bytes: that files are filled to where the format decides that beforehand; 0: as in this checkpoint.
+        """
 
     def other_files(self) -> list[Path]:
         """Files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 
 
+Shape = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor to write: key, dtype and global shape
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """An item that was written: a chunk (`offsets` and `sizes` set, in elements) or an object.
@@ -51,12 +54,10 @@ class Target(ABC):
         """A writer for the unit of this name, on the rank that owns it."""
 
     @abstractmethod
-    def finish(
-        self, directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], written: Iterable[Written]
-    ) -> None:
+    def finish(self, directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
         """After all units, on one rank: whatever makes the directory loadable.
 
         Args:
-            tensors: key, dtype and global shape of every tensor.
+            tensors: every tensor.
             written: what all units wrote.
         """

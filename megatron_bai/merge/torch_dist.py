@@ -12,7 +12,7 @@ The archives are uncompressed, so a chunk's elements lie plain in the file and a
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_bai.errors import UserError
 from megatron_bai.merge import archive
 from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.targets import Target, Writer, Written
+from megatron_bai.merge.targets import Shape, Target, Writer, Written
 from megatron_bai.model import crc32, manifest
 from megatron_bai.model.strict_json import parse
 from megatron_bai.model.unpickle import read_metadata
@@ -63,8 +63,8 @@ class TorchDist(Source):
     def is_own_file(self, file: Path) -> bool:
         return file.as_posix() in (INDEX, FORMAT) or file.suffix == SUFFIX
 
-    def target(self) -> Target:
-        return TorchDistTarget()
+    def target(self, tensors: Sequence[Shape], file_bytes: int) -> Target:
+        return TorchDistTarget()  # a file for each unit, which has its size
 
     def record(self, entry: Entry, chunk: Chunk) -> Record:
         at = chunk.file, chunk.start
@@ -218,13 +218,11 @@ class ItemWriter(Writer):
         self._file.close()
 
 
-def write_index(
-    directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], written: Iterable[Written]
-) -> None:
+def write_index(directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
     """Write `.metadata` and then `metadata.json`, which make `directory` a checkpoint that Megatron-Core loads.
 
     Args:
-        tensors: key, dtype and global shape of every tensor.
+        tensors: every tensor.
         written: every chunk of every tensor, and every object.
     """
     stored: dict[str, Any] = {
@@ -261,7 +259,5 @@ class TorchDistTarget(Target):
     def unit(self, directory: Path, name: str) -> ItemWriter:
         return ItemWriter(directory, name)
 
-    def finish(
-        self, directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], written: Iterable[Written]
-    ) -> None:
+    def finish(self, directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
         write_index(directory, tensors, written)

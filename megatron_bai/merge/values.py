@@ -7,15 +7,16 @@ import torch
 
 from megatron_bai.errors import Unfit
 from megatron_bai.merge.boxes import Box
-from megatron_bai.merge.plan import Output, Plan
+from megatron_bai.merge.plan import Plan
+from megatron_bai.merge.regions import Region
 
 
-def used(plan: Plan, keys: Collection[str]) -> list[int]:
-    """The inputs that have a weight in one of the tensors, in any sum."""
-    return [i for i in range(len(plan.inputs)) if any(row[key][i] != 0 for row in plan.sums for key in keys)]
+def used(plan: Plan, names: Collection[str]) -> list[int]:
+    """The inputs that have a weight in one of the regions, in any sum."""
+    return [i for i in range(len(plan.inputs)) if any(row[name][i] != 0 for row in plan.sums for name in names)]
 
 
-def read_all(plan: Plan, output: Output, box: Box, inputs: Collection[int]) -> torch.Tensor:
+def read_all(plan: Plan, region: Region, box: Box, inputs: Collection[int]) -> torch.Tensor:
     """The inputs' values, float64 [inputs, *sizes of the box]; 0 for those not among `inputs`, which are not read.
 
     Raises:
@@ -23,16 +24,16 @@ def read_all(plan: Plan, output: Output, box: Box, inputs: Collection[int]) -> t
     """
     values = torch.zeros(len(plan.inputs), *box[1], dtype=torch.float64)
     for i in inputs:
-        values[i] = plan.inputs[i].read(output.key, *box)
+        values[i] = plan.inputs[i].read(region.key, *box)
     if not math.isfinite(values.sum()):
-        require_finite(plan, output, box)
+        require_finite(plan, region, box)
     return values
 
 
-def require_finite(plan: Plan, output: Output, box: Box) -> None:
+def require_finite(plan: Plan, region: Region, box: Box) -> None:
     """Say which source a NaN or Inf came from, if one did."""
     for source in plan.inputs:
-        finite = source.read(output.key, *box).isfinite()
+        finite = source.read(region.key, *box).isfinite()
         if not finite.all():
             at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
-            raise Unfit(f"{source.path}: {output.key} holds NaN or Inf at {at}: it must not be merged")
+            raise Unfit(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")

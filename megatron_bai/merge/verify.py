@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from megatron_bai.errors import Unfit
 from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.engine import TILE, one_thread
-from megatron_bai.merge.plan import Output, Plan
+from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.ranks import Ranks
+from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Source
 from megatron_bai.merge.values import read_all
@@ -40,44 +42,51 @@ def verify(plan: Plan, which: int, output: Source, ranks: Ranks, everything: boo
     def work() -> int:
         compared = 0
         with one_thread():
-            for tensor, box in list(_tiles(plan, everything))[ranks.rank :: ranks.size]:
-                _compare(plan, which, output, tensor, box)
+            for region, box in list(_tiles(plan, everything))[ranks.rank :: ranks.size]:
+                _compare(plan, which, output, region, box)
                 compared += math.prod(box[1])
         return compared
 
     return sum(ranks.together(work))
 
 
-def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Output, Box]]:
-    for tensor in plan.outputs.values():
-        chunks = plan.base.tensors[tensor.key].chunks
-        boxes = [box for chunk in chunks for box in plan.tiles(tensor, (chunk.offsets, chunk.sizes), TILE)]
-        if not everything:  # a different place in each tensor: the key's hash says where
-            place = zlib.crc32(tensor.key.encode())
-            parts = [list(split(*box, SAMPLE)) for box in boxes[place % min(SAMPLE_EVERY, len(boxes)) :: SAMPLE_EVERY]]
-            boxes = [part[place % len(part)] for part in parts]
-        yield from ((tensor, box) for box in boxes)
+def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Region, Box]]:
+    """Along the items that were written; of a sample every region has some."""
+    pieces: dict[str, list[tuple[Region, Box]]] = defaultdict(list)
+    for unit in plan.units:
+        for region, box in unit.pieces:
+            pieces[region.name] += ((region, tile) for tile in plan.tiles(region, box, TILE))
+    for name, tiles in pieces.items():
+        if not everything:  # a different place in each region: the name's hash says where
+            place = zlib.crc32(name.encode())
+            parts = [
+                (region, list(split(*box, SAMPLE)))
+                for region, box in tiles[place % min(SAMPLE_EVERY, len(tiles)) :: SAMPLE_EVERY]
+            ]
+            tiles = [(region, part[place % len(part)]) for region, part in parts]
+        yield from tiles
 
 
-def _compare(plan: Plan, which: int, output: Source, tensor: Output, box: Box) -> None:
-    found = output.tensors.get(tensor.key)
-    if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        raise Unfit(f"{output.path} lacks {tensor.key} as {tensor.dtype} {tensor.shape}: merge again")
-    written, recipe = output.read(tensor.key, *box).clone(), plan.recipes[which]
-    if not tensor.merged:
-        wrong = written != plan.base.read(tensor.key, *box)
+def _compare(plan: Plan, which: int, output: Source, region: Region, box: Box) -> None:
+    key, found, recipe = region.key, output.tensors.get(region.key), plan.recipes[which]
+    if found is None or (found.dtype, found.shape) != (region.dtype, region.output.shape):
+        raise Unfit(f"{output.path} lacks {key} as {region.dtype} {region.output.shape}: merge again")
+    written = output.read(key, *box).clone()
+    if region.fate is not Fate.MERGED:
+        right = plan.base.read(key, *box).to(region.dtype)
+        wrong = (written != right) & ~(written.isnan() & right.isnan())  # padding may hold anything
     else:
-        part = Part(tensor.key, tensor.shape, box)
-        weights = plan.sums[which][tensor.key]
-        values = read_all(plan, tensor, box, [i for i, weight in enumerate(weights) if weight != 0])
+        part = Part(region.output, box)
+        weights = plan.sums[which][region.name]
+        values = read_all(plan, region, box, [i for i, weight in enumerate(weights) if weight != 0])
         checked = recipe.check(values.view(len(weights), -1), weights, part, plan.measure(part))
         exact, magnitude = (each.view(box[1]) for each in checked)
-        kind = torch.finfo(tensor.dtype)
-        accumulator = torch.finfo(torch.float64 if tensor.dtype.itemsize > 2 else torch.float32)
+        kind = torch.finfo(region.dtype)
+        accumulator = torch.finfo(torch.float64 if region.dtype.itemsize > 2 else torch.float32)
         subnormal = kind.smallest_normal * kind.eps
         bound = exact.abs() * kind.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + subnormal
         wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
     if wrong.any():
         at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0]))
         what = f"is not what merge.method={recipe.method} makes of its sources"
-        raise Unfit(f"{output.path}: {tensor.key} at {at} {what}: merge again")
+        raise Unfit(f"{output.path}: {key} at {at} {what}: merge again")

@@ -28,3 +28,17 @@ def test_megatrons_checkpoints_merge_and_the_result_loads_in_other_layouts(tmp_p
     assert alone.keys() == together.keys() and all(torch.equal(together[key], value) for key, value in alone.items())
     terms = [(checkpoints.model(seed), weight) for seed, weight in ((0, 0.5), (1, 0.25), (2, 0.25))]
     assert torch.equal(alone["decoder.scale"], checkpoints.exact(terms, "decoder.scale").bfloat16())
+
+
+@pytest.mark.distributed
+def test_megatrons_own_spellings_merge_and_the_result_loads(tmp_path):
+    """Stacked, by layer and singleton keys, both names of the norm, padded vocabularies, dense layers first."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("megatron_spellings.py")
+    done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("merged ") == 3
+
+    keys = {path.name: set(checkpoints.read(path)) for path in (tmp_path / "homogeneous").iterdir()}
+    assert keys["out"] == keys["0"] and not keys["0"] & {key for key in keys["1"] if "layers" in key}
+    assert "decoder.layers.2.mlp.experts.experts.3.linear_fc1.weight_v" in keys["1"], "the test's premise"

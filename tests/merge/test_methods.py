@@ -29,6 +29,7 @@ from megatron_bai.merge.methods.slerp import Slerp
 from megatron_bai.merge.methods.ties import Ties
 from megatron_bai.merge.output import model_card
 from megatron_bai.merge.ranks import Ranks, ranks
+from megatron_bai.merge.regions import Output, regions
 from megatron_bai.merge.slices import Part, slice_axes, slices
 
 SETTINGS: dict[str, dict] = {
@@ -183,9 +184,9 @@ def test_stacking_does_not_matter(each, tmp_path, apart):
         ("decoder.layers.mlp.experts.experts.linear_fc1.weight", (2, 3, 4, 5), 2, "{} 0 0"),
         ("decoder.layers.7.mlp.experts.experts.linear_fc1.weight", (3, 4, 5), 1, "{} 7 0"),
         ("decoder.layers.7.mlp.experts.experts.2.linear_fc1.weight", (4, 5), 0, "{} 7 2"),
-        ("decoder.layers.mlp.experts.experts.2.linear_fc1.weight", (9, 4, 5), 1, "{} 0 2"),
+        ("decoder.layers.7.mlp.experts.experts.2.linear_fc1.weight_w", (2, 5), 0, "{} 7 2"),
         ("decoder.layers.mlp.shared_experts.gate", (2, 1, 5), 1, "decoder.layers.mlp.shared_experts.gate 0"),
-        ("model.layers.3.mlp.experts.5.up_proj.weight", (4, 5), 0, "model.layers.mlp.experts.up_proj.weight 3 5"),
+        ("model.layers.3.mlp.experts.5.gate_proj.weight", (4, 5), 0, "model.layers.mlp.experts.gate_up_proj 3 5"),
         ("model.layers.3.mlp.experts.gate_up_proj", (8, 4, 5), 1, "model.layers.mlp.experts.gate_up_proj 3 0"),
         ("model.layers.3.input_layernorm.weight", (5,), 0, "model.layers.input_layernorm.weight 3"),
         ("embedding.word_embeddings.weight", (9, 5), 0, "embedding.word_embeddings.weight"),
@@ -194,16 +195,28 @@ def test_stacking_does_not_matter(each, tmp_path, apart):
     ],
 )
 def test_what_one_layer_or_expert_owns(key, shape, count, first):
-    found = list(slices(key, shape))
-    assert slice_axes(key, shape) == count and len(found) == math.prod(shape[:count])
+    output = Output(key, torch.float32, shape, merged=True)
+    found = [part for region in regions(output, (), None) for part in slices(region)]
+    assert slice_axes(output) == count and len(found) == math.prod(shape[:count])
     assert found[0].name == first.format("decoder.layers.mlp.experts.experts.linear_fc1.weight")
     assert len({part.name for part in found}) == len(found)
     assert torch.equal(found[-1].elements(), torch.arange(math.prod(shape[count:])))
 
 
 def test_elements_are_numbered_in_their_slice():
-    part = Part("decoder.layers.mlp.linear_fc2.weight", (3, 4, 5), ((1, 2, 1), (1, 2, 3)))
+    part = Part(Output("decoder.layers.mlp.linear_fc2.weight", torch.float32, (3, 4, 5), True), ((1, 2, 1), (1, 2, 3)))
     assert part.elements().tolist() == [11, 12, 13, 16, 17, 18]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["decoder.layers.3.mlp.experts.experts.2.linear_fc1.weight_v", "model.layers.3.mlp.experts.2.up_proj.weight"],
+)
+def test_halves_of_a_parameter_are_numbered_one_after_the_other(key):
+    first = key.replace("_v", "_w").replace("up_proj", "gate_proj")
+    halves = [Part(Output(name, torch.float32, (4, 5), True), ((0, 0), (4, 5))) for name in (first, key)]
+    assert halves[0].name == halves[1].name
+    assert torch.cat([half.elements() for half in halves]).tolist() == list(range(40))
 
 
 # Killed, repeated, damaged.
@@ -507,7 +520,8 @@ def test_the_density_is_the_decimal_that_was_written():
 
 def combine(recipe, base, *members, weights=None, part=None, found=None) -> list[float]:
     values = torch.tensor([base, *members], dtype=torch.float64)
-    part = part or Part("w", (values.shape[1],), ((0,), (values.shape[1],)))
+    size = (values.shape[1],)
+    part = part or Part(Output("w", torch.float32, size, merged=True), ((0,), size))
     if found is None and recipe.passes:
         found = recipe.measure(lambda: iter([values]), "w", values.shape[1])
     row = (1.0, *(weights or [1.0] * len(members)))

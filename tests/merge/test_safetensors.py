@@ -76,8 +76,10 @@ def test_hf_merges_by_the_formula_into_the_files_of_the_pretrained(hf):
         assert value.dtype == model(0)[key].dtype
         assert (value.double() - exact).abs().le(exact.abs() * half_ulp * 1.0001 + 1e-8).all(), key
     base = Path(hf.pretrained)
-    for name in ("model.safetensors.index.json", "config.json"):
-        assert (out / name).read_text() == (base / name).read_text()
+    assert (out / "config.json").read_text() == (base / "config.json").read_text()
+    index, theirs = (json.loads((path / "model.safetensors.index.json").read_text()) for path in (out, base))
+    assert index["weight_map"] == theirs["weight_map"]
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
     card = (out / "README.md").read_text()
     assert "alpha 0.6" in card and "| n | 0.3 |" in card and "the base's" not in card
 

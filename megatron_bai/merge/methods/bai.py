@@ -45,12 +45,12 @@ class Bai(Averaged):
         for pattern, alpha in self.alpha_for:
             require_unit(f"merge.alpha_for[{pattern}]", alpha)
 
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The merge as one weighted sum; a checkpoint named twice appears once.
 
         Coefficients are float64 and sum to 1 within its rounding: what the weights' sum lacks to 1 is divided out.
         """
-        alpha, weights = pick(self.alpha_for, key, self.alpha), self.weights_of(key)
+        alpha, weights = pick(self.alpha_for, key, layer, self.alpha), self.weights_of(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: alpha}
         for member, weight in zip(self.members, weights):

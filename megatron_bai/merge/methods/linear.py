@@ -42,9 +42,9 @@ class Linear(Averaged):
     method: ClassVar[str] = "linear"
     title: ClassVar[str] = "a weighted average (arXiv 2203.05482)"
 
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The members' weights, brought to the sum 1; a checkpoint named twice appears once."""
-        weights = self.weights_of(key)
+        weights = self.weights_of(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: 0.0} if self.pretrained else {}
         for member, weight in zip(self.members, weights):

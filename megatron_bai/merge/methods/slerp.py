@@ -51,9 +51,9 @@ class Slerp(Recipe):
         for pattern, t in self.t_for:
             require_unit(f"merge.t_for[{pattern}]", t)
 
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """1 − t and t, which are the coefficients of vectors at no angle."""
-        t = pick(self.t_for, key, self.t)
+        t = pick(self.t_for, key, layer, self.t)
         layout = (Term(self.pretrained, 0.0),) if self.pretrained else ()
         return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
 

@@ -35,8 +35,8 @@ class TaskVectors(Weighted):
         super().__post_init__()
         require_finite("merge.scale", self.scale)
 
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
-        return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_of(key)))
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
+        return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_of(key, layer)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class Summed(TaskVectors):
         for name, weights in self.all_weights() if self.normalize else ():
             require_positive_sum(name, weights)
 
-    def weights_of(self, key: str | None) -> tuple[float, ...]:
-        weights = super().weights_of(key)
+    def weights_of(self, key: str | None, layer: int | None) -> tuple[float, ...]:
+        weights = super().weights_of(key, layer)
         total = math.fsum(weights)
         return tuple(w / total for w in weights) if self.normalize else weights
 
@@ -65,9 +65,9 @@ class TaskArithmetic(Summed):
     method: ClassVar[str] = "task_arithmetic"
     title: ClassVar[str] = "task arithmetic (arXiv 2212.04089)"
 
-    def terms(self, key: str | None = None) -> tuple[Term, ...]:
+    def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The merge as one weighted sum; a checkpoint named twice appears once."""
-        weights = self.weights_of(key)
+        weights = self.weights_of(key, layer)
         coefficients = {self.pretrained: 1 - self.scale * math.fsum(weights)}
         for member, weight in zip(self.members, weights):
             coefficients[member] = coefficients.get(member, 0.0) + self.scale * weight

@@ -1,0 +1,77 @@
+"""What the output looks like besides its values: dtypes, the vocabulary's size, the size of chunks and of files."""
+
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+
+from megatron_bai.config import Merge
+from megatron_bai.errors import UserError
+from megatron_bai.merge.groups import group_of
+from megatron_bai.merge.sources import Entry
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # of the router, which both engines keep in float32
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the output is to be written; the defaults take everything from the pretrained checkpoint.
+
+    Attributes:
+        dtype: of the tensors, or None.
+        vocab_size: how many rows of the vocabulary's tensors mean a token, or 0: what the checkpoints say.
+        chunk_bytes: of a `torch_dist` chunk at most, or 0.
+        file_bytes: that output files are filled to, or 0.
+    """
+
+    dtype: torch.dtype | None = None
+    vocab_size: int = 0
+    chunk_bytes: int = 0
+    file_bytes: int = 0
+
+
+def form_of(settings: Merge) -> Form:
+    """The form that the settings ask for.
+
+    Raises:
+        UserError: a setting is out of range, or two contradict each other.
+    """
+    if settings.dtype and settings.dtype not in DTYPES:
+        raise UserError(f"merge.dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}, or leave it empty")
+    for name in ("vocab_size", "chunk_mib", "file_mib"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"merge.{name} is {getattr(settings, name)}: give 0 or a positive number")
+    if 0 < settings.file_mib < settings.chunk_mib:
+        raise UserError(
+            f"merge.file_mib is {settings.file_mib} and merge.chunk_mib is {settings.chunk_mib}: a chunk lies in one"
+            " file, so a file must not be smaller"
+        )
+    dtype = DTYPES.get(settings.dtype)
+    return Form(dtype, settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20)
+
+
+def output_dtypes(tensors: dict[str, Entry], wanted: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The dtype of every output tensor: `wanted` for floating point, the pretrained checkpoint's for the rest.
+
+    It also stays where the pretrained checkpoint keeps a tensor in a wider dtype than its embeddings, such as a
+    router's weights in float32, and for the router's bias.
+    """
+    floating = {key: entry.dtype for key, entry in tensors.items() if entry.dtype.is_floating_point}
+    embeddings = [dtype.itemsize for key, dtype in floating.items() if group_of(key) == "embeddings"]
+    usual = min(embeddings or [dtype.itemsize for dtype in floating.values()], default=0)
+    dtypes = {key: entry.dtype for key, entry in tensors.items()}
+    if wanted is not None:
+        dtypes |= {k: wanted for k, dtype in floating.items() if dtype.itemsize <= usual and not BIAS.search(k)}
+    return dtypes
+
+
+def config_with(text: str, dtype: torch.dtype) -> str:
+    """A `config.json` that names the dtype the tensors are in: transformers loads them in what it says."""
+    config = json.loads(text)
+    for part in (config, config.get("text_config") or {}):
+        for name in ("dtype", "torch_dtype"):
+            if name in part:
+                part[name] = str(dtype).removeprefix("torch.")
+    return json.dumps(config, indent=2) + "\n"

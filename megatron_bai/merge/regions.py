@@ -1,0 +1,106 @@
+"""The tensors to write, and the regions they fall into: each has one fate and one set of coefficients.
+
+Most tensors are one region. A tensor that stacks layers is cut where a pattern's range of layers begins or ends, and
+the vocabulary's tensors are cut behind the last row that means a token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from megatron_bai.merge.boxes import Box
+from megatron_bai.merge.groups import fits, layers_of
+from megatron_bai.merge.spelling import Place, place
+from megatron_bai.merge.vocabulary import is_vocabulary
+
+
+class Fate(Enum):
+    MERGED = "merged"
+    EQUAL = "equal"  # in all sources, and copied
+    KEPT = "kept"  # copied from the pretrained checkpoint
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write; `merged` or else equal in all sources."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    merged: bool
+
+    @cached_property
+    def place(self) -> Place:
+        """What it is, whatever it is called."""
+        return place(self.key, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of an output tensor.
+
+    Attributes:
+        name: the tensor's key, with the rows of a part behind it: `decoder.layers.mlp.router.weight[0:12]`.
+        layer: one of the decoder layers in it, all of which fit the same patterns; None where it belongs to none.
+    """
+
+    output: Output
+    box: Box
+    name: str
+    fate: Fate
+    layer: int | None
+
+    @property
+    def key(self) -> str:
+        return self.output.key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.output.dtype
+
+
+def regions(output: Output, patterns: Sequence[str], rows: int | None) -> tuple[Region, ...]:
+    """Cut a tensor into regions, in order.
+
+    Args:
+        patterns: of the recipe.
+        rows: of the vocabulary's tensors, those that mean a token; None: all.
+    """
+    key, shape = output.key, output.shape
+    layers = output.place.layers
+    stacked = layers is not None and len(output.place.sizes) == len(shape)
+    if not output.merged:
+        return (_part(output, None, Fate.EQUAL, None),)
+    if rows is not None and is_vocabulary(key) and rows < shape[0]:
+        return (
+            _part(output, range(rows), Fate.MERGED, None),
+            _part(output, range(rows, shape[0]), Fate.KEPT, None),
+        )
+    if layers is None or not stacked:
+        return (_part(output, None, Fate.MERGED, None if layers is None else layers[0]),)
+    cuts = {layers.start, layers.stop}
+    for pattern in patterns:
+        chosen = layers_of(pattern)
+        if chosen is not None and fits(pattern, key, chosen.start):
+            cuts |= {chosen.start, chosen.stop} & set(layers)
+    if len(cuts) <= 2:
+        return (_part(output, None, Fate.MERGED, layers.start),)
+    return tuple(_part(output, range(a, b), Fate.MERGED, a) for a, b in pairwise(sorted(cuts)))
+
+
+def _part(output: Output, rows: range | None, fate: Fate, layer: int | None) -> Region:
+    """Rows of a tensor, or all of it."""
+    zeros = (0,) * len(output.shape)
+    if rows is None:
+        return Region(output, (zeros, output.shape), output.key, fate, layer)
+    box = (rows.start, *zeros[1:]), (len(rows), *output.shape[1:])
+    return Region(output, box, f"{output.key}[{rows.start}:{rows.stop}]", fate, layer)

@@ -1,0 +1,97 @@
+"""What a tensor's name means: the same weight is saved under many names, cut and stacked in many ways.
+
+A *canonical* tensor holds one kind of parameter of the whole model: its layers are stacked on the first axis, the
+experts of a layer on the next, gate and up projection one after the other on the rows. `place` says which box of which
+canonical tensor a checkpoint's own (*native*) tensor is. With L layers, E experts, I rows of gate and H columns:
+
+    Megatron-Core 0.16, all canonical `decoder.layers.mlp.experts.experts.linear_fc1.weight` [L, E, 2I, H]
+        decoder.layers.mlp.experts.experts.linear_fc1.weight            [L, E, 2I, H]  the default
+        decoder.layers.3.mlp.experts.experts.linear_fc1.weight          [E, 2I, H]     layers that differ in kind
+        decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight_w, _v  [I, H]         `singleton_local_shards`
+    Hugging Face, all canonical `model.layers.mlp.experts.gate_up_proj` [L, E, 2I, H]
+        model.layers.3.mlp.experts.gate_up_proj                         [E, 2I, H]     as transformers 5 holds it
+        model.layers.3.mlp.experts.7.gate_proj.weight, up_proj.weight   [I, H]         as it is published
+
+Under Transformer Engine a norm may be fused into the linear layer behind it and is then saved as that layer's
+`layer_norm_weight`; Megatron's local layers save some under the fused name although they are not fused. A layer has one
+of the two, so both mean the norm.
+"""
+
+import re
+from dataclasses import dataclass
+
+from megatron_bai.merge.boxes import Box
+
+LAYER, EXPERT = "layers", "experts"  # what the leading axes of a canonical tensor count
+
+_LAYERS = re.compile(r"^(.*?\blayers\.)(?:(\d+)\.)?(.*)$")
+_NUMBERED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
+_STACKED_EXPERTS = re.compile(r"\bexperts\.experts\.|\bmlp\.experts\.(gate_up_proj|down_proj)$")
+_HALVES = re.compile(r"(?<=\blinear_fc1\.)(weight|bias)_([wv])$")
+_HF_HALVES = re.compile(r"(?<=\bmlp\.experts\.)(gate|up)_proj\.weight$")
+_HF_WHOLE = re.compile(r"(?<=\bmlp\.experts\.)(gate_up_proj|down_proj)\.weight$")
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A native tensor as a box of a canonical one; all in elements.
+
+    Attributes:
+        name: of the canonical tensor.
+        axes: what its leading axes count, `LAYER` and `EXPERT` where it has them.
+        origin: where the native element [0, …, 0] lies in the canonical tensor.
+        sizes: of the box. It has the native shape behind leading ones, one for each index in the native name.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    origin: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def to_canonical(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
+        """A box of the native tensor in canonical coordinates."""
+        lead = len(self.origin) - len(offsets)
+        low = tuple(o + n for o, n in zip(self.origin, (0,) * lead + offsets))
+        return low, (1,) * lead + sizes
+
+    def to_native(self, box: Box, ndim: int) -> Box:
+        """A box inside this one in coordinates of the native tensor, which has `ndim` axes."""
+        lead = len(self.origin) - ndim
+        return tuple(low - o for low, o in zip(box[0][lead:], self.origin[lead:])), box[1][lead:]
+
+    @property
+    def layers(self) -> range | None:
+        """The decoder layers in it. Layers of multi-token prediction are counted apart, so they have none."""
+        if LAYER not in self.axes or self.name.startswith("mtp."):
+            return None
+        return range(self.origin[0], self.origin[0] + self.sizes[0])
+
+
+def place(key: str, shape: tuple[int, ...]) -> Place:
+    """What the tensor called `key` is. A name that follows no rule is canonical itself."""
+    name, axes, index, half = key, (), (), None
+    if (found := _LAYERS.match(name)) and (found[2] or shape):  # without a number they are stacked in the tensor
+        name, axes, index = found[1] + found[3], (LAYER,), (int(found[2]),) if found[2] else ()
+    name = _HF_WHOLE.sub(r"\1", name)
+    if (found := _NUMBERED_EXPERT.search(name)) and (index or not axes):
+        name = name[: found.start(1)] + name[found.end() :]
+        axes, index = (*axes, EXPERT), (*index, int(found[1]))
+        if found := _HF_HALVES.search(name):
+            name, half = name[: found.start()] + "gate_up_proj", ("gate", "up").index(found[1])
+        name = _HF_WHOLE.sub(r"\1", name)
+    elif _STACKED_EXPERTS.search(name) and len(shape) >= len(axes) - len(index) + 1:
+        axes = (*axes, EXPERT)
+    if found := _HALVES.search(name):
+        name, half = name[: found.end(1)], "wv".index(found[2])
+    for fused, norm in _FUSED_NORMS.items():
+        name = name.replace(fused, norm)
+    origin = [*index, *(0 for _ in shape)]
+    if half and len(origin) > len(axes):
+        origin[len(axes)] = shape[len(axes) - len(index)]  # the rows of `up` follow as many of `gate`
+    return Place(name, axes, tuple(origin), (1,) * len(index) + shape)

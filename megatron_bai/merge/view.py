@@ -1,0 +1,206 @@
+"""A checkpoint seen under another one's names and shapes, so that the engine need not know how each was saved.
+
+A `Chart` files a checkpoint's tensors by the boxes they are of canonical tensors (`spelling`). Two checkpoints hold the
+same weights if their charts cover the same elements, each once; where one names or stacks them otherwise, a `View`
+reads a region of it by going from the pretrained checkpoint's coordinates to canonical ones and on to its own.
+"""
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.boxes import Box, within
+from megatron_bai.merge.ranks import Ranks
+from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source
+from megatron_bai.merge.spelling import EXPERT, LAYER, place
+from megatron_bai.merge.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes
+
+
+class Chart:
+    """Where a checkpoint's tensors lie in the canonical ones.
+
+    Args:
+        tensors: by key.
+        rows: of the vocabulary's tensors, those that count; None: all.
+
+    Raises:
+        UserError: two tensors hold the same elements, such as a norm under both of its names.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, Entry], rows: int | None):
+        self.path = path
+        self.tensors = tensors
+        self.places = {key: place(key, entry.shape) for key, entry in tensors.items()}
+        self.boxes: dict[str, Box] = {}
+        # One entry for each canonical tensor, or for each of its layers where those are apart: a chunk is a tensor.
+        found: dict[tuple[str, int | None], list[Chunk]] = defaultdict(list)
+        for key, at in self.places.items():
+            sizes = at.sizes
+            if rows is not None and sizes and is_vocabulary(key):
+                sizes = (min(sizes[0], rows), *sizes[1:])
+            self.boxes[key] = at.origin, sizes
+            apart = at.axes[:1] == (LAYER,) and len(at.sizes) > len(tensors[key].shape)
+            found[at.name, at.origin[0] if apart else None].append(Chunk(at.origin, sizes, key, 0, 0))
+        self._entries = {at: _entry(chunks) for at, chunks in found.items()}
+        self._apart = {name for name, layer in found if layer is not None}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for (name, _), entry in self._entries.items():
+            self.shapes[name] = _reach([entry.shape, self.shapes.get(name, entry.shape)])
+        for key, at in self.places.items():
+            held = list(self.parts(at.name, self.boxes[key]))
+            if len(held) > 1:
+                other = next(k for k, _ in held if k != key)
+                raise UserError(f"{path}: {key} and {other} hold the same weights: remove one of them")
+
+    def add(self, name: str, key: str) -> None:
+        """Let the tensor `key` be the canonical tensor `name` as well."""
+        self._entries[name, None] = _entry([Chunk(*self.boxes[key], key, 0, 0)])
+        self.shapes[name] = self._entries[name, None].shape
+
+    def parts(self, name: str, box: Box) -> Iterator[tuple[str, Box]]:
+        """The tensors that hold elements of a box of a canonical tensor, each with the box it holds of it."""
+        layers = range(box[0][0], box[0][0] + box[1][0]) if name in self._apart else ()
+        for layer in (None, *layers):
+            entry = self._entries.get((name, layer))
+            if entry is not None:
+                yield from ((chunk.file, part) for chunk, part in entry.overlapping(*box))
+
+    def holds(self, name: str, box: Box) -> int:
+        """How many elements of a box there are."""
+        return sum(math.prod(sizes) for _, (_, sizes) in self.parts(name, box))
+
+
+def _entry(chunks: list[Chunk]) -> Entry:
+    reach = _reach([tuple(map(sum, zip(c.offsets, c.sizes))) for c in chunks])
+    return Entry(chunks[0].file, torch.uint8, reach, tuple(chunks))
+
+
+def _reach(ends: list[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*ends))) if len({len(end) for end in ends}) == 1 else ends[0]
+
+
+class View:
+    """A source under the names and shapes of another; it has what the engine asks of a `Source`.
+
+    Attributes:
+        path: of the source.
+        tensors: by the other's key, with the other's shape and the source's dtype; without chunks.
+    """
+
+    def __init__(self, source: Source, chart: Chart, base: Chart, scratch: Scratch):
+        self.path = source.path
+        self.tensors: dict[str, Entry] = {}
+        self._source, self._chart, self._base, self._scratch = source, chart, base, scratch
+        for key, entry in base.tensors.items():
+            dtypes = {chart.tensors[name].dtype for name, _ in chart.parts(base.places[key].name, base.boxes[key])}
+            dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else entry.dtype
+            self.tensors[key] = Entry(key, dtype, entry.shape, ())
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A region of a tensor in the source's dtype, valid until the next `read`, as `Source.read` gives it.
+
+        What lies in one tensor of the source is not copied, what is scattered over several is copied once.
+        """
+        at = self._base.places[key]
+        low, extent = at.to_canonical(offsets, sizes)
+        parts = list(self._chart.parts(at.name, (low, extent)))
+        assert sum(math.prod(part[1]) for _, part in parts) == math.prod(sizes), f"{self.path}: {key} {offsets} {sizes}"
+        if len(parts) == 1:
+            return self._read(*parts[0]).view(sizes)
+        dtype = self.tensors[key].dtype
+        out = self._scratch.take("view", math.prod(sizes) * dtype.itemsize).view(dtype).view(extent)
+        for name, part in parts:
+            out[within(part, low)].copy_(self._read(name, part))
+        return out.view(sizes)
+
+    def _read(self, name: str, box: Box) -> torch.Tensor:
+        """A box of a canonical tensor, which lies in the source's tensor `name`."""
+        ndim = len(self._chart.tensors[name].shape)
+        return self._source.read(name, *self._chart.places[name].to_native(box, ndim)).view(box[1])
+
+    def identity(self) -> str:
+        return self._source.identity()
+
+    def prove(self, keys: Iterable[str], ranks: Ranks) -> str:
+        """As `Source.prove`, over all tensors: they are the same whatever the other's names are."""
+        return self._source.prove(self._chart.tensors, ranks)
+
+
+def respell(
+    source: Source, tensors: dict[str, Entry], base: Chart, rows: int | None, scratch: Scratch
+) -> Source | View:
+    """A source under the names of the pretrained checkpoint: itself where it has them anyway.
+
+    Args:
+        tensors: of the source, those to merge.
+        base: the pretrained checkpoint's chart.
+        rows: as for `Chart`.
+
+    Raises:
+        UserError: the two do not hold the same elements; what is missing or has another shape is named.
+    """
+    if {k: e.shape for k, e in tensors.items()} == {k: e.shape for k, e in base.tensors.items()}:
+        return source
+    chart = Chart(source.path, tensors, rows)
+    _tie(chart, base)
+    _require_counts(base, chart)
+    for one, other in ((base, chart), (chart, base)):
+        _require_covered(one, other)
+    return View(source, chart, base, scratch)
+
+
+def _tie(chart: Chart, base: Chart) -> None:
+    """A tied model has no output layer of its own: where the pretrained has one, it is the embedding.
+
+    Raises:
+        UserError: the pretrained is tied and the source is not.
+    """
+    outputs = [[name for name in c.shapes if OUTPUT.search(name) and name.endswith("weight")] for c in (chart, base)]
+    if outputs[0] and not outputs[1]:
+        raise UserError(
+            f"{base.path} has tied embeddings and {chart.path} has not: one tensor cannot hold {outputs[0][0]} as well;"
+            " take the untied one as merge.pretrained"
+        )
+    embedding = next((key for key in chart.tensors if EMBEDDING.search(key) and is_vocabulary(key)), None)
+    if outputs[1] and not outputs[0] and embedding and notes(chart.path).tied is not False:
+        chart.add(outputs[1][0], embedding)
+
+
+def _require_counts(base: Chart, chart: Chart) -> None:
+    """Layers, experts and then other sizes agree, of what both have."""
+    where = f"{base.path} and {chart.path} differ in the"
+    places = {at.name: (key, at.axes) for key, at in base.places.items() if at.name in chart.shapes}
+    for what in (LAYER, EXPERT):
+        for name, (_, axes) in places.items():
+            for axis, m, n in zip(axes, base.shapes[name], chart.shapes[name]):
+                if axis == what and m != n:
+                    raise UserError(f"{where} number of {what} of {name} ({m} and {n}): they cannot be merged")
+    for name, (key, axes) in places.items():
+        a, b = (c.shapes[name][len(axes) :] for c in (base, chart))
+        if a != b:
+            raise UserError(f"{where} shape of {key} ({a} and {b})")
+
+
+def _require_covered(one: Chart, other: Chart) -> None:
+    """Every element of the one is in the other."""
+    missing = []
+    for key, at in one.places.items():
+        held, wanted = other.holds(at.name, one.boxes[key]), math.prod(one.boxes[key][1])
+        if held == 0 and wanted or at.name not in other.shapes:
+            missing.append(key)
+        elif held != wanted:
+            raise UserError(f"{other.path} holds {held} of the {wanted} elements of {key} of {one.path}")
+    if missing:
+        raise UserError(f"{other.path} lacks {some(missing)} of {one.path}: they are not the same architecture")
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first names of many."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,116 @@
+"""The vocabulary's true size and whether the output layer is the embedding: what a checkpoint says beside its tensors.
+
+Megatron pads the vocabulary to a multiple that depends on the tensor-parallel size, so the same model has embeddings of
+different heights. Only `config.json` (Hugging Face's, which our Megatron checkpoints have too) or the arguments in
+Megatron-LM's `common.pt` tell how many rows mean a token.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bai.errors import UserError
+from megatron_bai.merge.sources import Entry
+from megatron_bai.merge.spelling import place
+from megatron_bai.model.strict_json import parse
+
+EMBEDDING = re.compile(r"(^|\.)(word_embeddings|embed_tokens)\.weight$")
+OUTPUT = re.compile(r"(^|\.)(output_layer|lm_head)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What lies beside a checkpoint's tensors; None where nothing says.
+
+    Attributes:
+        vocab_size: rows of the embedding that mean a token, and the file that says so.
+        tied: whether the output layer is the embedding.
+    """
+
+    vocab_size: int | None = None
+    origin: str = ""
+    tied: bool | None = None
+
+
+def notes(path: Path) -> Notes:
+    """Read `config.json`, or else the arguments in `common.pt` as far as they are plain data.
+
+    Raises:
+        UserError: `config.json` is no JSON.
+    """
+    file = path / "config.json"
+    if file.is_file():
+        try:
+            config = parse(file.read_bytes())
+            config = {**config, **(config.get("text_config") or {})}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({error}): restore it from a copy") from None
+        return _notes(file, config.get("vocab_size"), config.get("tie_word_embeddings"))
+    arguments = _arguments(path / "common.pt")
+    untied = arguments.get("untie_embeddings_and_output_weights")
+    return _notes(path / "common.pt", arguments.get("vocab_size"), None if untied is None else not untied)
+
+
+def _notes(file: Path, size: Any, tied: Any) -> Notes:
+    size = size if isinstance(size, int) and size > 0 else None
+    return Notes(size, str(file), tied if isinstance(tied, bool) else None)
+
+
+def _arguments(file: Path) -> dict[str, Any]:
+    """Megatron-LM's arguments. Of a class that `weights_only` refuses, nothing is run and nothing is known."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return vars(torch.load(file, map_location="cpu", weights_only=True)["args"])
+    except Exception:  # missing, damaged, or with objects of other classes: the checkpoint may be good nevertheless
+        return {}
+
+
+def is_vocabulary(key: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return bool(EMBEDDING.search(key) or OUTPUT.search(key)) and not place(key, (1,)).axes
+
+
+def true_size(sources: dict[Path, dict[str, Entry]], given: int) -> int | None:
+    """How many rows of the vocabulary's tensors mean a token, or None: all, for want of a statement.
+
+    Args:
+        sources: the tensors to merge of each checkpoint, by its directory.
+        given: `merge.vocab_size`, which decides where it is not 0; else what the checkpoints say does.
+
+    Raises:
+        UserError: they say different things, there are fewer rows than that, or the numbers of rows differ and nothing
+            says how many count.
+    """
+    rows = {
+        path: {entry.shape[0] for key, entry in tensors.items() if is_vocabulary(key) and entry.shape}
+        for path, tensors in sources.items()
+    }
+    advice = "if the sources share a vocabulary, give its size as merge.vocab_size"
+    if given:
+        size, origin = given, "merge.vocab_size"
+    else:
+        found = {path: note for path in rows if rows[path] and (note := notes(path)).vocab_size}
+        said: dict[int, str] = {}
+        for note in found.values():
+            said.setdefault(note.vocab_size, note.origin)
+        if len(said) > 1:
+            listed = " and ".join(f"{number} tokens ({file})" for number, file in said.items())
+            raise UserError(f"the sources have different vocabularies, {listed}: {advice}")
+        unknown = [path for path in rows if rows[path] and path not in found]
+        heights = set().union(*rows.values())
+        if unknown and len(heights) > 1:
+            raise UserError(
+                f"the embeddings have {' and '.join(map(str, sorted(heights)))} rows, and nothing says how many of"
+                f" {unknown[0]} are tokens and how many padding: {advice}"
+            )
+        if not said:
+            return None
+        size, origin = next(iter(said.items()))
+    for path, heights in rows.items():
+        if heights and min(heights) < size:
+            raise UserError(f"{path} has {min(heights)} rows in its vocabulary, {origin} says {size} tokens: {advice}")
+    return size
