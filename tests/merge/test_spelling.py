@@ -312,3 +312,61 @@ def test_transformers_loads_what_was_merged_from_fused_and_separate_experts(tmp_
     for name, a in models[0].state_dict().items():
         mean = (a.float() * 0.5 + models[1].state_dict()[name].float() * 0.5).bfloat16()
         assert torch.equal(found[name], mean), name
+
+
+METHODS = {
+    "slerp": dict(t=0.3, alpha=None, weights=[]),
+    "ties": dict(density=0.4, alpha=None, weights=[]),
+    "dare": dict(drop_rate=0.5, seed=3, alpha=None, weights=[]),
+}
+
+
+def unstacked(tensors: checkpoints.Tensors) -> spellings.Model:
+    """The parameters of a checkpoint spelled by `spellings.stacked`."""
+    found = {}
+    for kind, layer, expert in spellings.model(0):
+        name = spellings._name(kind, expert is not None, local=False)
+        tensor = tensors[spellings.NAMES[kind] if layer is None else f"decoder.layers.{name}"]
+        found[kind, layer, expert] = tensor[() if layer is None else (layer,) if expert is None else (layer, expert)]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_whole_parameters_do_not_see_how_these_are_spelled(tmp_path, method):
+    """Angles, thresholds and random choices are those of one expert's matrix, in one piece or in two halves."""
+
+    def merge(name: str, spells) -> checkpoints.Tensors:
+        (tmp_path / name).mkdir()
+        paths = write_three(tmp_path / name, spells)
+        command.run(Config(merge=settings(paths, tmp_path / f"{name}-out", method=method, **METHODS[method])))
+        return checkpoints.read(tmp_path / f"{name}-out")
+
+    found = unstacked(merge("all-stacked", [spellings.stacked] * 3))
+    for i, base in enumerate(spellings.MEGATRON):
+        members = spellings.MEGATRON[i - 1], spellings.MEGATRON[i - 2]
+        assert same(merge(str(i), [base, *members]), base(found)), base.__name__
+    spells = spellings.hf_fused, spellings.hf
+    fused, separate = (merge(spell.__name__, [spell, *spells]) for spell in spells)
+    for layer, expert in ((0, 0), (2, 3)):
+        both = fused[f"model.layers.{layer}.mlp.experts.gate_up_proj"][expert].chunk(2)
+        for half, name in zip(both, ("gate_proj", "up_proj")):
+            assert torch.equal(half, separate[f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"])
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+def test_padding_of_the_vocabulary_is_in_no_measure(tmp_path, method):
+    key, rows = "embedding.word_embeddings.weight", spellings.TOKENS
+    out = []
+    for padding in (0, 3):
+        paths = []
+        for seed in range(3):
+            tensors = spellings.stacked(spellings.model(seed))
+            for name in (key, "output_layer.weight"):
+                filler = torch.full((padding, spellings.HIDDEN), 100.0 * (seed + 1), dtype=torch.bfloat16)
+                tensors[name] = torch.cat([tensors[name], filler])
+            paths.append(checkpoints.write(tmp_path / f"{padding}-{seed}", tensors, checkpoints.rows))
+        target = tmp_path / f"{padding}-out"
+        command.run(Config(merge=settings(paths, target, method=method, vocab_size=rows, **METHODS[method])))
+        out.append(checkpoints.read(target)[key])
+    assert torch.equal(out[0], out[1][:rows])
+    assert bool((out[1][rows:] == 100).all()), "the base's"

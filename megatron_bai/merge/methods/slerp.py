@@ -58,12 +58,12 @@ class Slerp(Recipe):
         return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
 
     def needs(self, weights: Sequence[float]) -> bool:
-        return 0 not in weights and len(weights) == 2
+        return len(weights) > 1 and 0 not in weights[-2:]  # the pretrained may stand before them, with weight 0
 
     def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
         """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
         rows: tuple[list[float], ...] = ([], [], [])
-        for a, b in blocks():
+        for *_, a, b in blocks():
             for row, product in zip(rows, (a * a, b * b, a * b)):
                 row += product.sum(-1).view(-1).tolist()
         aa, bb, ab = map(math.fsum, rows)
@@ -77,7 +77,7 @@ class Slerp(Recipe):
         angle = _angle(measure)
         if math.sin(angle) < PARALLEL:
             return weights
-        return tuple(math.sin(weight * angle) / math.sin(angle) for weight in weights)
+        return tuple(math.sin(weight * angle) / math.sin(angle) for weight in weights)  # of weight 0 stays 0
 
     def check(
         self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
@@ -85,7 +85,7 @@ class Slerp(Recipe):
         """From the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ."""
         if measure is None or not self.needs(weights) or math.sin(_angle(measure)) < PARALLEL:
             return super().check(values, weights, part, None)
-        (a, b), angle, t = values, _angle(measure), weights[1]
+        (*_, a, b), angle, t = values, _angle(measure), weights[-1]
         along, across = math.cos(t * angle), math.sin(t * angle) / math.sin(angle)
         size = (abs(along) + abs(across * math.cos(angle))) * a.abs() + abs(across) * b.abs()
         return along * a + across * (b - math.cos(angle) * a), size
