@@ -53,8 +53,10 @@ class Parallel:
     tensor: int = 1
     expert: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # chunks of layers a pipeline stage holds, run interleaved (Megatron's VPP)
     sequence: bool = False  # sequence parallelism; Megatron-Core needs it for MoE training when tensor > 1
     dispatcher: str = "alltoall"  # or allgather: how tokens travel to the ranks of their experts
+    recompute: str = "none"  # of activations in the backward: none, selective (attention), moe (MoE layers) or full
 
 
 @dataclass
@@ -135,6 +137,7 @@ class Rollout:
 @dataclass
 class Replay:
     mode: str = "r3"  # none, r2 (the training engine's old-policy routes) or r3 (the inference engine's routes)
+    missing: str = "strict"  # r3 and a token without a route: strict stops, mask drops it from the loss, live routes it
     measure_live: bool = True  # one more forward a step, without replay: the discrepancy that replay removes
     store: str = ""  # a directory that keeps the routes each step replays (see inspect); empty keeps none
     store_encoding: str = "compact"  # sets within 1.05 of the fewest bits, or plain: one or two bytes an expert

@@ -42,11 +42,26 @@ def init_parallel(parallel: config.Parallel, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual(parallel),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed + 1)
+
+
+def _virtual(parallel: config.Parallel) -> int | None:
+    """Chunks a stage, as Megatron wants it: None where the schedule is not interleaved."""
+    return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+
+
+# `parallel.recompute` in Megatron's terms.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def transformer_config(model: config.Model, parallel: config.Parallel, device: Device) -> Any:
@@ -81,6 +96,7 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual(parallel),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.sequence,
@@ -98,6 +114,7 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        **RECOMPUTE[parallel.recompute],
     )
 
 
@@ -112,11 +129,13 @@ class LocalNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def _block_spec(config: Any, transformer_engine: bool) -> Any:
-    """The decoder's layers on this rank. Without Transformer Engine, Megatron's local ones with `LocalNorm`."""
+def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
+    """The decoder's layers of one chunk on this rank. Without Transformer Engine, Megatron's local ones with `LocalNorm`."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, normalization="RMSNorm")
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
+    )
     if not transformer_engine:
         block.layer_norm = LocalNorm
         for layer in block.layer_specs:
@@ -128,22 +147,23 @@ def _block_spec(config: Any, transformer_engine: bool) -> Any:
     return block
 
 
-def _gpt(model: config.Model, parallel: config.Parallel, device: Device) -> torch.nn.Module:
+def _gpt(model: config.Model, cfg: Any, transformer_engine: bool, vp_stage: int | None) -> torch.nn.Module:
+    """One chunk of the model. `vp_stage`: its number among the stage's chunks; None where there is one."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    cfg = transformer_config(model, parallel, device)
     return GPTModel(
         cfg,
-        _block_spec(cfg, device.transformer_engine),
+        _block_spec(cfg, transformer_engine, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta),
         share_embeddings_and_output_weights=False,
         parallel_output=True,
+        vp_stage=vp_stage,
     )
 
 
@@ -174,10 +194,13 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    gpt = _gpt(settings.model, settings.parallel, device).to(device.device)
-    _mark_experts(gpt)
+    cfg = transformer_config(settings.model, settings.parallel, device)  # one for all chunks: the schedules read it
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    ddp = DistributedDataParallel(gpt.config, reduction, gpt)
+    chunks = []
+    for vp_stage in range(settings.parallel.virtual_pipeline) if _virtual(settings.parallel) else [None]:
+        gpt = _gpt(settings.model, cfg, device.transformer_engine, vp_stage).to(device.device)
+        _mark_experts(gpt)
+        chunks.append(DistributedDataParallel(cfg, reduction, gpt))
     trainer = settings.trainer
     optimizer = None
     if train:
@@ -191,11 +214,11 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
                 use_distributed_optimizer=True,
                 bf16=device.dtype is torch.bfloat16,
             ),
-            [ddp],
+            chunks,
         )
-    gpt.config.finalize_model_grads_func = finalize_model_grads
-    gpt.config.no_sync_func = ddp.no_sync
-    return Actor([ddp], optimizer, settings.model)
+    cfg.finalize_model_grads_func = finalize_model_grads
+    cfg.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return Actor(chunks, optimizer, settings.model)
 
 
 def validate(model: config.Model, parallel: config.Parallel, world: int) -> None:
@@ -204,12 +227,14 @@ def validate(model: config.Model, parallel: config.Parallel, world: int) -> None
     Raises:
         UserError: a size that does not divide, or a world the layout does not fit.
     """
+    stages = parallel.pipeline * parallel.virtual_pipeline
     checks = [
         ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor", parallel.tensor),
         ("model.num_query_groups", model.num_query_groups, "parallel.tensor", parallel.tensor),
         ("model.vocab_size", model.vocab_size, "parallel.tensor", parallel.tensor),
         ("model.num_experts", model.num_experts, "parallel.expert", parallel.expert),
         ("model.num_layers", model.num_layers, "parallel.pipeline", parallel.pipeline),
+        ("model.num_layers", model.num_layers, "parallel.pipeline × parallel.virtual_pipeline", stages),
         ("model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups),
         ("the number of processes", world, "parallel.tensor × parallel.pipeline", parallel.tensor * parallel.pipeline),
         ("the number of processes", world, "parallel.expert × parallel.pipeline", parallel.expert * parallel.pipeline),
@@ -225,3 +250,21 @@ def validate(model: config.Model, parallel: config.Parallel, world: int) -> None
         raise UserError("parallel.sequence=true needs parallel.tensor > 1")
     if parallel.dispatcher not in ("alltoall", "allgather"):
         raise UserError(f"parallel.dispatcher is {parallel.dispatcher!r}: choose alltoall or allgather")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1: it interleaves pipeline stages")
+    if parallel.recompute not in RECOMPUTE:
+        raise UserError(f"parallel.recompute is {parallel.recompute!r}: choose none, selective, moe or full")
+
+
+def validate_micro_batches(parallel: config.Parallel, count: int) -> None:
+    """Refuse a number of micro-batches that Megatron's interleaved schedule does not take.
+
+    Raises:
+        UserError: names the settings.
+    """
+    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
+        raise UserError(
+            f"{count} micro-batches of a rank's mini-batch are not a multiple of parallel.pipeline "
+            f"({parallel.pipeline}), which parallel.virtual_pipeline={parallel.virtual_pipeline} needs: change "
+            "trainer.micro_batch_size"
+        )

@@ -1,5 +1,6 @@
 """Samples as padded arrays, and their cut into mini- and micro-batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,12 +23,13 @@ class Batch:
         infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside the mask.
         old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
         advantages: `[B]` float32.
-        routes: `[B, T, moe_layers, topk]` experts of input token t, filled where there is none.
+        routes: `[B, T, layers, topk]` experts of input token t in this rank's MoE layers, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
         reference_logprobs: `[B, T]` float32, of the reference policy; 0 where the objective has no use for it.
         counted: `[B]` bool, false for samples that the loss leaves out (`leave_out`).
         prompts: `[B]` int64, which of this replica's prompts the sample answers.
         prompt_tokens: `[B]` int64, tokens in `mask` of all samples of that prompt.
+        missing: `[B, T]` bool, tokens it was fed whose route is not known. What is in neither is padding.
     """
 
     tokens: torch.Tensor
@@ -41,6 +43,7 @@ class Batch:
     counted: torch.Tensor
     prompts: torch.Tensor
     prompt_tokens: torch.Tensor
+    missing: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,7 +64,7 @@ class Batch:
 
 
 def padded_length(longest: int, multiple: int) -> int:
-    """Tokens to pad to: the next multiple of the sequence-parallel size."""
+    """Tokens to pad to: the next multiple of what a sequence is split by (`layout.Place.multiple`)."""
     return -(-longest // multiple) * multiple
 
 
@@ -72,6 +75,7 @@ def from_samples(
     pad_id: int,
     signature: RouteSignature,
     counted: np.ndarray | None = None,
+    columns: Sequence[int] | None = None,
 ) -> Batch:
     """Build a batch from rollouts.
 
@@ -79,6 +83,7 @@ def from_samples(
         advantages: `[B]`, one a sample.
         length: T, at least the longest sample.
         counted: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.leave_out`.
+        columns: MoE layers, counted from 0, whose routes the samples hold; None: all.
     """
     b = len(samples)
     tokens = np.full((b, length), pad_id, dtype=np.int64)
@@ -90,13 +95,14 @@ def from_samples(
         predicted = slice(sample.prompt_length - 1, total - 1)
         mask[i, predicted] = True
         logprobs[i, predicted] = sample.logprobs
-    routes, routed = assemble([sample.routes for sample in samples], length, signature)
+    recorded = [sample.recorded for sample in samples]
+    routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
     counted = np.ones(b, dtype=bool) if counted is None else counted
     old, reference = np.zeros_like(logprobs), np.zeros_like(logprobs)
     policy = (tokens, mask, logprobs, old, advantages.astype(np.float32), routes, routed, reference, counted)
     prompts = torch.tensor([sample.prompt for sample in samples])
     prompt_tokens = _tokens_of_prompts(torch.from_numpy(mask), prompts)
-    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens)
+    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing))
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Forward and backward passes of the actor over micro-batches, through Megatron's pipeline schedules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from megatron_bai.rl.batch import Batch, blank
 from megatron_bai.rl.logprobs import entropy, token_logprobs
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.routing.layout import rank_rows
-from megatron_bai.routing.replay import MicroRoutes, RoutingReplay
+from megatron_bai.routing.layout import Place
+from megatron_bai.routing.queues import MicroRoutes
+from megatron_bai.routing.replay import RoutingReplay
 
 
 @dataclass
@@ -44,17 +45,17 @@ class Engine:
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.data_size = parallel_state.get_data_parallel_world_size()
         self.data_group = parallel_state.get_data_parallel_group()
         self.last_stage = parallel_state.is_pipeline_last_stage()
-        sequence = actor.transformer_config.sequence_parallel
-        self.sequence = (self.tensor_rank, self.tensor_size) if sequence else (0, 1)
+        self.place = Place.here(actor.transformer_config)
 
     def routes_of(self, micro: Batch) -> MicroRoutes:
-        """The inference engine's routes of a micro-batch, cut to this rank's tokens and layers."""
-        rows = rank_rows(micro.routes, *self.sequence)
-        return {layer: rows[:, layer].long().to(self.device) for layer in self.replay.layers}
+        """The inference engine's routes of a micro-batch, cut to this rank's tokens."""
+        ids, routed, missing = (self.place.rows(t) for t in (micro.routes, micro.routed, micro.missing))
+        live = missing.to(self.device) if missing.any() else None
+        return MicroRoutes(ids.to(self.device), routed.to(self.device), live)
 
     @torch.no_grad()
     def score(self, micros: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False) -> Scores:
@@ -65,13 +66,15 @@ class Engine:
             routes: experts to force, one entry a micro-batch; None lets the routers choose.
             record: keep the routers' own choices instead of forcing any.
         """
-        recorded: list[MicroRoutes] = []
 
         def collect(logits: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> dict[str, torch.Tensor]:
             nats = entropy(logits, self.temperature)
             return {"logprobs": token_logprobs(logits, micro.tokens, self.temperature), "entropy": nats}
 
-        outputs = self._run(micros, routes, recorded if record else None, collect, forward_only=True)
+        with self.replay.record() if record else self._forcing(routes) as found:
+            outputs = self._run(micros, collect, forward_only=True)
+        fed = [self.place.rows(micro.routed | micro.missing).to(self.device) for micro in micros]
+        recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed)]
         if not self.last_stage:
             return Scores(None, None, recorded)
         cat = {name: torch.cat([output[name] for output in outputs]) for name in ("logprobs", "entropy")}
@@ -91,8 +94,10 @@ class Engine:
         def collect(logits: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> torch.Tensor:
             return token_logprobs(logits, micro.tokens, 1.0)
 
-        outputs = self._run([blank(tokens)], None, None, collect, forward_only=True)
-        return outputs[0] if self.last_stage else None
+        # An interleaved schedule needs a micro-batch a stage.
+        micros = blank(tokens).split(-(-len(tokens) // self.stages) if len(self.actor.chunks) > 1 else len(tokens))
+        outputs = self._run(micros, collect, forward_only=True)
+        return torch.cat(outputs) if self.last_stage else None
 
     def update(
         self,
@@ -130,7 +135,8 @@ class Engine:
         for chunk in self.actor.chunks:
             chunk.zero_grad_buffer()
         self.actor.optimizer.zero_grad()
-        self._run(micros, routes, None, collect, forward_only=False)
+        with self._forcing(routes):
+            self._run(micros, collect, forward_only=False)
         success, norm, _ = self.actor.optimizer.step()
         if not success or norm != norm or norm == float("inf"):
             raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
@@ -142,30 +148,20 @@ class Engine:
         dist.all_reduce(count, group=self.data_group)
         return max(int(count), 1)
 
-    def _run(
-        self,
-        micros: list[Batch],
-        routes: list[MicroRoutes] | None,
-        recorded: list[MicroRoutes] | None,
-        collect: Callable[..., Any],
-        forward_only: bool,
-    ) -> list[Any]:
-        """Run Megatron's schedule over the micro-batches, replaying or recording in each forward pass."""
+    def _run(self, micros: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
+        """Run Megatron's schedule over the micro-batches."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        queue = iter(range(len(micros)))
+        queues = [iter(micros) for _ in self.actor.chunks]
 
-        def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-            number = next(queue)
-            micro = micros[number].to(self.device)
+        def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            micro = next(queue).to(self.device)
             positions = torch.arange(micro.tokens.shape[1], device=self.device).expand_as(micro.tokens)
-            with self._routing(micro, routes and routes[number], recorded):
-                logits = model(micro.tokens, positions, None)
-            return logits, partial(collect, micro=micro)
+            return model(micro.tokens, positions, None), partial(collect, micro=micro)
 
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
+            data_iterator=queues,
             model=self.actor.chunks,
             num_microbatches=len(micros),
             seq_length=micros[0].tokens.shape[1],
@@ -173,12 +169,8 @@ class Engine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-        assert next(queue, None) is None, "the schedule did not run every micro-batch"
+        assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
 
-    def _routing(
-        self, micro: Batch, routes: MicroRoutes | None, recorded: list[MicroRoutes] | None
-    ) -> AbstractContextManager:
-        if routes is not None:
-            return self.replay.replay(routes, rank_rows(micro.routed, *self.sequence))
-        return nullcontext() if recorded is None else self.replay.record(recorded)
+    def _forcing(self, routes: list[MicroRoutes] | None) -> AbstractContextManager:
+        return nullcontext() if routes is None else self.replay.force(routes)

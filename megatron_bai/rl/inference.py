@@ -55,7 +55,7 @@ class Inference:
                     raise UserError(f"{self._url} aborted a rollout: somebody else controls the server; run your own")
                 if wrong := {span.version for span in sample.spans} - {str(self.version)}:
                     raise UserError(f"{self._url} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
-        return session.share(samples)
+        return session.deliver(samples)
 
     def sync(self) -> None:
         """Give the server the actor's weights as the next version, and prove that it uses them. Collective.
@@ -75,7 +75,7 @@ class Inference:
     def _prove(self) -> None:
         """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks the server."""
         session = self._session
-        length = padded_length(max(map(len, self._probe)), session.engine.tensor_size)
+        length = padded_length(max(map(len, self._probe)), session.engine.place.multiple)
         tokens = torch.zeros(_PROBES, length, dtype=torch.int64)
         mask = torch.zeros(_PROBES, length, dtype=torch.bool)
         for row, ids in enumerate(self._probe):

@@ -12,8 +12,7 @@ from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import Recording, encode, token_hash
-from megatron_bai.routing.layout import rank_rows
-from megatron_bai.routing.replay import MicroRoutes
+from megatron_bai.routing.queues import MicroRoutes
 from megatron_bai.routing.routes import VersionSpan
 from megatron_bai.routing.store import RouteStore, StoreWriter, is_store
 
@@ -59,7 +58,9 @@ class RouteKeeper:
             whole = self._gathered(micro, own)
             if self._writer is None:
                 continue
-            for ids, routed in zip(whole, micro.routed.numpy()):
+            # R2 replays the trainer's own routes, which lack none.
+            known = micro.routed if self.settings.mode == "r3" else micro.routed | micro.missing
+            for ids, routed in zip(whole, known.numpy()):
                 sample = next(remaining)
                 rows = len(sample.tokens) - 1
                 mine = (VersionSpan(str(version), 0, rows),)
@@ -84,15 +85,15 @@ class RouteKeeper:
         """
         session, signature = self.session, self.session.signature
         place = torch.arange(micro.tokens.numel()).reshape(micro.tokens.shape)
-        tokens = rank_rows(place, *session.engine.sequence).numpy()  # where each of this rank's rows belongs
-        ids = torch.stack(list(own.values()), dim=1).cpu().numpy().astype(signature.dtype)
+        tokens = session.engine.place.rows(place).numpy()  # where each of this rank's rows belongs
+        ids, columns = own.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
         parts = [None] * dist.get_world_size(session.model_group) if session.leader else None
-        dist.gather_object((tokens, list(own), ids), parts, group=session.model_group, group_dst=0)
+        dist.gather_object((tokens, columns, ids), parts, group=session.model_group, group_dst=0)
         if parts is None:
             return None
         whole = np.full((micro.tokens.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
-        for tokens, layers, ids in parts:
-            whole[np.ix_(tokens, layers)] = ids
+        for tokens, columns, ids in parts:
+            whole[np.ix_(tokens, columns)] = ids
         if (whole < 0).any():
             raise RuntimeError("the ranks of a replica do not replay a route of every token in every layer")
         return whole.astype(signature.dtype).reshape(*micro.tokens.shape, signature.moe_layers, signature.topk)

@@ -17,7 +17,9 @@ from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
 from megatron_bai.rl.engine import Engine
+from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import ENCODINGS
+from megatron_bai.routing.missing import check_policy
 from megatron_bai.routing.replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
 from megatron_bai.routing.sets import MAX_EXPERTS, MAX_TOPK
@@ -33,6 +35,7 @@ class Session:
         leader: the rank that speaks for its replica to the outside.
         lead: rank 0 of the world, which owns the server and the files.
         model_group: the ranks of one replica (tensor × pipeline).
+        columns: the MoE layers, counted from 0, of each rank of the replica.
     """
 
     settings: config.Config
@@ -47,17 +50,26 @@ class Session:
     leader: bool
     lead: bool
     model_group: Any
+    columns: list[list[int]]
 
     @property
     def contributes(self) -> bool:
         """Whether this rank's statistics count: one rank of each replica's last stage."""
         return self.engine.last_stage and self.engine.tensor_rank == 0
 
-    def share(self, value: Any) -> Any:
-        """The leader's `value` on every rank of its replica. Collective over the replica."""
-        box = [value]
-        dist.broadcast_object_list(box, group=self.model_group, group_src=0)
-        return box[0]
+    def deliver(self, samples: list[Sample] | None) -> list[Sample]:
+        """The leader's samples on every rank of its replica, each with the routes of that rank's own layers.
+
+        One rank is served after another, so that the leader never holds more than one copy. Collective over the replica.
+        """
+        if not self.leader:
+            box = [None]
+            dist.recv_object_list(box, group=self.model_group, group_src=0)
+            return box[0]
+        for rank, columns in enumerate(self.columns[1:], start=1):
+            cut = [sample.of_layers(columns) for sample in samples]
+            dist.send_object_list([cut], group=self.model_group, group_dst=rank)
+        return [sample.of_layers(self.columns[0]) for sample in samples]
 
 
 @contextmanager
@@ -80,12 +92,12 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
     build.init_parallel(settings.parallel, settings.run.seed)
     from megatron.core import parallel_state
 
-    model = settings.model
     actor = build.build_actor(settings, device)
     tokenizer_dir = _set_weights(actor, settings)
-    signature = RouteSignature(model.num_layers, model.num_experts, model.moe_topk)
-    replay = RoutingReplay(actor.modules, signature, parallel_state.get_pipeline_model_parallel_group())
+    replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
+    columns: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(columns, replay.columns, group=group)
     return Session(
         settings=settings,
         device=device,
@@ -93,12 +105,13 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
         engine=Engine(actor, replay, device.device, settings.rollout.temperature),
         task=Task(settings.data, _load_tokenizer(tokenizer_dir)),
         tokenizer_dir=tokenizer_dir,
-        signature=signature,
+        signature=replay.signature,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         leader=dist.get_rank(group) == 0,
         lead=dist.get_rank() == 0,
         model_group=group,
+        columns=columns,
     )
 
 
@@ -142,6 +155,7 @@ def validate(settings: config.Config) -> None:
     trainer, model = settings.trainer, settings.model
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
+    check_policy(settings.replay.missing)
     _check_store(settings)
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, manifest
+from megatron_bai.model import build, checkpoint, manifest
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, from_supervised
@@ -48,6 +48,7 @@ def _train(session: Session) -> None:
             began = time.monotonic()
             rate = set_learning_rate(session.actor.optimizer, settings.trainer, step)
             micros = _batch(session, step).split(settings.trainer.micro_batch_size)
+            build.validate_micro_batches(settings.parallel, len(micros))
             stats, norm = session.engine.update(micros, None, objective, settings.objective)
             values = stats.gathered(session.contributes).values()
             seconds = time.monotonic() - began

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint
+from megatron_bai.model import build, checkpoint
 from megatron_bai.monitor.discrepancy import add_kl
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.monitor.report import write_report
@@ -28,8 +28,8 @@ from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.layout import rank_rows
-from megatron_bai.routing.replay import MicroRoutes, differing
+from megatron_bai.routing.missing import settle
+from megatron_bai.routing.queues import MicroRoutes, differing
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
 
@@ -79,6 +79,7 @@ def _checked(session: Session) -> Session:
             f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
             "mini-batch"
         )
+    build.validate_micro_batches(session.settings.parallel, samples // trainer.micro_batch_size)
     return session
 
 
@@ -141,11 +142,16 @@ class Loop:
         _describe(samples, rewards, trainer.group_size, stats)
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        length = padded_length(int(longest), session.engine.tensor_size)
+        length = padded_length(int(longest), session.engine.place.multiple)
         advantages = of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
         counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
-        pad = session.task.tokenizer.pad_token_id
-        return samples, from_samples(samples, advantages, length, pad, session.signature, counted)
+        pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
+        batch = from_samples(samples, advantages, length, pad, session.signature, counted, columns)
+        if self.settings.replay.mode == "r3":
+            batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
+            stats.ratio("route_missing", found.rows, found.fed)
+            stats.ratio("route_masked", found.masked, found.tokens)
+        return samples, batch
 
     def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
@@ -155,7 +161,7 @@ class Loop:
         live = None
         if mode != "r3" or self.settings.replay.measure_live:
             live = engine.score(micros, record=True)
-            self._compare_routes(micros, inference, live.recorded, stats)
+            self._compare_routes(inference, live.recorded, stats)
         old = replayed or live
         if engine.last_stage:
             batch.old_logprobs.copy_(old.logprobs)
@@ -170,19 +176,15 @@ class Loop:
                 batch.reference_logprobs.copy_(reference)
         return {"none": None, "r2": live and live.recorded, "r3": inference}[mode]
 
-    def _compare_routes(
-        self, micros: list[Batch], theirs: list[MicroRoutes], ours: list[MicroRoutes], stats: Stats
-    ) -> None:
+    def _compare_routes(self, theirs: list[MicroRoutes], ours: list[MicroRoutes], stats: Stats) -> None:
         """Add `route_mismatch`: the share of (token, layer) routes that the live router chose differently.
 
         Each rank sees its tokens and layers only, so the counts are summed over the world first; one rank keeps them.
         """
         different = total = 0
-        for micro, inference, live in zip(micros, theirs, ours):
-            routed = rank_rows(micro.routed, *self.session.engine.sequence).to(self.session.device.device)
-            for layer in self.session.engine.replay.layers:
-                different += int(differing(live[layer], inference[layer])[routed].sum())
-                total += int(routed.sum())
+        for inference, live in zip(theirs, ours):
+            rows = differing(live.ids, inference.ids)[inference.counted]
+            different, total = different + int(rows.sum()), total + rows.numel()
         sums = self._sum([different, total])
         if self.session.contributes:
             stats.ratio("route_mismatch", sums[0], sums[1])
@@ -207,8 +209,9 @@ class Loop:
 
     def _rows_expected(self, batch: Batch) -> int:
         """(token, layer) rows that should have been replayed for this replica in the step."""
-        passes = {"none": 0, "r2": 1, "r3": 2}[self.settings.replay.mode]
-        return int(batch.routed.sum()) * self.session.signature.moe_layers * passes
+        rows = int(batch.routed.sum())
+        fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes, which lack none
+        return {"none": 0, "r2": fed, "r3": 2 * rows}[self.settings.replay.mode] * self.session.signature.moe_layers
 
     def _evaluate(self, stats: Stats) -> None:
         """Add `eval_accuracy` and `eval_length`: one sample to each held-out prompt, with the new weights."""

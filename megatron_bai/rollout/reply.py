@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_bai.rollout.sample import Sample, VersionSpan
+from megatron_bai.routing.layout import fillers
+from megatron_bai.routing.missing import of_last_version
 from megatron_bai.routing.routes import RouteSignature, check_ids
 
 FINISHES = ("stop", "length", "abort")
@@ -21,7 +23,7 @@ FINISHES = ("stop", "length", "abort")
 def to_sample(
     reply: Any, prompt: int, prompt_ids: list[int], signature: RouteSignature, max_new_tokens: int, stop_token_id: int
 ) -> Sample:
-    """Check one reply and convert it.
+    """Check one reply and convert it. A `routed_experts` of null becomes a sample without a recorded row.
 
     Args:
         reply: the decoded JSON.
@@ -36,14 +38,14 @@ def to_sample(
     try:
         output, meta = reply["output_ids"], reply["meta_info"]
         logprobs = _logprobs(meta["output_token_logprobs"], output)
-        routes = decode_routes(meta["routed_experts"], len(prompt_ids) + len(output) - 1, signature)
         spans = _spans(meta["weight_versions"], len(output))
+        routes, recorded = _routes(meta["routed_experts"], len(prompt_ids), len(output), spans, signature)
         finish = meta["finish_reason"]["type"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
     _check_finish(finish, output, max_new_tokens, stop_token_id)
     tokens = np.array([*prompt_ids, *output], dtype=np.int64)
-    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish)
+    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, recorded)
 
 
 def to_scores(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
@@ -80,6 +82,18 @@ def decode_routes(encoded: str, rows: int, signature: RouteSignature) -> np.ndar
         raise ValueError(f"routes have {len(data)} bytes, {rows} tokens of {row_bytes} bytes need {rows * row_bytes}")
     ids = np.frombuffer(data, dtype="<i4").reshape(rows, signature.moe_layers, signature.topk)
     return check_ids(ids, signature, "SGLang's reply")
+
+
+def _routes(
+    encoded: str | None, prompt: int, output: int, spans: tuple[VersionSpan, ...], signature: RouteSignature
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Routes, and which rows can be believed (None: all)."""
+    rows = prompt + output - 1
+    if encoded is None:
+        return fillers(rows, signature), np.zeros(rows, dtype=bool)
+    changes = [span.start for span, before in zip(spans, (None, *spans)) if not before or span.version != before.version]
+    recorded = of_last_version(rows, prompt, changes)
+    return decode_routes(encoded, rows, signature), None if recorded.all() else recorded
 
 
 def _logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:

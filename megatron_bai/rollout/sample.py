@@ -1,6 +1,7 @@
 """One response and all that training needs to know about it: nothing is looked up by position in a second list."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Sample:
         routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`).
         spans: weight versions that the response's tokens were sampled with, covering them in order.
         finish: `stop` (end token), `length` (ran out of tokens) or `abort`.
+        recorded: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
     """
 
     prompt: int
@@ -29,6 +31,7 @@ class Sample:
     routes: np.ndarray
     spans: tuple[VersionSpan, ...]
     finish: str
+    recorded: np.ndarray | None = None
 
     @property
     def response(self) -> np.ndarray:
@@ -42,3 +45,7 @@ class Sample:
         shift = self.prompt_length - 1
         spans = [VersionSpan(span.version, span.start + shift, span.end + shift) for span in self.spans]
         return (VersionSpan(spans[0].version, 0, spans[0].end), *spans[1:]) if spans else ()
+
+    def of_layers(self, columns: Sequence[int]) -> "Sample":
+        """The same with the routes of some MoE layers, which are counted from 0."""
+        return replace(self, routes=self.routes[:, list(columns)])

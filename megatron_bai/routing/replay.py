@@ -4,140 +4,209 @@ R2 (arXiv 2512.01374) records in the training engine's old-policy forward and re
 2510.11370) replays the inference engine's experts in both. Only the selection is forced: the weights are computed
 from the live scores, so the router keeps its gradient.
 
-Handles are found by walking the live model and keyed by the layer's global number. Megatron's own list of handles
-keeps those of models built earlier, and replaying into them would silently do nothing.
+A context manager spans one run of a schedule over its micro-batches. For each layer it holds a queue with one entry a
+micro-batch, and two cursors: one for forward passes, one for those that activation recomputation repeats inside the
+backward pass. Megatron's own queues hold something only while a router runs.
 """
 
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_bai.routing import preflight
+from megatron_bai.routing.binding import bind, moe_layers
+from megatron_bai.routing.queues import MicroRoutes, Pass
 from megatron_bai.routing.routes import RouteSignature
-
-MicroRoutes = dict[int, torch.Tensor]
-"""Routes of one micro-batch on one rank: MoE layer → `[tokens here, topk]` int64 expert ids."""
-
-
-@dataclass
-class _Micro:
-    """What is being replayed in the current forward pass."""
-
-    routes: MicroRoutes
-    counted: torch.Tensor  # [tokens here] bool: rows that came from a recording
 
 
 class RoutingReplay:
     """The routers of one rank's model.
 
     Attributes:
-        layers: MoE layers on this rank, counted from 0 over the whole model.
-        rows: (token, layer) rows forced so far, checked against what the router really did; padding not counted.
+        signature: of the whole model's routes.
+        layers: MoE layers on this rank, counted from 0 among all decoder layers.
+        columns: the same, counted among MoE layers only: their places in routes of the whole model.
+        rows: (token, layer) rows forced in forward passes so far, checked against what the router really did. Padding
+            and live rows are not counted.
+        recomputed: the same of passes repeated in the backward.
     """
 
-    def __init__(self, modules: list[torch.nn.Module], signature: RouteSignature, pipeline_group: Any = None):
-        """Bind to every MoE layer of `modules`. Collective over `pipeline_group` when given.
-
-        Raises:
-            RuntimeError: the layers bound over the pipeline are not exactly the model's MoE layers.
-        """
-        from megatron.core.transformer.moe.router import TopKRouter
-
-        self.signature = signature
-        self._routers: dict[int, Any] = {}
-        for module in modules:
-            for child in module.modules():
-                if isinstance(child, TopKRouter) and child.router_replay is not None:
-                    self._routers[child.layer_number - 1] = child
-        self.layers = sorted(self._routers)
-        found = [self.layers]
-        if pipeline_group is not None:
-            found = [[] for _ in range(dist.get_world_size(pipeline_group))]
-            dist.all_gather_object(found, self.layers, group=pipeline_group)
-        bound = sorted(layer for part in found for layer in part)
-        if bound != list(range(signature.moe_layers)):
-            raise RuntimeError(f"routing replay bound MoE layers {bound}, the model has {signature.moe_layers}")
-        self._recording: MicroRoutes | None = None
-        self._micro: _Micro | None = None
-        self._done: set[int] = set()
-        self.rows = 0
-        for router in self._routers.values():
-            router.register_forward_hook(self._after)
-
-    @contextmanager
-    def record(self, into: list[MicroRoutes]) -> Iterator[None]:
-        """Append the experts the routers choose in one micro-batch's forward pass to `into`.
-
-        Raises:
-            RuntimeError: a bound router did not run, or ran twice.
-        """
-        recording = self._recording = {}
-        with self._action("RECORD"):
-            yield
-        into.append(recording)
-
-    @contextmanager
-    def replay(self, routes: MicroRoutes, counted: torch.Tensor) -> Iterator[None]:
-        """Force the experts of one micro-batch's forward pass.
+    def __init__(self, chunks: Sequence[torch.nn.Module], pipeline_group: Any = None):
+        """Bind to every MoE layer of a model built with `moe_enable_routing_replay=True`. Collective over its pipeline.
 
         Args:
-            routes: for every MoE layer on this rank.
-            counted: `[tokens here]` bool, rows to count in `rows`.
+            chunks: this rank's part of the model, wrapped or not; several with virtual pipeline parallelism.
+            pipeline_group: None takes Megatron's.
 
         Raises:
-            RuntimeError: a bound router did not run, ran twice, or did not choose what it was given.
+            UserError: another megatron-core, or a setting that replay does not work with.
+            RuntimeError: the layers bound over the pipeline are not exactly the model's MoE layers.
         """
-        self._micro = _Micro(routes, counted)
-        with self._action("REPLAY_FORWARD"):
-            yield
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_model_config
+
+        preflight.check_version()
+        config = get_model_config(chunks[0])
+        for said in preflight.preflight(config):
+            warnings.warn(said, stacklevel=2)
+        if pipeline_group is None and parallel_state.model_parallel_is_initialized():
+            pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        expected = moe_layers(config)
+        self.signature = RouteSignature(len(expected), config.num_moe_experts, config.moe_router_topk)
+        self._routers = bind(chunks, expected, pipeline_group)
+        self.layers = list(self._routers)
+        self.columns = [expected.index(layer) for layer in self.layers]
+        self.rows = self.recomputed = 0
+        self._pass: Pass | None = None
 
     @contextmanager
-    def _action(self, name: str) -> Iterator[None]:
+    def record(self) -> Iterator[list[MicroRoutes]]:
+        """Record what the routers choose while a schedule runs.
+
+        Yields:
+            A list that holds one entry a micro-batch once the block has ended without an exception.
+
+        Raises:
+            RuntimeError: a router did not run as often as the others, or does not run.
+        """
+        recorded: list[MicroRoutes] = []
+        with self._armed(Pass(self.layers, None)) as run:
+            yield recorded
+        recorded.extend(run.recorded())
+
+    @contextmanager
+    def force(self, micros: Sequence[MicroRoutes]) -> Iterator[None]:
+        """Force experts while a schedule runs: `micros[i]` in the i-th forward pass, and where it is recomputed.
+
+        Megatron's schedules (1F1B, interleaved) and any loop that steps back through micro-batches in the order of
+        their forward passes are served.
+
+        Raises:
+            ValueError: routes that do not fit this model, before anything runs.
+            RuntimeError: a router that did not run once for each micro-batch, or did not choose what it was given.
+        """
+        for number, micro in enumerate(micros):
+            self._check(micro, f"micro-batch {number}")
+        with self._armed(Pass(self.layers, micros)) as run:
+            yield
+        self.rows += run.counted(backward=False)
+        self.recomputed += run.counted(backward=True)
+
+    @contextmanager
+    def _armed(self, run: Pass) -> Iterator[Pass]:
+        """Hook the routers for the length of a block, and prove afterwards that every queue ended."""
+        if self._pass is not None:
+            raise RuntimeError("routing replay is already recording or forcing: its blocks do not nest")
+        self._pass, hooks = run, []
+        try:
+            for router in self._routers.values():
+                hooks.append(router.register_forward_pre_hook(self._before))
+                hooks.append(router.register_forward_hook(self._after))
+            yield run
+        finally:  # whatever happened, the next pass is a live one
+            self._pass = None
+            for hook in hooks:
+                hook.remove()
+            for router in self._routers.values():
+                _release(router.router_replay)
+        run.prove_ended()
+
+    def _before(self, router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Arm one router for one call."""
         from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
-        self._done = set()
-        try:
-            for layer, router in self._routers.items():
-                if self._micro is not None:
-                    router.router_replay.set_target_indices(self._micro.routes[layer])
-                router.router_replay.set_router_replay_action(RouterReplayAction[name])
-            yield
-        finally:  # whatever happened, the next pass is a live one
-            self._recording = self._micro = None
-            for router in self._routers.values():
-                router.router_replay.clear_router_replay_action()
-                router.router_replay.clear_indices()
-        if missing := set(self._routers) - self._done:
-            raise RuntimeError(f"routers of MoE layers {sorted(missing)} did not run: their routing was not replayed")
+        run, layer, handle = self._pass, router.layer_number - 1, router.router_replay
+        if _in_backward():
+            number = run.take(layer, backward=True)
+            run.same_input(layer, number, inputs[0])
+            action = RouterReplayAction.REPLAY_BACKWARD
+        else:
+            number = run.take(layer, backward=False)
+            run.keep_input(layer, inputs[0])
+            action = RouterReplayAction.RECORD if run.micros is None else RouterReplayAction.REPLAY_FORWARD
+        if action is not RouterReplayAction.RECORD:
+            ids, rows = run.queue[layer][number], inputs[0].shape[:-1].numel()
+            if len(ids) != rows:
+                raise RuntimeError(f"the router of layer {layer} sees {rows} tokens, its routes are for {len(ids)}")
+            handle.set_target_indices(ids.to(inputs[0].device, torch.int64))
+            live = None if run.micros is None else run.micros[number].live
+            if live is not None and action is RouterReplayAction.REPLAY_FORWARD:
+                handle.get_replay_topk = functools.partial(_mixed, handle, live)
+        handle.set_router_replay_action(action)
 
     def _after(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """After a router ran: keep what it chose, or prove that it chose what it was given."""
-        if self._recording is None and self._micro is None:
+        """Keep what the router chose, or prove that it chose what it was given; empty its queues."""
+        run, layer, handle, chosen = self._pass, router.layer_number - 1, router.router_replay, output[1]
+        backward, wanted = _in_backward(), handle.target_topk_idx
+        if run.micros is None and not backward:
+            run.queue[layer].append(handle.get_recorded_indices().to(_dtype(self.signature)))
+        else:
+            number = run.cursor(layer, backward) - 1
+            micro = None if run.micros is None else run.micros[number]
+            same = (chosen.sum(dim=1) == self.signature.topk) & chosen.gather(1, wanted).all(dim=1)
+            run.prove(layer, backward, same, micro)
+            if micro is not None and micro.live is not None and not backward:
+                run.queue[layer][number] = wanted.to(_dtype(self.signature))  # recomputation repeats the live choice
+            if micro is not None and micro.counted is not None and router.local_tokens_per_expert is not None:
+                _uncount(router, chosen, micro)
+        _release(handle)
+
+    def _check(self, micro: MicroRoutes, where: str) -> None:
+        """Refuse routes that the dispatcher could not carry out."""
+        ids, shape = micro.ids, (len(self.layers), self.signature.topk)
+        if ids.dim() != 3 or ids.shape[1:] != shape or ids.is_floating_point():
+            raise ValueError(f"{where}: routes are {ids.dtype} {tuple(ids.shape)}, this rank needs ids [rows, {shape}]")
+        for name, mask in (("counted", micro.counted), ("live", micro.live)):
+            if mask is not None and (mask.shape != ids.shape[:1] or mask.dtype != torch.bool):
+                raise ValueError(f"{where}: `{name}` is {mask.dtype} {tuple(mask.shape)}, not bool [{len(ids)}]")
+        if not ids.numel():
             return
-        layer = router.layer_number - 1
-        if layer in self._done:
-            raise RuntimeError(f"the router of MoE layer {layer} ran twice in one micro-batch")
-        self._done.add(layer)
-        if self._recording is not None:
-            self._recording[layer] = router.router_replay.get_recorded_indices()
-            return
-        chosen, wanted = output[1], self._micro.routes[layer]
-        same = (chosen.sum(dim=1) == self.signature.topk) & chosen.gather(1, wanted).all(dim=1)
-        if not bool(same.all()):
-            raise RuntimeError(f"the router of MoE layer {layer} bypassed replay in {int((~same).sum())} rows")
-        self.rows += int((same & self._micro.counted).sum())
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= self.signature.num_experts:
+            raise ValueError(f"{where}: expert ids from {low} to {high}, the model has {self.signature.num_experts}")
+        ordered = ids.sort(dim=-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ValueError(f"{where}: a token has the same expert twice in one layer")
 
 
-def differing(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Rows whose expert *sets* differ.
+def _dtype(signature: RouteSignature) -> torch.dtype:
+    return getattr(torch, signature.dtype.__name__)
 
-    Args:
-        ours, theirs: `[rows, topk]` expert ids, distinct within a row, in any order.
 
-    Returns:
-        `[rows]` bool.
-    """
-    return (ours.sort(dim=-1).values != theirs.sort(dim=-1).values).any(dim=-1)
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: a forward then is activation recomputation, whose
+    ever implementation it is (Megatron's, Transformer Engine's or torch's)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _mixed(
+    handle: Any,
+    live: torch.Tensor,
+    scores: torch.Tensor,
+    topk: int,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    default_compute_topk: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`RouterReplay.get_replay_topk`, where rows of `live` keep the router's own choice."""
+    own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
+    handle.target_topk_idx = torch.where(live.to(own.device)[:, None], own, handle.target_topk_idx)
+    return type(handle).get_replay_topk(handle, scores, topk, num_groups, group_topk, default_compute_topk)
+
+
+def _uncount(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
+    """Take padding out of the load that moves the expert bias; Megatron counts it where gradients are enabled."""
+    padding = ~micro.counted if micro.live is None else ~(micro.counted | micro.live)
+    if torch.is_grad_enabled():
+        router.local_tokens_per_expert -= chosen[padding.to(chosen.device)].sum(dim=0)
+
+
+def _release(handle: Any) -> None:
+    """Leave nothing in Megatron's queues."""
+    handle.clear_router_replay_action()
+    handle.clear_indices()
+    handle.__dict__.pop("get_replay_topk", None)

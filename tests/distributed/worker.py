@@ -92,13 +92,14 @@ class Run:
         self.actor = build.build_actor(self.settings, device)
         shards.init_random(self.actor.modules, MODEL, seed=0)
         checkpoint.finish_loading(self.actor)
-        group = parallel_state.get_pipeline_model_parallel_group()
-        self.replay = RoutingReplay(self.actor.modules, SIGNATURE, group)
+        self.replay = RoutingReplay(self.actor.chunks)
+        assert self.replay.signature == SIGNATURE
         self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
-        self.batch = from_samples(rollouts[own], advantages[own], LENGTH, 0, SIGNATURE)
+        mine = [sample.of_layers(self.replay.columns) for sample in rollouts[own]]
+        self.batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, self.replay.columns)
         self.noise = torch.from_numpy(noise[own])
         self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own]
         self.micros = self.batch.split(case.micro)

@@ -22,8 +22,7 @@ from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout import control
-from megatron_bai.routing.layout import rank_rows
-from megatron_bai.routing.replay import MicroRoutes, differing
+from megatron_bai.routing.queues import MicroRoutes, differing
 
 _PROMPTS, _GROUP = 8, 4
 
@@ -75,9 +74,8 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
 def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, int]:
     """Of the (token, layer) routes the server recorded: how many differ from `ours`, and how many there are."""
     theirs = session.engine.routes_of(batch)
-    routed = rank_rows(batch.routed, *session.engine.sequence)
-    different = sum(int(differing(ours[layer], theirs[layer])[routed].sum()) for layer in theirs)
-    return _sum([different, int(routed.sum()) * len(theirs)])
+    different = differing(ours.ids, theirs.ids)[theirs.counted]
+    return _sum([int(different.sum()), different.numel()])
 
 
 def _score(session: Session, inference: Inference, batch: Batch) -> dict[str, Any]:
@@ -128,7 +126,8 @@ def _experts_used(session: Session, batch: Batch) -> Iterator[list[int]]:
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    theirs, routed = session.engine.routes_of(batch), rank_rows(batch.routed, *session.engine.sequence)
+    routes = session.engine.routes_of(batch)
+    theirs, routed = dict(zip(session.engine.replay.layers, routes.ids.long().unbind(dim=1))), routes.counted
     counts: list[int] = []
 
     def watch(layer: int, original: Any) -> Any:

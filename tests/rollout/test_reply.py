@@ -69,7 +69,6 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "expert twice": ({"routed_experts": _routes(np.tile([3, 3], (6, 2, 1)))}, "same expert twice"),
     "expert out of range": ({"routed_experts": _routes(np.tile([3, 8], (6, 2, 1)))}, "from 3 to 8"),
     "negative expert": ({"routed_experts": _routes(np.tile([-1, 3], (6, 2, 1)))}, "from -1 to 3"),
-    "no routes": ({"routed_experts": None}, "not SGLang's"),
     "NaN as SGLang writes it": ({"output_token_logprobs": [[None, 5, None]] * 4}, "not a finite number"),
     "NaN as Python reads it": ({"output_token_logprobs": [[float("nan"), 5, None]] * 4}, "not a finite number"),
     "infinite log-probability": ({"output_token_logprobs": [[float("-inf"), 5, None]] * 4}, "not a finite number"),

@@ -1,0 +1,105 @@
+"""Refuse, by name and before training, what would bypass or break replay in Megatron-Core.
+
+Each entry is a setting of its `TransformerConfig`, read where the router's code reads it
+(`transformer/moe/{router,moe_utils,router_replay}.py`, `pipeline_parallel/schedules.py`).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from megatron_bai.errors import UserError
+
+MEGATRON = "0.16.1"  # the release whose router these checks and `replay.py` were written for
+BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}  # load balancing that leaves the selection to top-k
+
+
+def check_version() -> None:
+    """Refuse another Megatron-Core: a router that moved could ignore replay without a word.
+
+    Raises:
+        UserError: names the release found and the one needed.
+    """
+    try:
+        found = version("megatron-core").partition("+")[0]
+    except PackageNotFoundError:
+        found = "none"
+    if found != MEGATRON:
+        raise UserError(
+            f"routing replay is written for megatron-core {MEGATRON}, but {found} is installed: install "
+            f"megatron-core=={MEGATRON}"
+        )
+
+
+def preflight(config: Any) -> list[str]:
+    """Refuse a model whose routers cannot be replayed.
+
+    Args:
+        config: Megatron's `TransformerConfig`.
+
+    Returns:
+        Warnings: what works, but may not do what was meant.
+
+    Raises:
+        UserError: names every setting in the way, and why.
+    """
+    if faults := _faults(config):
+        raise UserError("routing replay cannot work with " + "; ".join(faults))
+    return _warnings(config)
+
+
+def _balancing(config: Any) -> list[str]:
+    kinds = config.moe_router_load_balancing_type
+    return kinds if isinstance(kinds, list) else [kinds]
+
+
+def _faults(config: Any) -> list[str]:
+    faults = [
+        (not config.num_moe_experts, "num_moe_experts unset: the model has no routers"),
+        (not config.moe_enable_routing_replay, "moe_enable_routing_replay=False: routers have no replay handle"),
+        (config.moe_router_fusion, "moe_router_fusion: the fused kernel returns before the replay hook"),
+        (
+            config.moe_expert_capacity_factor is not None or config.moe_pad_expert_input_to_capacity,
+            "moe_expert_capacity_factor: tokens are dropped after replay chose their experts",
+        ),
+        (
+            config.moe_router_force_load_balancing,
+            "moe_router_force_load_balancing: the weights would come from random scores",
+        ),
+        (_graphs_routers(config), "cuda_graph_scope with the router in it: a graph repeats the routes it captured"),
+        (
+            config.overlap_moe_expert_parallel_comm,
+            "overlap_moe_expert_parallel_comm: it reorders forward and backward passes of micro-batches",
+        ),
+    ]
+    found = [said for wrong, said in faults if wrong]
+    found += [
+        f"moe_router_load_balancing_type={kind}: its selection bypasses the replay hook"
+        for kind in _balancing(config)
+        if kind not in BALANCING
+    ]
+    return found
+
+
+def _graphs_routers(config: Any) -> bool:
+    """Whether a CUDA graph contains a router: a whole layer (an empty scope), `moe`, `moe_router` or an iteration."""
+    if getattr(config, "cuda_graph_impl", "none") == "none":
+        return bool(config.enable_cuda_graph or config.external_cuda_graph)
+    scopes = {getattr(scope, "name", scope) for scope in config.cuda_graph_scope}
+    return not scopes or bool(scopes & {"full", "full_iteration", "moe", "moe_router", "moe_preprocess"})
+
+
+def _warnings(config: Any) -> list[str]:
+    coefficients = config.moe_aux_loss_coeff
+    coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
+    found = []
+    if any(kind != "none" and value for kind, value in zip(_balancing(config), coefficients)):
+        found.append(
+            "moe_aux_loss_coeff > 0: the auxiliary loss balances the experts that the live router would choose, not "
+            "those replayed"
+        )
+    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+        found.append(
+            "moe_router_bias_update_rate > 0: the expert bias moves by the load of the experts replayed, which it did "
+            "not choose"
+        )
+    return found

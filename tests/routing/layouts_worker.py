@@ -1,0 +1,174 @@
+"""Run as a script: R2 and R3 in every layout, with and without recomputation. Argument: a file to leave the facts in.
+
+Each run scores a batch with one set of weights and takes one gradient with another, so that recorded routes are not
+those the router would choose. Ranks are forked from one process that has imported Megatron-Core.
+"""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from distributed.worker import EPSILON, SCALE, free_port, gathered
+from moe import MODEL, samples
+
+from megatron_bai import backend, config, patches
+
+SAMPLES, LENGTH = 16, 24
+MODES = ("none", "r2", "r3")
+# What a layout is crossed with: every recomputation, both dispatchers.
+VARIANTS = (("none", "alltoall"), ("full", "alltoall"), ("none", "allgather"), ("moe", "allgather"))
+FEWER = (("none", "alltoall"), ("full", "alltoall"), ("moe", "allgather"))  # four processes on two cores are slow
+
+
+@dataclass(frozen=True)
+class Layout:
+    processes: int
+    sizes: dict[str, int]
+    micros: tuple[int, ...] = (1, 4)  # micro-batches of a rank
+    variants: tuple[tuple[str, str], ...] = VARIANTS
+
+
+LAYOUTS = {
+    "one": Layout(1, {}, variants=(*VARIANTS, ("selective", "alltoall"))),
+    "tp2": Layout(2, {"tensor": 2}),
+    "ep2": Layout(2, {"expert": 2}),
+    "tp2_ep2": Layout(2, {"tensor": 2, "expert": 2}),
+    "pp2": Layout(2, {"pipeline": 2}),
+    "pp2_vpp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, micros=(2, 4)),  # Megatron needs one a stage
+    "ep4": Layout(4, {"expert": 4}, variants=FEWER),
+    "pp2_ep2": Layout(4, {"pipeline": 2, "expert": 2}, variants=FEWER),
+}
+
+Name = tuple[str, str, str, int, str]  # layout, recomputation, dispatcher, micro-batches, mode
+
+
+def runs(layout: str) -> list[Name]:
+    """Everything asked of a layout: each mode of replay everywhere, live routing once."""
+    chosen = LAYOUTS[layout]
+    found = []
+    for (recompute, dispatcher), micros, mode in product(chosen.variants, chosen.micros, MODES):
+        if mode != "none" or recompute == "full" and micros > 1:
+            found.append((layout, recompute, dispatcher, micros, mode))
+    return found
+
+
+REFERENCE = {mode: ("one", "none", "alltoall", 1, mode) for mode in ("r2", "r3")}
+REFERENCE["none"] = ("one", "full", "alltoall", 4, "none")
+
+
+def run(name: Name, device: backend.Device) -> dict[str, Any]:
+    """Scores under one set of weights, loss and gradient under another."""
+    from megatron.core import parallel_state
+
+    from megatron_bai.model import build, checkpoint, shards
+    from megatron_bai.rl import objectives
+    from megatron_bai.rl.batch import from_samples
+    from megatron_bai.rl.engine import Engine
+    from megatron_bai.routing.replay import RoutingReplay
+
+    layout, recompute, dispatcher, micros, mode = name
+    sizes = LAYOUTS[layout].sizes
+    parallel = config.Parallel(
+        **sizes, sequence=sizes.get("tensor", 1) > 1, dispatcher=dispatcher, recompute=recompute
+    )
+    settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(clip_grad=1e9))
+    actor = build.build_actor(settings, device)
+    replay = RoutingReplay(actor.chunks)
+    engine = Engine(actor, replay, device.device, temperature=1.0)
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    rollouts = samples(SAMPLES, np.random.default_rng(3))[rank * SAMPLES // size : (rank + 1) * SAMPLES // size]
+    rollouts = [sample.of_layers(replay.columns) for sample in rollouts]
+    batch = from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature, replay.columns)
+    parts = batch.split(len(batch) // micros)
+
+    shards.init_random(actor.modules, MODEL, seed=0)
+    inference = [engine.routes_of(part) for part in parts]
+    scores = engine.score(parts, inference if mode == "r3" else None, record=mode == "r2")
+    routes = {"none": None, "r2": scores.recorded, "r3": inference}[mode]
+    scored = replay.rows
+
+    shards.init_random(actor.modules, MODEL, seed=1)
+    checkpoint.finish_loading(actor)
+    for group in actor.optimizer.param_groups:
+        group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
+    before = state(actor.modules)
+    stats, _ = engine.update(parts, routes, objectives.get("sft"), settings.objective)
+    after = state(actor.modules)
+    contributes = engine.last_stage and engine.tensor_rank == 0
+    everyone = sorted(
+        (part for part in gathered((rank, scores.logprobs) if contributes else None) if part), key=lambda part: part[0]
+    )
+    return {
+        "loss": stats.gathered(contributes).values()["loss"],
+        "logprobs": torch.cat([part[1] for part in everyone]),
+        "gradient": {key: (before[key].double() - after[key].double()) / SCALE for key in after},
+        "scored": sum(gathered(scored)),
+        "rows": sum(gathered(replay.rows - scored)),
+        "recomputed": sum(gathered(replay.recomputed)),
+        "layers": gathered(replay.layers),
+        "real": sum(gathered(int(batch.routed.sum()) if contributes else 0)),
+        "held": sum(gathered(leftovers(actor.modules)), []),
+    }
+
+
+def state(modules: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Every tensor, on rank 0."""
+    from megatron_bai.model import shards
+
+    found = {(key, index): whole.clone() for key, index, whole in shards.gather(modules)}
+    return found if dist.get_rank() == 0 else {}
+
+
+def leftovers(modules: list[torch.nn.Module]) -> list[str]:
+    """What Megatron's handles and the routers' hooks still hold."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    held = []
+    for router in (child for module in modules for child in module.modules() if isinstance(child, TopKRouter)):
+        handle = router.router_replay
+        items = (handle.router_replay_action, handle.target_topk_idx, handle.recorded_topk_idx)
+        extra = [*handle.replay_backward_list, *router._forward_hooks, *router._forward_pre_hooks]
+        if any(item is not None for item in items) or extra or "get_replay_topk" in vars(handle):
+            held.append(f"layer {router.layer_number - 1}: {items}, {extra}")
+    return held
+
+
+def rank_main(rank: int, world: int, port: int, target: Path) -> None:
+    """One rank of one world, through all layouts of this size."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = backend.start(config.Backend(kind="cpu", timeout_s=120))
+    from megatron.core import parallel_state
+
+    from megatron_bai.model import build
+
+    facts = {}
+    for layout, chosen in LAYOUTS.items():
+        if chosen.processes == world:
+            build.init_parallel(config.Parallel(**chosen.sizes, sequence="tensor" in chosen.sizes), seed=0)
+            facts |= {name: run(name, device) for name in runs(layout)}
+            parallel_state.destroy_model_parallel()
+    if rank == 0:
+        torch.save(facts, target.with_name(f"{target.name}.{world}"))
+    backend.stop()
+
+
+def main() -> None:
+    patches.apply("megatron-cpu")
+    for module in ("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.engine"):
+        importlib.import_module(module)
+    for world in sorted({layout.processes for layout in LAYOUTS.values()}):
+        arguments = (world, free_port(), Path(sys.argv[1]))
+        torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
