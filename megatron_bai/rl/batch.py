@@ -43,7 +43,11 @@ class Batch:
     counted: torch.Tensor
     prompts: torch.Tensor
     prompt_tokens: torch.Tensor
-    missing: torch.Tensor
+    missing: torch.Tensor = None  # none, unless said
+
+    def __post_init__(self) -> None:
+        if self.missing is None:
+            self.missing = torch.zeros_like(self.routed)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -117,7 +117,8 @@ def stage_layers(num_layers: int, stage: int, stages: int, chunks: int = 1) -> l
 def fillers(count: int, signature: RouteSignature, columns: Sequence[int] | None = None) -> np.ndarray:
     """Routes of rows that have none: distinct experts, spread evenly over rows and layers.
 
-    Equal ids would break the dispatcher's split sizes, and the same few experts would be overloaded.
+    Equal ids would break the dispatcher's split sizes. Rows that all go to the same few experts would overload them,
+    also when that is so in each layer by itself: hence the step of `topk` from row to row and from layer to layer.
 
     Args:
         columns: MoE layers to fill, counted from 0; None fills all.
@@ -126,10 +127,8 @@ def fillers(count: int, signature: RouteSignature, columns: Sequence[int] | None
         `[count, columns, topk]` in the signature's dtype.
     """
     layers = np.arange(signature.moe_layers) if columns is None else np.asarray(columns, dtype=np.int64)
-    first = np.arange(count)[:, None] * signature.moe_layers + layers
-    return ((first[..., None] * signature.topk + np.arange(signature.topk)) % signature.num_experts).astype(
-        signature.dtype
-    )
+    first = (np.arange(count)[:, None] + layers)[..., None] * signature.topk
+    return ((first + np.arange(signature.topk)) % signature.num_experts).astype(signature.dtype)
 
 
 def assemble(

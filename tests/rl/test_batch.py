@@ -1,6 +1,6 @@
 """Samples become padded arrays in which position t belongs to token t + 1, and routes to token t."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -59,6 +59,22 @@ def test_every_field_lies_where_its_token_is(shape: list[tuple[int, int]], spare
 def test_an_empty_response_counts_nothing_and_a_single_token_counts_once() -> None:
     batch = from_samples([sample(4, 4, 0), sample(5, 4, 1)], np.zeros(2), 6, PAD, SIGNATURE)
     assert batch.mask.tolist() == [[False] * 6, [False, False, False, True, False, False]]
+
+
+def test_rows_without_a_route_are_missing_and_padding_is_neither() -> None:
+    whole, part = sample(6, 2, 0), sample(5, 2, 1)
+    part = replace(part, recorded=np.array([True, False, False, True]))
+    batch = from_samples([whole, part], np.zeros(2), 7, PAD, SIGNATURE)
+    assert batch.routed.tolist() == [[True] * 5 + [False] * 2, [True, False, False, True] + [False] * 3]
+    assert batch.missing.tolist() == [[False] * 7, [False, True, True] + [False] * 4]
+    assert batch.routes[1, 3].tolist() == part.routes[3].tolist() != batch.routes[1, 2].tolist()
+
+
+def test_a_rank_takes_the_routes_of_its_layers() -> None:
+    samples = [sample(6, 2, 0), sample(4, 2, 1)]
+    whole = from_samples(samples, np.zeros(2), 7, PAD, SIGNATURE)
+    part = from_samples([s.of_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE, [0, 2])
+    assert torch.equal(part.routes, whole.routes[:, :, [0, 2]]) and torch.equal(part.routed, whole.routed)
 
 
 def test_a_sample_longer_than_the_batch_is_refused() -> None:

@@ -39,6 +39,7 @@ def test_the_defaults_are_valid() -> None:
         ({"replay__store": "s", "objective__name": "sft"}, ["replay.store=s", "nothing is replayed"]),
         ({"replay__store": "s", "replay__store_encoding": "zip"}, ["replay.store_encoding is 'zip'", "plain or compact"]),
         ({"replay__store": "s", "model__num_experts": 2048}, ["replay.store_encoding=compact", "2 of 2048: choose plain"]),
+        ({"replay__missing": "drop"}, ["replay.missing", "'drop'", "strict, mask or live"]),
         ({"trainer__steps": 0}, ["trainer.steps is 0"]),
         ({"trainer__prompts_per_step": 0}, ["trainer.prompts_per_step is 0"]),
         ({"trainer__group_size": -1}, ["trainer.group_size is -1"]),
@@ -72,6 +73,10 @@ def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
         ({}, {"pipeline": 3}, 3, ["model.num_layers (4)", "parallel.pipeline (3)"]),
         ({}, {"tensor": 2, "sequence": True}, 1, ["processes (1)", "parallel.tensor × parallel.pipeline (2)"]),
         ({}, {"expert": 2, "pipeline": 2}, 2, ["processes (2)", "parallel.expert × parallel.pipeline (4)"]),
+        ({}, {"pipeline": 2, "virtual_pipeline": 3}, 2, ["parallel.pipeline × parallel.virtual_pipeline (6)"]),
+        ({}, {"virtual_pipeline": 2}, 1, ["parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"]),
+        ({}, {"virtual_pipeline": 0}, 1, ["parallel.virtual_pipeline (0)"]),
+        ({}, {"recompute": "some"}, 1, ["parallel.recompute is 'some'", "none, selective, moe or full"]),
         ({"moe_topk": 9}, {}, 1, ["model.moe_topk (9)", "model.num_experts (8)"]),
         ({}, {"tensor": 0}, 1, ["parallel.tensor (0)"]),
         ({}, {"tensor": 2}, 2, ["parallel.sequence=true"]),
@@ -85,6 +90,14 @@ def test_a_layout_that_cannot_be_built_is_refused_by_name(
     with pytest.raises(UserError) as error:
         build.validate(config.Model(**MODEL | model), config.Parallel(**parallel), world)
     assert all(part in str(error.value) for part in named), error.value
+
+
+def test_an_interleaved_schedule_needs_micro_batches_for_every_stage() -> None:
+    interleaved = config.Parallel(pipeline=2, virtual_pipeline=2)
+    build.validate_micro_batches(interleaved, 4)
+    build.validate_micro_batches(config.Parallel(pipeline=2), 1)
+    with pytest.raises(UserError, match=r"3 micro-batches .* parallel.pipeline \(2\)"):
+        build.validate_micro_batches(interleaved, 3)
 
 
 @pytest.mark.parametrize(

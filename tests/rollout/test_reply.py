@@ -24,7 +24,7 @@ def test_good_reply() -> None:
     assert sample.response.tolist() == [5] * NEW_TOKENS
     assert sample.logprobs.tolist() == [-1.5] * NEW_TOKENS and sample.logprobs.dtype == np.float32
     assert sample.routes.shape == (6, 2, 2) and sample.routes.dtype == np.uint8
-    assert sample.spans == (VersionSpan("v0", 0, NEW_TOKENS),)
+    assert sample.spans == (VersionSpan("v0", 0, NEW_TOKENS),) and sample.recorded is None
 
 
 def test_two_weight_versions() -> None:
@@ -33,7 +33,24 @@ def test_two_weight_versions() -> None:
         {"version": "v0", "start": 0, "end": 1},
         {"version": "v1", "start": 1, "end": 4},
     ]
-    assert convert(reply).spans == (VersionSpan("v0", 0, 1), VersionSpan("v1", 1, 4))
+    sample = convert(reply)
+    assert sample.spans == (VersionSpan("v0", 0, 1), VersionSpan("v1", 1, 4))
+    # Rows 0 … 2 are the new weights' routes beside the old weights' log-probabilities.
+    assert sample.recorded is not None and sample.recorded.tolist() == [False] * 3 + [True] * 3
+
+
+def test_two_spans_of_one_version_are_one() -> None:
+    reply = good_reply(PROMPT)
+    spans = [{"version": "v0", "start": 0, "end": 1}, {"version": "v0", "start": 1, "end": 4}]
+    reply["meta_info"]["weight_versions"] = spans
+    assert convert(reply).recorded is None
+
+
+def test_a_reply_without_routes_has_no_recorded_row() -> None:
+    reply = good_reply(PROMPT)
+    reply["meta_info"]["routed_experts"] = None
+    sample = convert(reply)
+    assert sample.routes.shape == (6, 2, 2) and sample.recorded is not None and not sample.recorded.any()
 
 
 def test_stop_token_belongs_to_the_response() -> None:

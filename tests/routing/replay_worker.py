@@ -1,15 +1,16 @@
-"""Run as a script: replay in a live model of one process. Argument: a file to leave the facts in."""
+"""Run as a script: replay in live models of one process. Argument: a file to leave the facts in."""
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from moe import MODEL, SIGNATURE, samples
+from moe import MODEL, samples
+from routing import router_cases
+from routing.layouts_worker import leftovers
 
 from megatron_bai import backend, config
 
@@ -19,41 +20,56 @@ LENGTH = 24
 class Bench:
     """A model with its replay, a batch of rollouts, and a fixed cotangent that makes a loss of its logits."""
 
-    def __init__(self, device: backend.Device):
+    def __init__(self, device: backend.Device, recompute: str = "none"):
         from megatron_bai.model import build, checkpoint, shards
         from megatron_bai.rl.batch import from_samples
         from megatron_bai.rl.engine import Engine
         from megatron_bai.routing.replay import RoutingReplay
 
         trainer = config.Trainer(clip_grad=1e9)
-        self.settings = config.Config(model=MODEL, trainer=trainer)
+        self.settings = config.Config(model=MODEL, trainer=trainer, parallel=config.Parallel(recompute=recompute))
         self.actor = build.build_actor(self.settings, device)
         shards.init_random(self.actor.modules, MODEL, seed=0)
         checkpoint.finish_loading(self.actor)
         self.gpt = self.actor.modules[0]
-        self.replay = RoutingReplay(self.actor.modules, SIGNATURE)
+        self.replay = RoutingReplay(self.actor.chunks)
         self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
         random = np.random.default_rng(11)
-        self.batch = from_samples(samples(6, random), random.normal(size=6), LENGTH, 0, SIGNATURE)
+        self.batch = from_samples(samples(6, random), random.normal(size=6), LENGTH, 0, self.replay.signature)
         self.cotangent = torch.from_numpy(random.normal(size=(6, LENGTH, MODEL.vocab_size)).astype(np.float32))
         self.routes = self.engine.routes_of(self.batch)
-        self.counted = self.batch.routed.T.flatten()
-        self.handles = [layer.mlp.router.router_replay for layer in self.gpt.decoder.layers]
+        self.routers = [layer.mlp.router for layer in self.gpt.decoder.layers]
+        self.handles = [router.router_replay for router in self.routers]
         self.maps: dict[int, torch.Tensor] = {}
-        for number, layer in enumerate(self.gpt.decoder.layers):
-            layer.mlp.router.register_forward_hook(lambda m, i, out, number=number: self.maps.update({number: out[1]}))
 
-    def forward(self) -> torch.Tensor:
-        return self.gpt(self.batch.tokens, torch.arange(LENGTH).expand(6, -1), None)
+    def watch(self) -> None:
+        """Keep what each router chose last, apart from `RoutingReplay`: from what the dispatcher is given."""
+        for number, layer in enumerate(self.gpt.decoder.layers):
+            inner = layer.mlp.token_dispatcher.dispatch_preprocess
+
+            def dispatch(hidden: Any, chosen: Any, probs: Any, number: int = number, inner: Any = inner) -> Any:
+                self.maps[number] = chosen
+                return inner(hidden, chosen, probs)
+
+            layer.mlp.token_dispatcher.dispatch_preprocess = dispatch
+
+    def forward(self, rows: slice = slice(None)) -> torch.Tensor:
+        tokens = self.batch.tokens[rows]
+        return self.gpt(tokens, torch.arange(LENGTH).expand(len(tokens), -1), None)
+
+    def loss(self, rows: slice = slice(None)) -> torch.Tensor:
+        return (self.forward(rows) * self.cotangent[rows]).sum()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Every gradient by Hugging Face name; cleared for the next."""
+        found = self.named({name: p.main_grad.clone() for name, p in self.gpt.named_parameters()})
+        self.actor.chunks[0].zero_grad_buffer()
+        return found
 
     def backward(self, logits: torch.Tensor) -> dict[str, Any]:
-        """The loss and every gradient by Hugging Face name."""
-        chunk = self.actor.chunks[0]
-        chunk.zero_grad_buffer()
         loss = (logits * self.cotangent).sum()
         loss.backward()
-        gradients = {name: p.main_grad.clone() for name, p in self.gpt.named_parameters()}
-        return {"logits": logits.detach(), "loss": loss.detach(), "gradients": self.named(gradients)}
+        return {"logits": logits.detach(), "loss": loss.detach(), "gradients": self.gradients()}
 
     def named(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors shaped like the parameters, under Hugging Face's names: what the export does with weights."""
@@ -74,58 +90,114 @@ class Bench:
     def weights(self) -> dict[str, torch.Tensor]:
         return self.named({name: p.detach().clone() for name, p in self.gpt.named_parameters()})
 
-    def leftovers(self) -> list[str]:
-        """What the handles still hold."""
-        held = []
-        for layer, handle in enumerate(self.handles):
-            state = (handle.router_replay_action, handle.target_topk_idx, handle.recorded_topk_idx)
-            if any(item is not None for item in state) or handle.replay_backward_list:
-                held.append(f"layer {layer}: {state}, {len(handle.replay_backward_list)} for the backward pass")
-        return held
+    def held(self) -> list[str]:
+        return leftovers([self.gpt])
 
 
 def identity(bench: Bench) -> dict[str, Any]:
     """A live pass, and one that replays what it chose."""
-    recorded: list = []
-    with bench.replay.record(recorded):
+    with bench.replay.record() as recorded:
         logits = bench.forward()
-    live = bench.backward(logits)
-    held = bench.leftovers()
-    with bench.replay.replay(recorded[0], bench.counted):
-        logits = bench.forward()
+        live = bench.backward(logits)
+    held, maps = bench.held(), dict(bench.maps)
+    with bench.replay.force(recorded):
+        replayed = bench.backward(bench.forward())
     return {
-        "live": live,
-        "replayed": bench.backward(logits),
-        "recorded": recorded[0],
-        "live_maps": dict(bench.maps),
-        "held": held + bench.leftovers(),
-    }
+        "live": live, "replayed": replayed, "recorded": recorded[0].ids, "live_maps": maps, "held": held + bench.held()
+    }  # fmt: skip
 
 
 def forced(bench: Bench) -> dict[str, Any]:
     """Random routes."""
     before = bench.replay.rows
-    with bench.replay.replay(bench.routes, bench.counted):
+    with bench.replay.force([bench.routes]):
         logits = bench.forward()
-    maps = dict(bench.maps)
-    return bench.backward(logits) | {
+        maps = dict(bench.maps)
+        found = bench.backward(logits)
+    return found | {
         "maps": maps,
         "tokens": bench.batch.tokens,
         "routes": bench.batch.routes,
         "cotangent": bench.cotangent,
         "rows": bench.replay.rows - before,
-        "counted": int(bench.counted.sum()),
-        "held": bench.leftovers(),
+        "counted": int(bench.routes.counted.sum()),
+        "held": bench.held(),
         "weights": bench.weights(),
     }
 
 
+def partial(bench: Bench, again: Bench) -> dict[str, Any]:
+    """Every third row has no recording: there the router chooses. `again` recomputes the same model."""
+    from megatron_bai.routing.queues import MicroRoutes
+
+    missing = bench.batch.routed & (torch.arange(LENGTH) % 3 == 1)
+    live, counted = missing.T.flatten(), (bench.batch.routed & ~missing).T.flatten()
+    routes = MicroRoutes(bench.routes.ids, counted, live)
+    found: dict[str, Any] = {"live": live, "wanted": bench.routes.ids}
+    for name, own in (("plain", bench), ("recomputed", again)):
+        before = own.replay.rows, own.replay.recomputed
+        with own.replay.force([routes]):
+            logits = own.forward()
+            found[name] = own.backward(logits) | {"maps": dict(own.maps)}
+        counts = own.replay.rows - before[0], own.replay.recomputed - before[1]
+        found[name] |= {"counts": counts, "held": own.held()}
+    found["counted"] = int(counted.sum())
+    # The routers' own choice given everything before them: live rows are what a live router would do there.
+    all_live = MicroRoutes(bench.routes.ids, torch.zeros_like(live), torch.ones_like(live))
+    with bench.replay.force([all_live]), torch.no_grad():
+        found["all_live"] = bench.forward()
+    with torch.no_grad():
+        found["free"] = bench.forward()
+    return found
+
+
+def orders(plain: Bench, again: Bench) -> dict[str, Any]:
+    """Two micro-batches whose passes overlap, with every layer recomputed."""
+    first, second = slice(0, 2), slice(2, 6)
+    routes = [plain.engine.routes_of(micro) for micro in (plain.batch.split(2)[0], plain.batch.split(2)[1])]
+    routes[1] = plain.engine.routes_of(type(plain.batch)(*(getattr(plain.batch, f)[second] for f in vars(plain.batch))))
+    found: dict[str, Any] = {}
+    for name, own in (("plain", plain), ("recomputed", again)):
+        with own.replay.force(routes):
+            losses = [own.loss(first), own.loss(second)]
+            for loss in losses:
+                loss.backward()
+        found[name] = own.gradients()
+    with again.replay.record() as recorded:
+        losses = [again.loss(first), again.loss(second)]
+        for loss in losses:
+            loss.backward()
+    again.gradients()
+    found["recorded"] = [len(micro.ids) for micro in recorded]
+    try:
+        with again.replay.force([routes[0], routes[0]]):
+            losses = [again.loss(slice(0, 2)), again.loss(slice(2, 4))]
+            for loss in reversed(losses):
+                loss.backward()
+        found["reversed"] = "nothing"
+    except RuntimeError as error:
+        found["reversed"] = str(error)
+    again.gradients()
+    try:
+        with again.replay.force(routes):
+            again.loss(first).backward()
+            again.loss(second)
+        found["half"] = "nothing"
+    except RuntimeError as error:
+        found["half"] = str(error)
+    again.gradients()
+    return found
+
+
 def failures(bench: Bench) -> dict[str, str]:
     """What is said when replay does not happen as it should, and whether a live pass works afterwards."""
-    from megatron_bai.routing.replay import RoutingReplay
-    from megatron_bai.routing.routes import RouteSignature
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    from megatron_bai.routing.binding import bind
+    from megatron_bai.routing.queues import MicroRoutes
 
     layers = list(bench.gpt.decoder.layers)
+    force, record, ids = bench.replay.force, bench.replay.record, bench.routes.ids
     found: dict[str, str] = {}
     with torch.no_grad():
         calm = bench.forward()
@@ -137,70 +209,90 @@ def failures(bench: Bench) -> dict[str, str]:
             found[name] = "nothing"
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
-        if held := bench.leftovers():
+        if held := bench.held():
             found[name] += f" LEFT {held}"
         try:
             with torch.no_grad():
                 same = torch.equal(bench.forward(), calm)
+                with force([bench.routes]):
+                    bench.forward()
         except Exception as error:
             same = error
         if same is not True:
             found[name] += f" AFTERWARDS a live pass is another: {same}"
 
-    @contextmanager
-    def replaying(routes: dict[int, torch.Tensor]) -> Iterator[None]:
-        with bench.replay.replay(routes, bench.counted):
-            yield
+    def forcing(*micros: MicroRoutes, passes: int = 1) -> None:
+        with force(micros):
+            for _ in range(passes):
+                bench.forward()
 
-    def bypass() -> None:
-        with replaying(bench.routes):
-            bench.handles[2].clear_router_replay_action()
+    def changed(edit: Callable[[torch.Tensor], object]) -> MicroRoutes:
+        own = ids.long().clone()
+        edit(own)
+        return MicroRoutes(own)
+
+    def briefly(target: Any, name: str, value: Any, work: Callable[[], object]) -> None:
+        kept = getattr(target, name)
+        setattr(target, name, value)
+        try:
+            work()
+        finally:
+            setattr(target, name, kept)
+
+    def fused(logits: torch.Tensor, padding_mask: Any = None) -> Any:
+        return topk_routing_with_score_function(logits.view(-1, MODEL.num_experts), MODEL.moe_topk)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("in the middle of the model")
+
+    def one_twice() -> None:
+        with record():
             bench.forward()
+            bench.routers[1](torch.zeros(2, 1, MODEL.hidden_size))
 
-    def nothing_runs() -> None:
-        with replaying(bench.routes):
+    def nothing_recorded() -> None:
+        with record():
             pass
 
-    def one_is_skipped() -> None:
-        inner, layers[1].mlp.forward = layers[1].mlp.forward, lambda hidden, *args, **kwargs: (hidden, None)
-        try:
-            with replaying(bench.routes):
-                bench.forward()
-        finally:
-            layers[1].mlp.forward = inner
-
-    def twice() -> None:
-        with replaying(bench.routes):
-            bench.forward()
-            bench.forward()
-
-    def recorded_twice() -> None:
-        with bench.replay.record([]):
-            bench.forward()
-            bench.forward()
-
-    def duplicates() -> None:
-        with replaying(bench.routes | {3: torch.zeros_like(bench.routes[3])}):
-            bench.forward()
-
-    def incomplete() -> None:
-        with replaying({layer: rows for layer, rows in bench.routes.items() if layer != 3}):
+    def nested() -> None:
+        with force([bench.routes]), record():
             bench.forward()
 
     def interrupted() -> None:
-        with replaying(bench.routes):
-            raise ZeroDivisionError("in the body of replay")
+        with force([bench.routes]):
+            bench.forward()
+            raise ZeroDivisionError("in the body of force")
 
     def interrupted_recording() -> None:
-        with bench.replay.record([]):
+        with record() as into:
+            bench.forward()
             raise ZeroDivisionError("in the body of record")
+        assert not into
 
-    unbound = RouteSignature(MODEL.num_layers + 1, MODEL.num_experts, MODEL.moe_topk)
-    said("a layer is missing", lambda: RoutingReplay(layers[:2] + layers[3:], SIGNATURE))
-    said("a layer too few in the signature", lambda: RoutingReplay([bench.gpt], unbound))
-    for work in (bypass, nothing_runs, one_is_skipped, twice, recorded_twice, duplicates, incomplete, interrupted,
-                 interrupted_recording):
-        said(work.__name__.replace("_", " "), work)
+    skip = lambda hidden, *args, **kwargs: (hidden, None)  # noqa: E731
+    said("a layer is missing", lambda: bind(layers[:2] + layers[3:], range(4)))
+    said("a layer too few", lambda: bind([bench.gpt], range(5)))
+    said("two of one layer", lambda: briefly(bench.routers[2], "layer_number", 2, lambda: bind([bench.gpt], range(4))))
+    said("no handle", lambda: briefly(bench.routers[1], "router_replay", None, lambda: bind([bench.gpt], range(4))))
+    said("bypass", lambda: briefly(bench.routers[2], "routing", fused, lambda: forcing(bench.routes)))
+    said("nothing runs", lambda: forcing(bench.routes, passes=0))
+    said("nothing is recorded", nothing_recorded)
+    said("one is skipped", lambda: briefly(layers[1].mlp, "forward", skip, lambda: forcing(bench.routes)))
+    said("too often", lambda: forcing(bench.routes, passes=2))
+    said("too seldom", lambda: forcing(bench.routes, bench.routes))
+    said("unevenly recorded", one_twice)
+    said("nested", nested)
+    said("duplicates", lambda: forcing(changed(lambda own: own[5, 3].fill_(1))))
+    said("out of range", lambda: forcing(changed(lambda own: own[5, 3].copy_(torch.tensor([1, 8])))))
+    said("negative", lambda: forcing(changed(lambda own: own[5, 3].copy_(torch.tensor([-1, 1])))))
+    said("not ids", lambda: forcing(MicroRoutes(ids.float())))
+    said("a layer less", lambda: forcing(MicroRoutes(ids[:, 1:])))
+    said("other rows", lambda: forcing(MicroRoutes(ids[1:])))
+    said("another mask", lambda: forcing(MicroRoutes(ids, bench.routes.counted[1:])))
+    said("interrupted", interrupted)
+    said("interrupted recording", interrupted_recording)
+    said("failing layer", lambda: briefly(layers[2].mlp.experts, "forward", fails, lambda: forcing(bench.routes)))
+    said("failing router", lambda: briefly(bench.routers[2], "routing", fails, lambda: forcing(bench.routes)))
     return found
 
 
@@ -226,16 +318,20 @@ def main() -> None:
 
     build.init_parallel(config.Parallel(), seed=0)
     abandoned = Bench(device)  # its handles stay in Megatron-Core's global list, ahead of the next model's
-    bench = Bench(device)
+    bench, again = Bench(device), Bench(device, recompute="full")
     everyone = RouterReplay.global_router_replay_instances
-    facts: dict[str, Any] = {"identity": identity(bench), "forced": forced(bench), "failures": failures(bench)}
+    for own in (bench, again):
+        own.watch()
+    facts: dict[str, Any] = {"identity": identity(bench), "forced": forced(bench), "partial": partial(bench, again)}
+    facts["orders"], facts["failures"] = orders(bench, again), failures(bench)
     facts["orphans"] = {
         "handles": len(everyone),
         "first are": all(a is b for a, b in zip(everyone, abandoned.handles)),
-        "touched": abandoned.leftovers(),
+        "touched": abandoned.held(),
         "rows": abandoned.replay.rows,
     }
     facts["updates"] = {mode: first_update(device, mode) for mode in ("none", "r2")}
+    facts["routers"] = router_cases.gather(device)
     torch.save(facts, Path(sys.argv[1]))
     backend.stop()
 

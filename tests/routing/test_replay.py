@@ -6,16 +6,9 @@ import pytest
 import reference
 import torch
 from moe import MODEL
-from processes import TESTS, launch
+from routing.replay_worker import LENGTH
 
 Facts = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    path = tmp_path_factory.mktemp("replay") / "facts.pt"
-    launch(TESTS / "routing" / "replay_worker.py", path)
-    return torch.load(path)
 
 
 def test_replaying_what_the_router_chose_changes_no_bit(facts: Facts) -> None:
@@ -28,8 +21,8 @@ def test_replaying_what_the_router_chose_changes_no_bit(facts: Facts) -> None:
 
 def test_what_is_recorded_is_what_the_router_did(facts: Facts) -> None:
     recorded, maps = facts["identity"]["recorded"], facts["identity"]["live_maps"]
-    assert sorted(recorded) == list(range(MODEL.num_layers))
-    for layer, chosen in recorded.items():
+    assert recorded.dtype == torch.uint8 and recorded.shape[1:] == (MODEL.num_layers, MODEL.moe_topk)
+    for layer, chosen in enumerate(recorded.long().unbind(dim=1)):
         assert torch.equal(torch.zeros_like(maps[layer]).scatter(1, chosen, True), maps[layer])
 
 
@@ -82,7 +75,7 @@ def test_nothing_is_left_in_megatrons_queues(facts: Facts) -> None:
 
 def test_routers_of_an_abandoned_model_are_not_replayed_into(facts: Facts) -> None:
     found = facts["orphans"]
-    assert found == {"handles": 2 * MODEL.num_layers, "first are": True, "touched": [], "rows": 0}
+    assert found == {"handles": 3 * MODEL.num_layers, "first are": True, "touched": [], "rows": 0}
 
 
 def test_recording_and_replaying_a_first_update_changes_no_bit_of_it(facts: Facts) -> None:
@@ -93,17 +86,29 @@ def test_recording_and_replaying_a_first_update_changes_no_bit_of_it(facts: Fact
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("a layer is missing", "RuntimeError: routing replay bound MoE layers [0, 1, 3], the model has 4"),
-        ("a layer too few in the signature", "bound MoE layers [0, 1, 2, 3], the model has 5"),
-        ("bypass", "RuntimeError: the router of MoE layer 2 bypassed replay in "),
-        ("nothing runs", "RuntimeError: routers of MoE layers [0, 1, 2, 3] did not run"),
-        ("one is skipped", "RuntimeError: routers of MoE layers [1] did not run"),
-        ("twice", "RuntimeError: the router of MoE layer 0 ran twice"),
-        ("recorded twice", "RuntimeError: the router of MoE layer 0 ran twice"),
-        ("duplicates", "RuntimeError: the router of MoE layer 3 bypassed replay in 144 rows"),
-        ("incomplete", "KeyError: 3"),
-        ("interrupted", "ZeroDivisionError: in the body of replay"),
+        ("a layer is missing", "RuntimeError: routing replay bound MoE layers [0, 1, 3], the model has [0, 1, 2, 3]"),
+        ("a layer too few", "bound MoE layers [0, 1, 2, 3], the model has [0, 1, 2, 3, 4]"),
+        ("two of one layer", "RuntimeError: two routers say they are layer 1"),
+        ("no handle", "RuntimeError: the router of layer 1 has no replay handle"),
+        ("bypass", "RuntimeError: the router of layer 2 bypassed replay in "),
+        ("nothing runs", "RuntimeError: routers of layers [0, 1, 2, 3] ran for [0, 0, 0, 0] of 1 micro-batches"),
+        ("nothing is recorded", "RuntimeError: routers of layers [0, 1, 2, 3] did not run"),
+        ("one is skipped", "RuntimeError: routers of layers [1] ran for [0] of 1 micro-batches"),
+        ("too often", "RuntimeError: the router of layer 0 was run more often than the 1 micro-batches"),
+        ("too seldom", "RuntimeError: routers of layers [0, 1, 2, 3] ran for [1, 1, 1, 1] of 2 micro-batches"),
+        ("unevenly recorded", "RuntimeError: routers of layers [0, 2, 3] ran for [1, 1, 1] of 2 micro-batches"),
+        ("nested", "RuntimeError: routing replay is already recording or forcing"),
+        ("duplicates", "ValueError: micro-batch 0: a token has the same expert twice in one layer"),
+        ("out of range", "ValueError: micro-batch 0: expert ids from 0 to 8, the model has 8"),
+        ("negative", "ValueError: micro-batch 0: expert ids from -1 to 7, the model has 8"),
+        ("not ids", "ValueError: micro-batch 0: routes are torch.float32 (144, 4, 2), this rank needs [rows, 4, 2]"),
+        ("a layer less", "ValueError: micro-batch 0: routes are torch.uint8 (144, 3, 2), this rank needs [rows, 4, 2]"),
+        ("other rows", "RuntimeError: the router of layer 0 sees 144 tokens, its routes are for 143"),
+        ("another mask", "ValueError: micro-batch 0: `counted` is torch.bool (143,), not bool [144]"),
+        ("interrupted", "ZeroDivisionError: in the body of force"),
         ("interrupted recording", "ZeroDivisionError: in the body of record"),
+        ("failing layer", "ZeroDivisionError: in the middle of the model"),
+        ("failing router", "ZeroDivisionError: in the middle of the model"),
     ],
 )
 def test_replay_that_did_not_happen_is_an_error_and_leaves_the_routers_free(
@@ -111,3 +116,44 @@ def test_replay_that_did_not_happen_is_an_error_and_leaves_the_routers_free(
 ) -> None:
     assert said in facts["failures"][fault]
     assert "LEFT" not in facts["failures"][fault] and "AFTERWARDS" not in facts["failures"][fault]
+
+
+def test_recomputed_passes_replay_their_own_micro_batch(facts: Facts) -> None:
+    """Two micro-batches of different size in flight at once: their gradients are those without recomputation."""
+    orders = facts["orders"]
+    for name, gradient in orders["plain"].items():
+        assert gradient.any() and torch.equal(orders["recomputed"][name], gradient), name
+    assert orders["recorded"] == [2 * LENGTH, 4 * LENGTH]  # each micro-batch once, not again when recomputed
+
+
+def test_a_backward_pass_out_of_order_is_an_error(facts: Facts) -> None:
+    assert "the router of layer 3 was recomputed with another micro-batch than was due" in facts["orders"]["reversed"]
+
+
+def test_a_backward_pass_that_never_came_is_an_error(facts: Facts) -> None:
+    assert "were recomputed for some of the 2 micro-batches only" in facts["orders"]["half"]
+
+
+@pytest.mark.parametrize("way", ["plain", "recomputed"])
+def test_the_router_chooses_where_there_is_no_route_and_is_forced_everywhere_else(way: str, facts: Facts) -> None:
+    partial = facts["partial"]
+    live, found = partial["live"], partial[way]
+    free = 0
+    for layer in range(MODEL.num_layers):
+        wanted = torch.zeros_like(found["maps"][layer]).scatter(1, partial["wanted"][:, layer].long(), True)
+        same = (found["maps"][layer] == wanted).all(dim=1)
+        assert same[~live].all()
+        free += int((~same[live]).sum())
+    assert free > 0.5 * int(live.sum()) * MODEL.num_layers
+    rows = partial["counted"] * MODEL.num_layers
+    assert found["counts"] == (rows, rows if way == "recomputed" else 0) and found["held"] == []
+
+
+def test_live_rows_are_recomputed_as_they_were_chosen(facts: Facts) -> None:
+    plain, recomputed = facts["partial"]["plain"], facts["partial"]["recomputed"]
+    assert torch.equal(recomputed["loss"], plain["loss"])
+    assert all(torch.equal(recomputed["gradients"][name], gradient) for name, gradient in plain["gradients"].items())
+
+
+def test_a_batch_without_any_route_is_a_live_one(facts: Facts) -> None:
+    assert torch.equal(facts["partial"]["all_live"], facts["partial"]["free"])

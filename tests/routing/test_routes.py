@@ -1,4 +1,4 @@
-"""Routes are checked before they are believed, padded with harmless ones, and cut as a rank's tokens are."""
+"""Routes are checked before they are believed, and compared as sets."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.routing.layout import assemble, rank_rows
-from megatron_bai.routing.replay import differing
+from megatron_bai.routing.layout import assemble
+from megatron_bai.routing.queues import differing
 from megatron_bai.routing.routes import RouteSignature, check_ids
 
 SMALL = RouteSignature(moe_layers=3, num_experts=8, topk=2)
@@ -55,51 +55,8 @@ def test_no_id_overflows_its_dtype(experts: int, dtype: type) -> None:
     signature = RouteSignature(1, experts, 1)
     found = check_ids(np.array([[[experts - 1]]]), signature, "x")
     assert found.dtype == dtype and found.item() == experts - 1
-    ids, _ = assemble([found], 2 * experts, signature)
+    ids, *_ = assemble([found], 2 * experts, signature)
     assert ids.max() == experts - 1 and ids.min() == 0
-
-
-@given(signatures, st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 2**31))
-def test_stacked_routes_are_the_samples_and_everything_else_is_distinct_and_not_counted(
-    signature: RouteSignature, rows: list[int], spare: int, seed: int
-) -> None:
-    length = max(rows) + spare
-    routes = [draw(n, signature, seed + i).astype(signature.dtype) for i, n in enumerate(rows)]
-    ids, valid = assemble(routes, length, signature)
-    assert ids.shape == (len(rows), length, signature.moe_layers, signature.topk) and ids.dtype == signature.dtype
-    for i, n in enumerate(rows):
-        assert np.array_equal(ids[i, :n], routes[i])
-        assert valid[i].tolist() == [True] * n + [False] * (length - n)
-    check_ids(ids.reshape(-1, *ids.shape[2:]), signature, "fillers are routes too")
-
-
-@pytest.mark.parametrize("topk", [1, 2, 3, 8])
-def test_fillers_are_spread_over_all_experts_and_differ_between_layers(topk: int) -> None:
-    signature = RouteSignature(4, 8, topk)
-    ids, valid = assemble([np.zeros((0, 4, topk), dtype=np.uint8)] * 4, 16, signature)
-    assert not valid.any()
-    used = np.bincount(ids.reshape(-1), minlength=8)
-    assert used.max() - used.min() <= topk
-    first = ids[0, 0, :, 0]
-    assert topk == 8 or len(set(first.tolist())) > 1
-
-
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
-def test_a_ranks_rows_are_its_tokens_of_all_samples_token_by_token(
-    samples: int, per_rank: int, ranks: int, width: int
-) -> None:
-    length = per_rank * ranks
-    values = torch.arange(samples * length * width).reshape(samples, length, width)
-    for rank in range(ranks):
-        wanted = [values[b, t].tolist() for t in range(rank * per_rank, (rank + 1) * per_rank) for b in range(samples)]
-        assert rank_rows(values, rank, ranks).tolist() == wanted
-        flat = rank_rows(values[..., 0], rank, ranks)
-        assert flat.tolist() == [row[0] for row in wanted]  # masks and routes are cut alike
-
-
-def test_a_length_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(AssertionError, match="length 5 is not a multiple of 2 ranks"):
-        rank_rows(torch.zeros(1, 5), 0, 2)
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**31))
