@@ -1,7 +1,8 @@
-"""What routes cost: in bytes and seconds to encode, and to deliver to the ranks that replay them.
+"""What routes cost: in bytes and seconds to encode, to deliver to the ranks that replay them, and in a training step.
 
     python benchmarks/replay.py codec --samples 16
     python benchmarks/replay.py deliver --samples 32
+    python benchmarks/replay.py step --rounds 15
 
 `codec` encodes and decodes samples one by one, on one core, as int32 (what SGLang sends), `plain` and `compact`.
 
@@ -11,7 +12,9 @@
     plain     to every rank the envelopes of its own samples, cut to its own layers, which it decodes
     compact   likewise
 
-Every measurement is made in processes of its own; the best of `--repeat` runs counts, whose order alternates. Routes are
+`step` measures training steps without replay, with R2 and with R3: see `replay_step.py`.
+
+Every other measurement is made in processes of its own; the best of `--repeat` runs counts, whose order alternates. Routes are
 drawn uniformly: the codes have fixed lengths, so sizes do not depend on them. Memory is the resident peak, `base` what a
 rank needs before any work. Seconds contain the conversion from the uint8 that a `Sample` holds.
 """
@@ -28,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import replay_step
 
 from megatron_bai.routing.codec import Recording, bound_bytes, cut, decode, encode
 from megatron_bai.routing.routes import RouteSignature, check_ids
@@ -200,6 +204,9 @@ def measure(options: argparse.Namespace, scale: Scale) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["step"]:  # a training step: it has settings of its own
+        replay_step.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=WORK)
     parser.add_argument("--samples", type=int, default=32)

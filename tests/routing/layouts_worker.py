@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ SAMPLES, LENGTH = 16, 24
 MODES = ("none", "r2", "r3")
 # What a layout is crossed with: every recomputation, both dispatchers.
 VARIANTS = (("none", "alltoall"), ("full", "alltoall"), ("none", "allgather"), ("moe", "allgather"))
-FEWER = (("none", "alltoall"), ("full", "alltoall"), ("moe", "allgather"))  # four processes on two cores are slow
+FEWER = (("none", "alltoall"), ("full", "alltoall"), ("moe", "allgather"))
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class Layout:
 
 LAYOUTS = {
     "one": Layout(1, {}, variants=(*VARIANTS, ("selective", "alltoall"))),
-    "tp2": Layout(2, {"tensor": 2}),
-    "ep2": Layout(2, {"expert": 2}),
+    "tp2": Layout(2, {"tensor": 2}, variants=FEWER),
+    "ep2": Layout(2, {"expert": 2}, variants=FEWER),
     "tp2_ep2": Layout(2, {"tensor": 2, "expert": 2}),
-    "pp2": Layout(2, {"pipeline": 2}),
-    "pp2_vpp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, micros=(2, 4)),  # Megatron needs one a stage
+    "pp2": Layout(2, {"pipeline": 2}, variants=FEWER),
+    "pp2_vpp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, micros=(2, 4), variants=FEWER),  # one a stage
     "ep4": Layout(4, {"expert": 4}, variants=FEWER),
     "pp2_ep2": Layout(4, {"pipeline": 2, "expert": 2}, variants=FEWER),
 }
+
+BEFORE: list[dict[tuple, torch.Tensor]] = []  # the weights that the gradient is taken at: the same in every run
 
 Name = tuple[str, str, str, int, str]  # layout, recomputation, dispatcher, micro-batches, mode
 
@@ -99,7 +102,8 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     checkpoint.finish_loading(actor)
     for group in actor.optimizer.param_groups:
         group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
-    before = state(actor.modules)
+    if not BEFORE:
+        BEFORE.append(state(actor.modules))
     stats, _ = engine.update(parts, routes, objectives.get("sft"), settings.objective)
     after = state(actor.modules)
     contributes = engine.last_stage and engine.tensor_rank == 0
@@ -109,13 +113,39 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     return {
         "loss": stats.gathered(contributes).values()["loss"],
         "logprobs": torch.cat([part[1] for part in everyone]),
-        "gradient": {key: (before[key].double() - after[key].double()) / SCALE for key in after},
+        "gradient": {key: (BEFORE[0][key].double() - after[key].double()) / SCALE for key in after},
         "scored": sum(gathered(scored)),
         "rows": sum(gathered(replay.rows - scored)),
         "recomputed": sum(gathered(replay.recomputed)),
-        "layers": gathered(replay.layers),
         "real": sum(gathered(int(batch.routed.sum()) if contributes else 0)),
         "held": sum(gathered(leftovers(actor.modules)), []),
+    }
+
+
+def delivery(device: backend.Device, parallel: config.Parallel) -> dict[str, Any]:
+    """What reaches each rank of what a replica's leader sampled."""
+    from megatron.core import parallel_state
+
+    from megatron_bai.model import build
+    from megatron_bai.rl.session import Session
+    from megatron_bai.routing.replay import RoutingReplay
+
+    replay = RoutingReplay(build.build_actor(config.Config(model=MODEL, parallel=parallel), device, train=False).chunks)
+    group = parallel_state.get_model_parallel_group()
+    columns: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(columns, replay.columns, group=group)
+    leader = dist.get_rank(group) == 0
+    rollouts = samples(4, np.random.default_rng(parallel_state.get_data_parallel_rank()))
+    session = SimpleNamespace(leader=leader, columns=columns, model_group=group)
+    found = Session.deliver(session, rollouts if leader else None)  # others have nothing to begin with
+    right = [
+        np.array_equal(own.tokens, whole.tokens) and np.array_equal(own.routes, whole.routes[:, replay.columns])
+        for own, whole in zip(found, rollouts, strict=True)
+    ]
+    return {
+        "right": gathered(all(right)),
+        "layers": gathered({own.routes.shape[1] for own in found}),
+        "bound": gathered(replay.layers),
     }
 
 
@@ -153,8 +183,10 @@ def rank_main(rank: int, world: int, port: int, target: Path) -> None:
     facts = {}
     for layout, chosen in LAYOUTS.items():
         if chosen.processes == world:
-            build.init_parallel(config.Parallel(**chosen.sizes, sequence="tensor" in chosen.sizes), seed=0)
+            parallel = config.Parallel(**chosen.sizes, sequence="tensor" in chosen.sizes)
+            build.init_parallel(parallel, seed=0)
             facts |= {name: run(name, device) for name in runs(layout)}
+            facts[layout] = delivery(device, parallel)
             parallel_state.destroy_model_parallel()
     if rank == 0:
         torch.save(facts, target.with_name(f"{target.name}.{world}"))

@@ -15,14 +15,14 @@ from routing.layouts_worker import LAYOUTS, REFERENCE, SAMPLES, Name, runs
 from megatron_bai.routing.layout import stage_layers
 
 pytestmark = pytest.mark.distributed
-Facts = dict[Name, dict[str, Any]]
+Facts = dict[Name | str, dict[str, Any]]
 ALL = [name for layout in LAYOUTS for name in runs(layout)]
 FORCED = [name for name in ALL if name[4] != "none"]
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
-    path = tmp_path_factory.mktemp("replay") / "facts"
+    path = tmp_path_factory.mktemp("layouts") / "facts"
     launch(TESTS / "routing" / "layouts_worker.py", path)
     found: Facts = {}
     for part in sorted(path.parent.glob("facts.*")):
@@ -60,8 +60,14 @@ def test_each_rank_binds_the_layers_of_its_chunks(layout: str, facts: Facts) -> 
     chosen = LAYOUTS[layout]
     stages, chunks = chosen.sizes.get("pipeline", 1), chosen.sizes.get("virtual_pipeline", 1)
     wanted = [stage_layers(MODEL.num_layers, stage, stages, chunks) for stage in range(stages)]
-    bound = facts[runs(layout)[0]]["layers"]
-    assert sorted(bound) == sorted(wanted * (chosen.processes // stages))
+    assert sorted(facts[layout]["bound"]) == sorted(wanted * (chosen.processes // stages))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_rank_receives_its_replicas_samples_with_the_routes_of_its_own_layers(layout: str, facts: Facts) -> None:
+    chosen, found = LAYOUTS[layout], facts[layout]
+    assert found["right"] == [True] * chosen.processes
+    assert found["layers"] == [{MODEL.num_layers // chosen.sizes.get("pipeline", 1)}] * chosen.processes
 
 
 def test_the_three_modes_are_different_problems(facts: Facts) -> None:
