@@ -3,7 +3,9 @@
 import hashlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -310,6 +312,45 @@ def first_update(device: backend.Device, mode: str) -> dict[str, Any]:
     return {"stats": stats.values(), "norm": norm, "weights": hashlib.sha256(state).hexdigest()}
 
 
+def training_steps(device: backend.Device) -> dict[str, Any]:
+    """A step of the trainer on rollouts of which some rows have no route, by policy: its metrics, or what it says."""
+    from megatron_bai.errors import UserError
+    from megatron_bai.rl.trainer import Loop
+
+    rollouts = samples(8, np.random.default_rng(5))
+    holes = [np.arange(len(sample.routes)) % 4 != 2 for sample in rollouts]
+    rollouts = [replace(sample, recorded=known) for sample, known in zip(rollouts, holes)]
+    targets = sum(int((~known[sample.prompt_length - 1 :]).sum()) for sample, known in zip(rollouts, holes))
+    counts = {
+        "missing": sum(int((~known).sum()) for known in holes),
+        "fed": sum(len(known) for known in holes),
+        "masked": targets,
+        "tokens": sum(len(sample.response) for sample in rollouts),
+    }
+    inference = SimpleNamespace(version=0, sync_gap=0.0, sync=lambda: None, sample=lambda *args, **kwargs: rollouts)
+    prompts = [SimpleNamespace(ids=[1, 2])] * 2
+    task = SimpleNamespace(
+        prompts=lambda *args: prompts,
+        reward=lambda prompt, response: float(len(response) % 2),
+        tokenizer=SimpleNamespace(pad_token_id=0),
+    )
+    found: dict[str, Any] = {"counts": counts}
+    for mode, policy in (("r3", "strict"), ("r3", "mask"), ("r3", "live"), ("r2", "strict"), ("none", "strict")):
+        bench = Bench(device)
+        settings = bench.settings
+        settings.replay = config.Replay(mode=mode, missing=policy)
+        settings.trainer = config.Trainer(prompts_per_step=2, group_size=4, mini_batches=2, micro_batch_size=2)
+        session = SimpleNamespace(
+            settings=settings, device=device, actor=bench.actor, engine=bench.engine, task=task, data_rank=0,
+            data_size=1, contributes=True, lead=True, leader=True, signature=bench.replay.signature,
+        )  # fmt: skip
+        try:
+            found[f"{mode} {policy}"] = Loop(session, inference).step(0)
+        except UserError as error:
+            found[f"{mode} {policy}"] = str(error)
+    return found
+
+
 def main() -> None:
     device = backend.start(config.Backend(kind="cpu"))
     from megatron.core.transformer.moe.router_replay import RouterReplay
@@ -330,6 +371,7 @@ def main() -> None:
         "touched": abandoned.held(),
         "rows": abandoned.replay.rows,
     }
+    facts["training"] = training_steps(device)
     facts["updates"] = {mode: first_update(device, mode) for mode in ("none", "r2")}
     facts["routers"] = router_cases.gather(device)
     torch.save(facts, Path(sys.argv[1]))

@@ -157,3 +157,26 @@ def test_live_rows_are_recomputed_as_they_were_chosen(facts: Facts) -> None:
 
 def test_a_batch_without_any_route_is_a_live_one(facts: Facts) -> None:
     assert torch.equal(facts["partial"]["all_live"], facts["partial"]["free"])
+
+
+def test_the_trainer_stops_at_a_missing_route_unless_told_what_to_do(facts: Facts) -> None:
+    training, counts = facts["training"], facts["training"]["counts"]
+    assert training["r3 strict"].startswith(f"{counts['missing']} of {counts['fed']} tokens of the rollouts have no route")
+
+
+@pytest.mark.parametrize("policy", ["mask", "live"])
+def test_the_trainer_counts_and_reports_missing_routes(policy: str, facts: Facts) -> None:
+    found, counts = facts["training"][f"r3 {policy}"], facts["training"]["counts"]
+    assert 0 < counts["masked"] < counts["missing"]
+    assert found["route_missing"] == pytest.approx(counts["missing"] / counts["fed"])
+    masked = counts["masked"] if policy == "mask" else 0
+    assert found["route_masked"] == pytest.approx(masked / counts["tokens"])
+    assert found["route_coverage"] == 1.0 and found["grad_norm"] > 0  # of the rows that have a route
+
+
+def test_the_trainers_own_routes_lack_none(facts: Facts) -> None:
+    assert facts["training"]["r2 strict"]["route_coverage"] == 1.0
+    assert "route_missing" not in facts["training"]["r2 strict"]
+    assert facts["training"]["none strict"]["route_coverage"] is None
+    losses = [facts["training"][name]["loss"] for name in ("r3 mask", "r3 live", "r2 strict")]
+    assert len(set(losses)) == 3
