@@ -99,7 +99,7 @@ class Run:
         own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
         mine = [sample.of_layers(self.replay.columns) for sample in rollouts[own]]
-        self.batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, self.replay.columns)
+        self.batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
         self.noise = torch.from_numpy(noise[own])
         self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own]
         self.micros = self.batch.split(case.micro)

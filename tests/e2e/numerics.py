@@ -50,7 +50,7 @@ def _rollout(session: Session, inference: Inference, seed: int = 0) -> tuple[Bat
     """A batch, and the tokens in it that were fed to the rollout model: all but each sample's last."""
     prompts = session.task.prompts("train", seed, 0, _PROMPTS)
     samples = inference.sample(prompts, _GROUP, seed)
-    length = padded_length(max(len(sample.tokens) for sample in samples), session.engine.tensor_size)
+    length = padded_length(max(len(sample.tokens) for sample in samples), session.engine.place.multiple)
     advantages = np.resize([1.0, -1.0], len(samples))  # whatever was sampled: there must be a gradient
     batch = from_samples(samples, advantages, length, session.task.tokenizer.pad_token_id, session.signature)
     return batch, sum(len(sample.tokens) - 1 for sample in samples)

@@ -73,7 +73,7 @@ def test_rows_without_a_route_are_missing_and_padding_is_neither() -> None:
 def test_a_rank_takes_the_routes_of_its_layers() -> None:
     samples = [sample(6, 2, 0), sample(4, 2, 1)]
     whole = from_samples(samples, np.zeros(2), 7, PAD, SIGNATURE)
-    part = from_samples([s.of_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE, [0, 2])
+    part = from_samples([s.of_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE, columns=[0, 2])
     assert torch.equal(part.routes, whole.routes[:, :, [0, 2]]) and torch.equal(part.routed, whole.routed)
 
 

@@ -43,7 +43,7 @@ class Rollouts:
             span = VersionSpan(str(self.version), 0, len(sample.response))
             found.append(replace(sample, prompt=number // group_size, spans=(span,)))
         self.sampled.append(found)
-        return found
+        return [sample.of_layers(self.session.engine.replay.columns) for sample in found]  # as it is delivered
 
     def sync(self) -> None:
         self.version += 1
