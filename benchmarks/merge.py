@@ -4,7 +4,7 @@
 
 Makes three bfloat16 checkpoints and measures, each in a process of its own:
 
-    limit      reading three inputs and writing one output with no arithmetic, in blocks of 1 MiB
+    limit      reading three inputs and writing one output with no arithmetic, in blocks of 64 KiB
     merge      this library, both stages in one pass, for each number of ranks
     verify     the same with `merge.verify=sample`
     two_pass   this library, stage 1 written and read again

@@ -32,7 +32,7 @@ from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Target, Written
 from megatron_bai.merge.values import read_all, require_finite, used
 
-TILE = 1 << 18  # elements: the accumulator and one converted source stay in a core's cache
+TILE = 1 << 19  # elements: large enough that Python is not what takes the time, small enough for the cache
 SMALL_TILE = 1 << 16  # for methods that hold a tile of every source, and more
 BATCH_BYTES = 1 << 20  # of the output, that a thread merges at a time: many small pieces, or one
 

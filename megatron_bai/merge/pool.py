@@ -21,15 +21,30 @@ class Pool(Generic[Memory]):
     """
 
     def __init__(self, threads: int, memory: Callable[[], Memory]):
-        self._executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        self._ahead = threads + 1
+        # One thread would only take turns with the caller, which writes: it then does the work itself.
+        self._executor = None
+        if threads > 1:
+            self._executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._ahead = threads + 1 if threads > 1 else 1
         self._free: queue.SimpleQueue[Memory] = queue.SimpleQueue()
         for _ in range(self._ahead):
             self._free.put(memory())
 
     def map(self, work: Callable[[Item, Memory], Result], items: Iterable[Item]) -> Iterator[Result]:
         """The results of `work(item, memory)`, in the order of `items`, each valid until the next is asked for."""
+        return self._inline(work, items) if self._executor is None else self._threaded(self._executor, work, items)
 
+    def _inline(self, work: Callable[[Item, Memory], Result], items: Iterable[Item]) -> Iterator[Result]:
+        memory = self._free.get()
+        try:
+            for item in items:
+                yield work(item, memory)
+        finally:
+            self._free.put(memory)
+
+    def _threaded(
+        self, executor: ThreadPoolExecutor, work: Callable[[Item, Memory], Result], items: Iterable[Item]
+    ) -> Iterator[Result]:
         def run(item: Item) -> tuple[Result, Memory]:
             memory = self._free.get()
             try:
@@ -43,7 +58,7 @@ class Pool(Generic[Memory]):
         try:
             while True:
                 for item in source:
-                    waiting.append(self._executor.submit(run, item))
+                    waiting.append(executor.submit(run, item))
                     if len(waiting) == self._ahead:
                         break
                 if not waiting:
@@ -61,7 +76,11 @@ class Pool(Generic[Memory]):
                     self._free.put(future.result()[1])
 
     def __enter__(self) -> "Pool[Memory]":
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # OpenMP's would fight with ours, and tiles are too small for them
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)

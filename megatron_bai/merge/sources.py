@@ -99,6 +99,8 @@ class Entry:
 
     def is_covered(self) -> bool:
         """Whether every element lies in exactly one chunk."""
+        if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
+            return not any(self.chunks[0].offsets)
         inside = all(
             0 <= o and o + s <= n for chunk in self.chunks for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape)
         )

@@ -331,5 +331,5 @@ def test_another_form_is_another_merge(tmp_path, capsys, changes):
 def test_the_view_counts_into_the_memory(tmp_path):
     jobs = jobs_of(settings(["base", "a", "b"], tmp_path / "out"))
     assert piece_bytes(512, jobs, threads=1) == 16 << 20
-    with pytest.raises(UserError, match="merge.memory_mib is 47: at least 48 are needed with 1 threads"):
-        piece_bytes(47, jobs, threads=1)
+    with pytest.raises(UserError, match="merge.memory_mib is 61: at least 62 are needed with 1 threads"):
+        piece_bytes(61, jobs, threads=1)
