@@ -112,7 +112,7 @@ class Merge:
     chunk_mib: int = 0  # cut torch_dist tensors anew, into chunks of at most this; 0: the pretrained checkpoint's chunks
     file_mib: int = 0  # fill output files to this; 0: the pretrained's files (safetensors) or 256 (torch_dist)
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
-    threads: int = 0  # of a rank; 0 shares the machine's cores among its ranks, up to 8 each
+    threads: int = 0  # of a rank; 0 shares the cores among the machine's ranks, up to 8 each and as the memory allows
     verify: str = "sample"  # none, sample or all: how much of the output is compared with the formula before it counts
     dry_run: bool = False  # print the plan and stop
 

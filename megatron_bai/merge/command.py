@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
     jobs = jobs_of(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
-    form, threads = form_of(settings), settings.threads or cores_per_rank()
+    form, threads = form_of(settings), settings.threads or fitting_threads(settings, jobs, cores_per_rank())
     piece = piece_bytes(settings.memory_mib, jobs, threads, settings.chunk_mib)
     with ranks() as group, ExitStack() as stack:
         work = prepare(jobs, stack, group, piece, form=form)
@@ -117,6 +117,15 @@ def piece_bytes(memory_mib: int, jobs: Sequence[Job], threads: int, chunk_mib: i
             f"merge.memory_mib is {memory_mib}: at least {needed} are needed with {threads} threads{chunks}"
         )
     return min(room, PIECE_BYTES)
+
+
+def fitting_threads(settings: Merge, jobs: Sequence[Job], most: int) -> int:
+    """As many threads as `merge.memory_mib` has room for, at least one."""
+    for threads in range(most, 1, -1):
+        with suppress(UserError):
+            piece_bytes(settings.memory_mib, jobs, threads, settings.chunk_mib)
+            return threads
+    return 1
 
 
 def prepare(

@@ -18,7 +18,7 @@ from test_spelling import COEFFICIENTS, reference, same, settings, write_hf, wri
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
-from megatron_bai.merge.command import jobs_of, piece_bytes
+from megatron_bai.merge.command import fitting_threads, jobs_of, piece_bytes
 from megatron_bai.merge.safetensors_files import SafeTensors
 from megatron_bai.merge.torch_dist import TorchDist
 
@@ -331,5 +331,7 @@ def test_another_form_is_another_merge(tmp_path, capsys, changes):
 def test_the_view_counts_into_the_memory(tmp_path):
     jobs = jobs_of(settings(["base", "a", "b"], tmp_path / "out"))
     assert piece_bytes(512, jobs, threads=1) == 16 << 20
+    wide = settings(["base", "a", "b"], tmp_path / "out", sweep=[0.1, 0.2, 0.5, 0.7, 0.9], alpha=None)
+    assert fitting_threads(wide, jobs_of(wide), most=8) == 6, "the default memory has room for a sweep on any machine"
     with pytest.raises(UserError, match="merge.memory_mib is 61: at least 62 are needed with 1 threads"):
         piece_bytes(61, jobs, threads=1)
