@@ -5,6 +5,7 @@ saved tensor need a dozen classes of torch, so these unpicklers know that dozen 
 """
 
 import collections
+import enum
 import pathlib
 import pickle
 import re
@@ -52,6 +53,13 @@ class _Refused(pickle.UnpicklingError):
     pass
 
 
+def _member(owner: Any, name: str) -> enum.Enum:
+    """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of enumerations."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise _Refused("it asks for an attribute, which no checkpoint index needs")
+    return owner[name]
+
+
 def _dtype(module: str, name: str) -> torch.dtype | None:
     value = getattr(torch, name, None) if module == "torch" else None
     return value if isinstance(value, torch.dtype) else None
@@ -59,6 +67,8 @@ def _dtype(module: str, name: str) -> torch.dtype | None:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         found = _METADATA_CLASSES.get((module, name)) or _dtype(module, name)
         if found is None:
             raise _Refused(f"it names {module}.{name}, which no checkpoint index needs")
