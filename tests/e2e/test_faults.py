@@ -14,6 +14,8 @@ import pytest
 from command import SERVER, Command, Result, succeeded
 from pipeline import ONE_PROCESS, Demo
 
+from megatron_bai.model import manifest
+
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 
 LONG = ["trainer.prompts_per_step=512", "rollout.deterministic=false"]  # its first rollout goes on for a while
@@ -34,11 +36,12 @@ def truncate(checkpoint: Path) -> None:
 
 def forget_tokenizer(checkpoint: Path) -> None:
     """As if made without one: complete by its manifest."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for name in [name for name in manifest["files"] if name.startswith("tokenizer")]:
+    noted = json.loads((checkpoint / "manifest.json").read_text())
+    for name in [name for name in noted["files"] if name.startswith("tokenizer")]:
         (checkpoint / name).unlink()
-        del manifest["files"][name]
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        del noted["files"][name]
+    noted["crc32"] = manifest._sum_of({name: noted[name] for name in ("version", "files", "info")})
+    (checkpoint / "manifest.json").write_text(json.dumps(noted))
 
 
 def garble_tokenizer(checkpoint: Path) -> None:
@@ -76,7 +79,7 @@ NAMED = {
     "unfinished": r"damaged/unfinished has no manifest.json: it was never finished",
     "truncated": r"damaged/truncated/.*\.distcp has \d+ bytes instead of \d+",
     "tokenizer": r"damaged/tokenizer holds no tokenizer.json",
-    "garbled": r"the tokenizer in .*damaged/garbled cannot be read",
+    "garbled": r"damaged/garbled/tokenizer.json is not what was written",
     "vocabulary": r"vocab_size 64, the configured model.vocab_size is 128",
     "prompts": r"trainer.prompts_per_step \(15\) is not a multiple of trainer.mini_batches \(2\)",
     "micro-batch": r"trainer.micro_batch_size \(24\) does not divide the 64 samples",
