@@ -1,21 +1,17 @@
-"""Forward and backward passes of the actor over micro-batches, through Megatron's pipeline schedules."""
+"""What training asks of the actor: log-probabilities of a batch, and updates with an objective."""
 
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.errors import UserError
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, blank
 from megatron_bai.rl.logprobs import entropy, token_logprobs
 from megatron_bai.rl.objectives import Objective, aggregate
+from megatron_bai.rl.passes import Passes
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.routing.layout import Place
 from megatron_bai.routing.queues import MicroRoutes
@@ -44,10 +40,8 @@ class Engine:
         from megatron.core import parallel_state
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
+        self.passes = Passes(actor, device)
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        self.stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self.data_size = parallel_state.get_data_parallel_world_size()
-        self.data_group = parallel_state.get_data_parallel_group()
         self.last_stage = parallel_state.is_pipeline_last_stage()
         self.place = Place.here(actor.transformer_config)
 
@@ -67,12 +61,12 @@ class Engine:
             record: keep the routers' own choices instead of forcing any.
         """
 
-        def collect(logits: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> dict[str, torch.Tensor]:
+        def collect(logits: torch.Tensor, micro: Batch) -> dict[str, torch.Tensor]:
             nats = entropy(logits, self.temperature)
             return {"logprobs": token_logprobs(logits, micro.tokens, self.temperature), "entropy": nats}
 
         with self.replay.record() if record else self._forcing(routes) as found:
-            outputs = self._run(micros, collect, forward_only=True)
+            outputs = self.passes.forward(micros, collect)
         fed = [self.place.rows(micro.routed | micro.missing).to(self.device) for micro in micros]
         recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed)]
         if not self.last_stage:
@@ -91,12 +85,13 @@ class Engine:
             `[B, T]` float32 on ranks of the last stage, as `token_logprobs`; None elsewhere.
         """
 
-        def collect(logits: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> torch.Tensor:
+        def collect(logits: torch.Tensor, micro: Batch) -> torch.Tensor:
             return token_logprobs(logits, micro.tokens, 1.0)
 
         # An interleaved schedule needs a micro-batch a stage.
-        micros = blank(tokens).split(-(-len(tokens) // self.stages) if len(self.actor.chunks) > 1 else len(tokens))
-        outputs = self._run(micros, collect, forward_only=True)
+        stages = self.passes.stages
+        micros = blank(tokens).split(-(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens))
+        outputs = self.passes.forward(micros, collect)
         return torch.cat(outputs) if self.last_stage else None
 
     def update(
@@ -116,61 +111,20 @@ class Engine:
             UserError: the gradient is not finite; the weights are of no use any more, checkpoints are intact.
         """
         mine = aggregate.count(micros, objective.mean(settings))
-        count = self._global(mine)
         stats = Stats()
         if self.last_stage:
             stats.ratio("loss", 0.0, mine)
         bonus = isinstance(settings, config.Policy) and settings.entropy_bonus
 
-        def collect(logits: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict]:
+        def loss(logits: torch.Tensor, micro: Batch) -> torch.Tensor:
             nats = entropy(logits, self.temperature) if bonus else None
             logprobs = token_logprobs(logits, micro.tokens, self.temperature)
             total, found = objectives.total(objective, settings, logprobs, micro, nats)
             found.ratio("loss", float(total.detach()), 0)
             stats.add(found)
-            # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
-            # that the gradient is that of the sum over the whole mini-batch divided by its count.
-            return total * (len(micros) * self.data_size / count), {}
+            return total
 
-        for chunk in self.actor.chunks:
-            chunk.zero_grad_buffer()
-        self.actor.optimizer.zero_grad()
-        with self._forcing(routes):
-            self._run(micros, collect, forward_only=False)
-        success, norm, _ = self.actor.optimizer.step()
-        if not success or norm != norm or norm == float("inf"):
-            raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
-        return stats, float(norm)
-
-    def _global(self, mine: int) -> int:
-        """The mini-batch's denominator: this rank's summed over all data-parallel ranks, at least 1."""
-        count = torch.tensor([mine], dtype=torch.int64, device=self.device)  # exact
-        dist.all_reduce(count, group=self.data_group)
-        return max(int(count), 1)
-
-    def _run(self, micros: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
-        """Run Megatron's schedule over the micro-batches."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        queues = [iter(micros) for _ in self.actor.chunks]
-
-        def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-            micro = next(queue).to(self.device)
-            positions = torch.arange(micro.tokens.shape[1], device=self.device).expand_as(micro.tokens)
-            return model(micro.tokens, positions, None), partial(collect, micro=micro)
-
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=queues,
-            model=self.actor.chunks,
-            num_microbatches=len(micros),
-            seq_length=micros[0].tokens.shape[1],
-            micro_batch_size=len(micros[0]),
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-        assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
-        return outputs
+        return stats, self.passes.update(micros, loss, mine, self._forcing(routes))
 
     def _forcing(self, routes: list[MicroRoutes] | None) -> AbstractContextManager:
         return nullcontext() if routes is None else self.replay.force(routes)

@@ -1,8 +1,5 @@
 """The reinforcement-learning loop: roll out, score, update, sync, record."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +8,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint
+from megatron_bai.monitor.clock import Clock
 from megatron_bai.monitor.discrepancy import add_kl
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.monitor.report import write_report
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.summary import Summary
 from megatron_bai.rl import objectives
-from megatron_bai.rl.advantages import of_groups, uniform
-from megatron_bai.rl.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.collect import Collector
+from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.keep import RouteKeeper, keep_routes
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
-from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.missing import settle
 from megatron_bai.routing.queues import MicroRoutes, differing
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
@@ -88,12 +84,12 @@ class Loop:
 
     def __init__(self, session: Session, inference: Inference, keeper: RouteKeeper | None = None):
         self.session, self.inference, self.keeper = session, inference, keeper
+        self.collector = Collector(session, inference)
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
         self.reference = Reference(session.actor) if settings.objective.kl_penalty else None
         trainer = settings.trainer
-        self.prompts = trainer.prompts_per_step // session.data_size  # of this replica, a step
-        self.mini_size = self.prompts * trainer.group_size // trainer.mini_batches
+        self.mini_size = self.collector.prompts * trainer.group_size // trainer.mini_batches
 
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
@@ -101,7 +97,7 @@ class Loop:
         stats = Stats()
         version = self.inference.version
         with clock("rollout"):
-            samples, batch = self._rollout(step, stats)
+            samples, batch = self.collector.collect(stats)
         micros = batch.split(self.settings.trainer.micro_batch_size)
         rows_before = self.session.engine.replay.rows
         with clock("old_logprob"):
@@ -118,7 +114,7 @@ class Loop:
         every = self.settings.trainer.eval_every
         if every and ((step + 1) % every == 0 or step == 0):
             with clock("eval"):
-                self._evaluate(stats)
+                evaluate(self.session, self.inference, stats)
         values = stats.gathered(self.session.contributes).values()
         return {
             "step": step + 1,
@@ -130,28 +126,6 @@ class Loop:
             "sync_gap": self.inference.sync_gap,
             **clock.report(self._sum([int(batch.routed.sum()) if self.session.contributes else 0])[0]),
         }
-
-    def _rollout(self, step: int, stats: Stats) -> tuple[list[Sample], Batch]:
-        """Sample this replica's groups, reward them and pad them to the length of the longest anywhere."""
-        session, trainer = self.session, self.settings.trainer
-        seed = self.settings.run.seed
-        start = step * trainer.prompts_per_step + session.data_rank * self.prompts
-        prompts = session.task.prompts("train", seed, start, self.prompts)
-        samples = self.inference.sample(prompts, trainer.group_size, seed=(seed << 40) + start)
-        rewards = np.array([session.task.reward(prompts[sample.prompt], sample.response) for sample in samples])
-        _describe(samples, rewards, trainer.group_size, stats)
-        longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        length = padded_length(int(longest), session.engine.place.multiple)
-        advantages = of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
-        counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
-        pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
-        batch = from_samples(samples, advantages, length, pad, session.signature, counted, columns)
-        if self.settings.replay.mode == "r3":
-            batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
-            stats.ratio("route_missing", found.rows, found.fed)
-            stats.ratio("route_masked", found.masked, found.tokens)
-        return samples, batch
 
     def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
@@ -213,61 +187,8 @@ class Loop:
         fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes, which lack none
         return {"none": 0, "r2": fed, "r3": 2 * rows}[self.settings.replay.mode] * self.session.signature.moe_layers
 
-    def _evaluate(self, stats: Stats) -> None:
-        """Add `eval_accuracy` and `eval_length`: one sample to each held-out prompt, with the new weights."""
-        session, count = self.session, self.settings.data.eval_prompts
-        prompts: list[Prompt] = session.task.prompts("eval", self.settings.run.seed, 0, count)
-        part = prompts[session.data_rank :: session.data_size]
-        samples = self.inference.sample(part, 1, seed=self.settings.run.seed)
-        right = [session.task.reward(part[sample.prompt], sample.response) for sample in samples]
-        stats.mean("eval_accuracy", torch.tensor(right))
-        stats.mean("eval_length", torch.tensor([float(len(sample.response)) for sample in samples]))
-
     def _sum(self, values: list[int]) -> list[int]:
         """Sums over the world. Collective."""
         tensor = torch.tensor(values, dtype=torch.int64, device=self.session.device.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
-
-
-def _describe(samples: list[Sample], rewards: np.ndarray, group_size: int, stats: Stats) -> None:
-    """Rewards and response lengths; `reward_std` is the mean of the groups' standard deviations."""
-    lengths = torch.tensor([float(len(sample.response)) for sample in samples])
-    stats.mean("reward_mean", torch.from_numpy(rewards))
-    stats.mean("reward_std", torch.from_numpy(rewards.reshape(-1, group_size).std(axis=1)))
-    stats.mean("response_length_mean", lengths)
-    stats.max("response_length_max", lengths)
-    stats.mean("truncated_fraction", torch.tensor([float(sample.finish != "stop") for sample in samples]))
-
-
-def _counted(
-    samples: list[Sample], rewards: np.ndarray, group_size: int, objective: config.Policy, stats: Stats
-) -> np.ndarray:
-    """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
-    counted = np.ones(len(samples), dtype=bool)
-    if objective.drop_uniform_groups:
-        counted &= ~uniform(rewards, group_size)
-    if objective.mask_overlong:
-        counted &= [sample.finish == "stop" for sample in samples]
-    stats.mean("left_out_fraction", torch.from_numpy(~counted))
-    return counted
-
-
-class Clock:
-    """Seconds by phase of a step."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._phases: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._phases[phase] = time.monotonic() - began
-
-    def report(self, tokens: int) -> dict[str, float]:
-        """`seconds_PHASE`, `seconds_step`, and `tokens_per_second` of the whole step."""
-        total = time.monotonic() - self._began
-        phases = {f"seconds_{phase}": seconds for phase, seconds in self._phases.items()}
-        return {**phases, "seconds_step": total, "tokens_per_second": tokens / total}

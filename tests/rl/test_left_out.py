@@ -9,7 +9,7 @@ from moe import SIGNATURE, samples
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl import trainer
+from megatron_bai.rl import collect
 from megatron_bai.rl.batch import from_samples
 from megatron_bai.rl.reference import Reference
 
@@ -31,7 +31,7 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
 ) -> None:
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
-    counted = trainer._counted(finished, REWARDS, 4, config.Minirl(**options), stats)
+    counted = collect._counted(finished, REWARDS, 4, config.Minirl(**options), stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
 

@@ -1,0 +1,25 @@
+"""Where a step's time goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._phases[phase] = time.monotonic() - began
+
+    def report(self, tokens: int) -> dict[str, float]:
+        """`seconds_PHASE`, `seconds_step`, and `tokens_per_second` of the whole step."""
+        total = time.monotonic() - self._began
+        phases = {f"seconds_{phase}": seconds for phase, seconds in self._phases.items()}
+        return {**phases, "seconds_step": total, "tokens_per_second": tokens / total}
