@@ -44,7 +44,7 @@ def gpt(rows: int, dense: int, local_names: bool, device: backend.Device) -> tor
     config.moe_router_enable_expert_bias, config.moe_router_score_function = True, "sigmoid"
     if dense:
         config.moe_layer_freq = [int(layer >= dense) for layer in range(MODEL.num_layers)]
-    spec = build._block_spec(config, False)
+    spec = build._block_spec(config, False, None)
     for layer in spec.layer_specs:
         is_moe = getattr(layer.submodules.mlp, "module", None) is MoELayer
         if local_names or not is_moe:  # a norm fused into a dense MLP has this name under Transformer Engine too
