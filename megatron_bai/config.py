@@ -239,6 +239,24 @@ class Gspo(Corrected):
 
 
 @dataclass
+class Ppo(Corrected):
+    """PPO with a critic (arXiv 1707.06347), as BAI's paper trains (arXiv 2509.00309)."""
+
+    name: str = "ppo"
+    advantage: str = "gae"  # of each token, from the critic's values (arXiv 1506.02438); nothing else
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    gamma: float = 1.0  # what a reward one token later is worth
+    lam: float = 0.95  # λ of GAE: 1 trusts the rewards alone, 0 the critic
+    whiten: bool = False  # advantages less their mean and over their deviation, of all tokens of the step
+    value_clip: float = 0.2  # a value gains nothing by moving further than this in a step; inf: no limit
+    critic_learning_rate: float | None = None  # trainer.learning_rate unless given, as in BAI's paper
+    critic_warmup: int = 0  # steps at the start that update the critic alone
+    critic_checkpoint: str = ""  # a critic to start from, as critic_save wrote it; empty: the actor's weights, values 0
+    critic_save: str = ""  # where the final critic goes; empty keeps none
+
+
+@dataclass
 class Supervised:
     """Batches of `objective=sft`."""
 
@@ -311,7 +329,7 @@ def register() -> None:
     """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load objectives from outside."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config(objective=MISSING))
-    for kind in (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo):
+    for kind in (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo, Ppo):
         store.store(group="objective/settings", name=kind.name, node=kind)
     for point in entry_points(group="megatron_bai.objectives"):
         try:

@@ -8,6 +8,7 @@ import torch
 from megatron_bai import config
 from megatron_bai.backend import Device
 from megatron_bai.errors import UserError
+from megatron_bai.model.value_head import ValueHead
 
 
 @dataclass
@@ -64,8 +65,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def transformer_config(model: config.Model, parallel: config.Parallel, device: Device) -> Any:
-    """Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off."""
+def transformer_config(
+    model: config.Model, parallel: config.Parallel, device: Device, replayable: bool = True
+) -> Any:
+    """Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off.
+
+    Args:
+        replayable: give the routers handles for routing replay.
+    """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     fused = device.transformer_engine
@@ -85,7 +92,7 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         moe_token_dispatcher_type=parallel.dispatcher,
         moe_grouped_gemm=fused,
         moe_permute_fusion=False,
-        moe_enable_routing_replay=True,
+        moe_enable_routing_replay=replayable,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=True,
@@ -190,15 +197,30 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
     `init_parallel` must have run. The optimizer copies its master weights at construction, so whoever sets the
     weights afterwards calls `optimizer.reload_model_params()`.
     """
+    return _build(settings, transformer_config(settings.model, settings.parallel, device), device, train)
+
+
+def build_critic(settings: config.Config, device: Device) -> Actor:
+    """The same with a `ValueHead` for an output layer, and without handles for routing replay: its routers are its own."""
+    cfg = transformer_config(settings.model, settings.parallel, device, replayable=False)
+    return _build(settings, cfg, device, head=ValueHead)
+
+
+def _build(
+    settings: config.Config, cfg: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
+) -> Actor:
+    """A model in chunks, which share `cfg` since the schedules read it. `head` takes the output layer's place."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    cfg = transformer_config(settings.model, settings.parallel, device)  # one for all chunks: the schedules read it
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunks = []
     for vp_stage in range(settings.parallel.virtual_pipeline) if _virtual(settings.parallel) else [None]:
-        gpt = _gpt(settings.model, cfg, device.transformer_engine, vp_stage).to(device.device)
+        gpt = _gpt(settings.model, cfg, device.transformer_engine, vp_stage)
+        if head and gpt.post_process:
+            gpt.output_layer = head(cfg)
+        gpt = gpt.to(device.device)
         _mark_experts(gpt)
         chunks.append(DistributedDataParallel(cfg, reduction, gpt))
     trainer = settings.trainer

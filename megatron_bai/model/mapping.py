@@ -87,7 +87,11 @@ KINDS = (
     ),
     Kind(_M + "mlp.experts.experts.linear_fc2.weight", (_EXPERT + "down_proj.weight",)),
 )
-BY_KEY = {kind.megatron: kind for kind in KINDS}
+# A critic has this in place of `output_layer.weight`, under a name of its own: Megatron loads an output layer of another
+# number of rows without a word, so a critic's checkpoint could be taken for an actor's. Hugging Face's name is that of
+# its classifiers.
+VALUE_HEAD = Kind("value_head.weight", ("score.weight",))
+BY_KEY = {kind.megatron: kind for kind in (*KINDS, VALUE_HEAD)}
 
 
 def kind_of(key: str) -> Kind:

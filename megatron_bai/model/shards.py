@@ -108,7 +108,7 @@ def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...
         for local, piece in enumerate(pieces):
             slices.setdefault(piece[:2], []).append((owner, local, piece))
     device = next(modules[0].parameters()).device
-    order = [kind.megatron for kind in mapping.KINDS]
+    order = list(mapping.BY_KEY)
     for key, index in sorted(slices, key=lambda s: (order.index(mapping.kind_of(s[0]).megatron), s[1])):
         pieces = slices[key, index]
         shape, dtype = pieces[0][2][4:]

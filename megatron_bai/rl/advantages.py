@@ -1,7 +1,11 @@
 """From rewards to advantages: of samples, from their group's rewards, or of tokens, from a critic's values."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+
+Total = Callable[[torch.Tensor], torch.Tensor]  # a tensor's sum over the data-parallel ranks
 
 ESTIMATORS = ("centred", "normalised", "leave_one_out")
 
@@ -57,16 +61,61 @@ def gae(
     Args:
         rewards: `[B, T]` r, of each action.
         values: `[B, T]` V of the state before each action; after a response's last token it is 0.
-        mask: `[B, T]` bool, the response's tokens, without gaps.
+        mask: `[B, T]` bool, the response's tokens. What is left out between two of them takes no time: t + 1 is the
+            next token in the mask.
 
     Returns:
         Advantages A and returns A + V, the critic's targets, `[B, T]`, 0 outside the mask.
     """
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     advantages = torch.zeros_like(values)
-    following = torch.zeros_like(values[:, 0])
+    following = ahead = torch.zeros_like(values[:, 0])  # A and V of the next token
     for t in reversed(range(values.shape[1])):
-        ahead = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
-        following = (rewards[:, t] + gamma * ahead - values[:, t] + gamma * lam * following) * mask[:, t]
-        advantages[:, t] = following
-    return advantages, (advantages + values) * mask
+        here = mask[:, t]
+        advantage = rewards[:, t] + gamma * ahead - values[:, t] + gamma * lam * following
+        following, ahead = advantage.where(here, following), values[:, t].where(here, ahead)
+        advantages[:, t] = advantage * here
+    return advantages, advantages + values
+
+
+def at_the_end(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rewards of responses `[B]` at the last token of each in `mask`, `[B, T]`; 0 elsewhere."""
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return rewards[:, None] * last
+
+
+def whitened(values: torch.Tensor, mask: torch.Tensor, total: Total, epsilon: float = 1e-8) -> torch.Tensor:
+    """(x − mean) / (deviation + epsilon) over the elements in `mask` of all ranks; 0 outside it.
+
+    Args:
+        values, mask: `[B, T]`, this rank's.
+        total: as `moments` has it.
+    """
+    mean, variance = moments(values[mask], total)
+    return ((values - mean) / (variance.sqrt() + epsilon)).to(values.dtype).masked_fill(~mask, 0.0)
+
+
+def moments(values: torch.Tensor, total: Total) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance, `[]` float64, over the elements of all ranks: 0 over none. Two passes, so that neither depends
+    on how the elements lie on the ranks by more than rounding.
+
+    Args:
+        total: sums a float64 tensor over the ranks. Called twice.
+    """
+    values = values.double()
+    count, summed = total(torch.stack([torch.ones_like(values).sum(), values.sum()]))
+    mean = summed / count.clamp(min=1)
+    return mean, total((values - mean).square().sum()) / count.clamp(min=1)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, total: Total) -> float | None:
+    """1 − Var(R − V)/Var(R) over the elements of all ranks: 1 for values that are the returns, 0 for a constant, below
+    0 for worse. None where all returns are equal, to rounding in float32.
+
+    Args:
+        values, returns: V and R, `[n]` each.
+        total: as `moments` has it.
+    """
+    _, left = moments(returns - values, total)
+    mean, whole = moments(returns, total)
+    return float(1 - left / whole) if whole > 1e-12 * mean.square() else None

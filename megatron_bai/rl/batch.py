@@ -22,7 +22,7 @@ class Batch:
         mask: `[B, T]` bool, response tokens: those the loss counts.
         infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside the mask.
         old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
-        advantages: `[B]` float32.
+        advantages: `[B]` float32, one a sample; `[B, T]`, one a token, where a critic fills them.
         routes: `[B, T, layers, topk]` experts of input token t in this rank's MoE layers, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
         reference_logprobs: `[B, T]` float32, of the reference policy; 0 where the objective has no use for it.
@@ -30,6 +30,9 @@ class Batch:
         prompts: `[B]` int64, which of this replica's prompts the sample answers.
         prompt_tokens: `[B]` int64, tokens in `mask` of all samples of that prompt.
         missing: `[B, T]` bool, tokens it was fed whose route is not known. What is in neither is padding.
+        rewards: `[B]` float32.
+        values: `[B, T]` float32, the critic's before the step's first update; 0 without a critic.
+        returns: `[B, T]` float32, the critic's targets; likewise.
     """
 
     tokens: torch.Tensor
@@ -44,10 +47,17 @@ class Batch:
     prompts: torch.Tensor
     prompt_tokens: torch.Tensor
     missing: torch.Tensor = None  # none, unless said
+    rewards: torch.Tensor = None  # these three 0, unless said
+    values: torch.Tensor = None
+    returns: torch.Tensor = None
 
     def __post_init__(self) -> None:
         if self.missing is None:
             self.missing = torch.zeros_like(self.routed)
+        if self.rewards is None:
+            self.rewards = torch.zeros_like(self.infer_logprobs[:, 0])
+        if self.values is None:
+            self.values, self.returns = torch.zeros_like(self.infer_logprobs), torch.zeros_like(self.infer_logprobs)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,20 +84,22 @@ def padded_length(longest: int, multiple: int) -> int:
 
 def from_samples(
     samples: list[Sample],
-    advantages: np.ndarray,
+    advantages: np.ndarray | None,
     length: int,
     pad_id: int,
     signature: RouteSignature,
     counted: np.ndarray | None = None,
     columns: Sequence[int] | None = None,
+    rewards: np.ndarray | None = None,
 ) -> Batch:
     """Build a batch from rollouts.
 
     Args:
-        advantages: `[B]`, one a sample.
+        advantages: `[B]`, one a sample; None leaves 0, one a token, for a critic to fill.
         length: T, at least the longest sample.
         counted: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.leave_out`.
         columns: MoE layers, counted from 0, whose routes the samples hold; None: all.
+        rewards: `[B]`; None: 0.
     """
     b = len(samples)
     tokens = np.full((b, length), pad_id, dtype=np.int64)
@@ -103,10 +115,12 @@ def from_samples(
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
     counted = np.ones(b, dtype=bool) if counted is None else counted
     old, reference = np.zeros_like(logprobs), np.zeros_like(logprobs)
-    policy = (tokens, mask, logprobs, old, advantages.astype(np.float32), routes, routed, reference, counted)
+    advantages = np.zeros_like(logprobs) if advantages is None else advantages.astype(np.float32)
+    policy = (tokens, mask, logprobs, old, advantages, routes, routed, reference, counted)
     prompts = torch.tensor([sample.prompt for sample in samples])
     prompt_tokens = _tokens_of_prompts(torch.from_numpy(mask), prompts)
-    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing))
+    rewards = torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32))
+    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing), rewards)
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

@@ -42,22 +42,25 @@ class Collector:
         samples = self.inference.sample(prompts, trainer.group_size, seed=(seed << 40) + start)
         rewards = np.array([session.task.reward(prompts[sample.prompt], sample.response) for sample in samples])
         _describe(samples, rewards, trainer.group_size, stats)
-        advantages = of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
+        critic = isinstance(self.settings.objective, config.Ppo)  # which has an advantage for each token, later
+        advantages = None if critic else of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
         counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
-        batch = self._batch(samples, advantages, counted)
+        batch = self._batch(samples, rewards, advantages, counted)
         if self.settings.replay.mode == "r3":
             batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
             stats.ratio("route_missing", found.rows, found.fed)
             stats.ratio("route_masked", found.masked, found.tokens)
         return samples, batch
 
-    def _batch(self, samples: list[Sample], advantages: np.ndarray, counted: np.ndarray) -> Batch:
+    def _batch(
+        self, samples: list[Sample], rewards: np.ndarray, advantages: np.ndarray | None, counted: np.ndarray
+    ) -> Batch:
         session = self.session
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.place.multiple)
         pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
-        return from_samples(samples, advantages, length, pad, session.signature, counted, columns)
+        return from_samples(samples, advantages, length, pad, session.signature, counted, columns, rewards)
 
 
 def _describe(samples: list[Sample], rewards: np.ndarray, group_size: int, stats: Stats) -> None:

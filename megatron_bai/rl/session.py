@@ -16,6 +16,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
+from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import ENCODINGS
@@ -36,6 +37,7 @@ class Session:
         lead: rank 0 of the world, which owns the server and the files.
         model_group: the ranks of one replica (tensor × pipeline).
         columns: the MoE layers, counted from 0, of each rank of the replica.
+        critic: where the objective has one.
     """
 
     settings: config.Config
@@ -51,6 +53,7 @@ class Session:
     lead: bool
     model_group: Any
     columns: list[list[int]]
+    critic: Critic | None = None
 
     @property
     def contributes(self) -> bool:
@@ -112,6 +115,7 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
         lead=dist.get_rank() == 0,
         model_group=group,
         columns=columns,
+        critic=Critic(actor, settings, device) if isinstance(settings.objective, config.Ppo) else None,
     )
 
 
@@ -162,8 +166,7 @@ def validate(settings: config.Config) -> None:
             raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
     if not objectives.check(settings.objective).rollouts:
         return
-    if trainer.group_size < 2:
-        raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
+    _check_groups(settings)
     if trainer.prompts_per_step % trainer.mini_batches:
         raise UserError(
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
@@ -173,6 +176,19 @@ def validate(settings: config.Config) -> None:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
             f"model.max_position_embeddings ({model.max_position_embeddings})"
+        )
+
+
+def _check_groups(settings: config.Config) -> None:
+    """Refuse groups too small for what is asked of them, and a critic that would never be of use."""
+    objective, trainer = settings.objective, settings.trainer
+    if trainer.group_size == 1 and not isinstance(objective, config.Ppo):
+        raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
+    if trainer.group_size == 1 and objective.drop_uniform_groups:
+        raise UserError("objective.drop_uniform_groups with trainer.group_size=1 drops every sample")
+    if isinstance(objective, config.Ppo) and objective.critic_warmup > trainer.steps:
+        raise UserError(
+            f"objective.critic_warmup ({objective.critic_warmup}) is more than trainer.steps ({trainer.steps})"
         )
 
 

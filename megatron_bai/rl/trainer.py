@@ -47,9 +47,11 @@ def train(settings: config.Config) -> None:
                 if session.lead:
                     summary.step(values)
                     summary.write(settings.run.dir, complete=step + 1 == steps)
+        info = {"steps": steps, "version": inference.version}
         if settings.trainer.save:
-            info = {"steps": steps, "version": inference.version}
             checkpoint.save(session.actor, settings.trainer.save, session.tokenizer_dir, info)
+        if session.critic and settings.objective.critic_save:
+            checkpoint.save(session.critic.model, settings.objective.critic_save, session.tokenizer_dir, info)
     if session.lead:
         output = Path(settings.run.dir) / "report.html"
         write_report([Path(settings.run.dir)], output)
@@ -89,6 +91,7 @@ class Loop:
         self.objective = objectives.get(settings.objective.name)
         self.reference = Reference(session.actor) if settings.objective.kl_penalty else None
         trainer = settings.trainer
+        self.warmup = settings.objective.critic_warmup if session.critic else 0
         self.mini_size = self.collector.prompts * trainer.group_size // trainer.mini_batches
 
     def step(self, step: int) -> dict[str, Any]:
@@ -105,9 +108,18 @@ class Loop:
         if self.keeper:
             with clock("store"):
                 self.keeper.keep(step, version, samples, micros, routes)
-        with clock("update"):
-            norms, rate = self._update(step, batch, routes, stats)
-        expected = self._rows_expected(batch)
+        if self.session.critic:
+            with clock("values"):
+                stats.add(self.session.critic.estimate(batch, micros))
+        batch.leave_out()
+        learned: dict[str, Any] = {}
+        if self.session.critic:
+            with clock("update_critic"):
+                learned |= self._update_critic(step, batch, stats)
+        if step >= self.warmup:
+            with clock("update"):
+                learned |= self._update(step, batch, routes, stats)
+        expected = self._rows_expected(step, batch)
         rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.contributes else 0])
         with clock("sync"):
             self.inference.sync()
@@ -121,8 +133,7 @@ class Loop:
             "weight_version": version,
             **values,
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
-            "grad_norm": float(np.mean(norms)),
-            "learning_rate": rate,
+            **learned,
             "sync_gap": self.inference.sync_gap,
             **clock.report(self._sum([int(batch.routed.sum()) if self.session.contributes else 0])[0]),
         }
@@ -165,27 +176,36 @@ class Loop:
 
     def _update(
         self, step: int, batch: Batch, routes: list[MicroRoutes] | None, stats: Stats
-    ) -> tuple[list[float], float]:
+    ) -> dict[str, float]:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
-        batch.leave_out()
-        norms, rate = [], 0.0
+        norms, rate, first = [], 0.0, (step - self.warmup) * trainer.mini_batches
         per_mini = self.mini_size // trainer.micro_batch_size
-        for number, mini in enumerate(batch.split(self.mini_size)):
-            rate = set_learning_rate(self.session.actor.optimizer, trainer, step * trainer.mini_batches + number)
+        for number, micros in enumerate(self._minis(batch)):
+            rate = set_learning_rate(self.session.actor.optimizer, trainer, first + number)
             own = routes and routes[number * per_mini : (number + 1) * per_mini]
-            found, norm = engine.update(
-                mini.split(trainer.micro_batch_size), own, self.objective, self.settings.objective
-            )
+            found, norm = engine.update(micros, own, self.objective, self.settings.objective)
             stats.add(found)
             norms.append(norm)
-        return norms, rate
+        return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}
 
-    def _rows_expected(self, batch: Batch) -> int:
+    def _update_critic(self, step: int, batch: Batch, stats: Stats) -> dict[str, float]:
+        """N optimizer steps of the critic, on the same mini-batches."""
+        found, norms, rate = self.session.critic.update(self._minis(batch), step * self.settings.trainer.mini_batches)
+        stats.add(found)
+        return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
+
+    def _minis(self, batch: Batch) -> list[list[Batch]]:
+        """The micro-batches of each mini-batch."""
+        return [mini.split(self.settings.trainer.micro_batch_size) for mini in batch.split(self.mini_size)]
+
+    def _rows_expected(self, step: int, batch: Batch) -> int:
         """(token, layer) rows that should have been replayed for this replica in the step."""
         rows = int(batch.routed.sum())
         fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes, which lack none
-        return {"none": 0, "r2": fed, "r3": 2 * rows}[self.settings.replay.mode] * self.session.signature.moe_layers
+        updated = step >= self.warmup
+        per_layer = {"none": 0, "r2": updated * fed, "r3": (1 + updated) * rows}[self.settings.replay.mode]
+        return per_layer * self.session.signature.moe_layers
 
     def _sum(self, values: list[int]) -> list[int]:
         """Sums over the world. Collective."""

@@ -1,6 +1,9 @@
 """Advantages of samples from their group's rewards, and of tokens from a critic's values."""
 
 import statistics
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.rl.advantages import gae, group_centred, group_normalised, leave_one_out, of_groups, uniform
+from megatron_bai.rl.advantages import (
+    at_the_end,
+    explained_variance,
+    gae,
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    of_groups,
+    uniform,
+    whitened,
+)
 
 rewards_of_6 = st.lists(st.floats(-1e3, 1e3), min_size=6, max_size=6)
 
@@ -68,21 +81,20 @@ def test_uniform_groups_are_those_whose_rewards_are_all_equal() -> None:
     lam=st.sampled_from([0.0, 0.95, 1.0]),
 )
 def test_gae_is_the_discounted_sum_of_temporal_differences(length: int, seed: int, gamma: float, lam: float) -> None:
-    """Eq. 16 of arXiv 1506.02438 as a sum, response by response; what stands outside a response is garbage."""
+    """Eq. 16 of arXiv 1506.02438 as a sum over a response's tokens; what stands outside or between them is garbage."""
     random = np.random.default_rng(seed)
     rewards, values = random.normal(size=(2, 4, length))
-    starts = random.integers(0, length, 4)
-    ends = [int(random.integers(start, length + 1)) for start in starts]  # some are empty
-    mask = np.array([[start <= t < end for t in range(length)] for start, end in zip(starts, ends)])
+    mask = random.random((4, length)) < 0.7  # with gaps, and some of them empty
+    mask[0] = True
     garbled = [torch.from_numpy(np.where(mask, each, np.nan)) for each in (rewards, values)]
     found, returns = gae(*garbled, torch.from_numpy(mask), gamma, lam)
-    for i, (start, end) in enumerate(zip(starts, ends)):
-        v = [*values[i, start:end], 0.0]
-        delta = [rewards[i, start + k] + gamma * v[k + 1] - v[k] for k in range(end - start)]
-        for k in range(end - start):
-            wanted = sum((gamma * lam) ** step * delta[k + step] for step in range(end - start - k))
-            assert float(found[i, start + k]) == pytest.approx(wanted, abs=1e-12)
-            assert float(returns[i, start + k]) == pytest.approx(wanted + v[k], abs=1e-12)
+    for i, tokens in enumerate(map(np.flatnonzero, mask)):
+        v = [*values[i, tokens], 0.0]
+        delta = [rewards[i, t] + gamma * v[k + 1] - v[k] for k, t in enumerate(tokens)]
+        for k, t in enumerate(tokens):
+            wanted = sum((gamma * lam) ** step * delta[k + step] for step in range(len(tokens) - k))
+            assert float(found[i, t]) == pytest.approx(wanted, abs=1e-12)
+            assert float(returns[i, t]) == pytest.approx(wanted + v[k], abs=1e-12)
     assert not found[torch.from_numpy(~mask)].any() and not returns[torch.from_numpy(~mask)].any()
 
 
@@ -93,3 +105,51 @@ def test_gae_without_decay_is_the_return_less_the_value() -> None:
     found, returns = gae(rewards, values, mask, 1.0, 1.0)
     torch.testing.assert_close(found, torch.tensor([[0.7, 0.9, 0.4, 0.8, 0.0]]))
     torch.testing.assert_close(returns, torch.tensor([[1.0, 1, 1, 1, 0]]))
+
+
+def test_a_reward_belongs_to_the_last_token_of_its_response() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    found = at_the_end(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    assert found.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4]]
+
+
+def over_ranks(function: Callable, *parts: tuple) -> list:
+    """The function's result on each of several ranks, its collectives played by threads that wait for one another."""
+    barrier, given_ = threading.Barrier(len(parts)), [None] * len(parts)
+
+    def rank(number: int) -> object:
+        def total(value: torch.Tensor) -> torch.Tensor:
+            barrier.wait()
+            given_[number] = value
+            barrier.wait()
+            return torch.stack(given_).sum(0)
+
+        return function(*parts[number], total)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(rank, range(len(parts))))
+
+
+def test_whitening_is_over_all_elements_that_count_on_all_ranks() -> None:
+    random = np.random.default_rng(3)
+    values, mask = random.normal(5.0, 3.0, (6, 9)), random.random((6, 9)) < 0.6
+    mask[4:] = False  # a rank on which nothing counts
+    wanted = np.where(mask, (values - values[mask].mean()) / (values[mask].std() + 1e-8), 0)
+    tensors = torch.from_numpy(np.where(mask, values, np.nan)), torch.from_numpy(mask)
+    found = over_ranks(whitened, *zip(*(each.split([3, 1, 2]) for each in tensors)))
+    np.testing.assert_allclose(torch.cat(found), wanted, rtol=1e-12, atol=1e-14)
+    same = over_ranks(whitened, (torch.full((1, 4), 0.7), torch.ones(1, 4, dtype=torch.bool)))
+    assert not same[0].any()  # nothing to prefer, and no 0/0
+
+
+def test_explained_variance_is_that_of_all_ranks() -> None:
+    random = np.random.default_rng(4)
+    returns = random.normal(2.0, 1.0, 30)
+    for values in (returns, returns * 0 + 5, returns + random.normal(size=30), -returns):
+        wanted = 1 - np.var(returns - values) / np.var(returns)
+        parts = [torch.from_numpy(each).split([10, 1, 19]) for each in (values, returns)]
+        assert over_ranks(explained_variance, *zip(*parts)) == [pytest.approx(wanted, abs=1e-12)] * 3
+    values = torch.rand(50)
+    for equal in (torch.ones(50), (0.7 - values) + values):  # R = A + V in float32: equal but for rounding
+        assert over_ranks(explained_variance, (values, equal)) == [None]
+    assert over_ranks(explained_variance, (torch.zeros(0), torch.zeros(0))) == [None]

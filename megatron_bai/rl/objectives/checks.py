@@ -40,7 +40,7 @@ def unread(settings: Any, names: Iterable[str], because: str) -> None:
 
 def check_policy(settings: config.Policy) -> None:
     """What all objectives on rollouts share."""
-    one_of(settings, "advantage", ADVANTAGES)
+    one_of(settings, "advantage", ("gae",) if isinstance(settings, config.Ppo) else ADVANTAGES)
     one_of(settings, "kl_estimator", ESTIMATORS)
     within(settings, "entropy_bonus", 0)
     within(settings, "kl_penalty", 0)

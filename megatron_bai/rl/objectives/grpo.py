@@ -9,7 +9,7 @@ from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import clipped_surrogate, log_ratio, per_token
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo | config.Ppo) -> tuple[PerToken, Stats]:
     """−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) at each token, r = π_θ/π_old.
 
     A response's tokens are averaged, then the responses. A is divided by the group's deviation. The paper's KL penalty

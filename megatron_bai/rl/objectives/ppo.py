@@ -1,30 +1,17 @@
 """Proximal Policy Optimization with a critic (arXiv 1707.06347), as BAI's paper trains (arXiv 2509.00309).
 
-The losses of actor and critic; `advantages.gae` goes with them. The trainer has no critic: there is no `objective=ppo`.
+The actor's loss is GRPO's, eq. 7 of the paper, with an advantage for each token and one mean over all tokens. The
+advantages come from `advantages.gae`; `rl/critic.py` has the model that the critic's loss trains.
 """
 
 import torch
 
+from megatron_bai import config
+from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.objectives.objective import PerToken
-from megatron_bai.rl.objectives.terms import clipped_surrogate, log_ratio
-
-
-def actor_loss(
-    logprobs: PerToken, old: PerToken, advantages: PerToken, mask: PerToken, low: float = 0.2, high: float = 0.2
-) -> tuple[PerToken, Stats]:
-    """−min(r·A_t, clip(r, 1 − low, 1 + high)·A_t), r = π_θ/π_old (eq. 7), with an advantage for each token.
-
-    Args:
-        logprobs, old: log π_θ, with gradient, and log π_old.
-
-    Returns:
-        Losses, 0 outside `mask`, and `clip_fraction`.
-    """
-    losses, clipped = clipped_surrogate(log_ratio(logprobs, old, mask), advantages, low, high)
-    stats = Stats()
-    stats.mean("clip_fraction", clipped[mask])
-    return losses.masked_fill(~mask, 0.0), stats
+from megatron_bai.rl.objectives import grpo
+from megatron_bai.rl.objectives.checks import check_clipped, positive, within
+from megatron_bai.rl.objectives.objective import Objective, PerToken
 
 
 def critic_loss(
@@ -49,3 +36,18 @@ def critic_loss(
     stats.mean("value_clip_fraction", (bounded > plain)[mask])
     stats.mean("value_error", plain.detach()[mask])
     return torch.maximum(plain, bounded) / 2, stats
+
+
+def check(settings: config.Ppo) -> None:
+    check_clipped(settings)
+    within(settings, "gamma", 0, 1)
+    within(settings, "lam", 0, 1)
+    positive(settings, "value_clip")
+    within(settings, "critic_warmup", 0)
+    if settings.critic_learning_rate is not None:
+        positive(settings, "critic_learning_rate")
+    if settings.critic_save and settings.critic_save == settings.critic_checkpoint:
+        raise UserError(f"objective.critic_save and objective.critic_checkpoint are both {settings.critic_save}")
+
+
+OBJECTIVE = Objective(grpo.loss, config.Ppo, mean=lambda settings: "token_mean", check=check)

@@ -1,0 +1,133 @@
+"""The critic of PPO: a second model that says what reward a state will bring, for an advantage of each token."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai import config
+from megatron_bai.backend import Device
+from megatron_bai.errors import UserError
+from megatron_bai.model import build, checkpoint
+from megatron_bai.model.build import Actor
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.advantages import at_the_end, explained_variance, gae, whitened
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.objectives import aggregate
+from megatron_bai.rl.objectives.ppo import critic_loss
+from megatron_bai.rl.passes import Passes
+from megatron_bai.rl.schedule import set_learning_rate
+
+
+class Critic:
+    """A model of the actor's architecture and layout with a value for an output, and its own optimizer.
+
+    Its routers choose for themselves, whatever is replayed in the actor: its values are no policy's, and no inference
+    engine computes them a second time.
+
+    Attributes:
+        model: the value of the state before token t + 1 is its output at t.
+    """
+
+    def __init__(self, actor: Actor, settings: config.Config, device: Device):
+        """Build it and give it weights: of `objective.critic_checkpoint`, or the actor's as they are now. Collective.
+
+        Raises:
+            UserError: the checkpoint cannot be used.
+        """
+        from megatron.core import parallel_state
+
+        self.settings: config.Ppo = settings.objective
+        rate = self.settings.critic_learning_rate
+        self._trainer = settings.trainer if rate is None else replace(settings.trainer, learning_rate=rate)
+        self.model = build.build_critic(replace(settings, trainer=self._trainer), device)
+        if self.settings.critic_checkpoint:
+            _load(self.model, self.settings.critic_checkpoint)
+        else:
+            copy_body(actor, self.model)
+        self.passes = Passes(self.model, device.device)
+        self._last_stage = parallel_state.is_pipeline_last_stage()
+        self._data_group, self._device = parallel_state.get_data_parallel_group(), device.device
+
+    @torch.no_grad()
+    def estimate(self, batch: Batch, micros: list[Batch]) -> Stats:
+        """Fill `values`, `returns` and `advantages` of the batch from its rewards. Collective.
+
+        The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it). Only ranks of the last
+        stage, which alone compute losses, fill them.
+
+        Args:
+            micros: `batch` in micro-batches, as many on every data-parallel rank.
+
+        Returns:
+            On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens that count.
+        """
+        found = self.passes.forward(micros, lambda output, micro: output[..., 0])
+        stats = Stats()
+        if not self._last_stage:
+            return stats
+        batch.values.copy_(torch.cat(found))
+        rewards = at_the_end(batch.rewards, batch.mask)
+        advantages, returns = gae(rewards, batch.values, batch.mask, self.settings.gamma, self.settings.lam)
+        counted = batch.mask & batch.counted[:, None]
+        batch.advantages.copy_(whitened(advantages, counted, self._total) if self.settings.whiten else advantages)
+        batch.returns.copy_(returns)
+        stats.mean("value_mean", batch.values[counted])
+        stats.mean("return_mean", returns[counted])
+        explained = explained_variance(batch.values[counted], returns[counted], self._total)
+        if explained is not None:
+            stats.ratio("explained_variance", explained, 1)
+        return stats
+
+    def update(self, minis: list[list[Batch]], first: int) -> tuple[Stats, list[float], float]:
+        """One optimizer step on each mini-batch, with `ppo.critic_loss` as a mean over its tokens. Collective.
+
+        Args:
+            minis: micro-batches of each mini-batch.
+            first: number of the first of these updates in the run, for the learning rate's schedule.
+
+        Returns:
+            Statistics of the loss, on ranks of the last stage; norms of the gradients before clipping; the last rate.
+
+        Raises:
+            UserError: a gradient is not finite.
+        """
+        stats, norms, rate = Stats(), [], 0.0
+
+        def loss(output: torch.Tensor, micro: Batch) -> torch.Tensor:
+            losses, found = critic_loss(
+                output[..., 0], micro.values, micro.returns, micro.mask, self.settings.value_clip
+            )
+            stats.add(found)
+            return losses.sum()
+
+        for number, micros in enumerate(minis):
+            rate = set_learning_rate(self.model.optimizer, self._trainer, first + number)
+            norms.append(self.passes.update(micros, loss, aggregate.count(micros, "token_mean")))
+        return stats, norms, rate
+
+    def _total(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.to(self._device)
+        dist.all_reduce(values, group=self._data_group)
+        return values.cpu()
+
+
+@torch.no_grad()
+def copy_body(actor: Actor, critic: Actor) -> None:
+    """Give the critic the actor's weights but for the head, which becomes 0: the first advantages are the rewards."""
+    for theirs, ours in zip(actor.modules, critic.modules, strict=True):
+        given = dict(theirs.named_parameters())
+        for name, parameter in ours.named_parameters():
+            if name.startswith("output_layer."):
+                parameter.zero_()
+            else:
+                parameter.copy_(given.pop(name))
+        assert all(name.startswith("output_layer.") for name in given), f"the critic lacks {sorted(given)}"
+    checkpoint.finish_loading(critic)
+
+
+def _load(critic: Actor, path: str) -> None:
+    try:
+        checkpoint.load(critic, path)
+    except UserError as error:
+        raise UserError(f"objective.critic_checkpoint: {error}") from None
