@@ -61,15 +61,25 @@ def experts(w: Weights, at: str, model: Model, x: Tensor, chosen: Tensor | None)
     return total
 
 
-def logits(w: Weights, model: Model, tokens: Tensor, routes: Tensor | None = None) -> Tensor:
-    """`[B, T]` token ids → `[B, T, V]`. `routes`: `[B, T, layers, topk]` experts to force; None lets routers choose."""
+def hidden(w: Weights, model: Model, tokens: Tensor, routes: Tensor | None = None) -> Tensor:
+    """`[B, T]` token ids → `[B, T, H]`, of the last layer after its norm. `routes`: as in `logits`."""
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(model.num_layers):
         at = f"model.layers.{layer}."
         x = x + attention(w, at + "self_attn.", model, norm(x, w[at + "input_layernorm.weight"], model.norm_epsilon))
         normed = norm(x, w[at + "post_attention_layernorm.weight"], model.norm_epsilon)
         x = x + experts(w, at + "mlp.", model, normed, None if routes is None else routes[:, :, layer].long())
-    return norm(x, w["model.norm.weight"], model.norm_epsilon) @ w["lm_head.weight"].T
+    return norm(x, w["model.norm.weight"], model.norm_epsilon)
+
+
+def logits(w: Weights, model: Model, tokens: Tensor, routes: Tensor | None = None) -> Tensor:
+    """`[B, T]` token ids → `[B, T, V]`. `routes`: `[B, T, layers, topk]` experts to force; None lets routers choose."""
+    return hidden(w, model, tokens, routes) @ w["lm_head.weight"].T
+
+
+def values(w: Weights, model: Model, tokens: Tensor) -> Tensor:
+    """`[B, T]` token ids → `[B, T]`, of a critic, whose head has Hugging Face's name of a classifier's."""
+    return (hidden(w, model, tokens) @ w["score.weight"].T)[..., 0]
 
 
 def next_logprobs(scores: Tensor, tokens: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ OBJECTIVES = {
     "prompt_mean": config.Dapo(token_mean="prompt", **_ADDED),
 }
 LEFT_OUT = (3, 6)  # samples that do not count
+# Advantages and targets of which every part counts; the critic's rate is what `gradient` needs.
+PPO = config.Ppo(gamma=0.97, lam=0.9, whiten=True, critic_learning_rate=EPSILON * SCALE)
+REWARDS = np.linspace(-1, 2, SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Run:
         assert self.replay.signature == SIGNATURE
         self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-        own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
+        self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
         mine = [sample.of_layers(self.replay.columns) for sample in rollouts[own]]
         self.batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
@@ -130,32 +133,34 @@ class Run:
 
         hf.export_hf(self.actor.modules, MODEL, target, Path("none"), {})
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor by its Hugging Face name, on rank 0."""
-        from megatron_bai.model import mapping, shards
 
-        found = {}
-        for key, index, whole in shards.gather(self.actor.modules):
-            if dist.get_rank() == 0:
-                kind = mapping.kind_of(key)
-                found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, MODEL))}
-        return found
+def state(model: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of a model by its Hugging Face name, on rank 0."""
+    from megatron_bai.model import mapping, shards
 
-    def diverged(self) -> list[str]:
-        """Keys of pieces that two ranks hold with different content."""
-        from megatron_bai.model import shards
+    found = {}
+    for key, index, whole in shards.gather(model.modules):
+        if dist.get_rank() == 0:
+            kind = mapping.kind_of(key)
+            found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, MODEL))}
+    return found
 
-        mine = {}
-        for shard in shards.local_shards(self.actor.modules):
-            digest = hashlib.sha256(shard.data.detach().contiguous().numpy().tobytes()).hexdigest()
-            mine[shard.key, shard.index, shard.offset] = digest
-        first: dict[tuple, str] = {}
-        different = set()
-        for other in gathered(mine):
-            for place, digest in other.items():
-                if first.setdefault(place, digest) != digest:
-                    different.add(place[0])
-        return sorted(different)
+
+def diverged(model: Any) -> list[str]:
+    """Keys of pieces of a model that two ranks hold with different content."""
+    from megatron_bai.model import shards
+
+    mine = {}
+    for shard in shards.local_shards(model.modules):
+        digest = hashlib.sha256(shard.data.detach().contiguous().numpy().tobytes()).hexdigest()
+        mine[shard.key, shard.index, shard.offset] = digest
+    first: dict[tuple, str] = {}
+    different = set()
+    for other in gathered(mine):
+        for place, digest in other.items():
+            if first.setdefault(place, digest) != digest:
+                different.add(place[0])
+    return sorted(different)
 
 
 def gathered(mine: Any) -> list:
@@ -178,11 +183,16 @@ def gradient(
         run.batch.reference_logprobs.copy_(run.batch.old_logprobs + run.noise)
         run.batch.counted.copy_(run.counted)
         run.batch.leave_out()
-    for group in run.actor.optimizer.param_groups:
+    return measured(run.actor, lambda: run.update(mode, OBJECTIVES.get(objective)))
+
+
+def measured(model: Any, update: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What an update returns, and the gradient it applied."""
+    for group in model.optimizer.param_groups:
         group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
-    before = run.state()
-    found = run.update(mode, OBJECTIVES.get(objective))
-    after = run.state()
+    before = state(model)
+    found = update()
+    after = state(model)
     return found, {name: (before[name].double() - after[name].double()) / SCALE for name in after}
 
 
@@ -191,14 +201,52 @@ def step(case: Case, device: backend.Device, mode: str) -> dict[str, Any]:
     run = Run(case, device)
     found: dict[str, Any] = {"scores": run.score(mode)}
     found["updates"] = [run.update(mode)]
-    found["updated"] = run.state()
+    found["updated"] = state(run.actor)
     found["updates"] += [run.update(mode) for _ in range(UPDATES - 1)]
-    found["trained"] = run.state()
-    found["diverged"] = run.diverged()
+    found["trained"] = state(run.actor)
+    found["diverged"] = diverged(run.actor)
     found["layers"] = gathered(run.replay.layers)
     found["rows"] = sum(gathered(run.replay.rows))
     found["routed"] = sum(int(part) for part in gathered(run.batch.routed.sum() if run.contributes else 0))
     found["first"], found["gradient"] = gradient(case, device, mode)
+    return found
+
+
+def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") -> dict[str, Any]:
+    """A critic's values, what comes of them, and one measured gradient of the critic and of the actor.
+
+    Args:
+        loads, saves: where a critic's checkpoint is, and where to leave one.
+    """
+    from megatron_bai.model import checkpoint, shards
+    from megatron_bai.rl.critic import Critic
+
+    run = Run(case, device)
+    run.settings.objective = replace(PPO, critic_checkpoint=loads)
+    critic = Critic(run.actor, run.settings, device)
+    found: dict[str, Any] = {"start": state(critic.model)}
+    shards.init_random(critic.model.modules, MODEL, seed=1)
+    checkpoint.finish_loading(critic.model)
+    found["weights"] = state(critic.model)
+    if saves:
+        checkpoint.save(critic.model, saves, Path("none"), {})
+    run.score("none")
+    run.batch.rewards.copy_(torch.from_numpy(REWARDS)[run.own])
+    run.batch.advantages = torch.zeros(run.batch.mask.shape)
+    run.batch.counted.copy_(run.counted)
+    run.micros = run.batch.split(case.micro)
+    stats = critic.estimate(run.batch, run.micros)
+    found["statistics"] = stats.gathered(run.contributes).values()
+    names = ("values", "returns", "advantages")
+    mine = (run.data_rank, [getattr(run.batch, name).clone() for name in names]) if run.contributes else None
+    parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
+    found |= {name: torch.cat(tensors) for name, tensors in zip(names, zip(*(part[1] for part in parts)))}
+    run.batch.values += run.noise  # so that some values have left the old ones by more than the limit
+    run.batch.leave_out()
+    (stats, norms, _), found["gradient"] = measured(critic.model, lambda: critic.update([run.micros], 0))
+    found["update"] = stats.gathered(run.contributes).values() | {"grad_norm": norms[0]}
+    found["diverged"] = diverged(critic.model)
+    found["actor"] = measured(run.actor, lambda: run.update("none", PPO))
     return found
 
 
@@ -283,6 +331,8 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     for mode in ("none", "r3"):
         found[mode] = step(case, device, mode)
     found["objectives"] = {objective: gradient(case, device, "none", objective) for objective in OBJECTIVES}
+    loads = str(directory / case.loads / "critic") if case.loads else ""
+    found["ppo"] = ppo(case, device, loads, str(own / "critic") if case.saves else "")
     found["dispatcher"] = type(run.actor.modules[0].decoder.layers[0].mlp.token_dispatcher).__name__
     if name == "one":
         found["logits"], found["faults"] = logits(run), faults(run, directory / "faults", own)
@@ -355,10 +405,15 @@ def follows(run: Run) -> bool:
     return all(gathered(all(map(torch.equal, before, run.actor.modules[0].parameters()))))
 
 
-def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
-    """One rank of one world: what torchrun says in the environment, then every case of this size."""
+def join(rank: int, world: int, port: int) -> None:
+    """What torchrun says in the environment."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
+    """One rank of one world: every case of this size."""
+    join(rank, world, port)
     device = backend.start(config.Backend(kind="cpu", timeout_s=300))
     from megatron.core import parallel_state
 

@@ -1,0 +1,132 @@
+"""Run as a script: the trainer's own loop under `objective=ppo`, on rollouts that are given. Argument: a directory.
+
+In place of the collector and the inference engine stand the same few samples at every step: whether the critic learns
+does not then depend on what was sampled. Once in one process and once with a virtual pipeline over two, each leaves
+what it found in `PROCESSES.pt`.
+"""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing
+from distributed.worker import free_port, join, state
+from moe import MODEL, SIGNATURE, samples
+
+from megatron_bai import config, patches
+
+SAMPLES, LENGTH, WARMUP, STEPS = 8, 24, 2, 10
+LAYOUTS = {1: config.Parallel(), 2: config.Parallel(pipeline=2, virtual_pipeline=2)}
+
+
+class Given:
+    """A collector whose samples never change, and the inference engine that they need not."""
+
+    prompts, version, sync_gap = SAMPLES, 0, 0.0
+
+    def __init__(self, columns: list[int]):
+        self.columns, self.rewards, self.synced = columns, np.zeros(SAMPLES), 0
+
+    def collect(self, stats: Any) -> tuple[list, Any]:
+        from megatron_bai.rl.batch import from_samples
+
+        rollouts = [sample.of_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
+        made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, columns=self.columns, rewards=self.rewards)
+        return rollouts, made
+
+    def sync(self) -> None:
+        self.synced += 1
+
+
+def settings(directory: Path, processes: int) -> config.Config:
+    return config.Config(
+        run=config.Run(dir=str(directory / f"run-{processes}")),
+        backend=config.Backend(kind="cpu"),
+        model=replace(MODEL, vocab_size=64, max_position_embeddings=128),  # what tokenizer and rollouts ask for
+        parallel=LAYOUTS[processes],
+        objective=config.Ppo(critic_warmup=WARMUP, critic_learning_rate=1e-2, value_clip=float("inf")),
+        trainer=config.Trainer(
+            steps=STEPS, prompts_per_step=SAMPLES, group_size=1, mini_batches=2, micro_batch_size=2, learning_rate=1e-4
+        ),
+    )
+
+
+def work(directory: Path, processes: int) -> dict[str, Any]:
+    from megatron_bai.rl.session import open_session
+    from megatron_bai.rl.trainer import Loop
+
+    found: dict[str, Any] = {"weights": [], "steps": []}
+    with open_session(settings(directory, processes)) as session:
+        given = Given(session.engine.replay.columns)
+        loop = Loop(session, given)
+        loop.collector = given
+
+        def weights() -> None:
+            found["weights"].append({"actor": state(session.actor), "critic": state(session.critic.model)})
+
+        weights()
+        found["nothing"] = loop.step(WARMUP)  # all rewards and all values are 0: there is nothing to learn
+        weights()
+        given.rewards = np.arange(SAMPLES) % 2.0
+        for step in range(STEPS):
+            found["steps"].append(loop.step(step))
+            if step + 1 in (WARMUP, STEPS):
+                weights()
+        found["synced"] = given.synced
+        if processes == 1:
+            found["faults"] = faults(session, directory)
+    return found
+
+
+def faults(session: Any, directory: Path) -> dict[str, str]:
+    """What is said about an actor's checkpoint in the place of a critic's, and the other way round."""
+    from megatron_bai.errors import UserError
+    from megatron_bai.model import checkpoint
+    from megatron_bai.rl.critic import Critic
+
+    def said(load: Any) -> str:
+        try:
+            load()
+        except UserError as error:
+            return str(error)
+        return "nothing"
+
+    for name, model in (("actor", session.actor), ("critic", session.critic.model)):
+        checkpoint.save(model, directory / name, session.tokenizer_dir, {})
+
+    def critic(path: Path) -> str:
+        objective = replace(session.settings.objective, critic_checkpoint=str(path))
+        return said(lambda: Critic(session.actor, replace(session.settings, objective=objective), session.device))
+
+    return {
+        "actor as critic": critic(directory / "actor"),
+        "critic as critic": critic(directory / "critic"),
+        "nowhere": critic(directory / "nowhere"),
+        "critic as actor": said(lambda: checkpoint.load(session.actor, directory / "critic")),
+    }
+
+
+def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
+    join(rank, world, port)
+    found = work(directory, world)
+    if rank == 0:
+        torch.save(found, directory / f"{world}.pt")
+
+
+def main() -> None:
+    patches.apply("megatron-cpu")
+    importlib.import_module("megatron.core.models.gpt")
+    importlib.import_module("megatron.core.dist_checkpointing")
+    importlib.import_module("megatron_bai.rl.trainer")
+    for world in LAYOUTS:
+        arguments = (world, free_port(), Path(sys.argv[1]))
+        torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
