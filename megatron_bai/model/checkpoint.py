@@ -152,13 +152,15 @@ def _check(directory: Path, state: dict[str, Any], group: Ranks) -> None:
 
 
 def _require_tensors(source: TorchDist, state: dict[str, Any]) -> None:
-    """An object in the place of a tensor would be unpickled, and could run anything."""
+    """An actor's checkpoint is no critic's; an object in the place of a tensor would be unpickled, and could run anything."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     for item in nested_values(state):
         if isinstance(item, ShardedTensor) and item.key in source.objects:
             raise UserError(f"{source.path}: {item.key} is no tensor there: the checkpoint cannot be used")
+        if isinstance(item, ShardedTensor) and item.key not in source.tensors:
+            raise UserError(f"{source.path} has no {item.key}: it is the checkpoint of another kind of model")
 
 
 def finish_loading(actor: Actor) -> None:

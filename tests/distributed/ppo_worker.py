@@ -20,7 +20,7 @@ from moe import MODEL, SIGNATURE, samples
 
 from megatron_bai import config, patches
 
-SAMPLES, LENGTH, WARMUP, STEPS = 8, 24, 2, 10
+SAMPLES, LENGTH, WARMUP, STEPS = 8, 24, 2, 8
 LAYOUTS = {1: config.Parallel(), 2: config.Parallel(pipeline=2, virtual_pipeline=2)}
 
 
