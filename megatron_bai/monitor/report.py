@@ -21,7 +21,7 @@ from megatron_bai.monitor import page
 
 _COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#c94f8f", "#8c6d4f")
 _DASHES = ("solid", "dot")  # of a chart's first and second metric
-_PHASES = ("rollout", "old_logprob", "update", "sync")
+_PHASES = ("rollout", "old_logprob", "values", "update_critic", "update", "sync")
 
 
 def _factors(of: str) -> dict[str, str]:

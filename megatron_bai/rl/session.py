@@ -167,6 +167,8 @@ def validate(settings: config.Config) -> None:
     if not objectives.check(settings.objective).rollouts:
         return
     _check_groups(settings)
+    if isinstance(settings.objective, config.Ppo):
+        _check_critic(settings)
     if trainer.prompts_per_step % trainer.mini_batches:
         raise UserError(
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
@@ -180,16 +182,23 @@ def validate(settings: config.Config) -> None:
 
 
 def _check_groups(settings: config.Config) -> None:
-    """Refuse groups too small for what is asked of them, and a critic that would never be of use."""
+    """Refuse groups too small for what is asked of them."""
     objective, trainer = settings.objective, settings.trainer
     if trainer.group_size == 1 and not isinstance(objective, config.Ppo):
         raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
     if trainer.group_size == 1 and objective.drop_uniform_groups:
         raise UserError("objective.drop_uniform_groups with trainer.group_size=1 drops every sample")
-    if isinstance(objective, config.Ppo) and objective.critic_warmup > trainer.steps:
+
+
+def _check_critic(settings: config.Config) -> None:
+    """Refuse a critic that contradicts the trainer's settings."""
+    objective, trainer = settings.objective, settings.trainer
+    if objective.critic_warmup > trainer.steps:
         raise UserError(
             f"objective.critic_warmup ({objective.critic_warmup}) is more than trainer.steps ({trainer.steps})"
         )
+    if objective.critic_save and objective.critic_save == trainer.save:
+        raise UserError(f"objective.critic_save and trainer.save are both {trainer.save}: they are two models")
 
 
 def _check_store(settings: config.Config) -> None:

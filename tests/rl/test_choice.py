@@ -43,6 +43,8 @@ def chosen(*overrides: str) -> config.Objective:
         (["objective=dapo", "objective.token_mean=prompt"], config.Dapo(token_mean="prompt")),
         (["objective=cispo"], config.Cispo()),
         (["objective=gspo", "experiment=demo"], config.Gspo()),
+        (["objective=ppo", "objective.lam=1", "objective.value_clip=inf"], config.Ppo(lam=1.0, value_clip=float("inf"))),
+        (["objective=ppo", "objective.critic_learning_rate=1e-6"], config.Ppo(critic_learning_rate=1e-6)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -55,7 +57,7 @@ def test_overrides_choose_and_set(overrides: list[str], wanted: config.Objective
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["objective=ppo"], ["objective/ppo"]),
+        (["objective=reinforce"], ["objective/reinforce"]),
         (["objective=gspo", "objective.is_max=5"], ["objective.is_max", "Key 'is_max' not in 'Gspo'"]),
         (["objective=sft", "objective.clip_low=0.1"], ["objective.clip_low", "not in 'Sft'"]),
         (["objective.name=grpo"], ["objective.name is 'grpo'", "those of 'minirl'", "objective=grpo"]),
@@ -66,6 +68,27 @@ def test_overrides_choose_and_set(overrides: list[str], wanted: config.Objective
         (["objective.kl_estimator=k2"], ["objective.kl_estimator is k2", "objective.kl_penalty=0"]),
         (["objective.kl_penalty=0.1", "objective.kl_estimator=k4"], ["objective.kl_estimator is 'k4'", "k1, k2, k3"]),
         (["objective.advantage=gae"], ["objective.advantage is 'gae'", "centred, normalised, leave_one_out"]),
+        (["objective.gamma=1"], ["objective.gamma", "Key 'gamma' not in 'Minirl'"]),
+        (["objective=ppo", "objective.advantage=centred"], ["objective.advantage is 'centred'", "choose one of gae"]),
+        (["objective=ppo", "objective.token_mean=prompt"], ["objective.token_mean", "not in 'Ppo'"]),
+        (["objective=ppo", "objective.gamma=1.01"], ["objective.gamma is 1.01", "from 0 to 1"]),
+        (["objective=ppo", "objective.lam=-0.1"], ["objective.lam is -0.1", "from 0 to 1"]),
+        (["objective=ppo", "objective.value_clip=0"], ["objective.value_clip is 0", "above 0"]),
+        (["objective=ppo", "objective.critic_learning_rate=0"], ["objective.critic_learning_rate is 0", "above 0"]),
+        (["objective=ppo", "objective.critic_warmup=-1"], ["objective.critic_warmup is -1", "at least 0"]),
+        (["objective=ppo", "objective.critic_warmup=11"], ["objective.critic_warmup (11)", "trainer.steps (10)"]),
+        (
+            ["objective=ppo", "objective.critic_save=c", "objective.critic_checkpoint=c"],
+            ["objective.critic_save and objective.critic_checkpoint are both c"],
+        ),
+        (
+            ["objective=ppo", "trainer.save=${run.dir}/c", "objective.critic_save=${run.dir}/c"],
+            ["objective.critic_save and trainer.save are both runs/default/c"],
+        ),
+        (
+            ["objective=ppo", "objective.drop_uniform_groups=true", "trainer.group_size=1"],
+            ["objective.drop_uniform_groups", "trainer.group_size=1 drops every sample"],
+        ),
         (["objective=dapo", "objective.token_mean=group"], ["objective.token_mean is 'group'", "batch, prompt"]),
         (["objective=tis", "objective.correction=truncate"], ["objective.correction is 'truncate'", "token_mask"]),
         (["objective=tis", "objective.correction_max=0"], ["objective.correction_max is 0", "above 0"]),
@@ -97,7 +120,8 @@ def test_what_contradicts_itself_or_is_never_read_is_refused_by_name(
 
 def test_help_has_the_settings_of_every_objective() -> None:
     text = cli._help("train", cli.VERBS["train"])
-    for kind in (config.Minirl, config.Sequence, config.Grpo, config.Dapo, config.Cispo, config.Gspo, config.Sft):
+    kinds = (config.Minirl, config.Sequence, config.Grpo, config.Dapo, config.Cispo, config.Gspo, config.Ppo, config.Sft)
+    for kind in kinds:
         assert f'objective.name="{kind.name}"' in text
     assert "objective.is_max=inf" in text and text.count("objective.kl_penalty=") == 1
 

@@ -47,7 +47,7 @@ def test_the_defaults_are_valid() -> None:
         ({"trainer__mini_batches": 0}, ["trainer.mini_batches is 0"]),
         ({"trainer__micro_batch_size": 0}, ["trainer.micro_batch_size is 0"]),
         ({"trainer__mini_batches": 3}, ["trainer.prompts_per_step (16)", "trainer.mini_batches (3)"]),
-        ({"objective__name": "ppo"}, ["objective.name is 'ppo'", "cispo, dapo, grpo, gspo, minirl, sequence, sft"]),
+        ({"objective__name": "a2c"}, ["objective.name is 'a2c'", "cispo, dapo, grpo, gspo, minirl, ppo, sequence, sft"]),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
     ],
 )
@@ -60,6 +60,12 @@ def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any]
 def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
     settings = changed(trainer__group_size=1, trainer__mini_batches=3)
     settings.objective = config.Sft()
+    session.validate(settings)
+
+
+def test_a_critic_needs_no_groups() -> None:
+    settings = changed(trainer__group_size=1)
+    settings.objective = config.Ppo()
     session.validate(settings)
 
 
