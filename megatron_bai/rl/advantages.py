@@ -84,15 +84,15 @@ def at_the_end(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return rewards[:, None] * last
 
 
-def whitened(values: torch.Tensor, mask: torch.Tensor, total: Total, epsilon: float = 1e-8) -> torch.Tensor:
-    """(x − mean) / (deviation + epsilon) over the elements in `mask` of all ranks; 0 outside it.
+def whitened(values: torch.Tensor, mask: torch.Tensor, total: Total) -> torch.Tensor:
+    """(x − mean) / (deviation + 1e-8) over the elements in `mask` of all ranks; 0 outside it.
 
     Args:
         values, mask: `[B, T]`, this rank's.
         total: as `moments` has it.
     """
     mean, variance = moments(values[mask], total)
-    return ((values - mean) / (variance.sqrt() + epsilon)).to(values.dtype).masked_fill(~mask, 0.0)
+    return ((values - mean) / (variance.sqrt() + 1e-8)).to(values.dtype).masked_fill(~mask, 0.0)
 
 
 def moments(values: torch.Tensor, total: Total) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +103,7 @@ def moments(values: torch.Tensor, total: Total) -> tuple[torch.Tensor, torch.Ten
         total: sums a float64 tensor over the ranks. Called twice.
     """
     values = values.double()
-    count, summed = total(torch.stack([torch.ones_like(values).sum(), values.sum()]))
+    count, summed = total(values.new_tensor([values.numel(), values.sum()]))
     mean = summed / count.clamp(min=1)
     return mean, total((values - mean).square().sum()) / count.clamp(min=1)
 
