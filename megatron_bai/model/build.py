@@ -201,7 +201,7 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
 
 
 def build_critic(settings: config.Config, device: Device) -> Actor:
-    """The same with a `ValueHead` for an output layer, and without handles for routing replay: its routers are its own."""
+    """The same with a `ValueHead` for an output layer, and without handles for routing replay."""
     cfg = transformer_config(settings.model, settings.parallel, device, replayable=False)
     return _build(settings, cfg, device, head=ValueHead)
 

@@ -152,7 +152,7 @@ def _check(directory: Path, state: dict[str, Any], group: Ranks) -> None:
 
 
 def _require_tensors(source: TorchDist, state: dict[str, Any]) -> None:
-    """An actor's checkpoint is no critic's; an object in the place of a tensor would be unpickled, and could run anything."""
+    """All that the model has, as tensors: an object in their place would be unpickled, and could run anything."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 

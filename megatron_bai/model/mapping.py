@@ -87,9 +87,8 @@ KINDS = (
     ),
     Kind(_M + "mlp.experts.experts.linear_fc2.weight", (_EXPERT + "down_proj.weight",)),
 )
-# A critic has this in place of `output_layer.weight`, under a name of its own: Megatron loads an output layer of another
-# number of rows without a word, so a critic's checkpoint could be taken for an actor's. Hugging Face's name is that of
-# its classifiers.
+# A critic has this in place of `output_layer.weight`. The name is its own since Megatron loads an output layer with
+# another number of rows without a word: a critic could be taken for an actor. Hugging Face's is that of classifiers.
 VALUE_HEAD = Kind("value_head.weight", ("score.weight",))
 BY_KEY = {kind.megatron: kind for kind in (*KINDS, VALUE_HEAD)}
 

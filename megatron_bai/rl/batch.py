@@ -120,7 +120,7 @@ def from_samples(
     prompts = torch.tensor([sample.prompt for sample in samples])
     prompt_tokens = _tokens_of_prompts(torch.from_numpy(mask), prompts)
     rewards = torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32))
-    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing), rewards)
+    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing), rewards=rewards)
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`objective=ppo` through the trainer's own loop, on rollouts that are given: in one process and in a virtual pipeline."""
+"""`objective=ppo` through the trainer's loop, on rollouts that are given: in one process and in a virtual pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def test_every_step_is_the_same_in_both_layouts(found: dict[int, dict[str, Any]]
     for one, two in zip(found[1]["steps"], found[2]["steps"]):
         names = {name for name in one if not name.startswith(("seconds", "tokens_per"))}
         assert {"value_clip_fraction", "discrepancy", "staleness"} <= names or one["step"] <= WARMUP
-        assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3, abs=1e-5)
+        ours, theirs = ({name: step[name] for name in names} for step in (one, two))
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-5)
         assert {"seconds_values", "seconds_update_critic"} <= one.keys()
         assert one["critic_learning_rate"] == 1e-2 and one.get("learning_rate", 1e-4) == 1e-4
 

@@ -43,7 +43,7 @@ def chosen(*overrides: str) -> config.Objective:
         (["objective=dapo", "objective.token_mean=prompt"], config.Dapo(token_mean="prompt")),
         (["objective=cispo"], config.Cispo()),
         (["objective=gspo", "experiment=demo"], config.Gspo()),
-        (["objective=ppo", "objective.lam=1", "objective.value_clip=inf"], config.Ppo(lam=1.0, value_clip=float("inf"))),
+        (["objective=ppo", "objective.value_clip=inf"], config.Ppo(value_clip=float("inf"))),
         (["objective=ppo", "objective.critic_learning_rate=1e-6"], config.Ppo(critic_learning_rate=1e-6)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -120,8 +120,7 @@ def test_what_contradicts_itself_or_is_never_read_is_refused_by_name(
 
 def test_help_has_the_settings_of_every_objective() -> None:
     text = cli._help("train", cli.VERBS["train"])
-    kinds = (config.Minirl, config.Sequence, config.Grpo, config.Dapo, config.Cispo, config.Gspo, config.Ppo, config.Sft)
-    for kind in kinds:
+    for kind in (module.OBJECTIVE.settings for module in objectives._BUILT_IN):
         assert f'objective.name="{kind.name}"' in text
     assert "objective.is_max=inf" in text and text.count("objective.kl_penalty=") == 1
 
