@@ -92,7 +92,7 @@ def run(
 
     Args:
         seen: called with the version of the weights whenever samples are asked for.
-        limit: of a file's bytes, once the second step is sampled; 0: none.
+        limit: of a file's bytes, from the second checkpoint on; 0: none.
     """
     processes, context = LAYOUTS[layout][0], multiprocessing.get_context("fork")
     port, words = free_port(), Path(what.run.dir).with_suffix(".words")
@@ -120,19 +120,22 @@ def _rank(
     @contextmanager
     def serve(session: Any, version: int = 0) -> Iterator[Rollouts]:
         rollouts = Rollouts(session, version)
-        rollouts.seen = lambda version: (seen(version), _limit(limit) if version and limit else None)
+        rollouts.seen = seen
         yield rollouts
 
-    trainer.serve, trainer.write_report = serve, lambda *_: None
+    class Limited(trainer.Checkpoints):
+        def save(self, step: int, version: int) -> None:
+            self.wait()
+            if step == 2 and limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            super().save(step, version)
+
+    trainer.serve, trainer.Checkpoints, trainer.write_report = serve, Limited, lambda *_: None
     with open(words / str(rank), "w", buffering=1) as out, redirect_stdout(out):
         try:
             trainer.train(what)
         except UserError as error:
             print(f"error: {error}")
-
-
-def _limit(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def at_version(version: int, act: Callable[[], None]) -> Callable[[int], None]:
