@@ -173,13 +173,20 @@ def left(directory: Path) -> dict[str, Any]:
     found = sorted((directory / "checkpoints").iterdir()) if (directory / "checkpoints").is_dir() else []
     lines = (directory / "metrics.jsonl").read_text().splitlines() if (directory / "metrics.jsonl").exists() else []
     named = [path for path in found if not path.name.startswith(".")]
-    whole = [path.name for path in named if manifest.read(path) is not None and manifest.verify(path)]
+    whole = [path.name for path in named if _whole(path)]
     return {
         "checkpoints": [path.name for path in found],
         "whole": whole,
         "metrics": [json.loads(line) for line in lines],
         "summary": json.loads((directory / "summary.json").read_text()),
     }
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return manifest.read(path) is not None and manifest.verify(path) > 0
+    except UserError:
+        return False
 
 
 def copy(source: Path, target: Path, *without: str) -> Path:
@@ -195,7 +202,8 @@ def broken(found: dict[str, Any], directory: Path) -> None:
         for how in ("unbroken", "killed", "background"):
             path = directory / f"{name}-{how}"
             background = how == "background"
-            what = settings(path, layout, save_async=background, save_every=1 if background else 2)
+            minis = 1 if name == "layout" else 2  # which samples are in one depends on the replicas
+            what = settings(path, layout, save_async=background, save_every=1 if background else 2, mini_batches=minis)
             what.backend.dtype = dtype
             killed = [] if how == "unbroken" else [run(what, layout, at_version(STEPS - 1, die))]
             found[path.name] = {"runs": [*killed, run(what, layout)], **left(path)}
@@ -205,7 +213,7 @@ def elsewhere(found: dict[str, Any], directory: Path) -> None:
     """The unbroken run's last step in other layouts."""
     for layout in LAYOUTS:
         path = copy(directory / "layout-unbroken", directory / f"on-{layout}", "step-00003")
-        what = settings(path, layout)
+        what = settings(path, layout, mini_batches=1)
         found[path.name] = {"runs": [run(what, layout)], **left(path)}
 
 

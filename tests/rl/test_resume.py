@@ -1,6 +1,7 @@
 """A run that is killed and started again is the run that was not killed, and nothing else is ever gone on from.
 
-Runs in another layout take the same step to the tolerances of `distributed/test_layouts.py`.
+Runs in another layout take the same step to the tolerances of `distributed/test_layouts.py`; seen on the CPU, of loss
+and gradient norm 3e-7 relative, of moments 6e-7 of their tensor's largest, of weights 6e-8 at a rate of 1e-3.
 """
 
 import json
@@ -96,13 +97,13 @@ def test_a_run_goes_on_in_another_layout(layout: str, found: dict[str, Any], dir
     assert ("another layout: the random-number generators start anew" in said) == (layout != "tp2_ep2")
     ours, theirs = untimed(other["metrics"])[-1], untimed(unbroken["metrics"])[-1]
     for name in ("loss", "grad_norm", "kl_reference", "entropy", "kl_k3", "reward_mean"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours[name] == pytest.approx(theirs[name], rel=3e-6), name
     last = f"checkpoints/step-{STEPS:05}"
     mine, wanted = tensors(directory / f"on-{layout}" / last), tensors(directory / "layout-unbroken" / last)
     for key in (key for key in wanted if not key.startswith("rng_state.")):
         gap = (mine[key] - wanted[key]).abs()
         if ".exp_avg" in key:
-            assert gap.max() <= 2e-4 * wanted[key].abs().max(), key
+            assert gap.max() <= 2e-5 * wanted[key].abs().max(), key
         else:
             assert gap.max() <= 2 * RATE and (gap > 1e-2 * RATE).float().mean() < 0.01, key
     before = tensors(directory / "layout-unbroken" / f"checkpoints/step-{STEPS - 1:05}")
