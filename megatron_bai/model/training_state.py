@@ -4,8 +4,8 @@ It is saved as one Megatron sharded state dict. The optimizer's part has Megatro
 which each moment has its parameter's shape, so that any layout reads what any other wrote. (`dp_reshardable` fits other
 data-parallel sizes only, and 0.16.1 can no longer save `fully_sharded_model_space`, its default.)
 
-The actor's tensors have the names they have in a checkpoint of weights, so such a directory serves as one, too. Those of
-any other model follow its name.
+The actor's tensors have the names they have in a checkpoint of weights, so such a directory serves as one, too. Those
+of any other model follow its name.
 """
 
 from pathlib import Path
@@ -84,8 +84,8 @@ def _make_moments(model: Actor) -> None:
 
 
 def _load_optimizer(model: Actor, loaded: dict[Any, Any]) -> None:
-    """What Megatron-Core does, around two faults it has with torch's Adam: it looks for the step count among the moments,
-    and gives all parameters one tensor of it, which each of them would advance."""
+    """What Megatron-Core does, around two faults it has with torch's Adam: it looks for the step count among the
+    moments, and gives all parameters one tensor of it, which each of them would advance."""
     chained = model.optimizer.chained_optimizers
     for number, optimizer in enumerate(chained):
         state = dict(loaded if len(chained) == 1 else loaded[number])

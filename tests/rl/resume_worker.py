@@ -38,9 +38,9 @@ LAYOUTS = {
     "pp2_vpp2": (2, config.Parallel(pipeline=2, virtual_pipeline=2)),
 }
 STEPS = 3
-# Where in a step that saves it is killed, and whether it saves in the background: its routes are written and its metrics
-# not yet; the directory is made; its index is there; the manifest is, but beside its place; in its place; while the
-# former checkpoint is deleted.
+# Where in a step that saves it is killed, and whether it saves in the background: its routes are written and its
+# metrics not yet on the disk; the directory is made; its index is there; the manifest is, but beside its place; in its
+# place; while the former checkpoint is deleted.
 POINTS = {1: False, 8: False, 13: True, 28: False, 29: False, 34: False}
 
 
@@ -98,7 +98,8 @@ def run(
     port, words = free_port(), Path(what.run.dir).with_suffix(".words")
     words.mkdir(parents=True, exist_ok=True)
     children = [
-        context.Process(target=_rank, args=(rank, processes, port, words, what, seen, limit)) for rank in range(processes)
+        context.Process(target=_rank, args=(rank, processes, port, words, what, seen, limit))
+        for rank in range(processes)
     ]
     for child in children:
         child.start()
@@ -114,8 +115,8 @@ def _rank(
     from megatron_bai.rl import trainer
 
     if processes > 1:
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in world.items()}
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
     @contextmanager
     def serve(session: Any, version: int = 0) -> Iterator[Rollouts]:
