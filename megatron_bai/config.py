@@ -278,6 +278,9 @@ class Trainer:
     clip_grad: float = 1.0
     eval_every: int = 0  # steps between evaluations on held-out prompts, one sample each; 0 never evaluates
     save: str = ""  # where the final checkpoint goes; empty keeps none
+    save_every: int = 0  # steps between checkpoints that the same command goes on from, in run.dir; 0 writes none
+    save_async: bool = False  # write them in the background, while the next step runs
+    keep: int = 2  # of them, the last ones
 
 
 @dataclass

@@ -4,12 +4,7 @@ A directory holds Megatron's own files, `config.json` (the architecture, as Hugg
 and the manifest that marks it complete.
 """
 
-import ctypes
-import os
-import queue
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +13,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import Ranks, joined
 from megatron_bai.merge.torch_dist import TorchDist
-from megatron_bai.model import hf, manifest, placing, unpickle
+from megatron_bai.model import hf, manifest, unpickle
 from megatron_bai.model.build import Actor
-
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from megatron_bai.model.saving import Saving, first_cause
 
 
-def _sharded(actor: Actor) -> dict[str, Any]:
+def sharded(actor: Actor) -> dict[str, Any]:
+    """Megatron's sharded state dict of the weights."""
     return {f"model{i}": module.sharded_state_dict() for i, module in enumerate(actor.modules)}
 
 
@@ -39,64 +33,12 @@ def save(actor: Actor, target: str | Path, tokenizer: str | Path, info: dict[str
     Raises:
         UserError: the directory cannot be written, or another process writes it; the target is as it was.
     """
-    target, group = Path(target), joined()
-    with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(placing.lock(target)))
-        stage = group.first(lambda: manifest.staging(target))
-        _write(actor, stage)
-        names = group.first(lambda: sorted(path.name for path in stage.iterdir()))
-        shares = group.together(lambda: manifest.checksums(stage, names[group.rank :: group.size]))
-        sums = {name: crc for share in shares for name, crc in share.items()}
-
-        def finish() -> None:
-            hf.write_config(actor.settings, actor.transformer_config.params_dtype, tokenizer, stage)
-            manifest.seal(stage, target, info, sums)
-
-        group.first(finish, stage)
+    Saving(sharded(actor), Path(target), describes(actor, tokenizer), info).finish()
 
 
-def _write(actor: Actor, stage: Path) -> None:
-    """Megatron-Core's save, whose helpers end when this process does, however it ends."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # By default results pass through a server process, which a save in the foreground does not need, and which a
-    # kill -9 of this process would leave behind for good.
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        with _children_end_with_us():
-            dist_checkpointing.save(_sharded(actor), str(stage))
-    except CheckpointException as error:
-        raise UserError(f"{stage} cannot be written: {_first(error)}") from None
-    except RuntimeError as error:
-        if not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
-            raise
-        raise UserError(f"{stage} cannot be written: the disk is full or failed") from None
-
-
-def _first(error: CheckpointException) -> object:
-    """Why a rank could not read or write; only the coordinator is told."""
-    return next((cause for cause, _ in error.failures.values()), "another rank failed")
-
-
-@contextmanager
-def _children_end_with_us() -> Iterator[None]:
-    """Have the kernel kill the processes forked meanwhile when this one dies: Megatron-Core forks its writers."""
-    parent = os.getpid()
-    prctl = ctypes.CDLL(None).prctl
-    forking = True
-
-    def follow() -> None:
-        if forking:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # which died before the line above
-                os._exit(1)
-
-    os.register_at_fork(after_in_child=follow)  # there is no way to unregister
-    try:
-        yield
-    finally:
-        forking = False
+def describes(actor: Actor, tokenizer: str | Path) -> Callable[[Path], None]:
+    """What adds the architecture and the tokenizer's files to a directory."""
+    return lambda stage: hf.write_config(actor.settings, actor.transformer_config.params_dtype, tokenizer, stage)
 
 
 def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
@@ -107,6 +49,22 @@ def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
 
     Raises:
         UserError: no complete checkpoint there, or one that is not what was written, or one of another architecture.
+    """
+    info, loaded = read(actor, sharded(actor), directory)
+    for i, module in enumerate(actor.modules):
+        module.load_state_dict(loaded[f"model{i}"])
+    finish_loading(actor)
+    return info
+
+
+def read(actor: Actor, state: dict[str, Any], directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a sharded state dict asks for, from a complete checkpoint of the actor's architecture. Collective.
+
+    Returns:
+        The `info` it was saved with, and the state, which also may lie in the tensors that `state` had.
+
+    Raises:
+        UserError: as `load`.
     """
     directory, group = Path(directory), joined()
     info = manifest.require(directory)
@@ -119,21 +77,16 @@ def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
                 f"{directory} has {name} {getattr(found, name)}, the configured model.{name} is "
                 f"{getattr(actor.settings, name)}"
             )
-    state = _sharded(actor)
     group.together(lambda: _check(directory, state, group))
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     try:
-        loaded = dist_checkpointing.load(state, str(directory))
+        return info, dist_checkpointing.load(state, str(directory))
     except CheckpointingException as error:
         raise UserError(f"Megatron cannot load {directory}: {error}") from None
     except CheckpointException as error:
-        raise UserError(f"Megatron cannot load {directory}: {_first(error)}") from None
-    for i, module in enumerate(actor.modules):
-        module.load_state_dict(loaded[f"model{i}"])
-    finish_loading(actor)
-    return info
+        raise UserError(f"Megatron cannot load {directory}: {first_cause(error)}") from None
 
 
 def _check(directory: Path, state: dict[str, Any], group: Ranks) -> None:
@@ -155,10 +108,13 @@ def _require_tensors(source: TorchDist, state: dict[str, Any]) -> None:
     """All that the model has, as tensors: an object in their place would be unpickled, and could run anything."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     for item in nested_values(state):
-        if isinstance(item, ShardedTensor) and item.key in source.objects:
-            raise UserError(f"{source.path}: {item.key} is no tensor there: the checkpoint cannot be used")
+        if isinstance(item, (ShardedTensor, ShardedTensorFactory)):  # whose tensors have its key, or that and an ending
+            for key in source.objects:
+                if key.startswith(item.key):
+                    raise UserError(f"{source.path}: {key} is no tensor there: the checkpoint cannot be used")
         if isinstance(item, ShardedTensor) and item.key not in source.tensors:
             raise UserError(f"{source.path} has no {item.key}: it is the checkpoint of another kind of model")
 

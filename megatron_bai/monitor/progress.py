@@ -13,24 +13,41 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
 from megatron_bai import config
+from megatron_bai.errors import UserError
 
 
 class Progress:
-    """Writes steps as they end. On a rank that is not `active` it does nothing."""
+    """Writes steps as they end. On a rank that is not `active` it does nothing.
 
-    def __init__(self, directory: str | Path, settings: config.Config, steps: int, active: bool):
+    Attributes:
+        records: of the steps before, where the run goes on.
+    """
+
+    def __init__(self, directory: str | Path, settings: config.Config, steps: int, active: bool, after: int = 0):
+        """Begin the record, or go on with it.
+
+        Args:
+            after: steps that are done: their records stay, later ones go.
+
+        Raises:
+            UserError: the record of those steps cannot be read.
+        """
         self.directory, self.active, self.total = Path(directory), active, steps
+        self.records: list[dict[str, Any]] = []
         if not active:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(settings), self.directory / "config.yaml", resolve=True)
-        self._file = open(self.directory / "metrics.jsonl", "w", encoding="utf-8")
+        path = self.directory / "metrics.jsonl"
+        self.records = _records(path, after)
+        replace(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._file = open(path, "a", encoding="utf-8")
         self._console = Console(file=sys.stdout, highlight=False)
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=self._console, disable=not self._console.is_terminal, transient=True,
         )
-        self._task = self._bar.add_task("steps", total=steps)
+        self._task = self._bar.add_task("steps", total=steps, completed=after)
 
     def __enter__(self) -> "Progress":
         if self.active:
@@ -51,6 +68,7 @@ class Progress:
         clean = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint of this step may follow: it must not be there without its record
         words = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
         self._console.print(f"step {values['step']:>4}/{self.total}  " + "  ".join(words), soft_wrap=True)
         self._bar.advance(self._task)
@@ -58,6 +76,26 @@ class Progress:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file in one go: a reader sees the old one or the new one."""
+    replace(path, json.dumps(content, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one go: a reader sees the old one or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _records(path: Path, after: int) -> list[dict[str, Any]]:
+    """Those of the first `after` steps."""
+    if not after:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:after]
+        found = [json.loads(line) for line in lines]
+        steps = [record["step"] for record in found]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}, to go on with after step {after}, cannot be read ({error!r}): restore it") from None
+    if steps != list(range(1, after + 1)):
+        raise UserError(f"{path} does not hold the steps 1 to {after}, which the run goes on after: restore it")
+    return found

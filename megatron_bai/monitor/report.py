@@ -262,6 +262,8 @@ def _headline(run: RunData) -> str:
     if "weight_version" in run.records[-1]:
         items.append(("Weight version", str(run.records[-1]["weight_version"])))
     big = len(items)
+    if resumed := run.summary.get("resumed"):
+        items.append(("Resumed after step", ", ".join(map(str, resumed))))
     if run.summary.get("complete") is False:
         items.append(("State", "not finished"))
     layout = run.summary.get("layout") or run.config.get("parallel")

@@ -1,11 +1,13 @@
 """`summary.json`: what a run was and what came of it, for programs to read."""
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from megatron_bai import __version__, config
+from megatron_bai.errors import UserError
 from megatron_bai.monitor.progress import write_json
 
 _PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine")
@@ -22,10 +24,30 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def read_summary(directory: str | Path) -> dict[str, Any]:
+    """What a run's directory says of it; empty where it says nothing.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(directory) / "summary.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore or remove it") from None
+
+
 class Summary:
     """Collects the steps of one run."""
 
-    def __init__(self, settings: config.Config, world: int):
+    def __init__(self, settings: config.Config, world: int, records: list[dict[str, Any]], resumed: list[int]):
+        """
+        Args:
+            records: of the steps that are done.
+            resumed: after which steps the run went on from a checkpoint.
+        """
         parallel = settings.parallel
         self._content: dict[str, Any] = {
             "run": settings.run.name,
@@ -43,7 +65,8 @@ class Summary:
             "replay": settings.replay.mode,
             "mini_batches": settings.trainer.mini_batches,
             "init": settings.init.checkpoint,
-            "steps": [],
+            "resumed": resumed,
+            "steps": list(records),
         }
         provenance = Path(settings.init.checkpoint) / "provenance.json"
         if settings.init.checkpoint and provenance.is_file():

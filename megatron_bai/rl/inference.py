@@ -26,18 +26,18 @@ class Inference:
     """One server for the whole run: rank 0 supervises it, each replica's leader is a client.
 
     Attributes:
-        version: of the weights in use, counted in syncs from 0.
+        version: of the weights in use, counted in syncs from 0; when made, of those before the first sync.
         sync_gap: |mean log-probability of the probe under the server − under the trainer|, nats, after the last sync.
     """
 
-    def __init__(self, session: Session, url: str, shapes: Shapes):
+    def __init__(self, session: Session, url: str, shapes: Shapes, version: int):
         settings = session.settings
         self._session, self._url, self._shapes = session, url, shapes
         self._client = RolloutClient(
             url, settings.rollout, session.signature, settings.model.vocab_size, settings.model.max_position_embeddings
         )
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, _PROBES)]
-        self.version = -1
+        self.version = version
         self.sync_gap = float("nan")
 
     def sample(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Sample]:
@@ -112,14 +112,17 @@ def _export(session: Session, version: int) -> Path:
 
 
 @contextmanager
-def serve(session: Session) -> Iterator[Inference]:
-    """Start the server on the actor's weights, version 0; stop it however the block ends. Collective.
+def serve(session: Session, version: int = 0) -> Iterator[Inference]:
+    """Start the server on the actor's weights; stop it however the block ends. Collective.
+
+    Args:
+        version: of these weights.
 
     Raises:
         UserError: the server did not start.
     """
     settings = session.settings
-    directory = _export(session, 0)
+    directory = _export(session, version)
     with ExitStack() as stack:
         found = ["", {}]
         if session.lead:
@@ -129,6 +132,6 @@ def serve(session: Session) -> Iterator[Inference]:
         dist.broadcast_object_list(found, src=0)
         if session.lead:  # what was sent is the server's now; a run's result is `trainer.save`
             stack.callback(rmtree, directory.parent, ignore_errors=True)
-        inference = Inference(session, found[0], found[1])
+        inference = Inference(session, found[0], found[1], version - 1)
         inference.sync()
         yield inference

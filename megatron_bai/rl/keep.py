@@ -8,35 +8,34 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import joined
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import Recording, encode, token_hash
 from megatron_bai.routing.queues import MicroRoutes
 from megatron_bai.routing.routes import VersionSpan
-from megatron_bai.routing.store import RouteStore, StoreWriter, is_store
+from megatron_bai.routing.store import RouteStore, StoreWriter, cut, is_store
 
 
 class RouteKeeper:
     """The leader of each replica writes the routes of its samples to a file of its own, once a step."""
 
-    def __init__(self, session: Session):
-        """Open the store.
+    def __init__(self, session: Session, step: int = 0, same_run: bool = False):
+        """Open the store. Collective.
+
+        Args:
+            step: the first that will be kept.
+            same_run: the store is of the run that goes on with this step; what it holds of it and later ones is cut.
 
         Raises:
             UserError: it holds routes of another run, or cannot be written.
         """
         self.session, self.settings = session, session.settings.replay
         self._writer: StoreWriter | None = None
+        joined().first(lambda: _prepare(self.settings.store, step if same_run else None))
         if not session.leader:
             return
-        if is_store(self.settings.store):
-            with RouteStore(self.settings.store) as store:
-                if store.entries:
-                    raise UserError(
-                        f"replay.store={self.settings.store} holds routes of another run, up to its step "
-                        f"{store.entries[-1].step}: name another directory"
-                    )
         self._writer = StoreWriter(self.settings.store, f"replica-{session.data_rank:05}")
 
     def keep(
@@ -103,9 +102,23 @@ class RouteKeeper:
             self._writer.close()
 
 
+def _prepare(directory: str, step: int | None) -> None:
+    """Cut a store of the same run to the steps before `step`; refuse one of another run."""
+    if not is_store(directory):
+        return
+    if step is not None:
+        cut(directory, step)
+    with RouteStore(directory) as store:
+        if store.entries and step is None:
+            raise UserError(
+                f"replay.store={directory} holds routes of another run, up to its step {store.entries[-1].step}: name "
+                "another directory"
+            )
+
+
 @contextmanager
-def keep_routes(session: Session) -> Iterator[RouteKeeper | None]:
-    """A keeper where `replay.store` asks for one.
+def keep_routes(session: Session, step: int = 0, same_run: bool = False) -> Iterator[RouteKeeper | None]:
+    """A keeper where `replay.store` asks for one. Collective.
 
     Raises:
         UserError: as `RouteKeeper`.
@@ -113,7 +126,7 @@ def keep_routes(session: Session) -> Iterator[RouteKeeper | None]:
     if not session.settings.replay.store:
         yield None
         return
-    keeper = RouteKeeper(session)
+    keeper = RouteKeeper(session, step, same_run)
     try:
         yield keeper
     finally:

@@ -164,7 +164,13 @@ def validate(settings: config.Config) -> None:
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
+    if trainer.save_every < 0 or trainer.keep < 1:
+        raise UserError(
+            f"trainer.save_every is {trainer.save_every} and trainer.keep {trainer.keep}: at least 0 and 1 are needed"
+        )
     if not objectives.check(settings.objective).rollouts:
+        if trainer.save_every:
+            raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
         return
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
@@ -220,7 +226,8 @@ def _check_store(settings: config.Config) -> None:
 def fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of the one it starts from: equal means the same work."""
     described = {name: asdict(getattr(settings, name)) for name in ("model", "data", "objective", "supervised", "trainer")}
-    del described["trainer"]["save"]
+    for name in ("save", "save_every", "save_async", "keep"):
+        del described["trainer"][name]
     described["seed"] = settings.run.seed
     described["init"] = manifest.require(settings.init.checkpoint) if settings.init.checkpoint else None
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint
+from megatron_bai.model.build import Actor
 from megatron_bai.monitor.clock import Clock
 from megatron_bai.monitor.discrepancy import add_kl
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.monitor.report import write_report
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.monitor.summary import Summary
+from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.collect import Collector
@@ -23,6 +24,7 @@ from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.keep import RouteKeeper, keep_routes
 from megatron_bai.rl.reference import Reference
+from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.routing.queues import MicroRoutes, differing
@@ -36,26 +38,58 @@ def train(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    with open_session(settings) as session, keep_routes(_checked(session)) as keeper, serve(session) as inference:
-        loop = Loop(session, inference, keeper)
-        summary = Summary(settings, dist.get_world_size())
-        steps = settings.trainer.steps
-        with Progress(settings.run.dir, settings, steps, active=session.lead) as progress:
-            for step in range(steps):
+    with open_session(settings) as session, claim(_checked(session)) as start:
+        if not start.finished:
+            _run(session, start)
+        elif session.lead:
+            print(f"{settings.run.dir} is complete: nothing to do")
+
+
+def _run(session: Session, start: Start) -> None:
+    settings, directory = session.settings, Path(session.settings.run.dir)
+    # of the weights the run began with, which the checkpoint's replace next
+    reference = Reference(session.actor) if settings.objective.kl_penalty else None
+    models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
+    start.load(models)
+    with Progress(directory, settings, settings.trainer.steps, session.lead, start.step) as progress:
+        resumed = [*read_summary(directory).get("resumed", []), start.step] if start.checkpoint else []
+        summary = Summary(settings, dist.get_world_size(), progress.records, resumed)
+        version = start.version
+        if start.step < settings.trainer.steps:
+            version = _steps(session, start, models, reference, progress, summary)
+    info = {"steps": settings.trainer.steps, "version": version}
+    for name, path in saved(settings).items():
+        checkpoint.save(models[name], path, session.tokenizer_dir, info)
+    if session.lead:
+        summary.write(directory, complete=True)
+        write_report([directory], directory / "report.html")
+        print(f"wrote {directory / 'report.html'}")
+
+
+def _steps(
+    session: Session,
+    start: Start,
+    models: dict[str, Actor],
+    reference: Reference | None,
+    progress: Progress,
+    summary: Summary,
+) -> int:
+    """What is left to do. Returns the version of the weights."""
+    with (
+        keep_routes(session, start.step, start.same_store) as keeper,
+        serve(session, start.version) as inference,
+    ):
+        loop = Loop(session, inference, keeper, reference)
+        start.restore(loop.parts)
+        with Checkpoints(session, models, loop.parts) as checkpoints:
+            for step in range(start.step, session.settings.trainer.steps):
                 values = loop.step(step)
                 progress.step(values, _SHOWN)
                 if session.lead:
                     summary.step(values)
-                    summary.write(settings.run.dir, complete=step + 1 == steps)
-        info = {"steps": steps, "version": inference.version}
-        if settings.trainer.save:
-            checkpoint.save(session.actor, settings.trainer.save, session.tokenizer_dir, info)
-        if session.critic and settings.objective.critic_save:
-            checkpoint.save(session.critic.model, settings.objective.critic_save, session.tokenizer_dir, info)
-    if session.lead:
-        output = Path(settings.run.dir) / "report.html"
-        write_report([Path(settings.run.dir)], output)
-        print(f"wrote {output}")
+                    summary.write(session.settings.run.dir, complete=False)
+                checkpoints.after(step + 1, inference.version)
+        return inference.version
 
 
 def _checked(session: Session) -> Session:
@@ -82,14 +116,26 @@ def _checked(session: Session) -> Session:
 
 
 class Loop:
-    """One global step after another."""
+    """One global step after another.
 
-    def __init__(self, session: Session, inference: Inference, keeper: RouteKeeper | None = None):
+    Attributes:
+        parts: what goes on where it was when the run is resumed.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        inference: Inference,
+        keeper: RouteKeeper | None = None,
+        reference: Reference | None = None,
+    ):
         self.session, self.inference, self.keeper = session, inference, keeper
         self.collector = Collector(session, inference)
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
-        self.reference = Reference(session.actor) if settings.objective.kl_penalty else None
+        assert bool(settings.objective.kl_penalty) == bool(reference), "the penalty and its reference belong together"
+        self.reference = reference
+        self.parts: dict[str, Part] = {"collector": self.collector}
         trainer = settings.trainer
         self.warmup = settings.objective.critic_warmup if session.critic else 0
         self.mini_size = self.collector.prompts * trainer.group_size // trainer.mini_batches

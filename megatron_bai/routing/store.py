@@ -76,6 +76,17 @@ def is_store(directory: str | Path) -> bool:
     return any(Path(directory).glob(f"*{SUFFIX}"))
 
 
+def cut(directory: str | Path, step: int) -> None:
+    """Take the records of `step` and later ones out of a store that nobody writes to.
+
+    Raises:
+        UserError: somebody does, or a file does not hold its records by step.
+    """
+    for path in sorted(Path(directory).glob(f"*{SUFFIX}")):
+        with StoreWriter(directory, path.name.removesuffix(SUFFIX)) as writer:
+            writer.cut_from(step)
+
+
 class StoreWriter:
     """Appends to one file of a store. Only one writer may have a file open.
 
@@ -129,6 +140,19 @@ class StoreWriter:
         self._end += len(data)
         self.entries.append(entry)
         return entry
+
+    def cut_from(self, step: int) -> None:
+        """Take the records of `step` and later ones out.
+
+        Raises:
+            UserError: earlier ones follow them.
+        """
+        kept = [entry for entry in self.entries if entry.step < step]
+        if kept != self.entries[: len(kept)]:
+            raise UserError(f"{self.path} does not hold its records by step: it cannot be cut to those before {step}")
+        self._end = kept[-1].offset + kept[-1].length if kept else 0
+        self.entries = kept
+        os.ftruncate(self._fd, self._end)
 
     def sync(self) -> None:
         """Return once everything appended is on the disk."""

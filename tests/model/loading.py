@@ -149,7 +149,7 @@ def look(directory: Path) -> None:
             found[name] = f"traceback {error!r}"
     ran = {path.name for path in (directory / "ran").iterdir()}
     try:  # what Megatron-Core's reader does by itself
-        dist_checkpointing.load(checkpoint._sharded(made), str(directory / "hostile object"))
+        dist_checkpointing.load(checkpoint.sharded(made), str(directory / "hostile object"))
     except BaseException:  # CheckpointException is none of Exception's
         pass
     premise = {path.name for path in (directory / "ran").iterdir()} - ran

@@ -14,7 +14,7 @@ from recordings import recording, same
 
 from megatron_bai.errors import UserError
 from megatron_bai.routing.codec import encode
-from megatron_bai.routing.store import Entry, RouteStore, StoreWriter, is_store
+from megatron_bai.routing.store import Entry, RouteStore, StoreWriter, cut, is_store
 
 
 def fill(directory: Path, name: str = "a", step: int = 0, count: int = 5) -> list[Entry]:
@@ -47,6 +47,28 @@ def test_a_store_that_is_opened_again_goes_on_where_it_ended(tmp_path: Path) -> 
     fill(tmp_path, step=0)
     fill(tmp_path, step=1)
     assert held(tmp_path) == [(step, i) for step in (0, 1) for i in range(5)]
+
+
+def test_a_store_is_cut_to_the_steps_before_one(tmp_path: Path) -> None:
+    for step in range(3):
+        fill(tmp_path, step=step, count=2)
+    with open(tmp_path / "a.routes", "ab") as file:
+        file.write(b"MBR")  # and what a kill left
+    cut(tmp_path, 1)
+    assert held(tmp_path, skip_damaged=False) == [(0, 0), (0, 1)]
+    fill(tmp_path, step=1, count=1)
+    assert held(tmp_path, skip_damaged=False) == [(0, 0), (0, 1), (1, 0)]
+    cut(tmp_path, 0)
+    assert held(tmp_path) == []
+
+
+def test_a_store_that_is_not_by_step_is_not_cut(tmp_path: Path) -> None:
+    fill(tmp_path, step=1)
+    fill(tmp_path, step=0)
+    before = (tmp_path / "a.routes").read_bytes()
+    with pytest.raises(UserError, match="a.routes does not hold its records by step: it cannot be cut to those before 1"):
+        cut(tmp_path, 1)
+    assert (tmp_path / "a.routes").read_bytes() == before
 
 
 def test_every_length_a_killed_writer_may_leave_is_read_up_to_the_last_whole_record(tmp_path: Path) -> None:

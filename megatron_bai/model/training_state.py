@@ -1,0 +1,125 @@
+"""Everything a training run is made of besides its data: weights, optimizers, random-number generators.
+
+It is saved as one Megatron sharded state dict. The optimizer's part has Megatron-Core's form `fully_reshardable`, in
+which each moment has its parameter's shape, so that any layout reads what any other wrote. (`dp_reshardable` fits other
+data-parallel sizes only, and 0.16.1 can no longer save `fully_sharded_model_space`, its default.)
+
+The actor's tensors have the names they have in a checkpoint of weights, so such a directory serves as one, too. Those
+of any other model follow its name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai.model import checkpoint
+from megatron_bai.model.build import Actor
+from megatron_bai.model.saving import Saving
+
+_FORM = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(
+    models: dict[str, Actor], target: Path, tokenizer: Path, info: dict[str, Any], background: bool = False
+) -> Saving:
+    """Write the models, or begin to: see `Saving`. Collective. Each must have been updated at least once.
+
+    Args:
+        models: by name; one is the `actor`.
+        tokenizer: directory to copy the tokenizer's files from.
+        info: kept in the manifest.
+
+    Raises:
+        UserError: as `Saving`.
+    """
+    state: dict[str, Any] = {name: _sharded(name, model) for name, model in models.items()}
+    state["random"] = _sharded_generators()
+    return Saving(state, target, checkpoint.describes(models["actor"], tokenizer), info, background)
+
+
+def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[str, Any]:
+    """Fill the models and their optimizers, whatever layout wrote them. Collective.
+
+    Args:
+        generators: set the random-number generators, too; in the layout that wrote them.
+
+    Returns:
+        The `info` it was saved with.
+
+    Raises:
+        UserError: as `checkpoint.load`.
+    """
+    for model in models.values():
+        _make_moments(model)
+    state: dict[str, Any] = {name: _sharded(name, model, loading=True) for name, model in models.items()}
+    if generators:
+        state["random"] = _sharded_generators()
+    info, loaded = checkpoint.read(models["actor"], state, directory)
+    for name, model in models.items():
+        for i, module in enumerate(model.modules):
+            module.load_state_dict(loaded[name][f"model{i}"])
+        _load_optimizer(model, loaded[name]["optimizer"])
+    if generators:
+        _set_generators(loaded["random"])
+    return info
+
+
+def _sharded(name: str, model: Actor, loading: bool = False) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    state = checkpoint.sharded(model)
+    state["optimizer"] = model.optimizer.sharded_state_dict(state, loading, metadata=_FORM)
+    if name != "actor":
+        add_prefix_for_sharding(state, f"{name}.")
+    return state
+
+
+def _make_moments(model: Actor) -> None:
+    """Megatron-Core asks an optimizer how far it is, which torch's cannot say before its first step."""
+    for optimizer in model.optimizer.chained_optimizers:
+        if not optimizer.optimizer.state:
+            optimizer._init_optimizer_states_with_dummy_values()
+
+
+def _load_optimizer(model: Actor, loaded: dict[Any, Any]) -> None:
+    """What Megatron-Core does, around two faults it has with torch's Adam: it looks for the step count among the
+    moments, and gives all parameters one tensor of it, which each of them would advance."""
+    chained = model.optimizer.chained_optimizers
+    for number, optimizer in enumerate(chained):
+        state = dict(loaded if len(chained) == 1 else loaded[number])
+        moments = state.pop("param_state")
+        optimizer.load_state_dict(state)
+        own = optimizer.optimizer.state
+        steps = {parameter: found.pop("step") for parameter, found in own.items() if "step" in found}
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
+        for parameter, step in steps.items():
+            own[parameter]["step"] = step.clone()
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """This rank's states, `[bytes]` uint8 each: torch's for the CPU and the device, and those Megatron tracks."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    found = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
+    return found | {f"tracked.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+
+
+def _sharded_generators() -> dict[str, Any]:
+    """One row a rank."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    rows = {f"rng_state.{name}": state.clone() for name, state in _generators().items()}
+    place = (0, dist.get_rank(), dist.get_world_size())
+    return {key: ShardedTensor.from_rank_offsets(key, row, place, prepend_axis_num=1) for key, row in rows.items()}
+
+
+def _set_generators(loaded: dict[str, torch.Tensor]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = {key.removeprefix("rng_state."): row.reshape(-1) for key, row in loaded.items()}
+    tracked = {name: states[f"tracked.{name}"] for name in get_cuda_rng_tracker().get_states()}
+    get_cuda_rng_tracker().set_states(tracked)
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state(states["device"])

@@ -1,0 +1,295 @@
+"""The checkpoints of a run, and going on from them: starting the same command again is all that it takes.
+
+    run.dir/checkpoints/step-00010    after the 10th global step: `training_state.py`, and in its manifest where the run
+                                      stood and with which settings
+
+The newest one counts. One that is damaged stops the run: an older one would silently undo steps that were reported.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from os.path import relpath
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Protocol
+
+import torch.distributed as dist
+import yaml
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import joined
+from megatron_bai.model import manifest, placing, training_state
+from megatron_bai.model.build import Actor
+from megatron_bai.model.saving import Saving
+from megatron_bai.monitor.report import flatten
+from megatron_bai.monitor.summary import read_summary
+from megatron_bai.rl.session import Session
+
+# Settings that a run may change where it goes on: those that change no number, or only its rounding, and how long the
+# run is. A name that ends in a dot stands for its group.
+MAY_CHANGE = (
+    "run.name", "run.dir", "backend.kind", "backend.timeout_s", "parallel.",
+    "rollout.concurrency", "rollout.request_timeout_s", "rollout.start_timeout_s", "rollout.retries", "rollout.host",
+    "rollout.port", "rollout.sync_tolerance", "rollout.max_total_tokens", "rollout.max_running_requests",
+    "replay.measure_live", "replay.store", "replay.store_encoding",
+    "trainer.steps", "trainer.micro_batch_size", "trainer.eval_every", "trainer.save", "trainer.save_every",
+    "trainer.save_async", "trainer.keep", "objective.critic_save",
+    "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
+)  # fmt: skip
+_NAME = re.compile(r"step-(\d{5,})")
+
+
+class Part(Protocol):
+    """Something of a run that goes on where it was: what it says of itself is JSON, the same on every rank."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        step: global steps that are done.
+        version: of the weights, counted in syncs.
+        checkpoint: to go on from; None for a run that begins at its beginning.
+        parts: what each `Part` said of itself.
+        generators: whether the random-number generators' states are of this layout.
+        same_store: whether the records in `replay.store` are this run's.
+        finished: there is nothing to do.
+    """
+
+    step: int = 0
+    version: int = 0
+    checkpoint: Path | None = None
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generators: bool = False
+    same_store: bool = False
+    finished: bool = False
+
+    def load(self, models: dict[str, Actor]) -> None:
+        """Give the models the checkpoint's state, where there is one. Collective.
+
+        Raises:
+            UserError: the checkpoint cannot be used.
+        """
+        if self.checkpoint is None:
+            return
+        try:
+            training_state.load(models, self.checkpoint, self.generators)
+        except UserError as error:
+            raise _unusable(self.checkpoint, error) from None
+        if dist.get_rank() == 0:
+            print(f"going on from {self.checkpoint}, after step {self.step}")
+            if not self.generators:
+                print("it was written in another layout: the random-number generators start anew")
+
+    def restore(self, parts: Mapping[str, Part]) -> None:
+        """Let each part go on where it was.
+
+        Raises:
+            UserError: the checkpoint knows other parts.
+        """
+        if self.checkpoint is None:
+            return
+        if parts.keys() != self.parts.keys():
+            raise UserError(f"{self.checkpoint} has the state of {sorted(self.parts)}, the run needs {sorted(parts)}")
+        for name, part in parts.items():
+            part.restore(self.parts[name])
+
+
+@contextmanager
+def claim(session: Session) -> Iterator[Start]:
+    """Where the run in `run.dir` stands, which nobody else runs until the block ends. Collective.
+
+    Raises:
+        UserError: somebody does; or the directory holds a run with other settings, or a checkpoint that is damaged.
+    """
+    group, directory = joined(), Path(session.settings.run.dir)
+    with ExitStack() as stack:
+        group.first(lambda: stack.enter_context(placing.lock(directory)))
+        yield group.first(lambda: _find(session, directory))
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Those of a run, the oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in (directory / "checkpoints").glob("step-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _find(session: Session, directory: Path) -> Start:
+    settings, found = session.settings, checkpoints(directory)
+    for path in (directory / "checkpoints").glob(".step-*"):  # what killed savings left
+        rmtree(path) if path.is_dir() else path.unlink()
+    complete = read_summary(directory).get("complete") is True
+    if not found:
+        return _without(settings, directory, complete)
+    try:
+        info = manifest.require(found[-1])
+    except UserError as error:
+        raise _unusable(found[-1], error) from None
+    if "settings" not in info:
+        raise UserError(f"{found[-1]} was not written to go on from: move it away")
+    _refuse_changes(info["settings"], settings, directory)
+    steps, step = settings.trainer.steps, info["step"]
+    if step > steps:
+        raise UserError(f"{directory} holds {step} steps of a run, more than trainer.steps={steps}: raise it")
+    if info["init"] != initial_weights(settings):
+        raise UserError(f"init.checkpoint={settings.init.checkpoint} is not what the run in {directory} started from")
+    return Start(
+        step=step,
+        version=info["version"],
+        checkpoint=found[-1],
+        parts=info["parts"],
+        generators=info["layout"] == _layout(session),
+        same_store=_same_store(info["settings"], settings),
+        finished=complete and step == steps and _saved(settings),
+    )
+
+
+def _without(settings: config.Config, directory: Path, complete: bool) -> Start:
+    """A start where there is no checkpoint: nothing is lost unless the run was finished."""
+    path = directory / "config.yaml"
+    former = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
+    same = not _changes(former, settings)
+    if not complete:
+        return Start(same_store=same and _same_store(former, settings))
+    _refuse_changes(former, settings, directory)
+    if former["trainer.steps"] != str(settings.trainer.steps) or not _saved(settings):
+        raise UserError(
+            f"{directory} holds a finished run of {former['trainer.steps']} steps and no checkpoint to go on from "
+            "(trainer.save_every was 0): choose another run.name"
+        )
+    return Start(finished=True)
+
+
+def _same_store(former: dict[str, str], settings: config.Config) -> bool:
+    """Whether the store of routes is the run's own, which may have moved with the run's directory."""
+    own, dir = former.get("replay.store"), former.get("run.dir")
+    if not own or not dir:
+        return False
+    return settings.replay.store == own or relpath(settings.replay.store, settings.run.dir) == relpath(own, dir)
+
+
+def saved(settings: config.Config) -> dict[str, str]:
+    """Where the run's results are to go, by model."""
+    critic = settings.objective.critic_save if isinstance(settings.objective, config.Ppo) else ""
+    return {name: path for name, path in (("actor", settings.trainer.save), ("critic", critic)) if path}
+
+
+def _saved(settings: config.Config) -> bool:
+    """Whether the run's results are where they were asked for."""
+    return all(manifest.read(path) is not None for path in saved(settings).values())
+
+
+def described(settings: config.Config) -> dict[str, str]:
+    """Every setting by its dotted name, as text."""
+    return flatten(asdict(settings))
+
+
+def _changes(former: dict[str, str], settings: config.Config) -> list[str]:
+    """What differs of that which must not, in words."""
+    now = described(settings)
+    names = [name for name in sorted(former.keys() | now.keys()) if not _may_change(name)]
+    differing = [name for name in names if former.get(name) != now.get(name)]
+    return [f"{name} was {former.get(name, 'unknown')}, is {now.get(name, 'unknown')}" for name in differing]
+
+
+def _may_change(name: str) -> bool:
+    return any(name == free or free.endswith(".") and name.startswith(free) for free in MAY_CHANGE)
+
+
+def _refuse_changes(former: dict[str, str], settings: config.Config, directory: Path) -> None:
+    if changes := _changes(former, settings):
+        raise UserError(
+            f"{directory} holds a run with other settings ({'; '.join(changes)}): set them back, or choose another "
+            "run.name"
+        )
+
+
+def initial_weights(settings: config.Config) -> dict[str, int]:
+    """The checksums of what the run starts from: the reference policy must be the same after a restart."""
+    return manifest.noted_sums(settings.init.checkpoint) if settings.init.checkpoint else {}
+
+
+def _layout(session: Session) -> dict[str, Any]:
+    """What the states of random-number generators belong to."""
+    return asdict(session.settings.parallel) | {"processes": dist.get_world_size(), "device": session.device.kind}
+
+
+def _unusable(path: Path, error: UserError) -> UserError:
+    former = [other for other in checkpoints(path.parent.parent) if other != path]
+    back = f"from {former[-1].name}" if former else "at its beginning"
+    return UserError(f"{error}. The run cannot go on from {path}; without that directory it begins again {back}")
+
+
+class Checkpoints:
+    """Writes them, and deletes all but the last `trainer.keep`."""
+
+    def __init__(self, session: Session, models: dict[str, Actor], parts: Mapping[str, Part]):
+        """
+        Args:
+            models: by name; one is the `actor`.
+            parts: what else goes on where it was.
+        """
+        self._session, self._models, self._parts = session, models, parts
+        self._directory = Path(session.settings.run.dir)
+        self._saving: Saving | None = None
+
+    def after(self, step: int, version: int) -> None:
+        """Save if it is time to; called after every step, counted from 1. Collective.
+
+        Raises:
+            UserError: it cannot be written; the former ones are as they were.
+        """
+        trainer = self._session.settings.trainer
+        self._settle(wait=False)
+        if trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps):
+            self.save(step, version)
+
+    def save(self, step: int, version: int) -> None:
+        """Save now; with `trainer.save_async` it counts once `after` or `wait` has found it written. Collective."""
+        self.wait()
+        session, settings = self._session, self._session.settings
+        info = {
+            "step": step,
+            "version": version,
+            "parts": {name: part.state() for name, part in self._parts.items()},
+            "settings": described(settings),
+            "layout": _layout(session),
+            "init": initial_weights(settings),
+        }
+        target = self._directory / "checkpoints" / f"step-{step:05}"
+        background = settings.trainer.save_async
+        self._saving = training_state.save(self._models, target, session.tokenizer_dir, info, background)
+        if not background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once the last one counts. Collective."""
+        self._settle(wait=True)
+
+    def _settle(self, wait: bool) -> None:
+        if self._saving and self._saving.finish(wait):
+            self._saving = None
+            joined().first(self._prune, self._directory)
+
+    def _prune(self) -> None:
+        """A directory that is being deleted has a name that no one reads."""
+        for path in checkpoints(self._directory)[: -self._session.settings.trainer.keep]:
+            path.rename(placing.unfinished(path))
+            placing.discard(path)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._saving:
+            self._saving.abandon()

@@ -1,0 +1,30 @@
+"""A rank of a real run is killed -9; torchrun starts it again, and it goes on with a new server."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command import SERVER, succeeded, torchrun
+
+pytestmark = [pytest.mark.live, pytest.mark.distributed]
+STEPS = 4
+
+
+def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [f"run.dir={run}", f"trainer.steps={STEPS}", "trainer.save_every=1", "trainer.save_async=true"]
+    words += ["trainer.prompts_per_step=4", "trainer.group_size=4", "trainer.micro_batch_size=8", f"trainer.save={run}/result"]
+    words += ["rollout.max_new_tokens=16", "objective.kl_penalty=0.01", "objective.entropy_bonus=0.1"]
+    command = torchrun(tmp_path / "log", 1, "--max-restarts=1", "-m", "megatron_bai", "train", *words)
+    command.until(lambda: (run / "checkpoints" / "step-00001").is_dir())
+    command.processes(SERVER)[0].parent().kill()
+    result = succeeded(command)
+    assert f"going on from {run}/checkpoints/step-0000" in result.out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["complete"] and len(summary["resumed"]) == 1 and summary["resumed"][0] in range(1, STEPS)
+    assert [step["step"] for step in summary["steps"]] == list(range(1, STEPS + 1))
+    assert [step["weight_version"] for step in summary["steps"]] == list(range(STEPS))
+    assert all(step["route_coverage"] == 1.0 and step["sync_gap"] <= 0.01 for step in summary["steps"])
+    assert all(step["grad_norm"] > 0 for step in summary["steps"])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00003", "step-00004"]
+    assert not (run / "weights").exists() and (run / "result" / "manifest.json").is_file()

@@ -1,0 +1,290 @@
+"""Run as a script: runs of the trainer that are killed, and the same commands again. Argument: a directory.
+
+Everything is the trainer's own but the inference engine, whose samples are functions of version, prompt and number.
+Each run is a world of processes forked from this one, which has imported Megatron-Core. `found.json` has what each
+of them said and what it left.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed.worker import free_port
+from kills import die
+from moe import MODEL, random_routes
+
+from megatron_bai import backend, config, patches
+from megatron_bai.errors import UserError
+from megatron_bai.model import manifest, placing
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.routes import VersionSpan
+
+LAYOUTS = {
+    "tp2_ep2": (2, config.Parallel(tensor=2, expert=2, sequence=True)),
+    "one": (1, config.Parallel()),
+    "dp2": (2, config.Parallel()),
+    "pp2": (2, config.Parallel(pipeline=2)),
+    "pp2_vpp2": (2, config.Parallel(pipeline=2, virtual_pipeline=2)),
+}
+STEPS = 3
+# Where in a step that saves it is killed, and whether it saves in the background: its routes are written and its
+# metrics not yet on the disk; the directory is made; its index is there; the manifest is, but beside its place; in its
+# place; while the former checkpoint is deleted.
+POINTS = {1: False, 8: False, 13: True, 28: False, 29: False, 34: False}
+
+
+class Rollouts:
+    """In place of SGLang. Every second sample is right."""
+
+    def __init__(self, session: Any, version: int):
+        self.session, self.version, self.sync_gap = session, version, 0.0
+        self.seen: Callable[[int], None] = lambda version: None
+
+    def sample(self, prompts: list, group_size: int, seed: int) -> list[Sample]:
+        self.seen(self.version)
+        made = [self._sample(i, n, prompt, seed + i) for i, prompt in enumerate(prompts) for n in range(group_size)]
+        return [sample.of_layers(self.session.engine.replay.columns) for sample in made]
+
+    def _sample(self, place: int, number: int, prompt: Any, seed: int) -> Sample:
+        random, tokenizer = np.random.default_rng([seed, number, self.version]), self.session.task.tokenizer
+        response = random.integers(0, MODEL.vocab_size, 2 + number)
+        if number % 2:
+            response = np.array([*tokenizer.encode(f"answer:{prompt.answer}"), tokenizer.eos_token_id])
+        tokens = np.concatenate([prompt.ids, response])
+        logprobs = random.normal(-4.2, 0.5, len(response)).astype(np.float32)
+        spans = (VersionSpan(str(self.version), 0, len(response)),)
+        return Sample(place, tokens, len(prompt.ids), logprobs, random_routes(len(tokens) - 1, random), spans, "stop")
+
+    def sync(self) -> None:
+        self.version += 1
+
+
+def settings(run: Path, layout: str = "one", **trainer: Any) -> config.Config:
+    sizes = {"prompts_per_step": 4, "group_size": 2, "mini_batches": 2, "micro_batch_size": 2, "weight_decay": 0.1}
+    return config.Config(
+        run=config.Run(dir=str(run)),
+        backend=config.Backend(kind="cpu", timeout_s=300),
+        model=MODEL,
+        parallel=LAYOUTS[layout][1],
+        data=config.Data(eval_prompts=4),
+        replay=config.Replay(mode="r3", measure_live=False, store=str(run / "routes")),
+        rollout=config.Rollout(max_new_tokens=16),
+        objective=config.Minirl(entropy_bonus=0.01, kl_penalty=0.1),
+        trainer=config.Trainer(**{"steps": STEPS, "save_every": 2, "keep": 9} | sizes | trainer),
+    )
+
+
+def run(
+    what: config.Config, layout: str = "one", seen: Callable[[int], None] = lambda version: None, limit: int = 0
+) -> dict[str, Any]:
+    """Train in a world of its own.
+
+    Args:
+        seen: called with the version of the weights whenever samples are asked for.
+        limit: of a file's bytes, from the second checkpoint on; 0: none.
+    """
+    processes, context = LAYOUTS[layout][0], multiprocessing.get_context("fork")
+    port, words = free_port(), Path(what.run.dir).with_suffix(".words")
+    words.mkdir(parents=True, exist_ok=True)
+    children = [
+        context.Process(target=_rank, args=(rank, processes, port, words, what, seen, limit))
+        for rank in range(processes)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(200)
+    said = [(words / str(rank)).read_text() for rank in range(processes)]
+    return {"codes": [child.exitcode for child in children], "said": said[0]}
+
+
+def _rank(
+    rank: int, processes: int, port: int, words: Path, what: config.Config, seen: Callable[[int], None], limit: int
+) -> None:
+    from megatron_bai.rl import trainer
+
+    if processes > 1:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+    @contextmanager
+    def serve(session: Any, version: int = 0) -> Iterator[Rollouts]:
+        rollouts = Rollouts(session, version)
+        rollouts.seen = seen
+        yield rollouts
+
+    class Limited(trainer.Checkpoints):
+        def save(self, step: int, version: int) -> None:
+            self.wait()
+            if step == 2 and limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            super().save(step, version)
+
+    trainer.serve, trainer.Checkpoints, trainer.write_report = serve, Limited, lambda *_: None
+    with open(words / str(rank), "w", buffering=1) as out, redirect_stdout(out):
+        try:
+            trainer.train(what)
+        except UserError as error:
+            print(f"error: {error}")
+
+
+def at_version(version: int, act: Callable[[], None]) -> Callable[[int], None]:
+    return lambda seen: act() if seen == version else None
+
+
+def at_point(point: int) -> Callable[[], None]:
+    """From now on, die before the `point`-th change of a directory or opening of a file to write."""
+
+    def arm() -> None:
+        left, pid = point, os.getpid()  # a writer that dies is another fault
+
+        def count(*_: object) -> None:
+            nonlocal left
+            if os.getpid() == pid:
+                if left == 0:
+                    die()
+                left -= 1
+
+        def hook(event: str, about: tuple) -> None:
+            if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (
+                event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            ):
+                count()
+
+        sync = os.fsync
+        os.fsync = lambda fd: (count(), sync(fd))[1]
+        sys.addaudithook(hook)
+
+    return arm
+
+
+def left(directory: Path) -> dict[str, Any]:
+    """What a run's directory holds, and which of its checkpoints are what was written."""
+    found = sorted((directory / "checkpoints").iterdir()) if (directory / "checkpoints").is_dir() else []
+    lines = (directory / "metrics.jsonl").read_text().splitlines() if (directory / "metrics.jsonl").exists() else []
+    named = [path for path in found if not path.name.startswith(".")]
+    whole = [path.name for path in named if _whole(path)]
+    return {
+        "checkpoints": [path.name for path in found],
+        "whole": whole,
+        "metrics": [json.loads(line) for line in lines],
+        "summary": json.loads((directory / "summary.json").read_text()),
+    }
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return manifest.read(path) is not None and manifest.verify(path) > 0
+    except UserError:
+        return False
+
+
+def copy(source: Path, target: Path, *without: str) -> Path:
+    shutil.copytree(source, target)
+    for name in without:
+        shutil.rmtree(target / "checkpoints" / name)
+    return target
+
+
+def broken(found: dict[str, Any], directory: Path) -> None:
+    """Unbroken runs, and runs killed in a step and started again."""
+    for name, layout, dtype in (("layout", "tp2_ep2", "float32"), ("half", "one", "bfloat16")):
+        for how in ("unbroken", "killed", "background"):
+            path = directory / f"{name}-{how}"
+            background = how == "background"
+            minis = 1 if name == "layout" else 2  # which samples are in one depends on the replicas
+            what = settings(path, layout, save_async=background, save_every=1 if background else 2, mini_batches=minis)
+            what.backend.dtype = dtype
+            killed = [] if how == "unbroken" else [run(what, layout, at_version(STEPS - 1, die))]
+            found[path.name] = {"runs": [*killed, run(what, layout)], **left(path)}
+
+
+def elsewhere(found: dict[str, Any], directory: Path) -> None:
+    """The unbroken run's last step in other layouts."""
+    for layout in LAYOUTS:
+        path = copy(directory / "layout-unbroken", directory / f"on-{layout}", "step-00003")
+        what = settings(path, layout, mini_batches=1)
+        found[path.name] = {"runs": [run(what, layout)], **left(path)}
+
+
+def killed_while_saving(found: dict[str, Any], directory: Path) -> None:
+    source = directory / "first"
+    run(settings(source, steps=1, save_every=1))
+    found["plain"] = {"runs": [run(settings(copy(source, directory / "plain"), steps=2, save_every=1, keep=1))]}
+    found["plain"] |= left(directory / "plain")
+    for point, background in POINTS.items():
+        path = copy(source, directory / f"point-{point}")
+        what = settings(path, steps=2, save_every=1, keep=1, save_async=background)
+        killed = run(what, seen=at_version(1, at_point(point)))
+        between = left(path)
+        found[path.name] = {"runs": [killed, run(what)], "between": between, **left(path)}
+
+
+def refused(found: dict[str, Any], directory: Path) -> None:
+    """What a run that stands at its second step says to one thing or another."""
+    source = directory / "source"
+    run(settings(source, steps=2, save_every=1))
+
+    def attempt(name: str, change: Callable[[config.Config], Any] = lambda what: None, damage: str = "") -> None:
+        path = copy(source, directory / name)
+        what = settings(path, steps=3, save_every=1)
+        change(what)
+        if damage:
+            file = max((path / "checkpoints" / "step-00002").glob(damage), key=lambda file: file.stat().st_size)
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        held = placing.lock(path) if name == "locked" else nullcontext()
+        with held:
+            found[name] = {"runs": [run(what)], **left(path)}
+
+    attempt("rate", lambda what: setattr(what.trainer, "learning_rate", 0.5))
+    attempt("objective", lambda what: setattr(what, "objective", config.Grpo(kl_penalty=0.1)))
+    attempt("fewer", lambda what: setattr(what.trainer, "steps", 1))
+    attempt("finished", lambda what: setattr(what.trainer, "steps", 2))
+    attempt("damaged weights", damage="*.distcp")
+    attempt("damaged index", damage=".metadata")
+    attempt("locked")
+    attempt("goes on", lambda what: setattr(what.trainer, "micro_batch_size", 4))
+
+
+def once(found: dict[str, Any], directory: Path) -> None:
+    """A run without checkpoints, and one whose disk is full at the second."""
+    path = directory / "none"
+    first = run(settings(path, steps=1, save_every=0))
+    again = [run(settings(path, steps=1, save_every=0)), run(settings(path, steps=2, save_every=0))]
+    found["none"] = {"runs": [first, *again], **left(path)}
+    for background in (False, True):
+        path = directory / f"full-{background}"
+        full = run(settings(path, save_every=1, save_async=background), limit=30_000)
+        found[path.name] = {"runs": [full], **left(path)}
+        found[path.name]["runs"].append(run(settings(path, save_every=1)))
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    patches.apply("megatron-cpu")
+    for module in ("models.gpt", "distributed", "optimizer", "dist_checkpointing.strategies.torch"):
+        importlib.import_module(f"megatron.core.{module}")
+    for module in ("transformers.tokenization_utils_tokenizers", "megatron_bai.rl.trainer"):
+        importlib.import_module(module)
+    found: dict[str, Any] = {}
+    for part in (broken, elsewhere, killed_while_saving, refused, once):
+        if not sys.argv[2:] or part.__name__ in sys.argv[2:]:
+            part(found, directory)
+    (directory / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""A run that is killed and started again is the run that was not killed, and nothing else is ever gone on from.
+
+Runs in another layout take the same step to the tolerances of `distributed/test_layouts.py`; seen on the CPU, of loss
+and gradient norm 3e-7 relative, of moments 6e-7 of their tensor's largest, of weights 6e-8 at a rate of 1e-3.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from processes import TESTS, launch
+from resume_worker import LAYOUTS, POINTS, STEPS
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.monitor.progress import Progress
+from megatron_bai.monitor.report import flatten
+from megatron_bai.rl import resume
+from megatron_bai.rl.session import validate
+from megatron_bai.routing.store import RouteStore
+
+pytestmark = pytest.mark.distributed
+RATE = config.Trainer().learning_rate
+TINY = config.Model(*[1] * 10)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    launch(TESTS / "rl" / "resume_worker.py", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "found.json").read_text())
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint that is a tensor: weights, moments, master weights, generators."""
+    state: dict[str, Any] = {}
+    _load_state_dict(state, FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same bits."""
+    ours, theirs = tensors(one), tensors(other)
+    moments = [f"optimizer.state.{name}." for name in ("param", "exp_avg", "exp_avg_sq")]
+    kinds = ("embedding.", "rng_state.", *moments)
+    assert all(any(key.startswith(kind) for key in ours) for kind in kinds) and ours.keys() == theirs.keys()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours) and (
+        torch.load(one / "common.pt") == torch.load(other / "common.pt")
+    )
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if not k.startswith("seconds_") and k != "tokens_per_second"} for r in records]
+
+
+@pytest.mark.parametrize("how", ["killed", "background"])
+@pytest.mark.parametrize("name", ["layout", "half"])
+def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
+    name: str, how: str, found: dict[str, Any], directory: Path
+) -> None:
+    """TP 2 · EP 2 in float32, and bfloat16 with its float32 master weights; saved at once or in the background."""
+    unbroken, killed = found[f"{name}-unbroken"], found[f"{name}-{how}"]
+    assert set(killed["runs"][0]["codes"]) == {-9} and set(killed["runs"][1]["codes"]) == {0}
+    assert killed["summary"]["resumed"] in ([[2]] if how == "killed" else [[1], [2]])  # or before one counted
+    assert unbroken["summary"]["resumed"] == [] and killed["summary"]["complete"]
+    last = f"checkpoints/step-{STEPS:05}"
+    assert same(directory / f"{name}-unbroken" / last, directory / f"{name}-{how}" / last)
+    assert untimed(killed["metrics"]) == untimed(unbroken["metrics"]) == untimed(killed["summary"]["steps"])
+    assert [record["step"] for record in killed["metrics"]] == list(range(1, STEPS + 1))
+    assert all(record["grad_norm"] > 0 and record["kl_reference"] > 0 for record in killed["metrics"])
+
+
+@pytest.mark.parametrize("how", ["killed", "background"])
+def test_the_routes_of_a_killed_run_are_kept_once(how: str, directory: Path) -> None:
+    kept = []
+    for name in ("unbroken", how):
+        with RouteStore(directory / f"layout-{name}" / "routes") as store:
+            assert not store.damage
+            kept.append([(entry.step, entry.sample, store.envelope(entry)) for entry in store.entries])
+    assert len(kept[0]) == STEPS * 8 and kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_goes_on_in_another_layout(layout: str, found: dict[str, Any], directory: Path) -> None:
+    unbroken, other = found["layout-unbroken"], found[f"on-{layout}"]
+    said = other["runs"][0]["said"]
+    assert set(other["runs"][0]["codes"]) == {0} and other["summary"]["resumed"] == [STEPS - 1]
+    assert ("another layout: the random-number generators start anew" in said) == (layout != "tp2_ep2")
+    ours, theirs = untimed(other["metrics"])[-1], untimed(unbroken["metrics"])[-1]
+    for name in ("loss", "grad_norm", "kl_reference", "entropy", "kl_k3", "reward_mean"):
+        assert ours[name] == pytest.approx(theirs[name], rel=3e-6), name
+    last = f"checkpoints/step-{STEPS:05}"
+    mine, wanted = tensors(directory / f"on-{layout}" / last), tensors(directory / "layout-unbroken" / last)
+    for key in (key for key in wanted if not key.startswith("rng_state.")):
+        gap = (mine[key] - wanted[key]).abs()
+        if ".exp_avg" in key:
+            assert gap.max() <= 2e-5 * wanted[key].abs().max(), key
+        else:
+            assert gap.max() <= 2 * RATE and (gap > 1e-2 * RATE).float().mean() < 0.01, key
+    before = tensors(directory / "layout-unbroken" / f"checkpoints/step-{STEPS - 1:05}")
+    assert any((wanted[key] - before[key]).abs().max() > 0.1 * RATE for key in wanted if key.startswith("decoder"))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_while_saving_leaves_a_checkpoint_to_go_on_from(
+    point: int, found: dict[str, Any], directory: Path
+) -> None:
+    killed, plain = found[f"point-{point}"], found["plain"]
+    assert killed["runs"][0]["codes"] == [-9] and killed["runs"][1]["codes"] == [0]
+    assert killed["between"]["whole"][-1:] == (["step-00001"] if point < 29 else ["step-00002"])
+    assert killed["checkpoints"] == killed["whole"] == ["step-00002"] or point >= 29
+    assert not [name for name in killed["checkpoints"] if name.startswith(".")]
+    assert same(directory / f"point-{point}/checkpoints/step-00002", directory / "plain/checkpoints/step-00002")
+    assert untimed(killed["metrics"]) == untimed(plain["metrics"]) and killed["summary"]["complete"]
+
+
+def test_the_last_checkpoints_are_kept(found: dict[str, Any]) -> None:
+    assert found["plain"]["checkpoints"] == found["plain"]["whole"] == ["step-00002"]
+    assert found["layout-unbroken"]["checkpoints"] == ["step-00002", "step-00003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rate", "/rate holds a run with other settings (trainer.learning_rate was 0.001, is 0.5): set them back"),
+        ("objective", "objective.name was minirl, is grpo"),
+        ("fewer", "/fewer holds 2 steps of a run, more than trainer.steps=1: raise it"),
+        ("damaged weights", ".distcp is not what was written"),
+        ("damaged index", "step-00002/.metadata is not what was written"),
+        ("locked", "/locked is being written by another process: let it end first"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_one_line_and_changes_nothing(
+    name: str, said: str, found: dict[str, Any]
+) -> None:
+    result = found[name]
+    lines = result["runs"][0]["said"].splitlines()
+    assert [line for line in lines if said in line] == lines and len(lines) == 1 and lines[0].startswith("error: ")
+    if name.startswith("damaged"):
+        assert "without that directory it begins again from step-00001" in lines[0]
+    assert result["checkpoints"] == ["step-00001", "step-00002"] and len(result["metrics"]) == 2
+
+
+def test_a_finished_run_is_done_and_a_longer_one_goes_on(found: dict[str, Any]) -> None:
+    assert found["finished"]["runs"][0]["said"].endswith("/finished is complete: nothing to do\n")
+    assert found["finished"]["summary"]["complete"] and len(found["finished"]["metrics"]) == 2
+    longer = found["goes on"]
+    assert longer["summary"]["resumed"] == [2] and len(longer["metrics"]) == 3 and longer["summary"]["complete"]
+
+
+def test_a_finished_run_without_checkpoints_is_neither_repeated_nor_lengthened(found: dict[str, Any]) -> None:
+    first, again, longer = (result["said"] for result in found["none"]["runs"])
+    assert "error" not in first and again.endswith("/none is complete: nothing to do\n")
+    assert longer.startswith("error: ") and "holds a finished run of 1 steps and no checkpoint to go on from" in longer
+    assert found["none"]["checkpoints"] == [] and len(found["none"]["metrics"]) == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_one_line_and_the_former_checkpoint_is_gone_on_from(
+    background: bool, found: dict[str, Any]
+) -> None:
+    result = found[f"full-{background}"]
+    lines = [line for line in result["runs"][0]["said"].splitlines() if not line.startswith("step ")]
+    assert len(lines) == 1 and "checkpoints/.step-00002.unfinished cannot be written: " in lines[0]
+    assert result["whole"] == ["step-00001"]
+    assert "step-00001, after step 1" in result["runs"][1]["said"] and result["runs"][1]["codes"] == [0]
+
+
+def test_the_settings_a_run_writes_down_are_those_it_has(tmp_path: Path) -> None:
+    """Also such as YAML spells in its own way."""
+    merge = config.Merge(members=["a"], alpha_for={"b": 1.0})
+    settings = config.Config(model=TINY, objective=config.Sequence(kl_penalty=1e-6), merge=merge)
+    with Progress(tmp_path, settings, 1, active=True):
+        pass
+    assert flatten(yaml.safe_load((tmp_path / "config.yaml").read_text())) == resume.described(settings)
+
+
+def test_every_setting_that_may_change_exists() -> None:
+    names = resume.described(config.Config(model=TINY))
+    for free in resume.MAY_CHANGE:
+        assert any(name == free or free.endswith(".") and name.startswith(free) for name in names), free
+
+
+@pytest.mark.parametrize("wrong", [{"save_every": -1}, {"keep": 0}])
+def test_settings_of_checkpoints_are_checked(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="trainer.save_every is .* and trainer.keep"):
+        validate(config.Config(model=TINY, trainer=config.Trainer(**wrong)))
+
+
+def test_supervised_training_has_nothing_to_go_on_from() -> None:
+    settings = config.Config(model=TINY, objective=config.Sft(), trainer=config.Trainer(save_every=1))
+    with pytest.raises(UserError, match="trainer.save_every is for reinforcement learning"):
+        validate(settings)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+def test_a_record_that_does_not_reach_the_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if damage != "gone":
+        path.write_text('{"step": 1}\n' + {"cut": '{"st', "other": '{"step": 3}\n'}[damage])
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        Progress(tmp_path, config.Config(model=TINY), 3, active=True, after=2)
