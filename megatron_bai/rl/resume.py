@@ -253,9 +253,14 @@ class Checkpoints:
             self.save(step, version)
 
     def save(self, step: int, version: int) -> None:
-        """Save now; with `trainer.save_async` it counts once `after` or `wait` has found it written. Collective."""
+        """Save now; with `trainer.save_async` it counts once `after` or `wait` has found it written. Collective.
+
+        While a critic warms up nothing is saved: the actor's optimizer, which has taken no step, has no state.
+        """
         self.wait()
         session, settings = self._session, self._session.settings
+        if isinstance(settings.objective, config.Ppo) and step <= settings.objective.critic_warmup:
+            return
         info = {
             "step": step,
             "version": version,
