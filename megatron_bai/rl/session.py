@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,8 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bai import backend, config
+from megatron_bai.backend.machines import several_machines
 from megatron_bai.data import Task, build_tokenizer
 from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import joined
 from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
@@ -83,9 +87,34 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     device = backend.start(settings.backend)
     try:
         build.validate(settings.model, settings.parallel, dist.get_world_size())
+        if several_machines():
+            _require_shared(Path(settings.run.dir))
         yield _open(settings, device)
     finally:
         backend.stop()
+
+
+def _require_shared(directory: Path) -> None:
+    """Refuse a `run.dir` that only some machines see: each would keep its part of every checkpoint to itself."""
+    group = joined()
+
+    def look(mark: Path) -> None:
+        if not mark.exists():
+            raise UserError(
+                f"{socket.gethostname()} does not see what rank 0 writes to run.dir={directory}: give a directory that "
+                "all machines of the run share"
+            )
+
+    def leave() -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".seen-", dir=directory))
+
+    mark = group.first(leave, directory)
+    try:
+        group.together(lambda: look(mark))
+    finally:
+        if group.rank == 0:
+            mark.rmdir()
 
 
 def _open(settings: config.Config, device: backend.Device) -> Session:
@@ -168,6 +197,11 @@ def validate(settings: config.Config) -> None:
         if trainer.save_every:
             raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
         return
+    if several_machines() and settings.rollout.host in ("127.0.0.1", "localhost"):
+        raise UserError(
+            f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
+            "set rollout.host=0.0.0.0"
+        )
     if trainer.group_size < 2:
         raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
     if trainer.prompts_per_step % trainer.mini_batches:

@@ -54,6 +54,9 @@ def enter() -> list[str]:
     multiprocessing hands `sys.argv` on, so the `--parent` that a worker reads is written here by the process that
     starts it.
     """
+    # A cluster's SIGTERM reaches every process of a job. The trainer, which needs the server until its step has ended,
+    # stops it. Blocked, not ignored: SGLang sets handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     arguments = sys.argv[1:]
     if arguments[:1] == ["--parent"]:
         die_with(int(arguments[1]))

@@ -35,14 +35,16 @@ class Node:
     address: str
     pid: int  # of its first process
 
-    def words(self, *words: object) -> list[str]:
-        """A command line that runs `words` on this node, in the current directory."""
+    def finish(self, *words: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command on this node, in the current directory, to its end."""
         enter = ["nsenter", "--target", self.pid, *_KINDS, "env", f"--chdir={os.getcwd()}", *words]
-        return [str(word) for word in enter]
+        return subprocess.run([str(word) for word in enter], capture_output=True, text=True, timeout=seconds)
 
     def run(self, *words: object) -> str:
-        """What a short command says on this node; raises CalledProcessError."""
-        return subprocess.run(self.words(*words), check=True, capture_output=True, text=True, timeout=60).stdout
+        """What a command that succeeds says."""
+        done = self.finish(*words)
+        assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
 
     def link(self, state: str) -> None:
         """Cut its cable (`down`) or heal it (`up`)."""

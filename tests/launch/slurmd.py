@@ -81,7 +81,7 @@ def slurm(directory: Path, nodes: tuple[Node, Node]) -> Iterator[Slurm]:
     """Started, with both nodes idle."""
     for name in ("state", "spool-node1", "spool-node2"):
         (directory / name).mkdir()
-    lines = "\n".join(f"NodeName={n.name} NodeAddr={n.address} CPUs=2 RealMemory=1000 State=UNKNOWN" for n in nodes)
+    lines = "\n".join(f"NodeName={n.name} NodeAddr={n.address} CPUs=4 RealMemory=1000 State=UNKNOWN" for n in nodes)
     (directory / "slurm.conf").write_text(_CONF.format(directory=directory, address=nodes[0].address, nodes=lines))
     (directory / "munge.key").write_bytes(os.urandom(128))
     (directory / "munge.key").chmod(0o600)
