@@ -30,9 +30,9 @@ def own_address() -> str:
             address = probe.getsockname()[0]
     except OSError as error:
         raise UserError(f"no way from {socket.gethostname()} to {head}, where the run meets: {error}") from error
-    if ipaddress.ip_address(address).is_loopback:
+    if ipaddress.ip_address(place[0]).is_loopback:
         raise UserError(
-            f"{socket.gethostname()} knows {head}, where the run meets, as {address}, which other machines cannot "
+            f"{socket.gethostname()} knows {head}, where the run meets, as {place[0]}, which other machines cannot "
             "reach: start the run with the address instead (launch/torchrun.sh --head)"
         )
     return address

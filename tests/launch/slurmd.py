@@ -5,14 +5,17 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from netnodes import Node
 
+_TIMEOUT_S = 400  # of a job, on a machine that does something else as well
+_ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+_MUNGE = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
 _CONF = """
 ClusterName=test
 SlurmctldHost=node1({address})
@@ -67,9 +70,28 @@ class Slurm:
         """The number of a new job."""
         return self.run("sbatch", "--parsable", *words).strip()
 
+    def shown(self, job: str) -> str:
+        """All that Slurm knows of a job."""
+        return self.run("scontrol", "show", "job", job)
+
     def state(self, job: str) -> str:
         """As Slurm calls it: PENDING, RUNNING, COMPLETED, …"""
-        return re.search(r"JobState=(\w+)", self.run("scontrol", "show", "job", job)).group(1)
+        return re.search(r"JobState=(\w+)", self.shown(job)).group(1)
+
+    def until(self, happened: Callable[[], bool], job: str) -> None:
+        """Wait for something that a job brings about; fail when it ends without, or takes too long."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not happened():
+            assert self.state(job) not in _ENDS and time.monotonic() < deadline, self.shown(job) + self.logs()
+            time.sleep(0.3)
+
+    def ended(self, job: str) -> str:
+        """The state in which a job ends."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while (state := self.state(job)) not in _ENDS:
+            assert time.monotonic() < deadline, self.shown(job) + self.logs()
+            time.sleep(0.3)
+        return state
 
     def logs(self) -> str:
         """The end of what each daemon said."""
@@ -97,5 +119,3 @@ def slurm(directory: Path, nodes: tuple[Node, Node]) -> Iterator[Slurm]:
         time.sleep(0.2)
     yield cluster
 
-
-_MUNGE = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
