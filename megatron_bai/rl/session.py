@@ -235,7 +235,7 @@ def _check_store(settings: config.Config) -> None:
 def fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of the one it starts from: equal means the same work."""
     described = {name: asdict(getattr(settings, name)) for name in ("model", "data", "objective", "supervised", "trainer")}
-    for name in ("save", "save_every", "save_async", "keep"):
+    for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed
     described["init"] = manifest.require(settings.init.checkpoint) if settings.init.checkpoint else None
