@@ -118,7 +118,7 @@ def _require_shared(directory: Path) -> None:
 
 
 def _open(settings: config.Config, device: backend.Device) -> Session:
-    build.init_parallel(settings.parallel, settings.run.seed)
+    build.init_parallel(settings.parallel, settings.run.seed, settings.backend.timeout_s)
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
