@@ -12,7 +12,7 @@ from pathlib import Path
 
 from netnodes import Node
 
-_TIMEOUT_S = 900  # of a job, on a machine that does something else as well
+_TIMEOUT_S = 600  # of a job, on a machine that does something else as well
 _ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 _MUNGE = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
