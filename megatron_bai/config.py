@@ -126,7 +126,7 @@ class Rollout:
     start_timeout_s: float = 180.0  # from launch to the first healthy answer
     retries: int = 2  # of one request, after a failure that may pass
     deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # where the server listens; a run on several machines needs 0.0.0.0, or an address
     port: int = 0  # 0 takes a free one
     dtype: str = "float32"  # the server's weights: float32 or bfloat16
     sync_tolerance: float = 0.01  # nats: how far the probe's mean log-probability may be off after a weight sync
@@ -281,6 +281,7 @@ class Trainer:
     save_every: int = 0  # steps between checkpoints that the same command goes on from, in run.dir; 0 writes none
     save_async: bool = False  # write them in the background, while the next step runs
     keep: int = 2  # of them, the last ones
+    grace_s: float = 20.0  # after SIGTERM, to end the step in work and save; then, or with 0 at once, the run stops
 
 
 @dataclass

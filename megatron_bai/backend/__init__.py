@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config, patches
+from megatron_bai.backend.machines import choose_interface
 from megatron_bai.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +49,11 @@ def select(settings: config.Backend) -> Device:
 
 
 def start(settings: config.Backend) -> Device:
-    """Prepare this process and join the world torchrun describes (or a world of one)."""
+    """Prepare this process and join the world torchrun describes (or a world of one).
+
+    Raises:
+        UserError: as `select`; or the machines of the run cannot reach each other.
+    """
     device = select(settings)
     if device.kind == "cpu":
         patches.apply("megatron-cpu")
@@ -58,6 +63,7 @@ def start(settings: config.Backend) -> Device:
     backend = "gloo" if device.kind == "cpu" else "nccl"
     timeout = timedelta(seconds=settings.timeout_s)
     if "RANK" in os.environ:  # torchrun's own description of the world
+        choose_interface()
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_bai.backend.machines import choose_interface
 from megatron_bai.errors import UserError, of_system
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ def ranks() -> Iterator[Ranks]:
     if dist.is_initialized():
         yield joined()
     elif dist.is_torchelastic_launched():
+        choose_interface()
         # A collective waits for the slowest rank's share of the work; torchrun ends the rest when one dies.
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         try:

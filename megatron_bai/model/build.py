@@ -35,8 +35,12 @@ class Actor:
         return self.modules[0].config
 
 
-def init_parallel(parallel: config.Parallel, seed: int) -> None:
-    """Create Megatron's process groups. Experts are parallel over whole experts only (expert TP 1)."""
+def init_parallel(parallel: config.Parallel, seed: int, timeout_s: float = 600.0) -> None:
+    """Create Megatron's process groups. Experts are parallel over whole experts only (expert TP 1).
+
+    Args:
+        timeout_s: of one collective, `backend.timeout_s`. Megatron's own would be half an hour.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -46,6 +50,7 @@ def init_parallel(parallel: config.Parallel, seed: int) -> None:
         virtual_pipeline_model_parallel_size=_virtual(parallel),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout_s / 60,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed + 1)

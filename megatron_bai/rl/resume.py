@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "rollout.port", "rollout.sync_tolerance", "rollout.max_total_tokens", "rollout.max_running_requests",
     "replay.measure_live", "replay.store", "replay.store_encoding",
     "trainer.steps", "trainer.micro_batch_size", "trainer.eval_every", "trainer.save", "trainer.save_every",
-    "trainer.save_async", "trainer.keep", "objective.critic_save",
+    "trainer.save_async", "trainer.keep", "trainer.grace_s", "objective.critic_save",
     "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d{5,})")
@@ -241,15 +241,16 @@ class Checkpoints:
         self._directory = Path(session.settings.run.dir)
         self._saving: Saving | None = None
 
-    def after(self, step: int, version: int) -> None:
-        """Save if it is time to; called after every step, counted from 1. Collective.
+    def after(self, step: int, version: int, asked: bool = False) -> None:
+        """Save if it is time to, or `asked` for; called after every step, counted from 1. Collective.
 
         Raises:
             UserError: it cannot be written; the former ones are as they were.
         """
         trainer = self._session.settings.trainer
         self._settle(wait=False)
-        if trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps):
+        due = trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps)
+        if due or asked:
             self.save(step, version)
 
     def save(self, step: int, version: int) -> None:

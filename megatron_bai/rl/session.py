@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,8 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bai import backend, config
+from megatron_bai.backend.machines import several_machines
 from megatron_bai.data import Task, build_tokenizer
 from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import joined
 from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
@@ -86,13 +90,38 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     device = backend.start(settings.backend)
     try:
         build.validate(settings.model, settings.parallel, dist.get_world_size())
+        if several_machines():
+            _require_shared(Path(settings.run.dir))
         yield _open(settings, device)
     finally:
         backend.stop()
 
 
+def _require_shared(directory: Path) -> None:
+    """Refuse a `run.dir` that only some machines see: each would keep its part of every checkpoint to itself."""
+    group = joined()
+
+    def look(mark: Path) -> None:
+        if not mark.exists():
+            raise UserError(
+                f"{socket.gethostname()} does not see what rank 0 writes to run.dir={directory}: give a directory that "
+                "all machines of the run share"
+            )
+
+    def leave() -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".seen-", dir=directory))
+
+    mark = group.first(leave, directory)
+    try:
+        group.together(lambda: look(mark))
+    finally:
+        if group.rank == 0:
+            mark.rmdir()
+
+
 def _open(settings: config.Config, device: backend.Device) -> Session:
-    build.init_parallel(settings.parallel, settings.run.seed)
+    build.init_parallel(settings.parallel, settings.run.seed, settings.backend.timeout_s)
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
@@ -175,6 +204,11 @@ def validate(settings: config.Config) -> None:
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
         _check_critic(settings)
+    if several_machines() and settings.rollout.host in ("127.0.0.1", "localhost"):
+        raise UserError(
+            f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
+            "set rollout.host=0.0.0.0"
+        )
     if trainer.prompts_per_step % trainer.mini_batches:
         raise UserError(
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
@@ -226,7 +260,7 @@ def _check_store(settings: config.Config) -> None:
 def fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of the one it starts from: equal means the same work."""
     described = {name: asdict(getattr(settings, name)) for name in ("model", "data", "objective", "supervised", "trainer")}
-    for name in ("save", "save_every", "save_async", "keep"):
+    for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed
     described["init"] = manifest.require(settings.init.checkpoint) if settings.init.checkpoint else None

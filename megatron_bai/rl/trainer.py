@@ -27,6 +27,7 @@ from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
+from megatron_bai.rl.signals import STOPPED, heed
 from megatron_bai.routing.queues import MicroRoutes, differing
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
@@ -81,14 +82,23 @@ def _steps(
     ):
         loop = Loop(session, inference, keeper, reference)
         start.restore(loop.parts)
-        with Checkpoints(session, models, loop.parts) as checkpoints:
+        with (
+            Checkpoints(session, models, loop.parts) as checkpoints,
+            heed(session.settings.trainer.grace_s) as requests,
+        ):
             for step in range(start.step, session.settings.trainer.steps):
                 values = loop.step(step)
                 progress.step(values, _SHOWN)
                 if session.lead:
                     summary.step(values)
                     summary.write(session.settings.run.dir, complete=False)
-                checkpoints.after(step + 1, inference.version)
+                asked = requests.agreed(session.device.device)
+                checkpoints.after(step + 1, inference.version, asked.save)
+                if asked.stop:
+                    checkpoints.wait()
+                    if session.lead:
+                        print(f"stopped after step {step + 1}, as SIGTERM asked: the same command goes on from there")
+                    raise SystemExit(STOPPED)
         return inference.version
 
 

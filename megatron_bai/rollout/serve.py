@@ -13,6 +13,7 @@ import ctypes
 import os
 import signal
 import sys
+from multiprocessing import resource_tracker
 
 from megatron_bai import patches
 
@@ -54,6 +55,11 @@ def enter() -> list[str]:
     multiprocessing hands `sys.argv` on, so the `--parent` that a worker reads is written here by the process that
     starts it.
     """
+    # A cluster's signals reach every process of a job; the trainer, which needs the server until its step has ended,
+    # stops it. Blocked and not ignored, for SGLang sets handlers. Starting Python's resource tracker unblocks SIGTERM.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     arguments = sys.argv[1:]
     if arguments[:1] == ["--parent"]:
         die_with(int(arguments[1]))

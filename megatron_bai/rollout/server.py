@@ -14,6 +14,7 @@ from types import TracebackType
 
 import psutil
 
+from megatron_bai.backend.machines import own_address
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import control
@@ -53,7 +54,9 @@ class SGLangServer:
 
     @property
     def url(self) -> str:
-        return f"http://{self.rollout.host}:{self.port}"
+        """Where the trainer's machines reach it."""
+        host = own_address() if self.rollout.host == "0.0.0.0" else self.rollout.host
+        return f"http://{host}:{self.port}"
 
     @property
     def pid(self) -> int | None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,7 +36,8 @@ def main(report: Path, command: list[str]) -> int:
 
 def _kill_everything(*_: object) -> NoReturn:
     for process in psutil.Process().children(recursive=True):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended with the one before it
+            process.kill()
     os._exit(124)
 
 

@@ -157,6 +157,14 @@ def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) ->
     assert longest >= LENGTH - 8
 
 
+def test_a_clusters_signals_do_not_end_it(server: SGLangServer, client: MakeClient) -> None:
+    """Slurm sends them to all processes of a job, and the trainer's step needs the server to its end."""
+    for process in [psutil.Process(server.pid), *family(server.pid)]:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)
+    assert len(client().generate(PROMPTS, 2, seed=0, stop_token_id=STOP)) == 6
+
+
 PARENT = """
 import time
 from megatron_bai.config import Rollout

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# One verb in many processes, on this machine or on many.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: launch/torchrun.sh [OPTION VALUE …] VERB [group.key=value …]
+
+Runs `megatron-bai VERB` under torchrun. On many nodes, run the same line on each of them.
+
+  --processes N   per node (default: one a GPU, or one a core where there is none)
+  --nodes N       machines that take part (default 1)
+  --head HOST     where they meet, HOST or HOST:PORT (port 29500): one of them, the same on all
+  --node-rank R   this node's number, 0 on HEAD: static rendezvous. Without it the nodes agree among themselves (c10d)
+  --id NAME       of the meeting, for several on one head (default: megatron-bai)
+  --restarts N    start all processes again, at most N times, when one is lost (default 0)
+  --grace S       seconds that a run has after SIGTERM to end its step and save (trainer.grace_s; default 20)
+  --logs DIR      every rank's output, a file each, below DIR (default runs/logs); rank 0's is shown as well
+
+e.g. launch/torchrun.sh --processes 2 train experiment=demo
+     launch/torchrun.sh --nodes 2 --head 10.0.0.1 --processes 8 --restarts 3 train experiment=demo run.dir=/shared/demo
+TEXT
+}
+
+fail() {
+    echo "torchrun.sh: error: $*" >&2
+    exit 2
+}
+
+number() { # NAME VALUE LEAST
+    case $2 in '' | *[!0-9]*) fail "$1 is '$2': give a whole number" ;; esac
+    [ "$2" -ge "$3" ] || fail "$1 is $2: it must be at least $3"
+}
+
+processes=auto nodes=1 head='' node_rank='' id=megatron-bai restarts=0 grace=20 logs=runs/logs
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage && exit ;;
+        --processes | --nodes | --head | --node-rank | --id | --restarts | --grace | --logs)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            name=${1#--}
+            printf -v "${name//-/_}" %s "$2"
+            shift 2
+            ;;
+        -*) fail "there is no option $1: see launch/torchrun.sh --help" ;;
+        *) break ;;
+    esac
+done
+[ $# -gt 0 ] || fail "say which verb to run: see launch/torchrun.sh --help"
+[ "$processes" = auto ] || number --processes "$processes" 1
+number --nodes "$nodes" 1
+number --restarts "$restarts" 0
+number --grace "$grace" 0
+
+bin=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin
+[ -x "$bin/torchrun" ] || bin=$(dirname "$(command -v torchrun)") || fail "no torchrun here: run \`make install\`"
+
+# The head's address and this machine's on the way there: torch would announce host names, which may mean loopback.
+route='
+import socket, sys
+found = socket.getaddrinfo(sys.argv[1], 9, type=socket.SOCK_DGRAM)[0]
+probe = socket.socket(found[0], socket.SOCK_DGRAM)
+probe.connect(found[4])
+print(found[4][0], probe.getsockname()[0])'
+
+if [ "$nodes" -eq 1 ]; then
+    [ -z "$head$node_rank" ] || fail "--head and --node-rank are for many nodes: give --nodes, too"
+    meeting=(--standalone)
+else
+    [ -n "$head" ] || fail "$nodes nodes need a place to meet: give --head HOST"
+    case $head in *:*) port=${head##*:} head=${head%:*} ;; *) port=29500 ;; esac
+    number "the port of --head" "$port" 1
+    found=$("$bin/python" -c "$route" "$head" 2>/dev/null) || fail "no way from $(hostname) to --head $head"
+    read -r there here <<<"$found"
+    if [ "${here#127.}" != "$here" ] && [ "$head" = "$(hostname)" ]; then # Debian gives a machine's own name to loopback
+        here=$(hostname -I) here=${here%% *} there=$here
+    fi
+    case $here in 127.* | ::1 | '') fail "--head $head means this machine alone on $(hostname): give its address" ;; esac
+    if [ -n "$node_rank" ]; then
+        number --node-rank "$node_rank" 0
+        [ "$node_rank" -lt "$nodes" ] || fail "--node-rank is $node_rank: with --nodes $nodes it is 0 to $((nodes - 1))"
+        [ "$restarts" -eq 0 ] || fail "--restarts needs nodes that agree among themselves: leave out --node-rank"
+        meeting=(--master-addr "$there" --master-port "$port" --node-rank "$node_rank")
+    else
+        is_host=0
+        [ "$here" != "$there" ] || is_host=1
+        meeting=(--rdzv-backend c10d --rdzv-endpoint "$there:$port" --rdzv-conf "is_host=$is_host")
+    fi
+    meeting+=(--nnodes "$nodes" --rdzv-id "$id" --local-addr "$here")
+fi
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # what torchrun would choose, with a warning
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] "
+# Ranks take SIGUSR1 as a wish for a checkpoint. torchrun, which would die of it, is born deaf to it.
+trap '' USR1
+# torchrun waits a little longer than the ranks do before it kills.
+exec "$bin/torchrun" "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
+    --shutdown-timeout $((grace + 10)) --log-dir "$logs/$(hostname)" --redirects 3 --tee 0:3 \
+    -m megatron_bai "$@" "trainer.grace_s=$grace"

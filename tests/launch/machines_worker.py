@@ -1,0 +1,54 @@
+"""`python machines_worker.py DIRECTORY`, on the second node: what this machine knows of the others goes to found.json."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_bai.backend import machines
+from megatron_bai.errors import UserError
+from megatron_bai.rl.session import _require_shared
+
+
+def said(function: Callable[..., object], *arguments: object) -> object:
+    """What it returns, or complains of."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return f"error: {error}"
+
+
+def shared(rank: int, directory: Path) -> object:
+    """One of two ranks; a part of the tree is the second one's own."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    return [said(_require_shared, directory / "both"), said(_require_shared, directory / "own")]
+
+
+def main(directory: Path, rank: int) -> None:
+    if rank:
+        (directory / f"{rank}.json").write_text(json.dumps(shared(1, directory)))
+        return
+    (directory / "own").mkdir()
+    other = f'mount -t tmpfs own {directory}/own && exec "{sys.executable}" "{__file__}" {directory} 1'
+    with subprocess.Popen(["unshare", "--mount", "bash", "-c", other]) as second:
+        found = {"alone": machines.own_address(), "shared": shared(0, directory)}
+        assert second.wait() == 0
+    os.environ["GROUP_WORLD_SIZE"] = "2"
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    for name, head in {"address": "10.77.0.1", "name": "node1", "own name": "node2", "nowhere": "192.0.2.1"}.items():
+        os.environ["MASTER_ADDR"] = head
+        found[name] = said(machines.own_address)
+    os.environ["MASTER_ADDR"] = "node1"
+    machines.choose_interface()
+    found["interface"] = os.environ["GLOO_SOCKET_IFNAME"]
+    found["own files"] = [path.name for path in (directory / "both").iterdir()]
+    (directory / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)

@@ -1,0 +1,60 @@
+"""`python signals_worker.py DIRECTORY`: two ranks of gloo that are signalled; what they agreed on goes to found.json."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai.rl.signals import heed
+
+CPU = torch.device("cpu")
+
+
+def rank(number: int, directory: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=2)
+    found = []
+    with heed(grace_s=60) as requests:
+        for step, sign in enumerate([None, signal.SIGUSR1, None, signal.SIGTERM, None]):
+            if sign and number == step // 2:  # rank 0 is asked in step 1, rank 1 in step 3
+                os.kill(os.getpid(), sign)
+                os.kill(os.getpid(), sign)  # Slurm and torchrun both send it
+            asked = requests.agreed(CPU)
+            found.append([asked.save, asked.stop])
+    (directory / f"{number}.json").write_text(json.dumps(found))
+
+
+def late(number: int, directory: Path) -> None:
+    """A step that goes on for longer than the grace period."""
+    try:
+        with heed(grace_s=0.2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    finally:
+        (directory / f"{number}.json").write_text('"unwound"')
+
+
+def main(directory: Path) -> None:
+    children = {}
+    for number, function in enumerate([rank, rank, late]):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                function(number, directory)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            finally:
+                os._exit(code)
+        children[number] = child
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children.values()]
+    found = [json.loads((directory / f"{number}.json").read_text()) for number in children]
+    (directory / "found.json").write_text(json.dumps({"codes": codes, "found": found}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,121 @@
+"""A Slurm of two nodes: munged, slurmctld and a slurmd each, all in one directory and all ended with the nodes."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from netnodes import Node
+
+_TIMEOUT_S = 600  # of a job, on a machine that does something else as well
+_ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+_DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+_MUNGE = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+_CONF = """
+ClusterName=test
+SlurmctldHost=node1({address})
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket={directory}/munge.sock,cred_expire=5
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool-%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd-%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/none
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+KillWait=30
+ReturnToService=2
+{nodes}
+PartitionName=low Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=60
+PartitionName=high Nodes=node[1-2] PriorityTier=2 MaxTime=60
+"""
+
+
+def missing() -> str:
+    """What keeps this machine from having a Slurm; empty if nothing does."""
+    lacking = [name for name in _DAEMONS if not shutil.which(name)]
+    return f"no {', '.join(lacking)} here: apt-get install slurm-wlm munge" if lacking else ""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """The cluster, seen from its first node."""
+
+    directory: Path
+    head: Node
+
+    def run(self, *words: object) -> str:
+        return self.head.run("env", f"SLURM_CONF={self.directory}/slurm.conf", *words)
+
+    def submit(self, *words: object) -> str:
+        """The number of a new job."""
+        return self.run("sbatch", "--parsable", *words).strip()
+
+    def shown(self, job: str) -> str:
+        """All that Slurm knows of a job."""
+        return self.run("scontrol", "show", "job", job)
+
+    def state(self, job: str) -> str:
+        """As Slurm calls it: PENDING, RUNNING, COMPLETED, …"""
+        return re.search(r"JobState=(\w+)", self.shown(job)).group(1)
+
+    def until(self, happened: Callable[[], bool], job: str) -> None:
+        """Wait for something that a job brings about; fail when it ends without, or takes too long."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not happened():
+            assert self.state(job) not in _ENDS and time.monotonic() < deadline, self.shown(job) + self.logs()
+            time.sleep(0.3)
+
+    def ended(self, job: str) -> str:
+        """The state in which a job ends."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while (state := self.state(job)) not in _ENDS:
+            assert time.monotonic() < deadline, self.shown(job) + self.logs()
+            time.sleep(0.3)
+        return state
+
+    def logs(self) -> str:
+        """The end of what each daemon said."""
+        return "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in self.directory.glob("*.log"))
+
+
+@contextmanager
+def slurm(directory: Path, nodes: tuple[Node, Node]) -> Iterator[Slurm]:
+    """Started, with both nodes idle."""
+    for name in ("state", "spool-node1", "spool-node2"):
+        (directory / name).mkdir()
+    lines = "\n".join(f"NodeName={n.name} NodeAddr={n.address} CPUs=4 RealMemory=1000 State=UNKNOWN" for n in nodes)
+    (directory / "slurm.conf").write_text(_CONF.format(directory=directory, address=nodes[0].address, nodes=lines))
+    (directory / "munge.key").write_bytes(os.urandom(128))
+    (directory / "munge.key").chmod(0o600)
+    own = [f"--{name}={directory}/munge.{end}" for name, end in _MUNGE.items()]
+    nodes[0].run("munged", "--force", *own)
+    cluster = Slurm(directory, nodes[0])
+    cluster.run("slurmctld")
+    for node in nodes:
+        node.run("env", f"SLURM_CONF={directory}/slurm.conf", "slurmd", "-N", node.name)
+    deadline = time.monotonic() + 30
+    while set(cluster.run("sinfo", "--Node", "--noheader", "--format=%T").split()) != {"idle"}:
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.2)
+    yield cluster
+

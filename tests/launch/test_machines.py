@@ -1,0 +1,46 @@
+"""What a process knows of the machines of its run, on a node whose own name means loopback."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from netnodes import Node
+from processes import TESTS
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.rl import session
+
+
+@pytest.fixture(scope="module")
+def found(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    directory = tmp_path_factory.mktemp("machines")
+    nodes[1].run(sys.executable, TESTS / "launch" / "machines_worker.py", directory)
+    return json.loads((directory / "found.json").read_text())
+
+
+def test_its_address_is_the_one_it_reaches_the_others_by(found: dict) -> None:
+    assert (found["alone"], found["address"], found["name"]) == ("127.0.0.1", "10.77.0.2", "10.77.0.2")
+    assert found["interface"] == "eth0"
+
+
+def test_a_meeting_place_that_others_cannot_reach_is_refused(found: dict) -> None:
+    assert found["own name"].startswith("error: node2 knows node2, where the run meets, as 127.0.1.1, which other")
+    assert found["nowhere"].startswith("error: no way from node2 to 192.0.2.1, where the run meets")
+
+
+def test_a_run_directory_that_is_not_shared_is_refused_on_all_ranks(found: dict) -> None:
+    both, own = found["shared"]
+    assert both is None and own.startswith("error: node2 does not see what rank 0 writes to run.dir=")
+    assert found["own files"] == []
+
+
+def test_a_server_on_loopback_is_refused_on_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.Config(model=config.Model(max_position_embeddings=256))
+    session.validate(settings)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="rollout.host=127.0.0.1 is reached from the server's machine alone"):
+        session.validate(settings)
+    settings.rollout.host = "0.0.0.0"
+    session.validate(settings)
