@@ -290,7 +290,7 @@ class Monitor:
     bucket: int = 100  # tokens: width of a response-length bucket
     smooth: int = 5  # steps whose median is a metric's level
     horizon: int = 100  # steps that a baseline looks back
-    deviations: float = 6.0  # standard errors that a change must have for an alarm
+    deviations: float = 5.0  # standard errors that a change must have for an alarm
     length_fall: float = 0.3  # of the mean response length within the horizon, as a share: length_collapse
     discrepancy_rise: float = 2.0  # of kl_k3 or F(2), as a factor: discrepancy_divergence
     entropy_fall: float = 0.5  # of the policy's entropy, as a share: entropy_collapse

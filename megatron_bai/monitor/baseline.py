@@ -7,16 +7,14 @@ from typing import Any
 
 _TRIM = 0.9  # the share of differences, the smallest, that the noise is estimated from
 _TRIMMED_MEAN = 0.6574  # mean of the smallest 0.9 of |z|, z standard normal: (φ(0) − φ(1.6449)) · 2 / 0.9
+_NORMAL = 1.4826  # standard deviation of normal values over the median of their sizes
 _MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, of normal noise: √(π/2)
 
 
 class Track:
     """The last values of a metric.
 
-    A *level* is the median of `smooth` values in a row, and its step is that of the middle one. The *noise* is the
-    standard deviation around the trend, from the differences of neighbouring values: no trend enters it, and the largest
-    tenth of the differences, where outliers are, is left out. It is taken as independent from step to step: noise that
-    is not makes a change look surer than it is, which the calibration (docs/monitoring.md) shows.
+    A *level* is the median of `smooth` values in a row, and its step is that of the middle one.
 
     Attributes:
         levels: (step, level), at most `horizon` of them, the last one newest.
@@ -34,11 +32,23 @@ class Track:
             self.levels.append((last[self.smooth // 2][0], median(value for _, value in last)))
 
     def error(self, floor: float) -> float:
-        """Standard error of the difference of two levels that share no value; the noise is at least `floor`."""
+        """Standard error of the difference of two levels that share no value: the larger of two estimates.
+
+        One takes noise as independent from step to step: from the differences of neighbouring values, into which no trend
+        enters, without their largest tenth, where outliers are; it is at least `floor` a value. The other is the median
+        deviation of the change between neighbouring levels that share no value from its own median, which is the trend: it
+        sees noise that is correlated, but needs more steps.
+        """
         steps = sorted(abs(after - before) for (_, before), (_, after) in pairwise(self._values))
         kept = steps[: max(1, int(len(steps) * _TRIM))]
         noise = sum(kept) / len(kept) / _TRIMMED_MEAN / 2**0.5 if kept else 0.0
-        return max(noise, floor) * _MEDIAN_ERROR * (2 / self.smooth) ** 0.5
+        independent = max(noise, floor) * _MEDIAN_ERROR * (2 / self.smooth) ** 0.5
+        levels = [level for _, level in self.levels]
+        changes = [after - before for before, after in zip(levels, levels[self.smooth :])]
+        if not changes:
+            return independent
+        trend = median(changes)
+        return max(independent, _NORMAL * median(abs(change - trend) for change in changes))
 
     def state(self) -> dict[str, Any]:
         """All it knows, JSON."""
