@@ -47,8 +47,8 @@ table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line) }
 td { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
 th { font-weight: 500; color: var(--soft) }
-.prose td { font: inherit; min-width: 9rem }
-.prose td:last-child { min-width: 0 }
+.prose td { font: inherit }
+.prose p { margin: .75rem 0 0 }
 tr.differs { background: var(--mark) }
 summary { cursor: pointer; color: var(--soft) }
 @media (max-width: 36rem) { body { padding: 1.25rem .75rem 3rem } .plot { height: 14rem } }

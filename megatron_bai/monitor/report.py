@@ -62,13 +62,14 @@ def _alarm_section(runs: list[RunData]) -> str:
     """What the monitor said, and why; nothing when it said nothing."""
     cards = []
     for run in runs:
-        rows = [
-            [str(a.step), a.detector.replace("_", " "), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.advice, a.action]
-            for a in run.alarms()
-        ]
-        if rows:
-            shown = page.table(["step", "alarm", "evidence", "what the papers advise", "action"], rows, compare=False)
-            cards.append(f'<div class="card prose"><h3>{escape(run.name)}</h3>{shown}</div>')
+        alarms = run.alarms()
+        told = dict.fromkeys((alarm.detector, alarm.advice) for alarm in alarms)  # advice once, whatever it was given for
+        for detector, advice in told:
+            own = [alarm for alarm in alarms if (alarm.detector, alarm.advice) == (detector, advice)]
+            rows = [[str(a.step), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.action] for a in own]
+            title = f'<h3><i style="background:{run.colour}"></i>{escape(run.name)}: {escape(detector.replace("_", " "))}</h3>'
+            shown = page.table(["step", "evidence", "action"], rows, compare=False)
+            cards.append(f'<div class="card prose">{title}{shown}<p>{escape(advice)}.</p></div>')
     return "<h2>Alarms</h2><p>Marked ▼ on the curves below.</p>" + "".join(cards) if cards else ""
 
 
