@@ -305,7 +305,7 @@ class Monitor:
     wandb: str = ""  # a W&B project; the key is W&B's own affair (wandb login); empty: not used
     wandb_mode: str = "online"  # or offline: files in run.dir/wandb, for wandb sync
     mlflow: str = ""  # an MLflow experiment; empty: not used
-    mlflow_uri: str = ""  # of its server, without credentials; empty: files in run.dir/mlruns
+    mlflow_uri: str = ""  # of its server, without credentials; empty: run.dir/mlflow.db
 
 
 @dataclass

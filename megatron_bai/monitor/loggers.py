@@ -72,7 +72,7 @@ class Mlflow:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        uri = settings.monitor.mlflow_uri or (directory / "mlruns").resolve().as_uri()
+        uri = settings.monitor.mlflow_uri or f"sqlite:///{directory.resolve()}/mlflow.db"
         try:
             self._client = MlflowClient(uri)
             found = self._client.get_experiment_by_name(settings.monitor.mlflow)

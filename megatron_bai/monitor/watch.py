@@ -84,6 +84,12 @@ class Monitor:
             self._stick(low).restore(own)
 
 
+def demanded(values: dict[str, Any]) -> str:
+    """The most drastic action that the alarms of a step's record ask for; warn for none."""
+    actions = [alarm["action"] for alarm in values.get("alarms", ())]
+    return max(actions, key=ACTIONS.index, default="warn")
+
+
 def _rules(s: config.Monitor) -> list[Rule]:
     watched = [
         ("length_collapse", "response_length_mean", 1 - s.length_fall, 0.0),

@@ -12,6 +12,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import routes as router
+from megatron_bai.monitor.alarm import Alarm
 from megatron_bai.monitor.clock import Clock
 from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.progress import Progress
@@ -19,7 +20,7 @@ from megatron_bai.monitor.report import write_report
 from megatron_bai.monitor.responses import of_responses
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.summary import Summary, read_summary
-from megatron_bai.monitor.watch import Monitor
+from megatron_bai.monitor.watch import Monitor, demanded
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.collect import Collector
