@@ -106,14 +106,15 @@ def tables(draws: int, runs: list[Path], settings: config.Monitor) -> str:
     parts = [
         f"{draws} draws of each noise, the default settings. False alarms per 1000 steps of a series that does not collapse:",
         _table(["detector: curve", *kinds], calm),
-        "On series that collapse, the median delay in steps from the onset (5th and 95th percentile of draws), and below "
-        "it the draws without an alarm and the false alarms before the onset, where there were any:",
+        "On series that collapse, the median delay in steps from the onset (5th to 95th percentile of draws), with the draws "
+        "that raised no alarm and the false alarms before the onset, where there were any:",
         _table(["detector: curve", *kinds], falling),
         "What the hockey stick's second alarm says, medians over draws:",
         _table(["curve", "noise", "depth", "trough at step", "recovered at step", "with a recovery"], sticks),
     ]
     if runs:
-        parts += ["Runs of ours that are not known to collapse:", _table(["run", "steps", "alarms"], [_own(run, settings) for run in runs])]
+        own = _table(["run", "steps", "alarms"], [_own(run, settings) for run in runs])
+        parts += ["Runs of ours that are not known to collapse:", own]
     return "\n\n".join(parts)
 
 
@@ -133,9 +134,11 @@ def _stick(curve: dict[str, Any], kind: str, found: dict[str, Any]) -> list[str]
     trough = int(at[known.argmin()])
     recovery = int(steps[(steps > trough) & (clean >= curve["recovery_to"])][0])
     facts = found["facts"]
-    cells = [f"{median(fact[key] for fact in facts):.3g}" if facts else "–" for key in ("depth", "trough_step", "recovery_step")]
+    keys = ("depth", "trough_step", "recovery_step")
+    cells = [f"{median(fact[key] for fact in facts):.3g}" if facts else "–" for key in keys]
     true = [f"{known[0] - known.min():.3g}", str(trough), str(recovery)]
-    return [curve["name"], kind, *(f"{cell} (curve: {fact})" for cell, fact in zip(cells, true)), f"{len(facts) / len(found['delays']):.0%}"]
+    share = f"{len(facts) / len(found['delays']):.0%}"
+    return [curve["name"], kind, *(f"{cell} (curve: {fact})" for cell, fact in zip(cells, true)), share]
 
 
 def _own(run: Path, settings: config.Monitor) -> list[str]:
