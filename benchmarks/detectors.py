@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_bai import config
 from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.rundata import load_run
 from megatron_bai.monitor.watch import Monitor
 
 CURVES = Path(__file__).parent / "data" / "curves.json"
@@ -142,7 +143,7 @@ def _stick(curve: dict[str, Any], kind: str, found: dict[str, Any]) -> list[str]
 
 
 def _own(run: Path, settings: config.Monitor) -> list[str]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = load_run(run, run.name, "").records
     monitor = Monitor(settings)
     found = [alarm for record in records for alarm in monitor.step(record)]
     return [run.name, str(len(records)), "; ".join(f"{a.detector} at {a.step}" for a in found) or "none"]
