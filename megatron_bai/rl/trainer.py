@@ -92,8 +92,24 @@ def _steps(
                 if session.lead:
                     summary.step(values)
                     summary.write(session.settings.run.dir, complete=False)
-                checkpoints.after(step + 1, inference.version)
+                _obey(values, checkpoints, inference.version)
         return inference.version
+
+
+def _obey(values: dict[str, Any], checkpoints: Checkpoints, version: int) -> None:
+    """Save if it is time to, or if an alarm asks for it. Collective.
+
+    Raises:
+        UserError: an alarm stops the run; the step's checkpoint is written.
+    """
+    step, action = values["step"], demanded(values)
+    if action == "warn":
+        checkpoints.after(step, version)
+        return
+    checkpoints.save(step, version)
+    if action == "stop":
+        checkpoints.wait()
+        raise UserError(f"stopped by an alarm at step {step}, which is saved: {Alarm(**values['alarms'][0])}")
 
 
 def _checked(session: Session) -> Session:
