@@ -42,7 +42,7 @@ VERBS = {
     "train": Verb(
         "Train: reinforcement learning, or supervised with objective=sft. Start several processes with torchrun.",
         "megatron_bai.train:run",
-        _TRAINING + ("rollout", "replay", "objective", "supervised", "trainer"),
+        _TRAINING + ("rollout", "replay", "objective", "supervised", "trainer", "monitor"),
         "torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo",
     ),
     "serve": Verb(

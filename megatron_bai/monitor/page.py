@@ -1,6 +1,6 @@
 """The HTML shell of a report: one file, plotly's own JavaScript inside it, charts drawn by the reader's browser.
 
-A chart is a dictionary of plain data (`title`, `traces`, `log`, `legend`). `_SCRIPT` gives it the colours of the page:
+A chart is a dictionary of plain data (`title`, `traces`, `log`, `legend`, and `map` where it is one over layers). `_SCRIPT` gives it the colours of the page:
 light and dark follow the reader's setting, also while the page is open.
 """
 
@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 Chart = dict[str, Any]
 
-_DASHES = {"solid": "solid", "dot": "dotted"}  # plotly's names of line styles and CSS's
+_DASHES = {"solid": "solid", "dot": "dotted", "dash": "dashed"}  # plotly's names of line styles and CSS's
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --text: #1d1f23; --soft: #62676f; --line: #e3e4e6;
@@ -47,6 +47,8 @@ table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line) }
 td { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
 th { font-weight: 500; color: var(--soft) }
+.prose td { font: inherit }
+.prose p { margin: .75rem 0 0 }
 tr.differs { background: var(--mark) }
 summary { cursor: pointer; color: var(--soft) }
 @media (max-width: 36rem) { body { padding: 1.25rem .75rem 3rem } .plot { height: 14rem } }
@@ -57,14 +59,16 @@ const charts = JSON.parse(document.getElementById("charts").textContent);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 function layout(chart) {
   const line = colour("--line");
-  const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, fixedrange: true };
+  const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true,
+    fixedrange: !matchMedia("(pointer: fine)").matches };  // a finger scrolls the page, a mouse may select to zoom
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--soft"), size: 12 },
-    margin: { l: 48, r: 14, t: 10, b: 34 }, hovermode: "x unified", barmode: "stack", bargap: .25,
+    margin: { l: 48, r: 14, t: 10, b: 34 }, hovermode: chart.map ? "closest" : "x unified", barmode: "stack", bargap: .25,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
     showlegend: false,  // the page's own wraps below the title and leaves the plot its height
     xaxis: { ...axis, title: { text: "global step", standoff: 6 } },
-    yaxis: { ...axis, type: chart.log ? "log" : "linear", exponentformat: "e", rangemode: "tozero" },
+    yaxis: { ...axis, type: chart.map ? "category" : chart.log ? "log" : "linear", exponentformat: "e",
+      rangemode: "tozero" },
   };
 }
 const draw = () => charts.forEach((chart, i) =>
@@ -76,7 +80,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 def figure(index: int, chart: Chart) -> str:
     """The place where the script draws chart number `index`."""
-    keys = "".join(_key(trace) for trace in chart["traces"]) if chart["legend"] else ""
+    keys = "".join(_key(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     title = f"<figcaption>{escape(chart['title'])}</figcaption>"
     return f'<figure>{title}{legend}<div class="plot" id="chart{index}"></div></figure>'

@@ -1,4 +1,4 @@
-"""A run's running record: `metrics.jsonl`, `config.yaml`, and one line a step on the terminal."""
+"""A run's running record: `metrics.jsonl`, `config.yaml`, loggers, and one line a step on the terminal."""
 
 import json
 import math
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextCo
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
+from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.loggers import Loggers
 
 
 class Progress:
@@ -42,6 +44,7 @@ class Progress:
         self.records = _records(path, after)
         replace(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(path, "a", encoding="utf-8")
+        self._loggers = Loggers(self.directory, settings)
         self._console = Console(file=sys.stdout, highlight=False)
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -60,6 +63,7 @@ class Progress:
         if self.active:
             self._bar.stop()
             self._file.close()
+            self._loggers.close()
 
     def step(self, values: dict[str, Any], shown: tuple[str, ...]) -> None:
         """Record one step's values, and show some of them."""
@@ -69,8 +73,11 @@ class Progress:
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint of this step may follow: it must not be there without its record
+        self._loggers.log(values)
         words = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
         self._console.print(f"step {values['step']:>4}/{self.total}  " + "  ".join(words), soft_wrap=True)
+        for alarm in values.get("alarms", ()):
+            self._console.print(f"alarm: {Alarm(**alarm)}", style="yellow", markup=False, soft_wrap=True)
         self._bar.advance(self._task)
 
 

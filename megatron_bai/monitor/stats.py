@@ -1,17 +1,29 @@
-"""Statistics that add up over micro-batches and ranks: means as (sum, count), and maxima."""
+"""Statistics that add up over micro-batches and ranks, so that none depends on how a batch was cut.
 
-from collections import defaultdict
+A mean is (sum, count), an effective sample size (count, Σ w, Σ w²), a tally the number of times each integer was seen,
+exact: quantiles and entropies are taken from the whole tally, never averaged over parts.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 
 class Stats:
-    """Named running means and maxima."""
+    """Named running statistics.
+
+    Attributes:
+        tallies: for each name, how often each integer was seen.
+    """
 
     def __init__(self) -> None:
         self._means: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._weights: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         self._maxima: dict[str, float] = {}
+        self.tallies: dict[str, Counter[int]] = defaultdict(Counter)
 
     def mean(self, name: str, values: torch.Tensor) -> None:
         """Add the elements of `values`, of any shape, to a mean."""
@@ -28,27 +40,69 @@ class Stats:
         if values.numel():
             self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(values.max()))
 
+    def sample_size(self, name: str, weights: torch.Tensor) -> None:
+        """Add importance weights; the value is their effective sample size (Kish) as a share of their number,
+        (Σ w)² / (n · Σ w²): 1 when all are equal, 1/n when one is all there is."""
+        weights = weights.double()
+        self._add_weights(name, (weights.numel(), float(weights.sum()), float(weights.square().sum())))
+
+    def tally(self, name: str, values: torch.Tensor) -> None:
+        """Count the elements of an integer tensor of any shape."""
+        seen, counts = values.unique(return_counts=True)
+        self.tallies[name].update(dict(zip(seen.tolist(), counts.tolist())))
+
     def add(self, other: "Stats") -> "Stats":
         for name, (numerator, denominator) in other._means.items():
             self.ratio(name, numerator, denominator)
+        for name, sums in other._weights.items():
+            self._add_weights(name, sums)
         for name, value in other._maxima.items():
             self._maxima[name] = max(self._maxima.get(name, float("-inf")), value)
+        for name, counts in other.tallies.items():
+            self.tallies[name].update(counts)
         return self
 
     def gathered(self, contributes: bool) -> "Stats":
         """The sum over the ranks that contribute, on every rank. Collective over the world."""
-        mine = (dict(self._means), self._maxima) if contributes else ({}, {})
-        everyone: list[tuple] = [()] * dist.get_world_size()
+        mine = (dict(self._means), dict(self._weights), self._maxima, dict(self.tallies)) if contributes else None
+        everyone: list[tuple | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         total = Stats()
-        for means, maxima in everyone:
-            part = Stats()
-            part._means.update(means)
-            part._maxima = maxima
-            total.add(part)
+        for found in everyone:
+            if found is not None:
+                part = Stats()
+                part._means, part._weights, part._maxima, part.tallies = found
+                total.add(part)
         return total
 
     def values(self) -> dict[str, float]:
-        """Means and maxima by name; a mean over nothing is left out."""
+        """All but the tallies by name; a mean over nothing is left out, and so is a sample size of weights of 0."""
         means = {name: total / count for name, (total, count) in self._means.items() if count}
-        return means | self._maxima
+        sizes = {name: s * s / (n * squares) for name, (n, s, squares) in self._weights.items() if squares}
+        return means | sizes | self._maxima
+
+    def _add_weights(self, name: str, sums: Sequence[float]) -> None:
+        self._weights[name] = [mine + theirs for mine, theirs in zip(self._weights[name], sums)]
+
+
+def quantile(counts: Counter[int], share: float) -> int:
+    """The smallest value with at least `share` of all counts at or below it (the inverse of the empirical distribution
+    function); of nothing it has none.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    if not counts.total():
+        raise ValueError("a quantile of nothing")
+    needed, seen = math.ceil(share * counts.total()), 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= max(needed, 1):
+            return value
+    raise AssertionError("counts do not reach their own total")
+
+
+def entropy(counts: Counter[int]) -> float:
+    """−Σ p log p in nats, p the share of each value."""
+    total = counts.total()
+    return -sum(n / total * math.log(n / total) for n in counts.values() if n)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
+from megatron_bai.monitor.responses import add_responses
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.advantages import of_groups, uniform
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
@@ -41,7 +42,10 @@ class Collector:
         prompts = session.task.prompts("train", seed, start, self.prompts)
         samples = self.inference.sample(prompts, trainer.group_size, seed=(seed << 40) + start)
         rewards = np.array([session.task.reward(prompts[sample.prompt], sample.response) for sample in samples])
-        _describe(samples, rewards, trainer.group_size, stats)
+        lengths = torch.tensor([len(sample.response) for sample in samples])
+        truncated = torch.tensor([sample.finish != "stop" for sample in samples])
+        width = self.settings.monitor.bucket
+        add_responses(stats, lengths, truncated, torch.from_numpy(rewards), trainer.group_size, width)
         critic = isinstance(self.settings.objective, config.Ppo)  # which has an advantage for each token, later
         advantages = None if critic else of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
         counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
@@ -61,16 +65,6 @@ class Collector:
         length = padded_length(int(longest), session.engine.place.multiple)
         pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
         return from_samples(samples, advantages, length, pad, session.signature, counted, columns, rewards)
-
-
-def _describe(samples: list[Sample], rewards: np.ndarray, group_size: int, stats: Stats) -> None:
-    """Rewards and response lengths; `reward_std` is the mean of the groups' standard deviations."""
-    lengths = torch.tensor([float(len(sample.response)) for sample in samples])
-    stats.mean("reward_mean", torch.from_numpy(rewards))
-    stats.mean("reward_std", torch.from_numpy(rewards.reshape(-1, group_size).std(axis=1)))
-    stats.mean("response_length_mean", lengths)
-    stats.max("response_length_max", lengths)
-    stats.mean("truncated_fraction", torch.tensor([float(sample.finish != "stop") for sample in samples]))
 
 
 def _counted(

@@ -19,6 +19,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
 from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
+from megatron_bai.monitor import loggers, watch
 from megatron_bai.rl import objectives
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
@@ -190,6 +191,8 @@ def validate(settings: config.Config) -> None:
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
     check_policy(settings.replay.missing)
     _check_store(settings)
+    watch.validate(settings.monitor)
+    loggers.validate(settings)
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")

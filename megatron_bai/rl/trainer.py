@@ -11,12 +11,16 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint
 from megatron_bai.model.build import Actor
+from megatron_bai.monitor import routes as router
+from megatron_bai.monitor.alarm import Alarm
 from megatron_bai.monitor.clock import Clock
-from megatron_bai.monitor.discrepancy import add_kl
+from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.monitor.report import write_report
+from megatron_bai.monitor.responses import of_responses
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.summary import Summary, read_summary
+from megatron_bai.monitor.watch import Monitor, demanded
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.collect import Collector
@@ -27,8 +31,8 @@ from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
-from megatron_bai.rl.signals import STOPPED, heed
-from megatron_bai.routing.queues import MicroRoutes, differing
+from megatron_bai.rl.signals import STOPPED, Asked, heed
+from megatron_bai.routing.queues import MicroRoutes
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
 
@@ -92,14 +96,27 @@ def _steps(
                 if session.lead:
                     summary.step(values)
                     summary.write(session.settings.run.dir, complete=False)
-                asked = requests.agreed(session.device.device)
-                checkpoints.after(step + 1, inference.version, asked.save)
-                if asked.stop:
-                    checkpoints.wait()
-                    if session.lead:
-                        print(f"stopped after step {step + 1}, as SIGTERM asked: the same command goes on from there")
-                    raise SystemExit(STOPPED)
+                _obey(values, requests.agreed(session.device.device), checkpoints, inference.version)
         return inference.version
+
+
+def _obey(values: dict[str, Any], asked: Asked, checkpoints: Checkpoints, version: int) -> None:
+    """Save if it is time to, or if an alarm or a signal asks for it; then end the run if that is asked. Collective.
+
+    Raises:
+        UserError: an alarm stops the run; the step's checkpoint is written.
+        SystemExit: a signal does, likewise.
+    """
+    step, action = values["step"], demanded(values)
+    checkpoints.after(step, version, asked.save or action != "warn")
+    if action == "stop":
+        checkpoints.wait()
+        raise UserError(f"stopped by an alarm at step {step}, which is saved: {Alarm(**values['alarms'][0])}")
+    if asked.stop:
+        checkpoints.wait()
+        if dist.get_rank() == 0:
+            print(f"stopped after step {step}, as SIGTERM asked: the same command goes on from there")
+        raise SystemExit(STOPPED)
 
 
 def _checked(session: Session) -> Session:
@@ -139,13 +156,17 @@ class Loop:
         keeper: RouteKeeper | None = None,
         reference: Reference | None = None,
     ):
+        from megatron.core import parallel_state
+
         self.session, self.inference, self.keeper = session, inference, keeper
         self.collector = Collector(session, inference)
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
         assert bool(settings.objective.kl_penalty) == bool(reference), "the penalty and its reference belong together"
         self.reference = reference
-        self.parts: dict[str, Part] = {"collector": self.collector}
+        self.monitor = Monitor(settings.monitor)
+        self.stages = parallel_state.get_pipeline_model_parallel_group()
+        self.parts: dict[str, Part] = {"collector": self.collector, "monitor": self.monitor}
         trainer = settings.trainer
         self.warmup = settings.objective.critic_warmup if session.critic else 0
         self.mini_size = self.collector.prompts * trainer.group_size // trainer.mini_batches
@@ -153,14 +174,14 @@ class Loop:
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
         clock = Clock()
-        stats = Stats()
+        stats, seen = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
         with clock("rollout"):
             samples, batch = self.collector.collect(stats)
         micros = batch.split(self.settings.trainer.micro_batch_size)
         rows_before = self.session.engine.replay.rows
         with clock("old_logprob"):
-            routes = self._score_old(batch, micros, stats)
+            routes = self._score_old(batch, micros, stats, seen)
         if self.keeper:
             with clock("store"):
                 self.keeper.keep(step, version, samples, micros, routes)
@@ -183,18 +204,30 @@ class Loop:
         if every and ((step + 1) % every == 0 or step == 0):
             with clock("eval"):
                 evaluate(self.session, self.inference, stats)
-        values = stats.gathered(self.session.contributes).values()
-        return {
+        values = {
             "step": step + 1,
             "weight_version": version,
-            **values,
+            **self._values(stats, seen),
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
             **learned,
             "sync_gap": self.inference.sync_gap,
             **clock.report(self._sum([int(batch.routed.sum()) if self.session.contributes else 0])[0]),
         }
+        return self._watched(values)
 
-    def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats) -> list[MicroRoutes] | None:
+    def _values(self, stats: Stats, seen: Stats) -> dict[str, float]:
+        """The step's statistics over the world. Collective."""
+        stats, seen = stats.gathered(self.session.contributes), seen.gathered(True)
+        lengths = of_responses(stats, self.settings.monitor.bucket)
+        load = router.of_load(seen, self.session.signature.num_experts)
+        return {**stats.values(), **lengths, **seen.values(), **load}
+
+    def _watched(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The step's metrics with `alarms`, where there are any; every rank finds the same."""
+        alarms = self.monitor.step(values)
+        return values | ({"alarms": [alarm.json() for alarm in alarms]} if alarms else {})
+
+    def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats, seen: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
         engine, mode = self.session.engine, self.settings.replay.mode
         inference = [engine.routes_of(micro) for micro in micros]
@@ -202,33 +235,21 @@ class Loop:
         live = None
         if mode != "r3" or self.settings.replay.measure_live:
             live = engine.score(micros, record=True)
-            self._compare_routes(inference, live.recorded, stats)
+            router.add_mismatch(seen, inference, live.recorded, engine.replay.columns, self.stages)
         old = replayed or live
         if engine.last_stage:
             batch.old_logprobs.copy_(old.logprobs)
-            add_kl(stats, "", batch.old_logprobs, batch.infer_logprobs, batch.mask)
+            add_discrepancy(stats, "", batch.old_logprobs, batch.infer_logprobs, batch.mask)
             if live is not None:
-                add_kl(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.mask)
+                add_discrepancy(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.mask)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
         if self.reference:
             with self.reference():  # its own router decides: the reference is one distribution for the whole run
                 reference = engine.score(micros).logprobs
             if engine.last_stage:
                 batch.reference_logprobs.copy_(reference)
+        router.add_load(seen, inference if mode == "r3" else live.recorded, engine.replay.columns)
         return {"none": None, "r2": live and live.recorded, "r3": inference}[mode]
-
-    def _compare_routes(self, theirs: list[MicroRoutes], ours: list[MicroRoutes], stats: Stats) -> None:
-        """Add `route_mismatch`: the share of (token, layer) routes that the live router chose differently.
-
-        Each rank sees its tokens and layers only, so the counts are summed over the world first; one rank keeps them.
-        """
-        different = total = 0
-        for inference, live in zip(theirs, ours):
-            rows = differing(live.ids, inference.ids)[inference.counted]
-            different, total = different + int(rows.sum()), total + rows.numel()
-        sums = self._sum([different, total])
-        if self.session.contributes:
-            stats.ratio("route_mismatch", sums[0], sums[1])
 
     def _update(
         self, step: int, batch: Batch, routes: list[MicroRoutes] | None, stats: Stats

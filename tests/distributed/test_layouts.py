@@ -226,6 +226,8 @@ def test_entropy_needs_memory_for_a_chunk_and_for_the_gradient(vocabulary: dict[
 
 def test_statistics_are_summed_over_the_ranks_that_contribute(layouts: Layouts) -> None:
     found = layouts["tp2"]["statistics"]
-    assert found["all"] == [{"mean": pytest.approx(1 / 3), "only": 5.0, "top": 1.0}] * 2
-    assert found["one"] == [{"mean": 0.5, "only": 5.0, "top": 1.0}] * 2
+    # Weights 0 of rank 0; 0 and 1 of rank 1.
+    assert found["all"] == [{"mean": pytest.approx(1 / 3), "only": 5.0, "ess": pytest.approx(1 / 3), "top": 1.0}] * 2
+    assert found["one"] == [{"mean": 0.5, "only": 5.0, "ess": 0.5, "top": 1.0}] * 2
+    assert found["tallies"] == [[{0: 2, 1: 1}, {0: 1, 1: 1}]] * 2
     assert found["own"] == {"mean": 0.0, "top": 0.0}

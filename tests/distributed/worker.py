@@ -304,8 +304,13 @@ def statistics() -> dict[str, Any]:
     stats.max("top", torch.tensor([float(rank)]))
     if rank:
         stats.mean("only", torch.tensor([5.0]))
-    values = stats.gathered(True).values(), stats.gathered(rank == 1).values()
-    return {"all": gathered(values[0]), "one": gathered(values[1]), "own": stats.values()}
+    stats.sample_size("ess", torch.arange(rank + 1.0))
+    stats.tally("seen", torch.arange(rank + 1))
+    both, second = stats.gathered(True), stats.gathered(rank == 1)
+    return {
+        "all": gathered(both.values()), "one": gathered(second.values()), "own": stats.values(),
+        "tallies": gathered([dict(each.tallies["seen"]) for each in (both, second)]),
+    }  # fmt: skip
 
 
 def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ pytestmark = [pytest.mark.live, pytest.mark.distributed]
 KEYS = {
     "step", "weight_version", "reward_mean", "response_length_mean", "entropy", "kl_k1", "kl_k3", "kl_k1_live",
     "kl_k3_live", "route_mismatch", "route_coverage", "clip_fraction", "is_weight_mean", "is_weight_max", "grad_norm",
+    "f_1.5", "f_2", "f_5", "perplexity_ratio", "ess", "ess_discrepancy", "tokens_route_mismatch", "route_mismatch/0",
+    "expert_entropy", "experts_effective", "clip_fraction_positive", "clip_fraction_negative", "group_variance",
+    "response_length_p50", "truncated_fraction",
     "seconds_rollout", "seconds_old_logprob", "seconds_update", "seconds_sync", "tokens_per_second",
 }  # fmt: skip
 
@@ -44,7 +48,12 @@ def test_every_step_is_recorded_in_full(summary: dict[str, Any], demo: Demo) -> 
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     for step in steps:
         assert KEYS <= step.keys()
-        assert all(math.isfinite(value) for value in step.values())
+        assert all(math.isfinite(value) for name, value in step.items() if name != "alarms")
+        buckets = [int(name.split("/")[1]) for name in step if name.startswith("responses_by_length/")]
+        assert buckets and all(low % 10 == 0 for low in buckets)  # the demo's monitor.bucket
+        assert sum(step[f"responses_by_length/{low}"] for low in buckets) == 16 * 8
+        pooled = sum(step[f"responses_by_length/{low}"] * step[f"reward_by_length/{low}"] for low in buckets)
+        assert pooled / (16 * 8) == pytest.approx(step["reward_mean"])
     lines = (demo.directory / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == steps
     assert ["eval_accuracy" in step for step in steps] == [True, True, False]
@@ -95,8 +104,9 @@ def test_the_report_stands_alone(demo: Demo, trained: Result) -> None:
 def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:
     found = {path.name for path in demo.directory.iterdir()}
     logs = {"pretrained-log", "instruct-log", "reasoning-log", "server.log"}
+    events = {"tensorboard"} if find_spec("tensorboard") else set()
     models = {"pretrained", "instruct", "reasoning", "actor", "tokenizer"}
-    assert found == models | logs | {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "routes"}
+    assert found == models | logs | {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "routes"} | events
 
 
 def test_the_routes_of_every_step_are_kept_and_described(demo: Demo, summary: dict[str, Any]) -> None:

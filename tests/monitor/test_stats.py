@@ -1,4 +1,6 @@
-"""Means and maxima over parts are those of the whole; the KL estimates are the KL."""
+"""Statistics of parts, added up, are those of the whole."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.monitor.discrepancy import add_kl
-from megatron_bai.monitor.stats import Stats
+from megatron_bai.monitor.stats import Stats, entropy, quantile
 
 parts = st.lists(st.lists(st.floats(-1e6, 1e6), max_size=5), min_size=1, max_size=5)
 
@@ -44,30 +45,43 @@ def test_a_mean_over_booleans_is_their_share() -> None:
     assert stats.values() == {"share": 0.25}
 
 
-def kl(train: np.ndarray, infer: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+integers = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=4)
+
+
+@given(integers, st.floats(0, 1))
+def test_quantiles_and_entropy_of_tallied_parts_are_those_of_all_values(values: list[list[int]], share: float) -> None:
+    total = Stats()
+    for part in values:
+        one = Stats()
+        one.tally("n", torch.tensor(part, dtype=torch.int64))
+        total.add(one)
+    everything, counts = [value for part in values for value in part], total.tallies["n"]
+    assert counts == Counter(everything)
+    if not everything:
+        with pytest.raises(ValueError, match="nothing"):
+            quantile(counts, share)
+        return
+    assert quantile(counts, share) == np.quantile(everything, share, method="inverted_cdf")
+    p = np.unique(everything, return_counts=True)[1] / len(everything)
+    assert entropy(counts) == pytest.approx(-(p * np.log(p)).sum(), abs=1e-12)
+
+
+@given(parts)
+def test_the_effective_sample_size_of_parts_is_that_of_all_weights(values: list[list[float]]) -> None:
+    total = Stats()
+    for part in values:
+        one = Stats()
+        one.sample_size("ess", torch.tensor(part, dtype=torch.float64).abs())
+        total.add(one)
+    w = np.abs([value for part in values for value in part])
+    if not (w**2).sum():
+        assert total.values() == {}
+        return
+    assert total.values()["ess"] == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()), rel=1e-9)
+
+
+def test_the_effective_sample_size_is_one_for_equal_weights_and_a_share_for_a_single_one() -> None:
     stats = Stats()
-    add_kl(stats, "_x", *map(torch.from_numpy, (train, infer, mask)))
-    return stats.values()
-
-
-def test_both_estimates_are_the_kl_of_the_inference_from_the_training_policy() -> None:
-    # Tokens in exactly the shares in which the inference engine samples them, so that the estimates have no variance.
-    infer, train = np.array([0.5, 0.25, 0.125, 0.125]), np.array([0.1, 0.2, 0.3, 0.4])
-    tokens = np.repeat(np.arange(4), [4, 2, 1, 1])[None]
-    exact = float((infer * np.log(infer / train)).sum())
-    found = kl(np.log(train)[tokens], np.log(infer)[tokens], np.ones_like(tokens, dtype=bool))
-    assert found == {"kl_k1_x": pytest.approx(exact, rel=1e-12), "kl_k3_x": pytest.approx(exact, rel=1e-12)}
-
-
-@given(st.integers(0, 2**31), st.sampled_from([1e-6, 0.1, 3.0]))
-def test_the_estimates_follow_their_formulas_and_leave_padding_out(seed: int, spread: float) -> None:
-    random = np.random.default_rng(seed)
-    infer = -random.exponential(2, (3, 7))
-    train = infer + random.normal(0, spread, (3, 7))
-    mask = random.random((3, 7)) < 0.7
-    mask[0, 0] = True
-    r = np.exp(train - infer)[mask]
-    found = kl(np.where(mask, train, np.nan), infer, mask)
-    assert found["kl_k1_x"] == pytest.approx(float(-np.log(r).mean()), rel=1e-9, abs=1e-12)
-    assert found["kl_k3_x"] == pytest.approx(float((r - 1 - np.log(r)).mean()), rel=1e-9, abs=1e-12)
-    assert found["kl_k3_x"] >= 0
+    stats.sample_size("even", torch.full((2, 3), 0.7))
+    stats.sample_size("single", torch.tensor([0.0, 0.0, 5.0, 0.0]))
+    assert stats.values() == {"even": pytest.approx(1.0), "single": pytest.approx(0.25)}

@@ -27,6 +27,7 @@ from moe import MODEL, random_routes
 from megatron_bai import backend, config, patches
 from megatron_bai.errors import UserError
 from megatron_bai.model import manifest, placing
+from megatron_bai.monitor.watch import DETECTORS
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import VersionSpan
 
@@ -81,6 +82,7 @@ def settings(run: Path, layout: str = "one", **trainer: Any) -> config.Config:
         replay=config.Replay(mode="r3", measure_live=False, store=str(run / "routes")),
         rollout=config.Rollout(max_new_tokens=16),
         objective=config.Minirl(entropy_bonus=0.01, kl_penalty=0.1),
+        monitor=config.Monitor(tensorboard=False),  # whose files would be counted among the points below
         trainer=config.Trainer(**{"steps": STEPS, "save_every": 2, "keep": 9} | sizes | trainer),
     )
 
@@ -272,6 +274,21 @@ def once(found: dict[str, Any], directory: Path) -> None:
         found[path.name]["runs"].append(run(settings(path, save_every=1)))
 
 
+def alarmed(found: dict[str, Any], directory: Path) -> None:
+    """Runs whose detectors take the smallest change of a step for a collapse, and one of them again, with warnings."""
+    for action in ("checkpoint", "stop"):
+        path = directory / action
+        what = settings(path, save_every=0)
+        least = dict.fromkeys(("length_fall", "entropy_fall", "experts_fall", "reward_drop", "deviations"), 1e-9)
+        what.monitor = config.Monitor(
+            tensorboard=False, smooth=1, horizon=2, reward_smooth=1, reward_responses=1, discrepancy_rise=1 + 1e-9,
+            router_rise=1 + 1e-9, actions=dict.fromkeys(DETECTORS, action), **least,
+        )  # fmt: skip
+        found[action] = {"runs": [run(what)], **left(path)}
+    what.monitor.actions = {}
+    found["stopped"] = {"runs": [run(what)], **left(path)}
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     patches.apply("megatron-cpu")
@@ -280,7 +297,7 @@ def main() -> None:
     for module in ("transformers.tokenization_utils_tokenizers", "megatron_bai.rl.trainer"):
         importlib.import_module(module)
     found: dict[str, Any] = {}
-    for part in (broken, elsewhere, killed_while_saving, refused, once):
+    for part in (broken, elsewhere, killed_while_saving, refused, once, alarmed):
         if not sys.argv[2:] or part.__name__ in sys.argv[2:]:
             part(found, directory)
     (directory / "found.json").write_text(json.dumps(found))

@@ -52,7 +52,13 @@ def test_a_response_is_divided_by_its_length_only_where_asked() -> None:
 
 
 def test_the_share_of_dropped_tokens_is_reported() -> None:
-    case = drawn(6, 9, 1, 0.4)
+    case = drawn(16, 9, 1, 0.4)
     ratio, a = np.exp(case.new - case.old), case.advantages[:, None]
     dropped = ((a > 0) & (ratio > 1.27)) | ((a < 0) & (ratio < 0.8))
-    assert loss(Minirl(), case)[2]["clip_fraction"] == pytest.approx(dropped[case.mask].mean())
+    found = loss(Minirl(), case, micro=2)[2]
+    assert found["clip_fraction"] == pytest.approx(dropped[case.mask].mean())
+    positive, negative = ((dropped & side)[case.mask].mean() for side in (a > 0, a < 0))
+    assert positive > 0 and found["clip_fraction_positive"] == pytest.approx(positive)
+    assert negative > 0 and found["clip_fraction_negative"] == pytest.approx(negative)
+    w = np.exp(case.new - case.infer)[case.mask]
+    assert found["ess"] == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()), rel=1e-9)

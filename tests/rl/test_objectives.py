@@ -158,7 +158,9 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_its_advantage_pushe
 ) -> None:
     found = loss(kind(clip_low=0.2, clip_high=0.28), one_token(ratio, advantage))
     assert found[1][0, 0] == pytest.approx(wanted, rel=1e-8)
-    assert found[2]["clip_fraction"] == float(wanted == 0 and advantage != 0)
+    dropped = wanted == 0 and advantage != 0
+    signs = [found[2][f"clip_fraction{sign}"] for sign in ("", "_positive", "_negative")]
+    assert signs == [dropped, dropped and advantage > 0, dropped and advantage < 0]
 
 
 def test_cispo_clips_a_ratio_and_keeps_its_token() -> None:

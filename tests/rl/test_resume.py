@@ -211,3 +211,21 @@ def test_a_record_that_does_not_reach_the_checkpoint_is_named(damage: str, tmp_p
         path.write_text('{"step": 1}\n' + {"cut": '{"st', "other": '{"step": 3}\n'}[damage])
     with pytest.raises(UserError, match="metrics.jsonl"):
         Progress(tmp_path, config.Config(model=TINY), 3, active=True, after=2)
+
+
+def test_an_alarm_saves_a_checkpoint_or_stops_the_run_with_one(found: dict[str, Any]) -> None:
+    alarmed = [step["step"] for step in found["checkpoint"]["metrics"] if "alarms" in step]
+    assert alarmed and [step["step"] for step in found["checkpoint"]["metrics"]] == [1, 2, 3]
+    assert found["checkpoint"]["whole"] == [f"step-{step:05}" for step in alarmed]  # save_every is 0
+    stop = found["stop"]
+    assert stop["whole"] == [f"step-{alarmed[0]:05}"] and [m["step"] for m in stop["metrics"]] == list(range(1, alarmed[0] + 1))
+    assert f"error: stopped by an alarm at step {alarmed[0]}, which is saved: " in stop["runs"][0]["said"]
+    assert stop["summary"]["complete"] is False
+    again = found["stopped"]
+    assert again["summary"]["complete"] is True and [m["step"] for m in again["metrics"]] == [1, 2, 3]
+    # The detectors went on where they were: the same alarms as in the run that was never stopped.
+    told = [[(a["detector"], a["metric"], a["evidence"]) for a in step.get("alarms", ())] for step in again["metrics"]]
+    assert told == [
+        [(a["detector"], a["metric"], a["evidence"]) for a in step.get("alarms", ())]
+        for step in found["checkpoint"]["metrics"]
+    ]

@@ -85,6 +85,7 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
             "tensor_rank": session.engine.tensor_rank,
             "data_rank": session.data_rank,
             "coverage": [values["route_coverage"] for values in steps],
+            "values": steps,
             "sampled": [
                 [(torch.from_numpy(s.tokens), torch.from_numpy(s.routes)) for s in step] for step in rollouts.sampled
             ],

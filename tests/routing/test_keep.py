@@ -74,3 +74,39 @@ def test_a_recording_says_what_it_belongs_to(directory: Path, layout: str, mode:
                 assert recording.spans == (VersionSpan(str(step), 0, len(tokens) - 1),)
                 different += int((recording.ids != np.sort(routes.numpy(), axis=-1)).any(axis=-1).sum())
     assert (different == 0) == (mode == "r3")  # R2's are the router's own, not the rollout's
+
+
+@each_layout
+@each_mode
+def test_the_monitor_counts_the_routes_of_all_ranks_once(directory: Path, layout: str, mode: str) -> None:
+    """Against the store, which has what the training engine's routers did, and the rollouts, in plain numpy."""
+    ranks = facts(directory, layout, mode)
+    with RouteStore(directory / f"{layout}-{mode}") as store:
+        kept = {(entry.step, entry.sample): recording.ids for entry, recording in store.recordings()}
+    for step in range(STEPS):
+        found = ranks[0]["values"][step]
+        timed = ("seconds", "tokens_per_second")
+        mine, theirs = ({n: v for n, v in r["values"][step].items() if not n.startswith(timed)} for r in ranks)
+        assert mine == theirs
+        used = np.concatenate([kept[step, sample] for sample in range(SAMPLES)])
+        loads = [np.bincount(used[:, layer].ravel(), minlength=MODEL.num_experts) for layer in range(MODEL.num_layers)]
+        shares = np.array(loads) / (len(used) * MODEL.moe_topk)
+        nats = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=1)
+        for layer in range(MODEL.num_layers):
+            assert found[f"expert_entropy/{layer}"] == pytest.approx(nats[layer], rel=1e-12)
+        assert found["experts_effective"] == pytest.approx(np.exp(nats).mean(), rel=1e-12)
+        assert found["expert_load_max"] == pytest.approx(shares.max() * MODEL.num_experts, rel=1e-12)
+        if mode == "r3":  # nothing is measured without replay: measure_live is off
+            assert "route_mismatch" not in found
+            continue
+        sampled = {}
+        for rank in ranks:
+            for number, (_, routes) in enumerate(rank["sampled"][step]):
+                sampled[rank["data_rank"] * len(rank["sampled"][step]) + number] = np.sort(routes.numpy(), axis=-1)
+        given = np.concatenate([sampled[sample] for sample in range(SAMPLES)])
+        differ = (given != used).any(axis=-1)
+        assert found["route_mismatch"] == pytest.approx(differ.mean(), rel=1e-12)
+        assert found["tokens_route_mismatch"] == pytest.approx(differ.any(axis=1).mean(), rel=1e-12)
+        assert 0 < found["tokens_route_mismatch"] <= 1
+        for layer in range(MODEL.num_layers):
+            assert found[f"route_mismatch/{layer}"] == pytest.approx(differ[:, layer].mean(), rel=1e-12)

@@ -7,7 +7,7 @@ from megatron_bai.rl.objectives.checks import check_clipped
 from megatron_bai.rl.objectives.correction import corrected
 from megatron_bai.rl.objectives.dapo import mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import log_ratio, per_token
+from megatron_bai.rl.objectives.terms import add_clipped, log_ratio, per_token
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerToken, Stats]:
@@ -20,14 +20,15 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerT
         batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens whose ratio was clipped.
+        Losses, and `clip_fraction`, the share of tokens whose ratio was clipped, also by sign of A.
     """
     mask = batch.mask
     ratio = log_ratio(logprobs.detach(), batch.old_logprobs, mask).exp()
     weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     stats = Stats()
-    stats.mean("clip_fraction", (weight != ratio)[mask])
-    losses = -weight * per_token(batch.advantages) * logprobs.masked_fill(~mask, 0.0)
+    advantages = per_token(batch.advantages)
+    add_clipped(stats, weight != ratio, advantages, mask)
+    losses = -weight * advantages * logprobs.masked_fill(~mask, 0.0)
     return corrected(losses, batch, settings, stats), stats
 
 

@@ -6,7 +6,7 @@ from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.objectives.checks import check_clipped
 from megatron_bai.rl.objectives.correction import corrected
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import clipped_surrogate, log_ratio, per_token
+from megatron_bai.rl.objectives.terms import add_clipped, clipped_surrogate, log_ratio, per_token
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo | config.Ppo) -> tuple[PerToken, Stats]:
@@ -20,12 +20,13 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo |
         batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens whose gradient the limit removes.
+        Losses, and `clip_fraction`, the share of tokens whose gradient the limit removes, also by sign of A.
     """
     logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
-    losses, clipped = clipped_surrogate(logs, per_token(batch.advantages), settings.clip_low, settings.clip_high)
+    advantages = per_token(batch.advantages)
+    losses, clipped = clipped_surrogate(logs, advantages, settings.clip_low, settings.clip_high)
     stats = Stats()
-    stats.mean("clip_fraction", clipped[batch.mask])
+    add_clipped(stats, clipped, advantages, batch.mask)
     return corrected(losses, batch, settings, stats), stats
 
 

@@ -6,7 +6,7 @@ from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.objectives.checks import check_clipped
 from megatron_bai.rl.objectives.correction import corrected
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import clipped_surrogate, lengths, log_ratio, per_token, whole
+from megatron_bai.rl.objectives.terms import add_clipped, clipped_surrogate, lengths, log_ratio, per_token, whole
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerToken, Stats]:
@@ -17,13 +17,15 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerTo
         batch: `mask`, `old_logprobs`, `advantages` (one a sample) and, for a correction, `infer_logprobs` are used.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens in responses whose gradient the limit removes.
+        Losses, and `clip_fraction`, the share of tokens in responses whose gradient the limit removes, also by
+        sign of A.
     """
     mask = batch.mask
     logs = whole(log_ratio(logprobs, batch.old_logprobs, mask)) / lengths(mask)
-    losses, clipped = clipped_surrogate(logs, per_token(batch.advantages), settings.clip_low, settings.clip_high)
+    advantages = per_token(batch.advantages)
+    losses, clipped = clipped_surrogate(logs, advantages, settings.clip_low, settings.clip_high)
     stats = Stats()
-    stats.mean("clip_fraction", clipped[mask])
+    add_clipped(stats, clipped, advantages, mask)
     return corrected(losses, batch, settings, stats), stats
 
 

@@ -5,7 +5,7 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.objectives.checks import positive, unread, within
 from megatron_bai.rl.objectives.objective import Mean, Objective, PerToken
-from megatron_bai.rl.objectives.terms import beyond, log_ratio, per_token
+from megatron_bai.rl.objectives.terms import add_clipped, beyond, log_ratio, per_token
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[PerToken, Stats]:
@@ -21,7 +21,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
         batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens with M_t = 0.
+        Losses, and `clip_fraction`, the share of tokens with M_t = 0, also by sign of A.
     """
     mask, advantages = batch.mask, per_token(batch.advantages)
     live = logprobs.detach()
@@ -32,7 +32,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
     if settings.clip:
         clipped = beyond(ratio, advantages, settings.clip_low, settings.clip_high)
         coefficient = coefficient.masked_fill(clipped, 0.0)
-        stats.mean("clip_fraction", clipped[mask])
+        add_clipped(stats, clipped, advantages, mask)
     return -coefficient * logprobs.masked_fill(~mask, 0.0), stats
 
 

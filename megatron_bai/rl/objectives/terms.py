@@ -54,13 +54,27 @@ def clipped_surrogate(logs: PerToken, advantages: torch.Tensor, low: float, high
     return losses, beyond(ratio.detach(), advantages, low, high)
 
 
+def add_clipped(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask: PerToken) -> None:
+    """Add `clip_fraction`, the share of response tokens in `clipped`, and its two parts by the sign of the advantage,
+    `clip_fraction_positive` and `clip_fraction_negative`, as shares of all response tokens, too.
+
+    Args:
+        clipped: `[B, T]` bool.
+        advantages: `[B, T]` or `[B, 1]`.
+    """
+    stats.mean("clip_fraction", clipped[mask])
+    stats.mean("clip_fraction_positive", (clipped & (advantages > 0))[mask])
+    stats.mean("clip_fraction_negative", (clipped & (advantages < 0))[mask])
+
+
 def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
     """Both factors and their product, over response tokens.
 
     Returns:
         Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and
         largest ratio of each factor and of the product, `discrepancy_ratio_mean`, `staleness_ratio_mean`,
-        `is_weight_mean` and so on with `_max`.
+        `is_weight_mean` and so on with `_max`; `ess`, the effective sample size of the token weights π_θ/μ_old, as a share
+        of the tokens (`Stats.sample_size`).
     """
     new, mask = logprobs.detach(), batch.mask
     discrepancy = log_ratio(batch.old_logprobs, batch.infer_logprobs, mask)[mask].double()
@@ -72,4 +86,5 @@ def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
     for name, logs in ratios.items():
         stats.mean(f"{name}_mean", logs.exp())
         stats.max(f"{name}_max", logs.exp())
+    stats.sample_size("ess", ratios["is_weight"].exp())
     return stats

@@ -1,0 +1,209 @@
+"""The charts of a report: which metrics are shown where, one line per run and metric, alarms on the curves.
+
+What each metric means is defined where it is computed (docs/monitoring.md).
+"""
+
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+from megatron_bai.monitor.page import Chart
+from megatron_bai.monitor.responses import COUNTS, REWARDS
+from megatron_bai.monitor.rundata import RunData, is_number
+
+COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#c94f8f", "#8c6d4f")
+PHASES = ("rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval")
+_ALARM = "#d9304f"
+_DASHES = ("solid", "dot", "dash")  # of a chart's first, second and third metric
+_BY_LENGTH = (REWARDS.rstrip("/"), COUNTS.rstrip("/"))
+_LAYERS = {  # metrics PREFIX/LAYER → title
+    "route_mismatch": "Routes that differ, by MoE layer",
+    "expert_entropy": "Entropy of the expert load, nats, by MoE layer",
+}
+
+
+def _factors(of: str) -> dict[str, str]:
+    return {f"discrepancy_ratio_{of}": "discrepancy", f"staleness_ratio_{of}": "staleness"}
+
+def _quantiles(of: str) -> dict[str, str]:
+    return {f"{of}_p{q}": f"{q} %" for q in (10, 50, 90)}
+
+
+def _signs(of: str) -> dict[str, str]:
+    return {of: "all", f"{of}_positive": "A > 0", f"{of}_negative": "A < 0"}
+
+
+# section → (intro, charts as (title, {metric: label}, log scale)); a chart without data is left out
+SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
+    "Learning": (
+        "Is the policy getting better, and does it keep its length?",
+        [
+            ("Reward, mean over the batch", {"reward_mean": "mean"}, False),
+            ("Accuracy on held-out problems", {"eval_accuracy": "accuracy"}, False),
+            ("Response length, tokens", {"response_length_mean": "mean", "response_length_max": "longest"}, False),
+            ("Response length, quantiles", _quantiles("response_length"), False),
+            ("Responses cut off at the limit, fraction", {"truncated_fraction": "fraction"}, False),
+            ("Reward, mean standard deviation within a group", {"reward_std": "std"}, False),
+            ("Reward, mean variance within a group", {"group_variance": "variance"}, False),
+            ("Groups whose rewards are all equal, fraction", {"uniform_groups": "fraction"}, False),
+            ("Loss", {"loss": "loss"}, False),
+            ("Learning rate", {"learning_rate": "rate"}, False),
+        ],
+    ),
+    "Stability": (
+        "How far the training engine is from the inference engine that sampled the batch, and how big the updates are.",
+        [
+            ("Training–inference KL (k3)", {"kl_k3": "with replay", "kl_k3_live": "without, same batch"}, True),
+            ("Training–inference KL (k1)", {"kl_k1": "with replay", "kl_k1_live": "without, same batch"}, False),
+            ("F(τ): tokens with max(r, 1/r) > τ, fraction", {f"f_{tau}": f"τ = {tau}" for tau in ("1.5", "2", "5")}, False),
+            ("Perplexity ratio π/μ of a response", {"perplexity_ratio": "mean", "perplexity_ratio_max": "largest"}, False),
+            ("Effective sample size, fraction", {"ess": "π_θ/μ_old", "ess_discrepancy": "π_old/μ_old"}, False),
+            ("Entropy, nats per token", {"entropy": "entropy"}, False),
+            ("Tokens dropped by the clip mask, fraction", _signs("clip_fraction"), False),
+            ("Importance weight π_θ/μ_old", {"is_weight_mean": "mean", "is_weight_max": "largest"}, False),
+            ("Its mean's factors: π_old/μ_old and π_θ/π_old", _factors("mean"), False),
+            ("Its largest factors: π_old/μ_old and π_θ/π_old", _factors("max"), False),
+            ("KL to the initial weights, nats per token", {"kl_reference": "KL"}, False),
+            ("Samples left out of the loss, fraction", {"left_out_fraction": "fraction"}, False),
+            ("Gradient norm", {"grad_norm": "norm"}, True),
+        ],
+    ),
+    "Routing": (
+        "What the routers choose: against the inference engine, and how evenly experts are used.",
+        [
+            ("Routes the live router would have chosen differently, fraction", {"route_mismatch": "fraction"}, False),
+            ("Tokens with such a route in any layer, fraction", {"tokens_route_mismatch": "fraction"}, False),
+            ("Route coverage: rows replayed of rows that should be", {"route_coverage": "fraction"}, False),
+            ("Effective number of experts, mean over layers", {"experts_effective": "experts"}, False),
+            ("Entropy of the expert load, nats, mean over layers", {"expert_entropy": "entropy"}, False),
+            ("Largest load of an expert, 1 if all are alike", {"expert_load_max": "load"}, False),
+            ("Experts without a token, fraction of (layer, expert)", {"experts_unused": "fraction"}, False),
+        ],
+    ),
+    "Speed": ("Where a step's seconds go.", [("Tokens per second", {"tokens_per_second": "tokens/s"}, False)]),
+}
+
+
+def charts_of(section: str, runs: list[RunData]) -> list[Chart]:
+    """What there is to draw in a section."""
+    drawn = [_lines(runs, *chart) for chart in SECTIONS[section][1]]
+    if section == "Speed":
+        drawn = [_phases(run) for run in runs] + drawn
+    if section == "Learning":
+        drawn += [_buckets(run, _BY_LENGTH[0], "Reward by response length") for run in runs]
+    if section == "Routing":
+        drawn += [_map(run, key, title) for key, title in _LAYERS.items() for run in runs]
+    return [chart for chart in drawn if chart]
+
+
+def others(runs: list[RunData]) -> list[Chart]:
+    """A chart for every metric that no section shows."""
+    return [chart for chart in (_lines(runs, key, {key: key}, False) for key in _other_keys(runs)) if chart]
+
+
+def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> Chart | None:
+    """One line per run and metric: a run keeps its colour, a chart's metrics differ in their dashes."""
+    traces, marks = [], []
+    for run in runs:
+        for dash, (key, label) in zip(_DASHES, keys.items()):
+            steps, values = run.series(key)
+            if not any(v is not None for v in values):
+                continue
+            parts = ([run.name] if len(runs) > 1 else []) + ([label] if len(keys) > 1 or len(runs) == 1 else [])
+            traces.append(_line(steps, values, " · ".join(parts), run.colour, dash))
+            marks += _alarms(run, key)
+    legend = len(runs) > 1 or len(traces) > 1 or bool(marks)
+    return {"title": title, "traces": traces + marks, "log": log, "legend": legend} if traces else None
+
+
+def _line(steps: list[int], values: list[float | None], name: str, colour: str, dash: str = "solid") -> dict[str, Any]:
+    return {
+        "x": steps,
+        "y": values,
+        "name": escape(name),  # plotly reads names as HTML
+        "mode": "lines+markers" if len(steps) <= 40 else "lines",
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"size": 5},
+    }
+
+
+def _alarms(run: RunData, key: str) -> list[dict[str, Any]]:
+    """A trace that marks the alarms of a metric on its curve; nothing for none."""
+    known = dict(zip(*run.series(key)))
+    found = [alarm for alarm in run.alarms() if alarm.metric == key and known.get(alarm.step) is not None]
+    if not found:
+        return []
+    return [
+        {
+            "x": [alarm.step for alarm in found],
+            "y": [known[alarm.step] for alarm in found],
+            "name": escape(f"alarm · {run.name}"),
+            "text": ["<br>".join(map(escape, wrap(f"{a.detector.replace('_', ' ')}: {a.evidence}", 44))) for a in found],
+            "hovertemplate": "%{text}<extra></extra>",
+            "mode": "markers",
+            "marker": {"symbol": "triangle-down", "size": 13, "color": _ALARM},
+        }
+    ]
+
+
+def _buckets(run: RunData, prefix: str, title: str) -> Chart | None:
+    """A line for each length bucket of one run, from blue (short) to red (long)."""
+    keys = run.family(prefix)
+    traces, marks = [], []
+    for number, key in enumerate(keys):
+        hue = 215 - 215 * number / max(len(keys) - 1, 1)
+        traces.append(_line(*run.series(key), f"from {key.split('/')[1]} tokens", f"hsl({hue:.0f}, 60%, 52%)"))
+        marks += _alarms(run, key)
+    for mark in marks[1:]:
+        mark["unnamed"] = True  # one entry says what the mark means
+    return {"title": f"{title}: {run.name}", "traces": traces + marks, "log": False, "legend": True} if traces else None
+
+
+def _map(run: RunData, prefix: str, title: str) -> Chart | None:
+    """A map over layers and steps of one run; nothing for one layer, which the mean shows."""
+    keys = run.family(prefix)
+    if len(keys) < 2:
+        return None
+    series = {key: dict(zip(*run.series(key))) for key in keys}
+    steps = sorted({step for of_layer in series.values() for step in of_layer})
+    trace = {
+        "type": "heatmap",
+        "x": steps,
+        "y": [key.split("/")[1] for key in keys],
+        "z": [[of_layer.get(step) for step in steps] for of_layer in series.values()],
+        "colorscale": "Viridis",
+        "colorbar": {"thickness": 10, "outlinewidth": 0},
+        "hovertemplate": "step %{x}, layer %{y}: %{z:.4g}<extra></extra>",
+    }
+    return {"title": f"{title}: {run.name}", "traces": [trace], "log": False, "legend": False, "map": True}
+
+
+def _phases(run: RunData) -> Chart | None:
+    """Stacked seconds of one run's steps; what the named phases leave of a step is `rest`."""
+    spent = {phase: dict(zip(*run.series(f"seconds_{phase}"))) for phase in PHASES}
+    spent["rest"] = {
+        step: max(0.0, (seconds or 0.0) - sum(of_phase.get(step) or 0.0 for of_phase in spent.values()))
+        for step, seconds in zip(*run.series("seconds_step"))
+    }
+    bars = [
+        {
+            "x": list(seconds),
+            "y": list(seconds.values()),
+            "name": phase.replace("_", " "),
+            "type": "bar",
+            "marker": {"color": colour},
+        }
+        for (phase, seconds), colour in zip(spent.items(), (*COLOURS, "#9aa0a8"))
+        if seconds
+    ]
+    title = f"Seconds per step: {run.name}"
+    return {"title": title, "traces": bars, "log": False, "legend": True} if bars else None
+
+
+def _other_keys(runs: list[RunData]) -> list[str]:
+    """Numeric metrics no section shows, in alphabetical order."""
+    shown = {key for _, charts in SECTIONS.values() for _, keys, _ in charts for key in keys}
+    shown |= {key for run in runs for prefix in (*_LAYERS, *_BY_LENGTH) for key in run.family(prefix)}
+    shown |= {f"seconds_{phase}" for phase in PHASES} | {"seconds_step", "step", "weight_version"}
+    found = {key for run in runs for record in run.records for key, value in record.items() if is_number(value)}
+    return sorted(found - shown)

@@ -1,0 +1,83 @@
+"""A metric that leaves its own baseline: falls or rises by more than a factor within a horizon."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.baseline import Track
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to watch.
+
+    Attributes:
+        factor: the level over its baseline that is too much: below 1 a fall, above 1 a rise.
+        floor: of the metric: a value x counts as x + floor, so that a rise from next to nothing is none.
+    """
+
+    detector: str
+    metric: str
+    factor: float
+    advice: str
+    action: str
+    floor: float = 0.0
+
+
+class Drift:
+    """Compares the newest level with the baseline: the best level among those of the horizon that share no value with it.
+
+    An alarm needs a change by `rule.factor` and by `deviations` of its standard errors (on a logarithmic scale). The
+    next one needs the change to shrink below half of it (in logarithms) first: by recovery, or because the horizon has
+    passed and the new level is the baseline.
+    """
+
+    def __init__(self, rule: Rule, smooth: int, horizon: int, deviations: float):
+        self.rule, self.deviations = rule, deviations
+        self._sign = 1.0 if rule.factor > 1 else -1.0
+        self._needed = abs(math.log(rule.factor))
+        self._track = Track(smooth, horizon)
+        self._alarmed = False
+
+    def step(self, step: int, values: dict[str, Any]) -> list[Alarm]:
+        """The step's metrics in, an alarm or none out; a step without the metric is passed over."""
+        value = values.get(self.rule.metric)
+        if value is None or not math.isfinite(value) or value + self.rule.floor <= 0:
+            return []
+        track = self._track
+        track.add(step, self._sign * math.log(value + self.rule.floor))
+        if len(track.levels) <= track.smooth:
+            return []
+        since, base = min(list(track.levels)[: -track.smooth], key=lambda pair: pair[1])
+        level = track.levels[-1][1]
+        change = level - base
+        if self._alarmed or change < self._needed:
+            self._alarmed = self._alarmed and change >= self._needed / 2
+            return []
+        sure = change / track.error(floor=self._needed / 50)
+        if sure < self.deviations:
+            return []
+        self._alarmed = True
+        return [self._alarm(step, since, self._metric(base), self._metric(level), sure)]
+
+    def _metric(self, level: float) -> float:
+        return math.exp(self._sign * level) - self.rule.floor
+
+    def _alarm(self, step: int, since: int, base: float, level: float, sure: float) -> Alarm:
+        rule = self.rule
+        if rule.factor < 1:
+            change = f"fell by {1 - level / base:.0%}"
+        else:
+            change = f"rose to {level / base:.1f} times" if base > rule.floor else "rose"
+        evidence = f"{rule.metric} {change}, from {base:.3g} (step {since}) to {level:.3g}"
+        facts = {"baseline": base, "level": level}
+        return Alarm(step, rule.detector, rule.metric, sure, evidence, rule.advice, since, rule.action, facts)
+
+    def state(self) -> dict[str, Any]:
+        """All it knows, JSON."""
+        return {"track": self._track.state(), "alarmed": self._alarmed}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._track.restore(state["track"])
+        self._alarmed = state["alarmed"]

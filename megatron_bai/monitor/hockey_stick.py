@@ -1,0 +1,106 @@
+"""The reward hockey stick (arXiv 2509.00309): reward drops, bottoms out and recovers, seen per response-length bucket."""
+
+from typing import Any
+
+from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.baseline import Track
+from megatron_bai.monitor.responses import COUNTS, REWARDS
+
+DETECTOR = "reward_hockey_stick"
+_DROP_ADVICE = (
+    "arXiv 2509.00309 lays it to the reasoning checkpoint RL starts from and starts from a merge with the pretrained and "
+    "instruction-tuned ones (BAI, balanced ratios) instead"
+)
+_RECOVERY_ADVICE = (
+    "the final reward does not show it (arXiv 2509.00309): compare lengths and held-out accuracy with a run from a merge"
+)
+
+
+class HockeyStick:
+    """One per length bucket.
+
+    Rewards are pooled until there are `responses` of them in the bucket: the noise of a pool is then alike from pool to
+    pool, and a level is the median of `smooth` pools. The *peak* is the best level so far. A level `drop` below it, and
+    by `deviations` standard errors, is the first alarm. The *trough* is the worst level from there on; the *recovery*,
+    and second alarm, the first level that has made up the share `recovery` of the *depth*, peak − trough. The search for
+    the next drop begins there.
+    """
+
+    def __init__(
+        self, low: int, bucket: int, action: str, smooth: int, horizon: int, drop: float, recovery: float,
+        responses: int, deviations: float,
+    ):  # fmt: skip
+        self.metric, self._counts = f"{REWARDS}{low}", f"{COUNTS}{low}"
+        self._where = f"reward of responses of {low} to {low + bucket - 1} tokens"
+        self.action, self.drop, self.recovery, self.deviations = action, drop, recovery, deviations
+        self.responses = responses
+        self._track = Track(smooth, horizon)
+        self._pool = [0.0, 0.0]  # sum of rewards, responses
+        self._peak: tuple[int, float] | None = None
+        self._trough: tuple[int, float] | None = None  # None: no drop is under way
+        self._sure = 0.0
+
+    def step(self, step: int, values: dict[str, Any]) -> list[Alarm]:
+        """The step's metrics in, an alarm or none out; a step without the bucket is passed over."""
+        reward, count = values.get(self.metric), values.get(self._counts)
+        if reward is None or not count:
+            return []
+        self._pool[0] += reward * count
+        self._pool[1] += count
+        if self._pool[1] < self.responses:
+            return []
+        track = self._track
+        track.add(step, self._pool[0] / self._pool[1])
+        self._pool = [0.0, 0.0]
+        if not track.levels:
+            return []
+        at, level = track.levels[-1]
+        if self._trough is not None:
+            return self._falling(step, at, level)
+        if self._peak is None or level > self._peak[1]:
+            self._peak = at, level
+        depth = self._peak[1] - level
+        if depth < self.drop:
+            return []
+        self._sure = depth / track.error(floor=self.drop / 50)
+        if self._sure < self.deviations:
+            return []
+        self._trough = at, level
+        evidence = f"{self._where} dropped by {depth:.3g}, from {self._peak[1]:.3g} (step {self._peak[0]}) to {level:.3g}"
+        facts = {"depth": depth, "peak_step": self._peak[0], "peak": self._peak[1], "level": level}
+        return [self._alarm(step, evidence, _DROP_ADVICE, facts)]
+
+    def _falling(self, step: int, at: int, level: float) -> list[Alarm]:
+        """Follow the trough, until the recovery."""
+        if level < self._trough[1]:
+            self._trough = at, level
+        peak, trough = self._peak, self._trough
+        depth = peak[1] - trough[1]
+        self._sure = max(self._sure, depth / self._track.error(floor=self.drop / 50))
+        if level < trough[1] + self.recovery * depth:
+            return []
+        evidence = (
+            f"{self._where} recovered to {level:.3g} at step {at}: {peak[1]:.3g} (step {peak[0]}) to a trough of "
+            f"{trough[1]:.3g} (step {trough[0]}), {depth:.3g} deep"
+        )
+        facts = {
+            "depth": depth, "peak_step": peak[0], "peak": peak[1], "trough_step": trough[0], "trough": trough[1],
+            "recovery_step": at, "level": level,
+        }  # fmt: skip
+        alarm = self._alarm(step, evidence, _RECOVERY_ADVICE, facts)
+        self._peak, self._trough, self._sure = (at, level), None, 0.0
+        return [alarm]
+
+    def _alarm(self, step: int, evidence: str, advice: str, facts: dict[str, float]) -> Alarm:
+        return Alarm(step, DETECTOR, self.metric, self._sure, evidence, advice, self._peak[0], self.action, facts)
+
+    def state(self) -> dict[str, Any]:
+        """All it knows, JSON."""
+        pair = {"peak": self._peak, "trough": self._trough}
+        found = {name: None if value is None else list(value) for name, value in pair.items()}
+        return {"track": self._track.state(), "pool": list(self._pool), "sure": self._sure, **found}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._track.restore(state["track"])
+        self._pool, self._sure = list(state["pool"]), state["sure"]
+        self._peak, self._trough = (None if state[k] is None else tuple(state[k]) for k in ("peak", "trough"))

@@ -1,0 +1,54 @@
+"""What was sampled in a step: lengths, rewards, and rewards by length."""
+
+import torch
+
+from megatron_bai.monitor.stats import Stats, quantile
+
+QUANTILES = (0.1, 0.5, 0.9)
+REWARDS, COUNTS = "reward_by_length/", "responses_by_length/"
+
+
+def add_responses(
+    stats: Stats, lengths: torch.Tensor, truncated: torch.Tensor, rewards: torch.Tensor, group_size: int, bucket: int
+) -> None:
+    """Add a replica's part of the step.
+
+    `reward_mean`; `reward_std` and `group_variance`, the means over groups of the standard deviation and of the variance
+    of a group's rewards (over its samples, not over one less); `uniform_groups`, the share of groups whose rewards are
+    all equal: they have no gradient. `response_length_mean` and `_max` in tokens; `truncated_fraction`, responses that
+    ended for another reason than their end.
+    `reward_by_length/LOW`: mean reward of the responses of LOW to LOW + bucket − 1 tokens (arXiv 2509.00309).
+
+    Args:
+        lengths: `[B]` int64 tokens; groups of consecutive samples.
+        truncated: `[B]` bool.
+        rewards: `[B]`.
+        bucket: width of a length bucket in tokens.
+    """
+    rewards = rewards.double()
+    groups = rewards.reshape(-1, group_size)
+    variances = groups.var(dim=1, correction=0)
+    stats.mean("reward_mean", rewards)
+    stats.mean("reward_std", variances.sqrt())
+    stats.mean("group_variance", variances)
+    stats.mean("uniform_groups", (groups == groups[:, :1]).all(dim=1))
+    stats.mean("response_length_mean", lengths)
+    stats.max("response_length_max", lengths)
+    stats.mean("truncated_fraction", truncated)
+    stats.tally("response_length", lengths)
+    lows = lengths // bucket * bucket
+    for low in lows.unique().tolist():
+        stats.mean(f"{REWARDS}{low}", rewards[lows == low])
+
+
+def of_responses(stats: Stats, bucket: int) -> dict[str, float]:
+    """From the whole step: `response_length_p10`, `_p50`, `_p90` (see `stats.quantile`), and `responses_by_length/LOW`,
+    how many responses a length bucket has."""
+    lengths = stats.tallies.get("response_length")
+    if not lengths:
+        return {}
+    found: dict[str, float] = {f"response_length_p{share * 100:g}": quantile(lengths, share) for share in QUANTILES}
+    for length, count in sorted(lengths.items()):
+        name = f"{COUNTS}{length // bucket * bucket}"
+        found[name] = found.get(name, 0) + count
+    return found

@@ -1,0 +1,79 @@
+"""What the routers do: where the two engines choose different experts, and how evenly experts are used.
+
+A rank sees its own tokens and MoE layers only (`routing.layout.Place`). Every rank adds what it sees, and statistics
+filled here are gathered from every rank. Layers are MoE layers of the whole model, counted from 0.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai.monitor.stats import Stats, entropy
+from megatron_bai.routing.queues import MicroRoutes, differing
+
+_LOAD = "expert_load/"
+
+
+def add_mismatch(
+    stats: Stats,
+    theirs: Sequence[MicroRoutes],
+    ours: Sequence[MicroRoutes],
+    layers: Sequence[int],
+    stages: dist.ProcessGroup | None = None,
+) -> None:
+    """Compare the inference engine's routes with what the live router of the training engine chose. Collective.
+
+    `route_mismatch`: the share of (token, layer) routes whose expert sets differ; `route_mismatch/LAYER` of one layer.
+    `tokens_route_mismatch`: the share of tokens whose routes differ in one layer at least (arXiv 2510.11370, which finds
+    about a tenth of routes and 94 % of tokens).
+
+    Args:
+        theirs, ours: by micro-batch; rows of `theirs` that do not count are left out.
+        layers: numbers of this rank's MoE layers, in the order they have in the routes.
+        stages: the pipeline's group, whose ranks see other layers of the same tokens; None for one stage.
+    """
+    compared = zip(theirs, ours, strict=True)
+    rows = torch.cat([differing(live.ids, given.ids)[_counted(given)] for given, live in compared])
+    stats.ratio("route_mismatch", int(rows.sum()), rows.numel())
+    for layer, different in zip(layers, rows.sum(0).tolist(), strict=True):
+        stats.ratio(f"route_mismatch/{layer}", different, len(rows))
+    anywhere = rows.any(1).int()
+    if stages is not None:
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=stages)
+    stats.mean("tokens_route_mismatch", anywhere)  # every stage adds the same tokens: their share stays what it is
+
+
+def add_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int]) -> None:
+    """Count the experts of the rows that count, layer by layer."""
+    for micro in routes:
+        ids = micro.ids[_counted(micro)]
+        for position, layer in enumerate(layers):
+            stats.tally(f"{_LOAD}{layer}", ids[:, position])
+
+
+def of_load(stats: Stats, num_experts: int) -> dict[str, float]:
+    """How evenly the step's tokens use the experts, from the whole step's counts. With p the shares of a layer's experts:
+
+    `expert_entropy/LAYER`: −Σ p log p in nats; log(num_experts) when all are used alike. `expert_entropy` is the mean
+    over layers, and `experts_effective` the mean of its exponential, the number of experts that would be used if those
+    used were used alike. `expert_load_max`: the largest p · num_experts of any layer, 1 when all are used alike.
+    `experts_unused`: the share of (layer, expert) pairs that no token used.
+    """
+    loads = {int(name.removeprefix(_LOAD)): c for name, c in stats.tallies.items() if name.startswith(_LOAD)}
+    loads = {layer: counts for layer, counts in sorted(loads.items()) if counts.total()}
+    if not loads:
+        return {}
+    assert all(0 <= expert < num_experts for counts in loads.values() for expert in counts), "an expert id out of range"
+    nats = {layer: entropy(counts) for layer, counts in loads.items()}
+    return {f"expert_entropy/{layer}": value for layer, value in nats.items()} | {
+        "expert_entropy": sum(nats.values()) / len(nats),
+        "experts_effective": sum(map(math.exp, nats.values())) / len(nats),
+        "expert_load_max": max(max(counts.values()) / counts.total() for counts in loads.values()) * num_experts,
+        "experts_unused": 1 - sum(map(len, loads.values())) / (len(loads) * num_experts),
+    }
+
+
+def _counted(routes: MicroRoutes) -> torch.Tensor | slice:
+    return slice(None) if routes.counted is None else routes.counted

@@ -1,0 +1,138 @@
+"""The monitor of a run: every step's metrics in, alarms out."""
+
+from typing import Any
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.monitor import hockey_stick
+from megatron_bai.monitor.alarm import ACTIONS, Alarm
+from megatron_bai.monitor.drift import Drift, Rule
+from megatron_bai.monitor.hockey_stick import HockeyStick
+from megatron_bai.monitor.responses import REWARDS
+
+_ADVICE = {
+    "length_collapse": (
+        "arXiv 2509.00309 saw it in RL from a reasoning checkpoint alone, without recovery, and removes it by starting "
+        "from a merge (BAI, α about 0.5): go back to a checkpoint before the fall, or start from a merge"
+    ),
+    "discrepancy_divergence": (
+        "the engines drift apart: replay routes, R2 at 2 updates a step and R3 at more (arXiv 2512.01374; R3: arXiv "
+        "2510.11370), keep objective.train_infer_is and clipping on, or serve in the training precision"
+    ),
+    "entropy_collapse": (
+        "in arXiv 2512.01374 it goes with a missing training–inference correction: keep objective.train_infer_is on, "
+        "and clipping with replay where a step has several updates"
+    ),
+    "router_drift": (
+        "routing changes faster than before: replay routes, R3 where a step has more than 2 updates (arXiv 2512.01374), "
+        "or make fewer updates a step"
+    ),
+}
+DETECTORS = (*_ADVICE, hockey_stick.DETECTOR)
+# A KL of 1e-4 nats is well below that of any engine pair in arXiv 2510.11370 (6.4e-4 and more), an F(2) of 1e-3 a
+# hundredth of what it calls failing, and a route mismatch of 0.01 a tenth of what it finds: floors of what can rise.
+_KL_FLOOR, _F_FLOOR, _MISMATCH_FLOOR = 1e-4, 1e-3, 1e-2
+
+
+class Monitor:
+    """All detectors of a run.
+
+    Equal on every rank as long as the metrics are, so that all ranks act alike.
+    """
+
+    def __init__(self, settings: config.Monitor):
+        self.settings = settings
+        shape = settings.smooth, settings.horizon, settings.deviations
+        self._drifts = [Drift(rule, *shape) for rule in _rules(settings)]
+        self._sticks: dict[str, HockeyStick] = {}  # by low end of the bucket, as text: JSON knows no other keys
+
+    def step(self, values: dict[str, Any]) -> list[Alarm]:
+        """Alarms of a step, the most drastic action first.
+
+        Args:
+            values: the step's metrics by name, with `step`. A detector whose metric is missing or not finite passes.
+        """
+        step = int(values["step"])
+        for name in values:
+            if name.startswith(REWARDS):
+                self._stick(name.removeprefix(REWARDS))
+        detectors = [*self._drifts, *self._sticks.values()]
+        alarms = [alarm for detector in detectors for alarm in detector.step(step, values)]
+        return sorted(alarms, key=lambda alarm: -ACTIONS.index(alarm.action))
+
+    def _stick(self, low: str) -> HockeyStick:
+        if low not in self._sticks:
+            s = self.settings
+            self._sticks[low] = HockeyStick(
+                low=int(low), bucket=s.bucket, action=_action(s, hockey_stick.DETECTOR), smooth=s.reward_smooth,
+                horizon=s.horizon, drop=s.reward_drop, recovery=s.reward_recovery, responses=s.reward_responses,
+                deviations=s.deviations,
+            )  # fmt: skip
+        return self._sticks[low]
+
+    def state(self) -> dict[str, Any]:
+        """All that the detectors know, the same on every rank, JSON: a restored monitor goes on as if never stopped."""
+        drifts = {f"{d.rule.detector} {d.rule.metric}": d.state() for d in self._drifts}
+        return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": {low: stick.state() for low, stick in self._sticks.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. A detector that is not in it starts afresh, and so do buckets of another width."""
+        for drift in self._drifts:
+            if own := state["drifts"].get(f"{drift.rule.detector} {drift.rule.metric}"):
+                drift.restore(own)
+        for low, own in state["sticks"].items() if state["bucket"] == self.settings.bucket else ():
+            self._stick(low).restore(own)
+
+
+def demanded(values: dict[str, Any]) -> str:
+    """The most drastic action that the alarms of a step's record ask for; warn for none."""
+    actions = [alarm["action"] for alarm in values.get("alarms", ())]
+    return max(actions, key=ACTIONS.index, default="warn")
+
+
+def _rules(s: config.Monitor) -> list[Rule]:
+    watched = [
+        ("length_collapse", "response_length_mean", 1 - s.length_fall, 0.0),
+        ("discrepancy_divergence", "kl_k3", s.discrepancy_rise, _KL_FLOOR),
+        ("discrepancy_divergence", "f_2", s.discrepancy_rise, _F_FLOOR),
+        ("entropy_collapse", "entropy", 1 - s.entropy_fall, 0.0),
+        ("router_drift", "route_mismatch", s.router_rise, _MISMATCH_FLOOR),
+        ("router_drift", "experts_effective", 1 - s.experts_fall, 0.0),
+    ]
+    return [
+        Rule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor)
+        for detector, metric, factor, floor in watched
+    ]
+
+
+def _action(settings: config.Monitor, detector: str) -> str:
+    return settings.actions.get(detector, "warn")
+
+
+def validate(settings: config.Monitor) -> None:
+    """Refuse what no detector can work with.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name in ("bucket", "smooth", "reward_smooth", "reward_responses"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it must be at least 1")
+    if settings.horizon <= max(settings.smooth, settings.reward_smooth):
+        raise UserError(f"monitor.horizon is {settings.horizon}: it must be above monitor.smooth and reward_smooth")
+    for name in ("length_fall", "entropy_fall", "experts_fall"):
+        if not 0 < getattr(settings, name) < 1:
+            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it is a share, above 0 and below 1")
+    if not 0 < settings.reward_recovery <= 1:
+        raise UserError(f"monitor.reward_recovery is {settings.reward_recovery}: it is a share, above 0 and at most 1")
+    for name in ("discrepancy_rise", "router_rise"):
+        if not getattr(settings, name) > 1:
+            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it is a factor, above 1")
+    for name in ("reward_drop", "deviations"):
+        if not getattr(settings, name) > 0:
+            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it must be above 0")
+    for detector, action in settings.actions.items():
+        if detector not in DETECTORS:
+            raise UserError(f"monitor.actions names {detector!r}: the detectors are {', '.join(DETECTORS)}")
+        if action not in ACTIONS:
+            raise UserError(f"monitor.actions.{detector} is {action!r}: choose {', '.join(ACTIONS)}")
