@@ -118,7 +118,8 @@ def measure_scale(options: argparse.Namespace) -> None:
         for tokens in options.tokens:
             for micro in options.micro:
                 load = os.getloadavg()[0]
-                told = {"tokens": tokens, "micro": micro, "samples": options.samples, "tensor": tensor, "rounds": options.rounds}
+                told = {"tokens": tokens, "micro": micro, "tensor": tensor, "overrides": options.set}
+                told |= {"samples": options.samples, "rounds": options.rounds}
                 ranks = launch(sys.executable, tensor, 1, "scale", ".", json.dumps(told))
                 values = [ranks[0][name] for name in ("score", "update", "score_cpu", "update_cpu")]
                 peak = max(rank["peak_mib"] - rank["base_mib"] for rank in ranks)
@@ -149,6 +150,7 @@ def main() -> None:
     scale.add_argument("--samples", type=int, default=4)
     scale.add_argument("--tensor", type=int, nargs="+", default=[1, 2])
     scale.add_argument("--rounds", type=int, default=3)
+    scale.add_argument("--set", nargs="+", default=[], help="settings, such as parallel.recompute=full")
     for verb in (step, scale):
         verb.add_argument("--cores", type=int, nargs="+", default=[0, 1], help="that everything runs on")
     options = parser.parse_args()

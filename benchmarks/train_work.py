@@ -200,6 +200,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     settings = settings_of(Path("."), {"name": "scale", "overrides": [
         "objective=grpo", f"parallel.tensor={work['tensor']}", f"parallel.expert={work['tensor']}",
         f"parallel.sequence={str(work['tensor'] > 1).lower()}", f"model.max_position_embeddings={work['tokens']}",
+        "rollout.max_new_tokens=16", *work["overrides"],
     ]})  # fmt: skip
     device = backend.start(settings.backend)
     from megatron_bai.rl import objectives
