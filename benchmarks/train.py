@@ -10,7 +10,7 @@
     trl       TRL 1.16.0 in PYTHON's environment, transformers generating with its cache: 1 process with 2 threads, and
               2 processes (DDP); experts by grouped matrix products, which were the fastest of its three ways
 
-All have the same prompts, group size, updates a step, micro-batches, float32 and GRPO's loss, on `--cores` processor cores.
+All have the same prompts, group size, updates a step, micro-batches, float32 and GRPO's loss, on the cores `--cores`.
 The end token's id is one that the model does not have, so that every response has the full length: the tokens of each
 step are counted and must be those asked for. The first step is warm-up; a row is the median of the others over
 `--repeat` runs, whose order alternates. `clock` is the seconds of a step, from the end of the one before; `cpu` what the
@@ -101,12 +101,14 @@ def measure_steps(options: argparse.Namespace) -> None:
     tokens = options.prompts * options.group * options.response
     print(f"{options.prompts} prompts × {options.group} samples × {options.response} tokens, {UPDATES} updates a step")
     phases = ("rollout", "old_logprob", "update", "sync")
-    print(f"{'':30}{'clock s':>9}{'cpu s':>8}{'tokens/s':>10}" + "".join(f"{name:>13}" for name in phases) + f"{'load':>7}")
+    heads = f"{'clock s':>9}{'cpu s':>8}{'tokens/s':>10}" + "".join(f"{name:>13}" for name in phases)
+    print(f"{'':30}{heads}{'load':>7}")
     for name, runs in found.items():
         clock, cpu = (statistics.median(s for run in runs for s in run[which][1:]) for which in ("clock", "processor"))
-        split = [statistics.median(step.get(phase, 0.0) for run in runs for step in run["phases"][1:]) for phase in phases]
+        steps = [step for run in runs for step in run["phases"][1:]]
+        split = "".join(f"{statistics.median(step.get(phase, 0.0) for step in steps):>13.2f}" for phase in phases)
         load = statistics.mean(run["load"] for run in runs)
-        print(f"{name:30}{clock:>9.2f}{cpu:>8.2f}{tokens / clock:>10.0f}" + "".join(f"{s:>13.2f}" for s in split) + f"{load:>7.1f}")
+        print(f"{name:30}{clock:>9.2f}{cpu:>8.2f}{tokens / clock:>10.0f}{split}{load:>7.1f}")
     shutil.rmtree(options.dir)
 
 
