@@ -14,7 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bai import config
@@ -31,7 +31,7 @@ class Verb:
     example: str
 
 
-_TRAINING = ("run", "backend", "model", "parallel", "data", "init")
+_TRAINING = ("run", "backend", "model", "parallel", "data", "init", "merge")
 VERBS = {
     "merge": Verb(
         "Merge checkpoints into the one that RL starts from, by BAI or another method.",
@@ -150,7 +150,19 @@ def _reason(error: BaseException) -> str:
     detail = str(cause).splitlines()[0] if cause and str(cause) else ""
     if isinstance(error, OverrideParseException):
         first = f"cannot read the override {error.override!r}: {first}"
-    return f"{first} ({detail})" if detail and detail not in first else first
+    reason = f"{first} ({detail})" if detail and detail not in first else first
+    return reason + _other_choice(reason)
+
+
+def _other_choice(reason: str) -> str:
+    """Which choices of a group have the setting that the one chosen lacks, if that is what is wrong."""
+    key, kind = (re.findall(r"Key '(\w+)' not in '(\w+)'", reason) or [("", "")])[0]
+    for group, field in config.Config.__dataclass_fields__.items():
+        family = _family(field.type)
+        if kind in [each.__name__ for each in family]:
+            known = [each.name for each in family if key in each.__dataclass_fields__ and each.name != MISSING]
+            return f"; add {' or '.join(f'{group}={name}' for name in known)}, which has it" if known else ""
+    return ""
 
 
 def _complain(error: UserError) -> None:

@@ -72,9 +72,31 @@ class Data:
 
 @dataclass
 class Init:
-    """Where the weights come from. Empty: a fresh random initialisation."""
+    """Where the first weights come from: `init=NAME` chooses (docs/training.md)."""
 
-    checkpoint: str = ""
+    name: str = MISSING  # set by the choice
+
+
+@dataclass
+class RandomInit(Init):
+    """Drawn anew, by `run.seed`, with a tokenizer trained on the task's text."""
+
+    name: str = "random"
+
+
+@dataclass
+class CheckpointInit(Init):
+    """A complete checkpoint, with its tokenizer."""
+
+    name: str = "checkpoint"
+    checkpoint: str = ""  # what `train`, `merge` or `convert` wrote
+
+
+@dataclass
+class MergeInit(Init):
+    """The merge that `merge.*` describes: done at the start unless `merge.output` holds it, then read from there."""
+
+    name: str = "merge"
 
 
 @dataclass
@@ -341,7 +363,7 @@ class Config:
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
     data: Data = field(default_factory=Data)
-    init: Init = field(default_factory=Init)
+    init: Init = field(default_factory=RandomInit)
     merge: Merge = field(default_factory=Merge)
     rollout: Rollout = field(default_factory=Rollout)
     replay: Replay = field(default_factory=Replay)
@@ -358,7 +380,9 @@ class Config:
 def register() -> None:
     """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load objectives from outside."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config(objective=MISSING))
+    store.store(name="schema", node=Config(init=MISSING, objective=MISSING))
+    for kind in (RandomInit, CheckpointInit, MergeInit):
+        store.store(group="init/settings", name=kind.name, node=kind)
     for kind in (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo, Ppo):
         store.store(group="objective/settings", name=kind.name, node=kind)
     for point in entry_points(group="megatron_bai.objectives"):
@@ -366,6 +390,12 @@ def register() -> None:
             point.load()
         except Exception as error:  # whatever it is, it is the plugin's
             raise UserError(f"the objective plugin {point.name} = {point.value} cannot be loaded: {error!r}") from error
+
+
+def initial_checkpoint(settings: Config) -> str:
+    """The directory that the first weights of a run are read from; empty for random ones."""
+    init = settings.init
+    return settings.merge.output if isinstance(init, MergeInit) else getattr(init, "checkpoint", "")
 
 
 def conf_dir() -> Path:

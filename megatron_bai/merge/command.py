@@ -24,6 +24,7 @@ from megatron_bai.merge.groups import fits
 from megatron_bai.merge.output import (
     check_space,
     check_target,
+    difference,
     fingerprint,
     is_current,
     left_to_write,
@@ -57,19 +58,31 @@ def run(config: Config) -> None:
     Raises:
         UserError: a setting, a source or a target does not allow the merge; the target is as it was.
     """
+    with ranks() as group:
+        carry_out(config.merge, group)
+
+
+def carry_out(settings: Merge, group: Ranks, replace: bool = True) -> None:
+    """Merge as the settings say, and print one line about it. Every rank calls it.
+
+    Args:
+        replace: an earlier merge at `merge.output`; else one made otherwise is an error.
+
+    Raises:
+        UserError: as `run`.
+    """
     started = time.monotonic()
-    settings = config.merge
     jobs = jobs_of(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
     form, threads = form_of(settings), settings.threads or fitting_threads(settings, jobs, cores_per_rank())
     piece = piece_bytes(settings.memory_mib, jobs, threads, settings.chunk_mib)
-    with ranks() as group, ExitStack() as stack:
+    with ExitStack() as stack:
         work = prepare(jobs, stack, group, piece, form=form)
         if settings.dry_run:
             group.first(lambda: describe(work, jobs))
             return
-        written, checked = merge(work, jobs, group, settings.verify, threads)
+        written, checked = merge(work, jobs, group, settings.verify, threads, replace)
     if group.rank == 0:
         what = "merged" if written else "nothing to do, the output holds this merge:"
         size = f"{len(work.outputs):,} tensors, {work.bytes_written:,} bytes"
@@ -151,7 +164,7 @@ def prepare(
 
 
 def merge(
-    work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample", threads: int = 1
+    work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample", threads: int = 1, replace: bool = True
 ) -> tuple[int, int]:
     """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
 
@@ -161,6 +174,7 @@ def merge(
         jobs: one for each of the plan's sums.
         check: `none`, `sample` or `all`: how much of the written checkpoints is compared with the formula.
         threads: of this rank.
+        replace: earlier merges in the targets' place; else one made otherwise is an error.
 
     Returns:
         how many targets were written, the others being up to date, and how many elements were compared.
@@ -172,8 +186,8 @@ def merge(
     identities = group.first(lambda: {str(source.path): source.identity() for source in work.inputs})
     marks = group.first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
     with ExitStack() as stack:
-        is_to_do = functools.partial(_is_to_do, work, stack)
-        todo = group.first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job.target, marks[k])])
+        is_to_do = functools.partial(_is_to_do, work, stack, replace)
+        todo = group.first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job, marks[k])])
         if not todo:
             return 0, 0
         jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
@@ -187,8 +201,9 @@ def merge(
             raise
 
 
-def _is_to_do(work: Plan, stack: ExitStack, target: Path, mark: str) -> bool:
-    """Whether `target` must be written, which then nobody else may until `stack` is closed."""
+def _is_to_do(work: Plan, stack: ExitStack, replace: bool, job: Job, mark: str) -> bool:
+    """Whether the job's target must be written, which then nobody else may until `stack` is closed."""
+    target = job.target
     resumable = (placing.unfinished(target) / journal.DIRECTORY).is_dir()
     if is_current(target, mark) and (resumable or not placing.has_remains(target)):
         return False
@@ -197,6 +212,11 @@ def _is_to_do(work: Plan, stack: ExitStack, target: Path, mark: str) -> bool:
     if is_current(target, mark):
         placing.discard(target)  # a merge was killed after it had put its result in place
         return False
+    if not replace and manifest.read(target) is not None:
+        raise UserError(
+            f"merge.output {target} holds another merge, {difference(target, job.recipe)}: remove it, choose another "
+            "merge.output, or replace it with the verb merge"
+        )
     if is_current(placing.unfinished(target), mark):  # … just before
         shutil.rmtree(placing.unfinished(target) / journal.DIRECTORY, ignore_errors=True)
         placing.place(target)

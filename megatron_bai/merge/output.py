@@ -109,6 +109,19 @@ def is_current(target: Path, mark: str) -> bool:
     return info is not None and info.get("merge", {}).get("mark") == mark
 
 
+def difference(target: Path, recipe: Recipe) -> str:
+    """What the merge at `target` did otherwise than this recipe, in a few words, by its provenance."""
+    try:
+        noted = json.loads((target / PROVENANCE).read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"whose {PROVENANCE} cannot be read"
+    described = json.loads(json.dumps(recipe.describe()))
+    for name in (name for name in described if name != "terms"):
+        if noted.get(name) != described[name]:
+            return f"with merge.{name} {noted.get(name)} instead of {described[name]}"
+    return "of sources that have changed since, or in another form"
+
+
 def write_provenance(
     stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], which: int, norms: dict[str, float]
 ) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -19,6 +19,7 @@ T = TypeVar("T")
 class Ranks:
     rank: int = 0
     size: int = 1
+    group: Any = None  # torch's; None: all processes
 
     def together(self, work: Callable[[], T], where: object = "") -> list[T]:
         """Run `work` on every rank and return all results, by rank, on every rank.
@@ -46,7 +47,7 @@ class Ranks:
             return [result]  # type: ignore[list-item]
         user = error if isinstance(error, UserError) else None
         outcomes: list = [None] * self.size
-        dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)))
+        dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)), group=self.group)
         if error is not None and user is None:
             raise error
         for _, theirs, _ in outcomes:
@@ -75,13 +76,17 @@ def cores_per_rank(most: int = 8) -> int:
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """This process's place among its peers; starts a gloo group where torchrun started us and there is none."""
+    """This process's place among its peers, in a gloo group of the merge's own; where torchrun started us, or alone."""
+    patience = timedelta(days=1)  # a collective waits for the slowest rank's work; torchrun ends the rest when one dies
     if dist.is_initialized():
-        yield joined()
+        group = dist.new_group(backend="gloo", timeout=patience)
+        try:
+            yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+        finally:
+            dist.destroy_process_group(group)
     elif dist.is_torchelastic_launched():
         choose_interface()
-        # A collective waits for the slowest rank's share of the work; torchrun ends the rest when one dies.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        dist.init_process_group("gloo", timeout=patience)
         try:
             yield joined()
         finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_bai.config import Model
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import Ranks, joined
 from megatron_bai.merge.torch_dist import TorchDist
@@ -70,13 +71,7 @@ def read(actor: Actor, state: dict[str, Any], directory: str | Path) -> tuple[di
     info = manifest.require(directory)
     if not (directory / "metadata.json").is_file():
         raise UserError(f"{directory} is not a Megatron torch_dist checkpoint: `megatron-bai convert` makes one")
-    found = hf.read_config(directory)
-    for name in vars(found):
-        if name != "init_std" and getattr(found, name) != getattr(actor.settings, name):
-            raise UserError(
-                f"{directory} has {name} {getattr(found, name)}, the configured model.{name} is "
-                f"{getattr(actor.settings, name)}"
-            )
+    require_architecture(directory, actor.settings)
     group.together(lambda: _check(directory, state, group))
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -87,6 +82,20 @@ def read(actor: Actor, state: dict[str, Any], directory: str | Path) -> tuple[di
         raise UserError(f"Megatron cannot load {directory}: {error}") from None
     except CheckpointException as error:
         raise UserError(f"Megatron cannot load {directory}: {first_cause(error)}") from None
+
+
+def require_architecture(directory: str | Path, model: Model) -> None:
+    """Refuse a checkpoint, of either format, whose `config.json` describes another architecture.
+
+    Raises:
+        UserError: it names what differs; or there is no such file.
+    """
+    found = hf.read_config(directory)
+    for name in vars(found):
+        if name != "init_std" and getattr(found, name) != getattr(model, name):
+            raise UserError(
+                f"{directory} has {name} {getattr(found, name)}, the configured model.{name} is {getattr(model, name)}"
+            )
 
 
 def _check(directory: Path, state: dict[str, Any], group: Ranks) -> None:

@@ -64,12 +64,12 @@ class Summary:
             "objective": settings.objective.name,
             "replay": settings.replay.mode,
             "mini_batches": settings.trainer.mini_batches,
-            "init": settings.init.checkpoint,
+            "init": config.initial_checkpoint(settings),
             "resumed": resumed,
             "steps": list(records),
         }
-        provenance = Path(settings.init.checkpoint) / "provenance.json"
-        if settings.init.checkpoint and provenance.is_file():
+        provenance = Path(self._content["init"]) / "provenance.json"
+        if self._content["init"] and provenance.is_file():
             self._content["provenance"] = str(provenance)
 
     def step(self, values: dict[str, Any]) -> None:

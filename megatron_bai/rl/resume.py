@@ -140,7 +140,8 @@ def _find(session: Session, directory: Path) -> Start:
     if step > steps:
         raise UserError(f"{directory} holds {step} steps of a run, more than trainer.steps={steps}: raise it")
     if info["init"] != initial_weights(settings):
-        raise UserError(f"init.checkpoint={settings.init.checkpoint} is not what the run in {directory} started from")
+        source = config.initial_checkpoint(settings)
+        raise UserError(f"the checkpoint {source} that init names is not what the run in {directory} started from")
     return Start(
         step=step,
         version=info["version"],
@@ -214,7 +215,8 @@ def _refuse_changes(former: dict[str, str], settings: config.Config, directory: 
 
 def initial_weights(settings: config.Config) -> dict[str, int]:
     """The checksums of what the run starts from: the reference policy must be the same after a restart."""
-    return manifest.noted_sums(settings.init.checkpoint) if settings.init.checkpoint else {}
+    source = config.initial_checkpoint(settings)
+    return manifest.noted_sums(source) if source else {}
 
 
 def _layout(session: Session) -> dict[str, Any]:

@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from megatron_bai import backend, config
 from megatron_bai.backend.machines import several_machines
-from megatron_bai.data import Task, build_tokenizer
+from megatron_bai.data import Task
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
-from megatron_bai.model import build, checkpoint, hf, manifest, shards
+from megatron_bai.model import build
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import loggers, watch
-from megatron_bai.rl import objectives
+from megatron_bai.rl import initial, objectives
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
 from megatron_bai.rollout.sample import Sample
@@ -82,10 +82,10 @@ class Session:
 
 @contextmanager
 def open_session(settings: config.Config) -> Iterator[Session]:
-    """Join the world, build the actor and give it its weights; leave the world at the end.
+    """Join the world, build the actor and give it its first weights; leave the world at the end.
 
     Raises:
-        UserError: settings that contradict each other or the machine, or a checkpoint that cannot be used.
+        UserError: settings that contradict each other or the machine, or a checkpoint or a merge that cannot be used.
     """
     validate(settings)
     device = backend.start(settings.backend)
@@ -93,6 +93,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         build.validate(settings.model, settings.parallel, dist.get_world_size())
         if several_machines():
             _require_shared(Path(settings.run.dir))
+        initial.prepare(settings)
         yield _open(settings, device)
     finally:
         backend.stop()
@@ -126,7 +127,7 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
-    tokenizer_dir = _set_weights(actor, settings)
+    tokenizer_dir = initial.fill(actor, settings)
     replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
     columns: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
@@ -149,31 +150,10 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
     )
 
 
-def _set_weights(actor: Actor, settings: config.Config) -> Path:
-    """Fill the actor as `init` says; returns the directory of its tokenizer."""
-    source = settings.init.checkpoint
-    if not source:
-        shards.init_random(actor.modules, settings.model, settings.run.seed)
-        checkpoint.finish_loading(actor)
-        directory = Path(settings.run.dir) / "tokenizer"
-        if dist.get_rank() == 0:
-            build_tokenizer(settings.data, settings.model.vocab_size).save_pretrained(directory)
-        dist.barrier()
-        return directory
-    manifest.require(source)
-    if checkpoint.kind_of(source) == "hf":
-        hf.import_hf(actor.modules, settings.model, source)
-        checkpoint.finish_loading(actor)
-    else:
-        checkpoint.load(actor, source)
-    return Path(source)
-
-
 def _load_tokenizer(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory} holds no tokenizer.json: copy the model's tokenizer files there")
+    initial.require_tokenizer(directory)
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -190,6 +170,7 @@ def validate(settings: config.Config) -> None:
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
     check_policy(settings.replay.missing)
+    initial.validate(settings)
     _check_store(settings)
     watch.validate(settings.monitor)
     loggers.validate(settings)
@@ -261,10 +242,10 @@ def _check_store(settings: config.Config) -> None:
 
 
 def fingerprint(settings: config.Config) -> str:
-    """A digest of what determines a supervised checkpoint, and of the one it starts from: equal means the same work."""
+    """A digest of what determines a supervised checkpoint, and of what it starts from: equal means the same work."""
     described = {name: asdict(getattr(settings, name)) for name in ("model", "data", "objective", "supervised", "trainer")}
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed
-    described["init"] = manifest.require(settings.init.checkpoint) if settings.init.checkpoint else None
+    described["init"] = initial.identity(settings)
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,4 +20,4 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 def trained(demo: Demo) -> Result:
     """The demo's reinforcement learning in its own layout, in the run directory of `demo`."""
     kept = f"replay.store={demo.directory}/routes"
-    return succeeded(demo.reinforce("train", 2, f"run.dir={demo.directory}", kept))
+    return succeeded(demo.reinforce("train", 2, f"run.dir={demo.directory}", kept, merged=True))

@@ -37,8 +37,13 @@ class Demo:
         """A verb in one process, with this run directory."""
         return megatron_bai(self.logs / log, *words, f"run.dir={self.directory}")
 
-    def reinforce(self, log: str, processes: int, *more: str | Path) -> Command:
-        """The verb train of the demo from this actor; the run's directory is `log`'s unless `more` says."""
+    def reinforce(self, log: str, processes: int, *more: str | Path, merged: bool = False) -> Command:
+        """The verb train of the demo from this actor; the run's directory is `log`'s unless `more` says.
+
+        Args:
+            merged: as the demo itself does, which finds its own merge done; else from the actor as a checkpoint.
+        """
         directory = self.logs / log / "run"
-        words = ["train", "experiment=demo", f"run.dir={directory}", f"init.checkpoint={self.actor}", *RL, *more]
+        init = [] if merged else ["init=checkpoint", f"init.checkpoint={self.actor}"]
+        words = ["train", "experiment=demo", f"run.dir={directory}", *init, *RL, *more]
         return torchrun(self.logs / log, processes, "-m", "megatron_bai", *words)

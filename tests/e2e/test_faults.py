@@ -97,7 +97,7 @@ def mistakes(demo: Demo) -> dict[str, Result]:
     directory = demo.logs / "mistakes"
     members = f"merge.members=[{demo.directory}/instruct,{demo.directory}/reasoning]"
     merge = [f"merge.pretrained={demo.directory}/pretrained", members, f"merge.output={directory}/merged"]
-    shared = ["experiment=demo", f"run.dir={directory}/run", f"init.checkpoint={demo.actor}"]
+    shared = ["experiment=demo", f"run.dir={directory}/run", "init=checkpoint", f"init.checkpoint={demo.actor}"]
     shared += [*merge, *ONE_PROCESS]
     cases = {}
     for name, wrong in WRONG.items():

@@ -43,6 +43,20 @@ def test_the_summary_says_what_ran(summary: dict[str, Any], demo: Demo) -> None:
     assert Path(summary["provenance"]) == demo.actor / "provenance.json"
 
 
+def test_it_starts_from_the_merge_that_is_there_already(trained: Result, demo: Demo) -> None:
+    assert "nothing to do, the output holds this merge: 12 tensors" in trained.out
+
+
+def test_merged_on_the_fly_by_two_ranks_it_starts_from_the_same_weights(demo: Demo, tmp_path: Path) -> None:
+    unmoved = ["objective=sft", "trainer.steps=1", "trainer.learning_rate=0", f"trainer.save={tmp_path}/saved"]
+    own = [f"run.dir={demo.directory}", f"merge.output={tmp_path}/actor", *unmoved]
+    result = succeeded(demo.reinforce("on-the-fly", 2, *own, merged=True))
+    assert "merged 12 tensors" in result.out
+    for path in (tmp_path / "actor", tmp_path / "saved"):
+        words = [f"inspect.path={demo.actor}", f"inspect.other={path}"]
+        assert "0 of 12 tensors differ" in succeeded(demo.verb("inspect-actor", "inspect", *words)).out
+
+
 def test_every_step_is_recorded_in_full(summary: dict[str, Any], demo: Demo) -> None:
     steps = summary["steps"]
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))

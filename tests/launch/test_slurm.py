@@ -68,7 +68,7 @@ def test_a_merge_in_two_processes(submit: Callable[..., str], cluster: Slurm, re
 def test_a_run_that_is_preempted_saves_and_goes_on(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
     """Reinforcement learning on two nodes, with the server on one of them."""
     settings = ["trainer.steps=6", "trainer.prompts_per_step=2", "trainer.group_size=2", "trainer.mini_batches=1"]
-    settings += ["trainer.micro_batch_size=4", "trainer.eval_every=0", "rollout.max_new_tokens=8", "init.checkpoint=''"]
+    settings += ["trainer.micro_batch_size=4", "trainer.eval_every=0", "rollout.max_new_tokens=8", "init=random"]
     settings += ["rollout.start_timeout_s=600"]
     words = ["--processes", 1, "--logs", tmp_path / "logs", "train", "experiment=demo", *settings]
     job = submit(["--nodes=2"], "torchrun.sbatch", *words, "rollout.host=0.0.0.0", f"run.dir={tmp_path}/run")

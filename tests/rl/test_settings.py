@@ -14,13 +14,17 @@ MODEL = {
     "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
     "num_experts": 8, "moe_topk": 2, "moe_ffn_hidden_size": 64, "vocab_size": 64, "max_position_embeddings": 256,
 }  # fmt: skip
+MERGE = config.Merge(pretrained="p", members=["m"], weights=[1.0], output="b")
 
 
 def changed(**values: Any) -> config.Config:
-    """A valid configuration but for `group__key=value`."""
+    """A valid configuration but for `group__key=value`, or a whole `group=value`."""
     settings = config.Config(model=config.Model(**MODEL))
     for name, value in values.items():
-        group, key = name.split("__")
+        group, _, key = name.partition("__")
+        if not key:
+            setattr(settings, group, value)
+            continue
         assert hasattr(getattr(settings, group), key)
         setattr(getattr(settings, group), key, value)
     return settings
@@ -48,6 +52,15 @@ def test_the_defaults_are_valid() -> None:
         ({"trainer__micro_batch_size": 0}, ["trainer.micro_batch_size is 0"]),
         ({"trainer__mini_batches": 3}, ["trainer.prompts_per_step (16)", "trainer.mini_batches (3)"]),
         ({"objective__name": "a2c"}, ["objective.name is 'a2c'", "grpo, gspo, minirl, ppo, sequence, sft"]),
+        ({"init": config.CheckpointInit()}, ["init.checkpoint is empty", "init=random or init=merge"]),
+        ({"init": config.MergeInit()}, ["merge.output is empty"]),
+        ({"init": config.MergeInit(), "merge": config.Merge(output="o")}, ["merge.pretrained is empty"]),
+        ({"init": config.MergeInit(), "merge__dry_run": True}, ["merge.dry_run=true", "init=merge"]),
+        ({"init": config.MergeInit(), "merge__sweep": [0.1]}, ["merge.sweep", "init=merge"]),
+        (
+            {"init": config.MergeInit(), "merge": MERGE, "trainer__save": "./a/../b"},
+            ["trainer.save and merge.output are both", "/b"],
+        ),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
     ],
 )

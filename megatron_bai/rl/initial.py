@@ -1,0 +1,110 @@
+"""A run's first weights, as `init` says: random ones, a checkpoint's, or those of a merge that is done at the start."""
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_bai import config
+from megatron_bai.data import build_tokenizer
+from megatron_bai.errors import UserError
+from megatron_bai.merge import command
+from megatron_bai.merge.form import form_of
+from megatron_bai.merge.formats import open_source
+from megatron_bai.merge.ranks import joined, ranks
+from megatron_bai.model import checkpoint, hf, manifest, shards
+from megatron_bai.model.build import Actor
+
+
+def validate(settings: config.Config) -> None:
+    """Refuse what `init` cannot start from, by name, before any work starts.
+
+    Raises:
+        UserError: names the settings.
+    """
+    init, merge = settings.init, settings.merge
+    if isinstance(init, config.CheckpointInit) and not init.checkpoint:
+        raise UserError("init.checkpoint is empty: give a checkpoint's directory, or choose init=random or init=merge")
+    if not isinstance(init, config.MergeInit):
+        return
+    if merge.dry_run:
+        raise UserError("merge.dry_run=true merges nothing that init=merge could start from: use the verb merge for it")
+    if merge.sweep:
+        raise UserError("merge.sweep gives several outputs, init=merge starts from one: set merge.alpha (or its like)")
+    target = command.jobs_of(merge)[0].target
+    if settings.trainer.save and Path(settings.trainer.save).resolve() == target.resolve():
+        raise UserError(f"trainer.save and merge.output are both {target}: the merge would be written over")
+
+
+def prepare(settings: config.Config) -> None:
+    """Do the merge that `init=merge` asks for; the ranks share it, and nothing is done that is done already. Collective.
+
+    Raises:
+        UserError: as the verb `merge`; or what it would give is not the configured model, or `merge.output` holds
+            another merge, which is left as it is.
+    """
+    if not isinstance(settings.init, config.MergeInit):
+        return
+    base = command.jobs_of(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
+    joined().first(lambda: _check_base(Path(base), settings.model))
+    with ranks() as group:
+        command.carry_out(settings.merge, group, replace=False)
+
+
+def _check_base(base: Path, model: config.Model) -> None:
+    """Refuse, before hours of merging, what could not be loaded afterwards."""
+    if not base.is_dir():
+        raise UserError(f"no checkpoint at {base}: merge.pretrained and merge.members name directories")
+    checkpoint.require_architecture(base, model)
+    require_tokenizer(base)
+
+
+def fill(actor: Actor, settings: config.Config) -> Path:
+    """Give the actor its first weights. Collective; `prepare` was called.
+
+    Returns:
+        The directory of its tokenizer.
+
+    Raises:
+        UserError: the checkpoint cannot be used.
+    """
+    source = config.initial_checkpoint(settings)
+    if not source:
+        shards.init_random(actor.modules, settings.model, settings.run.seed)
+        checkpoint.finish_loading(actor)
+        directory = Path(settings.run.dir) / "tokenizer"
+        if dist.get_rank() == 0:
+            build_tokenizer(settings.data, settings.model.vocab_size).save_pretrained(directory)
+        dist.barrier()
+        return directory
+    manifest.require(source)
+    if checkpoint.kind_of(source) == "hf":
+        checkpoint.require_architecture(source, settings.model)
+        hf.import_hf(actor.modules, settings.model, source)
+        checkpoint.finish_loading(actor)
+    else:
+        checkpoint.load(actor, source)
+    return Path(source)
+
+
+def require_tokenizer(directory: Path) -> None:
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory} holds no tokenizer.json: copy the model's tokenizer files there")
+
+
+def identity(settings: config.Config) -> Any:
+    """What determines the first weights beside `run.seed`, as JSON: equal means the same ones.
+
+    Raises:
+        UserError: a checkpoint that they come from cannot be used.
+    """
+    if isinstance(settings.init, config.MergeInit):
+        recipe = command.jobs_of(settings.merge)[0].recipe
+        with ExitStack() as stack:
+            sources = [stack.enter_context(open_source(term.source)).identity() for term in recipe.terms()]
+        form = str(dataclasses.astuple(form_of(settings.merge)))
+        return [recipe.method, recipe.settings, [term.coefficient for term in recipe.terms()], sources, form]
+    source = config.initial_checkpoint(settings)
+    return manifest.require(source) if source else None

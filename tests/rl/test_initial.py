@@ -1,0 +1,142 @@
+"""`init`: what a run starts from, and a merge that is done at its start."""
+
+import dataclasses
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from initial_worker import SOURCES, STARTS, settings_of
+from kills import after_bytes, at_step, in_child
+from processes import launch
+from safetensors.torch import load_file
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.merge import command, journal
+from megatron_bai.merge.form import Form
+from megatron_bai.merge.formats import open_source
+from megatron_bai.merge.plan import plan
+from megatron_bai.model import placing
+from megatron_bai.rl import initial, session
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `initial_worker.py` leaves."""
+    directory = tmp_path_factory.mktemp("initial")
+    launch(Path(__file__).with_name("initial_worker.py"), directory)
+    return directory
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    with open_source(checkpoint) as source:
+        entries = source.tensors.items()
+        return {key: source.read(key, (0,) * len(entry.shape), entry.shape).clone() for key, entry in entries}
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("form", "world"), STARTS)
+def test_merged_on_the_fly_the_actor_has_the_very_weights_of_merge_and_checkpoint(
+    started: Path, form: str, world: int
+) -> None:
+    verb = started / form / ("merged" if form == "hf" else "loaded")
+    weights = (verb, started / form / str(world) / "hf", started / "hf" / SOURCES[0])
+    expected, found, pretrained = (load_file(path / "model.safetensors") for path in weights)
+    assert equal(found, expected) and not torch.equal(found["lm_head.weight"], pretrained["lm_head.weight"])
+
+
+def merging(started: Path, target: Path, **changes: Any) -> config.Config:
+    """A run that starts from a merge into `target`."""
+    settings = settings_of(started / "megatron", config.MergeInit(), target)
+    settings.merge = dataclasses.replace(settings.merge, **changes)
+    return settings
+
+
+def state(directory: Path) -> dict[str, tuple[int, int]]:
+    found = {path.name: path.stat() for path in directory.iterdir()}
+    return {name: (each[stat.ST_INO], each.st_mtime_ns) for name, each in found.items()}
+
+
+@pytest.mark.distributed
+def test_what_is_merged_is_not_merged_again(started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = merging(started, tmp_path / "actor")
+    initial.prepare(settings)
+    before = state(tmp_path / "actor")
+    assert capsys.readouterr().out.startswith("merged")
+    initial.prepare(settings)
+    assert state(tmp_path / "actor") == before and "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"alpha": 0.25}, "with merge.alpha 0.3 instead of 0.25"),
+        ({"weights": [0.5, 0.5]}, r"with merge.weights \[0.25, 0.75\] instead of \[0.5, 0.5\]"),
+        ({"method": "linear", "alpha": None, "pretrained": ""}, "with merge.method bai instead of linear"),
+        ({"dtype": "bfloat16"}, "of sources that have changed since, or in another form"),
+    ],
+)
+def test_another_merge_in_its_place_is_refused_and_kept(
+    started: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    initial.prepare(merging(started, tmp_path / "actor"))
+    before = state(tmp_path / "actor")
+    with pytest.raises(UserError, match=f"merge.output {tmp_path}/actor holds another merge, {named}: remove it"):
+        initial.prepare(merging(started, tmp_path / "actor", **changes))
+    assert state(tmp_path / "actor") == before and [path.name for path in tmp_path.iterdir()] == ["actor"]
+    command.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
+    initial.prepare(merging(started, tmp_path / "actor", **changes))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("kind", "at"), [(at_step, 60), (after_bytes, 100_000), (after_bytes, 500_000)])
+def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
+    started: Path, tmp_path: Path, kind: Callable, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
+    settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
+    assert in_child(kind, at, initial.prepare, settings) == -signal.SIGKILL
+    assert not actor.exists() and journal.names(placing.unfinished(actor))
+    stage = placing.unfinished(actor).stat().st_ino
+    initial.prepare(settings)
+    assert actor.stat().st_ino == stage  # and not a new one
+    assert equal(tensors(actor), tensors(started / "megatron" / "merged"))
+    assert [path.name for path in tmp_path.iterdir()] == ["actor"]
+
+
+@pytest.mark.distributed
+def test_what_could_not_be_loaded_is_refused_before_it_is_merged(started: Path, tmp_path: Path) -> None:
+    settings = merging(started, tmp_path / "actor")
+    settings.model = dataclasses.replace(settings.model, rope_theta=1e6)
+    with pytest.raises(UserError, match=r"pretrained has rope_theta 5000.0, the configured model.rope_theta is 1000000.0"):
+        initial.prepare(settings)
+    with pytest.raises(UserError, match="no checkpoint at .*/nowhere"):
+        initial.prepare(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
+    both = [str(started / "hf" / name) for name in SOURCES[1:]]
+    with pytest.raises(UserError, match="convert"):
+        initial.prepare(merging(started, tmp_path / "actor", members=both))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.distributed
+def test_a_supervised_checkpoint_is_known_by_the_recipe_it_started_from(started: Path, tmp_path: Path) -> None:
+    def mark(**changes: Any) -> str:
+        return session.fingerprint(merging(started, tmp_path / "actor", **changes))
+
+    assert mark() == mark(output=str(tmp_path / "elsewhere"), threads=1)
+    others = [mark(alpha=0.4), mark(dtype="bfloat16"), mark(members=[str(started / "megatron" / SOURCES[1])] * 2)]
+    assert len({mark(), *others}) == 4
+    from_checkpoint = merging(started, tmp_path / "actor")
+    from_checkpoint.init = config.CheckpointInit(checkpoint=str(started / "megatron" / "merged"))
+    from_checkpoint.merge = config.Merge()
+    assert session.fingerprint(from_checkpoint) not in (mark(), *others)
