@@ -252,7 +252,8 @@ class Trainer:
     prompts_per_step: int = 16
     group_size: int = 8  # samples per prompt
     mini_batches: int = 2  # N: updates per global step
-    micro_batch_size: int = 16  # samples per forward pass and data-parallel rank
+    micro_batch_size: int = 16  # samples per forward pass and data-parallel rank, padded to the longest of the step
+    tokens_per_micro_batch: int = 0  # or, in place of samples, tokens: as many samples side by side as fit; 0: samples
     learning_rate: float = 1e-3
     warmup_updates: int = 0  # the learning rate rises linearly over these, then stays
     weight_decay: float = 0.0
