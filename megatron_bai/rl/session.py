@@ -160,7 +160,9 @@ def validate(settings: config.Config) -> None:
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
-    if not objectives.check(settings.objective).rollouts:
+    rollouts = objectives.check(settings.objective).rollouts
+    _check_packing(settings, rollouts)
+    if not rollouts:
         return
     if trainer.group_size < 2:
         raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
@@ -173,6 +175,26 @@ def validate(settings: config.Config) -> None:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
             f"model.max_position_embeddings ({model.max_position_embeddings})"
+        )
+
+
+def _check_packing(settings: config.Config, rollouts: bool) -> None:
+    """Refuse rows that samples cannot be packed into."""
+    row, parallel, longest = settings.trainer.tokens_per_micro_batch, settings.parallel, settings.rollout.max_new_tokens
+    if not row:
+        return
+    if row < 0:
+        raise UserError(f"trainer.tokens_per_micro_batch is {row}: it must be at least 1, or 0 to count samples")
+    if not rollouts:
+        raise UserError("trainer.tokens_per_micro_batch is for rollouts: supervised.length is the length of packed rows")
+    if row % parallel.tensor:
+        raise UserError(
+            f"trainer.tokens_per_micro_batch ({row}) is not a multiple of parallel.tensor ({parallel.tensor}), whose "
+            "ranks share a row"
+        )
+    if longest >= row:
+        raise UserError(
+            f"rollout.max_new_tokens ({longest}) leaves no room for a prompt in trainer.tokens_per_micro_batch ({row})"
         )
 
 

@@ -1,5 +1,6 @@
 """The reinforcement-learning loop: roll out, score, update, sync, record."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_bai.rl.collect import Collector
 from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.keep import RouteKeeper, keep_routes
+from megatron_bai.rl.packing import Cut, cut
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.schedule import set_learning_rate
 from megatron_bai.rl.session import Session, open_session
@@ -69,6 +71,8 @@ def _checked(session: Session) -> Session:
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
             f"data-parallel ranks ({trainer.mini_batches} × {session.data_size})"
         )
+    if trainer.tokens_per_micro_batch:
+        return session  # as many micro-batches as it takes
     samples = trainer.prompts_per_step // parts * trainer.group_size
     if samples % trainer.micro_batch_size:
         raise UserError(
@@ -88,8 +92,6 @@ class Loop:
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
         self.reference = Reference(session.actor) if settings.objective.kl_penalty else None
-        trainer = settings.trainer
-        self.mini_size = self.collector.prompts * trainer.group_size // trainer.mini_batches
 
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
@@ -98,7 +100,8 @@ class Loop:
         version = self.inference.version
         with clock("rollout"):
             samples, batch = self.collector.collect(stats)
-        micros = batch.split(self.settings.trainer.micro_batch_size)
+        batch, minis = cut(batch, self.settings, stats)
+        micros = sum(minis, [])
         rows_before = self.session.engine.replay.rows
         with clock("old_logprob"):
             routes = self._score_old(batch, micros, stats)
@@ -106,7 +109,7 @@ class Loop:
             with clock("store"):
                 self.keeper.keep(step, version, samples, micros, routes)
         with clock("update"):
-            norms, rate = self._update(step, batch, routes, stats)
+            norms, rate = self._update(step, batch, minis, routes, stats)
         expected = self._rows_expected(batch)
         rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.contributes else 0])
         with clock("sync"):
@@ -164,19 +167,17 @@ class Loop:
             stats.ratio("route_mismatch", sums[0], sums[1])
 
     def _update(
-        self, step: int, batch: Batch, routes: list[MicroRoutes] | None, stats: Stats
+        self, step: int, batch: Batch, minis: Cut, routes: list[MicroRoutes] | None, stats: Stats
     ) -> tuple[list[float], float]:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
         batch.leave_out()
         norms, rate = [], 0.0
-        per_mini = self.mini_size // trainer.micro_batch_size
-        for number, mini in enumerate(batch.split(self.mini_size)):
+        remaining = iter(routes or ())
+        for number, micros in enumerate(minis):
             rate = set_learning_rate(self.session.actor.optimizer, trainer, step * trainer.mini_batches + number)
-            own = routes and routes[number * per_mini : (number + 1) * per_mini]
-            found, norm = engine.update(
-                mini.split(trainer.micro_batch_size), own, self.objective, self.settings.objective
-            )
+            own = routes and list(islice(remaining, len(micros)))
+            found, norm = engine.update(micros, own, self.objective, self.settings.objective)
             stats.add(found)
             norms.append(norm)
         return norms, rate

@@ -20,6 +20,9 @@ def changed(**values: Any) -> config.Config:
     """A valid configuration but for `group__key=value`."""
     settings = config.Config(model=config.Model(**MODEL))
     for name, value in values.items():
+        if "__" not in name:
+            setattr(settings, name, value)
+            continue
         group, key = name.split("__")
         assert hasattr(getattr(settings, group), key)
         setattr(getattr(settings, group), key, value)
@@ -47,6 +50,19 @@ def test_the_defaults_are_valid() -> None:
         ({"trainer__mini_batches": 0}, ["trainer.mini_batches is 0"]),
         ({"trainer__micro_batch_size": 0}, ["trainer.micro_batch_size is 0"]),
         ({"trainer__mini_batches": 3}, ["trainer.prompts_per_step (16)", "trainer.mini_batches (3)"]),
+        ({"trainer__tokens_per_micro_batch": -8}, ["trainer.tokens_per_micro_batch is -8"]),
+        (
+            {"trainer__tokens_per_micro_batch": 257, "parallel__tensor": 2},
+            ["trainer.tokens_per_micro_batch (257)", "parallel.tensor (2)"],
+        ),
+        (
+            {"trainer__tokens_per_micro_batch": 64, "rollout__max_new_tokens": 64},
+            ["rollout.max_new_tokens (64)", "no room for a prompt in trainer.tokens_per_micro_batch (64)"],
+        ),
+        (
+            {"trainer__tokens_per_micro_batch": 64, "objective": config.Sft()},
+            ["trainer.tokens_per_micro_batch is for rollouts", "supervised.length"],
+        ),
         ({"objective__name": "ppo"}, ["objective.name is 'ppo'", "cispo, dapo, grpo, gspo, minirl, sequence, sft"]),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
     ],
