@@ -26,7 +26,7 @@ class Run:
 class Backend:
     kind: str = "auto"  # cpu (gloo), cuda (NCCL), or auto: cuda where there is a device
     dtype: str = "float32"  # of parameters and activations in training: float32 or bfloat16
-    timeout_s: int = 600  # of one collective: after it a rank that lost its peers stops
+    timeout_s: int = 1800  # of one collective, rollouts that ranks wait for included: after it those left behind stop
 
 
 @dataclass
@@ -292,7 +292,8 @@ class Trainer:
     prompts_per_step: int = 16
     group_size: int = 8  # samples per prompt
     mini_batches: int = 2  # N: updates per global step
-    micro_batch_size: int = 16  # samples per forward pass and data-parallel rank
+    micro_batch_size: int = 16  # samples per forward pass and data-parallel rank, padded to the longest of the step
+    tokens_per_micro_batch: int = 0  # or, in place of samples, tokens: as many samples side by side as fit; 0: samples
     learning_rate: float = 1e-3
     warmup_updates: int = 0  # the learning rate rises linearly over these, then stays
     weight_decay: float = 0.0

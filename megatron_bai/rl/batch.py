@@ -1,13 +1,13 @@
 """Samples as padded arrays, and their cut into mini- and micro-batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.layout import assemble
+from megatron_bai.routing.layout import Packing, assemble
 from megatron_bai.routing.routes import RouteSignature
 
 
@@ -33,6 +33,9 @@ class Batch:
         rewards: `[B]` float32.
         values: `[B, T]` float32, the critic's before the step's first update; 0 without a critic.
         returns: `[B, T]` float32, the critic's targets; likewise.
+        lengths: `[B]` int64, tokens of each sample; T unless said.
+        number: `[B]` int64, which of this replica's samples it is, whatever their order here.
+        packing: how the samples lie in the one row that a model is fed; None: as they lie here.
     """
 
     tokens: torch.Tensor
@@ -50,31 +53,61 @@ class Batch:
     rewards: torch.Tensor = None  # these three 0, unless said
     values: torch.Tensor = None
     returns: torch.Tensor = None
+    lengths: torch.Tensor = None
+    number: torch.Tensor = None
+    packing: Packing | None = None
 
     def __post_init__(self) -> None:
+        b, length = self.tokens.shape
         if self.missing is None:
             self.missing = torch.zeros_like(self.routed)
         if self.rewards is None:
             self.rewards = torch.zeros_like(self.infer_logprobs[:, 0])
         if self.values is None:
             self.values, self.returns = torch.zeros_like(self.infer_logprobs), torch.zeros_like(self.infer_logprobs)
+        if self.lengths is None:
+            self.lengths = torch.full((b,), length)
+        if self.number is None:
+            self.number = torch.arange(b)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "packing")
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; itself where it already is there."""
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
 
     def leave_out(self) -> None:
         """Take the samples that do not count out of `mask` and of `prompt_tokens`, in place."""
         self.mask &= self.counted[:, None]
         self.prompt_tokens.copy_(_tokens_of_prompts(self.mask, self.prompts))
 
-    def split(self, size: int) -> list["Batch"]:
-        """Consecutive parts of `size` samples; views, so that filling a part fills the whole."""
-        parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)))
-        return [Batch(*part) for part in parts]
+    def split(self, sizes: int | list[int]) -> list["Batch"]:
+        """Consecutive parts of `sizes` samples; views, so that filling a part fills the whole."""
+        names, tensors = zip(*self._tensors())
+        return [Batch(**dict(zip(names, part))) for part in zip(*(tensor.split(sizes) for tensor in tensors))]
+
+    def ordered(self, order: list[int]) -> "Batch":
+        """The samples in another order: a copy."""
+        return Batch(**{name: tensor[order] for name, tensor in self._tensors()})
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """`[B, T]` int64, the token that follows each; −1 where none of the sample does."""
+        last = self.lengths[:, None] - 1
+        later = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= last
+        return self.tokens.roll(-1, dims=1).masked_fill_(later, -1)
+
+    def pack(self, values: torch.Tensor, filling: torch.Tensor | int = 0) -> torch.Tensor:
+        """`[B, T, …]` as a model is fed it: as it is, or as the packed row `[1, row, …]` (`Packing.pack`)."""
+        return values if self.packing is None else self.packing.pack(values, filling)
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """What a model made of each token it was fed, as `[B, T, …]`; differentiable (`Packing.unpack`)."""
+        return values if self.packing is None else self.packing.unpack(values, self.tokens.shape[1])
 
 
 def padded_length(longest: int, multiple: int) -> int:
@@ -120,7 +153,9 @@ def from_samples(
     prompts = torch.tensor([sample.prompt for sample in samples])
     prompt_tokens = _tokens_of_prompts(torch.from_numpy(mask), prompts)
     rewards = torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32))
-    return Batch(*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing), rewards=rewards)
+    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    tensors = (*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing))
+    return Batch(*tensors, rewards=rewards, lengths=lengths)
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

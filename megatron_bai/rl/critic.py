@@ -62,7 +62,7 @@ class Critic:
         Returns:
             On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens that count.
         """
-        found = self.passes.forward(micros, lambda output, micro: output[..., 0])
+        found = self.passes.forward(micros, lambda output, micro: micro.unpack(output[..., 0]))
         stats = Stats()
         if not self._last_stage:
             return stats
@@ -96,7 +96,7 @@ class Critic:
 
         def loss(output: torch.Tensor, micro: Batch) -> torch.Tensor:
             losses, found = critic_loss(
-                output[..., 0], micro.values, micro.returns, micro.mask, self.settings.value_clip
+                micro.unpack(output[..., 0]), micro.values, micro.returns, micro.mask, self.settings.value_clip
             )
             stats.add(found)
             return losses.sum()

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -9,11 +10,11 @@ from megatron_bai import config
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, blank
-from megatron_bai.rl.logprobs import entropy, token_logprobs
+from megatron_bai.rl.logprobs import token_scores
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.rl.passes import Passes
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.routing.layout import Place
+from megatron_bai.routing.layout import Place, fillers
 from megatron_bai.routing.queues import MicroRoutes
 from megatron_bai.routing.replay import RoutingReplay
 
@@ -23,7 +24,8 @@ class Scores:
     """What a forward pass over a batch found.
 
     Attributes:
-        logprobs: `[B, T]` float32 log π, or None on ranks without the pipeline's last stage.
+        logprobs: `[B, T]` float32, log π of the next token, 0 where the sample has none; None on ranks without the
+            pipeline's last stage.
         entropy: `[B, T]` float32 nats, likewise.
         recorded: routes of each micro-batch on this rank, when they were recorded.
     """
@@ -47,7 +49,10 @@ class Engine:
 
     def routes_of(self, micro: Batch) -> MicroRoutes:
         """The inference engine's routes of a micro-batch, cut to this rank's tokens."""
-        ids, routed, missing = (self.place.rows(t) for t in (micro.routes, micro.routed, micro.missing))
+        tail = micro.packing.tail if micro.packing else 0
+        spread = torch.from_numpy(fillers(tail, self.replay.signature, self.replay.columns))
+        ids = self.place.rows(micro.pack(micro.routes, spread))
+        routed, missing = (self.place.rows(micro.pack(rows)) for rows in (micro.routed, micro.missing))
         live = missing.to(self.device) if missing.any() else None
         return MicroRoutes(ids.to(self.device), routed.to(self.device), live)
 
@@ -56,23 +61,19 @@ class Engine:
         """Log-probabilities and entropy under the current weights. Collective.
 
         Args:
-            micros: equal-sized micro-batches, as many on every data-parallel rank.
+            micros: micro-batches that the model is fed in one shape, as many on every data-parallel rank.
             routes: experts to force, one entry a micro-batch; None lets the routers choose.
             record: keep the routers' own choices instead of forcing any.
         """
 
-        def collect(logits: torch.Tensor, micro: Batch) -> dict[str, torch.Tensor]:
-            nats = entropy(logits, self.temperature)
-            return {"logprobs": token_logprobs(logits, micro.tokens, self.temperature), "entropy": nats}
-
         with self.replay.record() if record else self._forcing(routes) as found:
-            outputs = self.passes.forward(micros, collect)
-        fed = [self.place.rows(micro.routed | micro.missing).to(self.device) for micro in micros]
+            outputs = self.passes.forward(micros, partial(_scored, temperature=self.temperature))
+        fed = [self.place.rows(micro.pack(micro.routed | micro.missing)).to(self.device) for micro in micros]
         recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed)]
         if not self.last_stage:
             return Scores(None, None, recorded)
-        cat = {name: torch.cat([output[name] for output in outputs]) for name in ("logprobs", "entropy")}
-        return Scores(cat["logprobs"], cat["entropy"], recorded)
+        logprobs, nats = map(torch.cat, zip(*outputs))
+        return Scores(logprobs, nats, recorded)
 
     @torch.no_grad()
     def probe(self, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -82,17 +83,13 @@ class Engine:
             tokens: `[B, T]` int64.
 
         Returns:
-            `[B, T]` float32 on ranks of the last stage, as `token_logprobs`; None elsewhere.
+            `[B, T]` float32 on ranks of the last stage, position t that of token t + 1; None elsewhere.
         """
-
-        def collect(logits: torch.Tensor, micro: Batch) -> torch.Tensor:
-            return token_logprobs(logits, micro.tokens, 1.0)
-
         # An interleaved schedule needs a micro-batch a stage.
         stages = self.passes.stages
         micros = blank(tokens).split(-(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens))
-        outputs = self.passes.forward(micros, collect)
-        return torch.cat(outputs) if self.last_stage else None
+        outputs = self.passes.forward(micros, partial(_scored, temperature=1.0))
+        return torch.cat([logprobs for logprobs, _ in outputs]) if self.last_stage else None
 
     def update(
         self,
@@ -114,11 +111,9 @@ class Engine:
         stats = Stats()
         if self.last_stage:
             stats.ratio("loss", 0.0, mine)
-        bonus = isinstance(settings, config.Policy) and settings.entropy_bonus
 
         def loss(logits: torch.Tensor, micro: Batch) -> torch.Tensor:
-            nats = entropy(logits, self.temperature) if bonus else None
-            logprobs = token_logprobs(logits, micro.tokens, self.temperature)
+            logprobs, nats = _scored(logits, micro, self.temperature)
             total, found = objectives.total(objective, settings, logprobs, micro, nats)
             found.ratio("loss", float(total.detach()), 0)
             stats.add(found)
@@ -128,3 +123,9 @@ class Engine:
 
     def _forcing(self, routes: list[MicroRoutes] | None) -> AbstractContextManager:
         return nullcontext() if routes is None else self.replay.force(routes)
+
+
+def _scored(logits: torch.Tensor, micro: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropy of a micro-batch, `[B, T]` each, with gradient: 0 where no token follows."""
+    logprobs, nats = token_scores(logits, micro.pack(micro.targets, filling=-1), temperature)
+    return micro.unpack(logprobs), micro.unpack(nats)

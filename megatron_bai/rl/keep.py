@@ -45,22 +45,22 @@ class RouteKeeper:
 
         Args:
             version: of the training engine's weights, which chose R2's routes.
-            samples: of this replica, in the order of the batch.
-            micros: the batch in parts, which hold the padded samples.
+            samples: of this replica, in the order they were sampled in.
+            micros: the batch in parts, which hold the samples in any order (`Batch.number`).
             routes: replayed in each of them on this rank.
 
         Raises:
             UserError: they cannot be written.
         """
-        number, remaining = self.session.data_rank * len(samples), iter(samples)
+        kept: list[int] = []
         for micro, own in zip(micros, routes, strict=True):
             whole = self._gathered(micro, own)
             if self._writer is None:
                 continue
             # R2 replays the trainer's own routes, which lack none.
             known = micro.routed if self.settings.mode == "r3" else micro.routed | micro.missing
-            for ids, routed in zip(whole, known.numpy()):
-                sample = next(remaining)
+            for number, ids, routed in zip(micro.number.tolist(), whole, known.numpy(), strict=True):
+                sample = samples[number]
                 rows = len(sample.tokens) - 1
                 mine = (VersionSpan(str(version), 0, rows),)
                 recording = Recording(
@@ -70,10 +70,11 @@ class RouteKeeper:
                     spans=sample.row_spans if self.settings.mode == "r3" else mine,
                     token_hash=token_hash(sample.tokens),
                 )
-                self._writer.append(step, number, self.settings.mode, encode(recording, self.settings.store_encoding))
-                number += 1
+                envelope = encode(recording, self.settings.store_encoding)
+                self._writer.append(step, self.session.data_rank * len(samples) + number, self.settings.mode, envelope)
+                kept.append(number)
         if self._writer:
-            assert next(remaining, None) is None, "samples whose routes were not kept"
+            assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once"
             self._writer.sync()
 
     def _gathered(self, micro: Batch, own: MicroRoutes) -> np.ndarray | None:
@@ -83,19 +84,20 @@ class RouteKeeper:
             RuntimeError: the ranks together do not hold a route of every token in every layer.
         """
         session, signature = self.session, self.session.signature
-        place = torch.arange(micro.tokens.numel()).reshape(micro.tokens.shape)
+        fed = micro.pack(micro.tokens)
+        place = torch.arange(fed.numel()).reshape(fed.shape)
         tokens = session.engine.place.rows(place).numpy()  # where each of this rank's rows belongs
         ids, columns = own.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
         parts = [None] * dist.get_world_size(session.model_group) if session.leader else None
         dist.gather_object((tokens, columns, ids), parts, group=session.model_group, group_dst=0)
         if parts is None:
             return None
-        whole = np.full((micro.tokens.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
+        whole = np.full((fed.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
         for tokens, columns, ids in parts:
             whole[np.ix_(tokens, columns)] = ids
         if (whole < 0).any():
             raise RuntimeError("the ranks of a replica do not replay a route of every token in every layer")
-        return whole.astype(signature.dtype).reshape(*micro.tokens.shape, signature.moe_layers, signature.topk)
+        return micro.unpack(torch.from_numpy(whole.astype(signature.dtype)).view(*fed.shape, *whole.shape[1:])).numpy()
 
     def close(self) -> None:
         if self._writer:

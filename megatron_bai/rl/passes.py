@@ -1,7 +1,7 @@
 """Forward and backward passes of a model over micro-batches, through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_bai.errors import UserError
 from megatron_bai.model.build import Actor
 from megatron_bai.rl.batch import Batch
+from megatron_bai.routing.layout import Packing
 
 Found = TypeVar("Found")
 
@@ -31,7 +32,11 @@ class Passes:
         self._data_group = parallel_state.get_data_parallel_group()
 
     def forward(self, micros: list[Batch], collect: Callable[[torch.Tensor, Batch], Found]) -> list[Found]:
-        """What `collect(output, micro)` makes of the model's output, `[B, T, …]`, for each micro-batch. Collective.
+        """What `collect(output, micro)` makes of the model's output for each micro-batch. Collective.
+
+        Args:
+            micros: padded to one shape, or packed into rows of one length.
+            collect: its `output` is `[B, T, …]`, of a packed micro-batch `[1, row, …]`; see `Batch.pack` and `unpack`.
 
         Returns:
             One entry a micro-batch on ranks of the last stage, nothing elsewhere.
@@ -52,7 +57,7 @@ class Passes:
         """One optimizer step on Σ loss(output, micro) over all micro-batches and ranks, divided by Σ `mine`. Collective.
 
         Args:
-            loss: a scalar sum, called on ranks of the last stage.
+            loss: a scalar sum, called on ranks of the last stage with what `collect` is called with in `forward`.
             mine: this data-parallel rank's part of the denominator.
             around: entered for the passes; what it finds wrong at its end, it finds before the weights change.
 
@@ -93,18 +98,54 @@ class Passes:
 
         def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             micro = next(queue).to(self.device)
-            positions = torch.arange(micro.tokens.shape[1], device=self.device).expand_as(micro.tokens)
-            return model(micro.tokens, positions, None), partial(collect, micro=micro)
+            return self._fed(model, micro), partial(collect, micro=micro)
 
+        rows, length = micros[0].pack(micros[0].tokens).shape
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=queues,
             model=self.model.chunks,
             num_microbatches=len(micros),
-            seq_length=micros[0].tokens.shape[1],
-            micro_batch_size=len(micros[0]),
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
         assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
+
+    def _fed(self, model: torch.nn.Module, micro: Batch) -> torch.Tensor:
+        """A chunk's output for a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
+        tokens, packing = micro.pack(micro.tokens), micro.packing
+        if packing is None:
+            return model(tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None)
+        positions = packing.positions.to(self.device)
+        if self.model.transformer_engine:  # its kernels restart rotary positions with each sequence
+            return model(tokens, positions[None], None, packed_seq_params=_thd(packing, self.device))
+        with _rotated(model, positions):
+            return model(tokens, positions[None], packing.masked.to(self.device))
+
+
+@contextmanager
+def _rotated(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Rotate queries and keys by `positions`, `[row]`: of itself Megatron's GPTModel counts from the row's beginning.
+
+    Attention would be the same but for rounding, which grows with the angle: no token should be further from the start
+    than it was in the inference engine.
+    """
+    hook = model.module.rotary_pos_emb.register_forward_hook(lambda module, inputs, angles: angles[positions])
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _thd(packing: Packing, device: torch.device) -> Any:
+    """Megatron's description of a packed row, for Transformer Engine's attention."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    starts = torch.tensor([0, *packing.parts], device=device).cumsum(0).int()
+    longest = max(packing.parts)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    )

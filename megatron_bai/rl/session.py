@@ -181,7 +181,9 @@ def validate(settings: config.Config) -> None:
         raise UserError(
             f"trainer.save_every is {trainer.save_every} and trainer.keep {trainer.keep}: at least 0 and 1 are needed"
         )
-    if not objectives.check(settings.objective).rollouts:
+    rollouts = objectives.check(settings.objective).rollouts
+    _check_packing(settings, rollouts)
+    if not rollouts:
         if trainer.save_every:
             raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
         return
@@ -223,6 +225,26 @@ def _check_critic(settings: config.Config) -> None:
         )
     if objective.critic_save and objective.critic_save == trainer.save:
         raise UserError(f"objective.critic_save and trainer.save are both {trainer.save}: they are two models")
+
+
+def _check_packing(settings: config.Config, rollouts: bool) -> None:
+    """Refuse rows that samples cannot be packed into."""
+    row, parallel, longest = settings.trainer.tokens_per_micro_batch, settings.parallel, settings.rollout.max_new_tokens
+    if not row:
+        return
+    if row < 0:
+        raise UserError(f"trainer.tokens_per_micro_batch is {row}: it must be at least 1, or 0 to count samples")
+    if not rollouts:
+        raise UserError("trainer.tokens_per_micro_batch is for rollouts: supervised.length is the length of packed rows")
+    if row % parallel.tensor:
+        raise UserError(
+            f"trainer.tokens_per_micro_batch ({row}) is not a multiple of parallel.tensor ({parallel.tensor}), whose "
+            "ranks share a row"
+        )
+    if longest >= row:
+        raise UserError(
+            f"rollout.max_new_tokens ({longest}) leaves no room for a prompt in trainer.tokens_per_micro_batch ({row})"
+        )
 
 
 def _check_store(settings: config.Config) -> None:

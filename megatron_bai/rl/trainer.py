@@ -1,5 +1,6 @@
 """The reinforcement-learning loop: roll out, score, update, sync, record."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_bai.rl.collect import Collector
 from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.keep import RouteKeeper, keep_routes
+from megatron_bai.rl.packing import Cut, cut
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_learning_rate
@@ -132,6 +134,8 @@ def _checked(session: Session) -> Session:
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
             f"data-parallel ranks ({trainer.mini_batches} × {session.data_size})"
         )
+    if trainer.tokens_per_micro_batch:
+        return session  # as many micro-batches as it takes
     samples = trainer.prompts_per_step // parts * trainer.group_size
     if samples % trainer.micro_batch_size:
         raise UserError(
@@ -167,9 +171,7 @@ class Loop:
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.parts: dict[str, Part] = {"collector": self.collector, "monitor": self.monitor}
-        trainer = settings.trainer
         self.warmup = settings.objective.critic_warmup if session.critic else 0
-        self.mini_size = self.collector.prompts * trainer.group_size // trainer.mini_batches
 
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
@@ -178,7 +180,8 @@ class Loop:
         version = self.inference.version
         with clock("rollout"):
             samples, batch = self.collector.collect(stats)
-        micros = batch.split(self.settings.trainer.micro_batch_size)
+        batch, minis = cut(batch, self.settings, stats, self.session.device.device)
+        micros = sum(minis, [])
         rows_before = self.session.engine.replay.rows
         with clock("old_logprob"):
             routes = self._score_old(batch, micros, stats, seen)
@@ -192,10 +195,10 @@ class Loop:
         learned: dict[str, Any] = {}
         if self.session.critic:
             with clock("update_critic"):
-                learned |= self._update_critic(step, batch, stats)
+                learned |= self._update_critic(step, minis, stats)
         if step >= self.warmup:
             with clock("update"):
-                learned |= self._update(step, batch, routes, stats)
+                learned |= self._update(step, minis, routes, stats)
         expected = self._rows_expected(step, batch)
         rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.contributes else 0])
         with clock("sync"):
@@ -252,29 +255,25 @@ class Loop:
         return {"none": None, "r2": live and live.recorded, "r3": inference}[mode]
 
     def _update(
-        self, step: int, batch: Batch, routes: list[MicroRoutes] | None, stats: Stats
+        self, step: int, minis: Cut, routes: list[MicroRoutes] | None, stats: Stats
     ) -> dict[str, float]:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
         norms, rate, first = [], 0.0, (step - self.warmup) * trainer.mini_batches
-        per_mini = self.mini_size // trainer.micro_batch_size
-        for number, micros in enumerate(self._minis(batch)):
+        remaining = iter(routes or ())
+        for number, micros in enumerate(minis):
             rate = set_learning_rate(self.session.actor.optimizer, trainer, first + number)
-            own = routes and routes[number * per_mini : (number + 1) * per_mini]
+            own = routes and list(islice(remaining, len(micros)))
             found, norm = engine.update(micros, own, self.objective, self.settings.objective)
             stats.add(found)
             norms.append(norm)
         return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}
 
-    def _update_critic(self, step: int, batch: Batch, stats: Stats) -> dict[str, float]:
+    def _update_critic(self, step: int, minis: Cut, stats: Stats) -> dict[str, float]:
         """N optimizer steps of the critic, on the same mini-batches."""
-        found, norms, rate = self.session.critic.update(self._minis(batch), step * self.settings.trainer.mini_batches)
+        found, norms, rate = self.session.critic.update(minis, step * self.settings.trainer.mini_batches)
         stats.add(found)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
-
-    def _minis(self, batch: Batch) -> list[list[Batch]]:
-        """The micro-batches of each mini-batch."""
-        return [mini.split(self.settings.trainer.micro_batch_size) for mini in batch.split(self.mini_size)]
 
     def _rows_expected(self, step: int, batch: Batch) -> int:
         """(token, layer) rows that should have been replayed for this replica in the step."""

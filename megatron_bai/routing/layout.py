@@ -73,19 +73,32 @@ def _zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Sequences side by side in one row (thd), each followed by padding of its own.
+    """Sequences side by side in one row (thd), each followed by padding of its own; what the row has left is padding.
 
     Attributes:
         lengths: real tokens of each sequence.
         padded: the same, rounded up to a multiple of `Place.multiple`.
+        tail: tokens left at the end of the row.
     """
 
     lengths: tuple[int, ...]
     padded: tuple[int, ...]
+    tail: int = 0
 
     @staticmethod
-    def of(lengths: Sequence[int], multiple: int) -> "Packing":
-        return Packing(tuple(lengths), tuple(-(-length // multiple) * multiple for length in lengths))
+    def of(lengths: Sequence[int], multiple: int, row: int | None = None) -> "Packing":
+        """Args:
+            row: tokens of the whole row; None ends it with the last sequence.
+        """
+        padded = tuple(-(-length // multiple) * multiple for length in lengths)
+        tail = 0 if row is None else row - sum(padded)
+        assert tail >= 0, f"sequences of {sum(padded)} tokens in a row of {row}"
+        return Packing(tuple(lengths), padded, tail)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Tokens of everything in the row that attends to itself alone: the sequences, padded, and the tail if any."""
+        return self.padded + ((self.tail,) if self.tail else ())
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
@@ -97,9 +110,37 @@ class Packing:
         """`[sequences + 1]` int32, where each starts."""
         return torch.tensor(np.cumsum([0, *self.padded]), dtype=torch.int32)
 
-    def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """`[B, T, …]`, padded on the right → `[1, sum of padded, …]`; padding is taken from `values`, so T must hold it."""
-        return torch.cat([row[:length] for row, length in zip(values, self.padded)])[None]
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[row]` int64, each token's place in its own sequence."""
+        return torch.cat([torch.arange(part) for part in self.parts])
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """`[1, 1, row, row]` bool, true where a token (third axis) must not attend to another: it is of another
+        sequence, or comes later. A token always attends to itself."""
+        part = torch.repeat_interleave(torch.tensor(self.parts))
+        later = torch.ones(len(part), len(part), dtype=torch.bool).triu_(1)
+        return later.logical_or_(part[:, None] != part)[None, None]
+
+    def pack(self, values: torch.Tensor, filling: torch.Tensor | int = 0) -> torch.Tensor:
+        """`[B, T, …]`, padded on the right → `[1, row, …]`. A sequence's own padding is taken from `values`.
+
+        Args:
+            filling: what the tail gets, one value or `[tail, …]`.
+        """
+        tail = values.new_empty(self.tail, *values.shape[2:])
+        tail[:] = filling
+        row = torch.cat([*(own[:length] for own, length in zip(values, self.padded, strict=True)), tail])[None]
+        assert row.shape[1] == sum(self.parts), f"a packed sequence is longer than the {values.shape[1]} tokens given"
+        return row
+
+    def unpack(self, values: torch.Tensor, length: int) -> torch.Tensor:
+        """`[1, row, …]` → `[B, length, …]`, the reverse of `pack`: 0 beyond a sequence's tokens. Differentiable."""
+        place, starts = torch.arange(length), self.cu_seqlens_padded[:-1, None].long()
+        padding = place >= torch.tensor(self.lengths, dtype=torch.int64)[:, None]
+        found = values[0, (starts + place).masked_fill_(padding, 0).to(values.device)]
+        return found.masked_fill(padding.view(*padding.shape, *[1] * (found.dim() - 2)).to(values.device), 0)
 
 
 def stage_layers(num_layers: int, stage: int, stages: int, chunks: int = 1) -> list[int]:

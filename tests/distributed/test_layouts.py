@@ -11,6 +11,8 @@ Tolerances, all in fp32, with the largest difference seen between the layouts on
   2 · rate [0.04 · rate].
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import reference
@@ -110,8 +112,9 @@ def test_the_gradient_is_that_of_plain_torch(mode: str, layouts: Layouts) -> Non
     scores = reference.logits(weights, MODEL, batch.tokens, batch.routes if mode == "r3" else None)
     logprobs = torch.nn.functional.pad(reference.next_logprobs(scores, batch.tokens), (0, 1))
     entropy = torch.distributions.Categorical(logits=scores.detach()).entropy()
-    torch.testing.assert_close(one["scores"]["logprobs"].double(), logprobs.detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(one["scores"]["entropy"].double(), entropy, rtol=0, atol=1e-5)
+    there = batch.targets >= 0
+    torch.testing.assert_close(one["scores"]["logprobs"].double(), (logprobs * there).detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one["scores"]["entropy"].double(), entropy * there, rtol=0, atol=1e-5)
     batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
     losses, _ = minirl.loss(logprobs, batch, Minirl())
     total = losses.sum()
@@ -185,43 +188,51 @@ def test_the_dispatcher_is_the_one_asked_for(layouts: Layouts) -> None:
     assert "AllGather" in layouts["tp2_ep2_allgather"]["dispatcher"]
 
 
-@pytest.fixture
-def vocabulary(layouts: Layouts) -> dict[str, torch.Tensor]:
-    return layouts["tp2"]["vocabulary"]
+@pytest.fixture(params=[(case, precision) for case in ("one", "tp2") for precision in (torch.float32, torch.float64)])
+def vocabulary(request: pytest.FixtureRequest, layouts: Layouts) -> dict[str, Any]:
+    case, precision = request.param
+    return layouts[case]["vocabulary"][precision]
 
 
-def test_log_probabilities_over_a_split_vocabulary_are_log_softmax(vocabulary: dict[str, torch.Tensor]) -> None:
-    logits = vocabulary["logits"].double().requires_grad_()
-    wanted = torch.nn.functional.pad(reference.next_logprobs(logits / 0.7, vocabulary["tokens"]), (0, 1))
-    (wanted * vocabulary["weights"]).sum().backward()
-    torch.testing.assert_close(vocabulary["logprobs"].double(), wanted.detach(), rtol=1e-6, atol=2e-4)
-    torch.testing.assert_close(vocabulary["logprobs"][:3].double(), wanted[:3].detach(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(vocabulary["gradient"].double(), logits.grad, rtol=0, atol=2e-4)
-    torch.testing.assert_close(vocabulary["gradient"][:3].double(), logits.grad[:3], rtol=0, atol=1e-5)
-    assert not vocabulary["logprobs"][:, -1].any() and not vocabulary["gradient"][:, -1].any()
+def test_scores_over_a_split_vocabulary_are_those_of_the_softmax(vocabulary: dict[str, Any]) -> None:
+    """Log-probabilities, entropy and their gradients, together and each alone, beside log_softmax in float64.
+
+    Logits of spread 0, 1, 5 and 30, and of 30 around 1000, where float32 itself is coarse.
+    """
+    logits, targets = vocabulary["logits"].double().requires_grad_(), vocabulary["targets"]
+    logp = (logits / 0.7).log_softmax(-1)
+    there = targets >= 0
+    logprobs = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * there
+    entropy = -(logp.exp() * logp).sum(-1) * there
+    assert there.sum() == 40 and entropy[0, 0].item() == pytest.approx(np.log(56))
+    exact = vocabulary["logits"].dtype is torch.float64
+    for ours, theirs in zip(vocabulary["found"], (logprobs, entropy)):
+        assert ours.dtype == vocabulary["logits"].dtype and not ours[~there].any()
+        _close(ours, theirs.detach(), exact)
+    first, second = ((each * slope).sum() for each, slope in zip((logprobs, entropy), vocabulary["slopes"]))
+    for name, total in (("logprobs", first), ("entropy", second), ("both", first + second)):
+        (wanted,) = torch.autograd.grad(total, logits, retain_graph=True)
+        assert not vocabulary["gradients"][name][~there].any() and wanted[there].any()
+        _close(vocabulary["gradients"][name], wanted, exact)
 
 
-def test_entropy_over_a_split_vocabulary_is_that_of_the_softmax(vocabulary: dict[str, torch.Tensor]) -> None:
-    wanted = torch.distributions.Categorical(logits=vocabulary["logits"].double() / 0.7).entropy()
-    torch.testing.assert_close(vocabulary["entropy"][:4].double(), wanted[:4], rtol=0, atol=1e-5)
-    torch.testing.assert_close(vocabulary["entropy"][4].double(), wanted[4], rtol=0, atol=2e-3)
-    assert wanted[0, 0] == pytest.approx(torch.tensor(56.0).log().item())
+def _close(ours: torch.Tensor, theirs: torch.Tensor, exact: bool) -> None:
+    """`[5, …]`, of logits ever larger."""
+    for row, tolerance in zip(range(5), [1e-12] * 5 if exact else [1e-6, 1e-6, 1e-5, 1e-5, 2e-3]):
+        torch.testing.assert_close(ours[row].double(), theirs[row], rtol=tolerance, atol=tolerance)
 
 
-def test_the_gradient_of_entropy_over_a_split_vocabulary_is_that_of_the_softmax(
-    vocabulary: dict[str, torch.Tensor]
-) -> None:
-    logits = vocabulary["logits"].double().requires_grad_()
-    (torch.distributions.Categorical(logits=logits / 0.7).entropy() * vocabulary["weights"]).sum().backward()
-    torch.testing.assert_close(vocabulary["entropy_gradient"][:3].double(), logits.grad[:3], rtol=0, atol=1e-5)
-    torch.testing.assert_close(vocabulary["entropy_gradient"].double(), logits.grad, rtol=0, atol=2e-3)
+def test_scores_do_not_depend_on_the_parts_they_are_computed_in(vocabulary: dict[str, Any]) -> None:
+    assert vocabulary["same"]
 
 
-def test_entropy_needs_memory_for_a_chunk_and_for_the_gradient(vocabulary: dict[str, torch.Tensor]) -> None:
-    chunk, whole = 8 * 28, 45 * 28
-    beyond = [elements for elements in vocabulary["allocated"] if elements > chunk]
-    assert set(beyond) == {whole} and chunk in vocabulary["allocated"]
-    assert len(vocabulary["allocated"]) > 50 and len(beyond) <= 3, beyond  # views of the one gradient
+def test_scores_need_memory_for_three_parts_and_for_the_gradient(vocabulary: dict[str, Any]) -> None:
+    part, whole = 8 * vocabulary["width"], 45 * vocabulary["width"]
+    made, most = vocabulary["forward"]
+    assert set(made) == {part, 5 * vocabulary["width"]} and len(made) >= 12 and most == 3 * part
+    made, most = vocabulary["backward"]
+    assert sorted(set(made)) == [5 * vocabulary["width"], part, whole] and made.count(whole) == 1
+    assert most == whole + 3 * part
 
 
 def test_statistics_are_summed_over_the_ranks_that_contribute(layouts: Layouts) -> None:

@@ -3,7 +3,8 @@
 Importing Megatron-Core takes seconds, so the ranks are forked from one process that has imported it, and each world of
 ranks goes through all cases of its size. Rank 0 leaves what it found in `NAME.pt`, weights in `NAME/hf`, and for
 some cases a Megatron checkpoint in `NAME/megatron`. A case with `loads` fills itself from the checkpoints that another
-case saved, and exports what it then holds as `NAME/loaded` and `NAME/imported`.
+case saved, and exports what it then holds as `NAME/loaded` and `NAME/imported`. Cases of `PACKED` are asked for one
+step in each mode of replay.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import shutil
 import socket
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +52,7 @@ class Case:
     processes: int
     parallel: config.Parallel
     micro: int = 4  # samples in a micro-batch
+    row: int = 0  # or its tokens, packed
     loads: str = ""
     saves: bool = False
 
@@ -71,6 +74,19 @@ CASES = {
     "ep2_pp2": Case(4, _layout(expert=2, pipeline=2), micro=2, loads="tp2_ep2", saves=True),
     "tp2_ep2_pp2": Case(4, _layout(tensor=2, expert=2, pipeline=2), micro=2),
 }
+# Samples are of 7, 4, 18, 10, 7, 24, 16 and 18 tokens. Of two replicas the first fills two rows of 24 and has an empty
+# one; the second needs three, of which one is exactly full. Five rows of 24 hold all: the interleaved schedule gets six.
+PACKED = {
+    "one_row128": Case(1, _layout(), row=128),
+    "one_row24": Case(1, _layout(), row=24),
+    "tp2_row24": Case(2, _layout(tensor=2), row=24),
+    "dp2_row24": Case(2, _layout(), row=24),
+    "ep2_row40": Case(2, _layout(expert=2), row=40),
+    "tp2_ep2_row42": Case(2, _layout(tensor=2, expert=2), row=42),
+    "pp2_row31": Case(2, _layout(pipeline=2), row=31),
+    "pp2_vpp2_row24": Case(2, _layout(pipeline=2, virtual_pipeline=2), row=24),
+    "ep2_pp2_row24": Case(4, _layout(expert=2, pipeline=2), row=24),
+}
 
 
 def problem() -> tuple[list, np.ndarray, np.ndarray]:
@@ -86,11 +102,19 @@ class Run:
         from megatron.core import parallel_state
 
         from megatron_bai.model import build, checkpoint, shards
+        from megatron_bai.monitor.stats import Stats
         from megatron_bai.rl.batch import from_samples
         from megatron_bai.rl.engine import Engine
+        from megatron_bai.rl.packing import cut
         from megatron_bai.routing.replay import RoutingReplay
 
-        trainer = config.Trainer(learning_rate=LEARNING_RATE, clip_grad=1e9)
+        trainer = config.Trainer(
+            learning_rate=LEARNING_RATE,
+            clip_grad=1e9,
+            mini_batches=1,
+            micro_batch_size=case.micro,
+            tokens_per_micro_batch=case.row,
+        )
         self.settings = config.Config(model=MODEL, parallel=case.parallel, trainer=trainer)
         self.actor = build.build_actor(self.settings, device)
         shards.init_random(self.actor.modules, MODEL, seed=0)
@@ -102,22 +126,29 @@ class Run:
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
         mine = [sample.of_layers(self.replay.columns) for sample in rollouts[own]]
-        self.batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
-        self.noise = torch.from_numpy(noise[own])
-        self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own]
-        self.micros = self.batch.split(case.micro)
+        batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
+        self.batch, (self.micros,) = cut(batch, self.settings, Stats())
+        self.noise = torch.from_numpy(noise[own])[self.batch.number]
+        self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.number]
+        self.recorded: list = []
         self.data_rank = rank
         self.contributes = self.engine.last_stage and self.engine.tensor_rank == 0
 
     def routes(self, mode: str) -> list | None:
+        if mode == "r2":
+            return self.recorded
         return [self.engine.routes_of(micro) for micro in self.micros] if mode == "r3" else None
 
     def score(self, mode: str) -> dict[str, torch.Tensor]:
-        """Log-probabilities and entropy of the whole batch; fills `old_logprobs`."""
-        found = self.engine.score(self.micros, self.routes(mode))
+        """Log-probabilities and entropy of the whole batch, in the order of the problem; fills `old_logprobs`."""
+        record = mode == "r2"
+        found = self.engine.score(self.micros, None if record else self.routes(mode), record)
+        self.recorded = found.recorded
+        mine = None
         if found.logprobs is not None:
             self.batch.old_logprobs.copy_(found.logprobs + self.noise)
-        mine = (self.data_rank, found.logprobs, found.entropy) if self.contributes else None
+            back = self.batch.number.argsort()
+            mine = (self.data_rank, found.logprobs[back], found.entropy[back]) if self.contributes else None
         parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
         return {"logprobs": torch.cat([p[1] for p in parts]), "entropy": torch.cat([p[2] for p in parts])}
 
@@ -179,6 +210,11 @@ def gradient(
     """
     run = Run(case, device)
     run.score(mode)
+    return measured(run, mode, objective)
+
+
+def measured(run: Run, mode: str, objective: str = "") -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """`gradient`, once there are scores."""
     if objective:
         run.batch.reference_logprobs.copy_(run.batch.old_logprobs + run.noise)
         run.batch.counted.copy_(run.counted)
@@ -250,47 +286,130 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     return found
 
 
-class Allocations(TorchDispatchMode):
-    """The sizes in elements of the tensors made within the block, views of `given` apart."""
+def packed(case: Case, device: backend.Device) -> dict[str, Any]:
+    """One step of packed samples in each mode of replay."""
+    found: dict[str, Any] = {}
+    for mode in ("none", "r2", "r3"):
+        run = Run(case, device)
+        scores, (first, whole) = run.score(mode), measured(run.actor, lambda: run.update(mode))
+        found[mode] = {"scores": scores, "first": first, "gradient": whole, "rows": sum(gathered(run.replay.rows))}
+    found["held"] = gathered([len(micro) for micro in run.micros])
+    found["fed"] = gathered({tuple(micro.pack(micro.tokens).shape) for micro in run.micros})
+    found["logits"] = gathered(logits_alive(run))
+    found["turned"] = gathered(turned(run))
+    if case == PACKED["one_row128"]:
+        found["others"] = {mode: others(Run(case, device), mode) for mode in ("none", "r3")}
+    return found
 
-    def __init__(self, given: torch.Tensor):
+
+def logits_alive(run: Run) -> list[int]:
+    """How many micro-batches' logits there are each time that one has been scored."""
+    forward, seen, alive = run.engine.passes.forward, [], []
+
+    def watched(micros: list, collect: Callable) -> list:
+        def noted(logits: torch.Tensor, micro: Any) -> Any:
+            seen.append(weakref.ref(logits))
+            alive.append(sum(each() is not None for each in seen))
+            return collect(logits, micro)
+
+        return forward(micros, noted)
+
+    run.engine.passes.forward = watched
+    run.engine.score(run.micros)
+    run.engine.passes.forward = forward
+    return alive
+
+
+def turned(run: Run) -> bool:
+    """Whether every chunk rotates each token by its place in its own sample. The first angle is the position itself."""
+    seen: list[torch.Tensor] = []
+
+    def before(decoder: Any, inputs: Any, arguments: dict[str, Any]) -> None:
+        seen.append(arguments["rotary_pos_emb"][:, 0, 0, 0])
+
+    hooks = [chunk.decoder.register_forward_pre_hook(before, with_kwargs=True) for chunk in run.actor.modules]
+    run.engine.score(run.micros)
+    for hook in hooks:
+        hook.remove()
+    wanted = {tuple(micro.packing.positions.tolist() if micro.packing else range(LENGTH)) for micro in run.micros}
+    return {tuple(angles.long().tolist()) for angles in seen} == wanted
+
+
+def others(run: Run, mode: str) -> list[dict[str, Any]]:
+    """What becomes of log-probabilities when all tokens of one sample of a row are others."""
+    before, found = run.engine.score(run.micros, run.routes(mode)).logprobs, []
+    for sample in range(SAMPLES):
+        tokens = run.batch.tokens[sample].clone()
+        run.batch.tokens[sample] = (tokens + 1) % MODEL.vocab_size
+        gap = (run.engine.score(run.micros, run.routes(mode)).logprobs - before).abs().amax(dim=1).tolist()
+        found.append({"own": gap.pop(sample), "others": max(gap)})
+        run.batch.tokens[sample] = tokens
+    return found
+
+
+class Allocations(TorchDispatchMode):
+    """The tensors of more than `least` elements that are made within the block: their sizes, and the most at once."""
+
+    def __init__(self, least: int):
         super().__init__()
-        self.given, self.elements = given.untyped_storage().data_ptr(), []
+        self.least, self.elements, self.most = least, [], 0
+        self._live: dict[int, int] = {}  # storage → elements
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in args if isinstance(each, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not out._is_view() and out.untyped_storage().data_ptr() != self.given:
+        storage = out.untyped_storage()._cdata if isinstance(out, torch.Tensor) else None
+        if storage is not None and storage not in given and out.numel() > self.least:  # neither a view nor in place
             self.elements.append(out.numel())
+            self._live[storage] = out.numel()
+            weakref.finalize(out, self._live.pop, storage, None)
+            self.most = max(self.most, sum(self._live.values()))
         return out
 
 
-def vocabulary(device: backend.Device) -> dict[str, torch.Tensor]:
-    """Log-probabilities, entropy and the gradient in logits that are split over the tensor ranks."""
+def vocabulary(precision: torch.dtype) -> dict[str, Any]:
+    """Log-probabilities, entropy and their gradients in logits that are split over the tensor ranks."""
     from megatron.core import parallel_state
 
-    from megatron_bai.rl.logprobs import entropy, token_logprobs
+    from megatron_bai.rl.logprobs import token_scores
 
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(5, 9, 56, generator=generator) * torch.tensor([0.0, 1, 5, 30, 30])[:, None, None]
     logits[4] += 1000
-    tokens = torch.randint(0, 56, (5, 9), generator=generator)
-    weights = torch.randn(5, 9, generator=generator)
+    logits = logits.to(precision)
+    targets = torch.randint(0, 56, (5, 9), generator=generator)
+    targets[:, -1] = -1
+    slopes = torch.randn(2, 5, 9, generator=generator)
     part = logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
-    found = token_logprobs(part * 1, tokens, 0.7)
-    (found * weights).sum().backward()
-    with Allocations(part) as allocated:
-        nats = entropy(part, 0.7, chunk=8)  # 45 tokens: the last chunk is short
-        (slope,) = torch.autograd.grad((nats * weights).sum(), part)
+
+    def gradient(*slopes: torch.Tensor | None) -> torch.Tensor:
+        found = token_scores(part, targets, 0.7, work=8 * part.shape[-1])  # 45 tokens: the last of the parts is short
+        used = [(each, slope) for each, slope in zip(found, slopes) if slope is not None]
+        (own,) = torch.autograd.grad(sum((each * slope).sum() for each, slope in used), part)
+        return torch.cat(gathered(own), dim=-1)
+
+    found = token_scores(part, targets, 0.7, work=8 * part.shape[-1])
+    whole = token_scores(part, targets, 0.7)
+    tokens = 3 * targets.numel()  # sums of three kinds are kept of each
+    with Allocations(tokens) as forward:
+        again = token_scores(part, targets, 0.7, work=8 * part.shape[-1])
+    with Allocations(tokens) as backward:
+        torch.autograd.grad((again[0] * slopes[0] + again[1] * slopes[1]).sum(), part)
     return {
         "logits": logits,
-        "tokens": tokens,
-        "weights": weights,
-        "logprobs": found.detach(),
-        "entropy": nats.detach(),
-        "entropy_gradient": torch.cat(gathered(slope), dim=-1),
-        "gradient": torch.cat(gathered(part.grad), dim=-1),
-        "allocated": allocated.elements,
+        "targets": targets,
+        "slopes": slopes,
+        "found": [each.detach() for each in found],
+        "same": all(map(torch.equal, found, whole)),
+        "gradients": {
+            "logprobs": gradient(slopes[0], None),
+            "entropy": gradient(None, slopes[1]),
+            "both": gradient(*slopes),
+        },
+        "width": part.shape[-1],
+        "forward": (forward.elements, forward.most),
+        "backward": (backward.elements, backward.most),
     }
 
 
@@ -340,9 +459,13 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     found["ppo"] = ppo(case, device, loads, str(own / "critic") if case.saves else "")
     found["dispatcher"] = type(run.actor.modules[0].decoder.layers[0].mlp.token_dispatcher).__name__
     if name == "one":
+        found["packed"] = packed(case, device)
+    if name in ("one", "tp2"):
+        found["vocabulary"] = {precision: vocabulary(precision) for precision in (torch.float32, torch.float64)}
+    if name == "one":
         found["logits"], found["faults"] = logits(run), faults(run, directory / "faults", own)
     if name == "tp2":
-        found["vocabulary"], found["statistics"] = vocabulary(device), statistics()
+        found["statistics"] = statistics()
     return found
 
 
@@ -424,12 +547,12 @@ def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
 
     from megatron_bai.model import build
 
-    for name, case in CASES.items():
+    for name, case in (CASES | PACKED).items():
         if case.processes != world:
             continue
         build.validate(MODEL, case.parallel, world)
         build.init_parallel(case.parallel, seed=0)
-        found = work(name, directory, device)
+        found = packed(case, device) if case.row else work(name, directory, device)
         if rank == 0:
             torch.save(found, directory / f"{name}.pt")
         parallel_state.destroy_model_parallel()

@@ -61,6 +61,19 @@ def test_the_defaults_are_valid() -> None:
             {"init": config.MergeInit(), "merge": MERGE, "trainer__save": "./a/../b"},
             ["trainer.save and merge.output are both", "/b"],
         ),
+        ({"trainer__tokens_per_micro_batch": -8}, ["trainer.tokens_per_micro_batch is -8"]),
+        (
+            {"trainer__tokens_per_micro_batch": 257, "parallel__tensor": 2},
+            ["trainer.tokens_per_micro_batch (257)", "parallel.tensor (2)"],
+        ),
+        (
+            {"trainer__tokens_per_micro_batch": 64, "rollout__max_new_tokens": 64},
+            ["rollout.max_new_tokens (64)", "no room for a prompt in trainer.tokens_per_micro_batch (64)"],
+        ),
+        (
+            {"trainer__tokens_per_micro_batch": 64, "objective": config.Sft()},
+            ["trainer.tokens_per_micro_batch is for rollouts", "supervised.length"],
+        ),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
     ],
 )

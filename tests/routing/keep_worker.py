@@ -2,13 +2,14 @@
 
 The rollouts are random, with routes that no router would choose; everything else is the trainer's own. Each rank leaves
 what its routers did in the updates, and the rollouts of its replica, in `LAYOUT-MODE-RANK.pt`; the store is
-`LAYOUT-MODE`.
+`LAYOUT-MODE`. Layouts of `PACKED` do the same steps with packed samples.
 """
 
 import importlib
 import os
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ LAYOUTS = {
     "pp2": config.Parallel(pipeline=2),
     "dp2": config.Parallel(),
 }
-STEPS = 2
+PACKED = {"tp2_ep2_packed": "r2", "dp2_packed": "r3"}
+CASES = [*product(LAYOUTS, ("r2", "r3")), *PACKED.items()]
+STEPS, ROW = 2, 40
 
 
 class Rollouts:
@@ -61,10 +64,16 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
         run=config.Run(dir=str(directory / "run")),
         backend=config.Backend(kind="cpu", timeout_s=300),
         model=MODEL,
-        parallel=LAYOUTS[layout],
+        parallel=LAYOUTS[layout.removesuffix("_packed")],
         replay=config.Replay(mode=mode, measure_live=False, store=str(directory / name)),
         rollout=config.Rollout(max_new_tokens=16),
-        trainer=config.Trainer(prompts_per_step=4, group_size=4, mini_batches=2, micro_batch_size=2),
+        trainer=config.Trainer(
+            prompts_per_step=4,
+            group_size=4,
+            mini_batches=2,
+            micro_batch_size=2,
+            tokens_per_micro_batch=ROW if layout in PACKED else 0,
+        ),
     )
     with open_session(settings) as session, keep_routes(session) as keeper:
         rollouts = Rollouts(session)
@@ -95,10 +104,9 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
 
 def rank_main(rank: int, world: int, directory: Path, ports: list[int]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    cases = [(layout, mode) for layout in LAYOUTS for mode in ("r2", "r3")]
     from megatron.core import parallel_state
 
-    for port, case in zip(ports, cases):
+    for port, case in zip(ports, CASES):
         os.environ["MASTER_PORT"] = str(port)
         run(*case, rank, directory)
         parallel_state.destroy_model_parallel()
@@ -108,7 +116,7 @@ def main() -> None:
     patches.apply("megatron-cpu")
     for module in ("megatron.core.models.gpt", "megatron.core.distributed", "megatron_bai.rl.trainer"):
         importlib.import_module(module)
-    ports = [free_port() for _ in range(2 * len(LAYOUTS))]
+    ports = [free_port() for _ in CASES]
     torch.multiprocessing.start_processes(rank_main, (2, Path(sys.argv[1]), ports), nprocs=2, start_method="fork")
 
 

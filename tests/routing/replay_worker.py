@@ -157,7 +157,7 @@ def orders(plain: Bench, again: Bench) -> dict[str, Any]:
     """Two micro-batches whose passes overlap, with every layer recomputed."""
     first, second = slice(0, 2), slice(2, 6)
     routes = [plain.engine.routes_of(micro) for micro in (plain.batch.split(2)[0], plain.batch.split(2)[1])]
-    routes[1] = plain.engine.routes_of(type(plain.batch)(*(getattr(plain.batch, f)[second] for f in vars(plain.batch))))
+    routes[1] = plain.engine.routes_of(plain.batch.ordered(second))
     found: dict[str, Any] = {}
     for name, own in (("plain", plain), ("recomputed", again)):
         with own.replay.force(routes):

@@ -96,6 +96,41 @@ def test_packed_sequences_are_cut_one_by_one(ranks: tuple[int, int], lengths: li
         assert torch.equal(torch.cat(parts), torch.cat(alone, dim=1)[0])
 
 
+@given(st.lists(st.integers(1, 9), max_size=4), st.integers(1, 5), st.integers(0, 4))
+def test_a_packed_row_is_filled_up_and_taken_apart_again(lengths: list[int], multiple: int, spare: int) -> None:
+    """Against the definition, one token at a time."""
+    packing = Packing.of(lengths, multiple)
+    row = sum(packing.padded) + spare + (not lengths)
+    packing = Packing.of(lengths, multiple, row)
+    longest = max(packing.padded, default=3) + 1
+    values = torch.arange(1.0, len(lengths) * longest * 2 + 1).view(-1, longest, 2).requires_grad_()
+    tail = -torch.arange(1.0, packing.tail * 2 + 1).view(-1, 2)
+    packed = packing.pack(values, tail)
+    assert packed.shape == (1, row, 2) and torch.equal(packed[0, row - packing.tail :], tail)
+    assert packing.pack(values > 0).dtype is torch.bool and not packing.pack(values > 0)[0, row - packing.tail :].any()
+    back = packing.unpack(packed, longest)
+    assert back.shape == values.shape
+    for sequence, length in enumerate(lengths):
+        assert torch.equal(back[sequence, :length], values[sequence, :length]) and not back[sequence, length:].any()
+    if lengths:
+        back.sum().backward()
+        real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        assert torch.equal(values.grad, real[..., None].expand_as(values).float())  # none reaches padding
+    assert torch.equal(packing.unpack(packed > 0, longest), back > 0)
+
+    of = [(number, place) for number, part in enumerate(packing.parts) for place in range(part)]
+    assert packing.positions.tolist() == [place for _, place in of]
+    allowed = [[a == b and later <= own for b, later in of] for a, own in of]
+    assert (~packing.masked).tolist() == [[allowed]]
+
+
+def test_sequences_that_do_not_fit_into_a_row_are_refused() -> None:
+    with pytest.raises(AssertionError, match="sequences of 8 tokens in a row of 7"):
+        Packing.of([3, 5], 1, row=7)
+    with pytest.raises(AssertionError, match="longer than the 4 tokens given"):
+        Packing.of([3, 5], 1).pack(torch.zeros(2, 4))
+
+
 def test_the_zigzag_of_two_ranks() -> None:
     tokens = torch.arange(8)[None]
     assert Place(context=(0, 2)).inputs(tokens).tolist() == [[0, 1, 6, 7]]

@@ -1,0 +1,100 @@
+"""The cut of a step's samples into micro-batches: of so many samples, or of so many tokens.
+
+Counted in samples (`trainer.micro_batch_size`), a micro-batch is padded to the longest sample anywhere in the step.
+Counted in tokens (`trainer.tokens_per_micro_batch`), it is one row of that length that holds as many samples side by
+side as fit, each attending to itself alone. All rows are equally long, so that every pipeline stage and data-parallel
+rank computes with the same shapes, whatever the samples' lengths.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.routing.layout import Packing
+
+Cut = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches
+
+
+def cut(
+    batch: Batch, settings: config.Config, stats: Stats, device: torch.device = torch.device("cpu")
+) -> tuple[Batch, Cut]:
+    """Cut this rank's samples of a step into consecutive mini-batches, and those into micro-batches. Collective.
+
+    Packing changes the order of the samples of a mini-batch. That is done once a step: R2's routes are recorded and
+    replayed in the same rows. Adds `padding_fraction`, the share of what the model is fed that is no sample's token.
+
+    Args:
+        device: of the ranks' collectives.
+
+    Returns:
+        The batch, in the order of the micro-batches, which are views of it: as many in each mini-batch on every rank.
+
+    Raises:
+        UserError: a sample is longer than a micro-batch.
+    """
+    trainer = settings.trainer
+    if trainer.tokens_per_micro_batch:
+        batch, minis = _packed(batch, settings, device)
+    else:
+        size = len(batch) // trainer.mini_batches
+        minis = [mini.split(trainer.micro_batch_size) for mini in batch.split(size)]
+    fed = sum(micro.pack(micro.tokens).numel() for mini in minis for micro in mini)
+    stats.ratio("padding_fraction", fed - int(batch.lengths.sum()), fed)
+    return batch, minis
+
+
+def _packed(batch: Batch, settings: config.Config, device: torch.device) -> tuple[Batch, Cut]:
+    """Mini-batches of packed rows, in number the most that any rank needs."""
+    trainer, size = settings.trainer, len(batch) // settings.trainer.mini_batches
+    row, lengths = trainer.tokens_per_micro_batch, batch.lengths.tolist()
+    minis = [first_fit(lengths[start : start + size], row) for start in range(0, len(batch), size)]
+    most = torch.tensor([max(lengths), *map(len, minis)], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    longest, *counts = most.tolist()
+    if longest > row:
+        raise UserError(
+            f"a sample of {longest} tokens does not fit into trainer.tokens_per_micro_batch ({row}): allow as many "
+            "tokens or lower rollout.max_new_tokens"
+        )
+    parallel = settings.parallel
+    multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # which the interleaved schedule needs
+    for rows, count in zip(minis, counts):
+        rows += [[] for _ in range(-(-count // multiple) * multiple - len(rows))]
+    batch = batch.ordered([number * size + own for number, rows in enumerate(minis) for held in rows for own in held])
+    return batch, [
+        pack(mini, [len(held) for held in rows], row) for mini, rows in zip(batch.split(size), minis, strict=True)
+    ]
+
+
+def first_fit(lengths: list[int], row: int) -> list[list[int]]:
+    """Share sequences among rows: the longest first, each into the first row that has room for it.
+
+    Needs at most 11/9 of the fewest rows possible, and 6/9 of one more (Dósa, 2007).
+
+    Returns:
+        The indices that each row holds. A sequence longer than `row` is alone in one.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = next((place for place, free in enumerate(room) if lengths[index] <= free), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(row)
+        rows[place].append(index)
+        room[place] -= lengths[index]
+    return rows
+
+
+def pack(batch: Batch, sizes: list[int], row: int) -> list[Batch]:
+    """Consecutive parts of `sizes` samples, views of the batch, each in one row of `row` tokens. A part may be empty.
+
+    No context parallelism: the row alone must be a multiple of what it is split by, not each sample.
+    """
+    parts = batch.split(sizes)
+    return [replace(part, packing=Packing.of(part.lengths.tolist(), 1, row)) for part in parts]
