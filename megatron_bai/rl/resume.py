@@ -35,7 +35,8 @@ MAY_CHANGE = (
     "rollout.concurrency", "rollout.request_timeout_s", "rollout.start_timeout_s", "rollout.retries", "rollout.host",
     "rollout.port", "rollout.sync_tolerance", "rollout.max_total_tokens", "rollout.max_running_requests",
     "replay.measure_live", "replay.store", "replay.store_encoding",
-    "trainer.steps", "trainer.micro_batch_size", "trainer.eval_every", "trainer.save", "trainer.save_every",
+    "trainer.steps", "trainer.micro_batch_size", "trainer.eval_every", "trainer.eval_samples",
+    "trainer.eval_temperature", "reward.url", "reward.workers", "reward.concurrency", "trainer.save", "trainer.save_every",
     "trainer.save_async", "trainer.keep", "objective.critic_save",
     "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
 )  # fmt: skip
