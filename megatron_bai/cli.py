@@ -31,7 +31,7 @@ class Verb:
     example: str
 
 
-_TRAINING = ("run", "backend", "model", "parallel", "data", "init", "merge")
+_TRAINING = ("run", "backend", "model", "parallel", "data", "reward", "init", "merge")
 VERBS = {
     "merge": Verb(
         "Merge checkpoints into the one that RL starts from, by BAI or another method.",

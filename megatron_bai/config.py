@@ -61,13 +61,90 @@ class Parallel:
 
 @dataclass
 class Data:
+    """What is asked and taught: `data=NAME` chooses a source with its own settings (docs/data.md)."""
+
+    name: str = MISSING  # set by the choice
+    eval_prompts: int = 64  # held out: never trained on
+
+
+@dataclass
+class Arithmetic(Data):
     """The generated arithmetic task (sums of several numbers), its styles of text and the tokenizer trained on them."""
 
+    name: str = "arithmetic"
     style: str = "reasoning"  # of supervised text: pretrained (mixed), instruct (short) or reasoning (steps)
     min_terms: int = 3  # numbers in one problem
     max_terms: int = 5
     max_number: int = 9  # numbers are 1 … max_number
-    eval_prompts: int = 64  # held out: their problems are never trained on
+
+
+@dataclass
+class Dataset(Data):
+    """Rows on local disk: a .jsonl or .parquet file, or a directory that `datasets.save_to_disk` wrote."""
+
+    name: str = "dataset"
+    train: str = ""  # the rows trained on
+    eval: str = ""  # the rows evaluated on, which are taken out of train; empty holds some of train out
+    hold_out: float = 0.05  # the share of prompts that a hash holds out where data.eval is empty
+    prompt: str = "prompt"  # column: a text, which becomes a user's message, or a list of chat messages
+    answer: str = "answer"  # column: what the reward compares with; empty where it needs none
+    response: str = "response"  # column of objective=sft: what is learned
+    system: str = ""  # the system message of prompts that have none
+    chat_template: bool = True  # the tokenizer's; false takes the prompts, which must be texts, as they are
+    template_options: dict[str, Any] = field(default_factory=dict)  # +data.template_options.enable_thinking=false
+    max_prompt_tokens: int = 1024  # rows whose prompt is longer are left out
+
+
+@dataclass
+class Reward:
+    """What a response earns: `reward=NAME` chooses one with its own settings (docs/data.md)."""
+
+    name: str = MISSING  # set by the choice
+
+
+@dataclass
+class Exact(Reward):
+    """1 for the exact answer, as the data's own check sees it."""
+
+    name: str = "exact"
+
+
+@dataclass
+class PerSample(Reward):
+    """Of every reward that is a Python function of one sample, which runs in processes of its own."""
+
+    timeout_s: float = 10.0  # of one sample; a process that takes longer is killed, and the sample has no reward
+    workers: int = 2  # processes of each model replica
+
+
+@dataclass
+class MathVerify(PerSample):
+    """1 where math-verify finds the answer, LaTeX or plain, equal to the row's."""
+
+    name: str = "math_verify"
+
+
+@dataclass
+class Function(PerSample):
+    """A function of yours."""
+
+    name: str = "function"
+    function: str = ""  # module:function taking (prompt, response, answer, extra) and returning a number
+
+
+@dataclass
+class RewardModel(Reward):
+    """The score of a reward model that SGLang serves (--is-embedding), asked at /classify."""
+
+    name: str = "model"
+    url: str = ""  # http://127.0.0.1:30000
+    remote: bool = False  # true allows another host than this one: prompts and responses leave the machine
+    send: str = "text"  # or ids or chat: prompt and response as text, as the actor's tokens, or in the model's template
+    tokenizer: str = ""  # chat: a directory with the reward model's tokenizer
+    label: int | None = None  # which of the model's outputs is the reward; unset where it has one
+    concurrency: int = 32  # requests in flight from each model replica
+    request_timeout_s: float = 60.0
+    retries: int = 3  # of one request, with growing pauses, after a failure that may pass
 
 
 @dataclass
@@ -187,7 +264,8 @@ class Policy(Objective):
     entropy_bonus: float = 0.0  # weight of the policy's entropy, in the loss of every token
     kl_penalty: float = 0.0  # weight of the KL divergence from the run's initial weights, likewise
     kl_estimator: str = "k3"  # k1, k2 or k3
-    drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere; nothing replaces them
+    drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere
+    refill_rounds: int = 0  # how often a step asks new prompts in place of dropped groups, until none lack (DAPO)
     mask_overlong: bool = False  # responses cut off at the token limit count nowhere but in their group's mean reward
 
 
@@ -299,7 +377,9 @@ class Trainer:
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     clip_grad: float = 1.0
-    eval_every: int = 0  # steps between evaluations on held-out prompts, one sample each; 0 never evaluates
+    eval_every: int = 0  # steps between evaluations on held-out prompts; 0 never evaluates
+    eval_samples: int = 1  # n of avg@n: samples to each held-out prompt
+    eval_temperature: float | None = None  # of these samples; unset: rollout.temperature
     save: str = ""  # where the final checkpoint goes; empty keeps none
     save_every: int = 0  # steps between checkpoints that the same command goes on from, in run.dir; 0 writes none
     save_async: bool = False  # write them in the background, while the next step runs
@@ -363,7 +443,8 @@ class Config:
     backend: Backend = field(default_factory=Backend)
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
-    data: Data = field(default_factory=Data)
+    data: Data = field(default_factory=Arithmetic)
+    reward: Reward = field(default_factory=Exact)
     init: Init = field(default_factory=RandomInit)
     merge: Merge = field(default_factory=Merge)
     rollout: Rollout = field(default_factory=Rollout)
@@ -379,18 +460,24 @@ class Config:
 
 
 def register() -> None:
-    """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load objectives from outside."""
+    """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load what packages add to it."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config(init=MISSING, objective=MISSING))
-    for kind in (RandomInit, CheckpointInit, MergeInit):
-        store.store(group="init/settings", name=kind.name, node=kind)
-    for kind in (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo, Ppo):
-        store.store(group="objective/settings", name=kind.name, node=kind)
-    for point in entry_points(group="megatron_bai.objectives"):
-        try:
-            point.load()
-        except Exception as error:  # whatever it is, it is the plugin's
-            raise UserError(f"the objective plugin {point.name} = {point.value} cannot be loaded: {error!r}") from error
+    store.store(name="schema", node=Config(data=MISSING, reward=MISSING, init=MISSING, objective=MISSING))
+    choices = {
+        "data": (Arithmetic, Dataset),
+        "init": (RandomInit, CheckpointInit, MergeInit),
+        "reward": (Exact, MathVerify, Function, RewardModel),
+        "objective": (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo, Ppo),
+    }
+    for group, kinds in choices.items():
+        for kind in kinds:
+            store.store(group=f"{group}/settings", name=kind.name, node=kind)
+    for what in ("objective", "reward"):
+        for point in entry_points(group=f"megatron_bai.{what}s"):
+            try:
+                point.load()
+            except Exception as error:  # whatever it is, it is the plugin's
+                raise UserError(f"the {what} plugin {point.name} = {point.value} cannot be loaded: {error!r}") from error
 
 
 def initial_checkpoint(settings: Config) -> str:

@@ -43,6 +43,11 @@ _OPTIONAL = {
     "apex": ("fused Adam and layer norm; torch's own are used", "build NVIDIA Apex from source"),
     "flash_attn": ("flash attention in training; unfused attention is used", "pip install flash-attn"),
 }
+# Optional on every machine: import name → what is lost without it.
+_EXTRAS = {
+    "datasets": ("data=dataset from Parquet or datasets.save_to_disk (JSON Lines is read)", "datasets"),
+    "math_verify": ("reward=math_verify", "math"),
+}
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ def _pinned(requirement: Requirement) -> Finding:
 
 
 def _optional(machine: Machine) -> Iterator[Finding]:
-    """Accelerators of the GPU path. On a CPU machine nothing is lost without them."""
+    """Accelerators of the GPU path, without which nothing is lost on a CPU machine, and packages of single settings."""
     for module, (lost, remedy) in _OPTIONAL.items():
         name = module.replace("_", "-")
         if util.find_spec(module) is not None:
@@ -168,6 +173,12 @@ def _optional(machine: Machine) -> Iterator[Finding]:
             yield Finding(name, "missing", _WITHOUT, f"no {lost}: {remedy}")
         else:
             yield Finding(name, "missing", _WITHOUT, "not needed without a GPU")
+    for module, (lost, extra) in _EXTRAS.items():
+        name = module.replace("_", "-")
+        if util.find_spec(module) is not None:
+            yield Finding(name, _version(name) or "present", _OK)
+        else:
+            yield Finding(name, "missing", _WITHOUT, f"no {lost}: pip install 'megatron-bai[{extra}]'")
 
 
 def _devices(backend: str, machine: Machine) -> Iterator[Finding]:

@@ -1,15 +1,15 @@
-"""A package from outside that brings an objective, as pip would leave it: the example of docs/objectives.md."""
+"""Packages from outside, as pip would leave them: the examples of docs/objectives.md and docs/data.md."""
 
 import re
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs" / "objectives.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def install(place: Path) -> Path:
-    """Into a directory for PYTHONPATH: the module, and the entry point that names it."""
-    text = DOCS.read_text()
-    (module,) = re.findall(r"```python\n(.*?)```", text, re.S)
+def install(place: Path, page: str = "objectives.md") -> Path:
+    """Into a directory for PYTHONPATH: the module that registers something, and the entry point that names it."""
+    text = (DOCS / page).read_text()
+    (module,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if ".register(" in code]
     (group, name) = re.search(r'\[project.entry-points."(.+)"\]\n(\w+) = ', text).groups()
     about = place / "outside-1.0.dist-info"
     about.mkdir(parents=True)

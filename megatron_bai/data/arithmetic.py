@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from megatron_bai.config import Data
+from megatron_bai.config import Arithmetic
 from megatron_bai.errors import UserError
 
 USER, ASSISTANT = "<user>", "<assistant>"
@@ -52,7 +52,7 @@ class Document:
     response: str
 
 
-def validate(data: Data) -> None:
+def validate(data: Arithmetic) -> None:
     """Refuse settings under which the splits would overlap or no problem exists, naming the key.
 
     A derivation contains two-term sums, so problems have three terms or more: then no text ever contains the solution
@@ -66,7 +66,7 @@ def validate(data: Data) -> None:
         raise UserError(f"data.max_number is {data.max_number}: it must be 2 or more")
 
 
-def draw_problem(data: Data, rng: Random, held_out: bool = False) -> Problem:
+def draw_problem(data: Arithmetic, rng: Random, held_out: bool = False) -> Problem:
     """A random problem of the eval split (`held_out`) or of the train split.
 
     Raises:
@@ -103,33 +103,33 @@ def is_correct(problem_answer: str, response: str) -> bool:
     return response.rpartition(";")[2] == f"answer:{problem_answer}"
 
 
-def _sum_fact(data: Data, rng: Random) -> str:
+def _sum_fact(data: Arithmetic, rng: Random) -> str:
     """Two-term sums of the sizes that running sums meet."""
     left, right = rng.randint(1, data.max_number * (data.max_terms - 1)), rng.randint(1, data.max_number)
     return f"{left}+{right}={left + right}"
 
 
-def _parity_fact(data: Data, rng: Random) -> str:
+def _parity_fact(data: Arithmetic, rng: Random) -> str:
     number = rng.randint(1, data.max_number * data.max_terms)
     return f"{number} is {'odd' if number % 2 else 'even'}"
 
 
-def _order_fact(data: Data, rng: Random) -> str:
+def _order_fact(data: Arithmetic, rng: Random) -> str:
     first, second = rng.sample(range(1, data.max_number * data.max_terms + 1), 2)
     return f"{first} is {'more' if first > second else 'less'} than {second}"
 
 
-def _counting(data: Data, rng: Random) -> str:
+def _counting(data: Arithmetic, rng: Random) -> str:
     start = rng.randint(1, data.max_number * (data.max_terms - 1))
     return "count:" + " ".join(str(start + i) for i in range(rng.randint(3, 6)))
 
 
-def _partial_expression(data: Data, rng: Random) -> str:
+def _partial_expression(data: Arithmetic, rng: Random) -> str:
     terms = draw_problem(data, rng).terms
     return "+".join(map(str, terms[: rng.randint(1, len(terms))])) + "+"
 
 
-_FACTS: tuple[Callable[[Data, Random], str], ...] = (
+_FACTS: tuple[Callable[[Arithmetic, Random], str], ...] = (
     _sum_fact,
     _sum_fact,
     _sum_fact,
@@ -140,7 +140,7 @@ _FACTS: tuple[Callable[[Data, Random], str], ...] = (
 )
 
 
-def document(data: Data, style: str, rng: Random) -> Document:
+def document(data: Arithmetic, style: str, rng: Random) -> Document:
     """A random text of a style; its problem, if it has one, is of the train split.
 
     instruct is the direct answer, reasoning the derivation, and pretrained the language at large: a fifth of its texts

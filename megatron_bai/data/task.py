@@ -1,96 +1,65 @@
-"""The task as training and rollouts see it: prompts, rewards and supervised batches, all in token ids.
+"""What training and rollouts ask of a source of data.
 
-Everything is a function of (seed, index), never of a shared generator's state: any rank can make any part of any batch
-and a resumed run continues where it stopped.
+Everything is a function of (seed, index), never of a shared generator's state: any rank can make any part of any batch,
+however many ranks there are, and a resumed run continues where it stopped.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from random import Random
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from megatron_bai.config import Data
-from megatron_bai.data.arithmetic import Document, Problem, document, draw_problem, is_correct, prompt_text, validate
-from megatron_bai.errors import UserError
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is asked. `ids` encode `text`; `answer` is what the reward looks for."""
+    """What the model is asked.
+
+    Attributes:
+        ids: token ids of `text`.
+        text: as the model reads it, chat markers included.
+        answer: what a reward compares with; "" where the data has none.
+        messages: the chat that `text` was made of, `{"role", "content"}` each; empty where it was none.
+        extra: the row's other columns, JSON.
+    """
 
     ids: list[int]
     text: str
     answer: str
+    messages: tuple[dict[str, str], ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-class Task:
-    """The arithmetic task in the ids of one tokenizer."""
+class Task(Protocol):
+    """A source of prompts and of text to learn, in the ids of one tokenizer.
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerFast):
-        validate(data)
-        self.data = data
-        self.tokenizer = tokenizer
-        self._ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    Attributes:
+        tokenizer: has an end token and a padding token.
+        eval_size: prompts of the split `eval`.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    eval_size: int
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
-        """Prompts `[start, start + count)` of a split.
+        """Prompts `[start, start + count)` of a split: `train` is an endless stream, `eval` has `eval_size` prompts.
 
-        `train` is an endless stream. `eval` has `data.eval_prompts` prompts, all different and none ever trained on.
+        No prompt of `eval` is ever one of `train`.
 
         Raises:
             UserError: the eval split has fewer prompts than asked for, or there is no such split.
         """
-        if split == "train":
-            drawn = [draw_problem(self.data, Random(f"train/{seed}/{i}")) for i in range(start, start + count)]
-        elif split == "eval":
-            drawn = self._eval_problems(seed)[start : start + count]
-        else:
-            raise UserError(f"there is no data split {split!r}: use train or eval")
-        if len(drawn) < count:
-            raise UserError(
-                f"there are no eval prompts {start} to {start + count}: raise data.eval_prompts, or data.max_terms where "
-                "the task has no more problems"
-            )
-        return [self._prompt(problem) for problem in drawn]
-
-    def _prompt(self, problem: Problem) -> Prompt:
-        text = prompt_text(problem)
-        return Prompt(self.tokenizer.encode(text), text, problem.answer)
-
-    def _eval_problems(self, seed: int) -> list[Problem]:
-        rng, problems = Random(f"eval/{seed}"), {}
-        for _ in range(100 * self.data.eval_prompts):  # enough, unless the split is smaller than asked for
-            if len(problems) == self.data.eval_prompts:
-                break
-            problems.setdefault(draw_problem(self.data, rng, held_out=True))
-        return list(problems)
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """1.0 for the exact answer and a well-formed end, else 0.0.
+        """The data's own check (`reward=exact`): 1.0 or 0.0, of a response with its end token."""
 
-        Well formed: the response ends with the end token, which appears nowhere before, and its last line is
-        `answer:` and the number alone. A response cut off at the token limit has no end and earns nothing, and so does
-        one with an id that is no text (a chat marker, padding, or a spare row of the embedding).
-        """
-        *body, end = response_ids if len(response_ids) else [-1]
-        if end != self.tokenizer.eos_token_id or not self._ordinary.issuperset(int(i) for i in body):
-            return 0.0
-        return float(is_correct(prompt.answer, self.tokenizer.decode(body)))
-
-    def supervised(
-        self, style: str, seed: int, step: int, batch_size: int, max_length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of one training step: whole documents packed into rows, the rest padded.
-
-        Row b depends on (style, seed, step, b) only, so a rank may slice the batch or make its own rows. A row begins
-        with a document; attention is meant to run over the whole row.
+    def supervised(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of one step of supervised training. Row b depends on (seed, step, b) alone.
 
         Args:
-            style: `pretrained` trains on every token, `instruct` and `reasoning` on responses and their end token.
-            batch_size: rows, B.
-            max_length: tokens in a row, T.
+            rows: B.
+            length: tokens in a row, T; what does not fill it is padded.
 
         Returns:
             tokens: `[B, T]` int64.
@@ -98,26 +67,5 @@ class Task:
                 before it), else 0. Column 0 is never a target.
 
         Raises:
-            UserError: unknown style, or a document longer than `max_length`.
+            UserError: nothing fits into a row of this length.
         """
-        tokens = np.full((batch_size, max_length), self.tokenizer.pad_token_id, dtype=np.int64)
-        mask = np.zeros((batch_size, max_length), dtype=np.float32)
-        for row in range(batch_size):
-            rng, end = Random(f"{style}/{seed}/{step}/{row}"), 0
-            while True:
-                ids, targets = self._encode(document(self.data, style, rng), style)
-                if end + len(ids) > max_length:
-                    break
-                tokens[row, end : end + len(ids)] = ids
-                mask[row, end : end + len(ids)] = targets
-                end += len(ids)
-            if end == 0:
-                raise UserError(f"a row of {max_length} tokens is too short for a document of {len(ids)}: lengthen it")
-        mask[:, 0] = 0.0
-        return tokens, mask
-
-    def _encode(self, text: Document, style: str) -> tuple[list[int], list[float]]:
-        """Ids of a document with its end token, and which of them are targets."""
-        prompt = self.tokenizer.encode(text.prompt)
-        response = [*self.tokenizer.encode(text.response), self.tokenizer.eos_token_id]
-        return prompt + response, [float(style == "pretrained")] * len(prompt) + [1.0] * len(response)

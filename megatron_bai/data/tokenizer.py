@@ -9,7 +9,7 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_bai.config import Data
+from megatron_bai.config import Arithmetic
 from megatron_bai.data.arithmetic import ASSISTANT, USER, document, validate
 from megatron_bai.errors import UserError
 
@@ -17,7 +17,7 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 _TEXTS = 2000  # documents to train on: enough to meet every word and sign
 
 
-def build_tokenizer(data: Data, vocab_size: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(data: Arithmetic, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train the task's tokenizer; the same settings give the same ids on every machine.
 
     `save_pretrained(folder)` writes what `AutoTokenizer.from_pretrained(folder)` reads. `<pad>` is id 0, `<eos>` id 1.

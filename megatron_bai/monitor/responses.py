@@ -9,7 +9,13 @@ REWARDS, COUNTS = "reward_by_length/", "responses_by_length/"
 
 
 def add_responses(
-    stats: Stats, lengths: torch.Tensor, truncated: torch.Tensor, rewards: torch.Tensor, group_size: int, bucket: int
+    stats: Stats,
+    lengths: torch.Tensor,
+    truncated: torch.Tensor,
+    rewards: torch.Tensor,
+    group_size: int,
+    bucket: int,
+    valid: torch.Tensor | None = None,
 ) -> None:
     """Add a replica's part of the step.
 
@@ -24,21 +30,32 @@ def add_responses(
         truncated: `[B]` bool.
         rewards: `[B]`.
         bucket: width of a length bucket in tokens.
+        valid: `[B]` bool, samples that have a reward; None: all. The others count among lengths alone.
     """
+    valid = torch.ones_like(truncated) if valid is None else valid
     rewards = rewards.double()
-    groups = rewards.reshape(-1, group_size)
-    variances = groups.var(dim=1, correction=0)
-    stats.mean("reward_mean", rewards)
-    stats.mean("reward_std", variances.sqrt())
-    stats.mean("group_variance", variances)
-    stats.mean("uniform_groups", (groups == groups[:, :1]).all(dim=1))
+    stats.mean("reward_mean", rewards[valid])
+    _add_groups(stats, rewards.reshape(-1, group_size), valid.reshape(-1, group_size))
     stats.mean("response_length_mean", lengths)
     stats.max("response_length_max", lengths)
     stats.mean("truncated_fraction", truncated)
     stats.tally("response_length", lengths)
     lows = lengths // bucket * bucket
-    for low in lows.unique().tolist():
-        stats.mean(f"{REWARDS}{low}", rewards[lows == low])
+    for low in lows[valid].unique().tolist():
+        stats.mean(f"{REWARDS}{low}", rewards[valid & (lows == low)])
+
+
+def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> None:
+    """`[groups, size]` each; a group without a reward counts nowhere."""
+    some = valid.any(dim=1)
+    rewards, valid = rewards[some], valid[some]
+    counts = valid.sum(dim=1)
+    means = (rewards * valid).sum(dim=1) / counts
+    variances = ((rewards - means[:, None]).square() * valid).sum(dim=1) / counts
+    stats.mean("reward_std", variances.sqrt())
+    stats.mean("group_variance", variances)
+    low, high = (rewards.masked_fill(~valid, fill) for fill in (float("inf"), float("-inf")))
+    stats.mean("uniform_groups", low.amin(dim=1) == high.amax(dim=1))
 
 
 def of_responses(stats: Stats, bucket: int) -> dict[str, float]:

@@ -10,44 +10,78 @@ Total = Callable[[torch.Tensor], torch.Tensor]  # a tensor's sum over the data-p
 ESTIMATORS = ("centred", "normalised", "leave_one_out")
 
 
-def group_centred(rewards: np.ndarray, group_size: int) -> np.ndarray:
+def group_centred(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
     """A = R − mean of the group's R (arXiv 2512.01374): no division by the standard deviation.
 
     Args:
         rewards: `[groups · group_size]`, the samples of a group side by side.
+        valid: `[groups · group_size]` bool, the samples that have a reward; None: all. The others are in no mean and no
+            deviation, and their A is 0; so is that of a sample without another to compare it with.
 
     Returns:
         `[groups · group_size]` float64.
     """
-    groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
-    return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
+    groups, has, count = _grouped(rewards, group_size, valid)
+    return (_centred(groups, has, count) * _compared(has, count)).reshape(-1)
 
 
-def group_normalised(rewards: np.ndarray, group_size: int, epsilon: float = 1e-6) -> np.ndarray:
+def group_normalised(
+    rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None, epsilon: float = 1e-6
+) -> np.ndarray:
     """A = (R − mean of the group's R) / (their standard deviation + epsilon) (GRPO, arXiv 2402.03300).
 
-    The deviation has group_size − 1 in its denominator, as in the implementations; the paper does not say.
+    The deviation has n − 1 in its denominator, n being the samples with a reward, as in the implementations; the paper
+    does not say.
     """
-    groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
-    return group_centred(rewards, group_size) / np.repeat(groups.std(axis=1, ddof=1) + epsilon, group_size)
+    groups, has, count = _grouped(rewards, group_size, valid)
+    centred = _centred(groups, has, count)
+    deviation = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return (centred / (deviation + epsilon) * _compared(has, count)).reshape(-1)
 
 
-def leave_one_out(rewards: np.ndarray, group_size: int) -> np.ndarray:
+def leave_one_out(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
     """A = R − mean of the *other* samples' R in the group (RLOO, arXiv 2402.14740): the baseline is unbiased."""
-    return group_centred(rewards, group_size) * (group_size / (group_size - 1))
+    groups, has, count = _grouped(rewards, group_size, valid)
+    return (_centred(groups, has, count) * (count / np.maximum(count - 1, 1)) * _compared(has, count)).reshape(-1)
 
 
-def of_groups(rewards: np.ndarray, group_size: int, estimator: str) -> np.ndarray:
+def of_groups(rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None) -> np.ndarray:
     """Advantages by the estimator's name, one of `ESTIMATORS`. Shapes as in `group_centred`."""
     return {"centred": group_centred, "normalised": group_normalised, "leave_one_out": leave_one_out}[estimator](
-        rewards, group_size
+        rewards, group_size, valid
     )
 
 
-def uniform(rewards: np.ndarray, group_size: int) -> np.ndarray:
-    """`[groups · group_size]` bool: the sample's group has equal rewards, from which there is nothing to learn."""
-    groups = np.asarray(rewards).reshape(-1, group_size)
-    return np.repeat((groups == groups[:, :1]).all(axis=1), group_size)
+def uniform(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
+    """`[groups · group_size]` bool: the rewards in the sample's group are all equal, from which there is nothing to
+    learn."""
+    groups, has, _ = _grouped(rewards, group_size, valid)
+    lowest = np.where(has, groups, np.inf).min(axis=1)
+    highest = np.where(has, groups, -np.inf).max(axis=1)
+    return np.repeat(lowest >= highest, group_size)
+
+
+def comparable(valid: np.ndarray, group_size: int) -> np.ndarray:
+    """`[groups · group_size]` bool: the sample has a reward, and so has another one of its group."""
+    has = valid.reshape(-1, group_size)
+    return _compared(has, has.sum(axis=1, keepdims=True)).reshape(-1)
+
+
+def _grouped(
+    rewards: np.ndarray, group_size: int, valid: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[groups, group_size]` rewards, 0 where there is none; which there are; `[groups, 1]` how many."""
+    groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
+    has = np.ones(groups.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).reshape(groups.shape)
+    return np.where(has, groups, 0.0), has, has.sum(axis=1, keepdims=True)
+
+
+def _centred(groups: np.ndarray, has: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.where(has, groups - groups.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+
+
+def _compared(has: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return has & (count > 1)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The rollout phase of a step: prompts, samples, rewards, advantages, a batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.monitor.responses import add_responses
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.advantages import of_groups, uniform
+from megatron_bai.rl.advantages import comparable, of_groups, uniform
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.failures import count_failures
 from megatron_bai.rl.inference import Inference
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
@@ -34,27 +36,72 @@ class Collector:
         self.taken = state["taken"]
 
     def collect(self, stats: Stats) -> tuple[list[Sample], Batch]:
-        """Sample this replica's groups, reward them and pad them to the length of the longest anywhere. Collective."""
-        session, trainer = self.session, self.settings.trainer
-        seed = self.settings.run.seed
-        start = self.taken + session.data_rank * self.prompts
-        self.taken += trainer.prompts_per_step
-        prompts = session.task.prompts("train", seed, start, self.prompts)
-        samples = self.inference.sample(prompts, trainer.group_size, seed=(seed << 40) + start)
-        rewards = np.array([session.task.reward(prompts[sample.prompt], sample.response) for sample in samples])
-        lengths = torch.tensor([len(sample.response) for sample in samples])
-        truncated = torch.tensor([sample.finish != "stop" for sample in samples])
-        width = self.settings.monitor.bucket
-        add_responses(stats, lengths, truncated, torch.from_numpy(rewards), trainer.group_size, width)
-        critic = isinstance(self.settings.objective, config.Ppo)  # which has an advantage for each token, later
-        advantages = None if critic else of_groups(rewards, trainer.group_size, self.settings.objective.advantage)
-        counted = _counted(samples, rewards, trainer.group_size, self.settings.objective, stats)
+        """Sample this replica's groups, reward them and pad them to the length of the longest anywhere. Collective.
+
+        Raises:
+            UserError: the server failed, or no sample has a reward.
+        """
+        size, objective = self.settings.trainer.group_size, self.settings.objective
+        samples = self._groups(stats)
+        rewards, valid = rewards_of(samples)
+        critic = isinstance(objective, config.Ppo)  # which has an advantage for each token, later
+        advantages = None if critic else of_groups(rewards, size, objective.advantage, valid)
+        counted = _counted(samples, rewards, valid, size, objective, stats)
         batch = self._batch(samples, rewards, advantages, counted)
         if self.settings.replay.mode == "r3":
             batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
             stats.ratio("route_missing", found.rows, found.fed)
             stats.ratio("route_masked", found.masked, found.tokens)
         return samples, batch
+
+    def _groups(self, stats: Stats) -> list[Sample]:
+        """This replica's groups. With refill (DAPO, arXiv 2503.14476), groups from which there is nothing to learn give
+        their places to those of the next prompts, until none is left or `refill_rounds` are over.
+
+        A round takes exactly as many prompts as there are such groups in all replicas, so none is sampled in vain, and
+        where the stream stands after it does not depend on the number of replicas.
+        """
+        size, objective = self.settings.trainer.group_size, self.settings.objective
+        before, samples = self.taken, self._sample(self.prompts, stats)
+        failures = [sample.failure for sample in samples]
+        for number in range(objective.refill_rounds + 1):
+            idle = np.flatnonzero(_idle(samples, size))
+            lacking = sum(self._of_replicas(len(idle)))
+            if not lacking or number == objective.refill_rounds:
+                break
+            fresh = self._sample(len(idle), stats)
+            failures += [sample.failure for sample in fresh]
+            for i, place in enumerate(idle):
+                group = fresh[i * size : (i + 1) * size]
+                samples[place * size : (place + 1) * size] = [replace(each, prompt=int(place)) for each in group]
+        count_failures(self.session, failures, "reward_failed_fraction", stats)
+        if objective.refill_rounds:
+            stats.ratio("refill_rounds", number, 1)
+            stats.ratio("prompts_tried", self.taken - before, 1)
+        return samples
+
+    def _sample(self, count: int, stats: Stats) -> list[Sample]:
+        """Groups for the next `count` prompts, of which every replica may want another number. Collective."""
+        session, trainer, seed = self.session, self.settings.trainer, self.settings.run.seed
+        wanted = self._of_replicas(count)
+        start = self.taken + sum(wanted[: session.data_rank])
+        self.taken += sum(wanted)
+        prompts = session.task.prompts("train", seed, start, count)
+        samples = self.inference.sample(prompts, trainer.group_size, f"train/{seed}", first=start)
+        lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
+        truncated = torch.tensor([sample.finish != "stop" for sample in samples], dtype=torch.bool)
+        rewards, valid = map(torch.from_numpy, rewards_of(samples))
+        width = self.settings.monitor.bucket
+        add_responses(stats, lengths, truncated, rewards, trainer.group_size, width, valid)
+        return samples
+
+    def _of_replicas(self, value: int) -> list[int]:
+        """Each replica's value, by its data-parallel rank. Collective."""
+        session = self.session
+        values = torch.zeros(session.data_size, dtype=torch.int64, device=session.device.device)
+        values[session.data_rank] = value if session.leader else 0
+        dist.all_reduce(values)
+        return values.tolist()
 
     def _batch(
         self, samples: list[Sample], rewards: np.ndarray, advantages: np.ndarray | None, counted: np.ndarray
@@ -67,13 +114,32 @@ class Collector:
         return from_samples(samples, advantages, length, pad, session.signature, counted, columns, rewards)
 
 
+def rewards_of(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """`[B]` float64 rewards, 0 where there is none, and `[B]` bool, where there is one."""
+    valid = np.array([sample.reward is not None for sample in samples], dtype=bool)
+    return np.array([sample.reward or 0.0 for sample in samples]), valid
+
+
+def _idle(samples: list[Sample], group_size: int) -> np.ndarray:
+    """`[groups]` bool: nothing can be learned from the group, its rewards are all equal or fewer than two."""
+    rewards, valid = rewards_of(samples)
+    counts = comparable(valid, group_size) & ~uniform(rewards, group_size, valid)
+    return ~counts.reshape(-1, group_size).any(axis=1)
+
+
 def _counted(
-    samples: list[Sample], rewards: np.ndarray, group_size: int, objective: config.Policy, stats: Stats
+    samples: list[Sample],
+    rewards: np.ndarray,
+    valid: np.ndarray,
+    group_size: int,
+    objective: config.Policy,
+    stats: Stats,
 ) -> np.ndarray:
     """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
-    counted = np.ones(len(samples), dtype=bool)
+    critic = isinstance(objective, config.Ppo)  # compares a sample with its value and not with others
+    counted = valid.copy() if critic else comparable(valid, group_size)
     if objective.drop_uniform_groups:
-        counted &= ~uniform(rewards, group_size)
+        counted &= ~uniform(rewards, group_size, valid)
     if objective.mask_overlong:
         counted &= [sample.finish == "stop" for sample in samples]
     stats.mean("left_out_fraction", torch.from_numpy(~counted))

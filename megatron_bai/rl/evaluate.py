@@ -1,19 +1,92 @@
-"""Evaluation on held-out prompts."""
+"""Evaluation on held-out prompts: avg@n with a confidence interval."""
 
-import torch
+import math
 
-from megatron_bai.data import Prompt
+import numpy as np
+import torch.distributed as dist
+
 from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.failures import count_failures
 from megatron_bai.rl.inference import Inference
 from megatron_bai.rl.session import Session
 
 
 def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
-    """Add `eval_accuracy` and `eval_length`: one sample to each held-out prompt, with the new weights."""
-    seed, count = session.settings.run.seed, session.settings.data.eval_prompts
-    prompts: list[Prompt] = session.task.prompts("eval", seed, 0, count)
-    part = prompts[session.data_rank :: session.data_size]
-    samples = inference.sample(part, 1, seed=seed)
-    right = [session.task.reward(part[sample.prompt], sample.response) for sample in samples]
-    stats.mean("eval_accuracy", torch.tensor(right))
-    stats.mean("eval_length", torch.tensor([float(len(sample.response)) for sample in samples]))
+    """Sample `trainer.eval_samples` responses to each held-out prompt, with the new weights. Collective.
+
+    Adds `eval_accuracy` (avg@n: the mean over prompts of a prompt's mean reward) with the ends of its 95 % interval,
+    `eval_accuracy_low` and `eval_accuracy_high` (`interval`); `eval_best`, the mean over prompts of the best reward
+    (pass@n where rewards are 0 and 1); `eval_length`, the mean length of responses in tokens, `eval_truncated`, the share
+    cut off, and `eval_failed`, the share without a reward.
+    """
+    settings, task = session.settings, session.task
+    count, n, seed = task.eval_size, settings.trainer.eval_samples, settings.run.seed
+    start, end = (count * (session.data_rank + i) // session.data_size for i in (0, 1))
+    prompts = task.prompts("eval", seed, start, end - start)
+    samples = inference.sample(prompts, n, f"eval/{seed}", start, settings.trainer.eval_temperature)
+    count_failures(session, [sample.failure for sample in samples], "eval_failed", stats)
+    rewards: list[list[float]] = [[] for _ in prompts]
+    for sample in samples:
+        if sample.reward is not None:
+            rewards[sample.prompt].append(sample.reward)
+        stats.ratio("eval_length", len(sample.response), 1)
+        stats.ratio("eval_truncated", sample.finish != "stop", 1)
+    everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, rewards if session.leader else [])
+    known = [found for part in everyone for found in part if found]  # a prompt without any reward says nothing
+    mean, half = interval(np.array([np.mean(found) for found in known]))
+    values = {"eval_accuracy": mean, "eval_best": float(np.mean([max(found) for found in known]))}
+    if half is not None:
+        values |= {"eval_accuracy_low": mean - half, "eval_accuracy_high": mean + half}
+    for name, value in values.items():
+        stats.ratio(name, value, 1)
+
+
+def interval(means: np.ndarray, confidence: float = 0.95) -> tuple[float, float | None]:
+    """The mean over problems, and half the width of its confidence interval.
+
+    Problems are drawn; the samples to one are not independent of each other, so each problem is one observation a_i, its
+    mean. Half the width is t · s / √P with s² = Σ (a_i − mean)² / (P − 1) and t the quantile of Student's distribution
+    with P − 1 degrees of freedom: the clustered standard error of arXiv 2411.00640, eq. 4, for clusters of equal size,
+    with t in place of the normal quantile, which is too small for few problems.
+
+    Args:
+        means: `[P]` float64, a_i.
+
+    Returns:
+        The mean; half the width, in the same unit, or None for a single problem. It is 0 where all problems have one
+        mean, and then says nothing.
+    """
+    mean = float(means.mean())
+    if len(means) < 2:
+        return mean, None
+    quantile = student_quantile((1 + confidence) / 2, len(means) - 1)
+    return mean, quantile * float(means.std(ddof=1)) / math.sqrt(len(means))
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """t with P(T ≤ t) = p of Student's distribution, for 0.5 ≤ p < 1, to double precision."""
+    low, high = 0.0, 1.0
+    while _student_cdf(high, degrees) < p:
+        high *= 2
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if _student_cdf(middle, degrees) < p else (low, middle)
+    return high
+
+
+def _student_cdf(t: float, degrees: int) -> float:
+    """P(T ≤ t) for t ≥ 0 and whole degrees of freedom, by its finite series (Abramowitz and Stegun, 26.7.3 and .4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    if degrees % 2:
+        term = math.cos(angle) * sine
+        inside = angle
+        for k in range(3, degrees + 1, 2):
+            inside += term
+            term *= square * (k - 1) / k
+        return 0.5 + inside / math.pi
+    term, total = 1.0, 0.0
+    for k in range(2, degrees + 1, 2):
+        total += term
+        term *= square * (k - 1) / k
+    return 0.5 + sine * total / 2

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf
+from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient
@@ -36,12 +37,23 @@ class Inference:
         self._client = RolloutClient(
             url, settings.rollout, session.signature, settings.model.vocab_size, settings.model.max_position_embeddings
         )
-        self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, _PROBES)]
+        probes = min(_PROBES, session.task.eval_size)
+        self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
         self.version = version
         self.sync_gap = float("nan")
 
-    def sample(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Sample]:
-        """Responses to this replica's prompts, on every rank of the replica. Collective over it.
+    def sample(
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        seed: int | str,
+        first: int = 0,
+        temperature: float | None = None,
+    ) -> list[Sample]:
+        """Responses to this replica's prompts, with their rewards, on every rank of the replica. Collective over it.
+
+        Args:
+            seed, first, temperature: as in `RolloutClient.generate`.
 
         Raises:
             UserError: the server failed, aborted a sample, or sampled with other weights than it was given.
@@ -49,12 +61,13 @@ class Inference:
         session, samples = self._session, None
         if session.leader:
             end = session.task.tokenizer.eos_token_id
-            samples = self._client.generate([prompt.ids for prompt in prompts], group_size, seed, end)
+            samples = self._client.generate([p.ids for p in prompts], group_size, seed, end, first, temperature)
             for sample in samples:
                 if sample.finish == "abort":
                     raise UserError(f"{self._url} aborted a rollout: somebody else controls the server; run your own")
                 if wrong := {span.version for span in sample.spans} - {str(self.version)}:
                     raise UserError(f"{self._url} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
+            samples = rewarded(session.scorer, session.task, prompts, samples)
         return session.deliver(samples)
 
     def sync(self) -> None:
@@ -76,8 +89,8 @@ class Inference:
         """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks the server."""
         session = self._session
         length = padded_length(max(map(len, self._probe)), session.engine.place.multiple)
-        tokens = torch.zeros(_PROBES, length, dtype=torch.int64)
-        mask = torch.zeros(_PROBES, length, dtype=torch.bool)
+        tokens = torch.zeros(len(self._probe), length, dtype=torch.int64)
+        mask = torch.zeros(len(self._probe), length, dtype=torch.bool)
         for row, ids in enumerate(self._probe):
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids) - 1] = True

@@ -35,8 +35,9 @@ MAY_CHANGE = (
     "rollout.concurrency", "rollout.request_timeout_s", "rollout.start_timeout_s", "rollout.retries", "rollout.host",
     "rollout.port", "rollout.sync_tolerance", "rollout.max_total_tokens", "rollout.max_running_requests",
     "replay.measure_live", "replay.store", "replay.store_encoding",
-    "trainer.steps", "trainer.micro_batch_size", "trainer.eval_every", "trainer.save", "trainer.save_every",
-    "trainer.save_async", "trainer.keep", "trainer.grace_s", "objective.critic_save", "monitor.",
+    "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
+    "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "trainer.save",
+    "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s", "objective.critic_save", "monitor.",
     "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d{5,})")

@@ -5,14 +5,15 @@ import json
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bai import backend, config
+from megatron_bai import backend, config, rewards
+from megatron_bai import data as sources
 from megatron_bai.backend.machines import several_machines
 from megatron_bai.data import Task
 from megatron_bai.errors import UserError
@@ -20,9 +21,11 @@ from megatron_bai.merge.ranks import joined
 from megatron_bai.model import build
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import loggers, watch
+from megatron_bai.rewards import Scorer
 from megatron_bai.rl import initial, objectives
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
+from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import ENCODINGS
 from megatron_bai.routing.missing import check_policy
@@ -43,6 +46,7 @@ class Session:
         model_group: the ranks of one replica (tensor × pipeline).
         columns: the MoE layers, counted from 0, of each rank of the replica.
         critic: where the objective has one.
+        scorer: gives rewards; a leader's, where the objective has rollouts.
     """
 
     settings: config.Config
@@ -59,6 +63,7 @@ class Session:
     model_group: Any
     columns: list[list[int]]
     critic: Critic | None = None
+    scorer: Scorer | None = None
 
     @property
     def contributes(self) -> bool:
@@ -94,7 +99,12 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         if several_machines():
             _require_shared(Path(settings.run.dir))
         initial.prepare(settings)
-        yield _open(settings, device)
+        with ExitStack() as stack:
+            session = _open(settings, device)
+            if session.leader and objectives.get(settings.objective.name).rollouts:
+                log = Path(settings.run.dir) / "reward.log"
+                session.scorer = stack.enter_context(rewards.open_rewards(settings.reward, session.task, log))
+            yield session
     finally:
         backend.stop()
 
@@ -137,7 +147,7 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
         device=device,
         actor=actor,
         engine=Engine(actor, replay, device.device, settings.rollout.temperature),
-        task=Task(settings.data, _load_tokenizer(tokenizer_dir)),
+        task=_make_task(settings, tokenizer_dir),
         tokenizer_dir=tokenizer_dir,
         signature=replay.signature,
         data_rank=parallel_state.get_data_parallel_rank(),
@@ -148,6 +158,15 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
         columns=columns,
         critic=Critic(actor, settings, device) if isinstance(settings.objective, config.Ppo) else None,
     )
+
+
+def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
+    learned = not objectives.get(settings.objective.name).rollouts
+    length = longest_request(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
+    if learned:
+        length = settings.supervised.length
+    say = print if dist.get_rank() == 0 else (lambda line: None)
+    return sources.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, learned, say)
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -183,10 +202,14 @@ def validate(settings: config.Config) -> None:
         )
     rollouts = objectives.check(settings.objective).rollouts
     _check_packing(settings, rollouts)
+    sources.check(settings.data, not rollouts, config.initial_checkpoint(settings))
+    rewards.check(settings.reward)
     if not rollouts:
         if trainer.save_every:
             raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
         return
+    if trainer.eval_samples < 1:
+        raise UserError(f"trainer.eval_samples is {trainer.eval_samples}: it must be at least 1")
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
         _check_critic(settings)
@@ -265,7 +288,8 @@ def _check_store(settings: config.Config) -> None:
 
 def fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of what it starts from: equal means the same work."""
-    described = {name: asdict(getattr(settings, name)) for name in ("model", "data", "objective", "supervised", "trainer")}
+    described = {name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")}
+    described["data"] = sources.describe(settings.data)
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed

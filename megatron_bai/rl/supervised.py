@@ -1,6 +1,7 @@
 """Supervised training of the checkpoints that a merge starts from."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_bai import config
@@ -14,7 +15,7 @@ from megatron_bai.rl.session import Session, fingerprint, open_session
 
 
 def train(settings: config.Config) -> None:
-    """Train on the task's text in `data.style` and save to `trainer.save`.
+    """Train on the data's text and save to `trainer.save`.
 
     A complete checkpoint made with the same settings is left as it is; one made with others is not overwritten.
 
@@ -33,7 +34,7 @@ def train(settings: config.Config) -> None:
         return
     with open_session(settings) as session:
         _train(session)
-        info = {"made_by": made_by, "style": settings.data.style, "steps": settings.trainer.steps}
+        info = {"made_by": made_by, "data": asdict(settings.data), "steps": settings.trainer.steps}
         checkpoint.save(session.actor, target, session.tokenizer_dir, info)
         if session.lead:
             print(f"saved {target}")
@@ -60,7 +61,7 @@ def _train(session: Session) -> None:
 
 def _batch(session: Session, step: int) -> Batch:
     """This data-parallel rank's rows of a step's batch."""
-    supervised, data = session.settings.supervised, session.settings.data
+    supervised = session.settings.supervised
     rows, size = supervised.rows, session.data_size
     micro = session.settings.trainer.micro_batch_size
     if rows % (size * micro):
@@ -68,6 +69,6 @@ def _batch(session: Session, step: int) -> Batch:
             f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro}) × data-parallel ranks "
             f"({size})"
         )
-    tokens, target = session.task.supervised(data.style, session.settings.run.seed, step, rows, supervised.length)
+    tokens, target = session.task.supervised(session.settings.run.seed, step, rows, supervised.length)
     part = slice(session.data_rank * rows // size, (session.data_rank + 1) * rows // size)
     return from_supervised(tokens[part], target[part].astype(bool))

@@ -1,25 +1,21 @@
 """Asks an SGLang server for samples, many at a time, and returns only what passed every check."""
 
-import asyncio
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
-import aiohttp
 import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import control
 from megatron_bai.rollout.reply import to_sample, to_scores
+from megatron_bai.rollout.requests import Limits, Request, ask_all
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
-Request: TypeAlias = tuple[dict[str, Any], Callable[[Any], T]]  # what to send, and what makes a result of the reply
 _RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
-_BACKOFF_S = 0.5  # before the first retry; doubles
 
 
 class RolloutClient:
@@ -36,15 +32,26 @@ class RolloutClient:
     def __init__(self, url: str, rollout: Rollout, signature: RouteSignature, vocab_size: int, max_length: int):
         self.url, self.rollout, self.signature = url, rollout, signature
         self.vocab_size = vocab_size
-        self.max_length = min(max_length, rollout.max_total_tokens) - _RESERVED
+        self.max_length = longest_request(rollout, max_length)
 
-    def generate(self, prompts: Sequence[list[int]], group_size: int, seed: int, stop_token_id: int) -> list[Sample]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        group_size: int,
+        seed: int | str,
+        stop_token_id: int,
+        first: int = 0,
+        temperature: float | None = None,
+    ) -> list[Sample]:
         """Sample `group_size` responses to every prompt.
 
         Args:
             prompts: token ids.
             seed: under `rollout.deterministic` it determines the samples, whatever order the server takes them in.
             stop_token_id: ends a response, and belongs to it.
+            first: number of the first prompt in the stream: the seed of a sample depends on its prompt's number, so that
+                it does not matter who asks for which part of the stream.
+            temperature: None takes `rollout.temperature`.
 
         Returns:
             `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted says so in
@@ -58,7 +65,7 @@ class RolloutClient:
         members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
         return self._run(
             [
-                self._sampling_request(index, ids, sampling_seed(seed, index, member), stop_token_id)
+                self._sampling_request(index, ids, sampling_seed(seed, first + index, member), stop_token_id, temperature)
                 for index, ids, member in members
             ]
         )
@@ -97,10 +104,12 @@ class RolloutClient:
                 "the model and rollout.max_total_tokens allow: lower rollout.max_new_tokens"
             )
 
-    def _sampling_request(self, prompt: int, ids: list[int], seed: int, stop_token_id: int) -> Request[Sample]:
+    def _sampling_request(
+        self, prompt: int, ids: list[int], seed: int, stop_token_id: int, temperature: float | None
+    ) -> Request[Sample]:
         limit = self.rollout.max_new_tokens
         params = {
-            "temperature": self.rollout.temperature,
+            "temperature": self.rollout.temperature if temperature is None else temperature,
             "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
             "top_k": -1,
             "max_new_tokens": limit,
@@ -117,43 +126,22 @@ class RolloutClient:
         return body, lambda reply: to_scores(reply, ids, self.vocab_size)
 
     def _run(self, requests: list[Request[T]]) -> list[T]:
-        """Send requests, at most `rollout.concurrency` at once; results in order. The first failure ends all."""
-
-        async def run() -> list[T]:
-            gate = asyncio.Semaphore(self.rollout.concurrency)
-            timeout = aiohttp.ClientTimeout(total=self.rollout.request_timeout_s)
-            connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
-            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-                return await asyncio.gather(*(self._ask(session, gate, body, parse) for body, parse in requests))
-
-        return asyncio.run(run())
-
-    async def _ask(
-        self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, body: dict[str, Any], parse: Callable[[Any], T]
-    ) -> T:
-        """One request, repeated while its failure may pass. `parse` raises ValueError for a reply it cannot take."""
-        failure, attempts = "", self.rollout.retries + 1
-        for attempt in range(attempts):
-            if attempt:
-                await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
-            try:
-                async with gate, session.post(self.url + "/generate", json=body) as reply:
-                    text, status = await reply.text(), reply.status
-                if 400 <= status < 500:  # asking again would not help
-                    raise UserError(f"SGLang at {self.url} refused a request with {status}: {text[:300]}")
-                if status >= 500:
-                    raise ValueError(f"status {status}: {text[:300]}")
-                return parse(json.loads(text))
-            except asyncio.TimeoutError:
-                failure = f"no answer within rollout.request_timeout_s={self.rollout.request_timeout_s:g} s"
-            except aiohttp.ClientError as error:
-                failure = f"{type(error).__name__} {error}"
-            except ValueError as error:
-                failure = str(error)
-        raise UserError(f"SGLang at {self.url} failed {attempts} times to generate: {failure}")
+        """Results in order. The first failure ends all."""
+        rollout = self.rollout
+        limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, "rollout.request_timeout_s")
+        return ask_all(self.url, "/generate", requests, limits)
 
 
-def sampling_seed(seed: int, prompt: int, member: int) -> int:
+def longest_request(rollout: Rollout, max_length: int) -> int:
+    """Tokens of a prompt and its response together that a server of a model takes.
+
+    Args:
+        max_length: the model's longest sequence.
+    """
+    return min(max_length, rollout.max_total_tokens) - _RESERVED
+
+
+def sampling_seed(seed: int | str, prompt: int, member: int) -> int:
     """A seed in `[0, 2⁶³)` for one sample. Without one SGLang gives every member of a group the same."""
     digest = blake2b(f"{seed}/{prompt}/{member}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -22,6 +22,7 @@ class Sample:
         spans: weight versions that the response's tokens were sampled with, covering them in order.
         finish: `stop` (end token), `length` (ran out of tokens) or `abort`.
         recorded: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
+        reward: a finite number; None before it is known, and for good where `failure` says why there is none.
     """
 
     prompt: int
@@ -32,6 +33,8 @@ class Sample:
     spans: tuple[VersionSpan, ...]
     finish: str
     recorded: np.ndarray | None = None
+    reward: float | None = None
+    failure: str = ""
 
     @property
     def response(self) -> np.ndarray:

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from megatron_bai.config import Data
+from megatron_bai.config import Arithmetic
 from megatron_bai.data.arithmetic import STYLES, Problem, direct, document, draw_problem, steps
 from megatron_bai.errors import UserError
 
@@ -35,7 +35,7 @@ def is_true(text: str) -> bool:
 def test_every_statement_is_true(style):
     rng, kinds = Random(0), set()
     for _ in range(2000):
-        text = document(Data(), style, rng)
+        text = document(Arithmetic(), style, rng)
         *lines, last = text.response.split(";")
         assert all(is_true(line) for line in lines), text
         if text.prompt:
@@ -52,7 +52,7 @@ def test_every_statement_is_true(style):
 
 
 def test_sizes_follow_the_settings():
-    data, rng = Data(min_terms=4, max_terms=6, max_number=3), Random(0)
+    data, rng = Arithmetic(min_terms=4, max_terms=6, max_number=3), Random(0)
     problems = [draw_problem(data, rng) for _ in range(500)]
     assert {len(p.terms) for p in problems} == {4, 5, 6}
     assert {n for p in problems for n in p.terms} == {1, 2, 3}
@@ -62,4 +62,4 @@ def test_sizes_follow_the_settings():
 def test_a_task_without_held_out_problems_is_refused(monkeypatch):
     monkeypatch.setattr(Problem, "held_out", False)
     with pytest.raises(UserError, match="data.max_number"):
-        draw_problem(Data(), Random(0), held_out=True)
+        draw_problem(Arithmetic(), Random(0), held_out=True)

@@ -3,16 +3,21 @@
 import numpy as np
 import pytest
 
-from megatron_bai.config import Data
-from megatron_bai.data import Prompt, Task, build_tokenizer
+from megatron_bai.config import Arithmetic
+from megatron_bai.data import Prompt, Sums, build_tokenizer
 from megatron_bai.errors import UserError
 
 VOCAB = 64
 
 
 @pytest.fixture(scope="module")
-def task() -> Task:
-    return Task(Data(), build_tokenizer(Data(), VOCAB))
+def task() -> Sums:
+    return Sums(Arithmetic(), build_tokenizer(Arithmetic(), VOCAB))
+
+
+def batch(task: Sums, style: str, step: int, rows: int, length: int):
+    """A supervised batch of a style, with the seed 0."""
+    return Sums(Arithmetic(style=style), task.tokenizer).supervised(0, step, rows, length)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def test_eval_prompts_are_all_different_and_never_trained_on(task):
     assert len(held_out) == 64
     assert held_out.isdisjoint(p.text for p in task.prompts("train", seed=0, start=0, count=3000))
     for style in ("pretrained", "instruct", "reasoning"):
-        tokens, _ = task.supervised(style, seed=0, step=0, batch_size=200, max_length=128)
+        tokens, _ = batch(task, style, 0, 200, 128)
         text = " ".join(task.tokenizer.decode(row) for row in tokens)
         assert text.count("<user>") > 300 and not any(p in text for p in held_out)
 
@@ -77,7 +82,7 @@ def test_rewards_of_the_programs_own_solutions(task):
     prompts = {p.text: p for p in task.prompts("train", seed=3, start=0, count=2000)}
     seen = 0
     for style in ("instruct", "reasoning"):
-        tokens, _ = task.supervised(style, seed=0, step=0, batch_size=100, max_length=96)
+        tokens, _ = batch(task, style, 0, 100, 96)
         for row in tokens:
             for text in task.tokenizer.decode(row).replace("<pad>", "").split("<user>")[1:]:
                 question, response = text.split("<assistant>")
@@ -88,21 +93,21 @@ def test_rewards_of_the_programs_own_solutions(task):
 
 
 def test_batches_do_not_depend_on_who_makes_them(task):
-    tokens, mask = task.supervised("pretrained", seed=0, step=5, batch_size=8, max_length=64)
-    again, again_mask = task.supervised("pretrained", seed=0, step=5, batch_size=4, max_length=64)
+    tokens, mask = batch(task, "pretrained", 5, 8, 64)
+    again, again_mask = batch(task, "pretrained", 5, 4, 64)
     assert np.array_equal(tokens[:4], again) and np.array_equal(mask[:4], again_mask)
-    other, _ = task.supervised("pretrained", seed=0, step=6, batch_size=8, max_length=64)
+    other, _ = batch(task, "pretrained", 6, 8, 64)
     assert not np.array_equal(tokens, other)
     assert tokens.dtype == np.int64 and mask.dtype == np.float32 and tokens.shape == mask.shape == (8, 64)
 
 
 def test_loss_mask_marks_what_is_learned(task):
-    tokens, mask = task.supervised("reasoning", seed=0, step=0, batch_size=4, max_length=128)
+    tokens, mask = batch(task, "reasoning", 0, 4, 128)
     for row, marked in zip(tokens, mask):
         learned = task.tokenizer.decode(row[marked == 1])
         expected = "".join(part.split("<assistant>")[1] for part in task.tokenizer.decode(row).split("<user>")[1:])
         assert learned == expected.replace("<pad>", "") and learned.endswith("<eos>")
-    tokens, mask = task.supervised("pretrained", seed=0, step=0, batch_size=4, max_length=128)
+    tokens, mask = batch(task, "pretrained", 0, 4, 128)
     assert not mask[:, 0].any() and np.array_equal(mask[:, 1:] == 1, tokens[:, 1:] != task.tokenizer.pad_token_id)
 
 
@@ -112,12 +117,12 @@ def test_refusals(task):
     with pytest.raises(UserError, match="split"):
         task.prompts("test", seed=0, start=0, count=1)
     with pytest.raises(UserError, match="data.style"):
-        task.supervised("poetry", seed=0, step=0, batch_size=1, max_length=64)
+        batch(task, "poetry", 0, 1, 64)
     with pytest.raises(UserError, match="too short"):
-        task.supervised("reasoning", seed=0, step=0, batch_size=1, max_length=8)
+        batch(task, "reasoning", 0, 1, 8)
 
 
 @pytest.mark.parametrize("wrong", [{"min_terms": 2}, {"min_terms": 5, "max_terms": 4}, {"max_number": 1}])
 def test_refuses_contradictory_settings(task, wrong):
     with pytest.raises(UserError, match=f"data.({'|'.join(wrong)})"):
-        Task(Data(**wrong), task.tokenizer)
+        Sums(Arithmetic(**wrong), task.tokenizer)

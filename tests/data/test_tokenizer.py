@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_bai.config import Data
+from megatron_bai.config import Arithmetic
 from megatron_bai.data import build_tokenizer
 from megatron_bai.errors import UserError
 
@@ -19,7 +19,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(Data(), 64)
+    return build_tokenizer(Arithmetic(), 64)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -35,7 +35,7 @@ def test_digits_signs_and_words_are_single_tokens(tokenizer):
 
 
 def test_deterministic_and_small(tokenizer):
-    assert build_tokenizer(Data(), 64).get_vocab() == tokenizer.get_vocab()
+    assert build_tokenizer(Arithmetic(), 64).get_vocab() == tokenizer.get_vocab()
     assert len(tokenizer) <= 64 and max(tokenizer.get_vocab().values()) < 64
 
 
@@ -53,4 +53,4 @@ def test_foreign_text_is_visible(tokenizer):
 
 def test_vocabulary_too_small():
     with pytest.raises(UserError, match="model.vocab_size is 16"):
-        build_tokenizer(Data(), 16)
+        build_tokenizer(Arithmetic(), 16)

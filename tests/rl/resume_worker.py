@@ -78,7 +78,7 @@ def settings(run: Path, layout: str = "one", **trainer: Any) -> config.Config:
         backend=config.Backend(kind="cpu", timeout_s=300),
         model=MODEL,
         parallel=LAYOUTS[layout][1],
-        data=config.Data(eval_prompts=4),
+        data=config.Arithmetic(eval_prompts=4),
         replay=config.Replay(mode="r3", measure_live=False, store=str(run / "routes")),
         rollout=config.Rollout(max_new_tokens=16),
         objective=config.Minirl(entropy_bonus=0.01, kl_penalty=0.1),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_bai.rl.advantages import (
     at_the_end,
+    comparable,
     explained_variance,
     gae,
     group_centred,
@@ -153,3 +154,42 @@ def test_explained_variance_is_that_of_all_ranks() -> None:
     for equal in (torch.ones(50), (0.7 - values) + values):  # R = A + V in float32: equal but for rounding
         assert over_ranks(explained_variance, (values, equal)) == [None]
     assert over_ranks(explained_variance, (torch.zeros(0), torch.zeros(0))) == [None]
+
+
+def test_a_sample_without_reward_is_in_no_mean_and_no_deviation() -> None:
+    """Two groups of four; the second has a single reward, which has nothing to be compared with."""
+    nan = float("nan")
+    rewards = np.array([1.0, nan, 0.0, 0.5, nan, 3.0, nan, nan])
+    valid = ~np.isnan(rewards)
+    nothing = [0.0] * 4
+    assert of_groups(rewards, 4, "centred", valid).tolist() == [0.5, 0, -0.5, 0, *nothing]
+    assert of_groups(rewards, 4, "leave_one_out", valid).tolist() == [0.75, 0, -0.75, 0, *nothing]
+    wanted = [0.5 / (0.5 + 1e-6), 0, -0.5 / (0.5 + 1e-6), 0, *nothing]  # the deviation of 1, 0 and 0.5 is 0.5
+    assert of_groups(rewards, 4, "normalised", valid).tolist() == pytest.approx(wanted, abs=1e-15)
+    assert comparable(valid, 4).tolist() == [True, False, True, True, False, False, False, False]
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1e3, 1e3), st.booleans()), min_size=6, max_size=6),
+    st.sampled_from([1, 2, 3, 6]),
+    st.sampled_from(["centred", "normalised", "leave_one_out"]),
+)
+def test_advantages_are_those_of_the_group_without_what_has_no_reward(
+    samples: list[tuple[float, bool]], size: int, estimator: str
+) -> None:
+    rewards, valid = np.array([reward for reward, _ in samples]), np.array([has for _, has in samples])
+    found = of_groups(np.where(valid, rewards, np.nan), size, estimator, valid)
+    for start in range(0, 6, size):
+        inside = np.arange(start, start + size)
+        known = inside[valid[inside]]
+        assert not found[np.setdiff1d(inside, known)].any()
+        if len(known) > 1:
+            alone = of_groups(rewards[known], len(known), estimator)
+            assert found[known] == pytest.approx(alone, rel=1e-9, abs=1e-9)
+        else:
+            assert not found[known].any()
+
+
+def test_a_group_is_uniform_when_the_rewards_it_has_are_equal() -> None:
+    rewards = np.array([1.0, np.nan, 1.0, 1, np.nan, 0, np.nan, np.nan, np.nan])
+    assert uniform(rewards, 3, ~np.isnan(rewards)).tolist() == [True] * 3 + [False] * 3 + [True] * 3

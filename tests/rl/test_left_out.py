@@ -31,9 +31,16 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
 ) -> None:
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
-    counted = collect._counted(finished, REWARDS, 4, config.Minirl(**options), stats)
+    counted = collect._counted(finished, REWARDS, np.ones(8, dtype=bool), 4, config.Minirl(**options), stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
+
+
+def test_samples_without_reward_and_those_with_nothing_to_compare_are_left_out() -> None:
+    finished = [SimpleNamespace(finish="stop") for _ in range(8)]
+    valid = np.array([True, False, True, True, False, False, True, False])
+    counted = collect._counted(finished, REWARDS, valid, 4, config.Minirl(), Stats())
+    assert np.nonzero(~counted)[0].tolist() == [1, 4, 5, 6, 7]
 
 
 def test_what_is_left_out_is_in_no_count_but_is_still_measured_before() -> None:

@@ -9,13 +9,13 @@ from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import client as module
+from megatron_bai.rollout import requests
 from megatron_bai.rollout.client import RolloutClient, sampling_seed
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BACKOFF_S", 0.001)
+    monkeypatch.setattr(requests, "_BACKOFF_S", 0.001)
 
 
 def client(url: str, **settings: Any) -> RolloutClient:

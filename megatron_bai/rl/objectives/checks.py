@@ -44,6 +44,9 @@ def check_policy(settings: config.Policy) -> None:
     one_of(settings, "kl_estimator", ESTIMATORS)
     within(settings, "entropy_bonus", 0)
     within(settings, "kl_penalty", 0)
+    within(settings, "refill_rounds", 0)
+    if not settings.drop_uniform_groups:
+        unread(settings, ["refill_rounds"], "objective.drop_uniform_groups=false")
     if not settings.kl_penalty:
         unread(settings, ["kl_estimator"], "objective.kl_penalty=0")
 

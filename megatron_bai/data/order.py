@@ -1,0 +1,32 @@
+"""A shuffled order that needs no memory: a permutation computed at one index."""
+
+from hashlib import blake2b
+
+_ROUNDS = 6
+
+
+def permuted(index: int, size: int, key: str) -> int:
+    """Where a pseudo-random permutation of `range(size)` sends `index`; another key is another permutation.
+
+    A Feistel network over the smallest even number of bits that holds `size`; a value outside the range goes through it
+    again until it is inside (cycle walking; Black and Rogaway, CT-RSA 2002), four times on average at worst. It is a
+    function of its arguments alone: unlike a generator's shuffle it is the same in every release of Python and numpy.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    value = index
+    while True:
+        left, right = value >> half, value & mask
+        for number in range(_ROUNDS):
+            digest = blake2b(f"{key}/{number}/{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def at(position: int, size: int, key: str) -> int:
+    """The element at a position of an endless stream that goes through `range(size)` anew, in another order, each
+    epoch."""
+    epoch, index = divmod(position, size)
+    return permuted(index, size, f"{key}/{epoch}")

@@ -1,0 +1,146 @@
+"""Rows of a data set on local disk, by number: JSON Lines, Parquet, or what `datasets.save_to_disk` wrote.
+
+Nothing here runs code from a file. A JSON Lines file is read once to find its lines, and then one line at a time.
+"""
+
+import importlib
+import os
+from array import array
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_bai.errors import UserError
+from megatron_bai.model import strict_json
+
+
+class Rows(Protocol):
+    """Rows that know where they stand."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+
+    def where(self, number: int) -> str:
+        """For messages: the file, and the line or row in it, both counted from 1."""
+
+
+def open_rows(path: str, setting: str) -> Rows:
+    """Rows of a `.jsonl` file, of a `.parquet` file or a directory of such, or of a saved data set.
+
+    Args:
+        setting: that named the path, for messages.
+
+    Raises:
+        UserError: there is nothing, it cannot be read, or a line is not a JSON object; named with file and line.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{setting}={path}: there is no such file or directory")
+    if place.is_file() and place.suffix in (".jsonl", ".json"):
+        rows: Rows = JsonLines(place)
+    elif place.suffix == ".parquet" or (place.is_dir() and any(place.glob("*.parquet"))):
+        rows = Table(place, setting)
+    elif place.is_dir():
+        rows = Saved(place, setting)
+    else:
+        raise UserError(f"{setting}={path} is neither .jsonl nor .parquet, nor a directory of datasets.save_to_disk")
+    if not len(rows):
+        raise UserError(f"{setting}={path} has no rows")
+    return rows
+
+
+class JsonLines:
+    """One JSON object a line; blank lines do not count."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._starts, self._lines = array("q"), array("q")
+        self._file = open(path, "rb")  # stays open: a file that takes its place is another one
+        self._seen = self._state()
+        start = 0
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                self._starts.append(start)
+                self._lines.append(number)
+                self._parsed(line, number)
+            start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if self._state() != self._seen:
+            raise UserError(f"{self._path} was changed while the run reads it: start the run again")
+        self._file.seek(self._starts[number])
+        return self._parsed(self._file.readline(), self._lines[number])
+
+    def where(self, number: int) -> str:
+        return f"{self._path}:{self._lines[number]}"
+
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = strict_json.parse(line.decode())
+        except ValueError as error:  # of JSON or of UTF-8
+            raise UserError(f"{self._path}:{number}: this line is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{self._path}:{number}: a row must be a JSON object, this is a {type(row).__name__}")
+        return row
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+class Table:
+    """Parquet, kept in memory."""
+
+    def __init__(self, path: Path, setting: str):
+        parquet = _package("pyarrow.parquet", path, setting)
+        self._path = path
+        try:
+            self._table = parquet.read_table(path)
+        except Exception as error:  # pyarrow raises many kinds
+            raise UserError(f"{setting}={path} is no Parquet that can be read: {error}") from None
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self._table.slice(number, 1).to_pylist()[0]
+
+    def where(self, number: int) -> str:
+        return f"{self._path}: row {number + 1}"
+
+
+class Saved:
+    """A directory of Hugging Face `datasets`, mapped into memory."""
+
+    def __init__(self, path: Path, setting: str):
+        datasets = _package("datasets", path, setting)
+        self._path = path
+        try:
+            self._rows = datasets.load_from_disk(str(path))
+        except Exception as error:  # whatever datasets finds wrong
+            raise UserError(f"{setting}={path} is no data set that datasets can load: {error}") from None
+        if isinstance(self._rows, datasets.DatasetDict):
+            splits = sorted(self._rows)
+            raise UserError(f"{setting}={path} has the splits {', '.join(splits)}: name one, e.g. {path / splits[0]}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self._rows[number]
+
+    def where(self, number: int) -> str:
+        return f"{self._path}: row {number + 1}"
+
+
+def _package(name: str, path: Path, setting: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{setting}={path} is read with the package datasets, which is missing ({error}): pip install "
+            "'megatron-bai[datasets]', or give a .jsonl file"
+        ) from None

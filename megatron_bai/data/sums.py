@@ -1,0 +1,96 @@
+"""The arithmetic task as training and rollouts see it: prompts, rewards and supervised batches in token ids."""
+
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from megatron_bai.config import Arithmetic
+from megatron_bai.data.arithmetic import Document, Problem, document, draw_problem, is_correct, prompt_text, validate
+from megatron_bai.data.task import Prompt
+from megatron_bai.errors import UserError
+
+
+class Sums:
+    """The arithmetic task in the ids of one tokenizer: a `Task`."""
+
+    def __init__(self, data: Arithmetic, tokenizer: PreTrainedTokenizerFast):
+        validate(data)
+        self.data = data
+        self.tokenizer = tokenizer
+        self.eval_size = data.eval_prompts
+        self._ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+
+    def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
+        """Prompts `[start, start + count)` of a split.
+
+        `train` is an endless stream. `eval` has `data.eval_prompts` prompts, all different and none ever trained on.
+
+        Raises:
+            UserError: the eval split has fewer prompts than asked for, or there is no such split.
+        """
+        if split == "train":
+            drawn = [draw_problem(self.data, Random(f"train/{seed}/{i}")) for i in range(start, start + count)]
+        elif split == "eval":
+            drawn = self._eval_problems(seed)[start : start + count]
+        else:
+            raise UserError(f"there is no data split {split!r}: use train or eval")
+        if len(drawn) < count:
+            raise UserError(
+                f"there are no eval prompts {start} to {start + count}: raise data.eval_prompts, or data.max_terms where "
+                "the task has no more problems"
+            )
+        return [self._prompt(problem) for problem in drawn]
+
+    def _prompt(self, problem: Problem) -> Prompt:
+        text = prompt_text(problem)
+        return Prompt(self.tokenizer.encode(text), text, problem.answer)
+
+    def _eval_problems(self, seed: int) -> list[Problem]:
+        rng, problems = Random(f"eval/{seed}"), {}
+        for _ in range(100 * self.data.eval_prompts):  # enough, unless the split is smaller than asked for
+            if len(problems) == self.data.eval_prompts:
+                break
+            problems.setdefault(draw_problem(self.data, rng, held_out=True))
+        return list(problems)
+
+    def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
+        """1.0 for the exact answer and a well-formed end, else 0.0.
+
+        Well formed: the response ends with the end token, which appears nowhere before, and its last line is
+        `answer:` and the number alone. A response cut off at the token limit has no end and earns nothing, and so does
+        one with an id that is no text (a chat marker, padding, or a spare row of the embedding).
+        """
+        *body, end = response_ids if len(response_ids) else [-1]
+        if end != self.tokenizer.eos_token_id or not self._ordinary.issuperset(int(i) for i in body):
+            return 0.0
+        return float(is_correct(prompt.answer, self.tokenizer.decode(body)))
+
+    def supervised(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Task.supervised`: whole documents packed into rows, attention over the whole row.
+
+        The style `pretrained` trains on every token, `instruct` and `reasoning` on responses and their end token.
+        """
+        style = self.data.style
+        tokens = np.full((rows, length), self.tokenizer.pad_token_id, dtype=np.int64)
+        mask = np.zeros((rows, length), dtype=np.float32)
+        for row in range(rows):
+            rng, end = Random(f"{style}/{seed}/{step}/{row}"), 0
+            while True:
+                ids, targets = self._encode(document(self.data, style, rng), style)
+                if end + len(ids) > length:
+                    break
+                tokens[row, end : end + len(ids)] = ids
+                mask[row, end : end + len(ids)] = targets
+                end += len(ids)
+            if end == 0:
+                raise UserError(f"a row of {length} tokens is too short for a document of {len(ids)}: lengthen it")
+        mask[:, 0] = 0.0
+        return tokens, mask
+
+    def _encode(self, text: Document, style: str) -> tuple[list[int], list[float]]:
+        """Ids of a document with its end token, and which of them are targets."""
+        prompt = self.tokenizer.encode(text.prompt)
+        response = [*self.tokenizer.encode(text.response), self.tokenizer.eos_token_id]
+        return prompt + response, [float(style == "pretrained")] * len(prompt) + [1.0] * len(response)

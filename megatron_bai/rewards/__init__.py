@@ -1,0 +1,84 @@
+"""Rewards: what a response earns (docs/data.md). One file a kind; others come from outside with `register`.
+
+A reward that raises, hangs or is no finite number costs its sample and not the run: the sample has none, and
+`rl/collect.py` leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_store import ConfigStore
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.rewards import exact, function, math_verify, model
+from megatron_bai.rewards.per_sample import per_sample
+from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
+
+if TYPE_CHECKING:
+    from megatron_bai.data import Prompt, Task
+    from megatron_bai.rollout.sample import Sample
+
+__all__ = ["Item", "Reward", "Score", "Scorer", "check", "open_rewards", "per_sample", "register", "rewarded"]
+
+_BUILT_IN = (exact, math_verify, function, model)
+_REGISTRY: dict[str, Reward] = {module.REWARD.settings.name: module.REWARD for module in _BUILT_IN}
+
+
+def register(reward: Reward) -> None:
+    """Make a reward from outside available as `reward=NAME`, NAME the default `name` of its settings.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    name = reward.settings.name
+    if _REGISTRY.setdefault(name, reward) is not reward:
+        raise UserError(f"there is a reward {name!r} already: give {reward.settings.__qualname__} another name")
+    ConfigStore.instance().store(group="reward", name=name, node=reward.settings)
+
+
+def check(settings: config.Reward) -> Reward:
+    """The reward that the settings choose, after refusing what contradicts itself.
+
+    Raises:
+        UserError: names the settings.
+    """
+    reward = _REGISTRY.get(settings.name)
+    if reward is None:
+        raise UserError(f"reward.name is {settings.name!r}: choose one of {', '.join(sorted(_REGISTRY))}")
+    if type(settings) is not reward.settings:
+        raise UserError(f"reward.name is {settings.name!r}, but the settings are another's: choose with reward={settings.name}")
+    reward.check(settings)
+    return reward
+
+
+@contextmanager
+def open_rewards(settings: config.Reward, task: Task, log: Path) -> Iterator[Scorer]:
+    """A scorer, for the time of the block.
+
+    Args:
+        log: a file for what rewards print.
+
+    Raises:
+        UserError: it cannot be started: a package, a function or a server is missing.
+    """
+    with check(settings).open(settings, task, log) as scorer:
+        yield scorer
+
+
+def rewarded(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
+    """The samples with their rewards, or why they have none."""
+    items = [Item(prompts[sample.prompt], _text(task, sample), sample.response.tolist()) for sample in samples]
+    scores = scorer(items)
+    assert len(scores) == len(samples), f"{len(scores)} rewards for {len(samples)} samples"
+    return [replace(sample, reward=score.value, failure=score.failure) for sample, score in zip(samples, scores)]
+
+
+def _text(task: Task, sample: Sample) -> str:
+    ids = sample.response.tolist()
+    return task.tokenizer.decode(ids[:-1] if ids and ids[-1] == task.tokenizer.eos_token_id else ids)

@@ -1,0 +1,37 @@
+"""LaTeX and plain mathematical answers, compared by the package math-verify (0.9.0)."""
+
+from typing import Any
+
+from megatron_bai import config
+from megatron_bai.rewards import answers
+from megatron_bai.rewards.per_sample import check_limits, need, per_sample
+from megatron_bai.rewards.reward import Reward
+
+
+def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settings: Any) -> float:
+    r"""1.0 where the response's answer, the last `\boxed{…}` if it has one, equals the row's.
+
+    An answer that is not LaTeX in its delimiters is read as if it were in `$…$`. math-verify's own time limits are off:
+    they are signals, which code in C does not see; this process is killed instead.
+
+    Raises:
+        ValueError: the row's answer cannot be read.
+    """
+    import math_verify
+
+    limits = {"parsing_timeout": None, "raise_on_error": True}
+    delimited = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
+    gold = math_verify.parse(answer if delimited else f"${answer}$", **limits)
+    if not gold:
+        raise ValueError(f"math-verify cannot read the row's answer {answer!r}")
+    last = answers.boxed(response)  # math-verify would read several as one answer, a set
+    found = math_verify.parse(response if last is None else rf"\boxed{{{last}}}", **limits)
+    return float(math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True))
+
+
+def _check(settings: config.MathVerify) -> None:
+    need("math_verify", "math", "math_verify")
+    check_limits(settings)
+
+
+REWARD = Reward(config.MathVerify, per_sample(score), _check)

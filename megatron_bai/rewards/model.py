@@ -1,0 +1,122 @@
+"""The score of a reward model that SGLang 0.5.21 serves.
+
+Started with `--is-embedding` on a sequence-classification or reward checkpoint, it answers POST /classify with
+`{"text": …}` or `{"input_ids": […]}` by `{"embedding": [one number a label], "meta_info": {…}}`: the outputs of the
+model's head at the last token, without a softmax.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
+
+if TYPE_CHECKING:
+    from megatron_bai.data import Task
+
+SENDS = ("text", "ids", "chat")
+
+
+@contextmanager
+def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Scorer]:
+    from megatron_bai.rollout import control, requests
+
+    url = settings.url.rstrip("/")
+    if control.get(url, "/model_info").get("is_generation") is not False:
+        raise UserError(f"reward.url={url} serves a model that generates: start SGLang on a reward model, --is-embedding")
+    body = _body(settings)
+    limits = requests.Limits(
+        settings.concurrency, settings.request_timeout_s, settings.retries, "reward.request_timeout_s"
+    )
+
+    def scores(items: list[Item]) -> list[Score]:
+        asked = [(body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
+        found = requests.ask_all(url, "/classify", asked, limits, tolerant=True)
+        return [Score(None, str(each)) if isinstance(each, UserError) else Score(each) for each in found]
+
+    yield scores
+
+
+def reward_of(reply: Any, label: int | None) -> float:
+    """The reward in a reply's JSON.
+
+    Raises:
+        ValueError: it is not SGLang's, or not a finite number.
+        UserError: the model has several outputs and `label` does not choose one.
+    """
+    try:
+        outputs = reply["embedding"]
+        count = len(outputs)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
+    if label is None and count != 1 or label is not None and not 0 <= label < count:
+        raise UserError(f"the reward model has {count} outputs: choose one with reward.label, from 0 to {count - 1}")
+    value = outputs[label or 0]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"the reward {value!r} is not a finite number")
+    return float(value)
+
+
+def _body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]:
+    """What to send."""
+    if settings.send == "text":
+        return lambda item: {"text": item.prompt.text + item.response}
+    if settings.send == "ids":
+        return lambda item: {"input_ids": [*item.prompt.ids, *item.ids]}
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"reward.tokenizer={settings.tokenizer} cannot be read: {error}") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"reward.tokenizer={settings.tokenizer} has no chat template: send text or ids")
+
+    def chat(item: Item) -> dict[str, Any]:
+        if not item.prompt.messages:
+            raise UserError("reward.send=chat needs prompts that are chats: data=dataset with data.chat_template=true")
+        messages = [*item.prompt.messages, {"role": "assistant", "content": item.response}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        return {"input_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    return chat
+
+
+def _check(settings: config.RewardModel) -> None:
+    parts = urlsplit(settings.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"reward.url is {settings.url!r}: give the address of a server, http://127.0.0.1:30000")
+    if not settings.remote and not _is_here(parts.hostname):
+        raise UserError(
+            f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it with "
+            "reward.remote=true"
+        )
+    if settings.send not in SENDS:
+        raise UserError(f"reward.send is {settings.send!r}: choose one of {', '.join(SENDS)}")
+    if (settings.send == "chat") != bool(settings.tokenizer):
+        raise UserError("reward.tokenizer and reward.send=chat belong together: set both or neither")
+    for name, least in (("concurrency", 1), ("retries", 0)):
+        if getattr(settings, name) < least:
+            raise UserError(f"reward.{name} is {getattr(settings, name)}: it must be at least {least}")
+    if not 0 < settings.request_timeout_s < float("inf"):
+        raise UserError(f"reward.request_timeout_s is {settings.request_timeout_s:g}: it must be above 0")
+
+
+def _is_here(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+REWARD = Reward(config.RewardModel, _open, _check)

@@ -1,0 +1,64 @@
+"""Rewards that are a Python function of one sample: it runs in processes that can be killed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.rewards.pool import Pool
+from megatron_bai.rewards.reward import Item, Scorer
+
+if TYPE_CHECKING:
+    from megatron_bai.data import Task
+
+
+def per_sample(
+    function: Callable[..., float],
+) -> Callable[[config.PerSample, Task, Path], AbstractContextManager[Scorer]]:
+    """The `open` of a `Reward` whose settings are a `config.PerSample`.
+
+    Args:
+        function: `(prompt, response, answer, extra, settings) → a number`, where a module has it under its own name.
+            Prompt and response are texts, `extra` is a dict of the row's other columns, and settings have those of the
+            dataclass as attributes.
+    """
+    spelled = f"{function.__module__}:{function.__qualname__}"
+
+    def start(settings: config.PerSample, task: Task, log: Path) -> AbstractContextManager[Scorer]:
+        return scoring(spelled, settings, asdict(settings), log)
+
+    return start
+
+
+@contextmanager
+def scoring(
+    function: str, settings: config.PerSample, handed_on: dict[str, Any] | None, log: Path
+) -> Iterator[Scorer]:
+    """A scorer that calls `module:function` in worker processes; `handed_on` are settings that it takes, if any."""
+    with Pool(function, handed_on, settings.workers, settings.timeout_s, log) as pool:
+        yield lambda items: pool.scores([_arguments(item) for item in items])
+
+
+def _arguments(item: Item) -> list[Any]:
+    prompt = item.prompt
+    return [prompt.text, item.response, prompt.answer, prompt.extra]
+
+
+def check_limits(settings: config.PerSample) -> None:
+    """Raises a UserError that names the setting."""
+    if not 0 < settings.timeout_s < float("inf"):
+        raise UserError(f"reward.timeout_s is {settings.timeout_s:g}: it must be a number of seconds above 0")
+    if settings.workers < 1:
+        raise UserError(f"reward.workers is {settings.workers}: it must be at least 1")
+
+
+def need(module: str, extra: str, reward: str) -> None:
+    """Raises a UserError with pip's line unless a module of an optional package can be found."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"reward={reward} needs a package that is missing: pip install 'megatron-bai[{extra}]'")

@@ -1,0 +1,181 @@
+"""Worker processes for reward functions. One that is stuck is killed and replaced.
+
+A thread could not be stopped, least of all in code in C. Processes are started anew and not forked: the trainer has
+threads, collectives and perhaps a GPU. Nothing is pickled; one sample a line goes each way as JSON.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_bai.errors import UserError
+from megatron_bai.rewards.reward import Score
+
+_START_S = 300.0  # to import the function's module, on a busy machine
+
+
+class Pool:
+    """Calls one function on many samples, in up to `workers` processes.
+
+    Args:
+        function: `module:function`.
+        settings: what it takes as its last argument; None: nothing.
+        timeout_s: of one sample.
+        log: where what it prints is appended.
+    """
+
+    def __init__(self, function: str, settings: dict[str, Any] | None, workers: int, timeout_s: float, log: Path):
+        self.function, self.settings, self.timeout_s, self.log = function, settings, timeout_s, log
+        self._limit = workers
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> "Pool":
+        """Start one worker.
+
+        Raises:
+            UserError: the function cannot be imported.
+        """
+        try:
+            self._grow(1)
+            self._until_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+    def scores(self, arguments: list[list[Any]]) -> list[Score]:
+        """One score for each list of arguments, in their order.
+
+        Raises:
+            UserError: a worker could not be started again.
+        """
+        scores: list[Score | None] = [None] * len(arguments)
+        waiting = deque(range(len(arguments)))
+        self._grow(min(self._limit, len(arguments)))
+        while waiting or any(worker.item is not None for worker in self._workers):
+            for worker in self._workers:
+                if waiting and worker.ready and worker.item is None:
+                    worker.give(waiting[0], arguments[waiting[0]], self.timeout_s)
+                    waiting.popleft()
+            for worker in self._heard():
+                item, score = worker.item, self._outcome(worker)
+                if item is not None and score is not None:
+                    scores[item] = score
+            self._grow(min(self._limit, len(waiting) + sum(worker.item is not None for worker in self._workers)))
+        return scores
+
+    def _until_ready(self) -> None:
+        while not all(worker.ready for worker in self._workers):
+            for worker in self._heard():
+                self._outcome(worker)
+
+    def _grow(self, count: int) -> None:
+        while len(self._workers) < count:
+            self._workers.append(_Worker(self.function, self.settings, self.log))
+
+    def _heard(self) -> "list[_Worker]":
+        """Wait for workers that said something, ended, or ran out of time."""
+        busy = [worker for worker in self._workers if worker.deadline is not None]
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
+            until = min(worker.deadline for worker in busy) - time.monotonic()
+            heard = [key.data for key, _ in selector.select(max(0.0, until))]
+        return heard + [worker for worker in busy if worker not in heard and time.monotonic() >= worker.deadline]
+
+    def _outcome(self, worker: "_Worker") -> Score | None:
+        """What became of what the worker was at; None: it goes on. One that is no use any more is removed."""
+        started, late = worker.ready, time.monotonic() >= worker.deadline
+        reply = worker.reply()
+        if reply is None and not worker.ended and not late:
+            return None
+        if reply is not None and "value" in reply:
+            return Score(reply["value"])
+        if reply is None:
+            worker.kill()
+            self._workers.remove(worker)
+            took = f"it took longer than reward.timeout_s={self.timeout_s:g} s" if started else "it does not start"
+            reply = {"failure": f"it ended its process ({worker.process.returncode})" if worker.ended else took}
+        if not started:
+            raise UserError(f"the reward {self.function} cannot be started: {reply['failure']} [{self.log}]")
+        return Score(None, reply["failure"])
+
+
+class _Worker:
+    """One process.
+
+    Attributes:
+        ready: it has imported the function.
+        item: number of the sample that it is at.
+        deadline: on the monotonic clock, of what it is at; None while it is idle.
+        ended: it closed its end.
+    """
+
+    def __init__(self, function: str, settings: dict[str, Any] | None, log: Path):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "megatron_bai.rewards.worker", str(os.getpid()), function, json.dumps(settings)]
+        with open(log, "ab") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                bufsize=0,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # a Ctrl-C is the trainer's; and what it starts is killed with it
+            )
+        self.stdout = self.process.stdout
+        self.ready, self.ended = False, False
+        self.item: int | None = None
+        self.deadline: float | None = time.monotonic() + _START_S
+        self._buffer = b""
+
+    def give(self, item: int, arguments: list[Any], timeout_s: float) -> None:
+        self.item, self.deadline = item, time.monotonic() + timeout_s
+        line = json.dumps(arguments, default=str) + "\n"  # of columns that JSON does not have, such as dates
+        with suppress(BrokenPipeError):  # it has ended, which reading finds
+            self._write(line.encode())
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[self.process.stdin.write(data) :]
+
+    def reply(self) -> dict[str, Any] | None:
+        """The line it wrote, when it is whole."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.stdout, selectors.EVENT_READ)
+            if selector.select(0):
+                read = os.read(self.stdout.fileno(), 1 << 16)
+                self.ended = not read
+                self._buffer += read
+        line, newline, rest = self._buffer.partition(b"\n")
+        if not newline:
+            return None
+        self._buffer = rest
+        self.ready, self.item, self.deadline = True, None, None
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(BrokenPipeError):
+                pipe.close()

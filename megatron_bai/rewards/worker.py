@@ -1,0 +1,65 @@
+"""`python -m megatron_bai.rewards.worker PARENT FUNCTION SETTINGS`: calls a reward function, one sample at a time.
+
+Reads a JSON list of arguments a line, answers each with a line `{"value": …}` or `{"failure": …}`, after a first line
+that says whether the function was found. What the function prints goes to the log.
+"""
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from numbers import Real
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_bai.rollout.serve import die_with
+
+
+def find(name: str) -> Callable[..., Any]:
+    """`module:function`, imported."""
+    module, _, path = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{name} is a {type(found).__name__} and no function")
+    return found
+
+
+def call(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
+    """The reward of one sample, or what is wrong with it."""
+    try:
+        value = function(*arguments)
+    except (Exception, SystemExit) as error:
+        return {"failure": f"{type(error).__name__}: {error}"[:300]}
+    if not isinstance(value, Real):  # a text that looks like a number is a mistake, too
+        return {"failure": f"it returned {value!r}, a {type(value).__name__}"[:300]}
+    if not math.isfinite(value):
+        return {"failure": f"it returned {value}"}
+    return {"value": float(value)}
+
+
+def main() -> None:
+    parent, name, settings = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    die_with(parent)
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def reply(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=replies, flush=True)
+
+    try:
+        function = find(name)
+    except (Exception, SystemExit) as error:
+        reply({"failure": f"{type(error).__name__}: {error}"[:300]})
+        return
+    reply({"value": 0.0})
+    last = [] if settings is None else [SimpleNamespace(**settings)]
+    for line in sys.stdin:
+        reply(call(function, [*json.loads(line), *last]))
+
+
+if __name__ == "__main__":
+    main()
