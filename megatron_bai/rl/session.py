@@ -17,6 +17,7 @@ from megatron_bai.model import build, checkpoint, hf, manifest, shards
 from megatron_bai.model.build import Actor
 from megatron_bai.rl import objectives
 from megatron_bai.rl.engine import Engine
+from megatron_bai.rollout import fleet
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import ENCODINGS
 from megatron_bai.routing.missing import check_policy
@@ -169,6 +170,7 @@ def validate(settings: config.Config) -> None:
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
             f"({trainer.mini_batches})"
         )
+    fleet.validate(settings.rollout)
     if settings.rollout.max_new_tokens >= model.max_position_embeddings:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "

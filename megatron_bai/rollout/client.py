@@ -1,4 +1,4 @@
-"""Asks an SGLang server for samples, many at a time, and returns only what passed every check."""
+"""Asks SGLang servers for samples, many at a time, and returns only what passed every check."""
 
 import asyncio
 import json
@@ -11,13 +11,12 @@ import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
 from megatron_bai.rollout.reply import to_sample, to_scores
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
-Request: TypeAlias = tuple[dict[str, Any], Callable[[Any], T]]  # what to send, and what makes a result of the reply
+Request: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply
 _RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
 _BACKOFF_S = 0.5  # before the first retry; doubles
 
@@ -25,17 +24,28 @@ _BACKOFF_S = 0.5  # before the first retry; doubles
 class RolloutClient:
     """Synchronous outside, concurrent inside: call it where no event loop runs. Holds no connection between calls.
 
+    A prompt's samples are asked of one server, and of the next one when that fails.
+
     Args:
-        url: of the server, `http://host:port`.
+        urls: of servers with the same weights, `http://host:port`.
         rollout: sampling settings, limits and time-outs.
         signature: of the served model's routes.
         vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
         max_length: its longest sequence, in tokens.
+        first: which of the servers has the first prompt, so that several clients begin at different ones.
     """
 
-    def __init__(self, url: str, rollout: Rollout, signature: RouteSignature, vocab_size: int, max_length: int):
-        self.url, self.rollout, self.signature = url, rollout, signature
-        self.vocab_size = vocab_size
+    def __init__(
+        self,
+        urls: Sequence[str],
+        rollout: Rollout,
+        signature: RouteSignature,
+        vocab_size: int,
+        max_length: int,
+        first: int = 0,
+    ):
+        self.urls, self.rollout, self.signature = list(urls), rollout, signature
+        self.vocab_size, self.first = vocab_size, first
         self.max_length = min(max_length, rollout.max_total_tokens) - _RESERVED
 
     def generate(self, prompts: Sequence[list[int]], group_size: int, seed: int, stop_token_id: int) -> list[Sample]:
@@ -80,14 +90,6 @@ class RolloutClient:
 
         return self._run([self._scoring_request(list(ids)) for ids in token_lists])
 
-    def weight_version(self) -> str:
-        """Of the weights the server samples with now."""
-        return control.weight_version(self.url)
-
-    def healthy(self) -> bool:
-        """Whether the server samples a token when asked to."""
-        return control.healthy(self.url)
-
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
             raise UserError(f"{where} is empty or has a token id outside [0, {self.vocab_size})")
@@ -109,12 +111,12 @@ class RolloutClient:
         if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
             params["sampling_seed"] = seed
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
-        return body, lambda reply: to_sample(reply, prompt, ids, self.signature, limit, stop_token_id)
+        return prompt, body, lambda reply: to_sample(reply, prompt, ids, self.signature, limit, stop_token_id)
 
     def _scoring_request(self, ids: list[int]) -> Request[np.ndarray]:
         params = {"temperature": 1.0, "max_new_tokens": 0}
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
-        return body, lambda reply: to_scores(reply, ids, self.vocab_size)
+        return 0, body, lambda reply: to_scores(reply, ids, self.vocab_size)
 
     def _run(self, requests: list[Request[T]]) -> list[T]:
         """Send requests, at most `rollout.concurrency` at once; results in order. The first failure ends all."""
@@ -124,23 +126,29 @@ class RolloutClient:
             timeout = aiohttp.ClientTimeout(total=self.rollout.request_timeout_s)
             connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
             async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-                return await asyncio.gather(*(self._ask(session, gate, body, parse) for body, parse in requests))
+                return await asyncio.gather(*(self._ask(session, gate, *request) for request in requests))
 
         return asyncio.run(run())
 
     async def _ask(
-        self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, body: dict[str, Any], parse: Callable[[Any], T]
+        self,
+        session: aiohttp.ClientSession,
+        gate: asyncio.Semaphore,
+        turn: int,
+        body: dict[str, Any],
+        parse: Callable[[Any], T],
     ) -> T:
         """One request, repeated while its failure may pass. `parse` raises ValueError for a reply it cannot take."""
         failure, attempts = "", self.rollout.retries + 1
         for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+            url = self.urls[(self.first + turn + attempt) % len(self.urls)]
             try:
-                async with gate, session.post(self.url + "/generate", json=body) as reply:
+                async with gate, session.post(url + "/generate", json=body) as reply:
                     text, status = await reply.text(), reply.status
                 if 400 <= status < 500:  # asking again would not help
-                    raise UserError(f"SGLang at {self.url} refused a request with {status}: {text[:300]}")
+                    raise UserError(f"SGLang at {url} refused a request with {status}: {text[:300]}")
                 if status >= 500:
                     raise ValueError(f"status {status}: {text[:300]}")
                 return parse(json.loads(text))
@@ -150,7 +158,8 @@ class RolloutClient:
                 failure = f"{type(error).__name__} {error}"
             except ValueError as error:
                 failure = str(error)
-        raise UserError(f"SGLang at {self.url} failed {attempts} times to generate: {failure}")
+        where = ", ".join(self.urls)
+        raise UserError(f"SGLang at {where} failed {attempts} times to generate: {failure}")
 
 
 def sampling_seed(seed: int, prompt: int, member: int) -> int:
