@@ -225,11 +225,18 @@ class Rollout:
     start_timeout_s: float = 180.0  # from launch to the first healthy answer
     retries: int = 2  # of one request, after a failure that may pass
     deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
-    host: str = "127.0.0.1"  # where the server listens; a run on several machines needs 0.0.0.0, or an address
-    port: int = 0  # 0 takes a free one
-    dtype: str = "float32"  # the server's weights: float32 or bfloat16
+    servers: int = 1  # started by rank 0 on its machine, each with all weights
+    tensor: int = 1  # tensor-parallel ranks of a server
+    urls: list[str] = field(default_factory=list)  # servers that run already, instead of those
+    router: str = ""  # URL of an SGLang router in front of `urls`: samples are asked of it
+    host: str = "127.0.0.1"  # where servers listen; a run on several machines needs 0.0.0.0, or an address
+    port: int = 0  # of the first server, the others' follow; 0 takes free ones
+    dtype: str = "float32"  # the servers' weights: float32 or bfloat16
+    sync: str = "disk"  # how weights travel: disk (a checkpoint they read), tensors (over HTTP) or group (gloo, NCCL)
+    sync_bucket_mib: int = 256  # tensors, group: sent together
+    sync_host: str = "127.0.0.1"  # group: an address of rank 0's machine that the servers reach
     sync_tolerance: float = 0.01  # nats: how far the probe's mean log-probability may be off after a weight sync
-    max_total_tokens: int = 16384  # tokens in the server's key/value cache
+    max_total_tokens: int = 16384  # tokens in a server's key/value cache
     max_running_requests: int = 64
 
 

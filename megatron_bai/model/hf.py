@@ -4,11 +4,13 @@ import json
 import math
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -16,7 +18,7 @@ from megatron_bai.config import Model
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, mapping, placing
-from megatron_bai.model.shards import Shard, fill, gather
+from megatron_bai.model.shards import Shard, fill, gather, local_shards
 from megatron_bai.model.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
@@ -183,6 +185,34 @@ def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Pat
     fill(modules, whole)
 
 
+def tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a live model under Hugging Face's name, whole, one after the other. Every rank must consume the
+    iterator; collective.
+
+    Yields:
+        Names and tensors in the same order on every rank; values are defined on rank 0 alone.
+    """
+    for key, index, tensor in gather(modules):
+        kind = mapping.kind_of(key)
+        if dist.get_rank() == 0:
+            yield from zip(kind.names(index), kind.split(tensor, model))
+        else:
+            yield from ((name, tensor) for name in kind.names(index))
+
+
+def shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `tensors` yields, on every rank. Collective."""
+    mine = {(shard.key, shard.index): shard.shape for shard in local_shards(modules)}
+    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    found = {}
+    for (key, index), shape in (item for own in everyone for item in own.items()):
+        kind = mapping.kind_of(key)
+        parts = kind.split(torch.empty(shape, device="meta"), model)
+        found |= {name: tuple(part.shape) for name, part in zip(kind.names(index), parts)}
+    return found
+
+
 def export_hf(
     modules: list[torch.nn.Module], model: Model, target: str | Path, tokenizer: str | Path, info: dict[str, Any]
 ) -> None:
@@ -228,14 +258,12 @@ def _write_files(
         files[len(files)] = list(pending)
         pending, size = {}, 0
 
-    for key, index, tensor in gather(modules):
+    for name, tensor in tensors(modules, model):
         if not lead:
             continue
-        kind = mapping.kind_of(key)
         dtype = tensor.dtype
-        for name, part in zip(kind.names(index), kind.split(tensor, model)):
-            pending[name] = part.contiguous().cpu()
-            size += part.nbytes
+        pending[name] = tensor.contiguous().cpu()
+        size += tensor.nbytes
         if size >= MAX_FILE_BYTES:
             flush()
     if pending:

@@ -38,8 +38,8 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
     )
 
     def scores(items: list[Item]) -> list[Score]:
-        asked = [(body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
-        found = requests.ask_all(url, "/classify", asked, limits, tolerant=True)
+        asked = [(0, body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
+        found = requests.ask_all([url], "/classify", asked, limits, tolerant=True)
         return [Score(None, str(each)) if isinstance(each, UserError) else Score(each) for each in found]
 
     yield scores

@@ -1,7 +1,7 @@
 """The trainer's view of the inference engine: start it, sample from it, give it new weights."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from shutil import rmtree
 
@@ -17,30 +17,41 @@ from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.rollout.server import SGLangServer
-from megatron_bai.rollout.sync import Shapes, sync_from_disk
+from megatron_bai.rollout import fleet, sync
+from megatron_bai.rollout.fleet import Fleet
+from megatron_bai.rollout.group import OverGroup
 
 _PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived
 
 
 class Inference:
-    """One server for the whole run: rank 0 supervises it, each replica's leader is a client.
+    """The servers of a run: rank 0 gives them weights, each replica's leader is a client.
 
     Attributes:
         version: of the weights in use, counted in syncs from 0; when made, of those before the first sync.
-        sync_gap: |mean log-probability of the probe under the server − under the trainer|, nats, after the last sync.
+        sync_gap: |mean log-probability of the probe under a server − under the trainer|, nats, after the last sync; the
+            largest of the servers'.
     """
 
-    def __init__(self, session: Session, url: str, shapes: Shapes, version: int):
+    def __init__(self, session: Session, servers: Fleet, version: int, carrier: sync.Carrier | None):
+        """
+        Args:
+            version: of the weights before the first sync.
+            carrier: of tensors, on rank 0; None where weights travel as files.
+        """
         settings = session.settings
-        self._session, self._url, self._shapes = session, url, shapes
-        self._client = RolloutClient(
-            url, settings.rollout, session.signature, settings.model.vocab_size, settings.model.max_position_embeddings
-        )
+        self._session, self._servers, self._carrier = session, servers, carrier
+        self._client = self._client_of(servers.ask, session.data_rank)
+        self._shapes = hf.shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
         self.version = version
         self.sync_gap = float("nan")
+
+    def _client_of(self, urls: list[str], first: int = 0) -> RolloutClient:
+        model, rollout = self._session.settings.model, self._session.settings.rollout
+        signature = self._session.signature
+        return RolloutClient(urls, rollout, signature, model.vocab_size, model.max_position_embeddings, first)
 
     def sample(
         self,
@@ -60,33 +71,50 @@ class Inference:
         """
         session, samples = self._session, None
         if session.leader:
-            end = session.task.tokenizer.eos_token_id
+            end, where = session.task.tokenizer.eos_token_id, ", ".join(self._servers.ask)
             samples = self._client.generate([p.ids for p in prompts], group_size, seed, end, first, temperature)
             for sample in samples:
                 if sample.finish == "abort":
-                    raise UserError(f"{self._url} aborted a rollout: somebody else controls the server; run your own")
+                    raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
                 if wrong := {span.version for span in sample.spans} - {str(self.version)}:
-                    raise UserError(f"{self._url} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
+                    raise UserError(f"{where} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
             samples = rewarded(session.scorer, session.task, prompts, samples)
         return session.deliver(samples)
 
     def sync(self) -> None:
-        """Give the server the actor's weights as the next version, and prove that it uses them. Collective.
+        """Give the servers the actor's weights as the next version, and prove that they use them. Collective.
 
         Raises:
-            UserError: the server refused, or its log-probabilities are not those of the new weights.
+            UserError: a server refused, or its log-probabilities are not those of the new weights.
         """
         session, self.version = self._session, self.version + 1
-        directory = _export(session, self.version)
-        if session.lead:
-            sync_from_disk(self._url, directory, str(self.version), self._shapes)
-            if self.version:
-                rmtree(_weights(session, self.version - 1), ignore_errors=True)
+        if session.settings.rollout.sync == "disk":
+            self._through_files()
+        else:
+            self._through_memory()
         dist.barrier()
         self._prove()
 
+    def _through_files(self) -> None:
+        session = self._session
+        directory = _export(session, self.version)
+        if session.lead:
+            sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
+            if self.version:
+                rmtree(_weights(session, self.version - 1), ignore_errors=True)
+
+    def _through_memory(self) -> None:
+        session, rollout = self._session, self._session.settings.rollout
+        tensors = hf.tensors(session.actor.modules, session.settings.model)
+        if session.lead:
+            bucket = rollout.sync_bucket_mib << 20
+            sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._carrier, bucket)
+        else:
+            for _ in tensors:  # takes part in the gathering, and has nothing to give
+                pass
+
     def _prove(self) -> None:
-        """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks the server."""
+        """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks each server."""
         session = self._session
         length = padded_length(max(map(len, self._probe)), session.engine.place.multiple)
         tokens = torch.zeros(len(self._probe), length, dtype=torch.int64)
@@ -102,14 +130,14 @@ class Inference:
         dist.all_reduce(mean)  # one rank holds the value, the others zero
         gap = [0.0]
         if session.lead:
-            theirs = np.concatenate(self._client.score(self._probe))
-            gap[0] = abs(float(mean) - float(theirs.astype(np.float64).mean()))
+            asked = [self._client_of([url]).score(self._probe) for url in self._servers.urls]
+            gap[0] = max(abs(float(mean) - float(np.concatenate(own).astype(np.float64).mean())) for own in asked)
         dist.broadcast_object_list(gap, src=0)
         self.sync_gap = gap[0]
         tolerance = session.settings.rollout.sync_tolerance
         if not self.sync_gap <= tolerance:
             raise UserError(
-                f"after weight sync {self.version} the server's log-probabilities of the probe are {self.sync_gap:.3g} "
+                f"after weight sync {self.version} a server's log-probabilities of the probe are {self.sync_gap:.3g} "
                 f"nats off, more than rollout.sync_tolerance ({tolerance:g}): it does not use the new weights"
             )
 
@@ -126,25 +154,38 @@ def _export(session: Session, version: int) -> Path:
 
 @contextmanager
 def serve(session: Session, version: int = 0) -> Iterator[Inference]:
-    """Start the server on the actor's weights; stop it however the block ends. Collective.
+    """Have servers with the actor's weights; those started here are stopped however the block ends. Collective.
 
     Args:
         version: of these weights.
 
     Raises:
-        UserError: the server did not start.
+        UserError: a server did not start, or one that runs already cannot be used.
     """
     settings = session.settings
-    directory = _export(session, version)
+    directory = None if settings.rollout.urls else _export(session, version)
     with ExitStack() as stack:
-        found = ["", {}]
+        found: list[Fleet | None] = [None]
         if session.lead:
-            log = Path(settings.run.dir) / "server.log"
-            server = SGLangServer(directory, settings.rollout, log, session.device.kind)
-            found = [stack.enter_context(server).url, server.tensors]
+            found[0] = fleet.running(settings.rollout) if directory is None else stack.enter_context(
+                fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
+            )
         dist.broadcast_object_list(found, src=0)
-        if session.lead:  # what was sent is the server's now; a run's result is `trainer.save`
-            stack.callback(rmtree, directory.parent, ignore_errors=True)
-        inference = Inference(session, found[0], found[1], version - 1)
+        servers = found[0]
+        if session.lead:  # what was sent is the servers' now; a run's result is `trainer.save`
+            stack.callback(rmtree, _weights(session, version).parent, ignore_errors=True)
+        carrier = _carrier(session, servers, stack) if session.lead else None
+        inference = Inference(session, servers, version - 1, carrier)
         inference.sync()
         yield inference
+
+
+def _carrier(session: Session, servers: Fleet, stack: ExitStack) -> sync.Carrier | None:
+    """What `rollout.sync` asks for, closed with the stack."""
+    rollout = session.settings.rollout
+    if rollout.sync == "tensors":
+        return sync.OverHttp(servers.urls, servers.sizes)
+    if rollout.sync == "group":
+        group = OverGroup(servers.urls, servers.sizes, rollout.sync_host, session.device.device)
+        return stack.enter_context(closing(group))
+    return None

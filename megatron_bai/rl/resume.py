@@ -33,7 +33,8 @@ from megatron_bai.rl.session import Session
 MAY_CHANGE = (
     "run.name", "run.dir", "backend.kind", "backend.timeout_s", "parallel.",
     "rollout.concurrency", "rollout.request_timeout_s", "rollout.start_timeout_s", "rollout.retries", "rollout.host",
-    "rollout.port", "rollout.sync_tolerance", "rollout.max_total_tokens", "rollout.max_running_requests",
+    "rollout.port", "rollout.servers", "rollout.tensor", "rollout.urls", "rollout.router", "rollout.sync",
+    "rollout.sync_bucket_mib", "rollout.sync_host", "rollout.sync_tolerance", "rollout.max_total_tokens", "rollout.max_running_requests",
     "replay.measure_live", "replay.store", "replay.store_encoding",
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "trainer.save",

@@ -25,6 +25,7 @@ from megatron_bai.rewards import Scorer
 from megatron_bai.rl import initial, objectives
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
+from megatron_bai.rollout import fleet
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import ENCODINGS
@@ -213,7 +214,7 @@ def validate(settings: config.Config) -> None:
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
         _check_critic(settings)
-    if several_machines() and settings.rollout.host in ("127.0.0.1", "localhost"):
+    if several_machines() and not settings.rollout.urls and settings.rollout.host in ("127.0.0.1", "localhost"):
         raise UserError(
             f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
             "set rollout.host=0.0.0.0"
@@ -223,6 +224,7 @@ def validate(settings: config.Config) -> None:
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
             f"({trainer.mini_batches})"
         )
+    fleet.validate(settings.rollout)
     if settings.rollout.max_new_tokens >= model.max_position_embeddings:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "

@@ -1,4 +1,4 @@
-"""Asks an SGLang server for samples, many at a time, and returns only what passed every check."""
+"""Asks SGLang servers for samples, many at a time, and returns only what passed every check."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -8,7 +8,6 @@ import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
 from megatron_bai.rollout.reply import to_sample, to_scores
 from megatron_bai.rollout.requests import Limits, Request, ask_all
 from megatron_bai.rollout.sample import Sample
@@ -21,17 +20,28 @@ _RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request
 class RolloutClient:
     """Synchronous outside, concurrent inside: call it where no event loop runs. Holds no connection between calls.
 
+    A prompt's samples are asked of one server, and of the next one when that fails.
+
     Args:
-        url: of the server, `http://host:port`.
+        urls: of servers with the same weights, `http://host:port`.
         rollout: sampling settings, limits and time-outs.
         signature: of the served model's routes.
         vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
         max_length: its longest sequence, in tokens.
+        first_server: which of them has the first prompt, so that several clients begin at different ones.
     """
 
-    def __init__(self, url: str, rollout: Rollout, signature: RouteSignature, vocab_size: int, max_length: int):
-        self.url, self.rollout, self.signature = url, rollout, signature
-        self.vocab_size = vocab_size
+    def __init__(
+        self,
+        urls: Sequence[str],
+        rollout: Rollout,
+        signature: RouteSignature,
+        vocab_size: int,
+        max_length: int,
+        first_server: int = 0,
+    ):
+        self.urls, self.rollout, self.signature = list(urls), rollout, signature
+        self.vocab_size, self.first_server = vocab_size, first_server
         self.max_length = longest_request(rollout, max_length)
 
     def generate(
@@ -87,14 +97,6 @@ class RolloutClient:
 
         return self._run([self._scoring_request(list(ids)) for ids in token_lists])
 
-    def weight_version(self) -> str:
-        """Of the weights the server samples with now."""
-        return control.weight_version(self.url)
-
-    def healthy(self) -> bool:
-        """Whether the server samples a token when asked to."""
-        return control.healthy(self.url)
-
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
             raise UserError(f"{where} is empty or has a token id outside [0, {self.vocab_size})")
@@ -118,18 +120,19 @@ class RolloutClient:
         if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
             params["sampling_seed"] = seed
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
-        return body, lambda reply: to_sample(reply, prompt, ids, self.signature, limit, stop_token_id)
+        return prompt, body, lambda reply: to_sample(reply, prompt, ids, self.signature, limit, stop_token_id)
 
     def _scoring_request(self, ids: list[int]) -> Request[np.ndarray]:
         params = {"temperature": 1.0, "max_new_tokens": 0}
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
-        return body, lambda reply: to_scores(reply, ids, self.vocab_size)
+        return 0, body, lambda reply: to_scores(reply, ids, self.vocab_size)
 
     def _run(self, requests: list[Request[T]]) -> list[T]:
         """Results in order. The first failure ends all."""
         rollout = self.rollout
         limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, "rollout.request_timeout_s")
-        return ask_all(self.url, "/generate", requests, limits)
+        requests = [(self.first_server + turn, *request) for turn, *request in requests]
+        return ask_all(self.urls, "/generate", requests, limits)
 
 
 def longest_request(rollout: Rollout, max_length: int) -> int:

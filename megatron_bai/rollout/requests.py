@@ -1,4 +1,4 @@
-"""Many requests to an SGLang server at once, each repeated while its failure may pass."""
+"""Many requests to SGLang servers at once, each repeated, by another server in turn, while its failure may pass."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ import aiohttp
 from megatron_bai.errors import UserError
 
 T = TypeVar("T")
-Request: TypeAlias = tuple[dict[str, Any], Callable[[Any], T]]  # what to send, and what makes a result of the reply
+Request: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply
 _BACKOFF_S = 0.5  # before the first retry; doubles
 
 
@@ -32,12 +32,14 @@ class Limits:
 
 
 def ask_all(
-    url: str, path: str, requests: Sequence[Request[T]], limits: Limits, tolerant: bool = False
+    urls: Sequence[str], path: str, requests: Sequence[Request[T]], limits: Limits, tolerant: bool = False
 ) -> list[T | UserError]:
     """Post every request; results in order. Holds no connection. Call it where no event loop runs.
 
     Args:
-        requests: the second part of each raises ValueError for a reply that it cannot take.
+        urls: of servers that answer alike.
+        requests: the first part of each is the place in `urls`, counted round, of the server that is asked first, and of
+            the others after it where that fails; the last part raises ValueError for a reply that it cannot take.
         tolerant: a request that fails for good leaves its UserError in its place; otherwise the first ends all.
 
     Raises:
@@ -49,7 +51,7 @@ def ask_all(
         timeout = aiohttp.ClientTimeout(total=limits.timeout_s)
         connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            asked = (_ask(session, gate, url, path, limits, *request) for request in requests)
+            asked = (_ask(session, gate, urls, path, limits, *request) for request in requests)
             return await asyncio.gather(*asked, return_exceptions=tolerant)
 
     found = asyncio.run(run())
@@ -62,9 +64,10 @@ def ask_all(
 async def _ask(
     session: aiohttp.ClientSession,
     gate: asyncio.Semaphore,
-    url: str,
+    urls: Sequence[str],
     path: str,
     limits: Limits,
+    turn: int,
     body: dict[str, Any],
     parse: Callable[[Any], T],
 ) -> T:
@@ -72,6 +75,7 @@ async def _ask(
     for attempt in range(attempts):
         if attempt:
             await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+        url = urls[(turn + attempt) % len(urls)]
         try:
             async with gate, session.post(url + path, json=body) as reply:
                 text, status = await reply.text(), reply.status
@@ -86,4 +90,4 @@ async def _ask(
             failure = f"{type(error).__name__} {error}"
         except ValueError as error:
             failure = str(error)
-    raise UserError(f"SGLang at {url} failed {attempts} times at {path}: {failure}")
+    raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}")

@@ -18,7 +18,6 @@ from megatron_bai.backend.machines import own_address
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import control
-from megatron_bai.rollout.sync import Shapes, tensor_shapes
 
 SGLANG_VERSION = "0.5.21"  # the release whose replies and endpoints this package was written for
 
@@ -37,7 +36,7 @@ class SGLangServer:
 
     Args:
         model_dir: a Hugging Face checkpoint.
-        rollout: port, precision, limits and time-outs.
+        rollout: port, precision, layout, limits and time-outs.
         log_path: where everything the server prints goes.
         device: `cpu` or `cuda`.
         text: also load the checkpoint's tokenizer, for SGLang's OpenAI endpoints. Rollouts need token ids only.
@@ -49,7 +48,6 @@ class SGLangServer:
         self.model_dir, self.rollout, self.log_path = Path(model_dir), rollout, Path(log_path)
         self.device, self.text = device, text
         self.port = rollout.port
-        self.tensors: Shapes = {}  # of the checkpoint it was started with
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -76,13 +74,20 @@ class SGLangServer:
         """Launch, and return when the server answers.
 
         Raises:
-            UserError: SGLang is absent or another release, the port is taken, or the server died or did not become
-                healthy in time; the last two quote its log.
+            UserError: as `launch` and `wait`.
+        """
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start its processes; `stop` must follow, whatever happens.
+
+        Raises:
+            UserError: SGLang is absent or another release, or the port is taken.
         """
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
-        self.tensors = tensor_shapes(self.model_dir)
-        _check_version(_installed(), "is installed")
+        check_version(_installed(), "is installed")
         self.port = _free_port(self.rollout.host, self.rollout.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *self._arguments()]
@@ -92,12 +97,19 @@ class SGLangServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(self.device),
+                env=_environment(self.device, self.rollout.tensor),
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            UserError: it died or did not become healthy in time, in words of its log; it is stopped.
+        """
         try:
             self._wait_until_healthy()
-            _check_version(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
+            check_version(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
         except BaseException:
             self.stop()
             raise
@@ -139,6 +151,7 @@ class SGLangServer:
             "dtype": rollout.dtype,
             "max-total-tokens": rollout.max_total_tokens,
             "max-running-requests": rollout.max_running_requests,
+            "tp-size": rollout.tensor,
             "grammar-backend": "none",
             "log-level": "info",
         }
@@ -184,17 +197,20 @@ def _installed() -> str | None:
         return None
 
 
-def _check_version(found: str | None, where: str) -> None:
+def check_version(found: str | None, where: str) -> None:
     if found != SGLANG_VERSION:
         raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={SGLANG_VERSION}")
 
 
-def _environment(device: str) -> dict[str, str]:
-    """The trainer's, less what belongs to torchrun or a proxy, plus what the server needs."""
+def _environment(device: str, tensor: int = 1) -> dict[str, str]:
+    """The trainer's, less what belongs to torchrun or a proxy, plus what a server of `tensor` ranks needs."""
     inherited = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.fullmatch(name)}
     fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":  # a second thread a step costs more than it gives, most of all on a shared machine
         fixed |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if tensor > 1:  # a core a rank: SGLang cannot divide them itself where it finds no NUMA node for each
+            cores = sorted(os.sched_getaffinity(0))
+            fixed["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(tensor))
     return inherited | fixed
 
 

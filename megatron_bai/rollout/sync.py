@@ -1,4 +1,4 @@
-"""Brings new weights to a running SGLang server, and proves that they arrived.
+"""Brings new weights to running SGLang servers, and proves that they arrived.
 
 Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 has three traps here:
 
@@ -8,17 +8,36 @@ Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 
 - `/update_weights_from_disk` with `flush_cache` asserts in the scheduler that nothing runs; a request still leaving
   the pipeline would kill it. `/flush_cache?timeout=` waits instead, and says if it could not.
 - `/server_info` keeps the version given at launch; `/model_info` has the live one.
+
+Weights travel in one of three ways: as a checkpoint that the servers read (`from_disk`), or as tensors out of the
+trainer's memory (`from_tensors`), in buckets of bounded size that a carrier takes: `OverHttp` in the request's body, or
+`group.OverGroup` through a process group that trainer and servers share.
 """
 
-from collections.abc import Iterator
+import base64
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import control
 
 Shapes = dict[str, tuple[int, ...]]
+Bucket = list[tuple[str, torch.Tensor]]
+T = TypeVar("T")
 _DRAIN_S = 60.0  # for requests to leave the server after they were aborted
+
+
+def each(urls: Sequence[str], ask: Callable[[str], T]) -> list[T]:
+    """`ask` of every server at once. All have answered when the first failure is raised."""
+    with ThreadPoolExecutor(len(urls)) as pool:
+        futures = [pool.submit(ask, url) for url in urls]
+    return [future.result() for future in futures]
 
 
 def tensor_shapes(model_dir: str | Path) -> Shapes:
@@ -41,32 +60,119 @@ def tensor_shapes(model_dir: str | Path) -> Shapes:
     return shapes
 
 
-def sync_from_disk(
-    url: str, model_dir: str | Path, version: str, expected: Shapes, timeout_s: float = 600.0
+def from_disk(
+    urls: Sequence[str], model_dir: str | Path, version: str, expected: Shapes, timeout_s: float = 600.0
 ) -> None:
-    """Load a checkpoint into the server; from then on its samples carry `version`.
+    """Have the servers load a checkpoint; from then on their samples carry `version`.
 
-    Requests in flight are aborted and return what they have. Whatever happens, the server is asked to go on.
+    Requests in flight are aborted and return what they have. Whatever happens, the servers are asked to go on.
 
     Args:
-        url: the server's.
-        model_dir: a Hugging Face checkpoint that the server's machine can read, of the model it serves.
+        model_dir: a Hugging Face checkpoint that the servers' machines can read, of the model they serve.
         version: a name for the weights.
-        expected: `tensor_shapes` of what the server was started with.
+        expected: `tensor_shapes` of what the servers were started with.
         timeout_s: for reading the weights.
 
     Raises:
-        UserError: the checkpoint is another model's, the server refused or broke, or it does not report `version`.
+        UserError: the checkpoint is another model's, a server refused or broke, or does not report `version`.
     """
     check_shapes(tensor_shapes(model_dir), expected, str(model_dir))
-    with _paused(url):
-        _flush(url)
-        body = {"model_path": str(Path(model_dir).resolve()), "weight_version": version, "flush_cache": False}
-        control.post(url, "/update_weights_from_disk", body, timeout_s)
-        _flush(url)
-    found = control.weight_version(url)
-    if found != version:
-        raise UserError(f"SGLang at {url} reports weights {found!r} after an update to {version!r}")
+    body = {"model_path": str(Path(model_dir).resolve()), "weight_version": version, "flush_cache": False}
+    with _paused(urls, go_on=True):
+        each(urls, _flush)
+        each(urls, lambda url: control.post(url, "/update_weights_from_disk", body, timeout_s))
+        each(urls, _flush)
+    _prove(urls, version)
+
+
+class Carrier(Protocol):
+    """Takes tensors from the trainer to the servers."""
+
+    def send(self, bucket: Bucket) -> None:
+        """Returns when every server has loaded the tensors, which have Hugging Face's names and whole shapes."""
+
+
+class OverHttp:
+    """In the body of a request. Servers unpickle what they are sent: SGLang's protocol, so give only ours this access.
+
+    Args:
+        sizes: tensor-parallel ranks of each server, each of which takes its part of the whole tensors.
+    """
+
+    def __init__(self, urls: Sequence[str], sizes: Sequence[int], timeout_s: float = 600.0):
+        self._sizes, self._timeout_s = dict(zip(urls, sizes, strict=True)), timeout_s
+
+    def send(self, bucket: Bucket) -> None:
+        # Plain pickle carries the values; torch's own for processes would carry names of shared memory.
+        # A clone, since a view would take its whole storage along.
+        named = [(name, tensor.detach().cpu().clone()) for name, tensor in bucket]
+        data = base64.b64encode(pickle.dumps(named)).decode()
+
+        def post(url: str) -> None:
+            body = {"serialized_named_tensors": [data] * self._sizes[url], "flush_cache": False}
+            control.post(url, "/update_weights_from_tensor", body, self._timeout_s)
+
+        each(list(self._sizes), post)
+
+
+def from_tensors(
+    urls: Sequence[str],
+    named: Iterable[tuple[str, torch.Tensor]],
+    version: str,
+    expected: Shapes,
+    carrier: Carrier,
+    bucket_bytes: int,
+) -> None:
+    """Give the servers tensors; from then on their samples carry `version`.
+
+    A failure on the way leaves servers with some of the new weights: they stay paused, and sample nothing.
+
+    Args:
+        named: every tensor of the model, under Hugging Face's names; taken one after the other.
+        expected: names and shapes of the model served.
+        bucket_bytes: of tensors that are held and sent together; a larger one goes alone.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape; a server refused, broke, or does not report
+            `version`.
+    """
+    missing = dict(expected)
+    with _paused(urls, go_on=False):
+        each(urls, _flush)
+        each(urls, lambda url: control.post(url, "/begin_weight_update", {}))
+        for bucket in _buckets(named, bucket_bytes):
+            for name, tensor in bucket:
+                found = tuple(tensor.shape)
+                if missing.pop(name, None) != found:
+                    known = expected.get(name, "none, or sent before")
+                    raise UserError(f"weight sync {version}: {name} has shape {found}, the servers' has {known}")
+            carrier.send(bucket)
+        if missing:
+            raise UserError(f"weight sync {version}: {len(missing)} tensors were not sent, first {min(missing)}")
+        each(urls, lambda url: control.post(url, "/end_weight_update", {}))
+        body = {"new_version": version, "abort_all_requests": False}
+        each(urls, lambda url: control.post(url, "/update_weight_version", body))
+        each(urls, _flush)
+    _prove(urls, version)
+
+
+def _buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
+    bucket: Bucket = []
+    size = 0
+    for name, tensor in named:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _prove(urls: Sequence[str], version: str) -> None:
+    for url, found in zip(urls, each(urls, control.weight_version)):
+        if found != version:
+            raise UserError(f"SGLang at {url} reports weights {found!r} after an update to {version!r}")
 
 
 def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
@@ -83,16 +189,17 @@ def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
 
 
 @contextmanager
-def _paused(url: str) -> Iterator[None]:
-    """Abort what runs and hold back what comes, while the block runs."""
+def _paused(urls: Sequence[str], go_on: bool) -> Iterator[None]:
+    """Abort what runs and hold back what comes, while the block runs. `go_on`: after a failure in it, too."""
     try:
-        control.post(url, "/pause_generation", {"mode": "abort"}, _DRAIN_S)
+        each(urls, lambda url: control.post(url, "/pause_generation", {"mode": "abort"}, _DRAIN_S))
         yield
     except BaseException:
-        with suppress(UserError):  # the first failure is the one to report
-            control.post(url, "/continue_generation", {})
+        for url in urls if go_on else ():
+            with suppress(UserError):  # the first failure is the one to report
+                control.post(url, "/continue_generation", {})
         raise
-    control.post(url, "/continue_generation", {})
+    each(urls, lambda url: control.post(url, "/continue_generation", {}))
 
 
 def _flush(url: str) -> None:

@@ -183,8 +183,8 @@ def faults(demo: Demo) -> dict[str, Result]:
     ("fault", "named"),
     [
         ("wrong_world", r"number of processes \(2\) is not a multiple of parallel.tensor × parallel.pipeline \(4\)"),
-        ("kill_server", r"SGLang at http://127.0.0.1:\d+ failed 3 times to generate: Client\w+Error"),
-        ("hang_server", r"SGLang at .* failed 1 times to generate: no answer within rollout.request_timeout_s=3 s"),
+        ("kill_server", r"SGLang at http://127.0.0.1:\d+ failed 3 times at /generate: Client\w+Error"),
+        ("hang_server", r"SGLang at .* failed 1 times at /generate: no answer within rollout.request_timeout_s=3 s"),
     ],
 )
 def test_a_run_that_fails_says_so_once(faults: dict[str, Result], fault: str, named: str) -> None:

@@ -18,9 +18,10 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB, save_tiny
 from transformers import Qwen3MoeForCausalLM
 
 from megatron_bai.errors import UserError
+from megatron_bai.rollout import control
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.server import SGLangServer
-from megatron_bai.rollout.sync import sync_from_disk
+from megatron_bai.rollout.sync import from_disk, tensor_shapes
 
 pytestmark = pytest.mark.live
 MakeClient = Callable[..., RolloutClient]
@@ -104,7 +105,7 @@ def test_an_update_brings_the_new_weights(
     probe = list(range(2, 22))
     for version in ("v0", "v1", "v0"):
         serving(version)
-        assert client().weight_version() == version
+        assert control.weight_version(client().urls[0]) == version
         np.testing.assert_allclose(
             client().score([probe])[0], reference[version](np.array(probe))[0], atol=1e-4, rtol=0
         )
@@ -125,7 +126,7 @@ def test_an_update_amid_requests_mixes_nothing(
     time.sleep(0.3)  # most are under way by now; nothing below depends on how many
     serving("v1")
     asking.join()
-    assert len(samples) == 48 and client().weight_version() == "v1"
+    assert len(samples) == 48 and control.weight_version(client().urls[0]) == "v1"
     for sample in samples:
         (span,) = sample.spans
         logprobs, routes = reference[span.version](sample.tokens)
@@ -138,14 +139,14 @@ def test_another_models_weights_never_reach_the_server(
 ) -> None:
     serving("v0")
     with pytest.raises(UserError, match="is not the served model"):
-        sync_from_disk(server.url, save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", server.tensors)
-    assert client().weight_version() == "v0" and client().generate([[5]], 1, 0, STOP)
+        from_disk([server.url], save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", tensor_shapes(server.model_dir))
+    assert control.weight_version(server.url) == "v0" and client().generate([[5]], 1, 0, STOP)
 
 
 def test_a_prompt_outside_the_vocabulary_is_refused_and_the_server_lives(client: MakeClient) -> None:
     with pytest.raises(UserError, match=rf"outside \[0, {VOCAB}\)"):
         client().generate([[5], [VOCAB]], 1, 0, STOP)
-    assert client().healthy() and client().generate([[VOCAB - 1]], 1, 0, STOP)
+    assert control.healthy(client().urls[0]) and client().generate([[VOCAB - 1]], 1, 0, STOP)
 
 
 def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) -> None:
@@ -211,7 +212,7 @@ def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tm
     with trainer(checkpoints["v0"], tmp_path / "log") as parent:
         assert parent.stdout is not None
         url = parent.stdout.readline().strip()
-        client = RolloutClient(url, ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+        client = RolloutClient([url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
         assert client.generate([[5]], 1, 0, STOP)
         processes = family(parent.pid)
         assert len(processes) >= 3, "server, scheduler, detokenizer"
@@ -236,17 +237,17 @@ def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Pat
 
 def test_a_killed_server_is_one_clear_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with SGLangServer(checkpoints["v0"], ROLLOUT, tmp_path / "log") as server:
-        client = RolloutClient(server.url, ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+        client = RolloutClient([server.url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
         server.check_alive()
         assert server.pid is not None
         processes = family(server.pid)
         os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match=rf"SGLang at {server.url} failed 3 times to generate: Client\w+Error"):
+        with pytest.raises(UserError, match=rf"SGLang at {server.url} failed 3 times at /generate: Client\w+Error"):
             client.generate([[5]], 1, 0, STOP)
         with pytest.raises(UserError, match=r"the SGLang server ended \(exit code -9\): .*log\]"):
             server.check_alive()
-        assert not client.healthy()
+        assert not control.healthy(server.url)
         with pytest.raises(UserError, match="does not answer /model_info"):
-            client.weight_version()
+            control.weight_version(server.url)
     assert gone(processes)
     server.stop()

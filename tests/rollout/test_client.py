@@ -18,9 +18,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_BACKOFF_S", 0.001)
 
 
-def client(url: str, **settings: Any) -> RolloutClient:
+def client(*urls: str, first_server: int = 0, **settings: Any) -> RolloutClient:
     rollout = Rollout(**({"max_new_tokens": NEW_TOKENS, "retries": 1} | settings))
-    return RolloutClient(url, rollout, SIGNATURE, vocab_size=16, max_length=64)
+    return RolloutClient(urls, rollout, SIGNATURE, vocab_size=16, max_length=64, first_server=first_server)
 
 
 def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:
@@ -166,3 +166,25 @@ def test_an_impossible_sequence_is_not_scored() -> None:
     with serve(lambda request, body: calls.append(request.path)) as url, pytest.raises(UserError, match="sequence 0"):
         client(url).score([[2, 16]])
     assert not calls
+
+
+def test_prompts_go_to_the_servers_in_turn_and_failures_to_the_next() -> None:
+    asked: dict[str, list[int]] = {"a": [], "b": []}
+
+    def answer(name: str) -> Any:
+        def handle(request: web.Request, body: dict[str, Any]) -> Any:
+            asked[name].append(body["input_ids"][0])
+            return web.Response(status=500) if name == "b" and body["input_ids"][0] == 3 else good_reply(body["input_ids"])
+
+        return handle
+
+    with serve(answer("a")) as a, serve(answer("b")) as b:
+        samples = client(a, b).generate([[2], [3], [4]], 2, seed=0, stop_token_id=STOP)
+        assert [s.prompt for s in samples] == [0, 0, 1, 1, 2, 2]
+        assert (sorted(asked["a"]), asked["b"]) == ([2, 2, 3, 3, 4, 4], [3, 3])
+        for name in asked:
+            asked[name].clear()
+        client(a, b, first_server=1).generate([[2], [4]], 1, seed=0, stop_token_id=STOP)
+        assert asked == {"a": [4], "b": [2]}
+        with pytest.raises(UserError, match=f"SGLang at {b} failed 2 times at /generate: status 500"):
+            client(b).generate([[3]], 1, seed=0, stop_token_id=STOP)

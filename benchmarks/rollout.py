@@ -1,0 +1,108 @@
+"""What routes cost a rollout: tokens per second with and without them, and how much of it is our side's work.
+
+    python benchmarks/rollout.py --samples 64 --tokens 128 --concurrency 1,4,16,64
+
+Serves a random Qwen3-MoE of 8 layers with 32 experts, and samples with 1 to 64 requests in flight:
+
+    plain     a request without routes, whose reply nobody looks at
+    routes    with routes, whose reply nobody looks at
+    checked   with routes, decoded and checked by the client: what a run gets
+
+The three take turns; the best of `--repeat` counts. `of which checks` are the seconds that decoding and checking the
+same replies takes in this process, one after the other, as a share of the rollout's.
+"""
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_bai.config import Rollout
+from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.reply import to_sample
+from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.routing.routes import RouteSignature
+
+VOCAB, LAYERS, EXPERTS, TOPK = 512, 8, 32, 4
+NEVER = 1 << 20  # ends a response, and is no token: so all are of one length
+PROMPT = list(range(2, 34))
+
+
+def make(directory: Path) -> Path:
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=128, moe_intermediate_size=64, intermediate_size=64, num_experts=EXPERTS,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts_per_tok=TOPK,
+        norm_topk_prob=True, max_position_embeddings=4096, eos_token_id=NEVER, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+async def ask(url: str, samples: int, tokens: int, concurrency: int, routes: bool) -> list[Any]:
+    """Raw replies, at most `concurrency` requests at once."""
+    gate = asyncio.Semaphore(concurrency)
+    params = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, "return_routed_experts": routes}
+
+    async def one(session: aiohttp.ClientSession) -> Any:
+        async with gate, session.post(url + "/generate", json=body) as reply:
+            return await reply.json()
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        return await asyncio.gather(*(one(session) for _ in range(samples)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--concurrency", default="1,4,16,64")
+    parser.add_argument("--repeat", type=int, default=3)
+    asked = parser.parse_args()
+    signature = RouteSignature(moe_layers=LAYERS, num_experts=EXPERTS, topk=TOPK)
+    rollout = Rollout(max_new_tokens=asked.tokens, deterministic=False)
+    with tempfile.TemporaryDirectory() as root:
+        with SGLangServer(make(Path(root) / "model"), rollout, Path(root) / "server.log") as server:
+            asyncio.run(ask(server.url, 4, asked.tokens, 4, True))  # warm
+            print(f"{asked.samples} samples of {asked.tokens} tokens, {LAYERS} layers, {TOPK} of {EXPERTS} experts, best "
+                  f"of {asked.repeat}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+            print(f"{'in flight':>10}{'plain':>12}{'routes':>12}{'checked':>12} tokens/s{'of which checks':>18}")
+            for concurrency in map(int, asked.concurrency.split(",")):
+                report(server.url, rollout, signature, concurrency, asked)
+
+
+def report(
+    url: str, rollout: Rollout, signature: RouteSignature, concurrency: int, asked: argparse.Namespace
+) -> None:
+    samples = max(concurrency, asked.samples * min(concurrency, 16) // 16)  # fewer where they come one by one
+    best: dict[str, float] = {}
+    for _ in range(asked.repeat):
+        for name in ("plain", "routes", "checked"):
+            began = time.perf_counter()
+            if name == "checked":
+                limited = Rollout(**(vars(rollout) | {"concurrency": concurrency}))
+                client = RolloutClient([url], limited, signature, VOCAB, 4096)
+                found = client.generate([PROMPT], samples, 0, NEVER)
+                assert all(len(sample.response) == asked.tokens for sample in found), "a response ended early"
+            else:
+                asyncio.run(ask(url, samples, asked.tokens, concurrency, name == "routes"))
+            best[name] = min(best.get(name, float("inf")), time.perf_counter() - began)
+    replies = asyncio.run(ask(url, samples, asked.tokens, concurrency, True))
+    began = time.perf_counter()
+    for reply in replies:
+        to_sample(reply, 0, PROMPT, signature, asked.tokens, NEVER)
+    checks = time.perf_counter() - began
+    speeds = "".join(f"{samples * asked.tokens / best[name]:12.0f}" for name in ("plain", "routes", "checked"))
+    print(f"{concurrency:>10}{speeds}{'':9}{checks / best['checked']:>17.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

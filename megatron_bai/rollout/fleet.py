@@ -1,0 +1,96 @@
+"""The servers of a run, all with the same weights: started and supervised by us, or already running elsewhere."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import control
+from megatron_bai.rollout.server import SGLangServer, check_version
+from megatron_bai.rollout.sync import each
+
+SYNCS = ("disk", "tensors", "group")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Where the servers are.
+
+    Attributes:
+        urls: of the servers, all of which take part in a weight sync.
+        sizes: tensor-parallel ranks of each.
+        ask: URLs that samples are asked of: the servers', or that of a router in front of them.
+    """
+
+    urls: list[str]
+    sizes: list[int]
+    ask: list[str]
+
+
+def validate(rollout: Rollout) -> None:
+    """Refuse settings of servers that contradict each other.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name in ("servers", "tensor", "sync_bucket_mib"):
+        if getattr(rollout, name) < 1:
+            raise UserError(f"rollout.{name} is {getattr(rollout, name)}: it must be at least 1")
+    if rollout.sync not in SYNCS:
+        raise UserError(f"rollout.sync is {rollout.sync!r}: choose {', '.join(SYNCS)}")
+    if rollout.urls and (rollout.servers, rollout.tensor, rollout.port) != (1, 1, 0):
+        raise UserError("rollout.urls names servers that run already: leave out rollout.servers, tensor and port")
+    if rollout.router and not rollout.urls:
+        raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
+    if len(set(rollout.urls)) < len(rollout.urls):
+        raise UserError("rollout.urls names a server twice")
+
+
+@contextmanager
+def started(model_dir: Path, rollout: Rollout, logs: Path, device: str) -> Iterator[Fleet]:
+    """Start `rollout.servers` servers on this machine, all at once; stop them however the block ends.
+
+    Args:
+        logs: directory of `server.log`, `server-1.log` and so on.
+
+    Raises:
+        UserError: one did not start.
+    """
+    with ExitStack() as stack:
+        servers = []
+        for i in range(rollout.servers):
+            own = replace(rollout, port=rollout.port + i if rollout.port else 0)
+            server = SGLangServer(model_dir, own, logs / (f"server-{i}.log" if i else "server.log"), device)
+            stack.callback(server.stop)
+            server.launch()
+            servers.append(server)
+        for server in servers:
+            server.wait()
+        urls = [server.url for server in servers]
+        yield Fleet(urls, [rollout.tensor] * len(urls), urls)
+
+
+def running(rollout: Rollout) -> Fleet:
+    """The servers at `rollout.urls`, found to be able to do what a run asks of them.
+
+    Raises:
+        UserError: one does not answer, is another release, or was started without a flag that rollouts need.
+    """
+    urls = [url.rstrip("/") for url in rollout.urls]
+    found = each(urls, lambda url: control.get(url, "/server_info"))
+    for url, info in zip(urls, found):
+        check_version(info.get("version"), f"answers at {url}")
+        needed = {"enable_return_routed_experts": "--enable-return-routed-experts"}
+        if rollout.deterministic:
+            needed["enable_deterministic_inference"] = "--enable-deterministic-inference"
+        if missing := [flag for name, flag in needed.items() if not info.get(name)]:
+            raise UserError(f"the server at {url} was started without {' and '.join(missing)}, which rollouts need")
+        if info.get("dp_size", 1) != 1:
+            raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")
+    return Fleet(urls, [int(info.get("tp_size", 1)) for info in found], _asked(rollout, urls))
+
+
+def _asked(rollout: Rollout, urls: Sequence[str]) -> list[str]:
+    return [rollout.router.rstrip("/")] if rollout.router else list(urls)

@@ -1,0 +1,104 @@
+"""Weights to SGLang servers through a process group that the trainer's rank 0 shares with them (gloo or NCCL)."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import control
+from megatron_bai.rollout.sync import Bucket, each
+
+_NAME = "megatron_bai_weights"
+
+
+class OverGroup:
+    """A carrier (`sync.Carrier`): a bucket's bytes are one broadcast from the trainer.
+
+    Args:
+        urls: of the servers.
+        sizes: tensor-parallel ranks of each, which are ranks of the group, after the trainer's.
+        host: an address of this machine that the servers reach.
+        device: the trainer's; the group's backend is gloo on a CPU and NCCL on a GPU.
+
+    Raises:
+        UserError: a server does not join.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], sizes: Sequence[int], host: str, device: torch.device, timeout_s: float = 600.0
+    ):
+        self._urls, self._device, self._timeout_s = list(urls), device, timeout_s
+        self._thread = ThreadPoolExecutor(1)  # for requests that the servers answer once the trainer has done its part
+        limit, world = timedelta(seconds=timeout_s), 1 + sum(sizes)
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        self._store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=limit)
+        offsets = {url: 1 + sum(sizes[:i]) for i, url in enumerate(self._urls)}
+
+        def join(url: str) -> None:
+            where = {"master_address": host, "master_port": self._store.port, "backend": backend}
+            body = {"rank_offset": offsets[url], "world_size": world, "group_name": _NAME, **where}
+            control.post(url, "/init_weights_update_group", body, timeout_s)
+
+        joining = self._thread.submit(each, self._urls, join)
+        try:
+            self._group = _join(backend, self._store, world, limit)
+        except RuntimeError as error:
+            if joining.done():
+                joining.result()
+            raise UserError(f"the servers {', '.join(self._urls)} do not join a process group at {host}: {error}") from None
+        joining.result()
+
+    def send(self, bucket: Bucket) -> None:
+        body = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": _NAME,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+
+        def post(url: str) -> None:
+            control.post(url, "/update_weights_from_distributed", body, self._timeout_s)
+
+        loading = self._thread.submit(each, self._urls, post)
+        flat = torch.cat([tensor.detach().flatten().view(torch.uint8) for _, tensor in bucket]).to(self._device)
+        self._wait(self._group.broadcast(flat, 0), loading)
+        loading.result()
+
+    def _wait(self, sending: Any, loading: Future) -> None:
+        """Until the broadcast has ended, or a server has said why it takes no part in it."""
+        while not sending.is_completed():
+            if loading.done() and loading.exception():
+                loading.result()
+            time.sleep(0.001)
+        sending.wait()
+
+    def close(self) -> None:
+        """Have the servers leave the group, as far as they still answer."""
+        try:
+            each(self._urls, lambda url: control.post(url, "/destroy_weights_update_group", {"group_name": _NAME}))
+        except UserError:
+            pass  # they ended before the trainer did
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _join(backend: str, store: dist.Store, world: int, limit: timedelta) -> Any:
+    """The trainer's end, as rank 0.
+
+    A group beside the default one has no public constructor. What it is made of has: the backend itself, on the store
+    with the prefixes that torch 2.13 and SGLang 0.5.21 give it there (`init_custom_process_group`).
+    """
+    device = "cpu" if backend == "gloo" else "cuda"
+    for prefix in (_NAME, f"{_NAME}/", f"{device}/"):
+        store = dist.PrefixStore(prefix, store)
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, 0, world, limit)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, 0, world, options)

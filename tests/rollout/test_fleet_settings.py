@@ -1,0 +1,62 @@
+"""Settings of servers that contradict each other, and servers that cannot do what a run asks, are named."""
+
+from typing import Any
+
+import pytest
+from aiohttp import web
+from fake_sglang import serve
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import fleet
+
+GOOD = {"version": "0.5.21", "enable_return_routed_experts": True, "enable_deterministic_inference": True, "tp_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"servers": 0}, "rollout.servers is 0"),
+        ({"tensor": 0}, "rollout.tensor is 0"),
+        ({"sync_bucket_mib": 0}, "rollout.sync_bucket_mib is 0"),
+        ({"sync": "carrier pigeon"}, "rollout.sync is 'carrier pigeon': choose disk, tensors, group"),
+        ({"urls": ["http://a"], "servers": 2}, "leave out rollout.servers"),
+        ({"router": "http://a"}, "rollout.router needs rollout.urls"),
+        ({"urls": ["http://a", "http://a"]}, "rollout.urls names a server twice"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        fleet.validate(Rollout(**settings))
+
+
+def test_defaults_are_fine() -> None:
+    fleet.validate(Rollout())
+    fleet.validate(Rollout(urls=["http://a", "http://b"], router="http://c"))
+
+
+def found(info: dict[str, Any], **settings: Any) -> fleet.Fleet:
+    def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        return info
+
+    with serve(answer) as url:
+        return fleet.running(Rollout(urls=[url], **settings))
+
+
+def test_a_server_says_what_it_is() -> None:
+    assert found(GOOD).sizes == [4]
+    assert found(GOOD | {"enable_deterministic_inference": False}, deterministic=False).sizes == [4]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": "0.5.20"}, r"SGLang 0.5.20 answers at http.*; this package needs sglang==0.5.21"),
+        ({"enable_return_routed_experts": False}, "was started without --enable-return-routed-experts"),
+        ({"enable_deterministic_inference": False}, "was started without --enable-deterministic-inference"),
+        ({"dp_size": 2}, "has --dp-size 2: start 2 servers"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        found(GOOD | change)
