@@ -149,3 +149,32 @@ def test_the_verb(tmp_path, steps, capsys):
 def test_needs_a_run(tmp_path):
     with pytest.raises(UserError, match="report.runs"):
         write_report([], tmp_path / "report.html")
+
+
+def test_alarms_are_told_and_marked_on_their_curves(tmp_path, steps):
+    alarm = {
+        "step": 1, "detector": "length_collapse", "metric": "response_length_mean", "deviations": 7.4, "since": 0,
+        "evidence": "fell <b>far</b>", "advice": "start from a merge", "action": "warn", "facts": {},
+    }  # fmt: skip
+    for number, record in enumerate(steps):
+        record |= {"response_length_mean": 10.0 - number, "reward_by_length/0": 0.5, "reward_by_length/100": 0.25}
+        record |= {"route_mismatch/0": 0.1, "route_mismatch/1": 0.2 + number}
+    steps[1]["alarms"] = [alarm]
+    run = make_run(tmp_path, steps)
+    write_report([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    charts = charts_of(html)
+    mark = charts["Response length, tokens"]["traces"][-1]
+    assert (mark["x"], mark["y"], mark["mode"]) == ([1], [9.0], "markers") and "fell &lt;b&gt;far" in mark["text"][0]
+    assert "fell &lt;b&gt;far&lt;/b&gt; (7 standard errors)" in html and "start from a merge" in html
+    buckets = next(chart for title, chart in charts.items() if title.startswith("Reward by response length"))
+    assert [trace["name"] for trace in buckets["traces"]] == ["from 0 tokens", "from 100 tokens"]
+    layers = next(chart for title, chart in charts.items() if title.startswith("Routes that differ, by MoE layer"))
+    assert layers["map"] and layers["traces"][0]["z"] == [[0.1] * 3, [0.2, 1.2, 2.2]]
+    assert not [title for title in charts if "/" in title]  # none of them again among the other metrics
+
+
+def test_alarms_that_are_none_are_refused(tmp_path, steps):
+    steps[0]["alarms"] = [{"what": "ever"}]
+    with pytest.raises(UserError, match="alarms of run"):
+        write_report([make_run(tmp_path, steps)], tmp_path / "report.html")

@@ -52,7 +52,7 @@ def test_a_response_is_divided_by_its_length_only_where_asked() -> None:
 
 
 def test_the_share_of_dropped_tokens_is_reported() -> None:
-    case = drawn(16, 9, 1, 0.4)
+    case = drawn(16, 9, 2, 0.4)
     ratio, a = np.exp(case.new - case.old), case.advantages[:, None]
     dropped = ((a > 0) & (ratio > 1.27)) | ((a < 0) & (ratio < 0.8))
     found = loss(Minirl(), case, micro=2)[2]

@@ -218,7 +218,8 @@ def test_an_alarm_saves_a_checkpoint_or_stops_the_run_with_one(found: dict[str, 
     assert alarmed and [step["step"] for step in found["checkpoint"]["metrics"]] == [1, 2, 3]
     assert found["checkpoint"]["whole"] == [f"step-{step:05}" for step in alarmed]  # save_every is 0
     stop = found["stop"]
-    assert stop["whole"] == [f"step-{alarmed[0]:05}"] and [m["step"] for m in stop["metrics"]] == list(range(1, alarmed[0] + 1))
+    assert stop["whole"] == [f"step-{alarmed[0]:05}"]
+    assert [step["step"] for step in stop["metrics"]] == list(range(1, alarmed[0] + 1))
     assert f"error: stopped by an alarm at step {alarmed[0]}, which is saved: " in stop["runs"][0]["said"]
     assert stop["summary"]["complete"] is False
     again = found["stopped"]
