@@ -39,3 +39,8 @@ def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements of a strided box lie one after another, in its own order."""
+    return all(size == 1 or a == b for size, a, b in zip(sizes, strides, row_major(sizes)))
