@@ -131,11 +131,11 @@ def main() -> None:
         import megatron_bai.merge.command  # noqa: F401  not timed, as the peers' are not
     work = {f.__name__: f for f in (limit, merge, two_pass, plain, mergekit, megatron)}[name](directory, argument)
     base = peak_mib()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     work()
     flush(directory / "out")
-    seconds = time.perf_counter() - started
-    line = json.dumps({"seconds": seconds, "base_mib": base, "peak_mib": peak_mib()})
+    seconds, cpu = time.perf_counter() - started, time.process_time() - used
+    line = json.dumps({"seconds": seconds, "cpu": cpu, "base_mib": base, "peak_mib": peak_mib()})
     os.write(1, f"\n{line}\n".encode())  # one write: ranks share the pipe
 
 

@@ -18,7 +18,6 @@ from megatron_bai.merge.plan import Plan, Unit
 from megatron_bai.merge.pool import Map, pool
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.regions import Fate, Region
-from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Item, Target, Writer, Written
 
 BATCH_BYTES = 1 << 20  # of the output, that a thread merges at a time: many small pieces, or one
@@ -69,9 +68,9 @@ def execute(
 
     def work() -> dict[str, list[UnitResult]]:
         units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
-        scratch = Scratch()
+        memory = tiles.Memory(len(plan.inputs))
         with pool(threads) as run:
-            return {unit.name: _write_unit(plan, unit, target, directories, run, scratch, advance) for unit in units}
+            return {unit.name: _write_unit(plan, unit, target, directories, run, memory, advance) for unit in units}
 
     ranks.first(begin, directories[0])
     done = {name: results for share in ranks.together(found) for name, results in share.items()}
@@ -113,7 +112,7 @@ def _write_unit(
     target: Target,
     directories: Sequence[Path],
     run: Map,
-    scratch: Scratch,
+    memory: tiles.Memory,
     advance: Callable[[int], None],
 ) -> list[UnitResult]:
     """Write one unit of every sum: this thread says where its pieces go, those of `run` merge and write them."""
@@ -125,7 +124,7 @@ def _write_unit(
                 data = plan.base.read_object(key)
                 for writer in writers:
                     writer.blob(key, data)
-            work = functools.partial(_merge_batch, plan, scratch, advance)
+            work = functools.partial(_merge_batch, plan, memory, advance)
             for squares in stack.enter_context(closing(run(work, _batches(unit, writers)))):
                 for key, found in squares:
                     for result, square in zip(done, found):
@@ -159,13 +158,13 @@ def _batches(unit: Unit, writers: Sequence[Writer]) -> Iterator[list[Piece]]:
 
 
 def _merge_batch(
-    plan: Plan, scratch: Scratch, advance: Callable[[int], None], batch: list[Piece]
+    plan: Plan, memory: tiles.Memory, advance: Callable[[int], None], batch: list[Piece]
 ) -> list[tuple[str, list[float]]]:
     """Merge and write some pieces; returns, of those that are merged, the key and each sum's sum of squares."""
     squares = []
     read = 0
     for region, box, items in batch:
-        found = tiles.merge(plan, region, box, items, scratch)
+        found = tiles.merge(plan, region, box, items, memory)
         if region.fate is Fate.MERGED:
             squares.append((region.key, found))
         read += math.prod(box[1]) * sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)

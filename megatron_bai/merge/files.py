@@ -19,24 +19,12 @@ class Files:
         self._mine = threading.local()
         self._all: list[OrderedDict[str, int]] = []
 
-    def read(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start` of a file.
+    def descriptor(self, name: str) -> int:
+        """Of this thread's; the one used longest ago is closed when there are too many.
 
         Raises:
-            UserError: they cannot be read, or are not all there.
+            UserError: it cannot be opened.
         """
-        try:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(self._descriptor(name), [buffer[done:] if done else buffer], start + done)
-                if count == 0:
-                    raise UserError(f"{self._path / name} ends before byte {start + len(buffer)}: it was cut off")
-                done += count
-        except OSError as error:
-            raise UserError(f"{self._path / name} cannot be read: {error.strerror}") from None
-
-    def _descriptor(self, name: str) -> int:
-        """Of this thread's; the one used longest ago is closed when there are too many."""
         try:
             mine = self._mine.open
         except AttributeError:
@@ -47,7 +35,30 @@ class Files:
             return mine[name]
         while len(mine) >= OPEN_FILES:
             os.close(mine.popitem(last=False)[1])
-        return mine.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+        try:
+            return mine.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
+    def read(self, name: str, start: int, buffer: memoryview, descriptor: int | None = None) -> None:
+        """Fill `buffer` with the bytes from `start` of a file.
+
+        Raises:
+            UserError: they cannot be read, or are not all there.
+        """
+        descriptor = self.descriptor(name) if descriptor is None else descriptor
+        try:
+            done = os.preadv(descriptor, [buffer], start)
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
+                if count == 0:
+                    raise UserError(f"{self._path / name} ends before byte {start + len(buffer)}: it was cut off")
+                done += count
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
+    def _unreadable(self, name: str, error: OSError) -> UserError:
+        return UserError(f"{self._path / name} cannot be read: {error.strerror}")
 
     def close(self) -> None:
         """Close every thread's; none may be reading."""

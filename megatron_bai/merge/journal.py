@@ -72,7 +72,8 @@ def _checksum(file: Path, items: list[Written]) -> int:
     def skip_to(start: int) -> None:
         nonlocal crc, at
         assert start >= at, f"{file}: two items overlap"
-        crc, at = crc32.combine(crc, crc32.of_file(file, at, start - at), start - at), start
+        if start > at:
+            crc, at = crc32.combine(crc, crc32.of_file(file, at, start - at), start - at), start
 
     for item in sorted(items, key=lambda item: (item.start, item.length)):
         skip_to(item.start)

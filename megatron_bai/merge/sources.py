@@ -148,12 +148,13 @@ class Scratch(threading.local):
 class Stream:
     """A box whose elements lie one after another in one record, read from its begin to its end and checked on the way.
 
-    In one thread; others may have other streams of the same source.
+    One thread reads it, and meanwhile nothing else of the same source; others may have other streams.
     """
 
     def __init__(self, source: "Source", entry: Entry, chunk: Chunk, record: Record, begin: int, length: int):
         self._source, self._entry, self._chunk, self._record = source, entry, chunk, record
         self._begin, self._length = begin, length
+        self._descriptor = source.files.descriptor(chunk.file)
         self._done = self._crc = 0
 
     def readinto(self, buffer: memoryview) -> None:
@@ -162,7 +163,8 @@ class Stream:
         Raises:
             UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
         """
-        self._source.files.read(self._chunk.file, self._record.start + self._begin + self._done, buffer)
+        start = self._record.start + self._begin + self._done
+        self._source.files.read(self._chunk.file, start, buffer, self._descriptor)
         self._crc = crc32.of(buffer, self._crc)
         self._done += len(buffer)
         if self._done == self._length:

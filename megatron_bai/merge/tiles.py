@@ -32,7 +32,18 @@ Merged = Iterator[tuple[memoryview, float]]
 """For each of the plan's sums, a tile's bytes, valid until the next is asked for, and the sum of its squares."""
 
 
-def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], scratch: Scratch) -> list[float]:
+class Memory(Scratch):
+    """What a thread merges in. Of this, only what is used is ever backed by memory."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.values = np.empty((inputs, TILE), np.uint16)
+        self.rows = [memoryview(row).cast("B") for row in self.values]
+        self.out = np.empty(TILE, np.uint16)
+        self.out_bytes = memoryview(self.out).cast("B")
+
+
+def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory: Memory) -> list[float]:
     """Merge a box of a tensor into one item for each of the plan's sums.
 
     Returns:
@@ -43,7 +54,7 @@ def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], scratch
         UserError: a source cannot be read.
     """
     squares = [0.0] * len(items)
-    way, limit = _way(plan, region, piece, scratch)
+    way, limit = _way(plan, region, piece, memory)
     for box in plan.tiles(region, piece, limit):
         for k, (data, square) in enumerate(way(box)):
             items[k].write(data)
@@ -51,46 +62,50 @@ def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], scratch
     return squares
 
 
-def _way(plan: Plan, region: Region, piece: Box, scratch: Scratch) -> tuple[Callable[[Box], Merged], int]:
+def _way(plan: Plan, region: Region, piece: Box, memory: Memory) -> tuple[Callable[[Box], Merged], int]:
     """How to merge the tiles of a piece, in order, and how many elements one may have."""
     if region.fate is not Fate.MERGED:
-        return lambda box: _copied(plan, region, box, scratch), TILE
+        return lambda box: _copied(plan, region, box, memory), TILE
     if plan.recipes[0].elementwise:
-        return lambda box: _combined(plan, region, box, scratch), SMALL_TILE
+        return lambda box: _combined(plan, region, box, memory), SMALL_TILE
     dtypes = {region.dtype, *(source.tensors[region.key].dtype for source in plan.inputs)}
     if dtypes == {torch.bfloat16}:
-        return _Compiled(plan, region, piece, scratch), TILE
-    return lambda box: _summed(plan, region, box, scratch), TILE
+        return _Compiled(plan, region, piece, memory), TILE
+    return lambda box: _summed(plan, region, box, memory), TILE
 
 
 class _Compiled:
-    """Weighted sums of bfloat16 values, by `kernel`."""
+    """Weighted sums of bfloat16 values, by `kernel`. The tiles of a piece must come in order."""
 
-    def __init__(self, plan: Plan, region: Region, piece: Box, scratch: Scratch):
-        from megatron_bai.merge import kernel  # which takes a second where nothing of this kind is merged
+    def __init__(self, plan: Plan, region: Region, piece: Box, memory: Memory):
+        from megatron_bai.merge import kernel  # which takes half a second where nothing of this kind is merged
 
-        self._kernel, self._plan, self._region = kernel, plan, region
-        inputs, count = len(plan.inputs), min(math.prod(piece[1]), TILE)
+        self._kernel, self._plan, self._region, self._memory = kernel, plan, region, memory
         self._streams = [source.stream(region.key, *piece) for source in plan.inputs]
-        self._values = scratch.take("values", inputs * count * 2).numpy().view(np.uint16).reshape(inputs, count)
-        self._out = scratch.take("out", count * 2).numpy().view(np.uint16)
+        self._sums = None if plan.measures else self._coefficients(piece)
+
+    def _coefficients(self, box: Box) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each sum, which inputs have a part in it, and their coefficients."""
+        found = []
+        for row in self._plan.coefficients(self._region, box):
+            used = [i for i, c in enumerate(row) if c != 0]  # adding 0 · x would turn -0 into 0
+            found.append((np.array(used), np.array([row[i] for i in used], np.float32)))
+        return found
 
     def __call__(self, box: Box) -> Merged:
-        count = math.prod(box[1])
-        for source, stream, row in zip(self._plan.inputs, self._streams, self._values):
+        memory, count = self._memory, math.prod(box[1])
+        for i, stream in enumerate(self._streams):
             if stream is not None:
-                stream.readinto(memoryview(row[:count]).cast("B"))
+                stream.readinto(memory.rows[i][: count * 2])
             else:
-                values = torch.from_numpy(row[:count]).view(torch.bfloat16).view(box[1])
-                values.copy_(source.read(self._region.key, *box))
-        out = self._out[:count]
-        for coefficients in self._plan.coefficients(self._region, box):
-            rows = np.array([i for i, c in enumerate(coefficients) if c != 0])  # 0 · x would turn -0 into 0
-            weights = np.array([coefficients[i] for i in rows], np.float32)
-            largest, squares = self._kernel.weighted_sum(self._values, rows, weights, out)
+                values = torch.from_numpy(memory.values[i, :count]).view(torch.bfloat16).view(box[1])
+                values.copy_(self._plan.inputs[i].read(self._region.key, *box))
+        out, data = memory.out[:count], memory.out_bytes[: count * 2]
+        for used, coefficients in self._sums or self._coefficients(box):
+            largest, squares = self._kernel.weighted_sum(memory.values, used, coefficients, out)
             if largest > self._kernel.LARGEST:
                 _refuse(self._plan, self._region, box)
-            yield memoryview(out).cast("B"), squares
+            yield data, squares
 
 
 def _summed(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
