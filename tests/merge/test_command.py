@@ -327,13 +327,17 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
     three = dataclasses.replace(three, pretrained=str(checkpoints.write(tmp_path / "zeros", base)))
     singles = {alpha: run(three, alpha=alpha, output=str(tmp_path / f"single-{alpha}")) for alpha in ALPHAS}
     reads = Counter()
-    read = TorchDist.read
 
-    def count(self, key, offsets, sizes):
-        reads[self.path.name] += torch.Size(sizes).numel()
-        return read(self, key, offsets, sizes)
+    def counted(read):
+        def count(self, key, offsets, sizes):
+            found = read(self, key, offsets, sizes)
+            reads[self.path.name] += 0 if found is None else torch.Size(sizes).numel()
+            return found
 
-    monkeypatch.setattr(TorchDist, "read", count)
+        return count
+
+    monkeypatch.setattr(TorchDist, "read", counted(TorchDist.read))
+    monkeypatch.setattr(TorchDist, "stream", counted(TorchDist.stream))
     command.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
     monkeypatch.undo()
     assert "9 tensors, 7,730 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
