@@ -13,8 +13,9 @@ Makes three bfloat16 checkpoints and measures, each in a process of its own:
     megatron   torch_dist: tools/checkpoint/weighted_merge.py (--megatron DIR: a checkout of Megatron-LM that has it)
 
 Seconds are the best of `--repeat` runs, whose order alternates, each until its output is on disk. `of limit` is the
-one-process limit's time by that of the row; memory the resident peak of the largest process, of which Python and torch
-need `base` before any work. `--cold` drops the inputs from the page cache before each run (not on tmpfs, which is one).
+one-process limit's time by that of the row; `cpu` the least time on the cores, of all ranks, which other programs on
+the machine distort less; memory the resident peak of the largest process, of which Python and its libraries need `base`
+before any work. `--cold` drops the inputs from the page cache before each run (not on tmpfs, which is one).
 """
 
 import argparse
@@ -33,7 +34,7 @@ Case = tuple[str, str, int, str]  # name, argument, ranks, Python
 
 
 def measure(directory: Path, case: Case, cold: bool) -> dict[str, float]:
-    """Run once; of several ranks the slowest's seconds and the largest's memory."""
+    """Run once; of several ranks the slowest's seconds, the largest's memory and the time of all on the cores."""
     what, argument, ranks, python = case
     for name in ("out", "stage1"):
         shutil.rmtree(directory / name, ignore_errors=True)
@@ -49,7 +50,7 @@ def measure(directory: Path, case: Case, cold: bool) -> dict[str, float]:
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
     if done.returncode or len(results) != ranks:
         raise SystemExit(f"{what} failed:\n{done.stderr[-3000:]}")
-    return {key: max(result[key] for result in results) for key in results[0]}
+    return {key: (sum if key == "cpu" else max)(result[key] for result in results) for key in results[0]}
 
 
 def cases(options: argparse.Namespace) -> dict[str, Case]:
@@ -80,13 +81,14 @@ def table(work: Path, gigabytes: float, options: argparse.Namespace) -> None:
             runs[name].append(measure(work, case, options.cold))
     state = "cold" if options.cold else "warm"
     print(f"three inputs of {size / 1e9:.2f} GB, {options.format}, {options.shape}, {items} chunks each, {state}")
-    print(f"{'':26}{'seconds':>9}{'GB/s':>8}{'of limit':>10}{'of merge':>10}{'peak MiB':>10}{'base MiB':>10}")
+    print(f"{'':26}{'seconds':>9}{'GB/s':>8}{'of limit':>10}{'of merge':>10}{'cpu s':>8}{'peak MiB':>10}{'base MiB':>10}")
     best = {name: min(results, key=lambda run: run["seconds"]) for name, results in runs.items()}
     for name, run in best.items():
         speed = 4 * size / run["seconds"] / 1e9  # read three, write one
         ratios = [f"{best[k]['seconds'] / run['seconds']:.2f}" if k in best else "" for k in ("limit", "merge, 1 rank")]
-        memory = f"{run['peak_mib']:>10.0f}{run['base_mib']:>10.0f}"
-        print(f"{name:26}{run['seconds']:>9.2f}{speed:>8.2f}{ratios[0]:>10}{ratios[1]:>10}{memory}", flush=True)
+        cpu = min(each["cpu"] for each in runs[name])
+        rest = f"{cpu:>8.2f}{run['peak_mib']:>10.0f}{run['base_mib']:>10.0f}"
+        print(f"{name:26}{run['seconds']:>9.2f}{speed:>8.2f}{ratios[0]:>10}{ratios[1]:>10}{rest}", flush=True)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Nothing in the library knows of this: a forked child counts what Python itself r
 go unreported, its writes, and kills itself before the step asked for.
 """
 
-import io
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron_bai.merge import torch_dist
 from megatron_bai.model import placing
 
 _STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -57,21 +55,13 @@ def after_bytes(count: int, function: Callable, *arguments: Any) -> None:
     """Run `function`, but die once `count` bytes of weights are written, in the middle of an item. In a child."""
     left, pwrite = count, os.pwrite
 
-    def cut(data: Any) -> memoryview:
+    def dying_pwrite(fd: int, data: Any, at: int) -> int:
         nonlocal left
         data = memoryview(data).cast("B")
-        part, left = data[:left], left - len(data)
-        return part
-
-    class File(io.FileIO):
-        def write(self, data: Any) -> int:
-            done = super().write(cut(data))
-            return done if left > 0 else die()
-
-    def dying_pwrite(fd: int, data: Any, at: int) -> int:
-        done = pwrite(fd, cut(data), at)
+        done = pwrite(fd, data[:left], at)
+        left -= len(data)
         return done if left > 0 else die()
 
-    torch_dist.open = lambda path, mode: File(path, mode)  # type: ignore[attr-defined]
     os.pwrite = dying_pwrite
+    os.pwritev = lambda fd, parts, at: dying_pwrite(fd, b"".join(parts), at)
     function(*arguments)

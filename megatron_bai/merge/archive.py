@@ -10,13 +10,13 @@ import functools
 import io
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
 
 from megatron_bai.merge.boxes import span
+from megatron_bai.model import crc32
 from megatron_bai.model.unpickle import SavedTensor, read_saved_tensor
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and its extra field
@@ -105,7 +105,7 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = b"")
     start, length = _member(file, info)
     file.seek(start)
     data = file.read(length)
-    if len(data) != length or info.CRC not in (0, zlib.crc32(data)):  # 0 where torch was told not to compute it
+    if len(data) != length or info.CRC not in (0, crc32.of(data)):  # 0 where torch was told not to compute it
         raise ValueError(f"{info.filename} is not what was saved")
     return data
 

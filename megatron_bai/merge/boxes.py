@@ -1,5 +1,6 @@
 """Geometry of tensors cut into boxes. A box is (offsets, sizes) in the global tensor; all in elements."""
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -31,11 +32,19 @@ def within(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets))
 
 
+@functools.lru_cache(maxsize=4096)  # thousands of chunks have a few shapes
 def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of a strided box, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0
 
 
+@functools.lru_cache(maxsize=4096)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements of a strided box lie one after another, in its own order."""
+    usual = row_major(sizes)
+    return strides == usual or all(size == 1 or a == b for size, a, b in zip(sizes, strides, usual))

@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from zlib_ng.zlib_ng import crc32_combine
-
 from megatron_bai.merge.ranks import Ranks
+from megatron_bai.model import crc32
 
 Place = tuple[str, int]  # an item of a checkpoint: its file, and where it starts there
 Part = tuple[int, int, int]  # of a record: first byte, length, CRC-32
@@ -82,5 +81,5 @@ def _join(parts: set[Part], length: int) -> int | None:
     for begin, size, part in sorted(parts):
         if begin != end:
             return None
-        crc, end = crc32_combine(crc, part, size), begin + size
+        crc, end = crc32.combine(crc, part, size), begin + size
     return crc if end == length else None

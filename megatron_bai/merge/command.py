@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,7 @@ from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.regions import Fate
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch
+from megatron_bai.merge.tiles import SMALL_TILE, TILE
 from megatron_bai.merge.verify import verify
 from megatron_bai.merge.view import View
 from megatron_bai.model import manifest, placing
@@ -75,10 +76,9 @@ def carry_out(settings: Merge, group: Ranks, replace: bool = True) -> None:
     jobs = jobs_of(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
-    form, threads = form_of(settings), settings.threads or fitting_threads(settings, jobs, cores_per_rank())
-    piece = piece_bytes(settings.memory_mib, jobs, threads, settings.chunk_mib)
+    form, threads = form_of(settings), threads_of(settings, jobs, cores_per_rank())
     with ExitStack() as stack:
-        work = prepare(jobs, stack, group, piece, form=form)
+        work = prepare(jobs, stack, group, PIECE_BYTES, form=form)
         if settings.dry_run:
             group.first(lambda: describe(work, jobs))
             return
@@ -105,40 +105,34 @@ def jobs_of(settings: Merge) -> list[Job]:
     return [Job(recipe, output / name) for name, recipe in recipes.items()]
 
 
-def piece_bytes(memory_mib: int, jobs: Sequence[Job], threads: int, chunk_mib: int = 0) -> int:
-    """The largest output item that keeps a rank's buffers within `memory_mib`.
-
-    Each thread reads two spans, and a tile that it puts together from several tensors; it and the writer hold one item
-    of each sum, and tiles in float32 and float64. For an elementwise method a thread holds tiles of all sources, and
-    what the arithmetic leaves between.
+def threads_of(settings: Merge, jobs: Sequence[Job], most: int) -> int:
+    """How many threads a rank has: `merge.threads`, or as many as `merge.memory_mib` has room for, `most` at most.
 
     Raises:
-        UserError: there is no room for an item of 1 MiB, or of `chunk_mib`.
+        UserError: there is no room for them, or for one.
+    """
+    each = thread_bytes(jobs)
+    room, least = (settings.memory_mib << 20) // each, settings.threads or 1
+    if room < least:
+        needed, plural = math.ceil(least * each / 2**20), "s" if least > 1 else ""
+        raise UserError(
+            f"merge.memory_mib is {settings.memory_mib}: at least {needed} are needed with {least} thread{plural}"
+        )
+    return settings.threads or min(room, most)
+
+
+def thread_bytes(jobs: Sequence[Job]) -> int:
+    """The buffers of one thread.
+
+    It reads a span, and a tile that it puts together from several tensors, and holds tiles of all sources or of the
+    sums in float64; an elementwise method holds both, and what its arithmetic leaves between.
     """
     sums, recipe = len(jobs), jobs[0].recipe
-    spans = threads * (2 * SPAN_BYTES + engine.TILE * 8)
-    tiles = (threads + 1) * (1 + sums) * engine.TILE * (4 + 8)
+    inputs = 1 + len(recipe.members)
+    size = 2 * SPAN_BYTES + (inputs + sums + 4) * TILE * 8
     if recipe.elementwise:
-        tiles += threads * (3 * len(recipe.members) + sums + 10) * engine.SMALL_TILE * 8
-    items = (threads + 1) * sums
-    room = ((memory_mib << 20) - spans - tiles) // items
-    least = max(chunk_mib, 1)
-    if room < least << 20:
-        needed = math.ceil((spans + tiles) / 2**20) + items * least
-        chunks = f" and merge.chunk_mib={chunk_mib}" if chunk_mib else ""
-        raise UserError(
-            f"merge.memory_mib is {memory_mib}: at least {needed} are needed with {threads} threads{chunks}"
-        )
-    return min(room, PIECE_BYTES)
-
-
-def fitting_threads(settings: Merge, jobs: Sequence[Job], most: int) -> int:
-    """As many threads as `merge.memory_mib` has room for, at least one."""
-    for threads in range(most, 1, -1):
-        with suppress(UserError):
-            piece_bytes(settings.memory_mib, jobs, threads, settings.chunk_mib)
-            return threads
-    return 1
+        size += (3 * inputs + sums + 10) * SMALL_TILE * 8
+    return size
 
 
 def prepare(
@@ -235,9 +229,10 @@ def _write(
 
     directories = group.first(stage, jobs[0].target)
     group.first(lambda: check_space(work, directories))
-    total = work.recipes[0].passes * len(work.inputs) * sum(s.nbytes for s in engine.share(to_measure(work), group))
+    slices = to_measure(work)
+    total = work.recipes[0].passes * len(work.inputs) * sum(s.nbytes for s in engine.share(slices, group))
     with _progress("measuring", total, group) as advance:
-        work = measured(work, group, advance, threads)
+        work = measured(work, slices, group, advance, threads)
     share = sum(unit.nbytes for unit in engine.share(work.units, group)) / max(work.bytes_written, 1)
     with _progress("merging", int(work.bytes_read * share), group) as advance:
         norms = engine.execute(work, directories, group, advance, threads)

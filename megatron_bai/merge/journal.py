@@ -8,7 +8,6 @@ the CRC-32 of every item, computed when it was written: what no longer agrees is
 import dataclasses
 import json
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -73,7 +72,8 @@ def _checksum(file: Path, items: list[Written]) -> int:
     def skip_to(start: int) -> None:
         nonlocal crc, at
         assert start >= at, f"{file}: two items overlap"
-        crc, at = crc32.combine(crc, crc32.of_file(file, at, start - at), start - at), start
+        if start > at:
+            crc, at = crc32.combine(crc, crc32.of_file(file, at, start - at), start - at), start
 
     for item in sorted(items, key=lambda item: (item.start, item.length)):
         skip_to(item.start)
@@ -93,7 +93,7 @@ def _notes(directory: Path) -> Iterator[tuple[str, UnitResult]]:
     """Every readable note, with the unit's name."""
     for file in (directory / DIRECTORY).glob("*.json"):
         text, _, crc = file.read_text().rpartition("\n")
-        if crc != f"{zlib.crc32(text.encode()):08x}":
+        if crc != f"{crc32.of(text.encode()):08x}":
             continue  # damaged: the unit is written again
         noted = json.loads(text)
         written = [
@@ -108,7 +108,7 @@ def note(directory: Path, unit: str, result: UnitResult) -> None:
         placing.sync(directory / name)
     written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply
     text = json.dumps({"written": written, "squares": result.squares})
-    _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{zlib.crc32(text.encode()):08x}")
+    _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{crc32.of(text.encode()):08x}")
 
 
 def _tuple(value: list[int] | None) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ written: a merge that was killed measures again and finds the same.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,7 +16,7 @@ import torch
 
 from megatron_bai.merge.engine import share
 from megatron_bai.merge.plan import Plan
-from megatron_bai.merge.pool import Pool
+from megatron_bai.merge.pool import pool
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.recipe import Measure
 from megatron_bai.merge.regions import Fate, Region
@@ -49,8 +49,10 @@ def to_measure(plan: Plan) -> tuple[Slice, ...]:
     )
 
 
-def measured(plan: Plan, ranks: Ranks, advance: Callable[[int], None], threads: int = 1) -> Plan:
-    """The plan with its measures; every rank calls it.
+def measured(
+    plan: Plan, todo: Sequence[Slice], ranks: Ranks, advance: Callable[[int], None], threads: int = 1
+) -> Plan:
+    """The plan with the measures of `todo`; every rank calls it.
 
     Args:
         advance: told the number of input bytes whenever some have been read, by any thread.
@@ -59,14 +61,13 @@ def measured(plan: Plan, ranks: Ranks, advance: Callable[[int], None], threads: 
     Raises:
         UserError: a source cannot be read or holds NaN or Inf.
     """
-    todo = to_measure(plan)
     if not todo:
         return plan
 
     def work() -> dict[str, Measure]:
         mine = share(todo, ranks)
-        with Pool(threads, lambda: None) as pool:
-            measures = pool.map(lambda each, _: _measure(plan, each, advance), mine)
+        with pool(threads) as run:
+            measures = run(lambda each: _measure(plan, each, advance), mine)
             return {each.name: measure for each, measure in zip(mine, measures)}
 
     found = {name: measure for part in ranks.together(work) for name, measure in part.items()}

@@ -19,7 +19,7 @@ from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.boxes import row_major, span
 from megatron_bai.merge.checks import Place
 from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.targets import Shape, Target, Writer, Written
+from megatron_bai.merge.targets import Item, Shape, Target, Writer, Written
 from megatron_bai.model import crc32, manifest
 from megatron_bai.model.strict_json import parse
 
@@ -252,22 +252,18 @@ class _InPlaceWriter(Writer):
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
         directory: Path,
     ):
-        self.written: list[Written] = []
+        super().__init__()
         self._places, self._shapes, self._directory = places, shapes, directory
         self._files: dict[str, int] = {}
 
-    def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        (dtype, shape), (file, start) = self._shapes[key], self._places[key]
+    def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item:
+        (noted, shape), (file, start) = self._shapes[key], self._places[key]
         strides = row_major(shape)
-        assert tensor.dtype == dtype and span(tuple(tensor.shape), strides) == tensor.numel()
+        assert dtype == noted and span(sizes, strides) == math.prod(sizes)
         start += sum(o * s for o, s in zip(offsets, strides)) * dtype.itemsize
         if file not in self._files:
             self._files[file] = os.open(self._directory / file, os.O_WRONLY)
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._files[file], data[done:], start + done)
-        self.written.append(Written(key, offsets, tuple(tensor.shape), file, start, len(data), crc32.of(data)))
+        return Item(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)
 
     def blob(self, key: str, data: memoryview) -> None:
         raise AssertionError("safetensors files hold tensors only")

@@ -14,10 +14,8 @@ import bisect
 import hashlib
 import itertools
 import math
-import os
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,17 +23,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from zlib_ng.zlib_ng import crc32
 
 from megatron_bai.errors import Unfit, UserError
-from megatron_bai.merge.boxes import Box, span, split, within
-from megatron_bai.merge.checks import Checks, Place
+from megatron_bai.merge.boxes import Box, is_row_major, span, split, within
+from megatron_bai.merge.checks import Checks, Part, Place
+from megatron_bai.merge.files import Files
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.targets import Shape, Target
-from megatron_bai.model import manifest
+from megatron_bai.model import crc32, manifest
 
 SPAN_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
-OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more files than a process may open
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,33 +145,30 @@ class Scratch(threading.local):
         return buffer[:length]
 
 
-class _Files:
-    """The files of one source that are open: every thread's own, so that none closes what another reads."""
+class Stream:
+    """A box whose elements lie one after another in one record, read from its begin to its end and checked on the way.
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._mine = threading.local()
-        self._all: list[OrderedDict[str, int]] = []
+    One thread reads it, and meanwhile nothing else of the same source; others may have other streams.
+    """
 
-    def descriptor(self, name: str) -> int:
-        """Of this thread's; the one used longest ago is closed when there are too many."""
-        try:
-            mine = self._mine.open
-        except AttributeError:
-            mine = self._mine.open = OrderedDict()
-            self._all.append(mine)
-        if name in mine:
-            mine.move_to_end(name)
-            return mine[name]
-        while len(mine) >= OPEN_FILES:
-            os.close(mine.popitem(last=False)[1])
-        return mine.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+    def __init__(self, source: "Source", entry: Entry, chunk: Chunk, record: Record, begin: int, length: int):
+        self._source, self._entry, self._chunk, self._record = source, entry, chunk, record
+        self._begin, self._length = begin, length
+        self._descriptor = source.files.descriptor(chunk.file)
+        self._done = self._crc = 0
 
-    def close(self) -> None:
-        """Close every thread's; none may be reading."""
-        for files in self._all:
-            while files:
-                os.close(files.popitem()[1])
+    def readinto(self, buffer: memoryview) -> None:
+        """The next bytes, as many as `buffer` has.
+
+        Raises:
+            UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
+        """
+        start = self._record.start + self._begin + self._done
+        self._source.files.read(self._chunk.file, start, buffer, self._descriptor)
+        self._crc = crc32.of(buffer, self._crc)
+        self._done += len(buffer)
+        if self._done == self._length:
+            self._source.note(self._entry, self._chunk, self._record, (self._begin, self._length, self._crc))
 
 
 class Source(ABC):
@@ -200,7 +194,7 @@ class Source(ABC):
         self.tensors = tensors
         self.objects = objects or {}
         self._scratch = scratch or Scratch()
-        self._files = _Files(path)
+        self.files = Files(path)
         self._checks = Checks()
         self._check_files()
 
@@ -271,10 +265,24 @@ class Source(ABC):
                 out[within((low, size), offsets)].copy_(self._load(entry, chunk, record, low, size))
         return out
 
+    def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Stream | None:
+        """A region of a tensor to read in parts, or None where its elements do not lie one after another."""
+        entry = self.tensors[key]
+        chunk = entry.chunk_at(offsets, sizes)
+        if chunk is None:
+            chunk, box = next(entry.overlapping(offsets, sizes), (None, None))
+            if chunk is None or box != (offsets, sizes):
+                return None
+        record = self.record(entry, chunk)
+        if not is_row_major(sizes, record.strides):
+            return None
+        item = entry.dtype.itemsize
+        return Stream(self, entry, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
+
     def read_bytes(self, file: str, start: int, length: int) -> memoryview:
         """Raw bytes of a file of the checkpoint, in memory of their own."""
         buffer = memoryview(bytearray(length))
-        self._pread(file, start, buffer)
+        self.files.read(file, start, buffer)
         return buffer
 
     def read_object(self, key: str) -> memoryview:
@@ -349,7 +357,7 @@ class Source(ABC):
         """Compare what the records make up with the manifest, for a format that has no checksums of its own."""
 
     def close(self) -> None:
-        self._files.close()
+        self.files.close()
 
     def __enter__(self) -> "Source":
         return self
@@ -360,14 +368,17 @@ class Source(ABC):
     def _load(self, entry: Entry, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]):
         """A region inside one chunk, as a view of the bytes between its first and its last element."""
         item = entry.dtype.itemsize
-        begin = record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item
+        begin = _first_byte(chunk, record, offsets, item)
         length = span(sizes, record.strides) * item
         buffer = self._scratch.take("span", length)
-        self._pread(chunk.file, record.start + begin, memoryview(buffer.numpy()))
-        part = begin, length, crc32(buffer.numpy())
+        self.files.read(chunk.file, record.start + begin, memoryview(buffer.numpy()))
+        self.note(entry, chunk, record, (begin, length, crc32.of(buffer.numpy())))
+        return buffer.view(entry.dtype).as_strided(sizes, record.strides)
+
+    def note(self, entry: Entry, chunk: Chunk, record: Record, part: Part) -> None:
+        """Remember a part of a record that was read, and check the record if that completes it."""
         if (crc := self._checks.add((chunk.file, chunk.start), part, record.length)) is not None:
             self._require(entry.key, chunk.file, record, crc)
-        return buffer.view(entry.dtype).as_strided(sizes, record.strides)
 
     def _require(self, key: str, file: str, record: Record, crc: int) -> None:
         if record.crc32 is not None and crc != record.crc32:
@@ -380,17 +391,11 @@ class Source(ABC):
         crc = 0
         for start in range(0, record.length, SPAN_BYTES):
             buffer = self._scratch.take("span", min(SPAN_BYTES, record.length - start))
-            self._pread(file, record.start + start, memoryview(buffer.numpy()))
-            crc = crc32(buffer.numpy(), crc)
+            self.files.read(file, record.start + start, memoryview(buffer.numpy()))
+            crc = crc32.of(buffer.numpy(), crc)
         return crc
 
-    def _pread(self, name: str, start: int, buffer: memoryview) -> None:
-        try:
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(self._files.descriptor(name), [buffer[done:]], start + done)
-                if count == 0:
-                    raise UserError(f"{self.path / name} ends before byte {start + len(buffer)}: it was cut off")
-                done += count
-        except OSError as error:
-            raise UserError(f"{self.path / name} cannot be read: {error.strerror}") from None
+
+def _first_byte(chunk: Chunk, record: Record, offsets: tuple[int, ...], item: int) -> int:
+    """Of a record, where the element at `offsets` begins."""
+    return record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item

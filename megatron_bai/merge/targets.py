@@ -1,13 +1,15 @@
 """What a format must do to be written: begin, any number of units on any ranks, finish."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_bai.merge import files
+from megatron_bai.model import crc32
 
 Shape = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor to write: key, dtype and global shape
 
@@ -28,14 +30,75 @@ class Written:
     crc32: int
 
 
-class Writer(ABC):
-    """Writes the items of one unit; `written` says where each lies."""
+@dataclass(slots=True)
+class Item:
+    """A box of a tensor on its way into a file: its elements are written in order, in parts, by one thread.
 
-    written: list[Written]
+    Attributes:
+        key, offsets, sizes: the box.
+        file: its name; `descriptor`: the file, open to write; `start`: where the item begins in it.
+        head: what the format puts before the elements.
+        tail: what it puts behind them, made of their CRC-32; None: nothing.
+        left: bytes of elements yet to be written.
+    """
+
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    descriptor: int
+    start: int
+    left: int
+    head: bytes = b""
+    tail: Callable[[int], bytes] | None = None
+    _length: int = 0  # so far, with the head
+    _crc: int = 0  # of the elements so far
+    _written: Written | None = None
+
+    def write(self, data: memoryview) -> None:
+        """The next bytes of the elements; of an item without elements none, once.
+
+        Raises:
+            OSError: as the system says.
+        """
+        parts: list[bytes | memoryview] = [data] if self._length else [self.head, data]
+        self._crc = crc32.of(data, self._crc)
+        self.left -= len(data)
+        if self.left == 0:
+            parts.append(self.tail(self._crc) if self.tail else b"")
+        files.write(self.descriptor, parts, self.start + self._length)
+        self._length += sum(map(len, parts))
+        if self.left == 0:
+            elements = self._length - len(self.head) - len(parts[-1])
+            crc = crc32.combine(crc32.of(self.head), self._crc, elements)
+            crc = crc32.of(parts[-1], crc)
+            self._written = Written(self.key, self.offsets, self.sizes, self.file, self.start, self._length, crc)
+
+    @property
+    def written(self) -> Written:
+        assert self._written is not None, f"{self.key} {self.offsets}: {self.left} bytes were not written"
+        return self._written
+
+
+class Writer(ABC):
+    """Writes the items of one unit."""
+
+    def __init__(self) -> None:
+        self._items: list[Item | Written] = []
+
+    @property
+    def written(self) -> list[Written]:
+        """Where each item lies, in the order in which they were asked for, once all are complete."""
+        return [item.written if isinstance(item, Item) else item for item in self._items]
+
+    def item(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item:
+        """The place for a box of a tensor, to be written before the unit ends, by any thread."""
+        item = self._place(key, offsets, dtype, sizes)
+        self._items.append(item)
+        return item
 
     @abstractmethod
-    def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        """Write a contiguous box of a tensor."""
+    def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item: ...
 
     @abstractmethod
     def blob(self, key: str, data: memoryview) -> None:

@@ -12,6 +12,7 @@ The archives are uncompressed, so a chunk's elements lie plain in the file and a
 
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge import archive
+from megatron_bai.merge import archive, files
 from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.targets import Shape, Target, Writer, Written
+from megatron_bai.merge.targets import Item, Shape, Target, Writer, Written
 from megatron_bai.model import crc32, manifest
 from megatron_bai.model.strict_json import parse
 from megatron_bai.model.unpickle import read_metadata
@@ -182,40 +183,35 @@ def _index(metadata: Any) -> tuple[dict[str, Entry], dict[str, Blob]]:
 
 
 class ItemWriter(Writer):
-    """Appends items to one `.distcp` file; `written` says where each lies."""
+    """Lays items one after another into one `.distcp` file."""
 
     def __init__(self, directory: Path, name: str):
+        super().__init__()
         self.name = name + SUFFIX
-        self.written: list[Written] = []
-        self._file = open(directory / self.name, "wb")
+        self._file = os.open(directory / self.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._end = 0
+
+    def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item:
+        """A chunk, byte for byte as `torch.save` would write it but for an identifier."""
+        frame, start = archive.frame_for(dtype, sizes), self._end
+        self._end += len(frame.head) + frame.length + len(frame.tail)
+        return Item(key, offsets, sizes, self.name, self._file, start, frame.length, frame.head, frame.tail_with)
 
     def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        """Write a contiguous tensor as a chunk, byte for byte as `torch.save` would but for an identifier."""
-        start = self._file.tell()
-        frame = archive.frame_for(tensor.dtype, tuple(tensor.shape))
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        crc = crc32.of(data)
-        tail = frame.tail_with(crc)
-        for part in (frame.head, data, tail):
-            self._file.write(part)
-        crc = crc32.of(tail, crc32.combine(crc32.of(frame.head), crc, len(data)))
-        self._note(key, offsets, tuple(tensor.shape), start, crc)
+        """Write a contiguous tensor as a chunk."""
+        item = self.item(key, offsets, tensor.dtype, tuple(tensor.shape))
+        item.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
     def blob(self, key: str, data: memoryview) -> None:
-        start = self._file.tell()
-        self._file.write(data)
-        self._note(key, None, None, start, crc32.of(data))
-
-    def _note(
-        self, key: str, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None, start: int, crc: int
-    ) -> None:
-        self.written.append(Written(key, offsets, sizes, self.name, start, self._file.tell() - start, crc))
+        files.write(self._file, [data], self._end)
+        self._items.append(Written(key, None, None, self.name, self._end, len(data), crc32.of(data)))
+        self._end += len(data)
 
     def __enter__(self) -> "ItemWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def write_index(directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:

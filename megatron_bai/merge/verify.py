@@ -1,7 +1,6 @@
 """Checking a merge against its formula, by reading the written checkpoint again."""
 
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -9,13 +8,15 @@ import torch
 
 from megatron_bai.errors import Unfit
 from megatron_bai.merge.boxes import Box, split
-from megatron_bai.merge.engine import TILE, one_thread
 from megatron_bai.merge.plan import Plan
+from megatron_bai.merge.pool import one_thread
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Source
+from megatron_bai.merge.tiles import TILE
 from megatron_bai.merge.values import read_all
+from megatron_bai.model import crc32
 
 SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at least one
 SAMPLE = 1 << 12  # elements that are compared of a sampled tile
@@ -58,7 +59,7 @@ def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Region, Box]]:
             pieces[region.name] += ((region, tile) for tile in plan.tiles(region, box, TILE))
     for name, tiles in pieces.items():
         if not everything:  # a different place in each region: the name's hash says where
-            place = zlib.crc32(name.encode())
+            place = crc32.of(name.encode())
             parts = [
                 (region, list(split(*box, SAMPLE)))
                 for region, box in tiles[place % min(SAMPLE_EVERY, len(tiles)) :: SAMPLE_EVERY]

@@ -16,7 +16,7 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.merge.boxes import Box, within
 from megatron_bai.merge.ranks import Ranks
-from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source
+from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source, Stream
 from megatron_bai.merge.spelling import EXPERT, LAYER, place
 from megatron_bai.merge.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes
 
@@ -118,10 +118,19 @@ class View:
             out[within(part, low)].copy_(self._read(name, part))
         return out.view(sizes)
 
+    def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Stream | None:
+        """As `Source.stream`; None where several tensors of the source hold the region."""
+        at = self._base.places[key]
+        parts = list(self._chart.parts(at.name, at.to_canonical(offsets, sizes)))
+        return self._source.stream(parts[0][0], *self._native(*parts[0])) if len(parts) == 1 else None
+
     def _read(self, name: str, box: Box) -> torch.Tensor:
         """A box of a canonical tensor, which lies in the source's tensor `name`."""
-        ndim = len(self._chart.tensors[name].shape)
-        return self._source.read(name, *self._chart.places[name].to_native(box, ndim)).view(box[1])
+        return self._source.read(name, *self._native(name, box)).view(box[1])
+
+    def _native(self, name: str, box: Box) -> Box:
+        """A box of a canonical tensor as one of the source's tensor `name`."""
+        return self._chart.places[name].to_native(box, len(self._chart.tensors[name].shape))
 
     def identity(self) -> str:
         return self._source.identity()

@@ -10,7 +10,6 @@ every file with its size in bytes and its CRC-32 (`crc32.py` says why that), and
 
 import json
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_bai.model.strict_json import parse
 NAME = "manifest.json"
 VERSION = 2  # 1 had sizes alone
 WEIGHTS = (".distcp", ".safetensors")
-_THREADS = 4  # zlib lets go of the interpreter, so files are summed side by side
+_THREADS = 4  # zlib-ng lets go of the interpreter, so files are summed side by side
 
 
 def staging(target: str | Path) -> Path:
@@ -146,7 +145,7 @@ def compare(file: Path, found: int, noted: int) -> None:
 
 def _sum_of(body: dict[str, Any]) -> str:
     """The CRC-32 of a manifest's content, however it is laid out."""
-    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+    return f"{crc32.of(json.dumps(body, sort_keys=True).encode()):08x}"
 
 
 def _listing(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

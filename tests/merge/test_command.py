@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, torch_dist
+from megatron_bai.merge import command, engine, tiles, torch_dist
 from megatron_bai.merge.plan import Unit
 from megatron_bai.merge.ranks import Ranks, ranks
+from megatron_bai.merge.regions import Fate
 from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.merge.verify import verify
 from megatron_bai.model import manifest
@@ -108,7 +109,7 @@ def test_members_layouts_do_not_matter(three, tmp_path):
 @pytest.mark.parametrize("tile", [1, 7, 64])
 def test_tiles_do_not_matter(three, tmp_path, monkeypatch, tile):
     expected = run(three)
-    monkeypatch.setattr(engine, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     monkeypatch.setattr(command, "PIECE_BYTES", 64)
     merged = run(three, output=str(tmp_path / "tiled"))
     assert all(torch.equal(merged[key], value) for key, value in expected.items())
@@ -326,13 +327,17 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
     three = dataclasses.replace(three, pretrained=str(checkpoints.write(tmp_path / "zeros", base)))
     singles = {alpha: run(three, alpha=alpha, output=str(tmp_path / f"single-{alpha}")) for alpha in ALPHAS}
     reads = Counter()
-    read = TorchDist.read
 
-    def count(self, key, offsets, sizes):
-        reads[self.path.name] += torch.Size(sizes).numel()
-        return read(self, key, offsets, sizes)
+    def counted(read):
+        def count(self, key, offsets, sizes):
+            found = read(self, key, offsets, sizes)
+            reads[self.path.name] += 0 if found is None else torch.Size(sizes).numel()
+            return found
 
-    monkeypatch.setattr(TorchDist, "read", count)
+        return count
+
+    monkeypatch.setattr(TorchDist, "read", counted(TorchDist.read))
+    monkeypatch.setattr(TorchDist, "stream", counted(TorchDist.stream))
     command.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
     monkeypatch.undo()
     assert "9 tensors, 7,730 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
@@ -477,7 +482,7 @@ def killed_at(settings: Merge, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "first tile":
-        engine.Accumulator.weighted_sums = die
+        tiles.merge = die
     elif moment == "index":
         torch_dist.write_index = die
     elif moment == "provenance":
@@ -604,15 +609,26 @@ def test_verify_all_compares_every_element_and_a_sample_every_tensor(three):
         assert 0 < verify(work, 0, output, Ranks(), False) < total
 
 
+def spoil(monkeypatch, factor: float) -> None:
+    """Let everything that is merged be wrong by this factor."""
+    right = tiles._way
+
+    def wrong(plan, region, *rest):
+        way, limit = right(plan, region, *rest)
+
+        def spoiled(box):
+            for data, square in way(box):
+                if region.fate is Fate.MERGED:
+                    torch.frombuffer(data, dtype=region.dtype).mul_(factor)
+                yield data, square
+
+        return spoiled, limit
+
+    monkeypatch.setattr(tiles, "_way", wrong)
+
+
 def test_a_wrong_output_is_not_sealed(three, monkeypatch):
-    right = engine._round
-
-    def wrong(plan, output, box, total, tile):
-        norm = right(plan, output, box, total, tile)
-        tile.mul_(1 + 2**-7)
-        return norm
-
-    monkeypatch.setattr(engine, "_round", wrong)
+    spoil(monkeypatch, 1 + 2**-7)
     refused(three, "is not what merge.method=bai makes of its sources")
 
 

@@ -18,7 +18,7 @@ from test_spelling import COEFFICIENTS, reference, same, settings, write_hf, wri
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
-from megatron_bai.merge.command import fitting_threads, jobs_of, piece_bytes
+from megatron_bai.merge.command import jobs_of, threads_of
 from megatron_bai.merge.safetensors_files import SafeTensors
 from megatron_bai.merge.torch_dist import TorchDist
 
@@ -262,7 +262,7 @@ def test_the_settings_cut_in_mebibytes(tmp_path):
     "changes, message",
     [
         ({"chunk_mib": 8, "file_mib": 4}, "merge.file_mib is 4 and merge.chunk_mib is 8"),
-        ({"chunk_mib": 512, "threads": 1}, r"merge.memory_mib is 512: at least \d+ are needed with 1 threads and merge.chunk_mib=512"),
+        ({"memory_mib": 512, "threads": 20}, r"merge.memory_mib is 512: at least \d+ are needed with 20 threads"),
         ({"chunk_mib": -1}, "merge.chunk_mib is -1"),
         ({"dtype": "fp8"}, "merge.dtype is 'fp8': choose one of bfloat16, float16, float32"),
     ],
@@ -328,10 +328,11 @@ def test_another_form_is_another_merge(tmp_path, capsys, changes):
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing to do")
 
 
-def test_the_view_counts_into_the_memory(tmp_path):
-    jobs = jobs_of(settings(["base", "a", "b"], tmp_path / "out"))
-    assert piece_bytes(512, jobs, threads=1) == 16 << 20
+def test_as_many_threads_as_the_memory_has_room_for(tmp_path):
+    three = settings(["base", "a", "b"], tmp_path / "out")
     wide = settings(["base", "a", "b"], tmp_path / "out", sweep=[0.1, 0.2, 0.5, 0.7, 0.9], alpha=None)
-    assert fitting_threads(wide, jobs_of(wide), most=8) == 6, "the default memory has room for a sweep on any machine"
-    with pytest.raises(UserError, match="merge.memory_mib is 61: at least 62 are needed with 1 threads"):
-        piece_bytes(61, jobs, threads=1)
+    assert threads_of(wide, jobs_of(wide), most=8) == 8, "the default memory has room for a sweep on any machine"
+    tight = dataclasses.replace(three, memory_mib=100)
+    assert threads_of(tight, jobs_of(three), most=8) == 2
+    with pytest.raises(UserError, match="merge.memory_mib is 39: at least 40 are needed with 1 thread$"):
+        threads_of(dataclasses.replace(three, memory_mib=39), jobs_of(three), most=8)

@@ -14,12 +14,12 @@ from pathlib import Path
 import checkpoints
 import pytest
 from kills import after_bytes, at_step, die, in_child
-from test_command import content, merge_in_small_units, peer
+from test_command import content, merge_in_small_units, peer, spoil
 from test_safetensors import hf  # noqa: F401, a fixture
 
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, journal, sources
+from megatron_bai.merge import command, engine, files, journal
 from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.model import manifest
 
@@ -158,7 +158,7 @@ def refused(merge: Callable, settings: Merge, message: str, kept: bool) -> None:
 
 
 def test_a_source_that_vanishes_costs_nothing_that_is_finished(settings, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "OPEN_FILES", 1)  # so that files are opened again, as those of large checkpoints are
+    monkeypatch.setattr(files, "OPEN_FILES", 1)  # so that files are opened again, as those of large checkpoints are
     member = Path(settings.members[1])
     gone = member.with_name("gone")
     refused(
@@ -203,14 +203,7 @@ def test_what_an_earlier_process_read_is_proven_too(three, tmp_path):
 
 
 def test_what_can_never_be_merged_is_not_kept(settings, monkeypatch):
-    right = engine._round
-
-    def wrong(plan, output, box, total, tile):
-        norm = right(plan, output, box, total, tile)
-        tile.mul_(1 + 2**-5)
-        return norm
-
-    monkeypatch.setattr(engine, "_round", wrong)
+    spoil(monkeypatch, 1 + 2**-5)
     refused(merge_in_small_units, settings, "is not what merge.method=bai makes of its sources", kept=False)
 
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from test_command import spoil
 
 from megatron_bai import cli
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, measure
+from megatron_bai.merge import command, engine, measure, tiles
 from megatron_bai.merge.inspect import inspect
 from megatron_bai.merge.methods import METHODS, recipes_of
 from megatron_bai.merge.methods.dare import keeps
@@ -107,7 +108,7 @@ def test_fp32_is_the_nearest_too(tmp_path, each):
 @pytest.mark.parametrize("tile, piece", [(1, 64), (7, 1 << 24), (64, 200)])
 def test_tiles_do_not_matter(each, tmp_path, monkeypatch, tile, piece):
     expected = run(each)
-    monkeypatch.setattr(engine, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     monkeypatch.setattr(measure, "BLOCK", 20 * tile)
     monkeypatch.setattr(command, "PIECE_BYTES", piece)
     assert same(run(each, output=str(tmp_path / "tiled")), expected)
@@ -286,14 +287,7 @@ def test_another_method_with_the_same_coefficients_is_another_merge(three, capsy
 
 
 def test_verify_sees_what_was_changed(each, monkeypatch):
-    right = engine._round
-
-    def wrong(plan, output, box, total, tile):
-        norm = right(plan, output, box, total, tile)
-        tile.mul_(1 + 2**-7)
-        return norm
-
-    monkeypatch.setattr(engine, "_round", wrong)
+    spoil(monkeypatch, 1 + 2**-7)
     for verify in ("sample", "all"):
         wrong_values = f"is not what merge.method={each.method} makes of its sources"
         refused(dataclasses.replace(each, verify=verify), wrong_values)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_command import content, in_child, merge_in_small_units, peer, refused
 
 from megatron_bai.config import Config, Merge
-from megatron_bai.merge import command, engine
+from megatron_bai.merge import command, tiles
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.spelling import place
 
@@ -54,10 +54,10 @@ def reference(dense: int = 0, coefficients=None) -> spellings.Model:
 
 
 @pytest.mark.parametrize("first", range(len(spellings.MEGATRON)))
-@pytest.mark.parametrize("tile", [7, engine.TILE])
+@pytest.mark.parametrize("tile", [7, tiles.TILE])
 def test_megatrons_spellings_merge_into_the_bases(tmp_path, monkeypatch, first, tile):
     """In tiles of 7 elements too: every region of a view is read, whatever it is cut from."""
-    monkeypatch.setattr(engine, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     base, *others = spellings.MEGATRON[first:] + spellings.MEGATRON[:first]
     for i, members in enumerate(zip(others, others[1:] + others[:1])):
         (tmp_path / str(i)).mkdir()

@@ -1,0 +1,77 @@
+"""Reading and writing at places of files, whole or not at all."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bai.errors import UserError
+
+OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more files than a process may open
+
+
+class Files:
+    """The files of one source that are open: every thread's own, so that none closes what another reads."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._mine = threading.local()
+        self._all: list[OrderedDict[str, int]] = []
+
+    def descriptor(self, name: str) -> int:
+        """Of this thread's; the one used longest ago is closed when there are too many.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        try:
+            mine = self._mine.open
+        except AttributeError:
+            mine = self._mine.open = OrderedDict()
+            self._all.append(mine)
+        if name in mine:
+            mine.move_to_end(name)
+            return mine[name]
+        while len(mine) >= OPEN_FILES:
+            os.close(mine.popitem(last=False)[1])
+        try:
+            return mine.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
+    def read(self, name: str, start: int, buffer: memoryview, descriptor: int | None = None) -> None:
+        """Fill `buffer` with the bytes from `start` of a file.
+
+        Raises:
+            UserError: they cannot be read, or are not all there.
+        """
+        descriptor = self.descriptor(name) if descriptor is None else descriptor
+        try:
+            done = os.preadv(descriptor, [buffer], start)
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
+                if count == 0:
+                    raise UserError(f"{self._path / name} ends before byte {start + len(buffer)}: it was cut off")
+                done += count
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
+    def _unreadable(self, name: str, error: OSError) -> UserError:
+        return UserError(f"{self._path / name} cannot be read: {error.strerror}")
+
+    def close(self) -> None:
+        """Close every thread's; none may be reading."""
+        for files in self._all:
+            while files:
+                os.close(files.popitem()[1])
+
+
+def write(descriptor: int, parts: Sequence[bytes | memoryview], start: int) -> None:
+    """Write `parts`, one after another, from byte `start` of a file."""
+    size = sum(map(len, parts))
+    done = os.pwritev(descriptor, parts, start)
+    if done < size:  # the disk is nearly full, or there is more than one call takes
+        rest = memoryview(b"".join(parts))
+        while done < size:
+            done += os.pwrite(descriptor, rest[done:], start + done)

@@ -1,0 +1,101 @@
+"""The compiled sum of bfloat16 values against torch's separate operations, bit for bit."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from megatron_bai.merge import kernel
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1 + 2**-7, 1 + 2**-8 + 2**-9, 2.0**-126, 2.0**-133, -(2.0**-133), 2.0**127, -(2.0**127)]
+
+
+def bits(values: torch.Tensor) -> np.ndarray:
+    return values.view(torch.uint16).numpy()
+
+
+def run(sources: torch.Tensor, coefficients: Sequence[float], rows: Sequence[int] | None = None):
+    """The sums of bfloat16 [sources, elements], the largest magnitude's bits and the sum of squares."""
+    out = np.zeros(sources.shape[1], np.uint16)
+    used = np.array(range(len(coefficients)) if rows is None else rows)
+    largest, squares = kernel.weighted_sum(bits(sources), used, np.array(coefficients, np.float32), out)
+    return torch.from_numpy(out).view(torch.bfloat16), largest, squares
+
+
+def plain(sources: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
+    """float32, each product and each sum rounded, in the order of the sources; one operation of torch for each."""
+    total = sources[0].float().mul_(coefficients[0])
+    for row, coefficient in zip(sources[1:], coefficients[1:]):
+        total.add_(row.float().mul_(coefficient))
+    return total
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a.view(torch.int16) == b.view(torch.int16)).all())
+
+
+@pytest.mark.parametrize("count", [1, 7, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 5])
+def test_the_bits_are_those_of_torch(inputs, count):
+    torch.manual_seed(inputs * count)
+    sources = (torch.randn(inputs, count) * torch.logspace(-4, 4, count)).bfloat16()
+    coefficients = [0.1, 0.7, 0.3, -0.2, 0.1][:inputs]
+    total = plain(sources, coefficients)
+    merged, largest, squares = run(sources, coefficients)
+    assert same(merged, total.bfloat16())
+    assert largest == int(total.abs().max().view(torch.int32))
+    assert squares == pytest.approx(float(total.double().square().sum()), rel=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from(SPECIAL) | st.floats(width=16, allow_nan=False, allow_infinity=False)] * 3), min_size=1))
+def test_zeros_subnormals_and_ties_too(values):
+    sources = torch.tensor(values).T.bfloat16().contiguous()
+    for coefficients in ([1.0, 0.5, 2.0**-9], [0.5, 0.25, 0.25], [1.0, -1.0, 0.3]):
+        total = plain(sources, coefficients)
+        assert same(run(sources, coefficients)[0], total.bfloat16())
+
+
+def test_every_bfloat16_is_itself():
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()].unsqueeze(0).contiguous()
+    merged, largest, _ = run(every, [1.0])
+    assert same(merged, every[0]) and largest <= kernel.LARGEST, "the largest finite one is no overflow"
+
+
+def test_ties_go_to_even():
+    values = torch.tensor([[1.0, 1 + 2**-7, 1 + 2**-6], [2**-8, 2**-8, -(2**-8)]]).bfloat16()
+    assert run(values, [1.0, 1.0])[0].tolist() == [1.0, 1 + 2**-6, 1 + 2**-6]  # the exact sums lie in the middle
+
+
+def test_the_order_is_that_of_the_rows():
+    values = torch.tensor([[2.0**30], [-(2.0**30)], [1.0]]).bfloat16()
+    assert run(values, [1.0, 1.0, 1.0])[0].item() == 1.0
+    assert run(values, [1.0, 1.0, 1.0], rows=[0, 2, 1])[0].item() == 0.0, "1 is lost beside 2³⁰"
+    assert run(values, [3.0, 5.0], rows=[2, 2])[0].item() == 8.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("source, at", [(0, 0), (1, 1030), (2, 2999)])
+def test_nan_and_infinity_are_seen_wherever_they_are(bad, source, at):
+    values = torch.ones(3, 3000).bfloat16()
+    values[source, at] = bad
+    assert run(values, [0.5, 0.25, 0.25])[1] > kernel.LARGEST
+    rows = [i for i in range(3) if i != source]
+    assert run(values, [0.5, 0.5], rows)[1] <= kernel.LARGEST, "a source without a part in the sum cannot spoil it"
+
+
+def test_what_is_rounded_to_infinity_is_seen():
+    most = torch.finfo(torch.bfloat16).max
+    for above, finite in ((2.0**119, False), (2.0**118, True)):  # half the last place, and a quarter
+        merged, largest, _ = run(torch.tensor([[most], [above]]).bfloat16(), [1.0, 1.0])
+        assert bool(merged.isfinite()) == finite == (largest <= kernel.LARGEST)
+
+
+def test_only_what_is_asked_for_is_written():
+    out = np.full(20, 7, np.uint16)
+    kernel.weighted_sum(np.zeros((2, 64), np.uint16), np.array([0, 1]), np.ones(2, np.float32), out[:9])
+    assert out.tolist() == [0] * 9 + [7] * 11
