@@ -210,11 +210,6 @@ def gradient(
     """
     run = Run(case, device)
     run.score(mode)
-    return measured(run, mode, objective)
-
-
-def measured(run: Run, mode: str, objective: str = "") -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """`gradient`, once there are scores."""
     if objective:
         run.batch.reference_logprobs.copy_(run.batch.old_logprobs + run.noise)
         run.batch.counted.copy_(run.counted)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import slurmd
-from conftest import TORCHRUN, TRAIN, Run
+from launching import TORCHRUN, TRAIN, Run
 from netnodes import Node
 from slurmd import Slurm
 

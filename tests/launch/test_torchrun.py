@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TORCHRUN, TRAIN, Run, launched
+from launching import TORCHRUN, TRAIN, Run, launched
 from netnodes import Node
 
 pytestmark = pytest.mark.distributed

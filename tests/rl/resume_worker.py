@@ -52,9 +52,9 @@ class Rollouts:
         self.session, self.version, self.sync_gap = session, version, 0.0
         self.seen: Callable[[int], None] = lambda version: None
 
-    def sample(self, prompts: list, group_size: int, seed: int) -> list[Sample]:
+    def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:
         self.seen(self.version)
-        made = [self._sample(i, n, prompt, seed + i) for i, prompt in enumerate(prompts) for n in range(group_size)]
+        made = [self._sample(i, n, prompt, first + i) for i, prompt in enumerate(prompts) for n in range(group_size)]
         return [sample.of_layers(self.session.engine.replay.columns) for sample in made]
 
     def _sample(self, place: int, number: int, prompt: Any, seed: int) -> Sample:
@@ -65,7 +65,8 @@ class Rollouts:
         tokens = np.concatenate([prompt.ids, response])
         logprobs = random.normal(-4.2, 0.5, len(response)).astype(np.float32)
         spans = (VersionSpan(str(self.version), 0, len(response)),)
-        return Sample(place, tokens, len(prompt.ids), logprobs, random_routes(len(tokens) - 1, random), spans, "stop")
+        routes, reward = random_routes(len(tokens) - 1, random), float(number % 2)
+        return Sample(place, tokens, len(prompt.ids), logprobs, routes, spans, "stop", reward=reward)
 
     def sync(self) -> None:
         self.version += 1

@@ -40,11 +40,11 @@ class Rollouts:
         self.session, self.version, self.sync_gap = session, 0, 0.0
         self.sampled: list[list[Sample]] = []
 
-    def sample(self, prompts: list, group_size: int, seed: int) -> list[Sample]:
+    def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:
         found = []
-        for number, sample in enumerate(samples(len(prompts) * group_size, np.random.default_rng(seed))):
+        for number, sample in enumerate(samples(len(prompts) * group_size, np.random.default_rng(first))):
             span = VersionSpan(str(self.version), 0, len(sample.response))
-            found.append(replace(sample, prompt=number // group_size, spans=(span,)))
+            found.append(replace(sample, prompt=number // group_size, spans=(span,), reward=0.0))
         self.sampled.append(found)
         return [sample.of_layers(self.session.engine.replay.columns) for sample in found]  # as it is delivered
 
