@@ -222,7 +222,7 @@ class Rollout:
     max_new_tokens: int = 64
     concurrency: int = 64  # requests in flight from one client
     request_timeout_s: float = 120.0
-    start_timeout_s: float = 180.0  # from launch to the first healthy answer
+    start_timeout_s: float = 600.0  # from launch to the first healthy answer
     retries: int = 2  # of one request, after a failure that may pass
     deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
     servers: int = 1  # started by rank 0 on its machine, each with all weights
