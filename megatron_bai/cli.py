@@ -195,7 +195,8 @@ def _overview() -> str:
 
 
 def _help(name: str, verb: Verb) -> str:
-    lines = [verb.summary, "", f"usage: megatron-bai {name} [experiment=NAME] [group.key=value …]", f"e.g.   {verb.example}"]
+    usage = f"usage: megatron-bai {name} [experiment=NAME] [group.key=value …]"
+    lines = [verb.summary, "", usage, f"e.g.   {verb.example}"]
     for group in verb.groups:
         lines += ["", *_settings(group)]
     return "\n".join(lines)

@@ -144,7 +144,7 @@ class LocalNorm(torch.nn.RMSNorm):
 
 
 def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """The decoder's layers of one chunk on this rank. Without Transformer Engine, Megatron's local ones with `LocalNorm`."""
+    """One chunk's layers of the decoder on this rank. Without Transformer Engine, Megatron's local ones with `LocalNorm`."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     block = get_gpt_decoder_block_spec(

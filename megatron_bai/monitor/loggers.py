@@ -55,7 +55,8 @@ class Wandb:
                 mode=settings.monitor.wandb_mode, config=_flat(settings), settings=quiet,
             )  # fmt: skip
         except Exception as error:  # of W&B, which has no narrower class for a missing key and an unreachable server
-            raise UserError(f"monitor.wandb={settings.monitor.wandb}: {error}; or set monitor.wandb_mode=offline") from None
+            where = f"monitor.wandb={settings.monitor.wandb}"
+            raise UserError(f"{where}: {error}; or set monitor.wandb_mode=offline") from None
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -67,7 +67,8 @@ def _alarm_section(runs: list[RunData]) -> str:
         for detector, advice in told:
             own = [alarm for alarm in alarms if (alarm.detector, alarm.advice) == (detector, advice)]
             rows = [[str(a.step), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.action] for a in own]
-            title = f'<h3><i style="background:{run.colour}"></i>{escape(run.name)}: {escape(detector.replace("_", " "))}</h3>'
+            name = f"{escape(run.name)}: {escape(detector.replace('_', ' '))}"
+            title = f'<h3><i style="background:{run.colour}"></i>{name}</h3>'
             shown = page.table(["step", "evidence", "action"], rows, compare=False)
             cards.append(f'<div class="card prose">{title}{shown}<p>{escape(advice)}.</p></div>')
     return "<h2>Alarms</h2><p>Marked ▼ on the curves below.</p>" + "".join(cards) if cards else ""
@@ -123,7 +124,8 @@ def _config_section(runs: list[RunData]) -> str:
     rows = [[key, *(one.get(key, "–") for one in settings)] for key in keys]
     header, differing = ["setting", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1]
     diff = f"<div class=card>{page.table(header, differing, compare=False)}</div>" if differing else ""
-    everything = f"<details><summary>{len(keys)} settings</summary><div class=card>{page.table(header, rows)}</div></details>"
+    table = f"<div class=card>{page.table(header, rows)}</div>"
+    everything = f"<details><summary>{len(keys)} settings</summary>{table}</details>"
     intro = ""
     if len(runs) > 1:
         intro = f"<p>The runs differ in {len(differing)} settings.</p>" if differing else "<p>The runs do not differ.</p>"

@@ -73,10 +73,11 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """All that the detectors know, the same on every rank, JSON: a restored monitor goes on as if never stopped."""
         drifts = {f"{d.rule.detector} {d.rule.metric}": d.state() for d in self._drifts}
-        return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": {low: stick.state() for low, stick in self._sticks.items()}}
+        sticks = {low: stick.state() for low, stick in self._sticks.items()}
+        return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": sticks}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. A detector that is not in it starts afresh, and so do buckets of another width."""
+        """Continue where `state` was taken. A detector that is not in it starts afresh; so do buckets of another width."""
         for drift in self._drifts:
             if own := state["drifts"].get(f"{drift.rule.detector} {drift.rule.metric}"):
                 drift.restore(own)

@@ -52,7 +52,8 @@ def check(settings: config.Reward) -> Reward:
     if reward is None:
         raise UserError(f"reward.name is {settings.name!r}: choose one of {', '.join(sorted(_REGISTRY))}")
     if type(settings) is not reward.settings:
-        raise UserError(f"reward.name is {settings.name!r}, but the settings are another's: choose with reward={settings.name}")
+        name = settings.name
+        raise UserError(f"reward.name is {name!r}, but the settings are another's: choose with reward={name}")
     reward.check(settings)
     return reward
 

@@ -50,7 +50,8 @@ class OverGroup:
         except RuntimeError as error:
             if joining.done():
                 joining.result()
-            raise UserError(f"the servers {', '.join(self._urls)} do not join a process group at {host}: {error}") from None
+            servers = ", ".join(self._urls)
+            raise UserError(f"the servers {servers} do not join a process group at {host}: {error}") from None
         joining.result()
 
     def send(self, bucket: Bucket) -> None:

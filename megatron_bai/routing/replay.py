@@ -159,7 +159,8 @@ class RoutingReplay:
         """Refuse routes that the dispatcher could not carry out."""
         ids, shape = micro.ids, (len(self.layers), self.signature.topk)
         if ids.dim() != 3 or ids.shape[1:] != shape or ids.is_floating_point():
-            raise ValueError(f"{where}: routes are {ids.dtype} {tuple(ids.shape)}, this rank needs [rows, {shape[0]}, {shape[1]}]")
+            found, needed = f"{ids.dtype} {tuple(ids.shape)}", f"[rows, {shape[0]}, {shape[1]}]"
+            raise ValueError(f"{where}: routes are {found}, this rank needs {needed}")
         for name, mask in (("counted", micro.counted), ("live", micro.live)):
             if mask is not None and (mask.shape != ids.shape[:1] or mask.dtype != torch.bool):
                 raise ValueError(f"{where}: `{name}` is {mask.dtype} {tuple(mask.shape)}, not bool [{len(ids)}]")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import checkpoints
 import pytest
 from kills import after_bytes, at_step, die, in_child
 from test_command import content, merge_in_small_units, peer, spoil

@@ -11,11 +11,9 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from distributed.worker import free_port
 from kills import die
 from moe import MODEL, random_routes
 
-from megatron_bai import backend, config, patches
+from megatron_bai import config, patches
 from megatron_bai.errors import UserError
 from megatron_bai.model import manifest, placing
 from megatron_bai.monitor.watch import DETECTORS

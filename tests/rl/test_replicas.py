@@ -1,7 +1,6 @@
 """Collecting and evaluating do not depend on the number of replicas: same prompts, same samples, same numbers."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
