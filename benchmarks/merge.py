@@ -81,7 +81,8 @@ def table(work: Path, gigabytes: float, options: argparse.Namespace) -> None:
             runs[name].append(measure(work, case, options.cold))
     state = "cold" if options.cold else "warm"
     print(f"three inputs of {size / 1e9:.2f} GB, {options.format}, {options.shape}, {items} chunks each, {state}")
-    print(f"{'':26}{'seconds':>9}{'GB/s':>8}{'of limit':>10}{'of merge':>10}{'cpu s':>8}{'peak MiB':>10}{'base MiB':>10}")
+    heads = f"{'of limit':>10}{'of merge':>10}{'cpu s':>8}{'peak MiB':>10}{'base MiB':>10}"
+    print(f"{'':26}{'seconds':>9}{'GB/s':>8}{heads}")
     best = {name: min(results, key=lambda run: run["seconds"]) for name, results in runs.items()}
     for name, run in best.items():
         speed = 4 * size / run["seconds"] / 1e9  # read three, write one

@@ -20,7 +20,7 @@ from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.targets import Item, Target, Writer, Written
 
-BATCH_BYTES = 1 << 20  # of the output, that a thread merges at a time: many small pieces, or one
+BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: each is a turn of the lock for three threads
 
 
 class Sized(Protocol):

@@ -134,7 +134,7 @@ def plan(
     Args:
         recipes: one for each checkpoint to write, over the same sources.
         sources: the opened checkpoint of every term.
-        piece_bytes: the largest item of the output, which is held in memory.
+        piece_bytes: the largest item of the output, which one thread merges.
         unit_bytes: the size that output files are filled to, unless the form says another.
         form: of the output.
 
