@@ -40,7 +40,7 @@ def check(data: config.Data, learned: bool, init: str) -> None:
         return
     dataset.validate(data, learned)
     if not init:
-        raise UserError("data=dataset takes the tokenizer of the initial checkpoint: set init.checkpoint")
+        raise UserError("data=dataset takes the tokenizer of the initial checkpoint: choose init=checkpoint or init=merge")
 
 
 def make_task(

@@ -223,7 +223,7 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(settings: dict[str, A
 
 
 def test_what_a_run_lacks_is_refused_by_name(write, tokenizer) -> None:
-    with pytest.raises(UserError, match="set init.checkpoint"):
+    with pytest.raises(UserError, match="choose init=checkpoint or init=merge"):
         data.check(Dataset(train="t.jsonl"), False, "")
     with pytest.raises(UserError, match="data.response is empty"):
         data.check(Dataset(train="t.jsonl", response=""), True, "actor")

@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = ["train", *SUPERVISED, "trainer.steps=2", f"trainer.save={place}/first", f"run.dir={place}/run-1"]
     succeeded(megatron_bai(place / "log-1", *first))
     data = ["data=dataset", f"data.train={place}/rows.jsonl", "data.response=text", "data.chat_template=false"]
-    more = ["trainer.steps=30", f"init.checkpoint={place}/first", f"trainer.save={place}/actor"]
+    more = ["trainer.steps=30", "init=checkpoint", f"init.checkpoint={place}/first", f"trainer.save={place}/actor"]
     succeeded(megatron_bai(place / "log-2", "train", *SUPERVISED, *data, *more, f"run.dir={place}/run-2"))
     return place
 
@@ -57,7 +57,7 @@ def test_reinforcement_on_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     refill = ["objective.drop_uniform_groups=true", "objective.refill_rounds=3"]
     sizes = ["trainer.prompts_per_step=8", "trainer.group_size=4", "trainer.mini_batches=1", "trainer.steps=2"]
     more = ["trainer.micro_batch_size=4", "rollout.max_new_tokens=12", "trainer.eval_every=1", "trainer.eval_samples=3"]
-    where = [f"init.checkpoint={place}/actor", f"run.dir={place}/run-3"]
+    where = ["init=checkpoint", f"init.checkpoint={place}/actor", f"run.dir={place}/run-3"]
     command = ["-m", "megatron_bai", "train", *data, *reward, *refill, *sizes, *more, *where]
     done = succeeded(torchrun(place / "log-3", 2, *command))
     steps = [json.loads(line) for line in (place / "run-3" / "metrics.jsonl").read_text().splitlines()]
@@ -75,7 +75,8 @@ def test_reinforcement_on_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_bad_row_stops_a_run_with_its_line(place: Path) -> None:
     bad = place / "bad.jsonl"
     bad.write_text((place / "rows.jsonl").read_text() + '{"prompt": "no answer"}\n')
-    data = ["data=dataset", f"data.train={bad}", "data.chat_template=false", f"init.checkpoint={place}/actor"]
-    done = megatron_bai(place / "log-4", "train", *data, f"run.dir={place}/run-4").wait()
+    data = ["data=dataset", f"data.train={bad}", "data.chat_template=false"]
+    init = ["init=checkpoint", f"init.checkpoint={place}/actor"]
+    done = megatron_bai(place / "log-4", "train", *data, *init, f"run.dir={place}/run-4").wait()
     assert done.code == 2 and done.complaints == [f"{bad}:301: there is no 'answer', only 'prompt'"]
     assert not done.tracebacks and not done.orphans
