@@ -30,7 +30,7 @@ _PROMPTS, _GROUP = 8, 4
 def measure(session: Session, inference: Inference) -> dict[str, Any]:
     """Everything, in the order of a training step. Collective."""
     batch, fed = _rollout(session, inference)
-    found: dict[str, Any] = {"version": control.weight_version(inference._url)}
+    found: dict[str, Any] = {"version": control.weight_version(inference._servers.urls[0])}
     found["live"] = _live(session, batch, fed)
     before = _score(session, inference, batch)
     found["before"] = before["gap"]
@@ -41,7 +41,7 @@ def measure(session: Session, inference: Inference) -> dict[str, Any]:
     after = _score(session, inference, batch)
     found |= {"after": after["gap"], "sync_gap": inference.sync_gap, "trainer_version": inference.version}
     found["moved"] = float(np.abs(after["theirs"] - before["theirs"]).max())
-    found["server_version"] = control.weight_version(inference._url)
+    found["server_version"] = control.weight_version(inference._servers.urls[0])
     found["fresh"] = _live(session, *_rollout(session, inference, seed=1))
     return found
 

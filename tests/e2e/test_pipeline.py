@@ -49,7 +49,8 @@ def test_it_starts_from_the_merge_that_is_there_already(trained: Result, demo: D
 
 def test_merged_on_the_fly_by_two_ranks_it_starts_from_the_same_weights(demo: Demo, tmp_path: Path) -> None:
     unmoved = ["objective=sft", "trainer.steps=1", "trainer.learning_rate=0", f"trainer.save={tmp_path}/saved"]
-    own = [f"run.dir={demo.directory}", f"merge.output={tmp_path}/actor", *unmoved]
+    members = f"merge.members=[{demo.directory}/instruct,{demo.directory}/reasoning]"
+    own = [f"merge.pretrained={demo.directory}/pretrained", members, f"merge.output={tmp_path}/actor", *unmoved]
     result = succeeded(demo.reinforce("on-the-fly", 2, *own, merged=True))
     assert "merged 12 tensors" in result.out
     for path in (tmp_path / "actor", tmp_path / "saved"):
