@@ -34,7 +34,7 @@ demo: install
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) runs
