@@ -12,6 +12,7 @@ hypothesis.settings.load_profile("here")
 _WHOLE = ("e2e", "launch", "live", "routing")  # directories whose files share what takes long to set up
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where two processes share the tests (`make test`), those with a fixture in common go to one of them."""
     if not config.pluginmanager.hasplugin("xdist"):
