@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo test clean
+.PHONY: install demo test test-runs test-parts clean
 
 install: $(VENV)/installed
 
@@ -34,7 +34,14 @@ demo: install
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(MAKE) --jobs=2 --output-sync=target test-runs test-parts
+
+# Whole runs and servers, which mostly wait for one another to start; and all else.
+RUNS := tests/e2e tests/launch tests/live
+test-runs:
+	$(BIN)/pytest $(RUNS)
+test-parts:
+	$(BIN)/pytest $(RUNS:%=--ignore=%)
 
 clean:
 	rm -rf $(VENV) runs
