@@ -34,7 +34,7 @@ demo: install
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
 
 test: $(VENV)/installed-test
-	$(MAKE) --jobs=2 --output-sync=target test-runs test-parts
+	$(MAKE) --jobs=2 test-runs test-parts
 
 # Whole runs and servers, which mostly wait for one another to start; and all else.
 RUNS := tests/e2e tests/launch tests/live
