@@ -1,6 +1,7 @@
 """An SGLang server as a context manager: started, found healthy and of the right version, and never left behind."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -25,6 +26,7 @@ SGLANG_VERSION = "0.5.21"  # the release whose replies and endpoints this packag
 _NOT_INHERITED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|SGLANG_\w+|\w+_proxy)", re.I
 )
+_PORTS = range(20000, 32768)  # Linux gives out those from 32768 on
 _STOP_S = 10.0  # from the polite signal to the other one
 
 
@@ -215,14 +217,19 @@ def _environment(device: str, tensor: int = 1) -> dict[str, str]:
 
 
 def _free_port(host: str, wanted: int) -> int:
-    """`wanted`, or any when it is 0. A port in use is refused here: whoever has it might look healthy."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, wanted))
-        except OSError as error:
-            raise UserError(f"rollout.host={host} rollout.port={wanted} cannot be used: {error.strerror}") from error
-        return probe.getsockname()[1]
+    """`wanted`, or any when it is 0. A port in use is refused here: whoever has it might look healthy.
+
+    Any is one below those that the system gives to connections: the server takes half a minute until it listens.
+    """
+    for port in [wanted] if wanted else random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return port
+            except OSError as error:
+                failure = error
+    raise UserError(f"rollout.host={host} rollout.port={wanted} cannot be used: {failure.strerror}") from failure
 
 
 def _members(group: int) -> list[int]:
