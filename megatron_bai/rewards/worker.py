@@ -48,6 +48,7 @@ def main() -> None:
     os.dup2(2, 1)
 
     def reply(content: dict[str, Any]) -> None:
+        sys.stdout.flush()  # what the function printed: this process may be killed at any time after
         print(json.dumps(content), file=replies, flush=True)
 
     try:
