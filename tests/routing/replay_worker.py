@@ -319,7 +319,10 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
 
     rollouts = samples(8, np.random.default_rng(5))
     holes = [np.arange(len(sample.routes)) % 4 != 2 for sample in rollouts]
-    rollouts = [replace(sample, recorded=known) for sample, known in zip(rollouts, holes)]
+    rewards = [float(len(sample.response) % 2) for sample in rollouts]
+    rollouts = [
+        replace(sample, recorded=known, reward=reward) for sample, known, reward in zip(rollouts, holes, rewards)
+    ]
     targets = sum(int((~known[sample.prompt_length - 1 :]).sum()) for sample, known in zip(rollouts, holes))
     counts = {
         "missing": sum(int((~known).sum()) for known in holes),
@@ -331,7 +334,6 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
     prompts = [SimpleNamespace(ids=[1, 2])] * 2
     task = SimpleNamespace(
         prompts=lambda *args: prompts,
-        reward=lambda prompt, response: float(len(response) % 2),
         tokenizer=SimpleNamespace(pad_token_id=0),
     )
     found: dict[str, Any] = {"counts": counts}
@@ -343,6 +345,7 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
         session = SimpleNamespace(
             settings=settings, device=device, actor=bench.actor, engine=bench.engine, task=task, data_rank=0,
             data_size=1, contributes=True, lead=True, leader=True, signature=bench.replay.signature,
+            critic=None,
         )  # fmt: skip
         try:
             found[f"{mode} {policy}"] = Loop(session, inference).step(0)
