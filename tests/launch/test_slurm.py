@@ -1,6 +1,5 @@
 """The job scripts of launch/slurm under a real Slurm of two nodes."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,25 +61,6 @@ def test_a_merge_in_two_processes(submit: Callable[..., str], cluster: Slurm, re
     job = submit([], "torchrun.sbatch", *words)
     assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
     manifest.verify(tmp_path / "actor")
-
-
-@pytest.mark.live
-def test_a_run_that_is_preempted_saves_and_goes_on(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
-    """Reinforcement learning on two nodes, with the server on one of them."""
-    settings = ["trainer.steps=6", "trainer.prompts_per_step=2", "trainer.group_size=2", "trainer.mini_batches=1"]
-    settings += ["trainer.micro_batch_size=4", "trainer.eval_every=0", "rollout.max_new_tokens=8", "init=random"]
-    settings += ["rollout.start_timeout_s=600"]
-    words = ["--processes", 1, "--logs", tmp_path / "logs", "train", "experiment=demo", *settings]
-    job = submit(["--nodes=2"], "torchrun.sbatch", *words, "rollout.host=0.0.0.0", f"run.dir={tmp_path}/run")
-    cluster.until(lambda: "step    1/6" in said(tmp_path, job), job)
-    cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
-    assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
-    text, summary = said(tmp_path, job), json.loads((tmp_path / "run" / "summary.json").read_text())
-    (stopped,) = re.findall(r"stopped after step (\d), as SIGTERM asked", text)
-    assert "Restarts=1" in cluster.shown(job) and f"going on from {tmp_path}/run/checkpoints/step-0000{stopped}" in text
-    assert summary["complete"] and summary["resumed"] == [int(stopped)]
-    assert [step["step"] for step in summary["steps"]] == [1, 2, 3, 4, 5, 6]
-    assert [step["weight_version"] for step in summary["steps"]] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_mistake_is_one_line(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
