@@ -5,11 +5,9 @@ back through a server process, which a kill -9 of the trainer would leave behind
 they come through anonymous memory instead, and so do the checksums, which the process that wrote the files takes.
 """
 
-import ctypes
 import os
 import pickle
 import queue
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -22,9 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, placing
+from megatron_bai.processes import die_with
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Saving:
@@ -175,6 +173,4 @@ def _children_end_with_us() -> Iterator[None]:
 
 def _follow() -> None:
     if _forks.followed:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _forks.parent:  # which died before the line above
-            os._exit(1)
+        die_with(_forks.parent)

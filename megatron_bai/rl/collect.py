@@ -64,11 +64,12 @@ class Collector:
         size, objective = self.settings.trainer.group_size, self.settings.objective
         before, samples = self.taken, self._sample(self.prompts, stats)
         failures = [sample.failure for sample in samples]
-        for number in range(objective.refill_rounds + 1):
+        rounds = 0
+        while rounds < objective.refill_rounds:
             idle = np.flatnonzero(_idle(samples, size))
-            lacking = sum(self._of_replicas(len(idle)))
-            if not lacking or number == objective.refill_rounds:
+            if not sum(self._of_replicas(len(idle))):
                 break
+            rounds += 1
             fresh = self._sample(len(idle), stats)
             failures += [sample.failure for sample in fresh]
             for i, place in enumerate(idle):
@@ -76,7 +77,7 @@ class Collector:
                 samples[place * size : (place + 1) * size] = [replace(each, prompt=int(place)) for each in group]
         count_failures(self.session, failures, "reward_failed_fraction", stats)
         if objective.refill_rounds:
-            stats.ratio("refill_rounds", number, 1)
+            stats.ratio("refill_rounds", rounds, 1)
             stats.ratio("prompts_tried", self.taken - before, 1)
         return samples
 

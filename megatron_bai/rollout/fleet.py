@@ -1,6 +1,6 @@
 """The servers of a run, all with the same weights: started and supervised by us, or already running elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,8 +89,5 @@ def running(rollout: Rollout) -> Fleet:
             raise UserError(f"the server at {url} was started without {' and '.join(missing)}, which rollouts need")
         if info.get("dp_size", 1) != 1:
             raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")
-    return Fleet(urls, [int(info.get("tp_size", 1)) for info in found], _asked(rollout, urls))
-
-
-def _asked(rollout: Rollout, urls: Sequence[str]) -> list[str]:
-    return [rollout.router.rstrip("/")] if rollout.router else list(urls)
+    ask = [rollout.router.rstrip("/")] if rollout.router else urls
+    return Fleet(urls, [int(info.get("tp_size", 1)) for info in found], ask)

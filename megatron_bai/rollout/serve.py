@@ -9,25 +9,13 @@ Each process asks the kernel to kill it when its parent dies, the first of them 
 trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
 """
 
-import ctypes
 import os
 import signal
 import sys
 from multiprocessing import resource_tracker
 
 from megatron_bai import patches
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` ends; end now if it already has.
-
-    Precisely: when the thread that started this process ends.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request was made
-        os._exit(1)
+from megatron_bai.processes import die_with
 
 
 def on_cpu(arguments: list[str]) -> bool:

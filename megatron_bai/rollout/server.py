@@ -34,7 +34,7 @@ class SGLangServer:
     """Serves one checkpoint while the `with` block runs.
 
     The server leads its own session, so a Ctrl-C reaches only the trainer, which then stops it; and the kernel kills
-    it when the thread that started it ends (`serve.die_with`), so start it from a thread that lives as long.
+    it when the thread that started it ends (`processes.die_with`), so start it from a thread that lives as long.
 
     Args:
         model_dir: a Hugging Face checkpoint.
