@@ -2,6 +2,8 @@
 
 import functools
 import os
+import random
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +27,19 @@ def launch(script: Path, *arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
+
+
+def free_port() -> int:
+    """A port for a process that will listen on it later.
+
+    Not one the system gives to connections (from 32768), nor to a server (from 20000): until somebody listens, any
+    other process of the machine may get such a port, and tests run side by side.
+    """
+    for port in random.SystemRandom().sample(range(10000, 20000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise OSError("no port of a hundred is free")
 
 
 @dataclass(frozen=True)

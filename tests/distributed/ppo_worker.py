@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing
-from distributed.worker import free_port, join, state
+from distributed.worker import join, state
 from moe import MODEL, SIGNATURE, samples
+from processes import free_port
 
 from megatron_bai import config, patches
 

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import os
 import shutil
-import socket
 import sys
 import weakref
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from moe import MODEL, SIGNATURE, samples
+from processes import free_port
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -552,12 +552,6 @@ def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
             torch.save(found, directory / f"{name}.pt")
         parallel_state.destroy_model_parallel()
     backend.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> None:

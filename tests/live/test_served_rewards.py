@@ -1,7 +1,6 @@
 """A real reward model behind a real SGLang server: its scores are those of transformers."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
@@ -43,9 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(checkpoint: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
     flags = ["--is-embedding", "--disable-radix-cache", "--disable-cuda-graph", "--sleep-on-idle"]
     sizes = ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]

@@ -8,12 +8,12 @@ Megatron-Core is imported once; each world of ranks is forked from here. `FORMAT
 import dataclasses
 import importlib
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch.multiprocessing
 from moe import MODEL
+from processes import free_port
 
 from megatron_bai import config, patches
 
@@ -55,10 +55,7 @@ def start(rank: int, world: int, port: int, directory: Path, init: config.Init, 
 
 
 def worlds(world: int, directory: Path, init: config.Init, output: Path, weights: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = world, port, directory, init, output, weights
+    arguments = world, free_port(), directory, init, output, weights
     torch.multiprocessing.start_processes(start, arguments, nprocs=world, start_method="fork")
 
 

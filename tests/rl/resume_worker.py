@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distributed.worker import free_port
 from kills import die
 from moe import MODEL, random_routes
+from processes import free_port
 
 from megatron_bai import config, patches
 from megatron_bai.errors import UserError

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing
-from distributed.worker import free_port
 from moe import MODEL, samples
+from processes import free_port
 
 from megatron_bai import config, patches
 from megatron_bai.rollout.sample import Sample

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from distributed.worker import EPSILON, SCALE, free_port, gathered
+from distributed.worker import EPSILON, SCALE, gathered
 from moe import MODEL, samples
+from processes import free_port
 
 from megatron_bai import backend, config, patches
 
