@@ -380,8 +380,10 @@ class Trainer:
     micro_batch_size: int = 16  # samples per forward pass and data-parallel rank, padded to the longest of the step
     tokens_per_micro_batch: int = 0  # or, in place of samples, tokens: as many samples side by side as fit; 0: samples
     learning_rate: float = 1e-3
-    warmup_updates: int = 0  # the learning rate rises linearly over these, then stays
-    weight_decay: float = 0.0
+    warmup_updates: int = 0  # the learning rate rises linearly over these
+    decay: str = "constant"  # then it stays, or falls until the last update: linear, cosine, inverse-square-root
+    min_learning_rate: float = 0.0  # to this
+    weight_decay: float = 0.0  # of all but norms and biases
     adam_beta2: float = 0.999
     clip_grad: float = 1.0
     eval_every: int = 0  # steps between evaluations on held-out prompts; 0 never evaluates

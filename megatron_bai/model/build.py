@@ -237,6 +237,7 @@ def _build(
             OptimizerConfig(
                 optimizer="adam",
                 lr=trainer.learning_rate,
+                min_lr=trainer.min_learning_rate,
                 weight_decay=trainer.weight_decay,
                 adam_beta2=trainer.adam_beta2,
                 clip_grad=trainer.clip_grad,

@@ -16,7 +16,7 @@ from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.ppo import critic_loss
 from megatron_bai.rl.passes import Passes
-from megatron_bai.rl.schedule import set_learning_rate
+from megatron_bai.rl.schedule import set_rates
 
 
 class Critic:
@@ -39,7 +39,8 @@ class Critic:
 
         self.settings: config.Ppo = settings.objective
         rate = self.settings.critic_learning_rate
-        self._trainer = settings.trainer if rate is None else replace(settings.trainer, learning_rate=rate)
+        self._trainer = settings.trainer if rate is None else _with_rate(settings.trainer, rate)
+        self._updates = self._trainer.steps * self._trainer.mini_batches
         self.model = build.build_critic(replace(settings, trainer=self._trainer), device)
         if self.settings.critic_checkpoint:
             _load(self.model, self.settings.critic_checkpoint)
@@ -102,7 +103,7 @@ class Critic:
             return losses.sum()
 
         for number, micros in enumerate(minis):
-            rate = set_learning_rate(self.model.optimizer, self._trainer, first + number)
+            rate = set_rates(self.model.optimizer, self._trainer, first + number, self._updates)
             norms.append(self.passes.update(micros, loss, aggregate.count(micros, "token_mean")))
         return stats, norms, rate
 
@@ -110,6 +111,10 @@ class Critic:
         values = values.to(self._device)
         dist.all_reduce(values, group=self._data_group)
         return values.cpu()
+
+
+def _with_rate(trainer: config.Trainer, rate: float) -> config.Trainer:
+    return replace(trainer, learning_rate=rate, min_learning_rate=min(rate, trainer.min_learning_rate))
 
 
 @torch.no_grad()

@@ -1,14 +1,64 @@
-"""The learning rate."""
+"""The learning rate and the weight decay of each update, as Megatron-Core's scheduler sets them."""
 
+import math
 from typing import Any
 
 from megatron_bai import config
+from megatron_bai.errors import UserError
+
+DECAYS = ("constant", "linear", "cosine", "inverse-square-root")
 
 
-def set_learning_rate(optimizer: Any, trainer: config.Trainer, update: int) -> float:
-    """Set and return the rate of an update, counted from 0: a linear rise over `warmup_updates`, then constant."""
-    warmup = trainer.warmup_updates
-    rate = trainer.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+def validate(settings: config.Config) -> None:
+    """Refuse a schedule that Megatron-Core's would stop at, or follow to something else than was meant.
+
+    Raises:
+        UserError: names the setting.
+    """
+    trainer = settings.trainer
+    for name in ("learning_rate", "min_learning_rate", "weight_decay"):
+        value = getattr(trainer, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"trainer.{name} is {value}: give 0 or a positive number")
+    if trainer.decay not in DECAYS:
+        raise UserError(f"trainer.decay is {trainer.decay!r}: choose {', '.join(DECAYS)}")
+    if trainer.min_learning_rate and trainer.decay == "constant":
+        raise UserError("trainer.min_learning_rate needs a trainer.decay that ends there: constant never falls")
+    if trainer.min_learning_rate > trainer.learning_rate:
+        raise UserError(
+            f"trainer.min_learning_rate ({trainer.min_learning_rate}) is above trainer.learning_rate "
+            f"({trainer.learning_rate})"
+        )
+
+
+def set_rates(optimizer: Any, trainer: config.Trainer, update: int, updates: int) -> float:
+    """Set what an update's number alone decides, so that nothing of it is in a checkpoint.
+
+    Weights of one dimension (norms) and biases do not decay: Megatron-Core marks their groups, and it is its scheduler
+    that heeds the mark.
+
+    Args:
+        optimizer: Megatron-Core's.
+        update: counted from 0.
+        updates: of the whole run; the rate's fall ends at the last.
+
+    Returns:
+        The learning rate.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=trainer.learning_rate,
+        min_lr=trainer.min_learning_rate,
+        lr_warmup_steps=trainer.warmup_updates,
+        lr_decay_steps=max(updates, trainer.warmup_updates + 1),
+        lr_decay_style=trainer.decay,
+        start_wd=trainer.weight_decay,
+        end_wd=trainer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    scheduler.step(update + 1)
+    return scheduler.get_lr({})

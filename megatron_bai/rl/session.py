@@ -22,7 +22,7 @@ from megatron_bai.model import build
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import loggers, watch
 from megatron_bai.rewards import Scorer
-from megatron_bai.rl import initial, objectives
+from megatron_bai.rl import initial, objectives, schedule
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
 from megatron_bai.rollout import fleet
@@ -191,6 +191,7 @@ def validate(settings: config.Config) -> None:
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
     check_policy(settings.replay.missing)
     initial.validate(settings)
+    schedule.validate(settings)
     _check_store(settings)
     watch.validate(settings.monitor)
     loggers.validate(settings)

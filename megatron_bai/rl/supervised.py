@@ -10,7 +10,7 @@ from megatron_bai.model import build, checkpoint, manifest
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, from_supervised
-from megatron_bai.rl.schedule import set_learning_rate
+from megatron_bai.rl.schedule import set_rates
 from megatron_bai.rl.session import Session, fingerprint, open_session
 
 
@@ -47,7 +47,7 @@ def _train(session: Session) -> None:
     with Progress(directory, settings, settings.trainer.steps, active=session.lead) as progress:
         for step in range(settings.trainer.steps):
             began = time.monotonic()
-            rate = set_learning_rate(session.actor.optimizer, settings.trainer, step)
+            rate = set_rates(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
             micros = _batch(session, step).split(settings.trainer.micro_batch_size)
             build.validate_micro_batches(settings.parallel, len(micros))
             stats, norm = session.engine.update(micros, None, objective, settings.objective)

@@ -31,7 +31,7 @@ from megatron_bai.rl.keep import RouteKeeper, keep_routes
 from megatron_bai.rl.packing import Cut, cut
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
-from megatron_bai.rl.schedule import set_learning_rate
+from megatron_bai.rl.schedule import set_rates
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, Asked, heed
 from megatron_bai.routing.queues import MicroRoutes
@@ -260,9 +260,10 @@ class Loop:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
         norms, rate, first = [], 0.0, (step - self.warmup) * trainer.mini_batches
+        updates = (trainer.steps - self.warmup) * trainer.mini_batches
         remaining = iter(routes or ())
         for number, micros in enumerate(minis):
-            rate = set_learning_rate(self.session.actor.optimizer, trainer, first + number)
+            rate = set_rates(self.session.actor.optimizer, trainer, first + number, updates)
             own = routes and list(islice(remaining, len(micros)))
             found, norm = engine.update(micros, own, self.objective, self.settings.objective)
             stats.add(found)

@@ -11,6 +11,7 @@ Tolerances, all in fp32, with the largest difference seen between the layouts on
   2 · rate [0.04 · rate].
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,13 @@ def test_statistics_are_summed_over_the_ranks_that_contribute(layouts: Layouts) 
     assert found["one"] == [{"mean": 0.5, "only": 5.0, "ess": 0.5, "top": 1.0}] * 2
     assert found["tallies"] == [[{0: 2, 1: 1}, {0: 1, 1: 1}]] * 2
     assert found["own"] == {"mean": 0.0, "top": 0.0}
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.loads])
+def test_rates_follow_their_schedule_and_norms_do_not_decay(case: str, layouts: Layouts) -> None:
+    wave = [(1 + math.cos(math.pi * part / 4)) / 2 for part in (1, 2, 3, 4)]
+    wanted = {"constant": [1, 1, 1, 1], "linear": [0.75, 0.5, 0.25, 0], "cosine": wave}
+    for decay, parts in wanted.items():
+        rates = [LEARNING_RATE * part for part in (0.5, 1, *parts)]
+        assert layouts[case]["rates"][decay] == pytest.approx(rates, abs=1e-12)
+    assert layouts[case]["decays"] == {1: {0.0}, 2: {0.1}}

@@ -1,4 +1,4 @@
-"""Contradictory settings are refused by name; the learning rate's schedule."""
+"""Contradictory settings are refused by name."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ import pytest
 from megatron_bai import backend, config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
-from megatron_bai.rl import session
-from megatron_bai.rl.schedule import set_learning_rate
+from megatron_bai.rl import schedule, session
 
 MODEL = {
     "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
@@ -157,12 +156,16 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert backend.select(config.Backend(kind="auto")).kind == "cpu"
 
 
-def test_the_learning_rate_rises_linearly_then_stays_in_every_group() -> None:
-    class Optimizer:
-        param_groups = [{"lr": 0.0}, {"lr": 0.0}]
-
-    trainer = config.Trainer(learning_rate=2.0, warmup_updates=4)
-    rates = [set_learning_rate(Optimizer, trainer, update) for update in range(6)]
-    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    assert [group["lr"] for group in Optimizer.param_groups] == [2.0, 2.0]
-    assert set_learning_rate(Optimizer, config.Trainer(learning_rate=2.0), 0) == 2.0
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"learning_rate": -1.0}, "trainer.learning_rate is -1.0"),
+        ({"weight_decay": float("nan")}, "trainer.weight_decay is nan"),
+        ({"decay": "cosin"}, "trainer.decay is 'cosin': choose constant, linear, cosine"),
+        ({"min_learning_rate": 1e-5}, "constant never falls"),
+        ({"decay": "linear", "min_learning_rate": 1.0}, r"min_learning_rate \(1.0\) is above trainer.learning_rate"),
+    ],
+)
+def test_schedules_that_cannot_be_followed(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        schedule.validate(config.Config(trainer=config.Trainer(**changes)))
