@@ -1,6 +1,8 @@
 """Running Megatron-Core in processes of its own: on a CPU it changes what `torch.cuda` means in a process."""
 
 import functools
+import gc
+import importlib
 import os
 import random
 import socket
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_bai import patches
 
 TESTS = Path(__file__).parent
 
@@ -27,6 +31,14 @@ def launch(script: Path, *arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
+
+
+def prepare(*modules: str) -> None:
+    """Import what ranks forked from this process need, once for all; their collector does not look at it again."""
+    patches.apply("megatron-cpu")
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()
 
 
 def free_port() -> int:

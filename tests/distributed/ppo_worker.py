@@ -5,7 +5,6 @@ does not then depend on what was sampled. Once in one process and once with a vi
 what it found in `PROCESSES.pt`.
 """
 
-import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 import torch.multiprocessing
 from distributed.worker import join, state
 from moe import MODEL, SIGNATURE, samples
-from processes import free_port
+from processes import free_port, prepare
 
-from megatron_bai import config, patches
+from megatron_bai import config
 
 SAMPLES, LENGTH, WARMUP, STEPS = 8, 24, 2, 8
 LAYOUTS = {1: config.Parallel(), 2: config.Parallel(pipeline=2, virtual_pipeline=2)}
@@ -119,10 +118,7 @@ def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
 
 
 def main() -> None:
-    patches.apply("megatron-cpu")
-    importlib.import_module("megatron.core.models.gpt")
-    importlib.import_module("megatron.core.dist_checkpointing")
-    importlib.import_module("megatron_bai.rl.trainer")
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.trainer")
     for world in LAYOUTS:
         arguments = (world, free_port(), Path(sys.argv[1]))
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")

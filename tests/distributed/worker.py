@@ -8,7 +8,6 @@ step in each mode of replay.
 """
 
 import hashlib
-import importlib
 import os
 import shutil
 import sys
@@ -23,11 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from moe import MODEL, SIGNATURE, samples
-from processes import free_port
+from processes import free_port, prepare
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bai import backend, config, patches
+from megatron_bai import backend, config
+from megatron_bai.rl import schedule
 
 SAMPLES, LENGTH = 8, 24
 LEARNING_RATE = 1e-3
@@ -442,6 +442,7 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
         shards.init_random(run.actor.modules, MODEL, seed=1)
         found["info"] = checkpoint.load(run.actor, directory / case.loads / "megatron")
         found["optimizer_follows"] = follows(run)
+        found["rates"], found["decays"] = scheduled(run)
         run.export(own / "loaded")
     if case.saves:
         shards.init_random(run.actor.modules, MODEL, seed=1)
@@ -528,6 +529,21 @@ def follows(run: Run) -> bool:
     return all(gathered(all(map(torch.equal, before, run.actor.modules[0].parameters()))))
 
 
+def scheduled(run: Run) -> tuple[dict[str, list[float]], dict[int, set[float]]]:
+    """Rates of six updates in each group, by the decay; and the weight decays of vectors (1), and of the others."""
+    rates: dict[str, list[float]] = {}
+    for decay in ("constant", "linear", "cosine"):
+        trainer = config.Trainer(learning_rate=LEARNING_RATE, warmup_updates=2, decay=decay, weight_decay=0.1)
+        for update in range(6):
+            rate = schedule.set_rates(run.actor.optimizer, trainer, update, 6)
+            assert {group["lr"] for group in run.actor.optimizer.param_groups} == {rate}
+            rates.setdefault(decay, []).append(rate)
+    decays: dict[int, set[float]] = {}
+    for group in run.actor.optimizer.param_groups:
+        decays.setdefault(1 if group["wd_mult"] == 0 else 2, set()).add(group["weight_decay"])
+    return rates, decays
+
+
 def join(rank: int, world: int, port: int) -> None:
     """What torchrun says in the environment."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -555,10 +571,7 @@ def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
 
 
 def main() -> None:
-    patches.apply("megatron-cpu")
-    importlib.import_module("megatron.core.models.gpt")
-    importlib.import_module("megatron.core.dist_checkpointing")
-    importlib.import_module("megatron_bai.rl.engine")
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.engine")
     for world in sorted({case.processes for case in CASES.values()}):  # a case loads what smaller worlds saved
         arguments = (world, free_port(), Path(sys.argv[1]))
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")

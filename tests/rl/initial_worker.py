@@ -6,16 +6,15 @@ Megatron-Core is imported once; each world of ranks is forked from here. `FORMAT
 """
 
 import dataclasses
-import importlib
 import os
 import sys
 from pathlib import Path
 
 import torch.multiprocessing
 from moe import MODEL
-from processes import free_port
+from processes import free_port, prepare
 
-from megatron_bai import config, patches
+from megatron_bai import config
 
 SOURCES = ("pretrained", "instruct", "reasoning")
 LAYOUTS = {1: config.Parallel(), 2: config.Parallel(tensor=2, expert=2, sequence=True)}
@@ -60,9 +59,7 @@ def worlds(world: int, directory: Path, init: config.Init, output: Path, weights
 
 
 def main(directory: Path) -> None:
-    patches.apply("megatron-cpu")
-    for module in ("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.session"):
-        importlib.import_module(module)
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.session")
     from megatron_bai.merge import command
 
     torch.multiprocessing.start_processes(sources, (directory,), nprocs=1, start_method="fork")

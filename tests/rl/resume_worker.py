@@ -5,7 +5,6 @@ Each run is a world of processes forked from this one, which has imported Megatr
 of them said and what it left.
 """
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 from kills import die
 from moe import MODEL, random_routes
-from processes import free_port
+from processes import free_port, prepare
 
-from megatron_bai import config, patches
+from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import manifest, placing
 from megatron_bai.monitor.watch import DETECTORS
@@ -290,11 +289,9 @@ def alarmed(found: dict[str, Any], directory: Path) -> None:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    patches.apply("megatron-cpu")
-    for module in ("models.gpt", "distributed", "optimizer", "dist_checkpointing.strategies.torch"):
-        importlib.import_module(f"megatron.core.{module}")
-    for module in ("transformers.tokenization_utils_tokenizers", "megatron_bai.rl.trainer"):
-        importlib.import_module(module)
+    core = ("models.gpt", "distributed", "optimizer", "dist_checkpointing.strategies.torch")
+    ours = ("transformers.tokenization_utils_tokenizers", "megatron_bai.rl.trainer")
+    prepare(*(f"megatron.core.{module}" for module in core), *ours)
     found: dict[str, Any] = {}
     for part in (broken, elsewhere, killed_while_saving, refused, once, alarmed):
         if not sys.argv[2:] or part.__name__ in sys.argv[2:]:

@@ -5,7 +5,6 @@ what its routers did in the updates, and the rollouts of its replica, in `LAYOUT
 `LAYOUT-MODE`. Layouts of `PACKED` do the same steps with packed samples.
 """
 
-import importlib
 import os
 import sys
 from dataclasses import replace
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 import torch.multiprocessing
 from moe import MODEL, samples
-from processes import free_port
+from processes import free_port, prepare
 
-from megatron_bai import config, patches
+from megatron_bai import config
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import VersionSpan
 
@@ -113,9 +112,7 @@ def rank_main(rank: int, world: int, directory: Path, ports: list[int]) -> None:
 
 
 def main() -> None:
-    patches.apply("megatron-cpu")
-    for module in ("megatron.core.models.gpt", "megatron.core.distributed", "megatron_bai.rl.trainer"):
-        importlib.import_module(module)
+    prepare("megatron.core.models.gpt", "megatron.core.distributed", "megatron_bai.rl.trainer")
     ports = [free_port() for _ in CASES]
     torch.multiprocessing.start_processes(rank_main, (2, Path(sys.argv[1]), ports), nprocs=2, start_method="fork")
 

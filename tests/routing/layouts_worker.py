@@ -4,7 +4,6 @@ Each run scores a batch with one set of weights and takes one gradient with anot
 those the router would choose. Ranks are forked from one process that has imported Megatron-Core.
 """
 
-import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from distributed.worker import EPSILON, SCALE, gathered
 from moe import MODEL, samples
-from processes import free_port
+from processes import free_port, prepare
 
-from megatron_bai import backend, config, patches
+from megatron_bai import backend, config
 
 SAMPLES, LENGTH = 16, 24
 MODES = ("none", "r2", "r3")
@@ -195,9 +194,7 @@ def rank_main(rank: int, world: int, port: int, target: Path) -> None:
 
 
 def main() -> None:
-    patches.apply("megatron-cpu")
-    for module in ("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.engine"):
-        importlib.import_module(module)
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.engine")
     for world in sorted({layout.processes for layout in LAYOUTS.values()}):
         arguments = (world, free_port(), Path(sys.argv[1]))
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")
