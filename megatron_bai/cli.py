@@ -18,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bai import config
-from megatron_bai.errors import UserError
+from megatron_bai.errors import UserError, of_peer
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ _AS_TYPED = {
     "None": "null",
     'float("inf")': "inf",
 }
+_PATIENCE_S = 5.0  # of a rank, while another says what went wrong
 _HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--multirun|-m|--resolve|--package|-p|--hydra-help|--shell-completion)")
 
 
@@ -103,9 +104,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("megatron-bai: interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception:
-        _let_rank_0_speak()
-        raise
+    except Exception as error:
+        if not (lost := of_peer(error)):
+            _let_rank_0_speak()
+            raise
+        if _complain(lost) == 0:
+            time.sleep(_PATIENCE_S + 1)  # torchrun ends the others with this one: let the one that failed say why
+        sys.exit(2)
 
 
 def _run(arguments: list[str]) -> None:
@@ -165,18 +170,19 @@ def _other_choice(reason: str) -> str:
     return ""
 
 
-def _complain(error: UserError) -> None:
-    """One line on the terminal."""
+def _complain(error: UserError) -> int:
+    """One line on the terminal. Returns this process's rank."""
     rank = _let_rank_0_speak()
     where = f" [rank {rank}]" if rank else ""
     print(f"megatron-bai: error{where}: {error}", file=sys.stderr, flush=True)
+    return rank
 
 
 def _let_rank_0_speak() -> int:
     """Wait on other ranks than 0. One that fails like rank 0, or because rank 0 left, is ended by torchrun meanwhile."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        time.sleep(5)
+        time.sleep(_PATIENCE_S)
     return rank
 
 

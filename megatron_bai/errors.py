@@ -1,5 +1,7 @@
 """The one exception a user is meant to see."""
 
+import re
+
 
 class UserError(Exception):
     """A mistake or fault outside the program: what is wrong, where, and what to do, in one line.
@@ -18,3 +20,18 @@ class Unfit(UserError):
 def of_system(error: OSError, where: object = "") -> UserError:
     """What the operating system refused, in one line: a full disk, a vanished file, missing rights."""
     return UserError(f"{error.filename or where or 'the system'}: {error.strerror or error}")
+
+
+def of_peer(error: Exception) -> UserError | None:
+    """What gloo, or torch's store, says when another process of the run is gone or out of reach; None of all else."""
+    words = str(error)
+    if "gloo/transport" not in words and type(error).__name__ not in ("DistNetworkError", "DistStoreError"):
+        return None
+    if silence := re.search(r"Timed out waiting (\d+)ms", words):
+        reason = f"it did not answer within {int(silence[1]) / 1000:g} s, backend.timeout_s"
+    else:
+        reason = re.sub(r"^\[[^\]]*\] |\. This is typically .*", "", words.splitlines()[0])
+    return UserError(
+        f"another process of the run ended or cannot be reached ({reason}): see its log. The same command goes on from "
+        "what is saved"
+    )

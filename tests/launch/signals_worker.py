@@ -1,15 +1,20 @@
-"""`python signals_worker.py DIRECTORY`: two ranks of gloo that are signalled; what they agreed on goes to found.json."""
+"""`python signals_worker.py DIRECTORY`: ranks of gloo that are signalled, and ranks that lose each other.
+
+What they agreed on, and what they are told, goes to found.json.
+"""
 
 import json
 import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_bai.errors import of_peer
 from megatron_bai.rl.signals import heed
 
 CPU = torch.device("cpu")
@@ -38,9 +43,31 @@ def late(number: int, directory: Path) -> None:
         (directory / f"{number}.json").write_text('"unwound"')
 
 
+def lost(number: int, directory: Path) -> None:
+    """Of each two of these the second goes away, at once or only after the first has given up."""
+    pair, second = divmod(number - len(SIGNALLED), 2)
+    limit = timedelta(seconds=(60, 0.5)[pair])
+    store = dist.FileStore(f"{directory}/store-{pair}", 2)
+    dist.init_process_group("gloo", store=store, rank=second, world_size=2)
+    group = dist.new_group(timeout=limit)
+    said = ""
+    if second:
+        store.wait(["given up"] if pair else [], timedelta(seconds=60))
+    else:
+        try:
+            dist.all_reduce(torch.ones(1), group=group)
+        except RuntimeError as error:
+            said = str(of_peer(error))
+        store.set("given up", "")
+    (directory / f"{number}.json").write_text(json.dumps(said))
+
+
+SIGNALLED = [rank, rank, late]
+
+
 def main(directory: Path) -> None:
     children = {}
-    for number, function in enumerate([rank, rank, late]):
+    for number, function in enumerate([*SIGNALLED, lost, lost, lost, lost]):
         if not (child := os.fork()):
             code = 1
             try:

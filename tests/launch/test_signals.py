@@ -1,12 +1,14 @@
-"""Ranks agree on what any of them was asked by a signal."""
+"""Ranks agree on what any of them was asked by a signal, and say in one line that another is gone."""
 
 import json
 import os
+import re
 import signal
 
 import pytest
 from processes import TESTS, launch
 
+from megatron_bai.errors import of_peer
 from megatron_bai.rl.signals import heed
 
 
@@ -25,6 +27,14 @@ def test_what_one_rank_is_asked_all_do_after_the_same_step(outcome: dict) -> Non
 
 def test_a_step_that_does_not_end_in_time_is_given_up(outcome: dict) -> None:
     assert (outcome["codes"][2], outcome["found"][2]) == (128 + signal.SIGTERM, "unwound")
+
+
+def test_another_process_that_is_gone_or_silent_is_one_line(outcome: dict) -> None:
+    gone, silent = outcome["found"][3], outcome["found"][5]
+    known = r"another process of the run ended or cannot be reached \((.*)\): see its log\. The same command goes on .*"
+    assert re.fullmatch(r"(Read error|Connection closed).*", re.fullmatch(known, gone)[1]) and "typically" not in gone
+    assert re.fullmatch(known, silent)[1] == "it did not answer within 0.5 s, backend.timeout_s"
+    assert of_peer(RuntimeError("a bug")) is None
 
 
 def test_no_grace_leaves_sigterm_alone_and_nothing_stays_behind() -> None:
