@@ -84,13 +84,16 @@ else
     else
         is_host=0
         [ "$here" != "$there" ] || is_host=1
-        meeting=(--rdzv-backend c10d --rdzv-endpoint "$there:$port" --rdzv-conf "is_host=$is_host")
+        # A network that is cut is waited for as long as a node that is late, 10 minutes, and not the store's 60 s.
+        meeting=(--rdzv-backend c10d --rdzv-endpoint "$there:$port" --rdzv-conf "is_host=$is_host,read_timeout=600")
     fi
     meeting+=(--nnodes "$nodes" --rdzv-id "$id" --local-addr "$here")
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # what torchrun would choose, with a warning
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] "
+# In the store that torchrun would share with its ranks, those started again find addresses of the former (pytorch#135712).
+[ "$restarts" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Ranks take SIGUSR1 as a wish for a checkpoint. torchrun, which would die of it, is born deaf to it.
 trap '' USR1
 # torchrun waits a little longer than the ranks do before it kills.
