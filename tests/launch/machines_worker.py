@@ -1,6 +1,8 @@
 """`python machines_worker.py DIRECTORY`, on the second node: what this machine knows of the others goes to found.json."""
 
+import ctypes
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from megatron_bai.backend import machines
 from megatron_bai.errors import UserError
 from megatron_bai.rl.session import _require_shared
+
+_CLONE_NEWNS = 0x00020000  # linux/sched.h
 
 
 def said(function: Callable[..., object], *arguments: object) -> object:
@@ -29,15 +33,21 @@ def shared(rank: int, directory: Path) -> object:
     return [said(_require_shared, directory / "both"), said(_require_shared, directory / "own")]
 
 
-def main(directory: Path, rank: int) -> None:
-    if rank:
-        (directory / f"{rank}.json").write_text(json.dumps(shared(1, directory)))
-        return
+def second(directory: Path) -> None:
+    """The other rank, with mounts of its own."""
+    ctypes.CDLL(None).unshare(_CLONE_NEWNS)
+    for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "own", str(directory / "own")]):
+        subprocess.run(["mount", *words], check=True)
+    shared(1, directory)
+
+
+def main(directory: Path) -> None:
     (directory / "own").mkdir()
-    other = f'mount -t tmpfs own {directory}/own && exec "{sys.executable}" "{__file__}" {directory} 1'
-    with subprocess.Popen(["unshare", "--mount", "bash", "-c", other]) as second:
-        found = {"alone": machines.own_address(), "shared": shared(0, directory)}
-        assert second.wait() == 0
+    other = multiprocessing.get_context("fork").Process(target=second, args=(directory,))
+    other.start()
+    found = {"alone": machines.own_address(), "shared": shared(0, directory)}
+    other.join()
+    assert other.exitcode == 0
     os.environ["GROUP_WORLD_SIZE"] = "2"
     del os.environ["GLOO_SOCKET_IFNAME"]
     for name, head in {"address": "10.77.0.1", "name": "node1", "own name": "node2", "nowhere": "192.0.2.1"}.items():
@@ -51,4 +61,4 @@ def main(directory: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    main(Path(sys.argv[1]))
