@@ -1,14 +1,18 @@
-"""Two nodes, and one short run that the others are compared with."""
+"""Two nodes, a Slurm of them, a server on the first, and short unbroken runs that others are compared with."""
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import netnodes
 import pytest
-from launching import TRAIN, Run, launched
+import slurmd
+from launching import OPEN, REINFORCE, TORCHRUN, TRAIN, Run, launched
 from netnodes import Node
+from processes import free_port
+from slurmd import Slurm
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +26,42 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node
 
 
 @pytest.fixture(scope="session")
+def cluster(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if why := slurmd.missing():
+        pytest.skip(why)
+    with slurmd.slurm(tmp_path_factory.mktemp("slurm"), nodes, TORCHRUN.parents[1]) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def reference(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two processes on one node."""
     return launched(tmp_path_factory.mktemp("reference"), nodes[:1], "--processes", 2, *TRAIN)
+
+
+@pytest.fixture(scope="session")
+def server(
+    nodes: tuple[Node, Node], reference: Run, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> str:
+    """URL of an SGLang on the first node: a job of serve.sbatch, or where there is no Slurm the verb itself."""
+    directory, port = tmp_path_factory.mktemp("server"), free_port()
+    words = ["experiment=demo", f"serve.checkpoint={reference.directory}/pretrained", f"run.dir={directory}"]
+    words += [*OPEN, f"rollout.port={port}"]
+    log = directory / "out"
+    if slurmd.missing():
+        nodes[0].start(log, sys.executable, "-m", "megatron_bai", "serve", *words)
+    else:
+        cluster = request.getfixturevalue("cluster")
+        cluster.submit(["--nodelist=node1", f"--output={log}"], "serve.sbatch", *words)
+    deadline = time.monotonic() + 600
+    while "serving" not in (shown := log.read_text() if log.exists() else ""):
+        assert "error" not in shown and time.monotonic() < deadline, shown
+        time.sleep(0.3)
+    return f"http://{nodes[0].address}:{port}"
+
+
+@pytest.fixture(scope="session")
+def unbroken(nodes: tuple[Node, Node], server: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Reinforcement learning in two processes on one node, to its end."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    return launched(directory, nodes[:1], "--processes", 2, *REINFORCE, f"rollout.urls=[{server}]")

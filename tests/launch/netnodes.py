@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,24 @@ class Node:
     address: str
     pid: int  # of its first process
 
-    def finish(self, *words: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def finish(self, *words: object, seconds: float = 600) -> subprocess.CompletedProcess[str]:
         """Run a command on this node, in the current directory, to its end."""
-        enter = ["nsenter", "--target", self.pid, *_KINDS, "env", f"--chdir={os.getcwd()}", *words]
-        return subprocess.run([str(word) for word in enter], capture_output=True, text=True, timeout=seconds)
+        return subprocess.run(self._here(words), capture_output=True, text=True, timeout=seconds)
+
+    def start(self, log: Path, *words: object) -> None:
+        """Run a command that ends with the node; its output goes to `log`."""
+        with open(log, "wb") as out:
+            subprocess.Popen(self._here(words), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Those on this node whose command line has `part`, the first ones first."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):  # it has ended
+                here = os.readlink(f"/proc/{process.pid}/ns/pid") == os.readlink(f"/proc/{self.pid}/ns/pid")
+                if here and part in " ".join(process.cmdline()):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
 
     def run(self, *words: object) -> str:
         """What a command that succeeds says."""
@@ -49,6 +63,10 @@ class Node:
     def link(self, state: str) -> None:
         """Cut its cable (`down`) or heal it (`up`)."""
         self.run("ip", "link", "set", "eth0", state)
+
+    def _here(self, words: tuple[object, ...]) -> list[str]:
+        enter = ["nsenter", "--target", self.pid, *_KINDS, "env", f"--chdir={os.getcwd()}", *words]
+        return [str(word) for word in enter]
 
 
 @contextmanager

@@ -57,15 +57,20 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Slurm:
-    """The cluster, seen from its first node."""
+    """The cluster, seen from its first node, by somebody in the checkout at `root`."""
 
     directory: Path
     head: Node
+    root: Path
 
     def run(self, *words: object) -> str:
         return self.head.run("env", f"SLURM_CONF={self.directory}/slurm.conf", *words)
 
-    def submit(self, *words: object) -> str:
+    def submit(self, options: list[str], script: str, *words: object) -> str:
+        """The number of a new job that runs a script of launch/slurm."""
+        return self.sbatch(f"--chdir={self.root}", *options, self.root / "launch" / "slurm" / script, *words)
+
+    def sbatch(self, *words: object) -> str:
         """The number of a new job."""
         return self.run("sbatch", "--parsable", *words).strip()
 
@@ -98,7 +103,7 @@ class Slurm:
 
 
 @contextmanager
-def slurm(directory: Path, nodes: tuple[Node, Node]) -> Iterator[Slurm]:
+def slurm(directory: Path, nodes: tuple[Node, Node], root: Path) -> Iterator[Slurm]:
     """Started, with both nodes idle."""
     for name in ("state", "spool-node1", "spool-node2"):
         (directory / name).mkdir()
@@ -108,7 +113,7 @@ def slurm(directory: Path, nodes: tuple[Node, Node]) -> Iterator[Slurm]:
     (directory / "munge.key").chmod(0o600)
     own = [f"--{name}={directory}/munge.{end}" for name, end in _MUNGE.items()]
     nodes[0].run("munged", "--force", *own)
-    cluster = Slurm(directory, nodes[0])
+    cluster = Slurm(directory, nodes[0], root)
     cluster.run("slurmctld")
     for node in nodes:
         node.run("env", f"SLURM_CONF={directory}/slurm.conf", "slurmd", "-N", node.name)
@@ -117,4 +122,3 @@ def slurm(directory: Path, nodes: tuple[Node, Node]) -> Iterator[Slurm]:
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.2)
     yield cluster
-

@@ -1,37 +1,24 @@
-"""The job scripts of launch/slurm under a real Slurm of two nodes."""
+"""The job scripts of launch/slurm under a real Slurm of two nodes. The server's is that of the fixture `server`."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import slurmd
-from launching import TORCHRUN, TRAIN, Run
-from netnodes import Node
+from launching import OPEN, REINFORCE, STEPS, Run
 from slurmd import Slurm
 
 from megatron_bai.model import manifest
 
 pytestmark = pytest.mark.distributed
 
-SCRIPTS = TORCHRUN.parent / "slurm"
-ROOT = TORCHRUN.parents[1]
-
-
-@pytest.fixture(scope="module")
-def cluster(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if why := slurmd.missing():
-        pytest.skip(why)
-    with slurmd.slurm(tmp_path_factory.mktemp("slurm"), nodes) as started:
-        yield started
-
 
 @pytest.fixture
 def submit(cluster: Slurm, tmp_path: Path) -> Callable[..., str]:
-    """Submit a script from the checkout; gives the job's number. Its output is `said`."""
+    """Submit torchrun.sbatch with options of its own and the words of torchrun.sh. Its output is `said`."""
 
-    def call(options: list[str], script: str, *words: object) -> str:
-        return cluster.submit(f"--chdir={ROOT}", f"--output={tmp_path}/%j.out", *options, SCRIPTS / script, *words)
+    def call(options: list[str], *words: object) -> str:
+        return cluster.submit([f"--output={tmp_path}/%j.out", *options], "torchrun.sbatch", *words)
 
     return call
 
@@ -41,33 +28,58 @@ def said(directory: Path, job: str) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
+@pytest.mark.live
 def test_shortly_before_its_time_limit_a_run_is_queued_again(
-    submit: Callable[..., str], cluster: Slurm, reference: Run, tmp_path: Path
+    submit: Callable[..., str], cluster: Slurm, unbroken: Run, tmp_path: Path
 ) -> None:
-    """On two nodes. Supervised training begins again, and computes what one node does."""
-    words = ["--processes", 1, "--logs", tmp_path / "logs", *TRAIN, f"run.dir={tmp_path}"]
-    job = submit(["--nodes=2"], "torchrun.sbatch", *words)
+    """On two nodes, with a server of its own on the first. It computes what one node does with a server elsewhere."""
+    words = ["--processes", 1, "--logs", tmp_path / "logs", *REINFORCE, f"run.dir={tmp_path}/run"]
+    job = submit(["--nodes=2"], *words, *OPEN)
     cluster.until(lambda: (tmp_path / "logs").is_dir(), job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does when the time is nearly up
     assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
-    assert "Restarts=1" in cluster.shown(job) and f"saved {tmp_path}" in said(tmp_path, job)
-    assert Run(tmp_path, []).steps == reference.steps
+    assert "Restarts=1" in cluster.shown(job) and f"wrote {tmp_path}/run/report.html" in said(tmp_path, job)
+    assert Run(tmp_path, [], []).steps == unbroken.steps
+
+
+@pytest.mark.live
+def test_a_run_that_is_preempted_goes_on_and_one_that_is_cancelled_saves(
+    submit: Callable[..., str], cluster: Slurm, server: str, unbroken: Run, tmp_path: Path
+) -> None:
+    """The server is on the other node. The run is far longer than it is let be."""
+    words = ["--processes", 2, "--logs", tmp_path / "logs", *REINFORCE, "trainer.steps=999", f"run.dir={tmp_path}/run"]
+    job = submit(["--nodelist=node2"], *words, f"rollout.urls=[{server}]")
+
+    def stops() -> list[int]:
+        return [int(step) for step in re.findall(r"stopped after step (\d+), as SIGTERM asked", said(tmp_path, job))]
+
+    cluster.until(lambda: "step    1/999" in said(tmp_path, job), job)
+    cluster.sbatch("--partition=high", "--nodelist=node2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+    cluster.until(lambda: bool(stops()) and f"step {stops()[0] + 1:4}/999" in said(tmp_path, job), job)
+    assert "Restarts=1" in cluster.shown(job)
+    cluster.run("scancel", job)
+    assert cluster.ended(job) == "CANCELLED"
+    preempted, cancelled = stops()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert f"going on from {checkpoints}/step-{preempted:05}" in said(tmp_path, job)
+    last = max(checkpoints.glob("step-*"))
+    assert last.name == f"step-{cancelled:05}" and manifest.verify(last)
+    steps = Run(tmp_path, [], []).steps
+    assert [step["step"] for step in steps] == list(range(1, cancelled + 1)) and cancelled > preempted
+    assert steps[:STEPS] == unbroken.steps[: len(steps)]
 
 
 def test_a_merge_in_two_processes(submit: Callable[..., str], cluster: Slurm, reference: Run, tmp_path: Path) -> None:
     made = reference.directory / "pretrained"
     words = [f"merge.pretrained={made}", f"merge.members=[{made},{made}]", f"merge.output={tmp_path}/actor"]
     words = ["--processes", 2, "--logs", tmp_path / "logs", "merge", "experiment=demo", f"run.dir={tmp_path}", *words]
-    job = submit([], "torchrun.sbatch", *words)
+    job = submit([], *words)
     assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
     manifest.verify(tmp_path / "actor")
 
 
 def test_a_mistake_is_one_line(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
-    jobs = [
-        submit(["--nodes=1"], "torchrun.sbatch"),
-        cluster.submit(f"--chdir={tmp_path}", f"--output={tmp_path}/%j.out", SCRIPTS / "torchrun.sbatch", "train"),
-    ]
+    jobs = [submit(["--nodes=1"]), submit([f"--chdir={tmp_path}"], "train")]
     assert [cluster.ended(job) for job in jobs] == ["FAILED", "FAILED"]
     assert said(tmp_path, jobs[0]) == "torchrun.sbatch: error: give what launch/torchrun.sh should run\n"
     assert said(tmp_path, jobs[1]) == f"torchrun.sbatch: error: submit from the checkout, not from {tmp_path}\n"
