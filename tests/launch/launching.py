@@ -13,11 +13,12 @@ TORCHRUN = TESTS.parent / "launch" / "torchrun.sh"
 # Two processes, in a layout that has collectives in every layer.
 TRAIN = ["train", "experiment=demo_pretrained", "trainer.steps=4"]
 TRAIN += ["parallel.tensor=2", "parallel.expert=2", "parallel.sequence=true"]
-# The same layout, from rollouts. One request at a time: the server's batches, and so the samples' bits, are always alike.
+# The same layout, from rollouts; one request at a time, so that the server's batches, and the samples' bits, are alike.
 STEPS = 5
-REINFORCE = ["train", "experiment=demo", "init=random", f"trainer.steps={STEPS}", "trainer.save_every=1", "trainer.keep=99"]
-REINFORCE += ["trainer.prompts_per_step=2", "trainer.group_size=2", "trainer.mini_batches=1", "trainer.micro_batch_size=4"]
-REINFORCE += ["trainer.eval_every=0", "rollout.max_new_tokens=8", "rollout.concurrency=1", "monitor.tensorboard=false"]
+REINFORCE = ["train", "experiment=demo", "init=random", f"trainer.steps={STEPS}", "trainer.eval_every=0"]
+REINFORCE += ["trainer.prompts_per_step=2", "trainer.group_size=2", "trainer.mini_batches=1"]
+REINFORCE += ["trainer.micro_batch_size=4", "trainer.save_every=1", "trainer.keep=99", "monitor.tensorboard=false"]
+REINFORCE += ["rollout.max_new_tokens=8", "rollout.concurrency=1"]
 REINFORCE += ["objective.kl_penalty=0.01", "objective.entropy_bonus=0.1"]  # something to learn whatever is sampled
 OPEN = ["rollout.host=0.0.0.0"]  # of a server that the other node must reach
 
