@@ -42,8 +42,14 @@ VERBS = {
     "train": Verb(
         "Train: reinforcement learning, or supervised with objective=sft. Start several processes with torchrun.",
         "megatron_bai.train:run",
-        _TRAINING + ("rollout", "replay", "objective", "supervised", "trainer", "monitor"),
+        _TRAINING + ("cluster", "rollout", "replay", "objective", "supervised", "trainer", "monitor"),
         "torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo",
+    ),
+    "plan": Verb(
+        "Say what a training run will do and need of each GPU, without starting it.",
+        "megatron_bai.plan:run",
+        _TRAINING + ("cluster", "rollout", "replay", "objective", "trainer", "monitor"),
+        "megatron-bai plan experiment=qwen3_30b_minirl cluster=gpus_16 updates=n4",
     ),
     "serve": Verb(
         "Serve a checkpoint with SGLang until interrupted.",

@@ -60,6 +60,15 @@ class Parallel:
 
 
 @dataclass
+class Cluster:
+    """What a training run is meant for: `plan` counts with it, and `train` refuses another number of processes."""
+
+    processes: int = 0  # of the training, one a GPU; 0: as many as are started
+    per_machine: int = 8  # of them on one machine
+    memory_gb: float = 80.0  # of one GPU, in 10⁹ bytes
+
+
+@dataclass
 class Data:
     """What is asked and taught: `data=NAME` chooses a source with its own settings (docs/data.md)."""
 
@@ -452,6 +461,7 @@ class Config:
     backend: Backend = field(default_factory=Backend)
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
+    cluster: Cluster = field(default_factory=Cluster)
     data: Data = field(default_factory=Arithmetic)
     reward: Reward = field(default_factory=Exact)
     init: Init = field(default_factory=RandomInit)

@@ -40,7 +40,7 @@ MAY_CHANGE = (
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "trainer.save",
     "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s", "objective.critic_save", "monitor.",
-    "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
+    "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d{5,})")
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint
+from megatron_bai.model import checkpoint
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import routes as router
 from megatron_bai.monitor.alarm import Alarm
@@ -32,7 +32,7 @@ from megatron_bai.rl.packing import Cut, cut
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_rates
-from megatron_bai.rl.session import Session, open_session
+from megatron_bai.rl.session import Session, check_batches, open_session
 from megatron_bai.rl.signals import STOPPED, Asked, heed
 from megatron_bai.routing.queues import MicroRoutes
 
@@ -122,27 +122,8 @@ def _obey(values: dict[str, Any], asked: Asked, checkpoints: Checkpoints, versio
 
 
 def _checked(session: Session) -> Session:
-    """Refuse batches that do not divide evenly, before a server is started.
-
-    Raises:
-        UserError: names the settings.
-    """
-    trainer = session.settings.trainer
-    parts = session.data_size * trainer.mini_batches
-    if trainer.prompts_per_step % parts:
-        raise UserError(
-            f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
-            f"data-parallel ranks ({trainer.mini_batches} × {session.data_size})"
-        )
-    if trainer.tokens_per_micro_batch:
-        return session  # as many micro-batches as it takes
-    samples = trainer.prompts_per_step // parts * trainer.group_size
-    if samples % trainer.micro_batch_size:
-        raise UserError(
-            f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
-            "mini-batch"
-        )
-    build.validate_micro_batches(session.settings.parallel, samples // trainer.micro_batch_size)
+    """Refuse batches that do not divide evenly, before a server is started."""
+    check_batches(session.settings, session.data_size)
     return session
 
 

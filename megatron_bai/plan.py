@@ -1,0 +1,146 @@
+"""The verb `plan`: what a training run will do and need, from its settings alone."""
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_bai import config
+from megatron_bai.config import Config
+from megatron_bai.errors import UserError
+from megatron_bai.model import build
+from megatron_bai.rl import memory, objectives, session
+from megatron_bai.rollout.client import longest_request
+
+GB = 1e9
+# Of each process on a GPU: CUDA's context, NCCL's buffers, workspaces, what the allocator cannot use. An allowance.
+RUNTIME = 2 * GB
+
+
+def run(settings: Config) -> None:
+    """Print the batches and the memory of the fullest GPU.
+
+    Raises:
+        UserError: settings that contradict each other, or more memory than `cluster.memory_gb`.
+    """
+    processes = check(settings)
+    console = Console(highlight=False)
+    for title, rows in (("", batches(settings, processes)), ("GPU memory", _shown(gpu_memory(settings, processes)))):
+        table = Table(title=title or None, box=None, pad_edge=False, show_header=False, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+        console.print()
+    total, limit = sum(gpu_memory(settings, processes).values()) / GB, settings.cluster.memory_gb
+    if total > limit:
+        raise UserError(
+            f"{total:.1f} GB are needed of a GPU, and cluster.memory_gb is {limit:g}: more processes, more of "
+            "parallel.expert or parallel.pipeline, parallel.recompute=full, fewer trainer.tokens_per_micro_batch or "
+            "rollout.max_total_tokens, or servers elsewhere (rollout.urls) make it less"
+        )
+
+
+def check(settings: Config) -> int:
+    """Refuse what `train` would refuse, and what it could find only later. Returns the number of processes.
+
+    Raises:
+        UserError: names the settings.
+    """
+    if not objectives.check(settings.objective).rollouts:
+        raise UserError("plan is for reinforcement learning: choose another objective than sft")
+    session.validate(settings)
+    parallel, cluster, rollout = settings.parallel, settings.cluster, settings.rollout
+    fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
+    processes = cluster.processes or fewest
+    build.validate(settings.model, parallel, processes)
+    session.check_batches(settings, processes // (parallel.tensor * parallel.pipeline))
+    row, longest = settings.trainer.tokens_per_micro_batch, longest_sample(settings)
+    if 0 < row < longest:
+        raise UserError(
+            f"a sample may have {longest} tokens, more than trainer.tokens_per_micro_batch ({row}): raise it, or lower "
+            "rollout.max_new_tokens or data.max_prompt_tokens"
+        )
+    if not rollout.urls and rollout.servers * rollout.tensor > min(cluster.per_machine, processes):
+        raise UserError(
+            f"rollout.servers × rollout.tensor ({rollout.servers} × {rollout.tensor}) is more than the GPUs of the first "
+            f"machine ({min(cluster.per_machine, processes)}), where servers are started"
+        )
+    if not rollout.urls and rollout.sync == "group" and settings.backend.kind == "cuda":
+        raise UserError(
+            "rollout.sync=group needs servers on GPUs of their own (rollout.urls): NCCL takes no two ranks on one GPU"
+        )
+    return processes
+
+
+def longest_sample(settings: Config) -> int:
+    """Tokens of a prompt and its response at most."""
+    most = longest_request(settings.rollout, settings.model.max_position_embeddings)
+    return min(most, getattr(settings.data, "max_prompt_tokens", most) + settings.rollout.max_new_tokens)
+
+
+def batches(settings: Config, processes: int) -> dict[str, str]:
+    """What is trained in which layout, and what a step consists of, as text by name."""
+    parallel, trainer, rollout = settings.parallel, settings.trainer, settings.rollout
+    whole = memory.parameters(settings.model)
+    stages = parallel.pipeline
+    replicas, holders = processes // (parallel.tensor * stages), processes // (parallel.expert * stages)
+    prompts, group = trainer.prompts_per_step, trainer.group_size
+    samples, longest = prompts * group, longest_sample(settings)
+    row = trainer.tokens_per_micro_batch
+    routes = samples // replicas * longest * settings.model.num_layers * settings.model.moe_topk / GB
+    micro = f"a row of {row} tokens" if row else f"{trainer.micro_batch_size} samples of up to {longest} tokens"
+    return {
+        "model": f"{whole.total / 1e9:.2f} billion parameters, {whole.active(settings.model) / 1e9:.2f} of them a token's",
+        "processes": f"{processes}: pipeline {stages} × tensor {parallel.tensor} × {replicas} replicas; of experts, "
+        f"{parallel.expert} parts × {holders}",
+        "step": f"{prompts} prompts × {group} = {samples} responses, {prompts // replicas} prompts to a replica",
+        "updates": f"{trainer.mini_batches} a step, on {samples // trainer.mini_batches} responses each",
+        "micro-batch": micro,
+        "responses": f"up to {rollout.max_new_tokens} tokens, {rollout.concurrency * replicas} asked for at once",
+        "servers": ", ".join(rollout.urls) or f"{rollout.servers} on {rollout.tensor} GPUs each, beside the trainer",
+        "routes": f"up to {routes:.1f} GB in a replica's host memory" if settings.replay.mode != "none" else "not replayed",
+    }
+
+
+def gpu_memory(settings: Config, processes: int) -> dict[str, float]:
+    """Bytes of the fullest GPU, by what holds them. On the first machine that includes the servers started there."""
+    parallel = settings.parallel
+    stages = [_of_rank(settings, processes, stage) for stage in range(parallel.pipeline)]
+    fullest = max(stages, key=lambda found: sum(found.values()))
+    return fullest | ({} if settings.rollout.urls else _of_server(settings.model, settings.rollout))
+
+
+def _of_rank(settings: Config, processes: int, stage: int) -> dict[str, float]:
+    """The trainer's part of a GPU of a pipeline stage."""
+    model, parallel, trainer, dtype = settings.model, settings.parallel, settings.trainer, settings.backend.dtype
+    found: dict[str, float] = {}
+    for name in ("actor", "critic") if isinstance(settings.objective, config.Ppo) else ("actor",):
+        own = memory.parameters(model, parallel, stage, critic=name == "critic")
+        found |= {f"{name}: {part}": size for part, size in vars(memory.state(own, parallel, processes, dtype)).items()}
+    if settings.objective.kl_penalty:
+        found["reference: weights"] = memory.parameters(model, parallel, stage).total * memory.BYTES[dtype]
+    tokens = trainer.tokens_per_micro_batch or trainer.micro_batch_size * longest_sample(settings)
+    micros = _micro_batches(settings, processes)
+    found["activations (estimate)"] = memory.activations(model, parallel, stage, tokens, micros, dtype)
+    if stage == parallel.pipeline - 1:
+        found["logits"] = memory.logits(model, parallel, tokens, dtype)
+    return found | {"trainer's runtime (allowance)": RUNTIME}
+
+
+def _micro_batches(settings: Config, processes: int) -> int:
+    """Of an update on a rank, at least as many as its longest samples need."""
+    parallel, trainer = settings.parallel, settings.trainer
+    replicas = processes // (parallel.tensor * parallel.pipeline)
+    samples = trainer.prompts_per_step // trainer.mini_batches // replicas * trainer.group_size
+    row = trainer.tokens_per_micro_batch
+    return samples if row else samples // trainer.micro_batch_size
+
+
+def _of_server(model: config.Model, rollout: config.Rollout) -> dict[str, float]:
+    """A server's part of a GPU."""
+    weights, cache = memory.served(model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
+    return {"server: weights": weights, "server: keys and values": cache, "server's runtime (allowance)": RUNTIME}
+
+
+def _shown(found: dict[str, float]) -> dict[str, str]:
+    return {name: f"{size / GB:7.2f} GB" for name, size in (found | {"total": sum(found.values())}).items()}
