@@ -90,7 +90,7 @@ def batches(settings: Config, processes: int) -> dict[str, str]:
     routes = samples // replicas * longest * settings.model.num_layers * settings.model.moe_topk / GB
     micro = f"a row of {row} tokens" if row else f"{trainer.micro_batch_size} samples of up to {longest} tokens"
     return {
-        "model": f"{whole.total / 1e9:.2f} billion parameters, {whole.active(settings.model) / 1e9:.2f} of them a token's",
+        "model": f"{whole.total:,} parameters, {whole.active(settings.model):,.0f} of them a token's",
         "processes": f"{processes}: pipeline {stages} × tensor {parallel.tensor} × {replicas} replicas; of experts, "
         f"{parallel.expert} parts × {holders}",
         "step": f"{prompts} prompts × {group} = {samples} responses, {prompts // replicas} prompts to a replica",

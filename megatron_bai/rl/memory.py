@@ -2,7 +2,7 @@
 
 Parameters, and with them weights, gradients and the optimizer's state, are counted exactly, as Megatron-Core builds them
 (tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a layer, with
-Transformer Engine's attention and a perfectly balanced router. Megatron-LM prints a report of this kind
+attention that keeps no scores and a perfectly balanced router. Megatron-LM prints a report of this kind
 (`--report-theoretical-memory`); the package megatron-core does not contain it.
 
 Sizes are bytes; `tokens` are those of one micro-batch.
@@ -93,9 +93,9 @@ def layer_activations(model: Model, parallel: Parallel, tokens: int, dtype: str)
     own = tokens / parallel.tensor  # sequence parallelism, or heads, or balanced experts: each splits by as much
     # The input and its norm; queries, keys and values as projected and as rotated; attention's result; float32 statistics.
     attention = own * (size * (2 * h + 2 * qkv + q) + 4 * (2 + 2 * model.num_attention_heads))
-    # For each of a token's experts: the row it reads, gate and up, their activation and product, and the row it writes;
-    # once a token: the input, its norm, and the router's scores in float32, as logits and as probabilities.
-    routed = model.moe_topk * (2 * h + 4 * model.moe_ffn_hidden_size)
+    # For each of a token's experts: the row it reads; gate and up, the activated gate, the product, and that times the
+    # router's weight. Once a token: the input, its norm, and the router's float32 scores, as logits and probabilities.
+    routed = model.moe_topk * (h + 5 * model.moe_ffn_hidden_size)
     moe = own * (size * (2 * h + routed) + 4 * 2 * model.num_experts)
     return attention, moe, own * h * size
 
@@ -113,7 +113,7 @@ def activations(model: Model, parallel: Parallel, stage: int, tokens: int, micro
     attention, moe, entry = layer_activations(model, parallel, tokens, dtype)
     kept, again = {
         "none": (attention + moe, 0.0),
-        "selective": (attention + moe, 0.0),  # Transformer Engine's attention keeps no scores that this would save
+        "selective": (attention + moe, 0.0),  # it would save scores, and none are counted
         "moe": (attention + entry, moe),
         "full": (entry, attention + moe),
     }[parallel.recompute]

@@ -1,0 +1,121 @@
+"""Run as a script: what Megatron-Core itself builds for a rank of a world that is only said to be there.
+
+torch's `fake` process group lets one process be any rank of any world. Arguments: a JSON list of cases, each the index of
+a rank, the number of processes, the settings of the model and the layout, the dtype, and what is asked. Prints a JSON
+list.
+
+The kinds of cases: `actor` and `critic`, the parameters of bare modules, which have no memory; `whole`, the bytes of an
+actor in training; `layer`, the bytes a token that autograd keeps of one layer, without those of attention's scores.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_bai import backend, config, patches
+
+
+def joined(rank: int, processes: int, parallel: config.Parallel) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_bai.model import build
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
+    build.init_parallel(parallel, seed=0)
+
+
+def counted(named: Any) -> dict[str, int]:
+    found = {"dense": 0, "experts": 0}
+    for name, parameter in named:
+        found["experts" if ".experts." in name else "dense"] += parameter.numel()
+    return found
+
+
+def bare(settings: config.Config, device: backend.Device, critic: bool = False) -> dict[str, int]:
+    """Parameters of a rank's GPTModel, none of which has memory."""
+    from megatron_bai.model import build
+    from megatron_bai.model.value_head import ValueHead
+
+    cfg = build.transformer_config(settings.model, settings.parallel, device)
+    cfg.use_cpu_initialization = cfg.perform_initialization = False
+    with torch.device("meta"):
+        gpt = build._gpt(settings.model, cfg, False, None)
+        if critic and gpt.post_process:
+            gpt.output_layer = ValueHead(cfg)
+    return counted(gpt.named_parameters())
+
+
+def whole(settings: config.Config, device: backend.Device) -> dict[str, float]:
+    """Bytes of an actor in training."""
+    from megatron_bai.model import build
+
+    actor = build.build_actor(settings, device)
+    buffers = [buffer for chunk in actor.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    found: dict[str, float] = counted((name, p) for module in actor.modules for name, p in module.named_parameters())
+    found["weights"] = sum(p.nbytes for module in actor.modules for p in module.parameters())
+    found["gradients"] = sum(buffer.grad_data.nbytes for buffer in buffers)
+    masters = [p for group in actor.optimizer.param_groups for p in group["params"]]
+    assert all(p.dtype is torch.float32 for p in masters)
+    copies = 2 if settings.backend.dtype == "float32" else 3  # two moments of each, and itself
+    found["optimizer"] = sum(4 * copies * p.numel() for p in masters)
+    return found
+
+
+def layer(settings: config.Config, device: backend.Device) -> float:
+    """Attention's scores are quadratic in the tokens: two lengths tell them from the rest."""
+    few, many = 64, 128
+    per_token = {tokens: (_kept(settings, device, 3, tokens) - _kept(settings, device, 1, tokens)) / 2 / tokens
+                 for tokens in (few, many)}  # fmt: skip
+    return 2 * per_token[few] - per_token[many]
+
+
+def _kept(settings: config.Config, device: backend.Device, layers: int, tokens: int) -> int:
+    """Bytes that autograd keeps of a forward pass, parameters apart."""
+    from megatron_bai.model import build
+
+    model = dataclasses.replace(settings.model, num_layers=layers)
+    cfg = build.transformer_config(model, settings.parallel, device)
+    gpt = build._gpt(model, cfg, False, None)
+    own = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.arange(tokens)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        gpt(ids % model.vocab_size, ids, None)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+def main() -> None:
+    patches.apply("megatron-cpu")
+    dist.new_group = functools.partial(_without_backend, dist.new_group)
+    found = []
+    for rank, processes, model, parallel, dtype, kind in json.loads(sys.argv[1]):
+        settings = config.Config(model=config.Model(**model), parallel=config.Parallel(**parallel))
+        settings.backend.dtype = dtype
+        device = backend.Device("cpu", torch.device("cpu"), backend.DTYPES[dtype], False)
+        joined(rank, processes, settings.parallel)
+        asked = {"whole": whole, "layer": layer, "actor": bare, "critic": functools.partial(bare, critic=True)}[kind]
+        found.append(asked(settings, device))
+    print(json.dumps(found))
+
+
+def _without_backend(new_group: Any, *arguments: Any, backend: Any = None, **others: Any) -> Any:
+    """Gloo would look for the other ranks."""
+    return new_group(*arguments, **others)
+
+
+if __name__ == "__main__":
+    main()
