@@ -8,16 +8,17 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_bai import config
+from megatron_bai import config, sweep
 from megatron_bai.errors import UserError, of_peer
 
 
@@ -91,7 +92,9 @@ _AS_TYPED = {
     'float("inf")': "inf",
 }
 _PATIENCE_S = 5.0  # of a rank, while another says what went wrong
-_HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--multirun|-m|--resolve|--package|-p|--hydra-help|--shell-completion)")
+_SWEEP = ("--multirun", "-m")
+_HYDRA_FLAGS = re.compile(r"^(--cfg|-c|--info|-i|--resolve|--package|-p|--hydra-help|--shell-completion)")
+_OVERRIDE = re.compile(r"~|[^-=][^=]*=")
 
 
 def main() -> None:
@@ -131,27 +134,39 @@ def _run(arguments: list[str]) -> None:
         print(_help(name, verb))
         return
     config.register()
-    if any(_HYDRA_FLAGS.match(word) for word in rest):  # Hydra's own: sweeps, printing the configuration
-        sys.argv = [f"megatron-bai {name}", *rest]
-        start = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
-        start(lambda settings: _call(verb, settings))()
+    words = [word for word in rest if word not in _SWEEP]
+    if words != rest:
+        with _one_line():
+            sweep.run(name, words, _composed)
         return
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
-            settings = hydra.compose("config", overrides=rest)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_reason(error)) from None
-    _call(verb, settings)
-
-
-def _call(verb: Verb, settings: DictConfig) -> None:
-    try:
-        typed: Any = OmegaConf.to_object(settings)
-    except OmegaConfBaseException as error:
-        raise UserError(_reason(error)) from None
+    if any(_HYDRA_FLAGS.match(word) for word in rest):  # Hydra's own: printing the configuration
+        _composed([word for word in rest if _OVERRIDE.match(word)])
+        sys.argv = [f"megatron-bai {name}", *rest]
+        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(lambda settings: None)()
+        return
+    settings = _composed(rest)
     module, _, function = verb.function.partition(":")
     run: Callable[[config.Config], None] = getattr(importlib.import_module(module), function)
-    run(typed)
+    run(settings)
+
+
+def _composed(overrides: list[str]) -> config.Config:
+    """The settings that overrides of a command line make of the defaults.
+
+    Raises:
+        UserError: they make none.
+    """
+    with _one_line(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
+        return OmegaConf.to_object(hydra.compose("config", overrides=overrides))
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Hydra's and OmegaConf's complaints as ours."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_reason(error)) from None
 
 
 def _reason(error: BaseException) -> str:

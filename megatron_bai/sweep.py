@@ -1,0 +1,136 @@
+"""`--multirun`: a verb once for every combination of the values that overrides list, one job after the other.
+
+    megatron-bai train --multirun experiment=demo replay.mode=none,r2,r3 run.seed=0,1
+
+Each job is a process of its own (or as many as `cluster.processes` says, under torchrun), since Megatron-Core's state
+is a process's; and has a directory of its own below `run.dir`, named after what it varies. All are composed before the
+first one starts. One that fails costs the others nothing.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from megatron_bai.config import Config
+from megatron_bai.errors import UserError
+
+# Settings that say where a verb writes, beside `run.dir`. (Training with init=merge shares a merge that is there.)
+_WRITTEN = {
+    "merge": ("merge.output",),
+    "train": ("trainer.save", "objective.critic_save", "replay.store"),
+    "convert": ("convert.target",),
+    "report": ("report.output",),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One combination.
+
+    Attributes:
+        name: what it varies, fit for a directory's name.
+        overrides: all of its command line behind the verb.
+        processes: that share it.
+    """
+
+    name: str
+    overrides: list[str]
+    processes: int
+
+
+def run(verb: str, words: Sequence[str], compose: Callable[[list[str]], Config]) -> None:
+    """Do every job of a command line.
+
+    Args:
+        words: of the command line behind the verb, without Hydra's flag.
+        compose: of overrides, the settings; it raises a UserError for those that cannot be.
+
+    Raises:
+        UserError: a combination that cannot be composed, or two that write to one place, before any is started; or, once
+            all have ended, names those that failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--multirun starts a job's processes itself: leave out torchrun and set cluster.processes")
+    jobs = [_job(verb, name, overrides, compose) for name, overrides in combinations(words)]
+    _refuse_one_place(verb, jobs, compose)
+    failed = []
+    for number, job in enumerate(jobs, start=1):
+        print(f"[{number}/{len(jobs)}] {job.name}", flush=True)
+        if code := _ended(_command(verb, job)):
+            failed.append(f"{job.name} (exit code {code})")
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs succeeded", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}")
+
+
+def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every combination of the listed values, the last one varying fastest: its name, and its overrides.
+
+    Raises:
+        UserError: nothing is listed.
+        HydraException: a word is no override.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    choices = [
+        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [each.input_line]
+        for each in parsed
+    ]
+    varied = [place for place, each in enumerate(parsed) if each.is_sweep_override()]
+    if not varied:
+        raise UserError("--multirun has nothing to vary: list values, as in replay.mode=r2,r3")
+    found = [list(overrides) for overrides in product(*choices)]
+    return [(",".join(_fit(overrides[place]) for place in varied), overrides) for overrides in found]
+
+
+def _job(verb: str, name: str, overrides: list[str], compose: Callable[[list[str]], Config]) -> Job:
+    settings = compose(overrides)
+    directory = f"{settings.run.dir}/{name}".replace("\\", "\\\\").replace("'", "\\'")
+    # Only training has several processes: what else the experiment is for runs in one.
+    processes = settings.cluster.processes if verb == "train" else 1
+    return Job(name, [*overrides, f"run.dir='{directory}'"], max(1, processes))
+
+
+def _refuse_one_place(verb: str, jobs: list[Job], compose: Callable[[list[str]], Config]) -> None:
+    """Refuse jobs of which a later one would write over what an earlier one wrote."""
+    owners: dict[tuple[str, str], Job] = {}
+    for job in jobs:
+        settings = compose(job.overrides)
+        for setting in ("run.dir", *_WRITTEN.get(verb, ())):
+            group, _, key = setting.partition(".")
+            place = getattr(getattr(settings, group), key, "")
+            if place and (former := owners.setdefault((setting, place), job)) is not job:
+                raise UserError(
+                    f"{setting} is {place} in the jobs {former.name} and {job.name}: tell them apart, as in "
+                    f"'{setting}=${{run.dir}}/result'"
+                )
+
+
+def _command(verb: str, job: Job) -> list[str]:
+    start = [sys.executable, "-m"]
+    if job.processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", "-m"]
+    return [*start, "megatron_bai", verb, *job.overrides]
+
+
+def _ended(command: list[str]) -> int:
+    """The exit code of a job; a job that this process does not outlive is ended in order."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def _fit(override: str) -> str:
+    """An override without its `+` and with nothing that is special in a path, or to Hydra."""
+    return re.sub(r"[^\w.=+-]+", "_", override.lstrip("+~")).strip("_")
