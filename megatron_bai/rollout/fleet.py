@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
-from megatron_bai.rollout.server import SGLangServer, check_version
+from megatron_bai.rollout import control, versions
+from megatron_bai.rollout.server import SGLangServer
 from megatron_bai.rollout.sync import each
 
 SYNCS = ("disk", "tensors", "group")
@@ -81,13 +81,6 @@ def running(rollout: Rollout) -> Fleet:
     urls = [url.rstrip("/") for url in rollout.urls]
     found = each(urls, lambda url: control.get(url, "/server_info"))
     for url, info in zip(urls, found):
-        check_version(info.get("version"), f"answers at {url}")
-        needed = {"enable_return_routed_experts": "--enable-return-routed-experts"}
-        if rollout.deterministic:
-            needed["enable_deterministic_inference"] = "--enable-deterministic-inference"
-        if missing := [flag for name, flag in needed.items() if not info.get(name)]:
-            raise UserError(f"the server at {url} was started without {' and '.join(missing)}, which rollouts need")
-        if info.get("dp_size", 1) != 1:
-            raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")
+        versions.check(url, info, rollout.deterministic)
     ask = [rollout.router.rstrip("/")] if rollout.router else urls
     return Fleet(urls, [int(info.get("tp_size", 1)) for info in found], ask)

@@ -18,9 +18,7 @@ import psutil
 from megatron_bai.backend.machines import own_address
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
-
-SGLANG_VERSION = "0.5.21"  # the release whose replies and endpoints this package was written for
+from megatron_bai.rollout import control, versions
 
 # Set by torchrun for the trainer, or by a proxied network: SGLang would take them for its own.
 _NOT_INHERITED = re.compile(
@@ -89,7 +87,7 @@ class SGLangServer:
         """
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
-        check_version(_installed(), "is installed")
+        versions.require_pinned(_installed(), "is installed")
         self.port = _free_port(self.rollout.host, self.rollout.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *self._arguments()]
@@ -111,7 +109,7 @@ class SGLangServer:
         """
         try:
             self._wait_until_healthy()
-            check_version(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
+            versions.require_pinned(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
         except BaseException:
             self.stop()
             raise
@@ -197,11 +195,6 @@ def _installed() -> str | None:
         return version("sglang")
     except PackageNotFoundError:
         return None
-
-
-def check_version(found: str | None, where: str) -> None:
-    if found != SGLANG_VERSION:
-        raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={SGLANG_VERSION}")
 
 
 def _environment(device: str, tensor: int = 1) -> dict[str, str]:

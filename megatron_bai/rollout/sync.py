@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
+from megatron_bai.rollout import control, versions
 
 Shapes = dict[str, tuple[int, ...]]
 Bucket = list[tuple[str, torch.Tensor]]
@@ -35,7 +35,7 @@ _DRAIN_S = 60.0  # for requests to leave the server after they were aborted
 
 def each(urls: Sequence[str], ask: Callable[[str], T]) -> list[T]:
     """`ask` of every server at once. All have answered when the first failure is raised."""
-    with ThreadPoolExecutor(len(urls)) as pool:
+    with ThreadPoolExecutor(max(1, len(urls))) as pool:
         futures = [pool.submit(ask, url) for url in urls]
     return [future.result() for future in futures]
 
@@ -137,9 +137,10 @@ def from_tensors(
             `version`.
     """
     missing = dict(expected)
+    with_session = [url for url, release in versions.releases(urls).items() if release.weight_session]
     with _paused(urls, go_on=False):
         each(urls, _flush)
-        each(urls, lambda url: control.post(url, "/begin_weight_update", {}))
+        each(with_session, lambda url: control.post(url, "/begin_weight_update", {}))
         for bucket in _buckets(named, bucket_bytes):
             for name, tensor in bucket:
                 found = tuple(tensor.shape)
@@ -149,7 +150,7 @@ def from_tensors(
             carrier.send(bucket)
         if missing:
             raise UserError(f"weight sync {version}: {len(missing)} tensors were not sent, first {min(missing)}")
-        each(urls, lambda url: control.post(url, "/end_weight_update", {}))
+        each(with_session, lambda url: control.post(url, "/end_weight_update", {}))
         body = {"new_version": version, "abort_all_requests": False}
         each(urls, lambda url: control.post(url, "/update_weight_version", body))
         each(urls, _flush)
