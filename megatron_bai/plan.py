@@ -60,10 +60,16 @@ def check(settings: Config) -> int:
             f"a sample may have {longest} tokens, more than trainer.tokens_per_micro_batch ({row}): raise it, or lower "
             "rollout.max_new_tokens or data.max_prompt_tokens"
         )
-    if not rollout.urls and rollout.servers * rollout.tensor > min(cluster.per_machine, processes):
+    first = min(cluster.per_machine, processes)
+    if not rollout.urls and rollout.tensor > first:
         raise UserError(
-            f"rollout.servers × rollout.tensor ({rollout.servers} × {rollout.tensor}) is more than the GPUs of the first "
-            f"machine ({min(cluster.per_machine, processes)}), where servers are started"
+            f"rollout.tensor ({rollout.tensor}) is more than the GPUs of the first machine ({first}), where a run's own "
+            "servers are"
+        )
+    if not rollout.urls and rollout.servers > 1 and settings.backend.kind == "cuda":
+        raise UserError(
+            f"rollout.servers is {rollout.servers}: on GPUs a run's own servers would all begin at the first one; start "
+            "them yourself (rollout.urls)"
         )
     if not rollout.urls and rollout.sync == "group" and settings.backend.kind == "cuda":
         raise UserError(
