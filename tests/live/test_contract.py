@@ -61,7 +61,7 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
     async def pass_on(request: web.Request, body: dict[str, Any]) -> web.Response:
         timeout = aiohttp.ClientTimeout(total=120)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            sent = {"json": body} if request.can_read_body else {}
+            sent = {"json": body} if request.method == "POST" else {}
             async with session.request(request.method, server.url + str(request.rel_url), **sent) as reply:
                 text, kind = await reply.text(), reply.content_type
                 content = await reply.json() if kind == "application/json" else text
