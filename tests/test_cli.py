@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_bai import cli, config
 
@@ -39,6 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
         (["trian"], ["no verb 'trian'", "merge, train"]),
         (["train", "trainer.stepz=3"], ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
         (["train", "foo.bar=1"], ["foo.bar"]),
+        (["train", "--cfg", "job", "trainer.stepz=3"], ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
         (["train", "init.checkpoint=x"], ["init.checkpoint", "add init=checkpoint, which has it"]),
         (["train", "objective=grpo", "objective.is_max=3"], ["add objective=minirl or objective=sequence, which has it"]),
         (["train", "init=merge", "merge.sweep=[0.1]"], ["merge.sweep"]),
@@ -102,8 +105,14 @@ def test_every_verbs_code_exists_and_every_group_is_read_by_a_verb() -> None:
 
 
 def test_the_whole_configuration_can_be_printed(tmp_path: Path) -> None:
-    done = run("train", "experiment=demo", "trainer.steps=3", "--cfg", "job", cwd=tmp_path)
-    assert done.returncode == 0 and "steps: 3" in done.stdout and list(tmp_path.iterdir()) == []
+    """Every setting of every group, as the overrides left it; nothing else happens."""
+    done = run("train", "experiment=qwen3_30b_minirl", "trainer.steps=3", "--cfg", "job", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
+    printed = yaml.safe_load(done.stdout)
+    config.register()
+    assert printed["trainer"]["steps"] == 3 and printed["cluster"]["processes"] == 16
+    settings = asdict(cli._composed(["experiment=qwen3_30b_minirl", "trainer.steps=3"]))
+    assert {name: set(group) for name, group in printed.items()} == {name: set(group) for name, group in settings.items()}
 
 
 def test_a_reason_is_the_first_line_with_its_cause_and_no_advice() -> None:
