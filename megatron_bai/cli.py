@@ -142,7 +142,8 @@ def _run(arguments: list[str]) -> None:
     if any(_HYDRA_FLAGS.match(word) for word in rest):  # Hydra's own: printing the configuration
         _composed([word for word in rest if _OVERRIDE.match(word)])
         sys.argv = [f"megatron-bai {name}", *rest]
-        hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(lambda settings: None)()
+        start = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")
+        start(lambda settings: None)()
         return
     settings = _composed(rest)
     module, _, function = verb.function.partition(":")

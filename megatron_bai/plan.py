@@ -9,7 +9,7 @@ from megatron_bai import config
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
-from megatron_bai.rl import memory, objectives, session
+from megatron_bai.rl import memory, objectives, packing, session
 from megatron_bai.rollout.client import longest_request
 
 GB = 1e9
@@ -53,7 +53,7 @@ def check(settings: Config) -> int:
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
     processes = cluster.processes or fewest
     build.validate(settings.model, parallel, processes)
-    session.check_batches(settings, processes // (parallel.tensor * parallel.pipeline))
+    packing.check_batches(settings, processes // (parallel.tensor * parallel.pipeline))
     row, longest = settings.trainer.tokens_per_micro_batch, longest_sample(settings)
     if 0 < row < longest:
         raise UserError(
@@ -63,13 +63,13 @@ def check(settings: Config) -> int:
     first = min(cluster.per_machine, processes)
     if not rollout.urls and rollout.tensor > first:
         raise UserError(
-            f"rollout.tensor ({rollout.tensor}) is more than the GPUs of the first machine ({first}), where a run's own "
-            "servers are"
+            f"rollout.tensor ({rollout.tensor}) is more than the GPUs of the first machine ({first}), where a run's "
+            "own servers are"
         )
     if not rollout.urls and rollout.servers > 1 and settings.backend.kind == "cuda":
         raise UserError(
-            f"rollout.servers is {rollout.servers}: on GPUs a run's own servers would all begin at the first one; start "
-            "them yourself (rollout.urls)"
+            f"rollout.servers is {rollout.servers}: on GPUs a run's own servers would all begin at the first one; "
+            "start them yourself (rollout.urls)"
         )
     if not rollout.urls and rollout.sync == "group" and settings.backend.kind == "cuda":
         raise UserError(
@@ -94,6 +94,7 @@ def batches(settings: Config, processes: int) -> dict[str, str]:
     samples, longest = prompts * group, longest_sample(settings)
     row = trainer.tokens_per_micro_batch
     routes = samples // replicas * longest * settings.model.num_layers * settings.model.moe_topk / GB
+    kept = f"up to {routes:.1f} GB in a replica's host memory" if settings.replay.mode != "none" else "not replayed"
     micro = f"a row of {row} tokens" if row else f"{trainer.micro_batch_size} samples of up to {longest} tokens"
     return {
         "model": f"{whole.total:,} parameters, {whole.active(settings.model):,.0f} of them a token's",
@@ -104,7 +105,7 @@ def batches(settings: Config, processes: int) -> dict[str, str]:
         "micro-batch": micro,
         "responses": f"up to {rollout.max_new_tokens} tokens, {rollout.concurrency * replicas} asked for at once",
         "servers": ", ".join(rollout.urls) or f"{rollout.servers} on {rollout.tensor} GPUs each, beside the trainer",
-        "routes": f"up to {routes:.1f} GB in a replica's host memory" if settings.replay.mode != "none" else "not replayed",
+        "routes": kept,
     }
 
 

@@ -52,8 +52,8 @@ def run(verb: str, words: Sequence[str], compose: Callable[[list[str]], Config])
         compose: of overrides, the settings; it raises a UserError for those that cannot be.
 
     Raises:
-        UserError: a combination that cannot be composed, or two that write to one place, before any is started; or, once
-            all have ended, names those that failed.
+        UserError: a combination that cannot be composed, or two that write to one place, before any is started; or,
+            once all have ended, names those that failed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--multirun starts a job's processes itself: leave out torchrun and set cluster.processes")

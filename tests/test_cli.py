@@ -112,7 +112,7 @@ def test_the_whole_configuration_can_be_printed(tmp_path: Path) -> None:
     config.register()
     assert printed["trainer"]["steps"] == 3 and printed["cluster"]["processes"] == 16
     settings = asdict(cli._composed(["experiment=qwen3_30b_minirl", "trainer.steps=3"]))
-    assert {name: set(group) for name, group in printed.items()} == {name: set(group) for name, group in settings.items()}
+    assert {name: set(printed[name]) for name in printed} == {name: set(settings[name]) for name in settings}
 
 
 def test_a_reason_is_the_first_line_with_its_cause_and_no_advice() -> None:

@@ -64,8 +64,8 @@ def test_choices_ranges_and_what_paths_cannot_hold(started: list[list[str]]) -> 
         (["train", "--multirun", "objective=minirl,nonsense"], "objective/nonsense"),
         (["train", "--multirun", "trainer.stepz=1,2"], "trainer.stepz"),
         (["train", "--multirun", "--cfg", "trainer.steps=1,2"], "'--cfg'"),
-        (["train", "--multirun", "trainer.steps=1,2", "trainer.save=x"], "trainer.save is x in the jobs trainer.steps=1 and"),
-        (["merge", "--multirun", "merge.alpha=0.1,0.5", "merge.output=x"], "merge.output is x in the jobs merge.alpha=0.1"),
+        (["train", "--multirun", "trainer.steps=1,2", "trainer.save=x"], "trainer.save is x in the jobs trainer.steps=1"),
+        (["merge", "--multirun", "merge.alpha=0.1,0.5", "merge.output=x"], "merge.output is x in the jobs merge"),
         (["train", "--multirun", "run.name=a/b,a_b", "run.dir=c"], "run.dir is c/run.name=a_b in the jobs"),
     ],
 )
@@ -82,7 +82,7 @@ def test_torchrun_is_not_wrapped_around_a_sweep(started: list[list[str]], monkey
 
 
 def test_a_sweep_of_real_runs(tmp_path: Path) -> None:
-    """The first job has one process, which its layout does not fit; the second trains on two and leaves a checkpoint."""
+    """The first job's layout does not fit its one process; the second trains on two and leaves a checkpoint."""
     words = ["objective=sft", "cluster.processes=1,2", "parallel.expert=2", "trainer.steps=1", "supervised.rows=2"]
     command = [sys.executable, "-m", "megatron_bai", "train", "--multirun", *words, "trainer.micro_batch_size=1"]
     done = subprocess.run(

@@ -1,8 +1,8 @@
 """What a training rank holds on its GPU, by arithmetic: nothing is built, so that a laptop can plan for a cluster.
 
-Parameters, and with them weights, gradients and the optimizer's state, are counted exactly, as Megatron-Core builds them
-(tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a layer, with
-attention that keeps no scores and a perfectly balanced router. Megatron-LM prints a report of this kind
+Parameters, and with them weights, gradients and the optimizer's state, are counted exactly, as Megatron-Core builds
+them (tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a layer,
+with attention that keeps no scores and a perfectly balanced router. Megatron-LM prints a report of this kind
 (`--report-theoretical-memory`); the package megatron-core does not contain it.
 
 Sizes are bytes; `tokens` are those of one micro-batch.
@@ -91,7 +91,7 @@ def layer_activations(model: Model, parallel: Parallel, tokens: int, dtype: str)
     h, qkv = model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
     q, size = model.num_attention_heads * model.head_dim, BYTES[dtype]
     own = tokens / parallel.tensor  # sequence parallelism, or heads, or balanced experts: each splits by as much
-    # The input and its norm; queries, keys and values as projected and as rotated; attention's result; float32 statistics.
+    # The input and its norm; queries, keys and values as projected and as rotated; the result; float32 statistics.
     attention = own * (size * (2 * h + 2 * qkv + q) + 4 * (2 + 2 * model.num_attention_heads))
     # For each of a token's experts: the row it reads; gate and up, the activated gate, the product, and that times the
     # router's weight. Once a token: the input, its norm, and the router's float32 scores, as logits and probabilities.

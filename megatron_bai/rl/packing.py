@@ -13,11 +13,36 @@ import torch.distributed as dist
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
+from megatron_bai.model import build
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batch import Batch
 from megatron_bai.routing.layout import Packing
 
 Cut = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches
+
+
+def check_batches(settings: config.Config, replicas: int) -> None:
+    """Refuse batches that do not divide evenly among data-parallel replicas, updates and micro-batches.
+
+    Raises:
+        UserError: names the settings.
+    """
+    trainer = settings.trainer
+    parts = replicas * trainer.mini_batches
+    if trainer.prompts_per_step % parts:
+        raise UserError(
+            f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
+            f"data-parallel ranks ({trainer.mini_batches} × {replicas})"
+        )
+    if trainer.tokens_per_micro_batch:
+        return  # as many micro-batches as it takes
+    samples = trainer.prompts_per_step // parts * trainer.group_size
+    if samples % trainer.micro_batch_size:
+        raise UserError(
+            f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
+            "mini-batch"
+        )
+    build.validate_micro_batches(settings.parallel, samples // trainer.micro_batch_size)
 
 
 def cut(

@@ -114,7 +114,8 @@ def open_session(settings: config.Config) -> Iterator[Session]:
 def _check_processes(cluster: config.Cluster, world: int) -> None:
     if cluster.processes not in (0, world):
         raise UserError(
-            f"cluster.processes is {cluster.processes}, and {world} were started: start as many, or choose another cluster"
+            f"cluster.processes is {cluster.processes}, and {world} were started: start as many, or choose another "
+            "cluster"
         )
 
 
@@ -239,30 +240,6 @@ def validate(settings: config.Config) -> None:
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
             f"model.max_position_embeddings ({model.max_position_embeddings})"
         )
-
-
-def check_batches(settings: config.Config, replicas: int) -> None:
-    """Refuse batches that do not divide evenly among data-parallel replicas, updates and micro-batches.
-
-    Raises:
-        UserError: names the settings.
-    """
-    trainer = settings.trainer
-    parts = replicas * trainer.mini_batches
-    if trainer.prompts_per_step % parts:
-        raise UserError(
-            f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
-            f"data-parallel ranks ({trainer.mini_batches} × {replicas})"
-        )
-    if trainer.tokens_per_micro_batch:
-        return  # as many micro-batches as it takes
-    samples = trainer.prompts_per_step // parts * trainer.group_size
-    if samples % trainer.micro_batch_size:
-        raise UserError(
-            f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
-            "mini-batch"
-        )
-    build.validate_micro_batches(settings.parallel, samples // trainer.micro_batch_size)
 
 
 def _check_groups(settings: config.Config) -> None:

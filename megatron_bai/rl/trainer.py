@@ -28,11 +28,11 @@ from megatron_bai.rl.collect import Collector
 from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.keep import RouteKeeper, keep_routes
-from megatron_bai.rl.packing import Cut, cut
+from megatron_bai.rl.packing import Cut, check_batches, cut
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_rates
-from megatron_bai.rl.session import Session, check_batches, open_session
+from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, Asked, heed
 from megatron_bai.routing.queues import MicroRoutes
 

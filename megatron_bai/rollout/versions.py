@@ -1,7 +1,7 @@
 """Releases of SGLang: which ones this package talks to, and what each is told differently.
 
-A server says which release it is (`/server_info`). One that is not in the table is refused by name, with the reason where
-it is known: nothing else would show that its routes are somebody else's, or that a field it was sent is ignored.
+A server says which release it is (`/server_info`). One that is not in the table is refused by name, with the reason
+where it is known: nothing else would show that its routes are somebody else's, or that a field it was sent is ignored.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """What this package says to SGLang, held against what SGLang itself says that it understands.
 
-FastAPI drops a field it does not know without a word, so a renamed one would change nothing but the results. Here all that
-is sent passes through a recorder on its way to a real server, and is compared with that server's OpenAPI schema, which
-it makes of its own request classes.
+FastAPI drops a field it does not know without a word, so a renamed one would change nothing but the results. Here all
+that is sent passes through a recorder on its way to a real server, and is compared with that server's OpenAPI schema,
+which it makes of its own request classes.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What a rank holds, by arithmetic, is what Megatron-Core builds: at 30 billion parameters, in every layout of the presets."""
+"""What a rank holds, by arithmetic, is what Megatron-Core builds, at 30 billion parameters, too."""
 
 import json
 from dataclasses import asdict
@@ -11,8 +11,8 @@ from megatron_bai.config import Model, Parallel
 from megatron_bai.rl import memory
 
 LARGE = Model(
-    num_layers=48, hidden_size=2048, num_attention_heads=32, num_query_groups=4, head_dim=128, num_experts=128, moe_topk=8,
-    moe_ffn_hidden_size=768, vocab_size=151936, max_position_embeddings=40960,
+    num_layers=48, hidden_size=2048, num_attention_heads=32, num_query_groups=4, head_dim=128, num_experts=128,
+    moe_topk=8, moe_ffn_hidden_size=768, vocab_size=151936, max_position_embeddings=40960,
 )  # fmt: skip
 # Every dimension of another size; two tensor ranks and more divide them.
 SMALL = Model(
