@@ -8,12 +8,16 @@ Serves a random Qwen3-MoE of 8 layers with 32 experts, and samples with 1 to 64 
     routes    with routes, whose reply nobody looks at
     checked   with routes, decoded and checked by the client: what a run gets
 
+    python benchmarks/rollout.py --alone            # no server: the checks of one reply, in processor's seconds
+
 The three take turns; the best of `--repeat` counts. `of which checks` are the seconds that decoding and checking the
 same replies takes in this process, one after the other, as a share of the rollout's.
 """
 
 import argparse
 import asyncio
+import base64
+import json
 import os
 import tempfile
 import time
@@ -21,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -66,7 +71,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--concurrency", default="1,4,16,64")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="only decoding and checking, on made replies")
     asked = parser.parse_args()
+    if asked.alone:
+        alone(RouteSignature(LAYERS, EXPERTS, TOPK), len(PROMPT), 128, 20)
+        alone(RouteSignature(48, 128, 8), 1024, 8192, 2)  # a long response of Qwen3-30B-A3B
+        return
     signature = RouteSignature(moe_layers=LAYERS, num_experts=EXPERTS, topk=TOPK)
     rollout = Rollout(max_new_tokens=asked.tokens, deterministic=False)
     with tempfile.TemporaryDirectory() as root:
@@ -102,6 +112,30 @@ def report(
     checks = time.perf_counter() - began
     speeds = "".join(f"{samples * asked.tokens / best[name]:12.0f}" for name in ("plain", "routes", "checked"))
     print(f"{concurrency:>10}{speeds}{'':9}{checks / best['checked']:>17.1%}", flush=True)
+
+
+def alone(signature: RouteSignature, prompt: int, tokens: int, repeat: int) -> None:
+    """Processor's milliseconds of one reply, which other programs on the machine change little."""
+    scores = np.random.default_rng(0).random((prompt + tokens - 1, signature.moe_layers, signature.num_experts), np.float32)
+    ids = scores.argpartition(signature.topk, -1)[..., : signature.topk].astype("<i4")
+    meta = {
+        "finish_reason": {"type": "length"},
+        "weight_versions": [{"version": "0", "start": 0, "end": tokens}],
+        "output_token_logprobs": [[-1.5, 5, None]] * tokens,
+        "routed_experts": base64.b64encode(ids.tobytes()).decode(),
+    }
+    text = json.dumps({"output_ids": [5] * tokens, "meta_info": meta})
+    parsing, checking = [], []
+    for _ in range(repeat):
+        began = time.process_time()
+        reply = json.loads(text)
+        parsed = time.process_time()
+        to_sample(reply, 0, [2] * prompt, signature, tokens, NEVER)
+        parsing.append(parsed - began)
+        checking.append(time.process_time() - parsed)
+    print(f"{prompt} + {tokens} tokens, {signature.moe_layers} layers, {signature.topk} of {signature.num_experts} experts: "
+          f"{len(text) / 1e6:.2f} MB, JSON {1e3 * min(parsing):.2f} ms, checks {1e3 * min(checking):.2f} ms, together "
+          f"{1e6 * (min(parsing) + min(checking)) / tokens:.1f} µs a sampled token")  # fmt: skip
 
 
 if __name__ == "__main__":
