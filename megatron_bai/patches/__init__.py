@@ -6,7 +6,9 @@ Importing this package imports none of the patched ones.
 
 from megatron_bai.patches import (
     megatron_cpu,
+    sglang_batched_attention,
     sglang_cpu_kernels,
+    sglang_grouped_experts,
     sglang_host_memory,
     sglang_seeded_sampling,
     sglang_torchvision,
@@ -19,6 +21,8 @@ PATCHES: tuple[Patch, ...] = (
     sglang_torchvision.PATCH,  # from here on sglang itself can be imported
     sglang_host_memory.PATCH,
     sglang_seeded_sampling.PATCH,
+    sglang_batched_attention.PATCH,
+    sglang_grouped_experts.PATCH,
 )
 
 

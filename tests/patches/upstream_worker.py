@@ -1,0 +1,108 @@
+"""What patches of SGLang's CPU path compute beside what they replace, in a process of its own: SGLang is told at import
+that it runs on a CPU. Prints a list of JSON objects, one a case.
+"""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_bai import patches
+from megatron_bai.patches import sglang_grouped_experts
+
+SLOTS = 4096
+
+
+def attention(draw: torch.Generator, heads: int, shared: int, dim: int, dtype: torch.dtype, new: Any) -> dict[str, Any]:
+    """The largest difference from upstream's loop, for sequences of mixed lengths in shuffled slots of a cache that has
+    NaN wherever no sequence of the batch is.
+
+    Args:
+        heads, shared: of queries; how many of them share keys and values.
+        new: the last tokens of a sequence of a given length that have queries.
+    """
+    from sglang.srt.layers.attention import torch_native_backend
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    lengths = torch.tensor([1, 2, 3, 4, 7, 31, 64, 65, 100, 300])[torch.randperm(10, generator=draw)]
+    keys, values = (torch.full((SLOTS, heads // shared, dim), torch.nan, dtype=dtype) for _ in range(2))
+    free, table = torch.randperm(SLOTS, generator=draw), torch.randint(SLOTS, (16, 512), generator=draw, dtype=torch.int32)
+    rows, asks = torch.randperm(16, generator=draw)[: len(lengths)], torch.tensor([new(int(each)) for each in lengths])
+    for row, length, end in zip(rows, lengths, lengths.cumsum(0)):
+        own = free[end - length : end]
+        table[row, :length] = own.to(torch.int32)
+        keys[own], values[own] = (torch.randn(length, *keys.shape[1:], generator=draw).to(dtype) for _ in range(2))
+    total, width = int(asks.sum()), heads * dim
+    query = torch.randn(total, width, generator=draw).to(dtype)
+    pool = SimpleNamespace(get_key_buffer=lambda layer: keys, get_value_buffer=lambda layer: values)
+    runner = SimpleNamespace(
+        device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=pool
+    )
+    layer = SimpleNamespace(
+        qk_head_dim=dim, v_head_dim=dim, tp_q_head_num=heads, tp_k_head_num=heads // shared, scaling=dim**-0.5,
+        layer_id=0, is_cross_attention=False, attn_type=AttentionType.DECODER, sliding_window_size=None,
+    )  # fmt: skip
+    decoding = new is one
+    batch = SimpleNamespace(
+        req_pool_indices=rows, seq_lens=lengths, encoder_lens=None, out_cache_loc=None,
+        extend_seq_lens=None if decoding else asks, extend_prefix_lens=None if decoding else lengths - asks,
+    )  # fmt: skip
+    found = []
+    for backend in (torch_native_backend.TorchNativeAttnBackend, torch_native_backend.TorchNativeAttnBackend.__base__):
+        running = backend(runner)
+        running.init_forward_metadata(batch)
+        forward = running.forward_decode if decoding else running.forward_extend
+        found.append(forward(query, None, None, layer, batch, save_kv_cache=False))
+    assert found[0].isfinite().all()
+    return {"error": (found[0] - found[1]).abs().max().item()}
+
+
+def one(length: int) -> int:
+    return 1
+
+
+def experts(draw: torch.Generator, tokens: int, count: int, topk: int, inner: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The same for an MoE layer's experts, some of which nobody chose; and whether upstream's was called for it."""
+    from sglang.srt.layers.moe import fused_moe_native
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    hidden = 24
+    layer = SimpleNamespace(w13_weight=normal(count, 2 * inner, hidden), w2_weight=normal(count, hidden, inner))
+    layer.num_experts = count
+    runner = SimpleNamespace(activation="silu", gemm1_alpha=None, apply_router_weight_on_input=False)
+    ids = torch.stack([torch.randperm(count - 1, generator=draw)[:topk] for _ in range(tokens)]).to(torch.int32)
+    weights, x = torch.rand(tokens, topk, generator=draw), normal(tokens, hidden)
+    calls, inputs = [], (layer, x, (weights, ids, None), runner)
+
+    def upstream(*inputs: Any) -> torch.Tensor:
+        calls.append(1)
+        return native(*inputs)
+
+    native = fused_moe_native.moe_forward_native.__wrapped__
+    patched = sglang_grouped_experts.grouped(upstream)
+    return {"error": (patched(*inputs) - native(*inputs)).abs().max().item(), "upstream": len(calls)}
+
+
+def main() -> None:
+    patches.apply("sglang-cpu")
+    draw = torch.Generator().manual_seed(0)
+    news = {"decode": one, "prefill": lambda length: length, "chunk": lambda length: (length + 1) // 2}
+    cases = []
+    with torch.inference_mode():
+        for heads, shared, dim in ((4, 2, 16), (4, 4, 20), (8, 1, 64)):
+            for dtype in (torch.float32, torch.bfloat16):
+                for name, new in news.items():
+                    found = attention(draw, heads, shared, dim, dtype, new)
+                    cases.append({"what": "attention", "case": name, "heads": heads, "dtype": str(dtype)} | found)
+        for tokens, count, topk in ((1, 8, 2), (64, 8, 2), (37, 60, 4)):
+            for inner, dtype in ((16, torch.float32), (16, torch.bfloat16), (10, torch.float32)):
+                found = experts(draw, tokens, count, topk, inner, dtype)
+                cases.append({"what": "experts", "tokens": tokens, "inner": inner, "dtype": str(dtype)} | found)
+    print(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()
