@@ -8,6 +8,7 @@ from megatron_bai.patches import (
     megatron_cpu,
     sglang_batched_attention,
     sglang_cpu_kernels,
+    sglang_fused_norms,
     sglang_grouped_experts,
     sglang_host_memory,
     sglang_seeded_sampling,
@@ -23,6 +24,7 @@ PATCHES: tuple[Patch, ...] = (
     sglang_seeded_sampling.PATCH,
     sglang_batched_attention.PATCH,
     sglang_grouped_experts.PATCH,
+    sglang_fused_norms.PATCH,
 )
 
 

@@ -6,9 +6,10 @@ half of its time in attention: each layer calls SDPA, and copies keys and values
 Upstream: srt/layers/attention/torch_native_backend.py `_run_sdpa_forward_decode` and `_run_sdpa_forward_extend`, which
 say so themselves. On a CPU with AMX upstream has a backend of its own, `intel_amx`.
 
-What it does: sequences between the same two powers of two in length share one padded call, so padding never doubles the
-work; which cache slots they read is looked up once a forward pass and not in each layer. Results are upstream's to float
-rounding (`tests/patches/test_batched_attention.py`). Encoders, cross attention and sliding windows stay upstream's.
+What it does: decoding in float32 is one compiled loop over the cache (`cpu_kernels.py`). Prompts, and other dtypes,
+are padded: sequences between the same two powers of two in length share one call, so padding never doubles the work.
+Results are upstream's to float rounding (`tests/patches/test_upstream.py`). Encoders, cross attention and sliding windows
+stay upstream's.
 
 Can go: when upstream batches these loops.
 """
@@ -47,13 +48,14 @@ class Group:
         return found.transpose(1, 2).to(dtype)
 
 
-def group(lengths: "Tensor", new: "Tensor", slots: "Tensor") -> list[Group]:
+def group(table: "Tensor", rows: "Tensor", lengths: "Tensor", new: "Tensor") -> list[Group]:
     """Groups of a batch.
 
     Args:
+        table: `[·, positions]` integers, the cache's slot of each position of a sequence.
+        rows: `[B]`, which row of the table.
         lengths: `[B]`, tokens of each sequence, new ones included.
         new: `[B]`, its last tokens, those that have a query.
-        slots: `[B, ≥ longest]` integers, of the cache, by position.
     """
     import torch
 
@@ -65,35 +67,29 @@ def group(lengths: "Tensor", new: "Tensor", slots: "Tensor") -> list[Group]:
         own = torch.tensor([i for i, each in enumerate(sizes) if each == size])
         longest = int(lengths[own].max())
         valid = torch.arange(longest) < lengths[own, None]
-        found = slots[own, :longest].to(torch.int64)
+        found = table[rows[own], :longest].to(torch.int64)
         found = torch.where(valid, found, found[:, :1])
         asks = valid & (torch.arange(longest) >= (lengths - new)[own, None])
         places = asks.flatten().nonzero().squeeze(1)
         first = (ends - lengths)[own, None]  # row of the query at position 0, had it one
-        rows = (first + torch.arange(longest))[asks]
-        groups.append(Group(found.flatten(), longest, rows, places, valid[:, None, None]))
+        asked = (first + torch.arange(longest))[asks]
+        groups.append(Group(found.flatten(), longest, asked, places, valid[:, None, None]))
     return groups
 
 
-def decode(
-    groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float | None
-) -> "Tensor":
+def decode(groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float) -> None:
     """One query a sequence, at its end. `query` and `output` are `[B, heads, dim]`, the caches `[slots, heads, dim]`."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    heads = keys.shape[1]
     for each in groups:
         # Heads that share keys stand side by side as queries of one head: nothing is repeated.
-        asked = query.index_select(0, each.rows).view(len(each.rows), heads, -1, query.shape[-1])
+        asked = query.index_select(0, each.rows).view(len(each.rows), keys.shape[1], -1, query.shape[-1])
         k, v = each.read(keys, query.dtype), each.read(values, query.dtype)
         found = scaled_dot_product_attention(asked, k, v, attn_mask=each.mask, scale=scale)
         output.index_copy_(0, each.rows, found.flatten(1, 2))
-    return output
 
 
-def extend(
-    groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float | None
-) -> "Tensor":
+def extend(groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float) -> None:
     """Queries for the last tokens of every sequence, causal. As upstream, those of tokens before them are computed too."""
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -106,35 +102,49 @@ def extend(
         found = scaled_dot_product_attention(asked, k, v, is_causal=True, scale=scale, enable_gqa=shared)
         found = found.transpose(1, 2).flatten(0, 1)
         output.index_copy_(0, each.rows, found.index_select(0, each.places))
-    return output
 
 
 def backend() -> type:
-    """Upstream's backend with both in the place of its loops, which still do what these cannot."""
+    """Upstream's backend with these in the place of its loops, which still do what these cannot."""
+    import torch
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from megatron_bai.patches.cpu_kernels import attend
 
     class BatchedAttnBackend(TorchNativeAttnBackend):
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
-            lengths, new = forward_batch.seq_lens, forward_batch.extend_seq_lens
-            slots = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices]
-            self.forward_metadata = group(lengths, lengths.clamp(max=1) if new is None else new, slots)
+            self.forward_metadata = None  # groups, made by the first layer that needs them
 
         def _run_sdpa_forward_decode(self, *batch: Any, **how: Any) -> "Tensor":
-            if _plain(how, batch):
-                return decode(self.forward_metadata, *batch[:4], how["scaling"])
-            return super()._run_sdpa_forward_decode(*batch, **how)
+            query, output, keys, values, table, rows, lengths, _ = batch
+            if not _plain(batch, how):
+                return super()._run_sdpa_forward_decode(*batch, **how)
+            if all(each.dtype == torch.float32 for each in (query, keys, values)):
+                arrays = query.contiguous(), keys, values, table, rows.to(torch.int64), lengths.to(torch.int64)
+                attend(*(each.numpy() for each in arrays), how["scaling"], output.numpy())
+            else:
+                self._group(table, rows, lengths, torch.ones_like(lengths))
+                decode(self.forward_metadata, query, output, keys, values, how["scaling"])
+            return output
 
         def _run_sdpa_forward_extend(self, *batch: Any, **how: Any) -> "Tensor":
-            if how["causal"] and _plain(how, batch):
-                return extend(self.forward_metadata, *batch[:4], how["scaling"])
-            return super()._run_sdpa_forward_extend(*batch, **how)
+            query, output, keys, values, table, rows, lengths, _, new, _ = batch
+            if not (how["causal"] and _plain(batch, how)):
+                return super()._run_sdpa_forward_extend(*batch, **how)
+            self._group(table, rows, lengths, new)
+            extend(self.forward_metadata, query, output, keys, values, how["scaling"])
+            return output
+
+        def _group(self, table: "Tensor", rows: "Tensor", lengths: "Tensor", new: "Tensor") -> None:
+            if self.forward_metadata is None:
+                self.forward_metadata = group(table, rows, lengths, new)
 
     return BatchedAttnBackend
 
 
-def _plain(how: dict[str, Any], batch: tuple[Any, ...]) -> bool:
-    """Whether it is a decoder's attention to the whole of its own sequence. The last positional one are the encoder's lengths."""
+def _plain(batch: tuple[Any, ...], how: dict[str, Any]) -> bool:
+    """Whether it is a decoder's attention to all of its own sequence; `batch` ends with the lengths of an encoder's."""
     return not how["is_cross_attn"] and how["sliding_window_size"] is None and batch[-1] is None
 
 

@@ -33,3 +33,10 @@ def test_grouped_experts_are_the_loop_over_experts(cases: list[dict[str, Any]]) 
     found = [case for case in cases if case["what"] == "experts"]
     assert [case["upstream"] for case in found] == [0, 0, 1] * 3
     assert not [case for case in found if not case["error"] < TOLERANCE[case["dtype"]]]
+
+
+def test_norms_and_rotations_are_those_of_many_operators(cases: list[dict[str, Any]]) -> None:
+    """With and without a residual, part of a head rotated or all of it, both ways to pair its elements."""
+    found = [case for case in cases if case["what"] in ("norms", "rotation")]
+    assert len(found) == 9
+    assert not [case for case in found if not case["error"] < TOLERANCE[case["dtype"]] * 10]  # of values up to 10

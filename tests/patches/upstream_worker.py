@@ -86,6 +86,47 @@ def experts(draw: torch.Generator, tokens: int, count: int, topk: int, inner: in
     return {"error": (patched(*inputs) - native(*inputs)).abs().max().item(), "upstream": len(calls)}
 
 
+def largest(found: Any, wanted: Any) -> float:
+    return max((one - other).abs().max().item() for one, other in zip(found, wanted, strict=True))
+
+
+def norms(draw: torch.Generator, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The same for a norm, alone and after the addition of a residual, which must come back too."""
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    layer = RMSNorm(24, eps=1e-5).to(dtype)
+    layer.weight.data.normal_(generator=draw)
+    x, residual = (torch.randn(rows, 24, generator=draw).to(dtype) for _ in range(2))
+    error = 0.0
+    for inputs in ((x,), (x[:, None].expand(rows, 3, 24),), (x, residual)):
+        found = RMSNorm.forward_cpu(layer, *(each.clone() for each in inputs))
+        wanted = RMSNorm.forward_cpu.__wrapped__(layer, *inputs)
+        pairs = (found, wanted) if len(inputs) == 2 else ([found], [wanted])
+        error = max(error, largest(*pairs))
+    return {"error": error}
+
+
+def rotation(draw: torch.Generator, heads: int, keys: int, dim: int, rotated: int, halves: bool) -> dict[str, Any]:
+    """The same for what happens to queries, keys and values before attention."""
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.models import qwen3_moe
+
+    layer = SimpleNamespace(
+        num_heads=heads, num_kv_heads=keys, q_size=heads * dim, kv_size=keys * dim, head_dim=dim, alt_stream=None,
+        q_norm=RMSNorm(dim), k_norm=RMSNorm(dim), use_fused_qk_norm_rope=False, use_fused_qk_norm_rope_cpu=False,
+        rotary_emb=RotaryEmbedding(dim, rotated, 512, 10000, halves, torch.float32), attn=None,
+        compatible_with_fused_kv_buffer=False,
+    )  # fmt: skip
+    for each in (layer.q_norm, layer.k_norm):
+        each.weight.data.normal_(generator=draw)
+    qkv = torch.randn(33, (heads + 2 * keys) * dim, generator=draw)
+    positions, replaced = torch.randint(512, (33,), generator=draw), qwen3_moe.Qwen3MoeAttention.apply_qk_norm_rope
+    qwen3_moe.enable_fused_set_kv_buffer = lambda batch: False  # asks for a server's state
+    found, wanted = replaced(layer, qkv.clone(), positions, None), replaced.__wrapped__(layer, qkv, positions, None)
+    return {"error": largest(found, wanted)}
+
+
 def main() -> None:
     patches.apply("sglang-cpu")
     draw = torch.Generator().manual_seed(0)
@@ -101,6 +142,12 @@ def main() -> None:
             for inner, dtype in ((16, torch.float32), (16, torch.bfloat16), (10, torch.float32)):
                 found = experts(draw, tokens, count, topk, inner, dtype)
                 cases.append({"what": "experts", "tokens": tokens, "inner": inner, "dtype": str(dtype)} | found)
+        for rows, dtype in ((1, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
+            cases.append({"what": "norms", "rows": rows, "dtype": str(dtype)} | norms(draw, rows, dtype))
+        for heads, keys, dim, rotated in ((4, 2, 16, 16), (6, 1, 20, 8), (8, 8, 64, 64)):
+            for halves in (True, False):
+                found = rotation(draw, heads, keys, dim, rotated, halves)
+                cases.append({"what": "rotation", "dim": dim, "halves": halves, "dtype": "torch.float32"} | found)
     print(json.dumps(cases))
 
 

@@ -1,0 +1,81 @@
+"""Normalisation and rotation of a layer in one pass each on a CPU.
+
+Symptom: without AMX a norm is six torch operators and the rotation of queries and keys twenty; at the batch sizes of
+decoding their calls, not their arithmetic, are a quarter of a layer's time.
+
+Upstream: srt/layers/layernorm.py `RMSNorm.forward_cpu` and srt/models/qwen3_moe.py `Qwen3MoeAttention.apply_qk_norm_rope`,
+which use fused kernels of sgl_kernel where that has them: with AMX, or in bfloat16.
+
+What it does: both in float32 by a compiled loop (`cpu_kernels.py`). Results are upstream's to float rounding. Other dtypes
+and the variants of either layer stay upstream's.
+
+Can go: when a CPU build of sgl_kernel has both for float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_bai.patches.registry import Patch
+
+
+def norm(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """`RMSNorm.forward_cpu`: weight · x / rms(x), of x + residual if there is one, which is then returned too."""
+    import torch
+
+    from megatron_bai.patches.cpu_kernels import normalise
+
+    @functools.wraps(upstream)
+    def forward_cpu(self: Any, x: Any, residual: Any = None, *more: Any, **named: Any) -> Any:
+        plain = self.variance_size_override is None and self.override_orig_dtype is None and x.shape[-1] == self.hidden_size
+        if not plain or more or named or not x.dtype == self.weight.dtype == torch.float32:
+            return upstream(self, x, residual, *more, **named)
+        x = x.contiguous() if residual is None else x + residual
+        out, rows = torch.empty_like(x), (-1, self.hidden_size)
+        weight = self.weight.detach().numpy()
+        normalise(x.view(rows).numpy(), weight, self.variance_epsilon, out.view(rows).numpy())
+        return out if residual is None else (out, x)
+
+    return forward_cpu
+
+
+def norm_and_rotation(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """`Qwen3MoeAttention.apply_qk_norm_rope`: queries, keys and values of `qkv`, whose memory they share."""
+    import torch
+
+    from megatron_bai.patches.cpu_kernels import normalise_and_rotate
+
+    @functools.wraps(upstream)
+    def apply_qk_norm_rope(self: Any, qkv: Any, positions: Any, forward_batch: Any) -> Any:
+        rotation, norms = self.rotary_emb, (self.q_norm, self.k_norm)
+        if type(rotation).__name__ != "RotaryEmbedding" or not qkv.dtype == rotation.cos_sin_cache.dtype == torch.float32:
+            return upstream(self, qkv, positions, forward_batch)
+        weights = [each.weight.detach().numpy() for each in norms]
+        normalise_and_rotate(
+            qkv.numpy(), self.num_heads, self.num_kv_heads, *weights, norms[0].variance_epsilon,
+            positions.to(torch.int64).numpy(), rotation.cos_sin_cache.numpy(), rotation.is_neox_style,
+        )  # fmt: skip
+        self._used_fused_qk_norm_rope_last_call = True  # so that attention stores keys and values
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        return q, k, v
+
+    return apply_qk_norm_rope
+
+
+def install() -> None:
+    """In the place of both methods."""
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.models.qwen3_moe import Qwen3MoeAttention
+
+    RMSNorm.forward_cpu = norm(RMSNorm.forward_cpu)
+    Qwen3MoeAttention.apply_qk_norm_rope = norm_and_rotation(Qwen3MoeAttention.apply_qk_norm_rope)
+
+
+PATCH = Patch(
+    name="sglang_fused_norms",
+    distribution="sglang",
+    version="0.5.21",
+    scope="sglang-cpu",
+    summary="norms and rotations are dozens of small operators a layer: slow decoding on a CPU",
+    install=install,
+)
