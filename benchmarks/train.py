@@ -5,8 +5,8 @@
 
 `step` makes one tiny Qwen3-MoE with random weights and runs, each in processes of its own, from those weights:
 
-    ours      torchrun with 1 and 2 processes (data parallel) and the SGLang server, without replay, with R3, and with R3
-              and the discrepancy's extra forward pass (replay.measure_live)
+    ours      torchrun with 1 and 2 processes (data parallel) and `--servers` SGLang servers, each on one core, without
+              replay, with R3, and with R3 and the discrepancy's extra forward pass (replay.measure_live)
     trl       TRL 1.16.0 in PYTHON's environment, transformers generating with its cache: 1 process with 2 threads, and
               2 processes (DDP); experts by grouped matrix products, which were the fastest of its three ways
 
@@ -57,7 +57,8 @@ def rows(options: argparse.Namespace) -> dict[str, tuple[str, str, int, int, dic
         f"trainer.steps={options.steps}", f"trainer.prompts_per_step={options.prompts}", "trainer.learning_rate=1e-4",
         f"trainer.group_size={options.group}", f"trainer.mini_batches={UPDATES}", "rollout.start_timeout_s=900",
         f"trainer.micro_batch_size={options.micro}", f"rollout.max_new_tokens={options.response}",
-        f"rollout.concurrency={options.running}", f"rollout.max_running_requests={options.running}",
+        f"rollout.servers={options.servers}", f"rollout.concurrency={options.running}",
+        f"rollout.max_running_requests={options.running}",
         f"model.max_position_embeddings={options.response + 64}", *options.set,
     ]  # fmt: skip
     for processes in (1, 2):
@@ -141,7 +142,8 @@ def main() -> None:
     step.add_argument("--group", type=int, default=8)
     step.add_argument("--response", type=int, default=64, help="tokens of every response")
     step.add_argument("--micro", type=int, default=32, help="samples in a micro-batch, on both sides")
-    step.add_argument("--running", type=int, default=128, help="requests that the server samples at once")
+    step.add_argument("--running", type=int, default=128, help="requests that a server samples at once")
+    step.add_argument("--servers", type=int, default=2, help="that sample for ours")
     step.add_argument("--repeat", type=int, default=3)
     step.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     step.add_argument("--set", nargs="+", default=[], help="more settings of ours, such as rollout.deterministic=false")

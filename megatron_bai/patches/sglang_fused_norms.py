@@ -3,7 +3,7 @@
 Symptom: without AMX a norm is six torch operators and the rotation of queries and keys twenty; at the batch sizes of
 decoding their calls, not their arithmetic, are a quarter of a layer's time.
 
-Upstream: srt/layers/layernorm.py `RMSNorm.forward_cpu` and srt/models/qwen3_moe.py `Qwen3MoeAttention.apply_qk_norm_rope`,
+Upstream: srt/layers/layernorm.py `RMSNorm.forward_native` and srt/models/qwen3_moe.py `Qwen3MoeAttention.apply_qk_norm_rope`,
 which use fused kernels of sgl_kernel where that has them: with AMX, or in bfloat16.
 
 What it does: both in float32 by a compiled loop (`cpu_kernels.py`). Results are upstream's to float rounding. Other dtypes
@@ -20,23 +20,23 @@ from megatron_bai.patches.registry import Patch
 
 
 def norm(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """`RMSNorm.forward_cpu`: weight · x / rms(x), of x + residual if there is one, which is then returned too."""
+    """`RMSNorm.forward_native`: weight · x / rms(x), of x + residual if there is one, which is then returned too."""
     import torch
 
     from megatron_bai.patches.cpu_kernels import normalise
 
     @functools.wraps(upstream)
-    def forward_cpu(self: Any, x: Any, residual: Any = None, *more: Any, **named: Any) -> Any:
+    def forward_native(self: Any, x: Any, residual: Any = None, addition: Any = None, **named: Any) -> Any:
         plain = self.variance_size_override is None and self.override_orig_dtype is None and x.shape[-1] == self.hidden_size
-        if not plain or more or named or not x.dtype == self.weight.dtype == torch.float32:
-            return upstream(self, x, residual, *more, **named)
+        if not plain or addition is not None or not x.dtype == self.weight.dtype == torch.float32:
+            return upstream(self, x, residual, addition, **named)
         x = x.contiguous() if residual is None else x + residual
         out, rows = torch.empty_like(x), (-1, self.hidden_size)
         weight = self.weight.detach().numpy()
         normalise(x.view(rows).numpy(), weight, self.variance_epsilon, out.view(rows).numpy())
         return out if residual is None else (out, x)
 
-    return forward_cpu
+    return forward_native
 
 
 def norm_and_rotation(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def install() -> None:
     from sglang.srt.layers.layernorm import RMSNorm
     from sglang.srt.models.qwen3_moe import Qwen3MoeAttention
 
-    RMSNorm.forward_cpu = norm(RMSNorm.forward_cpu)
+    RMSNorm.forward_native = norm(RMSNorm.forward_native)
     Qwen3MoeAttention.apply_qk_norm_rope = norm_and_rotation(Qwen3MoeAttention.apply_qk_norm_rope)
 
 

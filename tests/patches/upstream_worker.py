@@ -99,8 +99,8 @@ def norms(draw: torch.Generator, rows: int, dtype: torch.dtype) -> dict[str, Any
     x, residual = (torch.randn(rows, 24, generator=draw).to(dtype) for _ in range(2))
     error = 0.0
     for inputs in ((x,), (x[:, None].expand(rows, 3, 24),), (x, residual)):
-        found = RMSNorm.forward_cpu(layer, *(each.clone() for each in inputs))
-        wanted = RMSNorm.forward_cpu.__wrapped__(layer, *inputs)
+        found = RMSNorm.forward_native(layer, *(each.clone() for each in inputs))
+        wanted = RMSNorm.forward_native.__wrapped__(layer, *inputs)
         pairs = (found, wanted) if len(inputs) == 2 else ([found], [wanted])
         error = max(error, largest(*pairs))
     return {"error": error}
