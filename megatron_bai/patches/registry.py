@@ -1,8 +1,14 @@
 """What a patch is, and how patches are applied. Imports no patched library."""
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 from megatron_bai.errors import UserError
 
@@ -61,6 +67,38 @@ class Patch:
             )
         self.install()
         _applied.add(self.name)
+
+
+def after_import(name: str, install: Callable[[ModuleType], None]) -> None:
+    """Call `install` with a module once it is imported, or now if it is: a process that never needs a module with many
+    others behind it, as most of a server's, does not import it for a patch's sake.
+    """
+    if name in sys.modules:
+        install(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _After(name, install))
+
+
+class _After(MetaPathFinder):
+    """Finds one module as the others do, once, and lets its loader call `install`."""
+
+    def __init__(self, name: str, install: Callable[[ModuleType], None]) -> None:
+        self.name, self.install = name, install
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.install(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
 
 
 def apply_scope(patches: Iterable[Patch], scope: str) -> None:

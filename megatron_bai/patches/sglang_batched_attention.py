@@ -17,7 +17,7 @@ Can go: when upstream batches these loops.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_bai.patches.registry import Patch
+from megatron_bai.patches.registry import Patch, after_import
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,14 +104,13 @@ def extend(groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor
         output.index_copy_(0, each.rows, found.index_select(0, each.places))
 
 
-def backend() -> type:
-    """Upstream's backend with these in the place of its loops, which still do what these cannot."""
+def batched(upstream: type) -> type:
+    """`TorchNativeAttnBackend` with these in the place of its loops, which still do what these cannot."""
     import torch
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     from megatron_bai.patches.cpu_kernels import attend
 
-    class BatchedAttnBackend(TorchNativeAttnBackend):
+    class BatchedAttnBackend(upstream):
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
             self.forward_metadata = None  # groups, made by the first layer that needs them
@@ -150,9 +149,11 @@ def _plain(batch: tuple[Any, ...], how: dict[str, Any]) -> bool:
 
 def install() -> None:
     """Make it the backend of that name."""
-    from sglang.srt.layers.attention import torch_native_backend
 
-    torch_native_backend.TorchNativeAttnBackend = backend()
+    def replace(module: Any) -> None:
+        module.TorchNativeAttnBackend = batched(module.TorchNativeAttnBackend)
+
+    after_import("sglang.srt.layers.attention.torch_native_backend", replace)
 
 
 PATCH = Patch(

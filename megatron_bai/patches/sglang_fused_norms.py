@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_bai.patches.registry import Patch
+from megatron_bai.patches.registry import Patch, after_import
 
 
 def norm(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,12 +63,14 @@ def norm_and_rotation(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """In the place of both methods."""
-    from sglang.srt.layers.layernorm import RMSNorm
-    from sglang.srt.models.qwen3_moe import Qwen3MoeAttention
+    """In the place of both methods, in a process that has the model."""
 
-    RMSNorm.forward_native = norm(RMSNorm.forward_native)
-    Qwen3MoeAttention.apply_qk_norm_rope = norm_and_rotation(Qwen3MoeAttention.apply_qk_norm_rope)
+    def replace(module: Any) -> None:
+        module.RMSNorm.forward_native = norm(module.RMSNorm.forward_native)
+        attention = module.Qwen3MoeAttention
+        attention.apply_qk_norm_rope = norm_and_rotation(attention.apply_qk_norm_rope)
+
+    after_import("sglang.srt.models.qwen3_moe", replace)
 
 
 PATCH = Patch(

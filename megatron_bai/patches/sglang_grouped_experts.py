@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_bai.patches.registry import Patch
+from megatron_bai.patches.registry import Patch, after_import
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +73,11 @@ def grouped(upstream: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
 
 def install() -> None:
     """In the place of upstream's, which its callers import when they call it."""
-    from sglang.srt.layers.moe import fused_moe_native
 
-    fused_moe_native.moe_forward_native = grouped(fused_moe_native.moe_forward_native)
+    def replace(module: Any) -> None:
+        module.moe_forward_native = grouped(module.moe_forward_native)
+
+    after_import("sglang.srt.layers.moe.fused_moe_native", replace)
 
 
 PATCH = Patch(

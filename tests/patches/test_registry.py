@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_bai import patches
 from megatron_bai.errors import UserError
-from megatron_bai.patches.registry import Patch, apply_scope
+from megatron_bai.patches.registry import Patch, after_import, apply_scope
 
 
 @pytest.fixture
@@ -66,3 +67,16 @@ def test_listing_imports_nothing_patched() -> None:
         "print({'torch', 'sglang', 'megatron', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_patch_waits_until_its_module_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "patched_later.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders, seen = list(sys.meta_path), []
+    after_import("patched_later", lambda module: seen.append(module.value))
+    assert not seen and "patched_later" not in sys.modules
+    import patched_later
+
+    assert seen == [1] and sys.meta_path == finders
+    after_import("patched_later", lambda module: setattr(module, "value", 2))
+    assert patched_later.value == 2

@@ -3,6 +3,7 @@ that it runs on a CPU. Prints a list of JSON objects, one a case.
 """
 
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +93,7 @@ def largest(found: Any, wanted: Any) -> float:
 
 def norms(draw: torch.Generator, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """The same for a norm, alone and after the addition of a residual, which must come back too."""
-    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.models.qwen3_moe import RMSNorm
 
     layer = RMSNorm(24, eps=1e-5).to(dtype)
     layer.weight.data.normal_(generator=draw)
@@ -129,6 +130,7 @@ def rotation(draw: torch.Generator, heads: int, keys: int, dim: int, rotated: in
 
 def main() -> None:
     patches.apply("sglang-cpu")
+    assert not {"sglang.srt.models.qwen3_moe", "numba"} & set(sys.modules)  # imported only where they are needed
     draw = torch.Generator().manual_seed(0)
     news = {"decode": one, "prefill": lambda length: length, "chunk": lambda length: (length + 1) // 2}
     cases = []
