@@ -8,8 +8,8 @@ say so themselves. On a CPU with AMX upstream has a backend of its own, `intel_a
 
 What it does: decoding in float32 is one compiled loop over the cache (`cpu_kernels.py`). Prompts, and other dtypes,
 are padded: sequences between the same two powers of two in length share one call, so padding never doubles the work.
-Results are upstream's to float rounding (`tests/patches/test_upstream.py`). Encoders, cross attention and sliding windows
-stay upstream's.
+Results are upstream's to float rounding (`tests/patches/test_upstream.py`). Encoders, cross attention and sliding
+windows stay upstream's.
 
 Can go: when upstream batches these loops.
 """
@@ -28,7 +28,7 @@ class Group:
     """n sequences of a batch of similar length, padded to the L tokens of the longest.
 
     Attributes:
-        slots: `[n·L]` int64, of the key/value cache. Padding repeats the sequence's own first slot: whatever is there is
+        slots: `[n·L]` int64, of the key/value cache. Padding repeats the sequence's own first slot: what is there is
             finite as long as the sequence itself is.
         length: L.
         rows: queries of the batch that belong to these sequences, int64.
@@ -77,8 +77,10 @@ def group(table: "Tensor", rows: "Tensor", lengths: "Tensor", new: "Tensor") -> 
     return groups
 
 
-def decode(groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float) -> None:
-    """One query a sequence, at its end. `query` and `output` are `[B, heads, dim]`, the caches `[slots, heads, dim]`."""
+def decode(
+    groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float
+) -> None:
+    """One query a sequence, at its end. `query`, `output`: `[B, heads, dim]`; the caches: `[slots, heads, dim]`."""
     from torch.nn.functional import scaled_dot_product_attention
 
     for each in groups:
@@ -89,8 +91,10 @@ def decode(groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor
         output.index_copy_(0, each.rows, found.flatten(1, 2))
 
 
-def extend(groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float) -> None:
-    """Queries for the last tokens of every sequence, causal. As upstream, those of tokens before them are computed too."""
+def extend(
+    groups: list[Group], query: "Tensor", output: "Tensor", keys: "Tensor", values: "Tensor", scale: float
+) -> None:
+    """Queries for the last tokens of every sequence, causal. As upstream, those before them are computed too."""
     from torch.nn.functional import scaled_dot_product_attention
 
     for each in groups:

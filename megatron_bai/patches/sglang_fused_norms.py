@@ -3,11 +3,12 @@
 Symptom: without AMX a norm is six torch operators and the rotation of queries and keys twenty; at the batch sizes of
 decoding their calls, not their arithmetic, are a quarter of a layer's time.
 
-Upstream: srt/layers/layernorm.py `RMSNorm.forward_native` and srt/models/qwen3_moe.py `Qwen3MoeAttention.apply_qk_norm_rope`,
-which use fused kernels of sgl_kernel where that has them: with AMX, or in bfloat16.
+Upstream: srt/layers/layernorm.py `RMSNorm.forward_native` and srt/models/qwen3_moe.py
+`Qwen3MoeAttention.apply_qk_norm_rope`, which use fused kernels of sgl_kernel where that has them: with AMX, or in
+bfloat16.
 
-What it does: both in float32 by a compiled loop (`cpu_kernels.py`). Results are upstream's to float rounding. Other dtypes
-and the variants of either layer stay upstream's.
+What it does: both in float32 by a compiled loop (`cpu_kernels.py`). Results are upstream's to float rounding. Other
+dtypes and the variants of either layer stay upstream's.
 
 Can go: when a CPU build of sgl_kernel has both for float32.
 """
@@ -27,7 +28,8 @@ def norm(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(upstream)
     def forward_native(self: Any, x: Any, residual: Any = None, addition: Any = None, **named: Any) -> Any:
-        plain = self.variance_size_override is None and self.override_orig_dtype is None and x.shape[-1] == self.hidden_size
+        plain = self.variance_size_override is None and self.override_orig_dtype is None
+        plain = plain and x.shape[-1] == self.hidden_size
         if not plain or addition is not None or not x.dtype == self.weight.dtype == torch.float32:
             return upstream(self, x, residual, addition, **named)
         x = x.contiguous() if residual is None else x + residual
@@ -48,7 +50,8 @@ def norm_and_rotation(upstream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(upstream)
     def apply_qk_norm_rope(self: Any, qkv: Any, positions: Any, forward_batch: Any) -> Any:
         rotation, norms = self.rotary_emb, (self.q_norm, self.k_norm)
-        if type(rotation).__name__ != "RotaryEmbedding" or not qkv.dtype == rotation.cos_sin_cache.dtype == torch.float32:
+        plain = type(rotation).__name__ == "RotaryEmbedding"  # and none of its subclasses
+        if not plain or not qkv.dtype == rotation.cos_sin_cache.dtype == torch.float32:
             return upstream(self, qkv, positions, forward_batch)
         weights = [each.weight.detach().numpy() for each in norms]
         normalise_and_rotate(

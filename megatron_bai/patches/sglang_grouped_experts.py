@@ -6,8 +6,8 @@ layers × experts × 70 µs, however few tokens there are.
 Upstream: srt/layers/moe/fused_moe_native.py `moe_forward_native`.
 
 What it does: tokens stand in the order of their experts as upstream has them, but both products of all experts are one
-call each of torch's grouped_mm, with the activation between them. Results are upstream's bit for bit. Other activations,
-biases, and rows that are no multiple of 16 bytes, which grouped_mm refuses, stay upstream's.
+call each of torch's grouped_mm, with the activation between them. Results are upstream's bit for bit. Other
+activations, biases, and rows that are no multiple of 16 bytes, which grouped_mm refuses, stay upstream's.
 
 Can go: when upstream uses grouped_mm there.
 """

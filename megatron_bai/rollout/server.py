@@ -159,7 +159,7 @@ class SGLangServer:
         flags = ["enable-return-routed-experts", "disable-radix-cache"]
         if self.device == "cpu":
             options |= {"attention-backend": "torch_native", "sampling-backend": "pytorch"}
-            # An idle scheduler would keep a core busy; one that overlaps batches with a device computes a token too many.
+            # An idle scheduler would keep a core busy; one that overlaps computes a token too many.
             flags += ["disable-cuda-graph", "sleep-on-idle", "disable-overlap-schedule"]
         if rollout.deterministic:
             flags.append("enable-deterministic-inference")

@@ -28,7 +28,8 @@ def attention(draw: torch.Generator, heads: int, shared: int, dim: int, dtype: t
 
     lengths = torch.tensor([1, 2, 3, 4, 7, 31, 64, 65, 100, 300])[torch.randperm(10, generator=draw)]
     keys, values = (torch.full((SLOTS, heads // shared, dim), torch.nan, dtype=dtype) for _ in range(2))
-    free, table = torch.randperm(SLOTS, generator=draw), torch.randint(SLOTS, (16, 512), generator=draw, dtype=torch.int32)
+    free = torch.randperm(SLOTS, generator=draw)
+    table = torch.randint(SLOTS, (16, 512), generator=draw, dtype=torch.int32)
     rows, asks = torch.randperm(16, generator=draw)[: len(lengths)], torch.tensor([new(int(each)) for each in lengths])
     for row, length, end in zip(rows, lengths, lengths.cumsum(0)):
         own = free[end - length : end]
