@@ -62,6 +62,15 @@ def after_bytes(count: int, function: Callable, *arguments: Any) -> None:
         left -= len(data)
         return done if left > 0 else die()
 
+    def dying_stream(places: Any, crcs: Any, length: int, rows: Any, *rest: Any) -> int:
+        nonlocal left
+        stop = min(length, left // len(rows) // 2 * 2)  # sums are written side by side
+        done = stream(places, crcs, stop, rows, *rest)
+        left -= length * len(rows)
+        return done if left > 0 else die()
+
     os.pwrite = dying_pwrite
     os.pwritev = lambda fd, parts, at: dying_pwrite(fd, b"".join(parts), at)
+    if kernel := sys.modules.get("megatron_bai.merge.kernel"):  # which writes past Python
+        stream, kernel.stream = kernel.stream, dying_stream
     function(*arguments)

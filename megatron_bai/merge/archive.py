@@ -110,7 +110,7 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = b"")
     return data
 
 
-def check(data: memoryview) -> None:
+def check(data: bytes) -> None:
     """Whether `data` is an archive that `torch.save` made of any object, with the content it had then.
 
     Raises:

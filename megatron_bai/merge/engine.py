@@ -68,7 +68,7 @@ def execute(
 
     def work() -> dict[str, list[UnitResult]]:
         units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
-        memory = tiles.Memory(len(plan.inputs))
+        memory = tiles.Memory(len(plan.inputs), len(plan.sums))
         with pool(threads) as run:
             return {unit.name: _write_unit(plan, unit, target, directories, run, memory, advance) for unit in units}
 

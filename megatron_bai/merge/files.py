@@ -57,6 +57,23 @@ class Files:
         except OSError as error:
             raise self._unreadable(name, error) from None
 
+    def take(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file, in memory of their own.
+
+        Raises:
+            UserError: as `read`.
+        """
+        descriptor = self.descriptor(name)
+        try:
+            data = os.pread(descriptor, length, start)
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+        if len(data) < length:  # there is more than one call takes, or the file ends
+            whole = bytearray(length)
+            self.read(name, start, memoryview(whole), descriptor)
+            data = bytes(whole)
+        return data
+
     def _unreadable(self, name: str, error: OSError) -> UserError:
         return UserError(f"{self._path / name} cannot be read: {error.strerror}")
 

@@ -1,16 +1,26 @@
-"""The weighted sum of bfloat16 values in one pass over the cache, compiled by Numba.
+"""What is done to bfloat16 values from their files to the output's, compiled by Numba.
 
-torch needs a pass for each of converting, multiplying, adding, rounding and the norm. Here a block of sums stays in the
+For the weighted sum torch needs a pass for each of converting, multiplying, adding, rounding and the norm. Here a block of sums stays in the
 core's first cache from the first source to its rounding. The operations on an element, and so its bits, are torch's:
 multiplication and addition in float32, each rounded (LLVM fuses them only if told to), then to the nearest bfloat16,
 ties to even.
 
+`stream` does all of it for many tiles in one call, which lets go of Python's lock: it reads, checks, sums, rounds and
+writes. Its tile is small enough that the core's second cache holds it from the first step to the last. What goes wrong
+is not its business: it stops before such a tile, and Python does that one, finds the same and says what it is.
+
 Numba compiles once and keeps the result beside this file, or where it may not write there in the user's cache.
 """
 
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+from llvmlite import binding
 from numba import njit, types
+from zlib_ng import zlib_ng
 
 BLOCK = 1024  # elements whose sums and squares are in the first cache: 12 KiB
 LARGEST = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16
@@ -67,7 +77,86 @@ def _weighted_sum(
     return largest, squares[0]
 
 
-try:
-    weighted_sum = njit(_SIGNATURE, nogil=True, cache=True)(_weighted_sum)
-except RuntimeError:  # Numba may write nowhere: then every process compiles for itself, in seconds
-    weighted_sum = njit(_SIGNATURE, nogil=True)(_weighted_sum)
+def _compiled(function: Callable[..., Any], signature: Any) -> Any:
+    try:
+        return njit(signature, nogil=True, cache=True)(function)
+    except RuntimeError:  # Numba may write nowhere: then every process compiles for itself, in seconds
+        return njit(signature, nogil=True)(function)
+
+
+weighted_sum = _compiled(_weighted_sum, _SIGNATURE)
+
+
+def _export(name: str) -> bool:
+    """Let compiled code call a function of zlib-ng's extension, which has it as its own library's interface."""
+    function = getattr(ctypes.CDLL(zlib_ng.__file__), name, None)
+    if function is not None:
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return function is not None
+
+
+_FILE = types.int64(types.int32, types.uintp, types.uintp, types.int64)
+_pread, _pwrite = types.ExternalFunction("pread", _FILE), types.ExternalFunction("pwrite", _FILE)
+_crc32 = types.ExternalFunction("zng_crc32_z", types.uint32(types.uint32, types.uintp, types.uintp))
+
+_STREAM = types.int64(
+    types.int64[:, ::1],
+    types.uint32[::1],
+    types.int64,
+    types.int64[:, ::1],
+    types.float32[:, ::1],
+    types.float64[::1],
+    types.uint16[:, ::1],
+    types.uint16[::1],
+)
+
+
+def _stream(
+    places: npt.NDArray[np.int64],
+    crcs: npt.NDArray[np.uint32],
+    length: int,
+    rows: npt.NDArray[np.int64],
+    coefficients: npt.NDArray[np.float32],
+    squares: npt.NDArray[np.float64],
+    values: npt.NDArray[np.uint16],
+    out: npt.NDArray[np.uint16],
+) -> int:
+    """Merge `length` bytes of every source into as many of every sum, as `weighted_sum` does, until something is wrong.
+
+    Args:
+        places: int64 [sources + sums, 2], of each the descriptor of its file and the byte to begin at.
+        crcs: uint32 [sources + sums], the CRC-32s of what came before in each, which become those with these bytes.
+        rows: int64 [sums, 1 + sources], how many sources each sum has, and which.
+        coefficients: float32 [sums, sources], of those in `rows`.
+        squares: float64 [sums], to which the sums of squares are added.
+        values: bfloat16 bits [sources, tile], to work in.
+        out: bfloat16 bits [tile], likewise.
+
+    Returns:
+        how many bytes are done: fewer than `length` where a file could not be read or written, or a sum is not finite.
+    """
+    sources, sums = len(values), len(rows)
+    new_crcs, more = np.empty_like(crcs), np.empty(sums)
+    done = 0
+    while done < length:
+        count = min(out.size, (length - done) // 2)
+        size = count * 2
+        for i in range(sources):
+            at = values[i].ctypes.data
+            if _pread(places[i, 0], at, size, places[i, 1] + done) != size:
+                return done
+            new_crcs[i] = _crc32(crcs[i], at, size)
+        for k in range(sums):
+            terms = rows[k, 0]
+            largest, more[k] = weighted_sum(values, rows[k, 1 : 1 + terms], coefficients[k, :terms], out[:count])
+            at, file = out.ctypes.data, sources + k
+            if largest > LARGEST or _pwrite(places[file, 0], at, size, places[file, 1] + done) != size:
+                return done
+            new_crcs[file] = _crc32(crcs[file], at, size)
+        crcs[:] = new_crcs
+        squares += more
+        done += size
+    return done
+
+
+stream = _compiled(_stream, _STREAM) if _export("zng_crc32_z") else None

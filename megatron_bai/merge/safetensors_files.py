@@ -265,7 +265,7 @@ class _InPlaceWriter(Writer):
             self._files[file] = os.open(self._directory / file, os.O_WRONLY)
         return Item(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)
 
-    def blob(self, key: str, data: memoryview) -> None:
+    def blob(self, key: str, data: bytes) -> None:
         raise AssertionError("safetensors files hold tensors only")
 
     def close(self) -> None:

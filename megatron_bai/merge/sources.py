@@ -149,13 +149,19 @@ class Stream:
     """A box whose elements lie one after another in one record, read from its begin to its end and checked on the way.
 
     One thread reads it, and meanwhile nothing else of the same source; others may have other streams.
+
+    Attributes:
+        descriptor: of the file.
+        at: the byte of it that is next.
+        left: bytes yet to be read.
+        crc: of those before.
     """
 
     def __init__(self, source: "Source", entry: Entry, chunk: Chunk, record: Record, begin: int, length: int):
         self._source, self._entry, self._chunk, self._record = source, entry, chunk, record
         self._begin, self._length = begin, length
-        self._descriptor = source.files.descriptor(chunk.file)
-        self._done = self._crc = 0
+        self.descriptor = source.files.descriptor(chunk.file)
+        self.at, self.left, self.crc = record.start + begin, length, 0
 
     def readinto(self, buffer: memoryview) -> None:
         """The next bytes, as many as `buffer` has.
@@ -163,12 +169,20 @@ class Stream:
         Raises:
             UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
         """
-        start = self._record.start + self._begin + self._done
-        self._source.files.read(self._chunk.file, start, buffer, self._descriptor)
-        self._crc = crc32.of(buffer, self._crc)
-        self._done += len(buffer)
-        if self._done == self._length:
-            self._source.note(self._entry, self._chunk, self._record, (self._begin, self._length, self._crc))
+        self._source.files.read(self._chunk.file, self.at, buffer, self.descriptor)
+        self.advance(len(buffer), crc32.of(buffer, self.crc))
+
+    def advance(self, count: int, crc: int) -> None:
+        """The next `count` bytes were read; `crc` is of all so far.
+
+        Raises:
+            UserError: as `readinto`.
+        """
+        self.at += count
+        self.left -= count
+        self.crc = crc
+        if self.left == 0:
+            self._source.note(self._entry, self._chunk, self._record, (self._begin, self._length, crc))
 
 
 class Source(ABC):
@@ -279,16 +293,10 @@ class Source(ABC):
         item = entry.dtype.itemsize
         return Stream(self, entry, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
 
-    def read_bytes(self, file: str, start: int, length: int) -> memoryview:
-        """Raw bytes of a file of the checkpoint, in memory of their own."""
-        buffer = memoryview(bytearray(length))
-        self.files.read(file, start, buffer)
-        return buffer
-
-    def read_object(self, key: str) -> memoryview:
+    def read_object(self, key: str) -> bytes:
         """The bytes of an object, not unpickled."""
         blob = self.objects[key]
-        return self.read_bytes(blob.file, blob.start, blob.length)
+        return self.files.take(blob.file, blob.start, blob.length)
 
     def check(self) -> int:
         """Compare every tensor and object with the CRC-32 the format keeps of it.
@@ -398,4 +406,6 @@ class Source(ABC):
 
 def _first_byte(chunk: Chunk, record: Record, offsets: tuple[int, ...], item: int) -> int:
     """Of a record, where the element at `offsets` begins."""
+    if offsets == chunk.offsets:
+        return record.first
     return record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item

@@ -40,6 +40,7 @@ class Item:
         head: what the format puts before the elements.
         tail: what it puts behind them, made of their CRC-32; None: nothing.
         left: bytes of elements yet to be written.
+        crc: of those before.
     """
 
     key: str
@@ -51,26 +52,37 @@ class Item:
     left: int
     head: bytes = b""
     tail: Callable[[int], bytes] | None = None
+    crc: int = 0
     _length: int = 0  # so far, with the head
-    _crc: int = 0  # of the elements so far
     _written: Written | None = None
 
-    def write(self, data: memoryview) -> None:
-        """The next bytes of the elements; of an item without elements none, once.
+    @property
+    def at(self) -> int:
+        """The byte of the file that is next."""
+        return self.start + self._length
+
+    def advance(self, count: int, crc: int) -> None:
+        """The next `count` bytes of elements were written, behind the head; `crc` is of all so far."""
+        self._length += count
+        self.left -= count
+        self.crc = crc
+
+    def write(self, data: bytes | memoryview) -> None:
+        """The next bytes of the elements. None: the head alone, or once nothing is left what comes behind.
 
         Raises:
             OSError: as the system says.
         """
         parts: list[bytes | memoryview] = [data] if self._length else [self.head, data]
-        self._crc = crc32.of(data, self._crc)
+        self.crc = crc32.of(data, self.crc)
         self.left -= len(data)
         if self.left == 0:
-            parts.append(self.tail(self._crc) if self.tail else b"")
-        files.write(self.descriptor, parts, self.start + self._length)
+            parts.append(self.tail(self.crc) if self.tail else b"")
+        files.write(self.descriptor, parts, self.at)
         self._length += sum(map(len, parts))
         if self.left == 0:
             elements = self._length - len(self.head) - len(parts[-1])
-            crc = crc32.combine(crc32.of(self.head), self._crc, elements)
+            crc = crc32.combine(crc32.of(self.head), self.crc, elements)
             crc = crc32.of(parts[-1], crc)
             self._written = Written(self.key, self.offsets, self.sizes, self.file, self.start, self._length, crc)
 
@@ -101,7 +113,7 @@ class Writer(ABC):
     def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item: ...
 
     @abstractmethod
-    def blob(self, key: str, data: memoryview) -> None:
+    def blob(self, key: str, data: bytes) -> None:
         """Write an object that is no tensor."""
 
 

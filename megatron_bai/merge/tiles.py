@@ -23,10 +23,13 @@ from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Scratch
 from megatron_bai.merge.targets import Item
-from megatron_bai.merge.values import read_all, require_finite, used
+from megatron_bai.merge.values import read_all, refuse, used
 
 TILE = 1 << 17  # elements: large enough that Python is not what takes the time, small enough for the cache
 SMALL_TILE = 1 << 16  # for methods that hold a tile of every source in float64, and more
+
+Coefficients = tuple[np.ndarray, np.ndarray]
+"""Of each sum how many inputs it has and which, int64 [sums, 1 + inputs], and their factors, float32 [sums, inputs]."""
 
 Merged = Iterator[tuple[memoryview, float]]
 """For each of the plan's sums, a tile's bytes, valid until the next is asked for, and the sum of its squares."""
@@ -35,12 +38,15 @@ Merged = Iterator[tuple[memoryview, float]]
 class Memory(Scratch):
     """What a thread merges in. Of this, only what is used is ever backed by memory."""
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, sums: int) -> None:
         super().__init__()
         self.values = np.empty((inputs, TILE), np.uint16)
         self.rows = [memoryview(row).cast("B") for row in self.values]
         self.out = np.empty(TILE, np.uint16)
         self.out_bytes = memoryview(self.out).cast("B")
+        self.places = np.empty((inputs + sums, 2), np.int64)
+        self.crcs = np.empty(inputs + sums, np.uint32)
+        self.coefficients: dict[str, Coefficients] = {}  # by region
 
 
 def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory: Memory) -> list[float]:
@@ -53,8 +59,10 @@ def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory:
         Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
         UserError: a source cannot be read.
     """
+    if _is_compiled(plan, region):
+        return _Compiled(plan, region, items, memory).merge(piece)
     squares = [0.0] * len(items)
-    way, limit = _way(plan, region, piece, memory)
+    way, limit = _way(plan, region, memory)
     for box in plan.tiles(region, piece, limit):
         for k, (data, square) in enumerate(way(box)):
             items[k].write(data)
@@ -62,50 +70,98 @@ def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory:
     return squares
 
 
-def _way(plan: Plan, region: Region, piece: Box, memory: Memory) -> tuple[Callable[[Box], Merged], int]:
-    """How to merge the tiles of a piece, in order, and how many elements one may have."""
+def _way(plan: Plan, region: Region, memory: Memory) -> tuple[Callable[[Box], Merged], int]:
+    """How torch merges the tiles of a region, and how many elements one may have."""
     if region.fate is not Fate.MERGED:
         return lambda box: _copied(plan, region, box, memory), TILE
     if plan.recipes[0].elementwise:
         return lambda box: _combined(plan, region, box, memory), SMALL_TILE
-    dtypes = {region.dtype, *(source.tensors[region.key].dtype for source in plan.inputs)}
-    if dtypes == {torch.bfloat16}:
-        return _Compiled(plan, region, piece, memory), TILE
     return lambda box: _summed(plan, region, box, memory), TILE
 
 
-class _Compiled:
-    """Weighted sums of bfloat16 values, by `kernel`. The tiles of a piece must come in order."""
+def _is_compiled(plan: Plan, region: Region) -> bool:
+    """Whether a region is a weighted sum of bfloat16 values."""
+    if region.fate is not Fate.MERGED or plan.recipes[0].elementwise or region.dtype != torch.bfloat16:
+        return False
+    return all(source.tensors[region.key].dtype == torch.bfloat16 for source in plan.inputs)
 
-    def __init__(self, plan: Plan, region: Region, piece: Box, memory: Memory):
+
+class _Compiled:
+    """Weighted sums of bfloat16 values, by `kernel`."""
+
+    def __init__(self, plan: Plan, region: Region, items: Sequence[Item], memory: Memory):
         from megatron_bai.merge import kernel  # which takes half a second where nothing of this kind is merged
 
-        self._kernel, self._plan, self._region, self._memory = kernel, plan, region, memory
-        self._streams = [source.stream(region.key, *piece) for source in plan.inputs]
-        self._sums = None if plan.measures else self._coefficients(piece)
+        self._kernel, self._plan, self._region, self._items, self._memory = kernel, plan, region, items, memory
+        self._squares = np.zeros(len(items))
 
-    def _coefficients(self, box: Box) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each sum, which inputs have a part in it, and their coefficients."""
-        found = []
-        for row in self._plan.coefficients(self._region, box):
-            used = [i for i, c in enumerate(row) if c != 0]  # adding 0 · x would turn -0 into 0
-            found.append((np.array(used), np.array([row[i] for i in used], np.float32)))
-        return found
+    def merge(self, piece: Box) -> list[float]:
+        """As `tiles.merge`. A piece that lies in one record of every source is streamed."""
+        self._streams = [source.stream(self._region.key, *piece) for source in self._plan.inputs]
+        count = math.prod(piece[1])
+        straight = self._kernel.stream is not None and count > 0 and None not in self._streams
+        for box in self._plan.tiles(self._region, piece, count if straight else TILE):
+            rows, coefficients = self._coefficients(box)
+            left = math.prod(box[1])
+            while straight and left:
+                left -= self._stream(left, rows, coefficients)
+                if left:
+                    left -= self._tile(box, min(left, TILE), rows, coefficients)
+            if not straight:
+                self._tile(box, left, rows, coefficients)
+        return self._squares.tolist()
 
-    def __call__(self, box: Box) -> Merged:
-        memory, count = self._memory, math.prod(box[1])
+    def _coefficients(self, box: Box) -> Coefficients:
+        """Of the sums of a box, in which the recipe does not tell elements apart."""
+        known = self._memory.coefficients
+        if self._plan.measures or self._region.name not in known:
+            sums = self._plan.coefficients(self._region, box)
+            rows = np.zeros((len(sums), 1 + len(self._plan.inputs)), np.int64)
+            numbers = np.zeros((len(sums), len(self._plan.inputs)), np.float32)
+            for k, row in enumerate(sums):
+                used = [i for i, c in enumerate(row) if c != 0]  # adding 0 · x would turn -0 into 0
+                rows[k, : 1 + len(used)] = len(used), *used
+                numbers[k, : len(used)] = [row[i] for i in used]
+            known[self._region.name] = rows, numbers
+        return known[self._region.name]
+
+    def _stream(self, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
+        """Merge the next `count` elements of all streams; returns of how many nothing hindered it."""
+        memory, files = self._memory, [*self._streams, *self._items]
+        for item in self._items:
+            if item.at == item.start:
+                item.write(b"")  # its head
+        memory.places[:] = [(file.descriptor, file.at) for file in files]
+        memory.crcs[:] = [file.crc for file in files]
+        done = self._kernel.stream(
+            memory.places, memory.crcs, 2 * count, rows, coefficients, self._squares, memory.values, memory.out
+        )
+        for file, crc in zip(files, memory.crcs.tolist()):
+            file.advance(done, crc)
+        for item in self._items:
+            if item.left == 0:
+                item.write(b"")  # its tail
+        return done // 2
+
+    def _tile(self, box: Box, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
+        """Merge the next `count` elements, which are in `box`, or are it where a source has no stream."""
+        memory = self._memory
         for i, stream in enumerate(self._streams):
             if stream is not None:
                 stream.readinto(memory.rows[i][: count * 2])
             else:
                 values = torch.from_numpy(memory.values[i, :count]).view(torch.bfloat16).view(box[1])
                 values.copy_(self._plan.inputs[i].read(self._region.key, *box))
-        out, data = memory.out[:count], memory.out_bytes[: count * 2]
-        for used, coefficients in self._sums or self._coefficients(box):
-            largest, squares = self._kernel.weighted_sum(memory.values, used, coefficients, out)
+        for k, item in enumerate(self._items):
+            terms = rows[k, 0]
+            largest, squares = self._kernel.weighted_sum(
+                memory.values, rows[k, 1 : 1 + terms], coefficients[k, :terms], memory.out[:count]
+            )
             if largest > self._kernel.LARGEST:
-                _refuse(self._plan, self._region, box)
-            yield data, squares
+                refuse(self._plan, self._region, box)
+            item.write(memory.out_bytes[: count * 2])
+            self._squares[k] += squares
+        return count
 
 
 def _summed(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
@@ -150,7 +206,7 @@ def _round(plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: S
     norm = float(torch.linalg.vector_norm(total))
     if not norm <= torch.finfo(region.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
         if not tile.isfinite().all():
-            _refuse(plan, region, box)
+            refuse(plan, region, box)
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
     return _bytes(tile), norm**2
 
@@ -175,10 +231,3 @@ def _take(region: Region, count: int, scratch: Scratch) -> torch.Tensor:
 def _bytes(tile: torch.Tensor) -> memoryview:
     return memoryview(tile.view(torch.uint8).numpy())
 
-
-def _refuse(plan: Plan, region: Region, box: Box) -> None:
-    """Say why a tile is not finite."""
-    require_finite(plan, region, box)
-    raise Unfit(  # negative weights can leave the sources' range
-        f"{region.key}: the merged values are too large for {region.dtype}: check the weights and merge.dtype"
-    )

@@ -81,7 +81,7 @@ class TorchDist(Source):
                 ) from None
         return self._records[at]
 
-    def read_object(self, key: str) -> memoryview:
+    def read_object(self, key: str) -> bytes:
         data, blob = super().read_object(key), self.objects[key]
         try:
             archive.check(data)
@@ -104,9 +104,9 @@ class TorchDist(Source):
         """The frame of an item and the CRC-32 it holds: one seen before with this length and head, or else parsed."""
         known = self._frames.setdefault(chunk.length, [])
         for frame in known:
-            if self.read_bytes(chunk.file, chunk.start, len(frame.head)) == frame.head:
+            if self.files.take(chunk.file, chunk.start, len(frame.head)) == frame.head:
                 at = chunk.start + len(frame.head) + frame.length + frame.crcs[0]
-                return frame, frame.crc32_in(self.read_bytes(chunk.file, at, archive.CRC32.size))
+                return frame, frame.crc32_in(self.files.take(chunk.file, at, archive.CRC32.size))
         frame = archive.parse(_Item(self, chunk))
         known.append(frame)
         return frame, frame.crc32
@@ -137,9 +137,9 @@ class _Item(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._chunk.length - self._at, 0)
         size = left if size < 0 else min(size, left)
-        data = self._source.read_bytes(self._chunk.file, self._chunk.start + self._at, size)
+        data = self._source.files.take(self._chunk.file, self._chunk.start + self._at, size)
         self._at += size
-        return bytes(data)
+        return data
 
 
 def _require_complete(path: Path) -> None:
@@ -202,7 +202,7 @@ class ItemWriter(Writer):
         item = self.item(key, offsets, tensor.dtype, tuple(tensor.shape))
         item.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
-    def blob(self, key: str, data: memoryview) -> None:
+    def blob(self, key: str, data: bytes) -> None:
         files.write(self._file, [data], self._end)
         self._items.append(Written(key, None, None, self.name, self._end, len(data), crc32.of(data)))
         self._end += len(data)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from typing import NoReturn
 
 import torch
 
@@ -37,3 +38,15 @@ def require_finite(plan: Plan, region: Region, box: Box) -> None:
         if not finite.all():
             at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
             raise Unfit(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
+
+
+def refuse(plan: Plan, region: Region, box: Box) -> NoReturn:
+    """Say why the sums of a box are not finite.
+
+    Raises:
+        Unfit: always.
+    """
+    require_finite(plan, region, box)
+    raise Unfit(  # negative weights can leave the sources' range
+        f"{region.key}: the merged values are too large for {region.dtype}: check the weights and merge.dtype"
+    )

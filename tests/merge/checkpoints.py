@@ -65,7 +65,7 @@ def write(path: Path, tensors: Tensors, layout: Layout = whole, objects: dict[st
     written = []
     with ItemWriter(path, "__0_0") as first, ItemWriter(path, "__1_0") as second:
         for key, data in (objects or {}).items():
-            first.blob(key, memoryview(data))
+            first.blob(key, data)
         for i, (key, tensor) in enumerate(tensors.items()):
             for j, (offsets, sizes) in enumerate(layout(key, tuple(tensor.shape))):
                 box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, tiles, torch_dist
+from megatron_bai.merge import command, engine, kernel, tiles, torch_dist
 from megatron_bai.merge.plan import Unit
 from megatron_bai.merge.ranks import Ranks, ranks
 from megatron_bai.merge.regions import Fate
@@ -113,6 +113,18 @@ def test_tiles_do_not_matter(three, tmp_path, monkeypatch, tile):
     monkeypatch.setattr(command, "PIECE_BYTES", 64)
     merged = run(three, output=str(tmp_path / "tiled"))
     assert all(torch.equal(merged[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_what_the_compiled_stream_leaves_is_done_by_the_tile(three, tmp_path, monkeypatch, at_once):
+    """Where its library does not offer its checksum there is no stream; elsewhere one may stop after each tile."""
+    run(three)
+    monkeypatch.setattr(tiles, "TILE", 7)
+    stream = kernel.stream
+    few = lambda places, crcs, length, *rest: stream(places, crcs, min(length, 14), *rest)  # noqa: E731
+    monkeypatch.setattr(kernel, "stream", few if at_once else None)
+    run(three, output=str(tmp_path / "tiled"))
+    assert content(tmp_path / "tiled") == content(Path(three.output))
 
 
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
@@ -220,7 +232,7 @@ def test_what_is_carried_dropped_and_noted(three):
     assert note["carried_objects"] == ["decoder.layers.0._extra_state/shard_0_1"]
     with TorchDist(out) as merged:
         blob = merged.objects["decoder.layers.0._extra_state/shard_0_1"]
-        assert bytes(merged.read_bytes(blob.file, blob.start, blob.length)) == checkpoints.saved("base")
+        assert merged.files.take(blob.file, blob.start, blob.length) == checkpoints.saved("base")
         assert "rng_state/shard_0_1" not in merged.objects
     for key, value in checkpoints.read(out).items():
         if value.is_floating_point():
@@ -625,6 +637,7 @@ def spoil(monkeypatch, factor: float) -> None:
         return spoiled, limit
 
     monkeypatch.setattr(tiles, "_way", wrong)
+    monkeypatch.setattr(tiles, "_is_compiled", lambda *_: False)
 
 
 def test_a_wrong_output_is_not_sealed(three, monkeypatch):

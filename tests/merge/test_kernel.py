@@ -1,7 +1,10 @@
-"""The compiled sum of bfloat16 values against torch's separate operations, bit for bit."""
+"""The compiled sum of bfloat16 values against torch's separate operations, bit for bit, alone and from file to file."""
 
 import math
+import os
+import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -101,3 +104,63 @@ def test_only_what_is_asked_for_is_written():
     out = np.full(20, 7, np.uint16)
     kernel.weighted_sum(np.zeros((2, 64), np.uint16), np.array([0, 1]), np.ones(2, np.float32), out[:9])
     assert out.tolist() == [0] * 9 + [7] * 11
+
+
+SUMS = [([0, 1, 2], [0.5, 0.25, 0.25]), ([2, 0], [1.0, -0.3])]
+COUNT, BEFORE, TILE = 1000, 37, 64
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three sources whose values begin at an odd byte, and two outputs: the values and the descriptors."""
+    torch.manual_seed(0)
+    values = torch.randn(3, COUNT).bfloat16()
+    for i, row in enumerate(values):
+        (tmp_path / f"in{i}").write_bytes(bytes(BEFORE) + bits(row).tobytes())
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open(tmp_path / f"in{i}", "r+b", buffering=0)) for i in range(3)]
+        opened += [stack.enter_context(open(tmp_path / f"out{k}", "w+b", buffering=0)) for k in range(2)]
+        yield values, [file.fileno() for file in opened]
+
+
+def stream(descriptors: Sequence[int], length: int = 2 * COUNT):
+    """Bytes done, the CRC-32s, continued from 1, 2, …, and the sums of squares, continued from 1."""
+    rows = np.array([[len(used), *used, *[0] * (3 - len(used))] for used, _ in SUMS])
+    factors = np.array([[*factors, *[0.0] * (3 - len(factors))] for _, factors in SUMS], np.float32)
+    crcs, squares = np.arange(1, 6, dtype=np.uint32), np.ones(2)
+    places = np.array([(descriptor, BEFORE if i < 3 else 5) for i, descriptor in enumerate(descriptors)])
+    buffers = np.empty((3, TILE), np.uint16), np.empty(TILE, np.uint16)
+    done = kernel.stream(places, crcs, length, rows, factors, squares, *buffers)
+    return done, crcs.tolist(), squares.tolist()
+
+
+def test_a_stream_is_the_same_sum_from_file_to_file(files):
+    values, descriptors = files
+    done, crcs, squares = stream(descriptors)
+    assert done == 2 * COUNT
+    for k, (used, factors) in enumerate(SUMS):
+        total = plain(values[used], factors)
+        written = os.pread(descriptors[3 + k], 1 << 20, 0)
+        assert written == bytes(5) + bits(total.bfloat16()).tobytes()
+        assert crcs[3 + k] == zlib.crc32(written[5:], 4 + k)
+        assert squares[k] == pytest.approx(1 + float(total.double().square().sum()), rel=1e-12)
+    assert crcs[:3] == [zlib.crc32(bits(row).tobytes(), 1 + i) for i, row in enumerate(values)]
+
+
+@pytest.mark.parametrize("what", ["a source ends", "NaN", "an output cannot be written"])
+def test_a_stream_stops_before_what_is_wrong(files, what):
+    """… and all that it returns is of the tiles before, so that others can do the rest."""
+    values, descriptors = files
+    if what == "a source ends":
+        os.truncate(descriptors[1], BEFORE + 2 * 300)
+    elif what == "NaN":
+        os.pwrite(descriptors[1], bits(torch.tensor([math.nan]).bfloat16()).tobytes(), BEFORE + 2 * 300)
+    else:  # the second of the two, when the first has its tile
+        descriptors[4] = os.open(f"/proc/self/fd/{descriptors[4]}", os.O_RDONLY)
+    done, crcs, squares = stream(descriptors)
+    assert done == (0 if what == "an output cannot be written" else 2 * 256)
+    assert crcs[:3] == [zlib.crc32(bits(row[: done // 2]).tobytes(), 1 + i) for i, row in enumerate(values)]
+    for k, (used, factors) in enumerate(SUMS):
+        total = plain(values[used, : done // 2], factors)
+        assert crcs[3 + k] == zlib.crc32(bits(total.bfloat16()).tobytes(), 4 + k)
+        assert squares[k] == pytest.approx(1 + float(total.double().square().sum()), rel=1e-12)
