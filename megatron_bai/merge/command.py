@@ -33,6 +33,7 @@ from megatron_bai.merge.output import (
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.measure import measured, to_measure
 from megatron_bai.merge.methods import recipes_of
+from megatron_bai.merge.pool import no_collector
 from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.regions import Fate
@@ -77,7 +78,7 @@ def carry_out(settings: Merge, group: Ranks, replace: bool = True) -> None:
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
     form, threads = form_of(settings), threads_of(settings, jobs, cores_per_rank())
-    with ExitStack() as stack:
+    with no_collector(), ExitStack() as stack:
         work = prepare(jobs, stack, group, PIECE_BYTES, form=form)
         if settings.dry_run:
             group.first(lambda: describe(work, jobs))

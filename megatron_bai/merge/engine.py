@@ -15,7 +15,7 @@ from megatron_bai.merge import journal, tiles
 from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.journal import UnitResult
 from megatron_bai.merge.plan import Plan, Unit
-from megatron_bai.merge.pool import Map, pool
+from megatron_bai.merge.pool import Map, one_behind, pool
 from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.targets import Item, Target, Writer, Written
@@ -69,8 +69,12 @@ def execute(
     def work() -> dict[str, list[UnitResult]]:
         units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
         memory = tiles.Memory(len(plan.inputs), len(plan.sums))
-        with pool(threads) as run:
-            return {unit.name: _write_unit(plan, unit, target, directories, run, memory, advance) for unit in units}
+        found = {}
+        with one_behind() as note, pool(threads) as run:  # the disk takes in one unit while the next is made
+            for unit in units:
+                found[unit.name] = results = _write_unit(plan, unit, target, directories, run, memory, advance)
+                note(functools.partial(_note, directories, unit.name, results))
+        return found
 
     ranks.first(begin, directories[0])
     done = {name: results for share in ranks.together(found) for name, results in share.items()}
@@ -131,11 +135,22 @@ def _write_unit(
                         result.squares[key] = result.squares.get(key, 0.0) + square
             for result, writer in zip(done, writers):
                 result.written = writer.written
-        for directory, result in zip(directories, done):
-            journal.note(directory, unit.name, result)
     except OSError as error:
-        raise UserError(f"{directories[0]} cannot be written: {error.strerror}") from None
+        raise _unwritable(directories, error) from None
     return done
+
+
+def _note(directories: Sequence[Path], unit: str, results: Sequence[UnitResult]) -> None:
+    """Have a unit of every sum on disk, and remember that it is."""
+    try:
+        for directory, result in zip(directories, results):
+            journal.note(directory, unit, result)
+    except OSError as error:
+        raise _unwritable(directories, error) from None
+
+
+def _unwritable(directories: Sequence[Path], error: OSError) -> UserError:
+    return UserError(f"{directories[0]} cannot be written: {error.strerror}")
 
 
 Piece = tuple[Region, Box, list[Item]]
