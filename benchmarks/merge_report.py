@@ -1,0 +1,44 @@
+"""The tables of `benchmarks/merge.py` in Markdown, as docs/merge.md has them."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+Result = dict[str, Any]
+HEAD = ("", "seconds", "GB/s", "of limit", "of merge", "cpu s", "peak MiB", "base MiB")
+
+
+def report(results: Iterable[Result]) -> str:
+    """One table for each of the checkpoints that were merged, in the order in which they were first measured."""
+    groups: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        groups[tuple(result[key] for key in ("format", "shape", "gb", "state"))][result["row"]].append(result)
+    return "\n\n".join(_table(*which, rows) for which, rows in groups.items())
+
+
+def _table(form: str, shape: str, gb: float, state: str, rows: dict[str, list[Result]]) -> str:
+    runs = [run for each in rows.values() for run in each]
+    loads, turns = [run["load"] for run in runs], [len(each) for each in rows.values()]
+    best = {name: min(each, key=lambda run: run.get("seconds", float("inf"))) for name, each in rows.items()}
+    lines = [
+        f"{form}, {shape}, {state}: three inputs of {runs[0]['bytes'] / 1e9:.2f} GB and {runs[0]['items']:,} chunks,"
+        f" best of {min(turns)}{f' to {max(turns)}' if max(turns) > min(turns) else ''}, load {min(loads):.1f} to"
+        f" {max(loads):.1f}",
+        "",
+        "| " + " | ".join(HEAD) + " |",
+        "|" + "---|" * len(HEAD),
+    ]
+    for name, run in best.items():
+        if "error" in run:
+            lines.append(f"| {name} | {run['error']} |" + " |" * (len(HEAD) - 2))
+            continue
+        speed = 4 * run["bytes"] / run["seconds"] / 1e9  # read three, write one
+        ratios = [f"{best[k]['seconds'] / run['seconds']:.2f}" if _has(best, k) else "" for k in ("limit", "merge, 1 rank")]
+        cpu = min(each["cpu"] for each in rows[name])
+        cells = [f"{run['seconds']:.2f}", f"{speed:.2f}", *ratios, f"{cpu:.2f}"]
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{run['peak_mib']:.0f}", f"{run['base_mib']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _has(best: dict[str, Result], row: str) -> bool:
+    return row in best and "error" not in best[row]
