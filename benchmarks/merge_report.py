@@ -33,12 +33,9 @@ def _table(form: str, shape: str, gb: float, state: str, rows: dict[str, list[Re
             lines.append(f"| {name} | {run['error']} |" + " |" * (len(HEAD) - 2))
             continue
         speed = 4 * run["bytes"] / run["seconds"] / 1e9  # read three, write one
-        ratios = [f"{best[k]['seconds'] / run['seconds']:.2f}" if _has(best, k) else "" for k in ("limit", "merge, 1 rank")]
+        known = [best[k].get("seconds") if k in best else None for k in ("limit", "merge, 1 rank")]
+        ratios = [f"{seconds / run['seconds']:.2f}" if seconds else "" for seconds in known]
         cpu = min(each["cpu"] for each in rows[name])
         cells = [f"{run['seconds']:.2f}", f"{speed:.2f}", *ratios, f"{cpu:.2f}"]
         lines.append(f"| {name} | " + " | ".join([*cells, f"{run['peak_mib']:.0f}", f"{run['base_mib']:.0f}"]) + " |")
     return "\n".join(lines)
-
-
-def _has(best: dict[str, Result], row: str) -> bool:
-    return row in best and "error" not in best[row]

@@ -1,13 +1,14 @@
 """What is done to bfloat16 values from their files to the output's, compiled by Numba.
 
-For the weighted sum torch needs a pass for each of converting, multiplying, adding, rounding and the norm. Here a block of sums stays in the
-core's first cache from the first source to its rounding. The operations on an element, and so its bits, are torch's:
-multiplication and addition in float32, each rounded (LLVM fuses them only if told to), then to the nearest bfloat16,
-ties to even.
+For the weighted sum torch needs a pass for each of converting, multiplying, adding, rounding and the norm. Here a block
+of sums stays in the core's first cache from the first source to its rounding. The operations on an element, and so its
+bits, are torch's: multiplication and addition in float32, each rounded (LLVM fuses them only if told to), then to the
+nearest bfloat16, ties to even.
 
 `stream` does all of it for many tiles in one call, which lets go of Python's lock: it reads, checks, sums, rounds and
-writes. Its tile is small enough that the core's second cache holds it from the first step to the last. What goes wrong
-is not its business: it stops before such a tile, and Python does that one, finds the same and says what it is.
+writes. What goes wrong is not its business: it stops before such a tile, and Python does that one, finds the same and
+says what it is. Its CRC-32 is zlib-ng's, part of that library's interface, which Python's wheel of it exports as well.
+Where one does not, there is no `stream`, and Python does every tile.
 
 Numba compiles once and keeps the result beside this file, or where it may not write there in the user's cache.
 """
@@ -88,7 +89,7 @@ weighted_sum = _compiled(_weighted_sum, _SIGNATURE)
 
 
 def _export(name: str) -> bool:
-    """Let compiled code call a function of zlib-ng's extension, which has it as its own library's interface."""
+    """Let compiled code call a function of zlib-ng; returns whether its Python extension has it."""
     function = getattr(ctypes.CDLL(zlib_ng.__file__), name, None)
     if function is not None:
         binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)

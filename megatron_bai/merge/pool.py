@@ -34,8 +34,8 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """The index of many chunks is many objects, all in use to the end. To search them for cycles, of which a merge leaves
-    some hundred objects, took Python a third of the time of one of small chunks."""
+    """The index of many chunks is many objects, all in use to the end. To search them for cycles, in which a merge leaves
+    some 200, took Python a third of the time of one of small chunks."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,13 +1,13 @@
 """The arithmetic: one box of a tensor, merged tile by tile in the memory of a thread.
 
 Of a weighted sum Σ coefficient · value, every source's tile is multiplied and added in the order of the sources; the
-sum is rounded once, to the output's dtype. It is formed in float32 for outputs of 16 bits or fewer and in float64 for wider
-ones, so that its own rounding stays far below the output's. Multiplication and addition are separate operations: fused
-ones would round differently at the ends of a tile, and the result would depend on the tiling. As it is, no element
-depends on tiles, layouts or ranks.
+sum is rounded once, to the output's dtype. It is formed in float32 for outputs of 16 bits or fewer and in float64 for
+wider ones, so that its own rounding stays far below the output's. Multiplication and addition are separate operations:
+fused ones would round differently at the ends of a tile, and the result would depend on the tiling. As it is, no
+element depends on tiles, layouts or ranks.
 
-bfloat16, which large checkpoints are in, goes through a compiled kernel, whatever else through torch; where both can,
-their bits are the same. Methods that are no weighted sum bring their own arithmetic (`Recipe.combine`).
+bfloat16, which large checkpoints are in, goes through a compiled kernel, a whole piece at a time where it lies in one
+record of every source; whatever else through torch. Where both can, their bits are the same. Methods that are no weighted sum bring their own arithmetic (`Recipe.combine`).
 """
 
 import math

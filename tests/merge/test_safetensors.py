@@ -106,7 +106,7 @@ def test_hf_killed_it_goes_on_and_ends_the_same(hf, tmp_path):
     assert in_child(merge_in_small_units, hf, 3) == -signal.SIGKILL
     assert in_child(merge_in_small_units, hf, None, tmp_path / "rest") == 0
     units = [json.loads((tmp_path / name).read_text()) for name in ("all", "rest")]
-    assert len(units[0]) > 5 and units[1] == units[0][3:]
+    assert len(units[0]) > 5 and units[1] in (units[0][3:], units[0][2:]), "the last was flushed or not"
     assert content(Path(hf.output)) == content(Path(unbroken.output)) != {}
 
 
