@@ -255,7 +255,7 @@ def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, method, moment):
     child.join(60)
     assert child.exitcode == -signal.SIGKILL and not Path(settings.output).exists()
     noted = list(Path(settings.output).parent.glob(".out.unfinished/.journal/*.json"))
-    assert len(noted) == (0 if moment == "measuring" else 2)
+    assert len(noted) in ((0,) if moment == "measuring" else (1, 2)), "the last is flushed behind"
     jobs = command.jobs_of(settings)
     with ExitStack() as stack:
         command.merge(command.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
