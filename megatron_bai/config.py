@@ -233,6 +233,11 @@ class Rollout:
     request_timeout_s: float = 120.0
     start_timeout_s: float = 600.0  # from launch to the first healthy answer
     retries: int = 2  # of one request, after a failure that may pass
+    partial_tokens: int = 0  # new tokens a sample gets in one go; the rest in later steps; 0: whole rollouts
+    prompts_in_progress: int = 0  # partial: which a step works on, to train prompts_per_step of them; 0: twice as many
+    overlap: bool = False  # sample the next step's groups while this one trains, one version behind
+    max_staleness: int | None = None  # tokens sampled more versions ago count nowhere in the loss; unset: all count
+    measure_sampled: bool = True  # overlap: a copy of the sampling weights and a forward more; tells discrepancy apart
     deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
     servers: int = 1  # started by rank 0 on its machine, each with all weights
     tensor: int = 1  # tensor-parallel ranks of a server

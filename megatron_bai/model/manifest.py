@@ -21,7 +21,7 @@ from megatron_bai.model.strict_json import parse
 
 NAME = "manifest.json"
 VERSION = 2  # 1 had sizes alone
-WEIGHTS = (".distcp", ".safetensors")
+WEIGHTS = (".distcp", ".safetensors", ".npz")
 _THREADS = 4  # zlib-ng lets go of the interpreter, so files are summed side by side
 
 

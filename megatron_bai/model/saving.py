@@ -35,6 +35,7 @@ class Saving:
         describe: Callable[[Path], None],
         info: dict[str, Any],
         background: bool = False,
+        more: Callable[[Path], None] | None = None,
     ):
         """Write beside `target`, or begin to.
 
@@ -43,6 +44,7 @@ class Saving:
             describe: adds the other files to the directory it is given; called on rank 0.
             info: kept in the manifest.
             background: return before all is written.
+            more: writes files of each rank into the directory it is given; called on every rank, before this returns.
 
         Raises:
             UserError: the directory cannot be written, or another process writes it; the target is as it was.
@@ -54,6 +56,8 @@ class Saving:
         with ExitStack() as stack:
             self._group.first(lambda: stack.enter_context(placing.lock(target)))
             self._stage = self._group.first(lambda: manifest.staging(target))
+            if more:
+                self._group.together(lambda: more(self._stage), self._stage)
             with _in_one_line(self._stage), _children_end_with_us():
                 request = self._request(state)
                 if background:

@@ -8,6 +8,7 @@ The actor's tensors have the names they have in a checkpoint of weights, so such
 of any other model follow its name.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ _FORM = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoi
 
 
 def save(
-    models: dict[str, Actor], target: Path, tokenizer: Path, info: dict[str, Any], background: bool = False
+    models: dict[str, Actor],
+    target: Path,
+    tokenizer: Path,
+    info: dict[str, Any],
+    background: bool = False,
+    more: Callable[[Path], None] | None = None,
 ) -> Saving:
     """Write the models, or begin to: see `Saving`. Collective. Each must have been updated at least once.
 
@@ -30,13 +36,14 @@ def save(
         models: by name; one is the `actor`.
         tokenizer: directory to copy the tokenizer's files from.
         info: kept in the manifest.
+        more: as in `Saving`.
 
     Raises:
         UserError: as `Saving`.
     """
     state: dict[str, Any] = {name: _sharded(name, model) for name, model in models.items()}
     state["random"] = _sharded_generators()
-    return Saving(state, target, checkpoint.describes(models["actor"], tokenizer), info, background)
+    return Saving(state, target, checkpoint.describes(models["actor"], tokenizer), info, background, more)
 
 
 def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[str, Any]:

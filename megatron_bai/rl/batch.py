@@ -22,6 +22,9 @@ class Batch:
         mask: `[B, T]` bool, response tokens: those the loss counts.
         infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside the mask.
         old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
+        sampled_logprobs: `[B, T]` float32, of the training engine with the weights that sampled the token (`staleness.py`);
+            NaN where it has those no longer, `old_logprobs` where they are the step's.
+        age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside the mask.
         advantages: `[B]` float32, one a sample; `[B, T]`, one a token, where a critic fills them.
         routes: `[B, T, layers, topk]` experts of input token t in this rank's MoE layers, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
@@ -55,6 +58,8 @@ class Batch:
     returns: torch.Tensor = None
     lengths: torch.Tensor = None
     number: torch.Tensor = None
+    age: torch.Tensor = None  # 0, unless said
+    sampled_logprobs: torch.Tensor = None  # as old_logprobs, unless said
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +74,10 @@ class Batch:
             self.lengths = torch.full((b,), length)
         if self.number is None:
             self.number = torch.arange(b)
+        if self.age is None:
+            self.age = torch.zeros_like(self.tokens)
+        if self.sampled_logprobs is None:
+            self.sampled_logprobs = self.old_logprobs.clone()
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,6 +1,7 @@
 """The rollout phase of a step: prompts, samples, rewards, advantages, a batch."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.monitor.responses import add_responses
 from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl import staleness
 from megatron_bai.rl.advantages import comparable, of_groups, uniform
+from megatron_bai.rl.ahead import Ahead
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.failures import count_failures
 from megatron_bai.rl.inference import Inference
@@ -26,33 +29,76 @@ class Collector:
         self.session, self.inference, self.settings = session, inference, session.settings
         self.prompts = self.settings.trainer.prompts_per_step // session.data_size  # of this replica, a step
         self.taken = 0  # prompts of the stream, over all replicas: where the next step begins
+        rollout = self.settings.rollout
+        self.ahead = Ahead(session, inference) if rollout.partial_tokens or rollout.overlap else None
 
     def state(self) -> dict[str, Any]:
         """Where it stands, the same on every rank: what a resumed run needs to continue, JSON."""
-        return {"taken": self.taken}
+        return self.ahead.state() if self.ahead else {"taken": self.taken}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
-        self.taken = state["taken"]
+        if self.ahead:
+            self.ahead.restore(state)
+        else:
+            self.taken = state["taken"]
 
-    def collect(self, stats: Stats) -> tuple[list[Sample], Batch]:
+    def write(self, directory: Path) -> None:
+        """Keep the samples of later steps in a checkpoint's directory.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if self.ahead:
+            self.ahead.write(directory)
+
+    def read(self, directory: Path) -> None:
+        """Continue with what `write` kept.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        if self.ahead:
+            self.ahead.read(directory)
+
+    def settle(self) -> None:
+        """Return once nothing is being sampled.
+
+        Raises:
+            UserError: the server failed.
+        """
+        if self.ahead:
+            self.ahead.settle()
+
+    def collect(self, stats: Stats, last: bool = False) -> tuple[list[Sample], Batch]:
         """Sample this replica's groups, reward them and pad them to the length of the longest anywhere. Collective.
+
+        Args:
+            last: no step follows this one.
 
         Raises:
             UserError: the server failed, or no sample has a reward.
         """
         size, objective = self.settings.trainer.group_size, self.settings.objective
-        samples = self._groups(stats)
+        samples = self._taken_ahead(last, stats) if self.ahead else self._groups(stats)
         rewards, valid = rewards_of(samples)
         critic = isinstance(objective, config.Ppo)  # which has an advantage for each token, later
         advantages = None if critic else of_groups(rewards, size, objective.advantage, valid)
         counted = _counted(samples, rewards, valid, size, objective, stats)
         batch = self._batch(samples, rewards, advantages, counted)
+        if self.ahead:
+            staleness.settle(batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats)
         if self.settings.replay.mode == "r3":
             batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
             stats.ratio("route_missing", found.rows, found.fed)
             stats.ratio("route_masked", found.masked, found.tokens)
         return samples, batch
+
+    def _taken_ahead(self, last: bool, stats: Stats) -> list[Sample]:
+        samples = self.ahead.take(last)
+        self._add_responses(samples, stats)
+        count_failures(self.session, [sample.failure for sample in samples], "reward_failed_fraction", stats)
+        return samples
 
     def _groups(self, stats: Stats) -> list[Sample]:
         """This replica's groups. With refill (DAPO, arXiv 2503.14476), groups from which there is nothing to learn give
@@ -89,12 +135,15 @@ class Collector:
         self.taken += sum(wanted)
         prompts = session.task.prompts("train", seed, start, count)
         samples = self.inference.sample(prompts, trainer.group_size, f"train/{seed}", first=start)
+        self._add_responses(samples, stats)
+        return samples
+
+    def _add_responses(self, samples: list[Sample], stats: Stats) -> None:
         lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
         truncated = torch.tensor([sample.finish != "stop" for sample in samples], dtype=torch.bool)
         rewards, valid = map(torch.from_numpy, rewards_of(samples))
-        width = self.settings.monitor.bucket
-        add_responses(stats, lengths, truncated, rewards, trainer.group_size, width, valid)
-        return samples
+        size, width = self.settings.trainer.group_size, self.settings.monitor.bucket
+        add_responses(stats, lengths, truncated, rewards, size, width, valid)
 
     def _of_replicas(self, value: int) -> list[int]:
         """Each replica's value, by its data-parallel rank. Collective."""

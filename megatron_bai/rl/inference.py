@@ -15,7 +15,7 @@ from megatron_bai.model import hf
 from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
-from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.client import RolloutClient, Wanted
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout import fleet, sync
 from megatron_bai.rollout.fleet import Fleet
@@ -71,15 +71,40 @@ class Inference:
         """
         session, samples = self._session, None
         if session.leader:
-            end, where = session.task.tokenizer.eos_token_id, ", ".join(self._servers.ask)
+            end = session.task.tokenizer.eos_token_id
             samples = self._client.generate([p.ids for p in prompts], group_size, seed, end, first, temperature)
-            for sample in samples:
-                if sample.finish == "abort":
-                    raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
-                if wrong := {span.version for span in sample.spans} - {str(self.version)}:
-                    raise UserError(f"{where} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
-            samples = rewarded(session.scorer, session.task, prompts, samples)
+            self._check(samples)
+            samples = self.reward(prompts, samples)
         return session.deliver(samples)
+
+    def reward(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
+        """The samples with their rewards. A leader's alone."""
+        return rewarded(self._session.scorer, self._session.task, prompts, samples)
+
+    def advance(self, wanted: list[Wanted]) -> list[Sample]:
+        """One go of samples, by `rollout.partial_tokens`, without rewards. A leader's alone: it asks no other rank.
+
+        Raises:
+            UserError: as `sample`.
+        """
+        session = self._session
+        end, budget = session.task.tokenizer.eos_token_id, session.settings.rollout.partial_tokens
+        samples = self._client.sample(wanted, end, budget=budget)
+        self._check(samples, [len(each.former.response) if each.former else 0 for each in wanted])
+        return samples
+
+    def _check(self, samples: list[Sample], before: list[int] | None = None) -> None:
+        """Refuse what the server did not sample whole, and with the weights it was given.
+
+        Args:
+            before: tokens of each response that are from earlier goes; None: there are none.
+        """
+        where = ", ".join(self._servers.ask)
+        for sample, start in zip(samples, before or [0] * len(samples), strict=True):
+            if sample.finish == "abort":
+                raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
+            if wrong := {span.version for span in sample.spans if span.end > start} - {str(self.version)}:
+                raise UserError(f"{where} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
 
     def sync(self) -> None:
         """Give the servers the actor's weights as the next version, and prove that they use them. Collective.

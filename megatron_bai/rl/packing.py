@@ -34,6 +34,11 @@ def check_batches(settings: config.Config, replicas: int) -> None:
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
             f"data-parallel ranks ({trainer.mini_batches} × {replicas})"
         )
+    if settings.rollout.prompts_in_progress % replicas:
+        raise UserError(
+            f"rollout.prompts_in_progress ({settings.rollout.prompts_in_progress}) is not a multiple of the {replicas} "
+            "data-parallel ranks"
+        )
     if trainer.tokens_per_micro_batch:
         return  # as many micro-batches as it takes
     samples = trainer.prompts_per_step // parts * trainer.group_size

@@ -1,4 +1,4 @@
-"""The reference policy of a KL penalty: the weights the run started from."""
+"""Weights the actor had: those the run started from are the reference policy of a KL penalty."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,12 @@ class Reference:
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for module in self._actor.modules for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Be a copy of the weights as they are now."""
+        for parameter, kept in zip(self._parameters(), self._weights):
+            kept.copy_(parameter)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

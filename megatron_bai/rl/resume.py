@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from os.path import relpath
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 import yaml
@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "rollout.port", "rollout.servers", "rollout.tensor", "rollout.urls", "rollout.router", "rollout.sync",
     "rollout.sync_bucket_mib", "rollout.sync_host", "rollout.sync_tolerance", "rollout.max_total_tokens",
     "rollout.max_running_requests",
-    "replay.measure_live", "replay.store", "replay.store_encoding",
+    "rollout.measure_sampled", "replay.measure_live", "replay.store", "replay.store_encoding",
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "trainer.save",
     "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s", "objective.critic_save", "monitor.",
@@ -51,6 +51,15 @@ class Part(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Stored(Part, Protocol):
+    """A part that also has arrays, each rank its own: files of the checkpoint's directory."""
+
+    def write(self, directory: Path) -> None: ...
+
+    def read(self, directory: Path) -> None: ...
 
 
 @dataclass
@@ -104,6 +113,8 @@ class Start:
             raise UserError(f"{self.checkpoint} has the state of {sorted(self.parts)}, the run needs {sorted(parts)}")
         for name, part in parts.items():
             part.restore(self.parts[name])
+            if isinstance(part, Stored):
+                part.read(self.checkpoint)
 
 
 @contextmanager
@@ -277,9 +288,16 @@ class Checkpoints:
         }
         target = self._directory / "checkpoints" / f"step-{step:05}"
         background = settings.trainer.save_async
-        self._saving = training_state.save(self._models, target, session.tokenizer_dir, info, background)
+        self._saving = training_state.save(
+            self._models, target, session.tokenizer_dir, info, background, self._write_parts
+        )
         if not background:
             self.wait()
+
+    def _write_parts(self, directory: Path) -> None:
+        for part in self._parts.values():
+            if isinstance(part, Stored):
+                part.write(directory)
 
     def wait(self) -> None:
         """Return once the last one counts. Collective."""

@@ -22,7 +22,7 @@ from megatron_bai.model import build
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import loggers, watch
 from megatron_bai.rewards import Scorer
-from megatron_bai.rl import initial, objectives, schedule
+from megatron_bai.rl import initial, objectives, schedule, staleness
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
 from megatron_bai.rollout import fleet
@@ -235,6 +235,7 @@ def validate(settings: config.Config) -> None:
             f"({trainer.mini_batches})"
         )
     fleet.validate(settings.rollout)
+    staleness.validate(settings)
     if settings.rollout.max_new_tokens >= model.max_position_embeddings:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "

@@ -15,7 +15,6 @@ from megatron_bai.model.build import Actor
 from megatron_bai.monitor import routes as router
 from megatron_bai.monitor.alarm import Alarm
 from megatron_bai.monitor.clock import Clock
-from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.monitor.report import write_report
 from megatron_bai.monitor.responses import of_responses
@@ -34,6 +33,7 @@ from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
 from megatron_bai.rl.schedule import set_rates
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, Asked, heed
+from megatron_bai.rl.staleness import Former, add_discrepancies
 from megatron_bai.routing.queues import MicroRoutes
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
@@ -149,6 +149,8 @@ class Loop:
         self.objective = objectives.get(settings.objective.name)
         assert bool(settings.objective.kl_penalty) == bool(reference), "the penalty and its reference belong together"
         self.reference = reference
+        measured = settings.rollout.overlap and settings.rollout.measure_sampled
+        self.former = Former(session.engine) if measured else None
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.parts: dict[str, Part] = {"collector": self.collector, "monitor": self.monitor}
@@ -160,10 +162,10 @@ class Loop:
         stats, seen = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
         with clock("rollout"):
-            samples, batch = self.collector.collect(stats)
+            samples, batch = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
         batch, minis = cut(batch, self.settings, stats, self.session.device.device)
         micros = sum(minis, [])
-        rows_before = self.session.engine.replay.rows
+        rows_before, expected = self.session.engine.replay.rows, self._rows_expected(step, batch)
         with clock("old_logprob"):
             routes = self._score_old(batch, micros, stats, seen)
         if self.keeper:
@@ -180,8 +182,10 @@ class Loop:
         if step >= self.warmup:
             with clock("update"):
                 learned |= self._update(step, minis, routes, stats)
-        expected = self._rows_expected(step, batch)
         rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.contributes else 0])
+        if self.settings.rollout.overlap:
+            with clock("ahead"):
+                self.collector.settle()
         with clock("sync"):
             self.inference.sync()
         every = self.settings.trainer.eval_every
@@ -221,11 +225,13 @@ class Loop:
             live = engine.score(micros, record=True)
             router.add_mismatch(seen, inference, live.recorded, engine.replay.columns, self.stages)
         old = replayed or live
+        former = None
+        if self.former:
+            former = self.former.score(micros, inference if mode == "r3" else None)
+            self.former.keep()
         if engine.last_stage:
             batch.old_logprobs.copy_(old.logprobs)
-            add_discrepancy(stats, "", batch.old_logprobs, batch.infer_logprobs, batch.mask)
-            if live is not None:
-                add_discrepancy(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.mask)
+            add_discrepancies(stats, batch, former, None if live is None else live.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
         if self.reference:
             with self.reference():  # its own router decides: the reference is one distribution for the whole run
@@ -258,11 +264,12 @@ class Loop:
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
 
     def _rows_expected(self, step: int, batch: Batch) -> int:
-        """(token, layer) rows that should have been replayed for this replica in the step."""
+        """(token, layer) rows that are to be replayed for this replica in the step, which has not begun to score."""
         rows = int(batch.routed.sum())
         fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes, which lack none
         updated = step >= self.warmup
-        per_layer = {"none": 0, "r2": updated * fed, "r3": (1 + updated) * rows}[self.settings.replay.mode]
+        scored = 2 if self.former and self.former.known else 1
+        per_layer = {"none": 0, "r2": updated * fed, "r3": (scored + updated) * rows}[self.settings.replay.mode]
         return per_layer * self.session.signature.moe_layers
 
     def _sum(self, values: list[int]) -> list[int]:

@@ -1,8 +1,9 @@
 """Asks SGLang servers for samples, many at a time, and returns only what passed every check."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -10,11 +11,28 @@ from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.reply import to_sample, to_scores
 from megatron_bai.rollout.requests import Limits, Request, ask_all
-from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
 _RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One sample to ask for.
+
+    Attributes:
+        prompt: index of its prompt in the batch.
+        ids: of the prompt.
+        seed: of the sample. SGLang's draw depends on it and the token's position, so it serves every part of a sample.
+        former: what there is of it; None: it begins.
+    """
+
+    prompt: int
+    ids: list[int]
+    seed: int
+    former: Sample | None = None
 
 
 class RolloutClient:
@@ -70,15 +88,29 @@ class RolloutClient:
         Raises:
             UserError: a prompt the model cannot take, before anything is sent; or the server failed.
         """
-        for index, ids in enumerate(prompts):
-            self._check_ids(ids, self.rollout.max_new_tokens, f"prompt {index}")
         members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
-        return self._run(
-            [
-                self._sampling_request(index, ids, sampling_seed(seed, first + index, member), stop_token_id, temperature)
-                for index, ids, member in members
-            ]
-        )
+        wanted = [Wanted(index, ids, sampling_seed(seed, first + index, member)) for index, ids, member in members]
+        return self.sample(wanted, stop_token_id, temperature)
+
+    def sample(
+        self, wanted: Sequence[Wanted], stop_token_id: int, temperature: float | None = None, budget: int = 0
+    ) -> list[Sample]:
+        """Begin samples, or go on with them.
+
+        Args:
+            stop_token_id, temperature: as in `generate`.
+            budget: new tokens of each at most; 0: `rollout.max_new_tokens`, which always is the most of all its parts.
+
+        Returns:
+            Each with what there was of it before. One that used up its budget is not `complete`.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        for each in wanted:
+            self._check_ids(each.ids, self.rollout.max_new_tokens, f"prompt {each.prompt}")
+        budget = budget or self.rollout.max_new_tokens
+        return self._run([self._sampling_request(each, stop_token_id, temperature, budget) for each in wanted])
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
         """The server's own log-probabilities of given tokens, at temperature 1.
@@ -107,10 +139,13 @@ class RolloutClient:
             )
 
     def _sampling_request(
-        self, prompt: int, ids: list[int], seed: int, stop_token_id: int, temperature: float | None
+        self, wanted: Wanted, stop_token_id: int, temperature: float | None, budget: int
     ) -> Request[Sample]:
-        limit = self.rollout.max_new_tokens
-        params = {
+        former = wanted.former
+        ids = wanted.ids if former is None else former.tokens.tolist()
+        left = self.rollout.max_new_tokens - (len(ids) - len(wanted.ids))
+        limit = min(budget, left)
+        params: dict[str, Any] = {
             "temperature": self.rollout.temperature if temperature is None else temperature,
             "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
             "top_k": -1,
@@ -118,9 +153,19 @@ class RolloutClient:
             "stop_token_ids": [stop_token_id],
         }
         if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
-            params["sampling_seed"] = seed
+            params["sampling_seed"] = wanted.seed
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
-        return prompt, body, lambda reply: to_sample(reply, prompt, ids, self.signature, limit, stop_token_id)
+        start = 0 if former is None else len(ids) - 1  # rows that there are already are not sent once more
+        if start:
+            body["routed_experts_start_len"] = start
+
+        def parse(reply: Any) -> Sample:
+            part = to_sample(reply, wanted.prompt, ids, self.signature, limit, stop_token_id, start)
+            if part.finish == "length" and limit < left:
+                part = replace(part, finish=PARTIAL)
+            return part if former is None else former.followed_by(part)
+
+        return wanted.prompt, body, parse
 
     def _scoring_request(self, ids: list[int]) -> Request[np.ndarray]:
         params = {"temperature": 1.0, "max_new_tokens": 0}

@@ -21,7 +21,13 @@ FINISHES = ("stop", "length", "abort")
 
 
 def to_sample(
-    reply: Any, prompt: int, prompt_ids: list[int], signature: RouteSignature, max_new_tokens: int, stop_token_id: int
+    reply: Any,
+    prompt: int,
+    prompt_ids: list[int],
+    signature: RouteSignature,
+    max_new_tokens: int,
+    stop_token_id: int,
+    start: int = 0,
 ) -> Sample:
     """Check one reply and convert it. A `routed_experts` of null becomes a sample without a recorded row.
 
@@ -31,6 +37,7 @@ def to_sample(
         prompt_ids: its tokens.
         signature: of the served model.
         max_new_tokens, stop_token_id: as asked for.
+        start: the first row of routes that was asked for; those before it are not recorded.
 
     Raises:
         ValueError: naming what is missing or contradicts the rest.
@@ -39,7 +46,7 @@ def to_sample(
         output, meta = reply["output_ids"], reply["meta_info"]
         logprobs = _logprobs(meta["output_token_logprobs"], output)
         spans = _spans(meta["weight_versions"], len(output))
-        routes, recorded = _routes(meta["routed_experts"], len(prompt_ids), len(output), spans, signature)
+        routes, recorded = _routes(meta["routed_experts"], len(prompt_ids), len(output), spans, signature, start)
         finish = meta["finish_reason"]["type"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
@@ -85,15 +92,18 @@ def decode_routes(encoded: str, rows: int, signature: RouteSignature) -> np.ndar
 
 
 def _routes(
-    encoded: str | None, prompt: int, output: int, spans: tuple[VersionSpan, ...], signature: RouteSignature
+    encoded: str | None, prompt: int, output: int, spans: tuple[VersionSpan, ...], signature: RouteSignature, start: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Routes, and which rows can be believed (None: all)."""
     rows = prompt + output - 1
     if encoded is None:
         return fillers(rows, signature), np.zeros(rows, dtype=bool)
     changes = [span.start for span, before in zip(spans, (None, *spans)) if not before or span.version != before.version]
-    recorded = of_last_version(rows, prompt, changes)
-    return decode_routes(encoded, rows, signature), None if recorded.all() else recorded
+    recorded = of_last_version(rows, prompt, changes) & (np.arange(rows) >= start)
+    routes = decode_routes(encoded, rows - start, signature)
+    if start:
+        routes = np.concatenate([fillers(start, signature), routes])
+    return routes, None if recorded.all() else recorded
 
 
 def _logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:

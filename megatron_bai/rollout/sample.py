@@ -7,6 +7,8 @@ import numpy as np
 
 from megatron_bai.routing.routes import VersionSpan
 
+PARTIAL = "partial"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -20,7 +22,8 @@ class Sample:
             inference engine, at the temperature sampled with.
         routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`).
         spans: weight versions that the response's tokens were sampled with, covering them in order.
-        finish: `stop` (end token), `length` (ran out of tokens) or `abort`.
+        finish: `stop` (end token), `length` (ran out of tokens), `abort`, or `partial` (of the tokens of one go: it is to
+            be gone on with).
         recorded: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and for good where `failure` says why there is none.
     """
@@ -48,6 +51,36 @@ class Sample:
         shift = self.prompt_length - 1
         spans = [VersionSpan(span.version, span.start + shift, span.end + shift) for span in self.spans]
         return (VersionSpan(spans[0].version, 0, spans[0].end), *spans[1:]) if spans else ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is to be sampled of it."""
+        return self.finish != PARTIAL
+
+    def followed_by(self, part: "Sample") -> "Sample":
+        """This and what was sampled after it, with the weights that the server had then.
+
+        Args:
+            part: its prompt is all of this sample's tokens. The server that continued computed them again, with its
+                weights: what they were sampled with stays, so of `part` the rows that predicted its own tokens are taken.
+                The first of them is of this sample's last token, which had none.
+        """
+        assert np.array_equal(part.tokens[: part.prompt_length], self.tokens), "it continues another sample"
+        kept, length = len(self.tokens) - 1, len(self.response)
+        spans = list(self.spans)
+        for span in part.spans:
+            start = spans.pop().start if spans[-1].version == span.version else span.start + length
+            spans.append(VersionSpan(span.version, start, span.end + length))
+        known = [np.ones(len(each.routes), dtype=bool) if each.recorded is None else each.recorded for each in (self, part)]
+        recorded = np.concatenate([known[0], known[1][kept:]])
+        return replace(
+            part,
+            prompt_length=self.prompt_length,
+            logprobs=np.concatenate([self.logprobs, part.logprobs]),
+            routes=np.concatenate([self.routes, part.routes[kept:]]),
+            spans=tuple(spans),
+            recorded=None if recorded.all() else recorded,
+        )
 
     def of_layers(self, columns: Sequence[int]) -> "Sample":
         """The same with the routes of some MoE layers, which are counted from 0."""

@@ -7,6 +7,7 @@ no server can be asked for: rewards must be known.
 import json
 import os
 import sys
+import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,13 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.collect import Collector
 from megatron_bai.rl.evaluate import evaluate
-from megatron_bai.rollout.client import sampling_seed
-from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.client import Wanted, sampling_seed
+from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
 PROMPTS, SIZE, STEPS = 8, 4, 3
+GO, LONGEST = 3, 12  # tokens, of partial rollouts
+LATER = 6  # steps of them
 
 
 def rewards_of(number: int) -> list[float | None]:
@@ -59,12 +63,47 @@ class Engine:
         return samples
 
 
-def session(replicas: int, rank: int, **policy: Any) -> Any:
+class Parts(Engine):
+    """Samples in parts: a token is a function of seed, place and version, the length of the seed."""
+
+    def __init__(self, rollout: dict[str, Any], version: int = 0):
+        super().__init__()
+        self.budget = rollout.get("partial_tokens", LONGEST)
+        self.version, self.rounds, self.threads = version, [], set()
+
+    def advance(self, wanted: list[Wanted]) -> list[Sample]:
+        self.threads.add(threading.current_thread().name)
+        self.rounds.append(len(wanted))
+        return [self._part(each) for each in wanted]
+
+    def _part(self, each: Wanted) -> Sample:
+        former, length = each.former, 1 + each.seed % LONGEST
+        ids = each.ids if former is None else former.tokens.tolist()
+        start = len(ids) - len(each.ids)
+        end = min(start + self.budget, length)
+        response = np.array([2 + (each.seed + place) % 50 for place in range(start, end)])
+        rows, known = len(ids) + len(response) - 1, len(ids) - 1 if former else 0
+        routes = np.full((rows, 1, 1), self.version % 4, np.uint8)
+        routes[:known] = 3  # of rows that were not asked for once more, which nobody may look at
+        spans = (VersionSpan(str(self.version), 0, len(response)),)
+        logprobs = np.full(len(response), -1.0 - self.version, np.float32)
+        finish = "stop" if end == length else PARTIAL
+        part = Sample(each.prompt, np.array([*ids, *response]), len(ids), logprobs, routes, spans, finish)
+        return former.followed_by(part) if former else part
+
+    def reward(self, prompts: list[Any], samples: list[Sample]) -> list[Sample]:
+        return [replace(sample, reward=float(len(sample.response) % 2)) for sample in samples]
+
+
+def session(replicas: int, rank: int, rollout: dict[str, Any] | None = None, **policy: Any) -> Any:
     settings = config.Config(model=config.Model(vocab_size=64), data=config.Arithmetic(eval_prompts=10))
+    settings.rollout = config.Rollout(**rollout or {})
     settings.objective = config.Minirl(**policy)
     settings.trainer = config.Trainer(prompts_per_step=PROMPTS, group_size=SIZE, eval_samples=3, eval_temperature=0.5)
     task = Sums(settings.data, build_tokenizer(settings.data, 64))
+    signature = RouteSignature(1, 4, 1)
     place = SimpleNamespace(data_rank=rank, data_size=replicas, leader=True, lead=rank == 0, task=task)
+    place.signature, place.deliver = signature, lambda samples: samples
     return SimpleNamespace(**vars(place), settings=settings, device=SimpleNamespace(device=torch.device("cpu")))
 
 
@@ -89,6 +128,58 @@ def collected(replicas: int, rank: int, mode: str = "", **policy: Any) -> dict[s
     return {"steps": steps}
 
 
+def told(samples: list[Sample], task: Any) -> list[Any]:
+    return [
+        [s.prompt, task.tokenizer.decode(s.tokens[: s.prompt_length]), s.response.tolist(), s.finish, s.reward]
+        + [[[span.version, span.start, span.end] for span in s.spans], s.logprobs.tolist(), s.routes.ravel().tolist()]
+        for s in samples
+    ]
+
+
+def ahead(directory: Path, replicas: int, rank: int, **rollout: Any) -> dict[str, Any]:
+    """Steps of partial rollouts, of such ahead, or of both; each state is kept, and half of them are done once more."""
+    here, kept = session(replicas, rank, rollout), directory / f"kept-{'-'.join(rollout)}-{replicas}"
+    engine = Parts(rollout)
+    collector, steps, states = Collector(here, engine), [], []
+    for step in range(LATER):
+        if rank == 0:
+            (kept / str(step)).mkdir(parents=True)
+        dist.barrier()
+        states.append(collector.state())
+        collector.write(kept / str(step))
+        steps.append(_ahead_step(here, collector, engine, step))
+    again, other = Parts(rollout, LATER // 2), session(replicas, rank, rollout)
+    collector = Collector(other, again)
+    collector.restore(states[LATER // 2])
+    collector.read(kept / str(LATER // 2))
+    repeated = [_ahead_step(other, collector, again, step) for step in range(LATER // 2, LATER)]
+    return {"steps": steps, "repeated": repeated, "threads": sorted(engine.threads), "states": states}
+
+
+def _ahead_step(here: Any, collector: Collector, engine: Parts, step: int) -> dict[str, Any]:
+    stats, rounds = Stats(), len(engine.rounds)
+    samples = collector._taken_ahead(step == LATER - 1, stats)
+    collector.settle()
+    engine.version += 1
+    held = collector.ahead._groups + collector.ahead._ready
+    return {
+        "samples": told(samples, here.task), "rounds": engine.rounds[rounds:], **collector.state(),
+        "held": [group.number for group in held], "values": stats.gathered(True).values(),
+    }  # fmt: skip
+
+
+def moved(directory: Path, replicas: int, rank: int) -> dict[str, Any]:
+    """One replica's run goes on with several."""
+    rollout = {"partial_tokens": GO, "overlap": True}
+    engine = Parts(rollout, LATER // 2)
+    here = session(replicas, rank, rollout)
+    collector = Collector(here, engine)
+    written = directory / "kept-partial_tokens-overlap-1" / str(LATER // 2)
+    collector.restore({"taken": 2 * PROMPTS + (LATER // 2) * PROMPTS, "begun": True})
+    collector.read(written)
+    return {"steps": [_ahead_step(here, collector, engine, step) for step in range(LATER // 2, LATER)]}
+
+
 def evaluated(replicas: int, rank: int) -> dict[str, Any]:
     engine, stats = Engine(), Stats()
     evaluate(session(replicas, rank), engine, stats)
@@ -104,6 +195,10 @@ def work(directory: Path, replicas: int, rank: int) -> None:
         "uniform": collected(replicas, rank, "uniform", drop_uniform_groups=True, refill_rounds=2),
         "failed": collected(replicas, rank, "fail"),
         "evaluated": evaluated(replicas, rank),
+        "partial": ahead(directory, replicas, rank, partial_tokens=GO),
+        "overlap": ahead(directory, replicas, rank, overlap=True),
+        "both": ahead(directory, replicas, rank, partial_tokens=GO, overlap=True),
+        "moved": moved(directory, replicas, rank),
     }
     (directory / f"{replicas}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

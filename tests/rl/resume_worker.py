@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import manifest, placing
 from megatron_bai.monitor.watch import DETECTORS
-from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.client import Wanted
+from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.routing.routes import VersionSpan
 
 LAYOUTS = {
@@ -64,6 +66,26 @@ class Rollouts:
         spans = (VersionSpan(str(self.version), 0, len(response)),)
         routes, reward = random_routes(len(tokens) - 1, random), float(number % 2)
         return Sample(place, tokens, len(prompt.ids), logprobs, routes, spans, "stop", reward=reward)
+
+    def advance(self, wanted: list[Wanted]) -> list[Sample]:
+        """Parts of samples, of `rollout.partial_tokens` each."""
+        self.seen(self.version)
+        return [self._part(each) for each in wanted]
+
+    def _part(self, wanted: Wanted) -> Sample:
+        former, budget = wanted.former, self.session.settings.rollout.partial_tokens
+        ids = wanted.ids if former is None else former.tokens.tolist()
+        random = np.random.default_rng([wanted.seed, len(ids), self.version])
+        left = 2 + wanted.seed % 14 - (len(ids) - len(wanted.ids))
+        response = random.integers(0, MODEL.vocab_size, min(left, budget))
+        logprobs = random.normal(-4.2, 0.5, len(response)).astype(np.float32)
+        tokens, spans = np.array([*ids, *response]), (VersionSpan(str(self.version), 0, len(response)),)
+        routes, finish = random_routes(len(tokens) - 1, random), "stop" if left <= budget else PARTIAL
+        part = Sample(wanted.prompt, tokens, len(ids), logprobs, routes, spans, finish)
+        return former.followed_by(part) if former else part
+
+    def reward(self, prompts: list, samples: list[Sample]) -> list[Sample]:
+        return [replace(sample, reward=float(sample.tokens[-1] % 2)) for sample in samples]
 
     def sync(self) -> None:
         self.version += 1
@@ -210,6 +232,16 @@ def broken(found: dict[str, Any], directory: Path) -> None:
             found[path.name] = {"runs": [*killed, run(what, layout)], **left(path)}
 
 
+def stale(found: dict[str, Any], directory: Path) -> None:
+    """The same of a run whose rollouts are partial and a step ahead."""
+    for how in ("unbroken", "killed"):
+        path = directory / f"stale-{how}"
+        what = settings(path, "tp2_ep2", steps=STEPS + 1, save_async=how == "unbroken")
+        what.rollout = config.Rollout(max_new_tokens=16, partial_tokens=4, overlap=True)
+        killed = [run(what, "tp2_ep2", at_version(STEPS - 1, die))] if how == "killed" else []
+        found[path.name] = {"runs": [*killed, run(what, "tp2_ep2")], **left(path)}
+
+
 def elsewhere(found: dict[str, Any], directory: Path) -> None:
     """The unbroken run's last step in other layouts."""
     for layout in LAYOUTS:
@@ -293,7 +325,7 @@ def main() -> None:
     ours = ("transformers.tokenization_utils_tokenizers", "megatron_bai.rl.trainer")
     prepare(*(f"megatron.core.{module}" for module in core), *ours)
     found: dict[str, Any] = {}
-    for part in (broken, elsewhere, killed_while_saving, refused, once, alarmed):
+    for part in (broken, stale, elsewhere, killed_while_saving, refused, once, alarmed):
         if not sys.argv[2:] or part.__name__ in sys.argv[2:]:
             part(found, directory)
     (directory / "found.json").write_text(json.dumps(found))

@@ -1,17 +1,23 @@
 """Collecting and evaluating do not depend on the number of replicas: same prompts, same samples, same numbers."""
 
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from processes import TESTS, launch
 
+from megatron_bai import config
+from megatron_bai.data import Sums, build_tokenizer
 from megatron_bai.rl.evaluate import interval
+from megatron_bai.rollout.client import sampling_seed
 
 pytestmark = pytest.mark.distributed
 WORLDS = (1, 2, 4)
-PROMPTS, STEPS = 8, 3
+PROMPTS, SIZE, STEPS = 8, 4, 3
+GO, LONGEST, LATER = 3, 12, 6
+AHEAD = ("partial", "overlap", "both")
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +104,102 @@ def test_evaluation_is_the_mean_over_problems_with_its_interval(found: Any, repl
     asked = [each for rank in found[replicas] for each in rank["evaluated"]["asked"]]
     assert asked == found[1][0]["evaluated"]["asked"] and [each[0] for each in asked] == list(range(10))
     assert {each[3] for each in asked} == {0.5}
+
+
+@cache
+def stream() -> dict[str, int]:
+    """Where a prompt is in it."""
+    settings = config.Arithmetic(eval_prompts=10)
+    prompts = Sums(settings, build_tokenizer(settings, 64)).prompts("train", 0, 0, 100)
+    return {prompt.text: number for number, prompt in enumerate(prompts)}
+
+
+def numbers(step: dict[str, Any]) -> list[int]:
+    """Of the prompts that a replica trained in a step."""
+    assert [sample[0] for sample in step["samples"]] == list(np.repeat(range(len(step["samples"]) // SIZE), SIZE))
+    return [stream()[sample[1]] for sample in step["samples"][::SIZE]]
+
+
+def length_of(number: int, member: int) -> int:
+    return 1 + sampling_seed("train/0", number, member) % LONGEST
+
+
+def simulated(replicas: int, rank: int) -> list[tuple[list[int], list[int]]]:
+    """By step, the groups that partial rollouts train and what each round asks for, from the lengths alone."""
+    steps, pool, taken = [], {}, 0
+    for _ in range(LATER):
+        fresh = PROMPTS // replicas * (1 if taken else 2)
+        for number in range(taken + rank * fresh, taken + (rank + 1) * fresh):
+            pool[number] = [length_of(number, member) for member in range(SIZE)]
+        taken += replicas * fresh
+        rounds = []
+        while not rounds or sum(max(left) == 0 for left in pool.values()) < PROMPTS // replicas:
+            rounds.append(sum(each > 0 for left in pool.values() for each in left))
+            pool = {number: [max(each - GO, 0) for each in left] for number, left in pool.items()}
+        done = [number for number, left in pool.items() if max(left) == 0][: PROMPTS // replicas]
+        pool = {number: left for number, left in pool.items() if number not in done}
+        steps.append((done, rounds))
+    return steps
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_partial_rollouts_train_whole_groups_the_oldest_first(found: Any, replicas: int) -> None:
+    for rank, of_rank in enumerate(found[replicas]):
+        steps, expected = of_rank["partial"]["steps"], simulated(replicas, rank)
+        assert [(numbers(step), step["rounds"]) for step in steps] == expected
+        assert [step["taken"] for step in steps] == [(2 + n) * PROMPTS for n in range(LATER)]
+        assert of_rank["partial"]["threads"] == ["MainThread"]
+    trained = [n for step in range(LATER) for rank in found[replicas] for n in numbers(rank["partial"]["steps"][step])]
+    held = [number for rank in found[replicas] for number in rank["partial"]["steps"][-1]["held"]]
+    assert sorted(trained + held) == list(range((1 + LATER) * PROMPTS)), "none is lost and none trained twice"
+
+
+@pytest.mark.parametrize("case", AHEAD)
+def test_parts_of_a_sample_keep_what_they_were_sampled_with(case: str, found: Any) -> None:
+    """Tokens as if sampled in one go; log-probabilities and routes of the version of each go."""
+    several = 0
+    for rank in found[2]:
+        for number, step in enumerate(rank[case]["steps"]):
+            groups = np.repeat(numbers(step), SIZE)
+            for place, (_, prompt, response, finish, _, spans, logprobs, routes) in enumerate(step["samples"]):
+                seed = sampling_seed("train/0", int(groups[place]), place % SIZE)
+                assert response == [2 + (seed + place) % 50 for place in range(1 + seed % LONGEST)]
+                assert finish == "stop" and [span[1] for span in spans] == [0, *(span[2] for span in spans[:-1])]
+                versions = [int(version) for version, start, end in spans for _ in range(start, end)]
+                assert logprobs == [-1.0 - version for version in versions] and len(versions) == len(response)
+                assert routes[-len(response) :] == [version % 4 for version in versions]
+                assert set(routes[: -len(response)]) <= {versions[0] % 4}
+                assert versions == sorted(versions) and versions[-1] <= number - ("overlap" == case and number > 0)
+                several += len(spans) > 1
+    assert bool(several) == (case != "overlap")
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_a_step_ahead_has_the_groups_of_a_step_one_version_older(found: Any, replicas: int) -> None:
+    for number in range(LATER):
+        ranks = [rank["overlap"]["steps"][number] for rank in found[replicas]]
+        assert [n for rank in ranks for n in numbers(rank)] == list(range(number * PROMPTS, (number + 1) * PROMPTS))
+        versions = {span[0] for rank in ranks for sample in rank["samples"] for span in sample[5]}
+        assert versions == {str(max(number - 1, 0))}
+        assert {len(rank["held"]) for rank in ranks} == {PROMPTS // replicas if number < LATER - 1 else 0}
+    for rank in found[replicas]:
+        assert rank["overlap"]["threads"] == ["rollout"]
+        assert sum(len(step["rounds"]) for step in rank["overlap"]["steps"]) == LATER
+
+
+@pytest.mark.parametrize("case", AHEAD)
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_a_run_goes_on_with_the_samples_it_had(found: Any, replicas: int, case: str) -> None:
+    for rank in found[replicas]:
+        assert rank[case]["repeated"] == rank[case]["steps"][LATER // 2 :]
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_another_number_of_replicas_shares_the_samples_anew(found: Any, replicas: int) -> None:
+    before = [n for step in found[1][0]["both"]["steps"][: LATER // 2] for n in numbers(step)]
+    after = [n for rank in found[replicas] for step in rank["moved"]["steps"] for n in numbers(step)]
+    held = [number for rank in found[replicas] for number in rank["moved"]["steps"][-1]["held"]]
+    last = found[replicas][0]["moved"]["steps"][-1]["taken"]
+    assert sorted(before + after + held) == list(range(last)) and len(after) == LATER // 2 * PROMPTS
+    if replicas == 1:
+        assert found[1][0]["moved"]["steps"] == found[1][0]["both"]["repeated"]

@@ -81,6 +81,32 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     assert all(record["grad_norm"] > 0 and record["kl_reference"] > 0 for record in killed["metrics"])
 
 
+OF_SAMPLING_WEIGHTS = ("kl_k1", "kl_k3", "f_", "perplexity_ratio", "ess_discrepancy", "discrepancy", "staleness")
+
+
+def test_samples_of_later_steps_are_in_the_checkpoint(found: dict[str, Any], directory: Path) -> None:
+    """Partial rollouts, a step ahead: a killed run goes on with what it had sampled. What it cannot say is how far the
+    engines were apart in the batch that weights sampled which it has no longer."""
+    unbroken, killed = found["stale-unbroken"], found["stale-killed"]
+    assert killed["runs"][0]["codes"][0] == -9 and set(killed["runs"][1]["codes"]) == {0}
+    assert killed["summary"]["resumed"] == [2] and unbroken["summary"]["complete"]
+    last = f"checkpoints/step-{STEPS + 1:05}"
+    assert same(directory / "stale-unbroken" / last, directory / "stale-killed" / last)
+    one, other = untimed(unbroken["metrics"]), untimed(killed["metrics"])
+    assert [{k for k in a if a[k] != b.get(k)} for a, b in zip(one, other)][3] == set()
+    for missing in (set(a) - set(b) for a, b in zip(one, other)):
+        assert all(name.startswith(OF_SAMPLING_WEIGHTS) and not name.endswith("_stale") for name in missing)
+    for ours, theirs in zip(one, other):
+        assert {name: ours[name] for name in theirs} == theirs | {k: ours[k] for k in theirs if k.startswith("staleness")}
+    assert {"kl_k3", "discrepancy", "staleness"} <= one[2].keys() - other[2].keys()
+    assert [step["route_coverage"] for step in one] == [1.0] * (STEPS + 1) and one[0]["stale_fraction"] == 0
+    assert all(0 < step["stale_fraction"] <= 1 <= step["version_age_max"] for step in one[1:])
+    assert max(step["version_age_max"] for step in one) > 1, "no sample needed more than one step"
+    assert all(step["kl_k3"] != step["kl_k3_stale"] for step in one[1:])
+    kept = [path.name for path in (directory / "stale-unbroken/checkpoints/step-00002/rollouts").iterdir()]
+    assert kept == ["replica-00000-of-00001.npz"]
+
+
 @pytest.mark.parametrize("how", ["killed", "background"])
 def test_the_routes_of_a_killed_run_are_kept_once(how: str, directory: Path) -> None:
     kept = []

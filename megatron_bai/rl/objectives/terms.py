@@ -70,19 +70,24 @@ def add_clipped(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask:
 def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
     """Both factors and their product, over response tokens.
 
+    The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts are
+    stale (`rl/staleness.py`). Tokens for which that is not known are in the product alone.
+
     Returns:
         Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and
         largest ratio of each factor and of the product, `discrepancy_ratio_mean`, `staleness_ratio_mean`,
         `is_weight_mean` and so on with `_max`; `ess`, the effective sample size of the token weights π_θ/μ_old, as a share
         of the tokens (`Stats.sample_size`).
     """
-    new, mask = logprobs.detach(), batch.mask
-    discrepancy = log_ratio(batch.old_logprobs, batch.infer_logprobs, mask)[mask].double()
-    staleness = log_ratio(new, batch.old_logprobs, mask)[mask].double()
+    new, sampled = logprobs.detach(), batch.sampled_logprobs
+    known = batch.mask & ~sampled.isnan()
+    discrepancy = (sampled - batch.infer_logprobs)[known].double()
+    staleness = (new - sampled)[known].double()
     stats = Stats()
     stats.mean("discrepancy", discrepancy)
     stats.mean("staleness", staleness)
-    ratios = {"discrepancy_ratio": discrepancy, "staleness_ratio": staleness, "is_weight": discrepancy + staleness}
+    weights = (new - batch.infer_logprobs)[batch.mask].double()
+    ratios = {"discrepancy_ratio": discrepancy, "staleness_ratio": staleness, "is_weight": weights}
     for name, logs in ratios.items():
         stats.mean(f"{name}_mean", logs.exp())
         stats.max(f"{name}_max", logs.exp())

@@ -1,0 +1,145 @@
+"""How old the weights are that sampled a token, and what is still known of them.
+
+A token's age is the number of weight syncs between the version that sampled it and the step's own: 0 unless rollouts
+are partial or run ahead. With v the version that sampled it, μ_v the inference engine's policy then and π_v the training
+engine's with the same weights, the two factors of objectives.md are, for any age,
+
+    π_θ/μ_v  =  π_v/μ_v                               ×  π_θ/π_v
+                discrepancy, between the engines         staleness: of the version, and of the step's updates
+
+μ_v is what the rollout recorded, so that every weight π/μ_v is exact. π_v is π_old at age 0. At age 1 the trainer can
+score with the weights it had, where it keeps them (`rollout.measure_sampled`). Older ones are gone: such tokens are in no
+mean of the two factors, but in those of the product (`is_weight_mean`, `ess`) and in the metrics that end in `_stale`.
+"""
+
+import torch
+
+from megatron_bai import config
+from megatron_bai.errors import UserError
+from megatron_bai.monitor.discrepancy import add_discrepancy
+from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.engine import Engine
+from megatron_bai.rl.reference import Reference
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.routing.queues import MicroRoutes
+
+
+def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:
+    """Fill `batch.age`, and take tokens older than `limit` out of the mask, in place.
+
+    Adds `stale_fraction`, the share of response tokens of an age over 0; `version_age_mean` and `version_age_max`, over
+    response tokens; with a limit `stale_masked`, the share taken out.
+
+    Args:
+        samples: of the batch, in its order.
+        version: of the step's weights.
+        limit: the oldest that counts (`rollout.max_staleness`); None: all do.
+    """
+    for row, sample in enumerate(samples):
+        for span in sample.spans:
+            age, shift = version - int(span.version), sample.prompt_length - 1
+            assert age >= 0, f"a token of version {span.version} in the step of version {version}"
+            batch.age[row, span.start + shift : span.end + shift] = age
+    ages = batch.age[batch.mask]
+    stats.mean("stale_fraction", ages > 0)
+    stats.mean("version_age_mean", ages)
+    stats.max("version_age_max", ages)
+    if limit is not None:
+        batch.mask &= batch.age <= limit
+        stats.mean("stale_masked", ages > limit)
+
+
+class Former:
+    """The weights of the step before, which sampled what was rolled out ahead: one more model in memory on each rank."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._kept: Reference | None = None
+
+    @property
+    def known(self) -> bool:
+        """False in the first step after a start."""
+        return self._kept is not None
+
+    def keep(self) -> None:
+        """Keep the actor's weights as they are, in place of the former ones."""
+        if self._kept is None:
+            self._kept = Reference(self._engine.actor)
+        else:
+            self._kept.renew()
+
+    def score(self, micros: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
+        """`[B, T]` log-probabilities under them, with routes as in `Engine.score`; None on ranks that have none and
+        while there are no such weights. Collective."""
+        if self._kept is None:
+            return None
+        with self._kept():
+            return self._engine.score(micros, routes).logprobs
+
+
+def add_discrepancies(stats: Stats, batch: Batch, former: torch.Tensor | None, live: torch.Tensor | None) -> None:
+    """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines of the tokens for which they are known.
+
+    Those of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those of
+    the live router, `_live`, are of tokens of age 0.
+
+    Args:
+        former: log-probabilities under the weights of the step before.
+        live: under the step's, without replay.
+    """
+    old, age = batch.old_logprobs, batch.age
+    gone = torch.full_like(old, float("nan"))
+    one = gone if former is None else former.cpu()
+    batch.sampled_logprobs.copy_(torch.where(age == 0, old, torch.where(age == 1, one, gone)))
+    known = batch.mask & ~batch.sampled_logprobs.isnan()
+    add_discrepancy(stats, "", batch.sampled_logprobs, batch.infer_logprobs, known)
+    add_discrepancy(stats, "_stale", old, batch.infer_logprobs, batch.mask & (age > 0))
+    if live is not None:
+        add_discrepancy(stats, "_live", live.cpu(), batch.infer_logprobs, batch.mask & (age == 0))
+
+
+def validate(settings: config.Config) -> None:
+    """Refuse settings of stale rollouts that contradict each other or the objective.
+
+    Raises:
+        UserError: names the settings.
+    """
+    rollout, trainer, objective = settings.rollout, settings.trainer, settings.objective
+    tokens, limit = rollout.partial_tokens, rollout.max_staleness
+    if not 0 <= tokens < rollout.max_new_tokens:
+        raise UserError(
+            f"rollout.partial_tokens is {tokens}: it must be less than rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}), or 0 for whole rollouts"
+        )
+    if rollout.prompts_in_progress and not tokens:
+        raise UserError("rollout.prompts_in_progress is for partial rollouts: set rollout.partial_tokens")
+    if tokens and 0 != rollout.prompts_in_progress <= trainer.prompts_per_step:
+        raise UserError(
+            f"rollout.prompts_in_progress ({rollout.prompts_in_progress}) is not more than trainer.prompts_per_step "
+            f"({trainer.prompts_per_step}): every sample would be waited for, and none be partial"
+        )
+    if not tokens and not rollout.overlap:
+        if limit is not None:
+            raise UserError("rollout.max_staleness is for partial or overlapping rollouts: without them nothing is stale")
+        return
+    if objective.refill_rounds:
+        raise UserError(
+            "objective.refill_rounds asks for groups within a step: leave out rollout.partial_tokens and rollout.overlap"
+        )
+    if limit is not None and limit < rollout.overlap:
+        least = "1 with rollout.overlap, whose tokens all are" if rollout.overlap else "0"
+        raise UserError(f"rollout.max_staleness is {limit}: it must be at least {least}, or unset for no limit")
+    if limit != 0 and not _corrects(objective):
+        how = "objective.train_infer_is=true" if isinstance(objective, config.Minirl) else "objective.correction"
+        only = "" if rollout.overlap else ", or rollout.max_staleness=0 to leave stale tokens out"
+        raise UserError(
+            f"objective={objective.name} as set gives stale tokens the weight of fresh ones: set {how}{only}"
+        )
+
+
+def _corrects(objective: config.Objective) -> bool:
+    """Whether the loss has the weight π_old/μ_old; one from outside is trusted."""
+    if isinstance(objective, config.Minirl):
+        return objective.train_infer_is
+    return not isinstance(objective, config.Corrected) or objective.correction != "none"

@@ -1,0 +1,55 @@
+"""Samples in a file are those that were written, and a damaged file is named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moe import SIGNATURE, samples
+
+from megatron_bai.errors import UserError
+from megatron_bai.rollout import archive
+from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.routing.routes import VersionSpan
+
+
+@pytest.fixture
+def made() -> list[tuple[int, Sample]]:
+    """One empty response, one partial, one failed, one whose routes are not all known."""
+    found = samples(6, np.random.default_rng(3))
+    spans = (VersionSpan("4", 0, 1), VersionSpan("5", 1, len(found[2].response)))
+    found[2] = replace(found[2], spans=spans, finish=PARTIAL)
+    found[3] = replace(found[3], failure="it took longer")
+    found[4] = replace(found[4], reward=0.1, recorded=np.arange(len(found[4].routes)) > 2)
+    return [(100 + i // 2, sample) for i, sample in enumerate(found)]
+
+
+def test_what_was_written_is_read(made: list[tuple[int, Sample]], tmp_path: Path) -> None:
+    archive.write(tmp_path / "a.npz", made, SIGNATURE)
+    for (number, wrote), (found, read) in zip(made, archive.read(tmp_path / "a.npz", SIGNATURE), strict=True):
+        assert found == number
+        for name, value in vars(wrote).items():
+            if isinstance(value, np.ndarray):
+                assert getattr(read, name).dtype == value.dtype
+                np.testing.assert_array_equal(getattr(read, name), value)
+            else:
+                assert getattr(read, name) == (0 if name == "prompt" else value), name
+
+
+def test_no_samples_are_none(tmp_path: Path) -> None:
+    archive.write(tmp_path / "a.npz", [], SIGNATURE)
+    assert archive.read(tmp_path / "a.npz", SIGNATURE) == []
+
+
+@pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded"])
+def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]], tmp_path: Path) -> None:
+    archive.write(tmp_path / "a.npz", made, SIGNATURE)
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    np.savez(tmp_path / "short.npz", **(arrays | {name: arrays[name][:-1]}))
+    del arrays[name]
+    np.savez(tmp_path / "without.npz", **arrays)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-30])
+    np.savez(tmp_path / "object.npz", **(arrays | {name: np.array([{}, {}], dtype=object)}))
+    for damaged in ("short", "without", "cut", "object", "gone"):
+        with pytest.raises(UserError, match=f"{damaged}.npz"):
+            archive.read(tmp_path / f"{damaged}.npz", SIGNATURE)
