@@ -1,15 +1,15 @@
 """Rollouts that do not begin and end within their step: partial ones, and those a step ahead of the training.
 
-Partial (`rollout.partial_tokens`): a replica works on more groups than it trains. Sampling goes in rounds; in each, every
-sample in progress gets at most so many new tokens. Once as many groups are complete as a step needs, the oldest of them
-are trained; the others wait, or go on in the next step with the weights there are then. A step has one round at least,
-and more where too few groups are complete after it: it always trains `trainer.prompts_per_step` groups. The first step
-begins `rollout.prompts_in_progress` groups, each later one as many as a step trains. What was sampled depends on the
-weights, the seeds and the number of replicas, never on time.
+Partial (`rollout.partial_tokens`): a replica works on more groups than it trains. Sampling goes in rounds; in each,
+every sample in progress gets at most so many new tokens. Once as many groups are complete as a step needs, the oldest of
+them are trained; the others wait, or go on in the next step with the weights there are then. A step has one round at
+least, and more where too few groups are complete after it: it always trains `trainer.prompts_per_step` groups. The first
+step begins `rollout.prompts_in_progress` groups, each later one as many as a step trains. What was sampled depends on
+the weights, the seeds and the number of replicas, never on time.
 
-Ahead (`rollout.overlap`): the next step's groups are sampled in a thread while this one trains, with the weights as they
-were when it began. The thread speaks to servers and rewards and to no other rank; it has ended before the servers get new
-weights, and so before anything is saved.
+Ahead (`rollout.overlap`): the next step's groups are sampled in a thread while this one trains, with the weights as
+they were when it began. The thread speaks to servers and rewards and to no other rank; its work is done before the
+servers get new weights, and so before anything is saved.
 """
 
 from collections.abc import Callable

@@ -22,8 +22,8 @@ class Batch:
         mask: `[B, T]` bool, response tokens: those the loss counts.
         infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside the mask.
         old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
-        sampled_logprobs: `[B, T]` float32, of the training engine with the weights that sampled the token (`staleness.py`);
-            NaN where it has those no longer, `old_logprobs` where they are the step's.
+        sampled_logprobs: `[B, T]` float32, of the training engine with the weights that sampled the token
+            (`staleness.py`); `old_logprobs` where they are the step's, NaN where it has them no longer.
         age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside the mask.
         advantages: `[B]` float32, one a sample; `[B, T]`, one a token, where a critic fills them.
         routes: `[B, T, layers, topk]` experts of input token t in this rank's MoE layers, filled where there is none.

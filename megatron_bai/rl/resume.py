@@ -102,10 +102,10 @@ class Start:
                 print("it was written in another layout: the random-number generators start anew")
 
     def restore(self, parts: Mapping[str, Part]) -> None:
-        """Let each part go on where it was.
+        """Let each part go on where it was. Collective.
 
         Raises:
-            UserError: the checkpoint knows other parts.
+            UserError: the checkpoint knows other parts, or a part cannot read its files.
         """
         if self.checkpoint is None:
             return
@@ -114,7 +114,7 @@ class Start:
         for name, part in parts.items():
             part.restore(self.parts[name])
             if isinstance(part, Stored):
-                part.read(self.checkpoint)
+                joined().together(lambda: part.read(self.checkpoint))
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """How old the weights are that sampled a token, and what is still known of them.
 
 A token's age is the number of weight syncs between the version that sampled it and the step's own: 0 unless rollouts
-are partial or run ahead. With v the version that sampled it, μ_v the inference engine's policy then and π_v the training
-engine's with the same weights, the two factors of objectives.md are, for any age,
+are partial or run ahead. With v the version that sampled it, μ_v the inference engine's policy then and π_v the
+training engine's with the same weights, the two factors of objectives.md are, for any age,
 
     π_θ/μ_v  =  π_v/μ_v                               ×  π_θ/π_v
                 discrepancy, between the engines         staleness: of the version, and of the step's updates
 
 μ_v is what the rollout recorded, so that every weight π/μ_v is exact. π_v is π_old at age 0. At age 1 the trainer can
-score with the weights it had, where it keeps them (`rollout.measure_sampled`). Older ones are gone: such tokens are in no
-mean of the two factors, but in those of the product (`is_weight_mean`, `ess`) and in the metrics that end in `_stale`.
+score with the weights it had, where it keeps them (`rollout.measure_sampled`). Older ones are gone: such tokens are in
+no mean of the two factors, but in those of the product (`is_weight_mean`, `ess`) and in metrics that end in `_stale`.
 """
 
 import torch
@@ -51,7 +51,7 @@ def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None,
 
 
 class Former:
-    """The weights of the step before, which sampled what was rolled out ahead: one more model in memory on each rank."""
+    """The weights of the step before, which sampled what was rolled out ahead: one more model in each rank's memory."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -79,7 +79,7 @@ class Former:
 
 
 def add_discrepancies(stats: Stats, batch: Batch, former: torch.Tensor | None, live: torch.Tensor | None) -> None:
-    """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines of the tokens for which they are known.
+    """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines of tokens for which they are known.
 
     Those of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those of
     the live router, `_live`, are of tokens of age 0.
@@ -121,11 +121,12 @@ def validate(settings: config.Config) -> None:
         )
     if not tokens and not rollout.overlap:
         if limit is not None:
-            raise UserError("rollout.max_staleness is for partial or overlapping rollouts: without them nothing is stale")
+            raise UserError("rollout.max_staleness is for partial or overlapping rollouts: others are never stale")
         return
     if objective.refill_rounds:
         raise UserError(
-            "objective.refill_rounds asks for groups within a step: leave out rollout.partial_tokens and rollout.overlap"
+            "objective.refill_rounds asks for groups within a step: it goes with neither rollout.partial_tokens nor "
+            "rollout.overlap"
         )
     if limit is not None and limit < rollout.overlap:
         least = "1 with rollout.overlap, whose tokens all are" if rollout.overlap else "0"

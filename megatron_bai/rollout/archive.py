@@ -29,7 +29,7 @@ def write(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSig
         "tokens": _joined([sample.tokens for sample in made], np.int64),
         "logprobs": _joined([sample.logprobs for sample in made], np.float32),
         "routes": _joined([sample.routes for sample in made], signature.dtype, signature.moe_layers, signature.topk),
-        "recorded": _joined([_recorded(sample) for sample in made], bool),
+        "recorded": _joined([sample.rows_recorded for sample in made], bool),
     }
     np.savez(path, **arrays)
 
@@ -43,7 +43,8 @@ def read(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             about = json.loads(archive["about"].tobytes())
-            tokens, logprobs, routes, recorded = (archive[name] for name in ("tokens", "logprobs", "routes", "recorded"))
+            names = ("tokens", "logprobs", "routes", "recorded")
+            tokens, logprobs, routes, recorded = (archive[name] for name in names)
         check_ids(routes, signature, str(path))
         totals = [each["tokens"] for each in about]
         responses = [each["tokens"] - each["prompt"] for each in about]
@@ -78,10 +79,6 @@ def _sample(
         reward=about["reward"],
         failure=about["failure"],
     )
-
-
-def _recorded(sample: Sample) -> np.ndarray:
-    return np.ones(len(sample.routes), dtype=bool) if sample.recorded is None else sample.recorded
 
 
 def _joined(arrays: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:

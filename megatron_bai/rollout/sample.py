@@ -22,8 +22,8 @@ class Sample:
             inference engine, at the temperature sampled with.
         routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`).
         spans: weight versions that the response's tokens were sampled with, covering them in order.
-        finish: `stop` (end token), `length` (ran out of tokens), `abort`, or `partial` (of the tokens of one go: it is to
-            be gone on with).
+        finish: `stop` (end token), `length` (ran out of tokens), `abort`, or `partial` (ran out of those of one go, and
+            is to be gone on with).
         recorded: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and for good where `failure` says why there is none.
     """
@@ -45,6 +45,11 @@ class Sample:
         return self.tokens[self.prompt_length :]
 
     @property
+    def rows_recorded(self) -> np.ndarray:
+        """`recorded`, as an array also where all are."""
+        return np.ones(len(self.routes), dtype=bool) if self.recorded is None else self.recorded
+
+    @property
     def row_spans(self) -> tuple[VersionSpan, ...]:
         """Weight versions of the rows of `routes`: row t was computed to sample token t + 1, the prompt's before the
         first token of the response."""
@@ -61,9 +66,9 @@ class Sample:
         """This and what was sampled after it, with the weights that the server had then.
 
         Args:
-            part: its prompt is all of this sample's tokens. The server that continued computed them again, with its
-                weights: what they were sampled with stays, so of `part` the rows that predicted its own tokens are taken.
-                The first of them is of this sample's last token, which had none.
+            part: its prompt is all of this sample's tokens. The server computed them again, with its weights: what they
+                were sampled with stays, so of `part` the rows that predicted its own tokens are taken. The first of
+                them is of this sample's last token, which had none.
         """
         assert np.array_equal(part.tokens[: part.prompt_length], self.tokens), "it continues another sample"
         kept, length = len(self.tokens) - 1, len(self.response)
@@ -71,8 +76,7 @@ class Sample:
         for span in part.spans:
             start = spans.pop().start if spans[-1].version == span.version else span.start + length
             spans.append(VersionSpan(span.version, start, span.end + length))
-        known = [np.ones(len(each.routes), dtype=bool) if each.recorded is None else each.recorded for each in (self, part)]
-        recorded = np.concatenate([known[0], known[1][kept:]])
+        recorded = np.concatenate([self.rows_recorded, part.rows_recorded[kept:]])
         return replace(
             part,
             prompt_length=self.prompt_length,

@@ -1,4 +1,4 @@
-"""A rank of a real run is killed -9; torchrun starts it again, and it goes on with a new server."""
+"""A rank of a real run is killed -9; torchrun starts it again: it goes on with a new server and the samples it had."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [f"run.dir={run}", f"trainer.steps={STEPS}", "trainer.save_every=1", "trainer.save_async=true"]
     words += ["trainer.prompts_per_step=4", "trainer.group_size=4", "trainer.micro_batch_size=8", f"trainer.save={run}/result"]
+    words += ["rollout.partial_tokens=6", "rollout.overlap=true"]
     words += ["rollout.max_new_tokens=16", "objective.kl_penalty=0.01", "objective.entropy_bonus=0.1"]
     command = torchrun(tmp_path / "log", 1, "--max-restarts=1", "-m", "megatron_bai", "train", *words)
     command.until(lambda: (run / "checkpoints" / "step-00001").is_dir())
@@ -26,5 +27,10 @@ def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path) -> None:
     assert [step["weight_version"] for step in summary["steps"]] == list(range(STEPS))
     assert all(step["route_coverage"] == 1.0 and step["sync_gap"] <= 0.01 for step in summary["steps"])
     assert all(step["grad_norm"] > 0 for step in summary["steps"])
+    first, again = summary["steps"][0], summary["resumed"][0]
+    assert first["stale_fraction"] == 0 and all(0 < step["stale_fraction"] <= 1 for step in summary["steps"][1:])
+    assert max(step["version_age_max"] for step in summary["steps"]) > 1
+    measured = [step for step in summary["steps"][1:] if step["step"] != again + 1]
+    assert all(step["kl_k3"] < 0.1 * step["kl_k3_stale"] for step in measured), "the engines differ less than versions"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00003", "step-00004"]
     assert not (run / "weights").exists() and (run / "result" / "manifest.json").is_file()

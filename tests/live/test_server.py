@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from transformers import Qwen3MoeForCausalLM
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import control
-from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.client import RolloutClient, Wanted, sampling_seed
+from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.server import SGLangServer
 from megatron_bai.rollout.sync import from_disk, tensor_shapes
 
@@ -132,6 +134,50 @@ def test_an_update_amid_requests_mixes_nothing(
         logprobs, routes = reference[span.version](sample.tokens)
         np.testing.assert_allclose(sample.logprobs, logprobs[sample.prompt_length - 1 :], atol=1e-4, rtol=0)
         np.testing.assert_array_equal(np.sort(sample.routes, -1), routes)
+
+
+def test_a_sample_in_parts_is_the_sample_in_one(client: MakeClient, serving: Callable[[str], None]) -> None:
+    """With the same weights: a seed draws alike at a token's place, wherever the request that asks for it began."""
+    serving("v0")
+    asking = client(max_new_tokens=24)
+    whole = asking.generate(PROMPTS, 2, seed=5, stop_token_id=STOP)
+    samples: list[Sample | None] = [None] * len(whole)
+    while any(sample is None or not sample.complete for sample in samples):
+        wanted = [
+            Wanted(0, PROMPTS[i // 2], sampling_seed(5, i // 2, i % 2), sample)
+            for i, sample in enumerate(samples)
+            if sample is None or not sample.complete
+        ]
+        parts = iter(asking.sample(wanted, STOP, budget=7))
+        samples = [next(parts) if sample is None or not sample.complete else sample for sample in samples]
+    for sample, one in zip(samples, whole, strict=True):
+        np.testing.assert_array_equal(sample.tokens, one.tokens)
+        np.testing.assert_array_equal(np.sort(sample.routes, -1), np.sort(one.routes, -1))
+        np.testing.assert_allclose(sample.logprobs, one.logprobs, atol=1e-4, rtol=0)
+        assert (sample.finish, sample.spans, sample.recorded) == (one.finish, one.spans, None)
+
+
+def test_a_sample_goes_on_with_new_weights(
+    client: MakeClient, serving: Callable[[str], None], reference: dict[str, Reference]
+) -> None:
+    """Each part has the log-probabilities and the routes of the weights that sampled it."""
+    serving("v0")
+    asking = client(max_new_tokens=24)
+    wanted = [Wanted(0, ids, 9 + i) for i, ids in enumerate(PROMPTS * 2)]
+    first = asking.sample(wanted, STOP, budget=10)
+    serving("v1")
+    going_on = [i for i, sample in enumerate(first) if not sample.complete]
+    second = asking.sample([replace(wanted[i], former=first[i]) for i in going_on], STOP)
+    assert second and all(sample.complete for sample in second)
+    for sample in second:
+        assert [(span.version, span.start) for span in sample.spans] == [("v0", 0), ("v1", 10)]
+        for span, rows in zip(sample.spans, sample.row_spans):
+            logprobs, routes = reference[span.version](sample.tokens)
+            theirs = logprobs[sample.prompt_length - 1 :][span.start : span.end]
+            np.testing.assert_allclose(sample.logprobs[span.start : span.end], theirs, atol=1e-4, rtol=0)
+            own = np.sort(sample.routes[rows.start : rows.end], -1)
+            np.testing.assert_array_equal(own, routes[rows.start : rows.end])
+        assert len(sample.routes) == len(sample.tokens) - 1 and sample.recorded is None
 
 
 def test_another_models_weights_never_reach_the_server(

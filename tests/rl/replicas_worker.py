@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,11 @@ class Engine:
         return samples
 
 
+@cache
+def tokenizer() -> Any:
+    return build_tokenizer(config.Arithmetic(), 64)
+
+
 class Parts(Engine):
     """Samples in parts: a token is a function of seed, place and version, the length of the seed."""
 
@@ -100,7 +106,7 @@ def session(replicas: int, rank: int, rollout: dict[str, Any] | None = None, **p
     settings.rollout = config.Rollout(**rollout or {})
     settings.objective = config.Minirl(**policy)
     settings.trainer = config.Trainer(prompts_per_step=PROMPTS, group_size=SIZE, eval_samples=3, eval_temperature=0.5)
-    task = Sums(settings.data, build_tokenizer(settings.data, 64))
+    task = Sums(settings.data, tokenizer())
     signature = RouteSignature(1, 4, 1)
     place = SimpleNamespace(data_rank=rank, data_size=replicas, leader=True, lead=rank == 0, task=task)
     place.signature, place.deliver = signature, lambda samples: samples
@@ -205,6 +211,7 @@ def work(directory: Path, replicas: int, rank: int) -> None:
 
 
 def main(directory: Path) -> None:
+    tokenizer()  # once for all
     for replicas in (1, 2, 4):
         children = []
         for rank in range(replicas):

@@ -1,4 +1,4 @@
-"""Ages of tokens, what is known of the weights that sampled them, and settings that would train stale tokens as fresh."""
+"""Ages of tokens, what is known of the weights that sampled them, and settings that contradict each other."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ def batch_of(limit: int | None = None) -> tuple[Batch, Stats, list[list[int]]]:
         spans = tuple(VersionSpan(version, int(a), int(b)) for (version, _), a, b in zip(parts, ends, ends[1:]))
         tokens = random.integers(0, 50, prompt + 2 + ends[-1])
         logprobs = random.normal(-2, 1, ends[-1]).astype(np.float32)
-        samples.append(Sample(prompt, tokens, prompt + 2, logprobs, random_routes(len(tokens) - 1, random), spans, "stop"))
+        routes = random_routes(len(tokens) - 1, random)
+        samples.append(Sample(prompt, tokens, prompt + 2, logprobs, routes, spans, "stop"))
         ages.append([VERSION - int(version) for version, count in parts for _ in range(count)])
     batch, stats = from_samples(samples, np.ones(len(samples)), 12, 0, SIGNATURE), Stats()
     staleness.settle(batch, samples, VERSION, limit, stats)

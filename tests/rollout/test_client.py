@@ -1,8 +1,10 @@
 """What the client does when the server misbehaves, and what it asks for when it does not."""
 
 import asyncio
+import base64
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
@@ -10,7 +12,8 @@ from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import requests
-from megatron_bai.rollout.client import RolloutClient, sampling_seed
+from megatron_bai.rollout.client import RolloutClient, Wanted, sampling_seed
+from megatron_bai.routing.routes import VersionSpan
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,63 @@ def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:
     params = bodies[0]["sampling_params"]
     assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 1.0, -1)
     assert params["stop_token_ids"] == [STOP] and params["max_new_tokens"] == NEW_TOKENS
+
+
+def _continued(versions: list[str]) -> tuple[Any, list[dict[str, Any]]]:
+    """Answers with tokens, log-probabilities and routes that tell their place and the call, as SGLang cuts them."""
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        call, start, count = len(bodies), len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]
+        bodies.append(body)
+        output = [2 + place % 8 for place in range(start, start + count)]
+        first = body.get("routed_experts_start_len", 0)
+        routes = [[[call, call + 1]] * SIGNATURE.moe_layers] * (start + count - 1 - first)
+        return {
+            "output_ids": output,
+            "meta_info": {
+                "finish_reason": {"type": "length", "length": count},
+                "weight_versions": [{"version": versions[call], "start": 0, "end": count}],
+                "output_token_logprobs": [[-1.0 - call, token, None] for token in output],
+                "routed_experts": base64.b64encode(np.array(routes, dtype="<i4").tobytes()).decode(),
+            },
+        }
+
+    return answer, bodies
+
+
+def test_a_sample_in_parts_keeps_what_each_was_sampled_with() -> None:
+    answer, bodies = _continued(["3", "4", "4"])
+    with serve(answer) as url:
+        asking, sample = client(url, max_new_tokens=9), None
+        for _ in range(3):
+            (sample,) = asking.sample([Wanted(0, [3, 4, 5], 77, sample)], STOP, budget=4)
+            assert sample.complete == (len(bodies) == 3)
+    assert [body["input_ids"] for body in bodies] == [sample.tokens[:n].tolist() for n in (3, 7, 11)]
+    assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [4, 4, 1]
+    assert {body["sampling_params"]["sampling_seed"] for body in bodies} == {77}
+    assert [body.get("routed_experts_start_len") for body in bodies] == [None, 6, 10]
+    assert sample.finish == "length" and sample.prompt_length == 3 and len(sample.tokens) == 12
+    assert sample.response.tolist() == [2 + place % 8 for place in range(3, 12)]
+    assert sample.logprobs.tolist() == [-1.0] * 4 + [-2.0] * 4 + [-3.0]
+    # 11 rows: the last token sampled in a call has its row from the next one, which was fed it.
+    assert sample.routes[:, 0, 0].tolist() == [0] * 6 + [1] * 4 + [2] and sample.recorded is None
+    assert sample.spans == (VersionSpan("3", 0, 4), VersionSpan("4", 4, 9))
+    assert sample.row_spans == (VersionSpan("3", 0, 6), VersionSpan("4", 6, 11))
+
+
+def test_a_part_with_routes_of_all_its_tokens_is_refused() -> None:
+    """A server that does not know where to start would send rows of other tokens."""
+    answer, bodies = _continued(["3"] * 4)
+
+    def whole(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        return answer(request, {name: value for name, value in body.items() if name != "routed_experts_start_len"})
+
+    with serve(whole) as url:
+        asking = client(url, max_new_tokens=9)
+        former = asking.sample([Wanted(0, [3, 4, 5], 77)], STOP, budget=4)[0]
+        with pytest.raises(UserError, match="routes have .* bytes, 4 tokens of 16 bytes need 64"):
+            asking.sample([Wanted(0, [3, 4, 5], 77, former)], STOP, budget=4)
 
 
 def test_no_seed_is_sent_to_a_server_that_would_ignore_it() -> None:

@@ -70,8 +70,8 @@ def add_clipped(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask:
 def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
     """Both factors and their product, over response tokens.
 
-    The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts are
-    stale (`rl/staleness.py`). Tokens for which that is not known are in the product alone.
+    The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts
+    are stale (`rl/staleness.py`). Tokens for which that is not known are in the product alone.
 
     Returns:
         Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and
