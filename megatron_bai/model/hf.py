@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -214,13 +214,19 @@ def shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int,
 
 
 def export_hf(
-    modules: list[torch.nn.Module], model: Model, target: str | Path, tokenizer: str | Path, info: dict[str, Any]
+    modules: list[torch.nn.Module],
+    model: Model,
+    target: str | Path,
+    tokenizer: str | Path,
+    info: dict[str, Any],
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Write a live model as a Hugging Face checkpoint, complete or not at all. Collective; rank 0 writes.
 
     Args:
         tokenizer: directory whose tokenizer files are copied beside the weights.
         info: kept in the manifest.
+        change: of each tensor, by name, before it is written; shape and dtype stay.
 
     Raises:
         UserError: the directory cannot be written, or another process writes it; the target is as it was.
@@ -230,7 +236,7 @@ def export_hf(
     with ExitStack() as stack:
         group.first(lambda: stack.enter_context(placing.lock(Path(target))))
         stage = group.first(lambda: manifest.staging(target))
-        files, dtype = _write_files(modules, model, stage, group.rank == 0)
+        files, dtype = _write_files(modules, model, stage, group.rank == 0, change)
 
         def finish() -> None:
             _finish(stage, files, model)
@@ -241,7 +247,11 @@ def export_hf(
 
 
 def _write_files(
-    modules: list[torch.nn.Module], model: Model, stage: Path, lead: bool
+    modules: list[torch.nn.Module],
+    model: Model,
+    stage: Path,
+    lead: bool,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> tuple[dict[int, list[str]], torch.dtype]:
     """Gather every tensor and write it, on the lead alone; returns the names in each file, and the dtype."""
     pending: dict[str, torch.Tensor] = {}
@@ -262,7 +272,7 @@ def _write_files(
         if not lead:
             continue
         dtype = tensor.dtype
-        pending[name] = tensor.contiguous().cpu()
+        pending[name] = change(name, tensor).contiguous().cpu()
         size += tensor.nbytes
         if size >= MAX_FILE_BYTES:
             flush()

@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
         "Is the policy getting better, and does it keep its length?",
         [
             ("Reward, mean over the batch", {"reward_mean": "mean"}, False),
-            ("Accuracy on held-out problems", {"eval_accuracy": "accuracy"}, False),
+            ("Accuracy on held-out problems", {"eval_accuracy": "reward", "eval_exact": "right"}, False),
             ("Response length, tokens", {"response_length_mean": "mean", "response_length_max": "longest"}, False),
             ("Response length, quantiles", _quantiles("response_length"), False),
             ("Responses cut off at the limit, fraction", {"truncated_fraction": "fraction"}, False),

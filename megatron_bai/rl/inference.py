@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 
@@ -20,6 +21,7 @@ from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout import fleet, sync
 from megatron_bai.rollout.fleet import Fleet
 from megatron_bai.rollout.group import OverGroup
+from megatron_bai.rollout.quantize import quantized
 
 _PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived
 
@@ -132,6 +134,7 @@ class Inference:
         session, rollout = self._session, self._session.settings.rollout
         tensors = hf.tensors(session.actor.modules, session.settings.model)
         if session.lead:
+            tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
             bucket = rollout.sync_bucket_mib << 20
             sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._carrier, bucket)
         else:
@@ -173,7 +176,11 @@ def _weights(session: Session, version: int) -> Path:
 
 def _export(session: Session, version: int) -> Path:
     directory = _weights(session, version)
-    hf.export_hf(session.actor.modules, session.settings.model, directory, session.tokenizer_dir, {"version": version})
+    settings = session.settings
+    change = partial(quantized, form=settings.rollout.quantize)
+    hf.export_hf(
+        session.actor.modules, settings.model, directory, session.tokenizer_dir, {"version": version}, change
+    )
     return directory
 
 

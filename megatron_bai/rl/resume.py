@@ -38,9 +38,9 @@ MAY_CHANGE = (
     "rollout.max_running_requests",
     "rollout.measure_sampled", "replay.measure_live", "replay.store", "replay.store_encoding",
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
-    "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "trainer.save",
-    "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s", "objective.critic_save", "monitor.",
-    "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
+    "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",
+    "trainer.save", "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s",
+    "objective.critic_save", "monitor.", "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d{5,})")
 

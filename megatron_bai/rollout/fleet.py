@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import control, versions
+from megatron_bai.rollout.quantize import FORMATS
 from megatron_bai.rollout.server import SGLangServer
 from megatron_bai.rollout.sync import each
 
@@ -38,6 +39,8 @@ def validate(rollout: Rollout) -> None:
     for name in ("servers", "tensor", "sync_bucket_mib"):
         if getattr(rollout, name) < 1:
             raise UserError(f"rollout.{name} is {getattr(rollout, name)}: it must be at least 1")
+    if rollout.quantize not in ("", *FORMATS):
+        raise UserError(f"rollout.quantize is {rollout.quantize!r}: choose {' or '.join(FORMATS)}, or leave it empty")
     if rollout.sync not in SYNCS:
         raise UserError(f"rollout.sync is {rollout.sync!r}: choose {', '.join(SYNCS)}")
     if rollout.urls and (rollout.servers, rollout.tensor, rollout.port) != (1, 1, 0):

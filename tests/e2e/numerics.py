@@ -17,11 +17,14 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_bai import config
+from megatron_bai.monitor.discrepancy import add_discrepancy
+from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout import control
+from megatron_bai.rollout.quantize import FORMATS
 from megatron_bai.routing.queues import MicroRoutes, differing
 
 _PROMPTS, _GROUP = 8, 4
@@ -43,6 +46,7 @@ def measure(session: Session, inference: Inference) -> dict[str, Any]:
     found["moved"] = float(np.abs(after["theirs"] - before["theirs"]).max())
     found["server_version"] = control.weight_version(inference._servers.urls[0])
     found["fresh"] = _live(session, *_rollout(session, inference, seed=1))
+    found["quantized"] = {form: _quantized(session, inference, form) for form in FORMATS}
     return found
 
 
@@ -69,6 +73,20 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
         "routes": rows,
         "routes_expected": fed * session.signature.moe_layers,
     }
+
+
+def _quantized(session: Session, inference: Inference, form: str) -> dict[str, float]:
+    """The discrepancy from a server whose weights are rounded: without replay (`_live`) and with the server's routes."""
+    session.settings.rollout.quantize, session.settings.rollout.sync_tolerance = form, 1.0
+    inference.sync()
+    batch, _ = _rollout(session, inference, seed=2)
+    live = session.engine.score([batch], record=True)
+    replayed = session.engine.score([batch], [session.engine.routes_of(batch)])
+    different, rows = _compare(session, batch, live.recorded[0])
+    stats = Stats()
+    for suffix, scores in (("_live", live), ("", replayed)):
+        add_discrepancy(stats, suffix, scores.logprobs, batch.infer_logprobs, batch.mask)
+    return {**stats.values(), "route_mismatch": different / rows, "sync_gap": inference.sync_gap}
 
 
 def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, int]:
