@@ -1,0 +1,54 @@
+"""The papers' experiments at small scale: whole runs of the real command, and tables made of what they wrote.
+
+    python benchmarks/reproduce run --study bai --dir D [--seeds 3] [--updates 160] [--only reasoning bai-0.5]
+    python benchmarks/reproduce table --dir D [--out docs/results.md]
+
+`run` does one run after another, each of one to three minutes on two idle cores, and may be interrupted: the same
+command goes on. `table` reads the runs in D and replaces what lies between a study's marks in the document; without
+--out it prints.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+import runner
+import tables
+from studies import all_studies
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    run = verbs.add_parser("run")
+    run.set_defaults(verb=_run)
+    run.add_argument("--study", choices=all_studies(Path()), required=True)
+    run.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    run.add_argument("--updates", type=int, help="of each run; the study's own number unless given")
+    run.add_argument("--only", nargs="+", default=[], help="variants")
+    table = verbs.add_parser("table")
+    table.set_defaults(verb=_table)
+    table.add_argument("--out", type=Path, help="a document with the studies' marks")
+    for verb in (run, table):
+        verb.add_argument("--dir", type=Path, required=True, help="holds checkpoints, merges and runs")
+    options = parser.parse_args()
+    options.verb(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the run in work ends first
+    directory = options.dir.resolve()
+    sys.exit(runner.run_study(directory, options.study, range(options.seeds), options.updates, options.only) > 0)
+
+
+def _table(options: argparse.Namespace) -> None:
+    texts = {name: tables.of_study(options.dir, name) for name in all_studies(options.dir)}
+    if options.out:
+        tables.replace(options.out, texts)
+    else:
+        print("\n\n".join(texts.values()))
+
+
+if __name__ == "__main__":
+    main()

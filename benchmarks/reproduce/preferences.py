@@ -1,0 +1,152 @@
+"""A reward model that learned from preferences for right, short and clean answers, and its server.
+
+A judge compares two answers to the same problem. Its utility is `RIGHT` for the right sum, `CLEAN` for an answer that
+ends properly and says nothing twice, and −1 for each `TOKENS_A_POINT` tokens; it prefers the first with probability
+σ(u₁ − u₂). So the judge itself would never have anybody give up right answers for short ones. The model learns from
+its choices alone (Bradley–Terry) and is as small as the policy: what it cannot see, a policy may exploit.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random, SystemRandom
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
+
+from megatron_bai import config
+from megatron_bai.data.arithmetic import Problem, draw_problem, is_correct, prompt_text
+from megatron_bai.data.tokenizer import build_tokenizer
+from megatron_bai.model import placing
+from megatron_bai.rollout import control
+from megatron_bai.rollout.server import last_error
+
+RIGHT, CLEAN, TOKENS_A_POINT = 3.0, 1.0, 20
+STEPS, PAIRS, LEARNING_RATE = 400, 48, 2e-3  # of training: batches, pairs of answers in one
+HELD_OUT_PAIRS = 2000
+DATA = config.Arithmetic()  # conf/data/arithmetic.yaml has the same numbers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids of prompt and answer, and what the judge thinks of it."""
+
+    ids: list[int]
+    utility: float
+
+
+def draw_answer(problem: Problem, tokenizer: PreTrainedTokenizerFast, rng: Random) -> Answer:
+    """Direct or derived; half of them with a slip; some say a line twice or are cut off."""
+    total, lines = problem.terms[0], []
+    slip = rng.choice([0, rng.randrange(1, len(problem.terms))])
+    for number, term in enumerate(problem.terms[1:], start=1):
+        before, total = total, total + term + (rng.choice((-2, -1, 1, 2)) if number == slip else 0)
+        lines.append(f"{before}+{term}={total}")
+    lines = [*(lines if rng.random() < 0.5 else []), f"answer:{total}"]
+    flaw = rng.choices(("", "again", "cut"), (6, 2, 2))[0]
+    if flaw == "again":
+        lines.insert(0, rng.choice(lines))
+    text = ";".join(lines)
+    ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    if flaw == "cut":
+        ids = ids[: rng.randrange(1, len(ids))]
+    right = flaw != "cut" and is_correct(problem.answer, text)
+    utility = RIGHT * right + CLEAN * (not flaw) - len(ids) / TOKENS_A_POINT
+    return Answer([*tokenizer.encode(prompt_text(problem)), *ids], utility)
+
+
+def draw_pairs(count: int, tokenizer: PreTrainedTokenizerFast, rng: Random, held_out: bool) -> list[list[int]]:
+    """Pairs of sequences, one after the other, of each the preferred one first."""
+    found = []
+    for _ in range(count):
+        problem = draw_problem(DATA, rng, held_out)
+        one, other = (draw_answer(problem, tokenizer, rng) for _ in range(2))
+        if rng.random() > 1 / (1 + math.exp(other.utility - one.utility)):
+            one, other = other, one
+        found += [one.ids, other.ids]
+    return found
+
+
+def train(target: Path, seed: int = 0) -> None:
+    """Make the reward model in `target`, complete or not at all; `preferences.json` in it says how good it is."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(DATA, 64)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=64, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1)
+    model = Qwen3ForSequenceClassification(Qwen3Config(**sizes, **ids, head_dim=16, max_position_embeddings=256))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    rng = Random(f"preferences/{seed}")
+    for step in range(STEPS):
+        margins = _margins(model, draw_pairs(PAIRS, tokenizer, rng, held_out=False))
+        loss = -torch.nn.functional.logsigmoid(margins).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"reward model, step {step + 1}/{STEPS}: loss {float(loss):.3f}", flush=True)
+    with torch.no_grad():
+        agreed = (_margins(model, draw_pairs(HELD_OUT_PAIRS, tokenizer, rng, held_out=True)) > 0).double().mean()
+    stage = placing.unfinished(target)
+    model.save_pretrained(stage)
+    weights = load_file(stage / "model.safetensors")  # SGLang's head has a bias (docs/data.md)
+    save_file(weights | {"score.bias": torch.zeros(1)}, stage / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(stage)
+    (stage / "preferences.json").write_text(json.dumps({"agreement_held_out": float(agreed)}))
+    stage.rename(target)
+
+
+def _margins(model: Qwen3ForSequenceClassification, pairs: list[list[int]]) -> torch.Tensor:
+    """`[pairs]`: score of the first less that of the second."""
+    length = max(map(len, pairs))
+    pad = model.config.pad_token_id
+    tokens = torch.tensor([ids + [pad] * (length - len(ids)) for ids in pairs])
+    scores = model(tokens, attention_mask=(tokens != pad).long()).logits[:, 0]
+    return scores[0::2] - scores[1::2]
+
+
+def _free_port() -> int:
+    """Below those that the system gives to connections, as the server listens later."""
+    for port in SystemRandom().sample(range(20000, 32768), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise SystemExit("no port of a hundred is free")
+
+
+@contextmanager
+def served(model: Path, log: Path) -> Iterator[str]:
+    """The URL of a server with the reward model, which ends with the block."""
+    port = _free_port()
+    options = {
+        "model-path": model, "host": "127.0.0.1", "port": port, "device": "cpu", "dtype": "float32",
+        "max-total-tokens": 16384, "max-running-requests": 64, "attention-backend": "torch_native",
+        "sampling-backend": "pytorch", "grammar-backend": "none",
+    }  # fmt: skip
+    flags = ["is-embedding", "disable-radix-cache", "disable-cuda-graph", "sleep-on-idle"]
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *words]
+    with open(log, "wb") as out:
+        server = subprocess.Popen(
+            [*command, *(f"--{flag}" for flag in flags)],
+            stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
+    try:
+        while not control.healthy(url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the reward server did not start: {last_error(log)} [{log}]")
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.kill()  # its workers end with it
+        server.wait()

@@ -1,0 +1,109 @@
+"""Makes what a study needs, then its runs, one after the other, each through the verb `train` in a directory of its own.
+
+What is complete is not done again; a run that was interrupted goes on from its last checkpoint, as the verb does by itself.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import preferences
+from studies import CHECKPOINTS, Study, all_studies
+
+from megatron_bai.model import manifest
+from megatron_bai.monitor.rundata import load_run
+from megatron_bai.monitor.summary import read_summary
+
+
+def run_dir(directory: Path, study: str, variant: str, seed: int) -> Path:
+    return directory / study / variant / f"seed-{seed}"
+
+
+def run_study(directory: Path, name: str, seeds: Iterable[int], updates: int | None, only: list[str]) -> int:
+    """Run what is missing; returns how many runs failed. Seed by seed, so that a table is whole early."""
+    study = all_studies(directory)[name]
+    updates = updates or study.updates
+    if wrong := [n for n in study.variants.values() if updates % n.updates_per_step]:
+        raise SystemExit(f"--updates {updates} is not a multiple of {wrong[0].updates_per_step}, the updates of a step")
+    chosen = [v for v in study.variants if not only or v in only]
+    if unknown := set(only) - set(study.variants):
+        raise SystemExit(f"{name} has no variant {min(unknown)!r}: choose from {', '.join(study.variants)}")
+    wanted = [(variant, seed, run_dir(directory, name, variant, seed)) for seed in seeds for variant in chosen]
+    missing = [each for each in wanted if not is_done(each[2], study.steps(each[0], updates))]
+    print(f"{name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there, {updates} updates each", flush=True)
+    if not missing:
+        return 0
+    make_checkpoints(directory / "checkpoints")
+    failed = 0
+    with ExitStack() as stack:
+        reward = _reward(study, directory, stack)
+        for number, (variant, seed, target) in enumerate(missing, start=1):
+            began = time.monotonic()
+            code = train([*study.overrides(variant, seed, updates, target), *reward], target / "output.log")
+            failed += code != 0
+            took = f"{time.monotonic() - began:.0f} s"
+            print(f"[{number}/{len(missing)}] {variant}, seed {seed}: {took}, {_outcome(target, code)}", flush=True)
+    return failed
+
+
+def is_done(target: Path, steps: int) -> bool:
+    found = read_summary(target)
+    return found.get("complete") is True and len(found["steps"]) == steps
+
+
+def make_checkpoints(directory: Path) -> None:
+    """The three that everything starts from."""
+    for name, experiment in CHECKPOINTS.items():
+        if manifest.read(directory / name) is None:
+            log = directory / f"{name}.log"
+            code = train([f"experiment={experiment}", f"run.dir={directory}"], log)
+            if code:
+                raise SystemExit(f"{name} was not made: {last_line(log)} [{log}]")
+            print(f"made {directory / name}", flush=True)
+
+
+def train(overrides: list[str], log: Path) -> int:
+    """The verb `train`, whose words are added to `log`; returns its exit code. It ends before this process does."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as out:
+        command = [sys.executable, "-m", "megatron_bai", "train", *overrides]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # it ends its step, saves and stops its server
+            process.wait()
+            raise
+
+
+def _reward(study: Study, directory: Path, stack: ExitStack) -> list[str]:
+    """Start the reward model's server, where the study has one, and say where it is."""
+    if not study.judged:
+        return []
+    model = directory / "reward-model"
+    if not model.is_dir():
+        preferences.train(model)
+    url = stack.enter_context(preferences.served(model, directory / "reward-server.log"))
+    return [f"reward.url={url}"]
+
+
+def _outcome(target: Path, code: int) -> str:
+    if code:
+        return f"failed ({code}): {last_line(target / 'output.log')}"
+    run = load_run(target, "", "")
+    rewards = run.series("reward_mean")[1]
+    alarms = ", ".join(f"{alarm.detector} at {alarm.step}" for alarm in run.alarms())
+    return f"reward {_shown(rewards[0])} → {_shown(rewards[-1])}, alarms: {alarms or 'none'}"
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"

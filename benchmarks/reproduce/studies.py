@@ -1,0 +1,175 @@
+"""What is compared: the variants of each study, as settings of `megatron-bai train`, beside what the papers report.
+
+Every variant of a study has the same number of updates, each of `prompts` × `GROUP` responses, so that N updates a step
+mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everything starts from three checkpoints that
+are made once (`CHECKPOINTS`): seeds change prompts and samples, not these.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+GROUP = 8  # samples per prompt
+# Supervised training of the demo's three checkpoints, by the experiment that makes each; the first is the others' origin.
+CHECKPOINTS = {"pretrained": "demo_pretrained", "instruct": "demo_instruct", "reasoning": "demo_reasoning"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table.
+
+    Attributes:
+        settings: Hydra overrides beside the study's.
+        updates_per_step: N.
+        published: what the paper reports of it.
+    """
+
+    settings: tuple[str, ...] = ()
+    updates_per_step: int = 1
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table.
+
+    Attributes:
+        settings: Hydra overrides of every variant.
+        prompts: of one update.
+        updates: of a run, unless others are asked for; a multiple of each N.
+        evaluations: of a run, spread evenly, beside that of its first step; 0: none.
+        judged: whether rewards come from the reward model, which needs a server.
+    """
+
+    settings: tuple[str, ...]
+    variants: dict[str, Variant]
+    prompts: int
+    updates: int
+    evaluations: int = 0
+    judged: bool = False
+
+    def steps(self, name: str, updates: int) -> int:
+        """Global steps of a variant's run."""
+        return updates // self.variants[name].updates_per_step
+
+    def overrides(self, name: str, seed: int, updates: int, run_dir: Path) -> list[str]:
+        """The command line of one run, less the reward server's address."""
+        variant, steps = self.variants[name], self.steps(name, updates)
+        n = variant.updates_per_step
+        every = max(1, steps // self.evaluations) if self.evaluations else 0
+        return [
+            f"run.name={name}-{seed}", f"run.dir={run_dir}", f"run.seed={seed}",
+            f"trainer.steps={steps}", f"trainer.mini_batches={n}", f"trainer.prompts_per_step={self.prompts * n}",
+            f"trainer.group_size={GROUP}", f"trainer.micro_batch_size={min(32, self.prompts * GROUP)}",
+            f"trainer.eval_every={every}", f"trainer.save_every={max(1, steps // 4)}", "trainer.keep=1",
+            *self.settings, *variant.settings,
+        ]  # fmt: skip
+
+
+def all_studies(directory: Path) -> dict[str, Study]:
+    """By name. `directory` holds the checkpoints (`CHECKPOINTS`) and merges made of them."""
+    checkpoints = directory / "checkpoints"
+    return {
+        "bai": _bai(checkpoints, directory / "merges"),
+        "minirl": _minirl(checkpoints),
+        "discrepancy": _discrepancy(checkpoints),
+    }
+
+
+def _start(checkpoint: Path) -> tuple[str, ...]:
+    return "init=checkpoint", f"init.checkpoint={checkpoint}"
+
+
+def _merge(output: Path, *settings: str) -> tuple[str, ...]:
+    return "init=merge", f"merge.output={output}", *settings
+
+
+def _bai(checkpoints: Path, merges: Path) -> Study:
+    """RL from the reasoning checkpoint alone, from BAI, and from merges of one stage (arXiv 2509.00309).
+
+    The paper's objective (PPO with a critic) and half its updates a step; a served reward model (`preferences`). Both
+    engines compute in float32, so that the first weights are all that differs.
+    """
+    pretrained, instruct, reasoning = (checkpoints / name for name in CHECKPOINTS)
+    linear = "merge.method=linear"
+    halves = "merge.weights=[0.5,0.5]"
+    starts = {
+        "reasoning": (_start(reasoning), "−74 % of the length within 50 steps, never recovered; hockey sticks"),
+        "instruct": (_start(instruct), ""),
+        "instruct+reasoning": (
+            _merge(merges / "stage1", linear, f"merge.members=[{instruct},{reasoning}]", halves), ""
+        ),
+        "pretrained+reasoning": (
+            _merge(merges / "plain", linear, f"merge.members=[{pretrained},{reasoning}]", halves), ""
+        ),
+    }  # fmt: skip
+    two_stages = f"merge.pretrained={pretrained}", f"merge.members=[{instruct},{reasoning}]", halves
+    known = {0.1: "best benchmarks", 0.5: "best dynamics, with α = .6, at which the length grows throughout"}
+    for alpha in (0.1, 0.2, 0.5, 0.7, 0.9):
+        merged = _merge(merges / f"bai-{alpha}", *two_stages, f"merge.alpha={alpha}")
+        starts[f"bai-{alpha}"] = (merged, known.get(alpha, ""))
+    settings = (
+        "objective=ppo", "objective.critic_warmup=2", "objective.critic_learning_rate=1e-3", "reward=model",
+        "reward.send=ids", "replay.mode=none", "rollout.dtype=float32", "trainer.learning_rate=3e-4",
+        "trainer.eval_samples=2", "monitor.bucket=10", "monitor.reward_responses=32", "monitor.reward_drop=0.3",
+    )  # fmt: skip
+    variants = {name: Variant(start, 4, published) for name, (start, published) in starts.items()}
+    return Study(settings, variants, prompts=4, updates=160, evaluations=4, judged=True)
+
+
+def _minirl(checkpoints: Path) -> Study:
+    """MiniRL with N updates a step, replay and clipping (arXiv 2512.01374); bfloat16 and fp8 weights served.
+
+    At N = 1 every ratio to π_old is 1: clipping changes nothing there, nor does R2, so neither is run.
+    """
+    published = {
+        "n1": "peak .782, stable; KL 3.4e-3 → 6.5e-3",
+        "n1-length-norm": "peak .758, stable; KL → 6–7e-3",
+        "n1-no-is": "peak ≈.68, collapses at 100–135, entropy .31 → .1; KL → 2.1e-2",
+        "n1-r3": "peak ≈.74; KL 2.4e-3 → 3.6e-3",
+        "n2-none-noclip": "peak .749, collapses ≈1,000; KL → 2.2e-2",
+        "n2-r2-noclip": "peak .783, collapses by ≈2,000; KL → 3.4e-2",
+        "n2-r2": "peak .797, stable; KL 3.5e-3 → 1.3e-2",
+        "n2-r3": "peak .772, stable; KL 2.4e-3 → 3.9e-3",
+        "n8-r2": "peak .78, collapses ≈3,800; KL → 5.5e-2",
+        "n8-r3": "peak .788, stable; KL 2.4e-3 → 1.2e-2",
+    }
+    alone = "replay.mode=none"
+    settings = {
+        "n1": (alone,),
+        "n1-length-norm": (alone, "objective.length_norm=true"),
+        "n1-no-is": (alone, "objective.train_infer_is=false"),
+        "n1-r3": ("replay.mode=r3",),
+    }
+    updates = dict.fromkeys(settings, 1)
+    for n, replay, clip in product((2, 4, 8), ("none", "r2", "r3"), (True, False)):
+        name = f"n{n}-{replay}{'' if clip else '-noclip'}"
+        settings[name] = f"replay.mode={replay}", f"objective.clip={str(clip).lower()}"
+        updates[name] = n
+    common = (
+        *_start(checkpoints / "pretrained"), "objective=minirl", "rollout.dtype=bfloat16", "rollout.quantize=fp8",
+        "rollout.sync_tolerance=1", "trainer.learning_rate=3e-4", "trainer.eval_samples=2", "monitor.bucket=10",
+    )  # fmt: skip
+    variants = {name: Variant(settings[name], updates[name], published.get(name, "")) for name in settings}
+    return Study(common, variants, prompts=4, updates=128, evaluations=4)
+
+
+def _discrepancy(checkpoints: Path) -> Study:
+    """Training against inference on the same tokens, with the server's routes and without (arXiv 2510.11370).
+
+    Nothing is learned (learning rate 0): every step is another sample from one checkpoint.
+    """
+    served = {
+        "float32": (),
+        "bfloat16": ("rollout.dtype=bfloat16",),
+        "bfloat16-int8": ("rollout.dtype=bfloat16", "rollout.quantize=int8"),
+        "bfloat16-fp8": ("rollout.dtype=bfloat16", "rollout.quantize=fp8"),
+    }
+    known = {
+        "bfloat16": "KL 1.535e-3 → 7.5e-4; F(2) > .1 after 60 steps → < 1e-4; ≈10 % of routes, 94 % of tokens differ",
+    }
+    settings = (
+        *_start(checkpoints / "pretrained"), "replay.mode=r3", "rollout.sync_tolerance=1", "trainer.learning_rate=0",
+    )  # fmt: skip
+    variants = {name: Variant(words, 1, known.get(name, "")) for name, words in served.items()}
+    return Study(settings, variants, prompts=16, updates=6)

@@ -1,0 +1,204 @@
+"""Tables of stored runs: a row a variant, its seeds' mean with a 95 % interval, beside what the paper reports.
+
+The interval is Student's over seeds (`rl.evaluate.interval`): none for one seed, wide for two.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+from runner import is_done, run_dir
+from studies import Study, all_studies
+
+from megatron_bai.errors import UserError
+from megatron_bai.monitor.rundata import RunData, load_run
+from megatron_bai.rl.evaluate import interval
+
+Runs = list[RunData]
+Cell = Callable[[Runs], str]
+_SEEDS = 100  # looked for
+_SHARE = 0.1  # of a run's steps is its start, and its end
+
+
+def mean(value: Callable[[RunData], float | None]) -> Cell:
+    """Mean over seeds ± half the interval; of runs that have the value."""
+
+    def cell(runs: Runs) -> str:
+        found = [v for v in map(value, runs) if v is not None]
+        if not found:
+            return "–"
+        middle, half = interval(np.array(found))
+        return number(middle) + (f" ± {number(half)}" if half is not None else "")
+
+    return cell
+
+
+def number(value: float) -> str:
+    """Two decimals, or three figures where they would say less; small numbers with a power of ten."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1:
+        return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    if abs(value) >= 0.01:
+        return f"{value:.3f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def path(*cells: Cell) -> Cell:
+    """Several on the way of a run."""
+    return lambda runs: " → ".join(cell(runs) for cell in cells)
+
+
+def known(run: RunData, key: str) -> list[float]:
+    return [value for value in run.series(key)[1] if value is not None]
+
+
+def first(key: str, share: float = _SHARE) -> Callable[[RunData], float | None]:
+    """The mean over the first steps that have the metric."""
+
+    def value(run: RunData) -> float | None:
+        found = known(run, key)
+        return fmean(found[: max(1, round(share * len(found)))]) if found else None
+
+    return value
+
+
+def last(key: str, share: float = _SHARE) -> Callable[[RunData], float | None]:
+    """The mean over the last steps that have the metric."""
+
+    def value(run: RunData) -> float | None:
+        found = known(run, key)
+        return fmean(found[-max(1, round(share * len(found))) :]) if found else None
+
+    return value
+
+
+def whole(key: str) -> Callable[[RunData], float | None]:
+    return first(key, 1.0)
+
+
+def best(key: str) -> Callable[[RunData], float | None]:
+    return lambda run: max(known(run, key), default=None)
+
+
+def alarms(*detectors: str) -> Cell:
+    """Each detector's first alarm of a run: the median step over the runs that had one, and how many had."""
+
+    def cell(runs: Runs) -> str:
+        words = []
+        for name in detectors:
+            steps = [min(own) for run in runs if (own := [a.step for a in run.alarms() if a.detector == name])]
+            if steps:
+                words.append(f"{name.replace('_', ' ')} at {median(steps):g} ({len(steps)} of {len(runs)})")
+        return "; ".join(words) or "none"
+
+    return cell
+
+
+def sticks(runs: Runs) -> str:
+    """The deepest hockey stick that recovered in each run, else its deepest drop: medians over the runs that had one."""
+    found = [[a.facts for a in run.alarms() if a.detector == "reward_hockey_stick"] for run in runs]
+    deepest = [max(own, key=lambda f: ("recovery_step" in f, f["depth"])) for own in found if own]
+    if not deepest:
+        return "none"
+    words = f"depth {median(f['depth'] for f in deepest):.2f}"
+    whole_ones = [f for f in deepest if "recovery_step" in f]
+    if whole_ones:
+        trough, recovery = (median(f[key] for f in whole_ones) for key in ("trough_step", "recovery_step"))
+        words += f", trough at {trough:g}, recovered at {recovery:g}"
+    else:
+        words += ", not recovered"
+    return f"{words} ({len(deepest)} of {len(runs)})"
+
+
+def buckets(runs: Runs) -> str:
+    """Mean reward of the responses of each length bucket, in the first and the last quarter of the steps."""
+    words = []
+    for low in sorted({int(key.split("/")[1]) for run in runs for key in run.family("reward_by_length")}):
+        parts = [(_pooled(runs, low, 0, 0.25)), _pooled(runs, low, 0.75, 1)]
+        if any(parts):
+            words.append(f"{low}+: " + " → ".join("–" if part is None else f"{part:.2f}" for part in parts))
+    return "; ".join(words)
+
+
+def _pooled(runs: Runs, low: int, begin: float, end: float) -> float | None:
+    """Over responses of all runs; None for fewer than 32."""
+    total = count = 0.0
+    for run in runs:
+        for record in run.records[round(begin * len(run.records)) : round(end * len(run.records))]:
+            own = record.get(f"responses_by_length/{low}", 0)
+            total += own * (record.get(f"reward_by_length/{low}") or 0.0)
+            count += own
+    return total / count if count >= 32 else None
+
+
+def _start_and_end(key: str) -> Cell:
+    return path(mean(first(key)), mean(last(key)))
+
+
+TABLES = {
+    "bai": {
+        "length, tokens": _start_and_end("response_length_mean"),
+        "right, held out": path(mean(first("eval_exact", 0)), mean(last("eval_exact", 0))),
+        "reward": _start_and_end("reward_mean"),
+        "alarms": alarms("length_collapse", "entropy_collapse"),
+        "hockey stick": sticks,
+        "reward by length": buckets,
+    },
+    "minirl": {
+        "score: start → best → end": path(
+            mean(first("eval_accuracy", 0)), mean(best("eval_accuracy")), mean(last("eval_accuracy", 0))
+        ),
+        "KL (k1)": _start_and_end("kl_k1"),
+        "KL (k3)": _start_and_end("kl_k3"),
+        "entropy": _start_and_end("entropy"),
+        "alarms": alarms("discrepancy_divergence", "entropy_collapse", "router_drift", "length_collapse"),
+    },
+    "discrepancy": {
+        "KL (k3): live → R3": path(mean(whole("kl_k3_live")), mean(whole("kl_k3"))),
+        "F(2): live → R3": path(mean(whole("f_2_live")), mean(whole("f_2"))),
+        "F(1.5): live → R3": path(mean(whole("f_1.5_live")), mean(whole("f_1.5"))),
+        "routes that differ": mean(whole("route_mismatch")),
+        "tokens with one": mean(whole("tokens_route_mismatch")),
+    },
+}
+
+
+def of_study(directory: Path, name: str) -> str:
+    """A table in Markdown. Runs in progress count with the steps they have, and are named as such."""
+    study = all_studies(directory)[name]
+    header = ["", "runs × steps", *TABLES[name], "paper"]
+    rows = [_row(directory, name, study, variant) for variant in study.variants]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(directory: Path, name: str, study: Study, variant: str) -> list[str]:
+    targets = [run_dir(directory, name, variant, seed) for seed in range(_SEEDS)]
+    runs, steps, open_ends = [], set(), 0
+    for seed, target in enumerate(targets):
+        try:
+            runs.append(load_run(target, f"seed {seed}", ""))
+        except UserError:
+            continue  # not begun
+        steps.add(len(runs[-1].records))
+        open_ends += not is_done(target, len(runs[-1].records))
+    published = study.variants[variant].published
+    if not runs:
+        return [variant, "not run", *("" for _ in TABLES[name]), published]
+    size = f"{len(runs)} × {'/'.join(map(str, sorted(steps)))}" + (f", {open_ends} unfinished" if open_ends else "")
+    return [variant, size, *(cell(runs) for cell in TABLES[name].values()), published]
+
+
+def replace(document: Path, texts: dict[str, str]) -> None:
+    """Put each study's table between its marks."""
+    content = document.read_text(encoding="utf-8")
+    for name, text in texts.items():
+        begin, end = f"<!-- {name}: written by benchmarks/reproduce -->", f"<!-- end of {name} -->"
+        if content.count(begin) != 1 or content.count(end) != 1:
+            raise SystemExit(f"{document} lacks the marks {begin} and {end}, or has them twice")
+        head, rest = content.split(begin)
+        content = f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    document.write_text(content, encoding="utf-8")
