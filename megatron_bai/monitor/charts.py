@@ -23,7 +23,20 @@ _LAYERS = {  # metrics PREFIX/LAYER → title
 
 
 def _factors(of: str) -> dict[str, str]:
-    return {f"discrepancy_ratio_{of}": "discrepancy", f"staleness_ratio_{of}": "staleness"}
+    return {f"discrepancy_{of}": "discrepancy", f"staleness_{of}": "staleness"}
+
+
+def _thresholds(suffix: str) -> dict[str, str]:
+    return {f"f_{tau}{suffix}": f"τ = {tau}" for tau in ("1.5", "2", "5")}
+
+
+def _perplexity(suffix: str) -> dict[str, str]:
+    return {f"perplexity_ratio{suffix}": "mean", f"perplexity_ratio_max{suffix}": "largest"}
+
+
+def _bounds(of: str) -> dict[str, str]:
+    return {of: "mean", f"{of}_low": "low end", f"{of}_high": "high end"}
+
 
 def _quantiles(of: str) -> dict[str, str]:
     return {f"{of}_p{q}": f"{q} %" for q in (10, 50, 90)}
@@ -33,19 +46,27 @@ def _signs(of: str) -> dict[str, str]:
     return {of: "all", f"{of}_positive": "A > 0", f"{of}_negative": "A < 0"}
 
 
+_SAMPLE_SIZES = {"ess": "π_θ/μ_old", "ess_discrepancy": "π_old/μ_old", "ess_discrepancy_live": "π_old/μ_old, live"}
+
 # section → (intro, charts as (title, {metric: label}, log scale)); a chart without data is left out
 SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
     "Learning": (
         "Is the policy getting better, and does it keep its length?",
         [
             ("Reward, mean over the batch", {"reward_mean": "mean"}, False),
-            ("Accuracy on held-out problems", {"eval_accuracy": "reward", "eval_exact": "right"}, False),
+            ("Accuracy on held-out problems, and its 95 % interval", _bounds("eval_accuracy"), False),
+            ("Held-out responses that the data's own check finds right, fraction", {"eval_exact": "fraction"}, False),
+            ("Best reward of n on held-out problems, mean", {"eval_best": "mean"}, False),
+            ("Response length on held-out problems, tokens", {"eval_length": "mean"}, False),
+            ("Held-out responses, fraction", {"eval_truncated": "cut off", "eval_failed": "without a reward"}, False),
             ("Response length, tokens", {"response_length_mean": "mean", "response_length_max": "longest"}, False),
             ("Response length, quantiles", _quantiles("response_length"), False),
             ("Responses cut off at the limit, fraction", {"truncated_fraction": "fraction"}, False),
             ("Reward, mean standard deviation within a group", {"reward_std": "std"}, False),
             ("Reward, mean variance within a group", {"group_variance": "variance"}, False),
             ("Groups whose rewards are all equal, fraction", {"uniform_groups": "fraction"}, False),
+            ("Prompts asked until every group counts", {"prompts_tried": "prompts", "refill_rounds": "rounds"}, False),
+            ("Responses without a reward, fraction", {"reward_failed_fraction": "fraction"}, False),
             ("Loss", {"loss": "loss"}, False),
             ("Learning rate", {"learning_rate": "rate"}, False),
         ],
@@ -55,14 +76,19 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
         [
             ("Training–inference KL (k3)", {"kl_k3": "with replay", "kl_k3_live": "without, same batch"}, True),
             ("Training–inference KL (k1)", {"kl_k1": "with replay", "kl_k1_live": "without, same batch"}, False),
-            ("F(τ): tokens with max(r, 1/r) > τ, fraction", {f"f_{tau}": f"τ = {tau}" for tau in ("1.5", "2", "5")}, False),
-            ("Perplexity ratio π/μ of a response", {"perplexity_ratio": "mean", "perplexity_ratio_max": "largest"}, False),
-            ("Effective sample size, fraction", {"ess": "π_θ/μ_old", "ess_discrepancy": "π_old/μ_old"}, False),
+            ("F(τ): tokens with max(r, 1/r) > τ, fraction", _thresholds(""), False),
+            ("F(τ) without replay, same batch, fraction", _thresholds("_live"), False),
+            ("Perplexity ratio π/μ of a response", _perplexity(""), False),
+            ("Perplexity ratio without replay, same batch", _perplexity("_live"), False),
+            ("Effective sample size, fraction", _SAMPLE_SIZES, False),
+            ("Weight sync: log-probability of the probe, nats off", {"sync_gap": "gap"}, False),
             ("Entropy, nats per token", {"entropy": "entropy"}, False),
             ("Tokens dropped by the clip mask, fraction", _signs("clip_fraction"), False),
             ("Importance weight π_θ/μ_old", {"is_weight_mean": "mean", "is_weight_max": "largest"}, False),
-            ("Its mean's factors: π_old/μ_old and π_θ/π_old", _factors("mean"), False),
-            ("Its largest factors: π_old/μ_old and π_θ/π_old", _factors("max"), False),
+            ("Its mean's factors: π_old/μ_old and π_θ/π_old", _factors("ratio_mean"), False),
+            ("Its largest factors: π_old/μ_old and π_θ/π_old", _factors("ratio_max"), False),
+            ("Logarithms of its factors, mean, nats", {"discrepancy": "discrepancy", "staleness": "staleness"}, False),
+            ("Tokens whose correction is limited, fraction", {"corrected_fraction": "fraction"}, False),
             ("KL to the initial weights, nats per token", {"kl_reference": "KL"}, False),
             ("Samples left out of the loss, fraction", {"left_out_fraction": "fraction"}, False),
             ("Gradient norm", {"grad_norm": "norm"}, True),
@@ -78,9 +104,27 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Entropy of the expert load, nats, mean over layers", {"expert_entropy": "entropy"}, False),
             ("Largest load of an expert, 1 if all are alike", {"expert_load_max": "load"}, False),
             ("Experts without a token, fraction of (layer, expert)", {"experts_unused": "fraction"}, False),
+            ("Tokens without a route, fraction", {"route_missing": "missing", "route_masked": "left out"}, False),
         ],
     ),
-    "Speed": ("Where a step's seconds go.", [("Tokens per second", {"tokens_per_second": "tokens/s"}, False)]),
+    "Critic": (
+        "What the critic makes of each token, and of what it is worth in the end.",
+        [
+            ("Values and returns, mean", {"value_mean": "values", "return_mean": "returns"}, False),
+            ("Variance of the returns that the values explain", {"explained_variance": "share"}, False),
+            ("Squared error of the values", {"value_error": "error"}, False),
+            ("Values that the limit holds, fraction", {"value_clip_fraction": "fraction"}, False),
+            ("Gradient norm of the critic", {"critic_grad_norm": "norm"}, True),
+            ("Learning rate of the critic", {"critic_learning_rate": "rate"}, False),
+        ],
+    ),
+    "Speed": (
+        "Where a step's seconds go.",
+        [
+            ("Tokens per second", {"tokens_per_second": "tokens/s"}, False),
+            ("Padding, fraction of what the model is fed", {"padding_fraction": "fraction"}, False),
+        ],
+    ),
 }
 
 
@@ -104,6 +148,7 @@ def others(runs: list[RunData]) -> list[Chart]:
 def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> Chart | None:
     """One line per run and metric: a run keeps its colour, a chart's metrics differ in their dashes."""
     traces, marks = [], []
+    keys = {key: label for key, label in keys.items() if any(v is not None for run in runs for v in run.series(key)[1])}
     for run in runs:
         for dash, (key, label) in zip(_DASHES, keys.items()):
             steps, values = run.series(key)

@@ -57,6 +57,12 @@ summary { cursor: pointer; color: var(--soft) }
 _SCRIPT = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+// On a log axis 1, 2 and 5 of each decade, or every n-th decade: plotly would crowd all nine digits into one.
+function ticks(chart) {
+  const logs = chart.traces.flatMap(trace => trace.y).filter(y => y > 0).map(Math.log10);
+  const decades = logs.reduce((a, b) => Math.max(a, b), -400) - logs.reduce((a, b) => Math.min(a, b), 400);
+  return decades > 2 ? Math.ceil(decades / 6) : "D2";
+}
 function layout(chart) {
   const line = colour("--line");
   const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true,
@@ -68,7 +74,7 @@ function layout(chart) {
     showlegend: false,  // the page's own wraps below the title and leaves the plot its height
     xaxis: { ...axis, title: { text: "global step", standoff: 6 } },
     yaxis: { ...axis, type: chart.map ? "category" : chart.log ? "log" : "linear", exponentformat: "e",
-      rangemode: "tozero" },
+      rangemode: "tozero", ...(chart.log ? { dtick: ticks(chart) } : {}) },
   };
 }
 const draw = () => charts.forEach((chart, i) =>
@@ -87,7 +93,10 @@ def figure(index: int, chart: Chart) -> str:
 
 
 def _key(trace: dict[str, Any]) -> str:
-    """A legend's entry: a piece of the line, or of the bar, and the trace's name (escaped already, for plotly)."""
+    """A legend's entry: the alarms' mark, or a piece of the line or the bar, and the trace's name (escaped already, for
+    plotly)."""
+    if trace.get("mode") == "markers":
+        return f'<span><b style="color:{trace["marker"]["color"]}">▼</b> {trace["name"]}</span>'
     line = trace.get("line")
     style = f"2px {_DASHES[line['dash']]} {line['color']}" if line else f"8px solid {trace['marker']['color']}"
     return f'<span><i style="border-top:{style}"></i>{trace["name"]}</span>'

@@ -121,7 +121,7 @@ def _config_section(runs: list[RunData]) -> str:
     keys = list(dict.fromkeys(key for one in settings for key in one))
     if not keys:
         return ""
-    rows = [[key, *(one.get(key, "–") for one in settings)] for key in keys]
+    rows = [[key, *(one.get(key, "–") or "(empty)" for one in settings)] for key in keys]
     header, differing = ["setting", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1]
     diff = f"<div class=card>{page.table(header, differing, compare=False)}</div>" if differing else ""
     table = f"<div class=card>{page.table(header, rows)}</div>"

@@ -12,6 +12,8 @@ import pytest
 from command import Result, succeeded
 from pipeline import STEPS, Demo
 
+from megatron_bai.monitor.charts import others
+from megatron_bai.monitor.rundata import load_run
 from megatron_bai.routing.store import RouteStore
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
@@ -114,6 +116,7 @@ def test_the_report_stands_alone(demo: Demo, trained: Result) -> None:
     page = (demo.directory / "report.html").read_text()
     assert Links(page).found == []
     assert "Training–inference KL" in page and "Route coverage" in page and len(page) > 1_000_000  # plotly is inside
+    assert others([load_run(demo.directory, "demo", "")]) == []  # every metric of ours has a place of its own
 
 
 def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:

@@ -72,6 +72,16 @@ def test_runs_side_by_side(tmp_path, steps):
     assert html.count("<tr class=differs>") == 1  # replay.mode, not seed
 
 
+def test_what_no_run_has_is_in_no_legend(tmp_path, steps):
+    for record in steps:
+        record["eval_accuracy"] = 0.5
+    runs = [make_run(tmp_path / name, steps) for name in ("a", "b")]
+    write_report(runs, tmp_path / "report.html")
+    charts = charts_of((tmp_path / "report.html").read_text())
+    accuracy = charts["Accuracy on held-out problems, and its 95 % interval"]
+    assert [trace["name"] for trace in accuracy["traces"]] == ["a", "b"]
+
+
 def test_a_run_in_progress(tmp_path, steps):
     """A half-written last line is left out, a repeated step counts once, a number that is not finite is a gap."""
     run = make_run(tmp_path, [*steps, {"step": 2, "reward_mean": float("nan"), "loss": None}], tail='{"step": 3, "rew')
@@ -166,6 +176,7 @@ def test_alarms_are_told_and_marked_on_their_curves(tmp_path, steps):
     charts = charts_of(html)
     mark = charts["Response length, tokens"]["traces"][-1]
     assert (mark["x"], mark["y"], mark["mode"]) == ([1], [9.0], "markers") and "fell &lt;b&gt;far" in mark["text"][0]
+    assert f"▼</b> alarm · {tmp_path.name}</span>" in html  # the legend has the mark itself
     assert "fell &lt;b&gt;far&lt;/b&gt; (7 standard errors)" in html and "start from a merge" in html
     buckets = next(chart for title, chart in charts.items() if title.startswith("Reward by response length"))
     assert [trace["name"] for trace in buckets["traces"]] == ["from 0 tokens", "from 100 tokens"]
