@@ -50,6 +50,7 @@ class Engine:
 
     def __init__(self, mode: str = ""):
         self.mode, self.asked = mode, []
+        self.tokenizer: Any = None  # with one, every second prompt of the stream is answered rightly
 
     def sample(self, prompts: Any, size: int, seed: str, first: int = 0, temperature: float | None = None) -> list[Sample]:
         samples = []
@@ -57,8 +58,12 @@ class Engine:
             self.asked.append([first + index, sampling_seed(seed, first + index, 0), prompts[index].text, temperature])
             for member, reward in enumerate(np.resize(rewards_of(first + index), size).tolist()):
                 reward = {"": reward, "fail": None, "uniform": 1.0}[self.mode]
-                tokens = np.array([*prompts[index].ids, 5 + member, 1])
-                of = dict(prompt=index, tokens=tokens, prompt_length=len(tokens) - 2, logprobs=np.zeros(2, np.float32))
+                body = [5 + member]
+                if self.tokenizer and (first + index) % 2:
+                    body = self.tokenizer.encode(f"answer:{prompts[index].answer}")
+                prompt, response = prompts[index].ids, [*body, 1]
+                tokens, logprobs = np.array([*prompt, *response]), np.zeros(len(response), np.float32)
+                of = dict(prompt=index, tokens=tokens, prompt_length=len(prompt), logprobs=logprobs)
                 sample = Sample(routes=np.zeros((len(tokens) - 1, 1, 1), np.uint8), spans=(), finish="stop", **of)
                 samples.append(replace(sample, reward=reward, failure="" if reward is not None else "broken"))
         return samples
@@ -186,9 +191,11 @@ def moved(directory: Path, replicas: int, rank: int) -> dict[str, Any]:
     return {"steps": [_ahead_step(here, collector, engine, step) for step in range(LATER // 2, LATER)]}
 
 
-def evaluated(replicas: int, rank: int) -> dict[str, Any]:
-    engine, stats = Engine(), Stats()
-    evaluate(session(replicas, rank), engine, stats)
+def evaluated(replicas: int, rank: int, other_reward: bool = False) -> dict[str, Any]:
+    here, stats, engine = session(replicas, rank), Stats(), Engine()
+    if other_reward:
+        here.settings.reward, engine.tokenizer = config.Function(), here.task.tokenizer
+    evaluate(here, engine, stats)
     return {"values": stats.gathered(True).values(), "asked": engine.asked}
 
 
@@ -205,6 +212,7 @@ def work(directory: Path, replicas: int, rank: int) -> None:
         "overlap": ahead(directory, replicas, rank, overlap=True),
         "both": ahead(directory, replicas, rank, partial_tokens=GO, overlap=True),
         "moved": moved(directory, replicas, rank),
+        "evaluated with another reward": evaluated(replicas, rank, other_reward=True),
     }
     (directory / f"{replicas}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -203,3 +203,11 @@ def test_another_number_of_replicas_shares_the_samples_anew(found: Any, replicas
     assert sorted(before + after + held) == list(range(last)) and len(after) == LATER // 2 * PROMPTS
     if replicas == 1:
         assert found[1][0]["moved"]["steps"] == found[1][0]["both"]["repeated"]
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_where_another_reward_is_paid_the_share_that_is_right_is_known_too(found: Any, replicas: int) -> None:
+    for rank in found[replicas]:
+        plain, other = (rank[case]["values"] for case in ("evaluated", "evaluated with another reward"))
+        assert other["eval_exact"] == 0.5 and "eval_exact" not in plain  # the stream's odd prompts
+        assert other["eval_accuracy"] == plain["eval_accuracy"]
