@@ -57,11 +57,11 @@ summary { cursor: pointer; color: var(--soft) }
 _SCRIPT = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-// On a log axis 1, 2 and 5 of each decade, or every n-th decade: plotly would crowd all nine digits into one.
+// On a log axis over more than one decade 1, 2 and 5 of each, or every n-th decade: all nine digits would crowd.
 function ticks(chart) {
   const logs = chart.traces.flatMap(trace => trace.y).filter(y => y > 0).map(Math.log10);
   const decades = logs.reduce((a, b) => Math.max(a, b), -400) - logs.reduce((a, b) => Math.min(a, b), 400);
-  return decades > 2 ? Math.ceil(decades / 6) : "D2";
+  return decades > 2 ? Math.ceil(decades / 6) : decades > 1 ? "D2" : "D1";
 }
 function layout(chart) {
   const line = colour("--line");
