@@ -13,6 +13,11 @@ GROUP = 8  # samples per prompt
 # Supervised training of the demo's three checkpoints, by the experiment that makes each; the first is the others' origin.
 CHECKPOINTS = {"pretrained": "demo_pretrained", "instruct": "demo_instruct", "reasoning": "demo_reasoning"}
 
+# Eight layers of 32 experts, four of which a token uses; weights large enough that experts differ.
+_WIDE = (
+    "init=random", "model.num_layers=8", "model.num_experts=32", "model.moe_topk=4", "model.init_std=0.1",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -157,7 +162,8 @@ def _minirl(checkpoints: Path) -> Study:
 def _discrepancy(checkpoints: Path) -> Study:
     """Training against inference on the same tokens, with the server's routes and without (arXiv 2510.11370).
 
-    Nothing is learned (learning rate 0): every step is another sample from one checkpoint.
+    Nothing is learned (learning rate 0): every step is another sample from one checkpoint. The tiny model's routers are
+    surer than those of the paper's, of whose routes a tenth differ; `wide` has random weights and is as unsure.
     """
     served = {
         "float32": (),
@@ -165,11 +171,13 @@ def _discrepancy(checkpoints: Path) -> Study:
         "bfloat16-int8": ("rollout.dtype=bfloat16", "rollout.quantize=int8"),
         "bfloat16-fp8": ("rollout.dtype=bfloat16", "rollout.quantize=fp8"),
     }
-    known = {
-        "bfloat16": "KL 1.535e-3 → 7.5e-4; F(2) > .1 after 60 steps → < 1e-4; ≈10 % of routes, 94 % of tokens differ",
+    paper = "KL 1.535e-3 → 7.5e-4; F(2) > .1 after 60 steps → < 1e-4; ≈10 % of routes, 94 % of tokens differ"
+    known = {"bfloat16": paper}
+    settings = "replay.mode=r3", "rollout.sync_tolerance=1", "trainer.learning_rate=0"
+    starts = {"": _start(checkpoints / "pretrained"), "wide-": _WIDE}
+    variants = {
+        model + name: Variant((*start, *words), published=known.get(name, ""))
+        for model, start in starts.items()
+        for name, words in served.items()
     }
-    settings = (
-        *_start(checkpoints / "pretrained"), "replay.mode=r3", "rollout.sync_tolerance=1", "trainer.learning_rate=0",
-    )  # fmt: skip
-    variants = {name: Variant(words, 1, known.get(name, "")) for name, words in served.items()}
     return Study(settings, variants, prompts=16, updates=6)

@@ -35,7 +35,7 @@ def settings_of(study: str, variant: str, updates: int) -> Any:
     ("study", "variant"),
     [
         ("bai", "reasoning"), ("bai", "instruct+reasoning"), ("bai", "bai-0.1"),
-        ("minirl", "n1-no-is"), ("minirl", "n8-r2-noclip"), ("discrepancy", "bfloat16-fp8"),
+        ("minirl", "n1-no-is"), ("minirl", "n8-r2-noclip"), ("discrepancy", "wide-bfloat16-fp8"),
     ],
 )  # fmt: skip
 def test_the_product_accepts_the_settings_and_budgets_are_equal(study: str, variant: str) -> None:
@@ -89,7 +89,7 @@ def test_a_document_gets_the_tables_between_its_marks(stored: Path, tmp_path: Pa
     for _ in range(2):
         tables.replace(document, {"discrepancy": tables.of_study(stored, "discrepancy")})
     text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text and text.count("not run") == 3
+    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text and text.count("not run") == 7
     with pytest.raises(SystemExit, match="lacks the marks"):
         tables.replace(document, {"bai": ""})
 

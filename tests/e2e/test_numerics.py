@@ -57,4 +57,4 @@ def test_replay_removes_a_part_of_the_discrepancy_of_a_quantized_server(found: d
     """The direction of arXiv 2510.11370's table; benchmarks/reproduce measures how much."""
     seen = found["quantized"][form]
     assert 1e-4 < seen["sync_gap"] < 0.5  # the server has other values, of the same model
-    assert seen["route_mismatch"] > 0.005 and 0 < seen["kl_k3"] < 0.9 * seen["kl_k3_live"]
+    assert seen["route_mismatch"] > 0.01 and 0 < seen["kl_k3"] < 0.5 * seen["kl_k3_live"]
