@@ -28,7 +28,7 @@ from megatron_bai.data.arithmetic import Problem, draw_problem, is_correct, prom
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.model import placing
 from megatron_bai.rollout import control
-from megatron_bai.rollout.server import last_error
+from megatron_bai.rollout.server import _environment, last_error
 
 RIGHT, CLEAN, TOKENS_A_POINT = 3.0, 1.0, 20
 STEPS, PAIRS, LEARNING_RATE = 400, 48, 2e-3  # of training: batches, pairs of answers in one
@@ -138,7 +138,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
     with open(log, "wb") as out:
         server = subprocess.Popen(
             [*command, *(f"--{flag}" for flag in flags)],
-            stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+            stdout=out, stderr=out, env=_environment("cpu"), start_new_session=True,
         )  # fmt: skip
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
     try:
