@@ -99,7 +99,7 @@ def test_another_merge_in_its_place_is_refused_and_kept(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kind", "at"), [(at_step, 60), (after_bytes, 100_000), (after_bytes, 500_000)])
+@pytest.mark.parametrize(("kind", "at"), [(at_step, 60), (after_bytes, 250_000), (after_bytes, 500_000)])
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     started: Path, tmp_path: Path, kind: Callable, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
