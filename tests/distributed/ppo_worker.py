@@ -31,7 +31,7 @@ class Given:
     def __init__(self, columns: list[int]):
         self.columns, self.rewards, self.synced = columns, np.zeros(SAMPLES), 0
 
-    def collect(self, stats: Any) -> tuple[list, Any]:
+    def collect(self, stats: Any, last: bool) -> tuple[list, Any]:
         from megatron_bai.rl.batch import from_samples
 
         rollouts = [sample.of_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
