@@ -8,6 +8,7 @@ from megatron_bai.patches import (
     megatron_cpu,
     sglang_batched_attention,
     sglang_cpu_kernels,
+    sglang_forked_workers,
     sglang_fused_norms,
     sglang_grouped_experts,
     sglang_host_memory,
@@ -21,6 +22,7 @@ PATCHES: tuple[Patch, ...] = (
     sglang_cpu_kernels.PATCH,
     sglang_torchvision.PATCH,  # from here on sglang itself can be imported
     sglang_host_memory.PATCH,
+    sglang_forked_workers.PATCH,
     sglang_seeded_sampling.PATCH,
     sglang_batched_attention.PATCH,
     sglang_grouped_experts.PATCH,
