@@ -271,14 +271,15 @@ def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tm
 
 def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with trainer(checkpoints["v0"], tmp_path / "log") as parent:
-        workers: list[psutil.Process] = []
-        while not workers and parent.poll() is None:  # until the scheduler has started and is importing
-            time.sleep(0.1)
-            workers = [p for p in family(parent.pid) if "multiprocessing.spawn" in " ".join(p.cmdline())]
+        server: list[psutil.Process] = []
+        while len(server) < 2 and parent.poll() is None:  # until the first worker has been forked
+            time.sleep(0.01)
+            own = [(p, " ".join(p.cmdline())) for p in family(parent.pid)]
+            server = [p for p, line in own if "-m megatron_bai.rollout.serve " in line or line.startswith("sglang::")]
         processes = family(parent.pid)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert workers and gone(processes)
+        assert len(server) > 1 and gone(processes)
 
 
 def test_a_killed_server_is_one_clear_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
