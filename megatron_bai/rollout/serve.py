@@ -1,9 +1,9 @@
 """`python -m megatron_bai.rollout.serve [--parent PID] ARGS`: SGLang's own server, on a CPU too.
 
 ARGS are SGLang's. With `--device cpu` the patches of scope `sglang-cpu` go in first; on a GPU nothing is changed.
-On a CPU its scheduler and detokenizer are forked from this process (`patches/sglang_forked_workers.py`). On a GPU SGLang
-starts them with multiprocessing's spawn method, which imports this module again in each of them as `__mp_main__` with
-the same arguments: so what stands at the top level reaches every process of the server, and no process of anybody else's.
+On a CPU its scheduler and detokenizer are forked from this process (`patches/sglang_forked_workers.py`). On a GPU
+SGLang starts them with multiprocessing's spawn method, which imports this module again in each of them as `__mp_main__`
+with the same arguments: so what stands at the top level reaches every process of the server, and nobody else's.
 
 Each process asks the kernel to kill it when its parent dies, the first of them when PID does: whatever ends the
 trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
