@@ -9,19 +9,17 @@ nearest bfloat16, ties to even.
 writes. What goes wrong is not its business: it stops before such a tile, and Python does that one, finds the same and
 says what it is. Its CRC-32 is zlib-ng's, part of that library's interface, which Python's wheel of it exports as well.
 Where one does not, there is no `stream`, and Python does every tile.
-
-Numba compiles once and keeps the result beside this file, or where it may not write there in the user's cache.
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import binding
-from numba import njit, types
+from numba import types
 from zlib_ng import zlib_ng
+
+from megatron_bai.compiled import compiled
 
 BLOCK = 1024  # elements whose sums and squares are in the first cache: 12 KiB
 LARGEST = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16
@@ -78,14 +76,7 @@ def _weighted_sum(
     return largest, squares[0]
 
 
-def _compiled(function: Callable[..., Any], signature: Any) -> Any:
-    try:
-        return njit(signature, nogil=True, cache=True)(function)
-    except RuntimeError:  # Numba may write nowhere: then every process compiles for itself, in seconds
-        return njit(signature, nogil=True)(function)
-
-
-weighted_sum = _compiled(_weighted_sum, _SIGNATURE)
+weighted_sum = compiled(_SIGNATURE)(_weighted_sum)
 
 
 def _export(name: str) -> bool:
@@ -160,4 +151,4 @@ def _stream(
     return done
 
 
-stream = _compiled(_stream, _STREAM) if _export("zng_crc32_z") else None
+stream = compiled(_STREAM)(_stream) if _export("zng_crc32_z") else None

@@ -7,7 +7,8 @@ fused ones would round differently at the ends of a tile, and the result would d
 element depends on tiles, layouts or ranks.
 
 bfloat16, which large checkpoints are in, goes through a compiled kernel, a whole piece at a time where it lies in one
-record of every source; whatever else through torch. Where both can, their bits are the same. Methods that are no weighted sum bring their own arithmetic (`Recipe.combine`).
+record of every source; whatever else through torch. Where both can, their bits are the same. Methods that are no
+weighted sum bring their own arithmetic (`Recipe.combine`).
 """
 
 import math
@@ -230,4 +231,3 @@ def _take(region: Region, count: int, scratch: Scratch) -> torch.Tensor:
 
 def _bytes(tile: torch.Tensor) -> memoryview:
     return memoryview(tile.view(torch.uint8).numpy())
-

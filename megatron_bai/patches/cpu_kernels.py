@@ -2,17 +2,16 @@
 
 torch needs ten small operators for what is one loop here, each of which costs more than its arithmetic as long as a
 batch has some hundred rows. A row's result does not depend on the others. Sums are in any order, so they differ from
-torch's in rounding. Numba compiles once and keeps the result beside this file, or where it may not write there in the
-user's cache.
+torch's in rounding.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, types
+from numba import types
+
+from megatron_bai.compiled import compiled
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -21,20 +20,7 @@ _I1, _I2 = types.int64[::1], types.int32[:, ::1]
 _FAST = {"contract", "reassoc", "nsz"}  # Inf and NaN stay what they are
 
 
-def _compiled(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Of these types, at import; it returns nothing."""
-
-    def compile_(function: Callable[..., None]) -> Callable[..., None]:
-        signature = types.void(*arguments)
-        try:
-            return njit(signature, fastmath=_FAST, nogil=True, cache=True)(function)
-        except RuntimeError:  # Numba may write nowhere: then every server compiles for itself, in seconds
-            return njit(signature, fastmath=_FAST, nogil=True)(function)
-
-    return compile_
-
-
-@_compiled(_F3, _F3, _F3, _I2, _I1, _I1, types.float32, _F3)
+@compiled(types.void(_F3, _F3, _F3, _I2, _I1, _I1, types.float32, _F3), fastmath=_FAST)
 def attend(
     query: F32, keys: F32, values: F32, table: npt.NDArray[np.int32], rows: I64, lengths: I64, scale: float, out: F32
 ) -> None:
@@ -74,7 +60,7 @@ def attend(
                 out[i, head, d] = total[d] / weights
 
 
-@_compiled(_F2, _F1, types.float32, _F2)
+@compiled(types.void(_F2, _F1, types.float32, _F2), fastmath=_FAST)
 def normalise(x: F32, weight: F32, epsilon: float, out: F32) -> None:
     """weight · x / √(mean x² + epsilon) of each row of `x`, `[rows, dim]`, into `out`, which may be `x`."""
     dim = x.shape[1]
@@ -87,7 +73,7 @@ def normalise(x: F32, weight: F32, epsilon: float, out: F32) -> None:
             out[i, d] = x[i, d] * factor * weight[d]
 
 
-@_compiled(_F2, types.int64, types.int64, _F1, _F1, types.float32, _I1, _F2, types.boolean)
+@compiled(types.void(_F2, types.int64, types.int64, _F1, _F1, types.float32, _I1, _F2, types.boolean), fastmath=_FAST)
 def normalise_and_rotate(
     rows: F32,
     queries: int,
