@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, placing
-from megatron_bai.processes import die_with
+from megatron_bai.processes import forks_die_with_us
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
 
@@ -158,23 +157,11 @@ def first_cause(error: CheckpointException) -> object:
     return next((cause for cause, _ in error.failures.values()), "another rank failed")
 
 
-_forks = SimpleNamespace(hooked=False, followed=False, parent=0)
-
-
 @contextmanager
 def _children_end_with_us() -> Iterator[None]:
-    """Have the kernel kill the processes forked meanwhile, and those they fork, when the one that forked them dies:
-    Megatron-Core's writers."""
-    if not _forks.hooked:  # for good: there is no way to unregister
-        os.register_at_fork(before=lambda: setattr(_forks, "parent", os.getpid()), after_in_child=_follow)
-        _forks.hooked = True
-    _forks.followed = True
+    """Megatron-Core's writers do not outlive the process that started them."""
+    forks_die_with_us(True)
     try:
         yield
     finally:
-        _forks.followed = False
-
-
-def _follow() -> None:
-    if _forks.followed:
-        die_with(_forks.parent)
+        forks_die_with_us(False)

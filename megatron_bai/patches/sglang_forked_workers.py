@@ -14,12 +14,11 @@ Can go: when upstream lets the method be chosen.
 
 import functools
 import multiprocessing
-import os
 import threading
 from typing import Any
 
 from megatron_bai.patches.registry import Patch, after_import
-from megatron_bai.processes import die_with
+from megatron_bai.processes import forks_die_with_us
 
 
 def install() -> None:
@@ -34,11 +33,10 @@ def install() -> None:
             others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
             assert not others, f"a fork would lose the threads {others}"
             multiprocessing.set_start_method("fork", force=True)
+            forks_die_with_us(True)
 
         module._set_envs_and_config = set_envs_and_config
 
-    parents: list[int] = []
-    os.register_at_fork(before=lambda: parents.append(os.getpid()), after_in_child=lambda: die_with(parents[-1]))
     after_import("sglang.srt.entrypoints.engine", replace)
 
 
