@@ -24,14 +24,15 @@ def run(settings: Config) -> None:
         UserError: settings that contradict each other, or more memory than `cluster.memory_gb`.
     """
     processes = check(settings)
+    held = gpu_memory(settings, processes)
     console = Console(highlight=False)
-    for title, rows in (("", batches(settings, processes)), ("GPU memory", _shown(gpu_memory(settings, processes)))):
+    for title, rows in (("", batches(settings, processes)), ("GPU memory", _shown(held))):
         table = Table(title=title or None, box=None, pad_edge=False, show_header=False, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(table)
         console.print()
-    total, limit = sum(gpu_memory(settings, processes).values()) / GB, settings.cluster.memory_gb
+    total, limit = sum(held.values()) / GB, settings.cluster.memory_gb
     if total > limit:
         raise UserError(
             f"{total:.1f} GB are needed of a GPU, and cluster.memory_gb is {limit:g}: more processes, more of "
