@@ -274,7 +274,10 @@ def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Pat
         server: list[psutil.Process] = []
         while len(server) < 2 and parent.poll() is None:  # until the first worker has been forked
             time.sleep(0.01)
-            own = [(p, " ".join(p.cmdline())) for p in family(parent.pid)]
+            own = []
+            for process in family(parent.pid):
+                with suppress(psutil.NoSuchProcess):  # it ended since
+                    own.append((process, " ".join(process.cmdline())))
             server = [p for p, line in own if "-m megatron_bai.rollout.serve " in line or line.startswith("sglang::")]
         processes = family(parent.pid)
         parent.send_signal(signal.SIGKILL)
