@@ -3,7 +3,7 @@
     python benchmarks/merge_work.py WORK DIRECTORY [ARGUMENT]
 
 Only the standard library is imported at first, so that a peer's own environment can run its part. Timed is the work
-and flushing its output to disk, not the start of Python and its imports.
+and flushing its output to disk, not the start of Python, its imports and, of several ranks, their finding each other.
 """
 
 import json
@@ -131,6 +131,11 @@ def main() -> None:
         import megatron_bai.merge.command  # noqa: F401  not timed, as the peers' are not
         import megatron_bai.merge.kernel  # noqa: F401  likewise; half a second, and seconds where it was never compiled
     work = {f.__name__: f for f in (limit, merge, two_pass, plain, mergekit, megatron)}[name](directory, argument)
+    if SIZE > 1 and name != "limit":
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        dist.barrier()
     base = peak_mib()
     started, used = time.perf_counter(), time.process_time()
     work()
