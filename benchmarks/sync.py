@@ -69,7 +69,7 @@ def _measure(root: Path, asked: argparse.Namespace) -> None:
     shapes = sync.tensor_shapes(sources[0])
     weights = [load_file(source / "model.safetensors") for source in sources]
     nbytes = sum(tensor.nbytes for tensor in weights[0].values())
-    rollout, bucket = Rollout(max_total_tokens=1024), asked.bucket_mib << 20
+    rollout, bucket = Rollout(max_total_tokens=1024, sync="tensors"), asked.bucket_mib << 20
     with SGLangServer(sources[0], rollout, root / "server.log") as server:
         urls = [server.url]
         signature = RouteSignature(moe_layers=LAYERS, num_experts=EXPERTS, topk=TOPK)

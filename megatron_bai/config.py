@@ -244,6 +244,7 @@ class Rollout:
     urls: list[str] = field(default_factory=list)  # servers that run already, instead of those
     router: str = ""  # URL of an SGLang router in front of `urls`: samples are asked of it
     host: str = "127.0.0.1"  # where servers listen; a run on several machines needs 0.0.0.0, or an address
+    api_key_file: str = ""  # holds the key that servers ask for; needed where other machines reach them
     port: int = 0  # of the first server, the others' follow; 0 takes free ones
     dtype: str = "float32"  # the servers' weights: float32 or bfloat16
     quantize: str = ""  # fp8 or int8: servers get weights with that format's values, still in `dtype`; empty: as trained

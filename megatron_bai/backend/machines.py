@@ -14,6 +14,16 @@ def several_machines() -> bool:
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def own_address() -> str:
     """This machine's address on the way to the one where the run meets; loopback where it is alone.
 

@@ -7,7 +7,6 @@ model's head at the last token, without a softmax.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_bai import config
+from megatron_bai.backend.machines import is_loopback
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
 
@@ -94,7 +94,7 @@ def _check(settings: config.RewardModel) -> None:
     parts = urlsplit(settings.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"reward.url is {settings.url!r}: give the address of a server, http://127.0.0.1:30000")
-    if not settings.remote and not _is_here(parts.hostname):
+    if not settings.remote and not is_loopback(parts.hostname):
         raise UserError(
             f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it with "
             "reward.remote=true"
@@ -108,15 +108,6 @@ def _check(settings: config.RewardModel) -> None:
             raise UserError(f"reward.{name} is {getattr(settings, name)}: it must be at least {least}")
     if not 0 < settings.request_timeout_s < float("inf"):
         raise UserError(f"reward.request_timeout_s is {settings.request_timeout_s:g}: it must be above 0")
-
-
-def _is_here(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 REWARD = Reward(config.RewardModel, _open, _check)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_bai import backend, config, rewards
 from megatron_bai import data as sources
-from megatron_bai.backend.machines import several_machines
+from megatron_bai.backend.machines import is_loopback, several_machines
 from megatron_bai.data import Task
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
@@ -25,7 +25,7 @@ from megatron_bai.rewards import Scorer
 from megatron_bai.rl import initial, objectives, schedule, staleness
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
-from megatron_bai.rollout import fleet
+from megatron_bai.rollout import access, fleet
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.codec import ENCODINGS
@@ -94,6 +94,8 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         UserError: settings that contradict each other or the machine, or a checkpoint or a merge that cannot be used.
     """
     validate(settings)
+    if settings.rollout.api_key_file:
+        access.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
     device = backend.start(settings.backend)
     try:
         build.validate(settings.model, settings.parallel, dist.get_world_size())
@@ -224,10 +226,10 @@ def validate(settings: config.Config) -> None:
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
         _check_critic(settings)
-    if several_machines() and not settings.rollout.urls and settings.rollout.host in ("127.0.0.1", "localhost"):
+    if several_machines() and not settings.rollout.urls and is_loopback(settings.rollout.host):
         raise UserError(
             f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
-            "set rollout.host=0.0.0.0"
+            "set rollout.host=0.0.0.0 and rollout.api_key_file"
         )
     if trainer.prompts_per_step % trainer.mini_batches:
         raise UserError(

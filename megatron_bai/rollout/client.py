@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.reply import to_sample, to_scores
+from megatron_bai.rollout.access import use_key
+from megatron_bai.rollout.reply import largest, to_sample, to_scores
 from megatron_bai.rollout.requests import Limits, Request, ask_all
 from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.routing.routes import RouteSignature
@@ -61,6 +62,7 @@ class RolloutClient:
         self.urls, self.rollout, self.signature = list(urls), rollout, signature
         self.vocab_size, self.first_server = vocab_size, first_server
         self.max_length = longest_request(rollout, max_length)
+        use_key(self.urls, rollout.api_key_file)
 
     def generate(
         self,
@@ -110,7 +112,8 @@ class RolloutClient:
         for each in wanted:
             self._check_ids(each.ids, self.rollout.max_new_tokens, f"prompt {each.prompt}")
         budget = budget or self.rollout.max_new_tokens
-        return self._run([self._sampling_request(each, stop_token_id, temperature, budget) for each in wanted])
+        requests = [self._sampling_request(each, stop_token_id, temperature, budget) for each in wanted]
+        return self._run(requests, max((len(each.ids) for each in wanted), default=0) + self.rollout.max_new_tokens)
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
         """The server's own log-probabilities of given tokens, at temperature 1.
@@ -127,7 +130,7 @@ class RolloutClient:
         for index, ids in enumerate(token_lists):
             self._check_ids(ids, 0, f"sequence {index}")
 
-        return self._run([self._scoring_request(list(ids)) for ids in token_lists])
+        return self._run([self._scoring_request(list(ids)) for ids in token_lists], max(map(len, token_lists)))
 
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
@@ -159,23 +162,31 @@ class RolloutClient:
         if start:
             body["routed_experts_start_len"] = start
 
-        def parse(reply: Any) -> Sample:
+        def read(reply: Any) -> Sample:
             part = to_sample(reply, wanted.prompt, ids, self.signature, limit, stop_token_id, start)
+            if part.tokens.max() >= self.vocab_size:
+                raise ValueError(f"token {part.tokens.max()} is outside the vocabulary of {self.vocab_size}")
             if part.finish == "length" and limit < left:
                 part = replace(part, finish=PARTIAL)
             return part if former is None else former.followed_by(part)
 
-        return wanted.prompt, body, parse
+        return wanted.prompt, body, read
 
     def _scoring_request(self, ids: list[int]) -> Request[np.ndarray]:
         params = {"temperature": 1.0, "max_new_tokens": 0}
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         return 0, body, lambda reply: to_scores(reply, ids, self.vocab_size)
 
-    def _run(self, requests: list[Request[T]]) -> list[T]:
-        """Results in order. The first failure ends all."""
+    def _run(self, requests: list[Request[T]], longest: int) -> list[T]:
+        """Results in order. The first failure ends all.
+
+        Args:
+            longest: tokens of a request and its reply together.
+        """
         rollout = self.rollout
-        limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, "rollout.request_timeout_s")
+        reply_bytes = largest(longest, self.signature)
+        setting = "rollout.request_timeout_s"
+        limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         requests = [(self.first_server + turn, *request) for turn, *request in requests]
         return ask_all(self.urls, "/generate", requests, limits)
 

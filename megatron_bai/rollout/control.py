@@ -4,28 +4,41 @@ import json
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from megatron_bai.errors import UserError
+from megatron_bai.model.strict_json import parse
+from megatron_bai.rollout.access import headers
 
-_open = build_opener(ProxyHandler({})).open  # the server is never behind a proxy
+_REPLY_BYTES = 64 << 20  # more than any server has to say of itself
+
+
+class _Stay(HTTPRedirectHandler):
+    """What a server is sent, its key with it, goes nowhere else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_open = build_opener(ProxyHandler({}), _Stay).open  # the server is never behind a proxy
 
 
 def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
     """GET a JSON object; plain text comes as {"text": …}. Raises a UserError that names the server and the path."""
-    return _call(Request(url + path), url, path, timeout_s)
+    return _call(Request(url + path, headers=headers(url)), url, path, timeout_s)
 
 
 def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
     """POST a JSON object, read one. Raises a UserError that names the server, the path and the server's reason."""
-    request = Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST")
+    kind = {"Content-Type": "application/json"}
+    request = Request(url + path, json.dumps(body).encode(), kind | headers(url), method="POST")
     return _call(request, url, path, timeout_s)
 
 
-def healthy(url: str) -> bool:
+def healthy(url: str, timeout_s: float = 30.0) -> bool:
     """Whether the server generates: `/health` makes it sample one token."""
     try:
-        with _open(url + "/health", timeout=30.0):
+        with _open(url + "/health", timeout=timeout_s):
             return True
     except (OSError, HTTPException):
         return False
@@ -39,14 +52,16 @@ def weight_version(url: str) -> str:
 def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, Any]:
     try:
         with _open(request, timeout=timeout_s) as reply:
-            text = reply.read().decode()
+            text = reply.read(_REPLY_BYTES + 1).decode(errors="replace")
     except HTTPError as error:
-        reason = error.read().decode(errors="replace").strip()
+        reason = error.read(1 << 16).decode(errors="replace").strip()
         raise UserError(f"SGLang at {url} refused {path} with {error.code}: {reason[:300]}") from error
     except (OSError, HTTPException) as error:  # URLError, a time-out, a broken connection
         raise UserError(f"SGLang at {url} does not answer {path}: {getattr(error, 'reason', error)}") from error
+    if len(text) > _REPLY_BYTES:
+        raise UserError(f"SGLang at {url} answers {path} with more than {_REPLY_BYTES} bytes")
     try:
-        content = json.loads(text)
+        content = parse(text)
     except ValueError:
         content = text
     return content if isinstance(content, dict) else {"text": text}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control, versions
+from megatron_bai.rollout import access, control, versions
 from megatron_bai.rollout.quantize import FORMATS
 from megatron_bai.rollout.server import SGLangServer
 from megatron_bai.rollout.sync import each
@@ -49,6 +49,7 @@ def validate(rollout: Rollout) -> None:
         raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
     if len(set(rollout.urls)) < len(rollout.urls):
         raise UserError("rollout.urls names a server twice")
+    access.check(rollout)
 
 
 @contextmanager
@@ -82,6 +83,7 @@ def running(rollout: Rollout) -> Fleet:
         UserError: one does not answer, is another release, or was started without a flag that rollouts need.
     """
     urls = [url.rstrip("/") for url in rollout.urls]
+    access.use_key(urls, rollout.api_key_file)
     found = each(urls, lambda url: control.get(url, "/server_info"))
     for url, info in zip(urls, found):
         versions.check(url, info, rollout.deterministic)

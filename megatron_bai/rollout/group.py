@@ -1,5 +1,6 @@
 """Weights to SGLang servers through a process group that the trainer's rank 0 shares with them (gloo or NCCL)."""
 
+import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +37,12 @@ class OverGroup:
         self._thread = ThreadPoolExecutor(1)  # for requests that the servers answer once the trainer has done its part
         limit, world = timedelta(seconds=timeout_s), 1 + sum(sizes)
         backend = "gloo" if device.type == "cpu" else "nccl"
-        self._store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=limit)
+        try:
+            listener = socket.create_server((host, 0))  # by itself the store would listen on all networks
+        except OSError as error:
+            raise UserError(f"rollout.sync_host={host} is no address of this machine: {error.strerror}") from None
+        port, own = listener.getsockname()[1], {"master_listen_fd": listener.detach(), "wait_for_workers": False}
+        self._store = dist.TCPStore(host, port, world, is_master=True, timeout=limit, **own)
         offsets = {url: 1 + sum(sizes[:i]) for i, url in enumerate(self._urls)}
 
         def join(url: str) -> None:

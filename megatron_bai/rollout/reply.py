@@ -7,7 +7,6 @@ int32 `[P + C − 1, layers, topk]`, shape not sent), `weight_versions` (spans o
 
 import base64
 import binascii
-import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,13 @@ from megatron_bai.routing.missing import of_last_version
 from megatron_bai.routing.routes import RouteSignature, check_ids
 
 FINISHES = ("stop", "length", "abort")
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def largest(tokens: int, signature: RouteSignature) -> int:
+    """Bytes that no true reply about so many tokens exceeds: routes in base64, and what is said of each besides."""
+    rows = tokens * signature.moe_layers * signature.topk * 4
+    return -(-rows // 3) * 4 + 256 * tokens + (1 << 16)
 
 
 def to_sample(
@@ -44,6 +50,7 @@ def to_sample(
     """
     try:
         output, meta = reply["output_ids"], reply["meta_info"]
+        _check_output(output, max_new_tokens)
         logprobs = _logprobs(meta["output_token_logprobs"], output)
         spans = _spans(meta["weight_versions"], len(output))
         routes, recorded = _routes(meta["routed_experts"], len(prompt_ids), len(output), spans, signature, start)
@@ -111,7 +118,7 @@ def _logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:
     if [entry[1] for entry in entries] != ids:
         raise ValueError(f"{len(entries)} log-probabilities do not belong to the {len(ids)} tokens returned")
     values = [entry[0] for entry in entries]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in values):
         raise ValueError("a log-probability is not a finite number")  # SGLang's JSON writes NaN as null
     return np.array(values, dtype=np.float32)
 
@@ -120,9 +127,18 @@ def _spans(entries: list[dict[str, Any]], length: int) -> tuple[VersionSpan, ...
     """Weight versions covering tokens `[0, length)` in order and without a gap."""
     spans = tuple(VersionSpan(str(entry["version"]), entry["start"], entry["end"]) for entry in entries)
     ends = [0, *(span.end for span in spans)]
+    if not all(type(place) is int for span in spans for place in (span.start, span.end)):
+        raise ValueError(f"weight versions {entries} are not about whole tokens")
     if [span.start for span in spans] != ends[:-1] or ends != sorted(ends) or ends[-1] != length or not spans:
         raise ValueError(f"weight versions {entries} do not cover {length} tokens")
     return spans
+
+
+def _check_output(output: list[int], max_new_tokens: int) -> None:
+    if len(output) > max_new_tokens:
+        raise ValueError(f"{len(output)} tokens were returned, {max_new_tokens} asked for")
+    if not all(type(token) is int and 0 <= token < 1 << 31 for token in output):
+        raise ValueError("a token returned is no token id")
 
 
 def _check_finish(finish: str, output: list[int], max_new_tokens: int, stop_token_id: int) -> None:

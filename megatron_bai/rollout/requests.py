@@ -1,7 +1,6 @@
 """Many requests to SGLang servers at once, each repeated, by another server in turn, while its failure may pass."""
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -9,6 +8,8 @@ from typing import Any, TypeAlias, TypeVar
 import aiohttp
 
 from megatron_bai.errors import UserError
+from megatron_bai.model.strict_json import parse
+from megatron_bai.rollout.access import headers
 
 T = TypeVar("T")
 Request: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply
@@ -23,12 +24,14 @@ class Limits:
         concurrency: requests in flight.
         timeout_s: of one attempt; `setting` names it in messages.
         retries: of one request.
+        reply_bytes: of one reply's body; nothing beyond them is read.
     """
 
     concurrency: int
     timeout_s: float
     retries: int
     setting: str
+    reply_bytes: int = 1 << 20
 
 
 def ask_all(
@@ -50,7 +53,8 @@ def ask_all(
         gate = asyncio.Semaphore(limits.concurrency)
         timeout = aiohttp.ClientTimeout(total=limits.timeout_s)
         connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        # Bodies stay as they were sent, so that `_read` sees their size.
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             asked = (_ask(session, gate, urls, path, limits, *request) for request in requests)
             return await asyncio.gather(*asked, return_exceptions=tolerant)
 
@@ -69,7 +73,7 @@ async def _ask(
     limits: Limits,
     turn: int,
     body: dict[str, Any],
-    parse: Callable[[Any], T],
+    read: Callable[[Any], T],
 ) -> T:
     failure, attempts = "", limits.retries + 1
     for attempt in range(attempts):
@@ -77,17 +81,42 @@ async def _ask(
             await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
         url = urls[(turn + attempt) % len(urls)]
         try:
-            async with gate, session.post(url + path, json=body) as reply:
-                text, status = await reply.text(), reply.status
+            async with gate, _post(session, url, path, body) as reply:
+                text, status = await _read(reply, limits.reply_bytes), reply.status
             if 400 <= status < 500:  # asking again would not help
-                raise UserError(f"SGLang at {url} refused a request with {status}: {text[:300]}")
-            if status >= 500:
-                raise ValueError(f"status {status}: {text[:300]}")
-            return parse(json.loads(text))
+                raise UserError(f"SGLang at {url} refused a request with {status}: {_shown(text)}")
+            if status != 200:
+                raise ValueError(f"status {status}: {_shown(text)}")
+            return read(parse(text))
         except asyncio.TimeoutError:
             failure = f"no answer within {limits.setting}={limits.timeout_s:g} s"
         except aiohttp.ClientError as error:
             failure = f"{type(error).__name__} {error}"
         except ValueError as error:
-            failure = str(error)
+            failure = str(error)[:500]  # a reply may be quoted in it
     raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}")
+
+
+def _post(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
+    return session.post(url + path, json=body, headers=headers(url), allow_redirects=False)  # the key is this server's
+
+
+async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body.
+
+    Raises:
+        ValueError: it is longer than `limit`, or compressed, which would say nothing of its length.
+    """
+    if encoding := reply.headers.get("Content-Encoding"):
+        raise ValueError(f"the reply is compressed ({encoding[:20]}), which was not asked for")
+    chunks, size = [], 0
+    async for chunk in reply.content.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise ValueError(f"the reply is longer than {limit} bytes, more than any answer to the request")
+    return b"".join(chunks)
+
+
+def _shown(text: bytes) -> str:
+    return text[:300].decode(errors="replace")

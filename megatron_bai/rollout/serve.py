@@ -1,21 +1,73 @@
-"""`python -m megatron_bai.rollout.serve [--parent PID] ARGS`: SGLang's own server, on a CPU too.
+"""`python -m megatron_bai.rollout.serve [OWN…] ARGS`: SGLang's own server, on a CPU too.
 
-ARGS are SGLang's. With `--device cpu` the patches of scope `sglang-cpu` go in first; on a GPU nothing is changed.
-On a CPU its scheduler and detokenizer are forked from this process (`patches/sglang_forked_workers.py`). On a GPU
-SGLang starts them with multiprocessing's spawn method, which imports this module again in each of them as `__mp_main__`
-with the same arguments: so what stands at the top level reaches every process of the server, and nobody else's.
+ARGS are SGLang's. OWN, which come first, are ours:
+
+    --parent PID      the process to end with
+    --key-file FILE   holds the key that requests must carry
+    --take-tensors    keep the path that unpickles weights out of a request
+
+With `--device cpu` the patches of scope `sglang-cpu` go in first; on a GPU SGLang computes as it is. On a CPU its
+scheduler and detokenizer are forked from this process (`patches/sglang_forked_workers.py`). On a GPU SGLang starts them
+with multiprocessing's spawn method, which imports this module again in each of them as `__mp_main__` with the same
+arguments: so what stands at the top level reaches every process of the server, and no process of anybody else's.
 
 Each process asks the kernel to kill it when its parent dies, the first of them when PID does: whatever ends the
 trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
+
+The key is put into SGLang's settings after they were parsed, so that no command line has it; SGLang logs its settings,
+so every process leaves it out of what it logs. Paths that read pickles are taken away, and the store in which the ranks
+of one machine meet, which torch opens to every network, listens where it was told to.
 """
 
+import logging
 import os
 import signal
+import socket
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import resource_tracker
+from typing import Any
 
 from megatron_bai import patches
 from megatron_bai.processes import die_with
+from megatron_bai.rollout.access import read_key
+
+_TENSORS = "/update_weights_from_tensor"
+_PICKLED = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
+
+
+@dataclass
+class Own:
+    """Our own arguments, and SGLang's."""
+
+    parent: int | None = None
+    key: str = ""
+    take_tensors: bool = False
+    words: tuple[str, ...] = ()  # ours as they were given, without the parent
+    rest: tuple[str, ...] = ()
+
+
+def own(arguments: list[str]) -> Own:
+    """Tell our arguments from SGLang's.
+
+    Raises:
+        UserError: the key cannot be read.
+    """
+    found, rest = Own(), list(arguments)
+    while rest[:1] and rest[0] in ("--parent", "--key-file", "--take-tensors"):
+        name = rest.pop(0)
+        if name == "--parent":
+            found.parent = int(rest.pop(0))
+        elif name == "--key-file":
+            found.words += (name, rest[0])
+            found.key = read_key(rest.pop(0))
+        else:
+            found.words += (name,)
+            found.take_tensors = True
+    found.rest = tuple(rest)
+    return found
 
 
 def on_cpu(arguments: list[str]) -> bool:
@@ -23,22 +75,29 @@ def on_cpu(arguments: list[str]) -> bool:
     return "--device=cpu" in arguments or ("--device", "cpu") in zip(arguments, arguments[1:])
 
 
-def main(arguments: list[str]) -> None:
-    """Serve until told to stop. `arguments` are SGLang's."""
+def main(given: Own) -> None:
+    """Serve until told to stop."""
     from sglang.launch_server import run_server
+    from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
+    shut = _PICKLED - ({_TENSORS} if given.take_tensors else set())
+    routes = http_server.app.router.routes
+    routes[:] = [route for route in routes if getattr(route, "path", "") not in shut]
+    server_args = prepare_server_args(list(given.rest))
+    if given.key:
+        server_args.api_key = given.key
     try:
-        run_server(prepare_server_args(arguments))
+        run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def enter() -> list[str]:
-    """Tie this process to its parent, prepare it to run SGLang, and return SGLang's arguments.
+def enter() -> Own:
+    """Tie this process to its parent, prepare it to run SGLang, and return its arguments.
 
     multiprocessing hands `sys.argv` on, so the `--parent` that a worker reads is written here by the process that
     starts it.
@@ -48,14 +107,46 @@ def enter() -> list[str]:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--parent"]:
-        die_with(int(arguments[1]))
-        arguments = arguments[2:]
-    sys.argv[1:] = ["--parent", str(os.getpid()), *arguments]
-    if on_cpu(arguments):
+    given = own(sys.argv[1:])
+    if given.parent is not None:
+        die_with(given.parent)
+    sys.argv[1:] = ["--parent", str(os.getpid()), *given.words, *given.rest]
+    if given.key:
+        keep_out_of_logs(given.key)
+    if on_cpu(list(given.rest)):
         patches.apply("sglang-cpu")
-    return arguments
+    _meet_where_told()
+    return given
+
+
+def keep_out_of_logs(secret: str) -> None:
+    """Have every log record of this process show stars in place of the secret."""
+    make = logging.getLogRecordFactory()
+
+    def starred(*args: Any, **named: Any) -> logging.LogRecord:
+        record = make(*args, **named)
+        with suppress(Exception):  # a record that cannot be formatted is logging's affair
+            if secret in (text := record.getMessage()):
+                record.msg, record.args = text.replace(secret, "***"), ()
+        return record
+
+    logging.setLogRecordFactory(starred)
+
+
+def _meet_where_told() -> None:
+    """Have torch's TCPStore, which listens on all networks, listen at its own address, or on loopback where that is all
+    networks: the ranks of a server of ours are on one machine."""
+    rendezvous = import_module("torch.distributed.rendezvous")  # the package has a function of that name
+    store = rendezvous.TCPStore
+
+    def listening(host_name: str, port: int, *args: Any, is_master: bool = False, **named: Any) -> Any:
+        if is_master:
+            address = "127.0.0.1" if host_name == "0.0.0.0" else host_name
+            with suppress(OSError), socket.create_server((address, port)) as listener:
+                named["master_listen_fd"] = listener.detach()
+        return store(host_name, port, *args, is_master=is_master, **named)
+
+    rendezvous.TCPStore = listening
 
 
 if __name__ == "__mp_main__":  # a worker

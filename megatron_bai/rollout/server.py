@@ -15,10 +15,10 @@ from types import TracebackType
 
 import psutil
 
-from megatron_bai.backend.machines import own_address
+from megatron_bai.backend.machines import is_loopback, own_address
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control, versions
+from megatron_bai.rollout import access, control, versions
 
 # Set by torchrun for the trainer, or by a proxied network: SGLang would take them for its own.
 _NOT_INHERITED = re.compile(
@@ -83,21 +83,28 @@ class SGLangServer:
         """Start its processes; `stop` must follow, whatever happens.
 
         Raises:
-            UserError: SGLang is absent or another release, or the port is taken.
+            UserError: SGLang is absent or another release, the port is taken, or others reach it and it has no key.
         """
+        access.check(self.rollout)
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
         versions.require_pinned(_installed(), "is installed")
         self.port = _free_port(self.rollout.host, self.rollout.port)
+        access.use_key([self.url], self.rollout.api_key_file)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *self._arguments()]
+        own = ["--parent", str(os.getpid())]
+        if self.rollout.api_key_file:
+            own += ["--key-file", os.path.abspath(self.rollout.api_key_file)]
+        if self.rollout.sync == "tensors":
+            own.append("--take-tensors")
+        command = [sys.executable, "-m", "megatron_bai.rollout.serve", *own, *self._arguments()]
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(self.device, self.rollout.tensor),
+                env=_environment(self.device, self.rollout.tensor, self.rollout.host),
                 start_new_session=True,
             )
 
@@ -198,10 +205,12 @@ def _installed() -> str | None:
         return None
 
 
-def _environment(device: str, tensor: int = 1) -> dict[str, str]:
+def _environment(device: str, tensor: int = 1, host: str = "127.0.0.1") -> dict[str, str]:
     """The trainer's, less what belongs to torchrun or a proxy, plus what a server of `tensor` ranks needs."""
     inherited = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.fullmatch(name)}
     fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if is_loopback(host):  # gloo would listen where the host's name leads
+        fixed["GLOO_SOCKET_IFNAME"] = "lo"
     if device == "cpu":  # a second thread a step costs more than it gives, most of all on a shared machine
         fixed |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         if tensor > 1:  # a core a rank: SGLang cannot divide them itself where it finds no NUMA node for each

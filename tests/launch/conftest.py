@@ -9,7 +9,7 @@ from pathlib import Path
 import netnodes
 import pytest
 import slurmd
-from launching import OPEN, REINFORCE, TORCHRUN, TRAIN, Run, launched
+from launching import REINFORCE, TORCHRUN, TRAIN, Run, launched
 from netnodes import Node
 from processes import free_port
 from slurmd import Slurm
@@ -40,13 +40,26 @@ def reference(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def key(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The setting of a key, without which no server may be where the other node reaches it."""
+    path = tmp_path_factory.mktemp("key") / "key"
+    path.touch(mode=0o600)
+    path.write_text("sesame-0123456789")
+    return f"rollout.api_key_file={path}"
+
+
+@pytest.fixture(scope="session")
 def server(
-    nodes: tuple[Node, Node], reference: Run, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> str:
-    """URL of an SGLang on the first node: a job of serve.sbatch, or where there is no Slurm the verb itself."""
+    nodes: tuple[Node, Node],
+    reference: Run,
+    key: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> list[str]:
+    """What names an SGLang on the first node: a job of serve.sbatch, or where there is no Slurm the verb itself."""
     directory, port = tmp_path_factory.mktemp("server"), free_port()
     words = ["experiment=demo", f"serve.checkpoint={reference.directory}/pretrained", f"run.dir={directory}"]
-    words += [*OPEN, f"rollout.port={port}"]
+    words += ["rollout.host=0.0.0.0", key, f"rollout.port={port}"]
     log = directory / "out"
     if slurmd.missing():
         nodes[0].start(log, sys.executable, "-m", "megatron_bai", "serve", *words)
@@ -57,11 +70,11 @@ def server(
     while "serving" not in (shown := log.read_text() if log.exists() else ""):
         assert "error" not in shown and time.monotonic() < deadline, shown
         time.sleep(0.3)
-    return f"http://{nodes[0].address}:{port}"
+    return [f"rollout.urls=[http://{nodes[0].address}:{port}]", key]
 
 
 @pytest.fixture(scope="session")
-def unbroken(nodes: tuple[Node, Node], server: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def unbroken(nodes: tuple[Node, Node], server: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Reinforcement learning in two processes on one node, to its end."""
     directory = tmp_path_factory.mktemp("unbroken")
-    return launched(directory, nodes[:1], "--processes", 2, *REINFORCE, f"rollout.urls=[{server}]")
+    return launched(directory, nodes[:1], "--processes", 2, *REINFORCE, *server)

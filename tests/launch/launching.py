@@ -20,7 +20,6 @@ REINFORCE += ["trainer.prompts_per_step=2", "trainer.group_size=2", "trainer.min
 REINFORCE += ["trainer.micro_batch_size=4", "trainer.save_every=1", "trainer.keep=99", "monitor.tensorboard=false"]
 REINFORCE += ["rollout.max_new_tokens=8", "rollout.concurrency=1"]
 REINFORCE += ["objective.kl_penalty=0.01", "objective.entropy_bonus=0.1"]  # something to learn whatever is sampled
-OPEN = ["rollout.host=0.0.0.0"]  # of a server that the other node must reach
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ def saved(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def broken(nodes: tuple[Node, Node], server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[str]]:
+def broken(
+    nodes: tuple[Node, Node], server: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, list[str]]:
     """The run, and the checkpoints there were while the network was cut."""
     run = tmp_path_factory.mktemp("broken")
     words = ["--nodes", 2, "--head", nodes[0].address, "--processes", 1, "--restarts", 3, *REINFORCE]
     with ThreadPoolExecutor(1) as pool:
-        going = pool.submit(launched, run, nodes, *words, f"rollout.urls=[{server}]", f"backend.timeout_s={SILENCE_S}")
+        going = pool.submit(launched, run, nodes, *words, *server, f"backend.timeout_s={SILENCE_S}")
 
         def until(pattern: str) -> None:
             """Some path below the run's directory is like this."""

@@ -42,4 +42,7 @@ def test_a_server_on_loopback_is_refused_on_several_machines(monkeypatch: pytest
     with pytest.raises(UserError, match="rollout.host=127.0.0.1 is reached from the server's machine alone"):
         session.validate(settings)
     settings.rollout.host = "0.0.0.0"
+    with pytest.raises(UserError, match="rollout.host=0.0.0.0 is reached from other machines: name a file"):
+        session.validate(settings)
+    settings.rollout.api_key_file = "key"
     session.validate(settings)

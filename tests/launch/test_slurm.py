@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import OPEN, REINFORCE, STEPS, Run
+from launching import REINFORCE, STEPS, Run
 from slurmd import Slurm
 
 from megatron_bai.model import manifest
@@ -30,11 +30,11 @@ def said(directory: Path, job: str) -> str:
 
 @pytest.mark.live
 def test_shortly_before_its_time_limit_a_run_is_queued_again(
-    submit: Callable[..., str], cluster: Slurm, unbroken: Run, tmp_path: Path
+    submit: Callable[..., str], cluster: Slurm, unbroken: Run, key: str, tmp_path: Path
 ) -> None:
     """On two nodes, with a server of its own on the first. It computes what one node does with a server elsewhere."""
     words = ["--processes", 1, "--logs", tmp_path / "logs", *REINFORCE, f"run.dir={tmp_path}/run"]
-    job = submit(["--nodes=2"], *words, *OPEN)
+    job = submit(["--nodes=2"], *words, "rollout.host=0.0.0.0", key)
     cluster.until(lambda: (tmp_path / "logs").is_dir(), job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does when the time is nearly up
     assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
@@ -44,11 +44,11 @@ def test_shortly_before_its_time_limit_a_run_is_queued_again(
 
 @pytest.mark.live
 def test_a_run_that_is_preempted_goes_on_and_one_that_is_cancelled_saves(
-    submit: Callable[..., str], cluster: Slurm, server: str, unbroken: Run, tmp_path: Path
+    submit: Callable[..., str], cluster: Slurm, server: list[str], unbroken: Run, tmp_path: Path
 ) -> None:
     """The server is on the other node. The run is far longer than it is let be."""
     words = ["--processes", 2, "--logs", tmp_path / "logs", *REINFORCE, "trainer.steps=999", f"run.dir={tmp_path}/run"]
-    job = submit(["--nodelist=node2"], *words, f"rollout.urls=[{server}]")
+    job = submit(["--nodelist=node2"], *words, *server)
 
     def stops() -> list[int]:
         return [int(step) for step in re.findall(r"stopped after step (\d+), as SIGTERM asked", said(tmp_path, job))]

@@ -10,7 +10,7 @@ from megatron_bai.routing.routes import RouteSignature
 
 VOCAB, LENGTH, STOP = 64, 128, 1
 SIGNATURE = RouteSignature(moe_layers=3, num_experts=8, topk=2)
-ROLLOUT = Rollout(max_new_tokens=32, max_total_tokens=8192, request_timeout_s=60.0)
+ROLLOUT = Rollout(max_new_tokens=32, max_total_tokens=8192, request_timeout_s=60.0, sync="tensors")
 
 
 def save_tiny(path: Path, seed: int, **changes: int) -> Path:

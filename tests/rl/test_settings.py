@@ -1,5 +1,6 @@
 """Contradictory settings are refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,11 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_schedules_that_cannot_be_followed(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         schedule.validate(config.Config(trainer=config.Trainer(**changes)))
+
+
+def test_a_key_that_cannot_be_read_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    """Unlike `validate`, which plans and presets go through where no key is."""
+    settings = changed(rollout__host="0.0.0.0", rollout__api_key_file=str(tmp_path / "key"))
+    session.validate(settings)
+    with pytest.raises(UserError, match="rollout.api_key_file=.*/key cannot be read"), session.open_session(settings):
+        raise AssertionError

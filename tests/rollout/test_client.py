@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,35 @@ def test_a_lasting_fault_is_one_clear_error(fault: str) -> None:
         client(url).generate([[2, 3]], 1, 0, STOP)
     assert url in str(caught.value) and "failed 2 times" in str(caught.value) and FAULTS[fault][1] in str(caught.value)
     assert calls == 2
+
+
+def _compressed(data: bytes) -> web.Response:
+    """A bomb: a thousandth of what it would become."""
+    return web.Response(body=gzip.compress(data), headers={"Content-Encoding": "gzip"}, content_type="application/json")
+
+
+BOMBS: dict[str, tuple[Any, str]] = {
+    "compressed": (lambda: _compressed(b" " * (64 << 20)), r"the reply is compressed \(gzip\), which was not asked"),
+    "long": (lambda: web.Response(text=" " * (4 << 20)), "the reply is longer than "),
+    "deep": (lambda: web.Response(text="[" * 50_000), "it is nested too deeply"),
+    "long number": (lambda: web.Response(text='{"output_ids": [' + "9" * 50_000 + "]}"), "Exceeds the limit"),
+    "ambiguous": (lambda: web.Response(text='{"a": [1], "a": [2]}'), "the key 'a' stands twice"),
+    "elsewhere": (lambda: web.Response(status=307, headers={"Location": "http://192.0.2.1/generate"}), "status 307"),
+    "unknown token": (lambda: web.json_response(_renamed(16)), "token 16 is outside the vocabulary of 16"),
+}
+
+
+def _renamed(token: int) -> dict[str, Any]:
+    reply = good_reply([2])
+    reply["output_ids"][0] = reply["meta_info"]["output_token_logprobs"][0][1] = token
+    return reply
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_hostile_reply_costs_no_more_than_its_request(name: str) -> None:
+    with serve(lambda request, body: BOMBS[name][0]()) as url:
+        with pytest.raises(UserError, match=f"failed 2 times at /generate: {BOMBS[name][1]}"):
+            client(url).generate([[2]], 1, 0, STOP)
 
 
 def test_a_hang_ends_after_the_time_out() -> None:

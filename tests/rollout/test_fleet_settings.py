@@ -32,7 +32,7 @@ def test_what_contradicts_itself_is_refused(settings: dict[str, Any], named: str
 
 def test_defaults_are_fine() -> None:
     fleet.validate(Rollout())
-    fleet.validate(Rollout(urls=["http://a", "http://b"], router="http://c"))
+    fleet.validate(Rollout(urls=["http://127.0.0.1:1", "http://localhost:2"], router="http://127.0.0.1:3"))
 
 
 def found(info: dict[str, Any], **settings: Any) -> fleet.Fleet:

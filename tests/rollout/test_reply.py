@@ -107,6 +107,48 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def hostile(change: Any) -> dict[str, Any]:
+    reply = good_reply(PROMPT)
+    change(reply, reply["meta_info"])
+    return reply
+
+
+def _tokens(reply: dict[str, Any], *ids: Any) -> None:
+    reply["output_ids"] = list(ids)
+    reply["meta_info"]["output_token_logprobs"] = [[-1.0, token, None] for token in ids]
+    reply["meta_info"]["weight_versions"] = [{"version": "v0", "start": 0, "end": len(ids)}]
+
+
+# What no SGLang sends: each would be an exception of another kind, or memory, or a wrong number.
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "endless": (lambda reply, meta: _tokens(reply, *[5] * 1000), "1000 tokens were returned, 4 asked for"),
+    "huge id": (lambda reply, meta: _tokens(reply, 10**400, 5, 5, 5), "no token id"),
+    "negative id": (lambda reply, meta: _tokens(reply, -1, 5, 5, 5), "no token id"),
+    "id that is no whole number": (lambda reply, meta: _tokens(reply, 5.0, 5, 5, 5), "no token id"),
+    "id that is true": (lambda reply, meta: _tokens(reply, True, 5, 5, 5), "no token id"),
+    "huge log-probability": (
+        lambda reply, meta: meta["output_token_logprobs"].__setitem__(0, [-(10**400), 5, None]), "not a finite number"
+    ),
+    "infinite in float32": (
+        lambda reply, meta: meta["output_token_logprobs"].__setitem__(0, [-1e39, 5, None]), "not a finite number"
+    ),
+    "NaN flood": (
+        lambda reply, meta: meta.update(output_token_logprobs=[[float("nan"), 5, None]] * 4), "not a finite number"
+    ),
+    "giant routes": (lambda reply, meta: meta.update(routed_experts="A" * (1 << 22)), "routes have 3145728 bytes"),
+    "span of half a token": (
+        lambda reply, meta: meta.update(weight_versions=[{"version": "v0", "start": 0.0, "end": 4.0}]), "whole tokens"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_refuses_what_is_hostile(name: str) -> None:
+    change, message = HOSTILE[name]
+    with pytest.raises(ValueError, match=message):
+        convert(hostile(change))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_refuses(fault: str) -> None:
     change, message = FAULTS[fault]
