@@ -238,6 +238,9 @@ class Rollout:
     overlap: bool = False  # sample the next step's groups while this one trains, one version behind
     max_staleness: int | None = None  # tokens sampled more versions ago count nowhere in the loss; unset: all count
     measure_sampled: bool = True  # overlap: a copy of the sampling weights and a forward more; tells discrepancy apart
+    max_failed_fraction: float = 0.1  # of a step's samples, after all retries: they are left out; more stop the run
+    incomplete_groups: str = "keep"  # of groups with a failed sample, count the others (keep) or none (drop)
+    restarts: int = 2  # within a step, of servers that ended, hang or lost their weights; one more stops the run
     deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
     servers: int = 1  # started by rank 0 on its machine, each with all weights
     tensor: int = 1  # tensor-parallel ranks of a server

@@ -16,6 +16,7 @@ def add_responses(
     group_size: int,
     bucket: int,
     valid: torch.Tensor | None = None,
+    sampled: torch.Tensor | None = None,
 ) -> None:
     """Add a replica's part of the step.
 
@@ -31,15 +32,17 @@ def add_responses(
         rewards: `[B]`.
         bucket: width of a length bucket in tokens.
         valid: `[B]` bool, samples that have a reward; None: all. The others count among lengths alone.
+        sampled: `[B]` bool, samples that are there at all; None: all.
     """
     valid = torch.ones_like(truncated) if valid is None else valid
+    sampled = torch.ones_like(truncated) if sampled is None else sampled
     rewards = rewards.double()
     stats.mean("reward_mean", rewards[valid])
     _add_groups(stats, rewards.reshape(-1, group_size), valid.reshape(-1, group_size))
-    stats.mean("response_length_mean", lengths)
-    stats.max("response_length_max", lengths)
-    stats.mean("truncated_fraction", truncated)
-    stats.tally("response_length", lengths)
+    stats.mean("response_length_mean", lengths[sampled])
+    stats.max("response_length_max", lengths[sampled])
+    stats.mean("truncated_fraction", truncated[sampled])
+    stats.tally("response_length", lengths[sampled])
     lows = lengths // bucket * bucket
     for low in lows[valid].unique().tolist():
         stats.mean(f"{REWARDS}{low}", rewards[valid & (lows == low)])

@@ -73,11 +73,17 @@ def open_rewards(settings: config.Reward, task: Task, log: Path) -> Iterator[Sco
 
 
 def rewarded(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-    """The samples with their rewards, or why they have none."""
-    items = [Item(prompts[sample.prompt], _text(task, sample), sample.response.tolist()) for sample in samples]
+    """The samples with their rewards, or why they have none. Those that are lost stay as they are."""
+    there = [sample for sample in samples if not sample.lost]
+    items = [Item(prompts[sample.prompt], _text(task, sample), sample.response.tolist()) for sample in there]
     scores = scorer(items)
-    assert len(scores) == len(samples), f"{len(scores)} rewards for {len(samples)} samples"
-    return [replace(sample, reward=score.value, failure=score.failure) for sample, score in zip(samples, scores)]
+    assert len(scores) == len(there), f"{len(scores)} rewards for {len(there)} samples"
+    given = iter(scores)
+    return [sample if sample.lost else _given(sample, next(given)) for sample in samples]
+
+
+def _given(sample: Sample, score: Score) -> Sample:
+    return replace(sample, reward=score.value, failure=score.failure)
 
 
 def _text(task: Task, sample: Sample) -> str:

@@ -39,7 +39,7 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
 
     def scores(items: list[Item]) -> list[Score]:
         asked = [(0, body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
-        found = requests.ask_all([url], "/classify", asked, limits, tolerant=True)
+        found = requests.ask_all([url], "/classify", asked, limits, tolerated=len(asked))
         return [Score(None, str(each)) if isinstance(each, UserError) else Score(each) for each in found]
 
     yield scores

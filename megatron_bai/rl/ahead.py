@@ -10,11 +10,16 @@ the weights, the seeds and the number of replicas, never on time.
 Ahead (`rollout.overlap`): the next step's groups are sampled in a thread while this one trains, with the weights as
 they were when it began. The thread speaks to servers and rewards and to no other rank; its work is done before the
 servers get new weights, and so before anything is saved.
+
+A request that fails for good ends its round, and the rollout waits for all ranks, who look after the servers together
+(`Inference.recover`): at once, or, where it runs ahead, after the next sync, since the actor's weights are newer than the
+servers' until then. What failed is asked again of servers that came back; otherwise it is lost, and its group goes on.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -27,7 +32,7 @@ from megatron_bai.rl.inference import Inference
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout import archive
 from megatron_bai.rollout.client import Wanted, sampling_seed
-from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.sample import Sample, lost_sample
 
 _FILES = "rollouts"  # the directory of a checkpoint that holds them
 
@@ -50,6 +55,9 @@ class Group:
         return all(sample is not None and sample.complete for sample in self.samples)
 
 
+Place: TypeAlias = tuple[Group, int]  # a group and a member
+
+
 class Ahead:
     """The groups of a replica that its next steps train. Its leader has them; every rank knows where the stream stands.
 
@@ -65,11 +73,13 @@ class Ahead:
         self.taken, self.begun = 0, False
         self._groups: list[Group] = []  # in progress, the oldest first
         self._ready: list[Group] = []  # of the next step
+        self._failed: list[tuple[Place, UserError]] = []  # of the rollout that was begun
+        self._tolerated = 0  # how many more samples of it may be lost
         self._thread = _Thread() if self.rollout.overlap and session.leader else None
         self._work: Future[None] | None = None
 
     def take(self, last: bool) -> list[Sample]:
-        """The groups of a step, rewarded; those of the next are begun where it overlaps. Collective over the replica.
+        """The groups of a step, rewarded; those of the next are begun where it overlaps. Collective over the world.
 
         Args:
             last: no step follows.
@@ -79,7 +89,8 @@ class Ahead:
         """
         if not self.begun:
             self._begin()
-        self.settle()
+            self._complete()
+        assert self._work is None and not self._failed, "`finish` comes after a sync, and before this"
         samples = [
             replace(sample, prompt=place) for place, group in enumerate(self._ready) for sample in group.samples
         ]
@@ -99,6 +110,36 @@ class Ahead:
             self._work.result()
             self._work = None
 
+    def finish(self) -> None:
+        """Have the rollout whole that was begun before a sync, which brought servers that failed back. Collective.
+
+        Raises:
+            UserError: as `Inference.recover`.
+        """
+        if self.begun:
+            if self._failed:
+                self._go_on([place for place, _ in self._failed])
+            self._complete()
+
+    def _complete(self) -> None:
+        """Until nothing of the rollout failed. Collective over the world, while the actor has the servers' weights."""
+        self.settle()
+        while self.inference.failed(self._failures()):
+            back = self.inference.recover(self._failures(), self._tolerated)
+            if self._failed:
+                self._go_on([place for place, _ in self._failed] if back else self._lose())
+                self.settle()
+
+    def _failures(self) -> list[UserError]:
+        return [error for _, error in self._failed]
+
+    def _lose(self) -> list[Place]:
+        """Give up what failed. Returns what is to be asked for next: nothing."""
+        for (group, member), error in self._failed:
+            group.samples[member] = lost_sample(0, group.prompt.ids, self.session.signature, str(error))
+        self._tolerated -= len(self._failed)
+        return []
+
     def _begin(self) -> None:
         """Take prompts, and have the next step's groups sampled."""
         session, settings = self.session, self.session.settings
@@ -110,33 +151,49 @@ class Ahead:
         prompts = session.task.prompts("train", settings.run.seed, start, fresh)
         blank: list[Sample | None] = [None] * settings.trainer.group_size
         self._groups += [Group(start + i, prompt, list(blank)) for i, prompt in enumerate(prompts)]
-        if self._thread:
-            self._work = self._thread.run(self._sample)
-        else:
-            self._sample()
+        self._tolerated = self.inference.tolerated(self.trained // session.data_size * settings.trainer.group_size)
+        self._go_on(self._in_progress())
 
-    def _sample(self) -> None:
-        """Rounds until enough groups are complete. Runs in the thread where it overlaps."""
+    def _go_on(self, places: list[Place]) -> None:
+        """Sample what is named, and what is needed besides."""
+        self._failed = []
+        if self._thread:
+            self._work = self._thread.run(partial(self._sample, places))
+        else:
+            self._sample(places)
+
+    def _sample(self, places: list[Place]) -> None:
+        """Rounds until enough groups are complete or a request failed. Runs in the thread where it overlaps."""
         wanted = self.trained // self.session.data_size
-        self._round()
-        while sum(group.complete for group in self._groups) < wanted:
-            self._round()
+        if places:
+            self._round(places)
+        while not self._failed and sum(group.complete for group in self._groups) < wanted:
+            self._round(self._in_progress())
+        if self._failed:
+            return
         complete = [group for group in self._groups if group.complete][:wanted]
         chosen = {group.number for group in complete}
         self._groups = [group for group in self._groups if group.number not in chosen]
         self._reward(complete)
         self._ready = complete
 
-    def _round(self) -> None:
-        seed, wanted, places = f"train/{self.session.settings.run.seed}", [], []
-        for index, group in enumerate(self._groups):
-            for member, sample in enumerate(group.samples):
-                if sample is None or not sample.complete:
-                    of = sampling_seed(seed, group.number, member)
-                    wanted.append(Wanted(index, list(group.prompt.ids), of, sample))
-                    places.append((group, member))
-        for (group, member), sample in zip(places, self.inference.advance(wanted), strict=True):
-            group.samples[member] = sample
+    def _in_progress(self) -> list[Place]:
+        """The samples that are not complete."""
+        samples = [(group, member, each) for group in self._groups for member, each in enumerate(group.samples)]
+        return [(group, member) for group, member, each in samples if each is None or not each.complete]
+
+    def _round(self, places: list[Place]) -> None:
+        seed, turns = f"train/{self.session.settings.run.seed}", {g.number: i for i, g in enumerate(self._groups)}
+        wanted = []
+        for group, member in places:
+            of = sampling_seed(seed, group.number, member)
+            wanted.append(Wanted(turns[group.number], list(group.prompt.ids), of, group.samples[member]))
+        for place, found in zip(places, self.inference.advance(wanted, self._tolerated), strict=True):
+            if isinstance(found, UserError):  # what there was of the sample stays
+                self._failed.append((place, found))
+            else:
+                group, member = place
+                group.samples[member] = found
 
     def _reward(self, groups: list[Group]) -> None:
         samples = [replace(sample, prompt=i) for i, group in enumerate(groups) for sample in group.samples]
@@ -160,10 +217,10 @@ class Ahead:
         """
         if not self.session.leader:
             return
-        assert self._work is None, "a rollout is being sampled while it is saved"
+        assert self._work is None and not self._failed, "a rollout is being sampled while it is saved"
         path = _file(directory, self.session.data_rank, self.session.data_size)
         path.parent.mkdir(exist_ok=True)
-        groups = [*self._ready, *self._groups]  # all begun, since a step samples before it ends
+        groups = [*self._ready, *self._groups]  # all begun, since a step samples before it ends; `read` counts on it
         samples = [(group.number, sample) for group in groups for sample in group.samples]
         archive.write(path, samples, self.session.signature)
 
@@ -178,15 +235,14 @@ class Ahead:
             return
         own = _file(directory, session.data_rank, session.data_size)
         files = [own] if own.is_file() else sorted((directory / _FILES).glob("*.npz"))
-        samples = [each for file in files for each in archive.read(file, session.signature)]
-        found = [samples[i : i + size] for i in range(0, len(samples), size)]
-        groups = []
-        for members in found:
-            number = members[0][0]
-            (prompt,) = session.task.prompts("train", session.settings.run.seed, number, 1)
-            groups.append(Group(number, prompt, [sample for _, sample in members]))
+        writers = session.data_size if files == [own] else len(files)
+        ready, rest = [], []
+        for file in files:
+            samples, chosen = archive.read(file, session.signature), self.trained // writers if self.begun else 0
+            groups = [self._group(samples[i : i + size]) for i in range(0, len(samples), size)]
+            ready += groups[:chosen]
+            rest += groups[chosen:]
         step = self.trained // session.data_size if self.begun else 0
-        ready, rest = ([g for g in groups if _rewarded(g) == which] for which in (True, False))
         if files != [own]:
             ready, rest = (sorted(each, key=lambda group: group.number) for each in (ready, rest))
             ready, rest = (each[session.data_rank :: session.data_size] for each in (ready, rest))
@@ -194,15 +250,15 @@ class Ahead:
             raise UserError(f"{directory / _FILES} holds {len(ready)} groups, the next step needs {step}: restore it")
         self._ready, self._groups = ready, rest
 
+    def _group(self, members: list[tuple[int, Sample]]) -> Group:
+        number = members[0][0]
+        (prompt,) = self.session.task.prompts("train", self.session.settings.run.seed, number, 1)
+        return Group(number, prompt, [sample for _, sample in members])
+
     def _held(self) -> int:
         """Groups a replica has between two steps."""
         waiting = self.worked_on - self.trained + (self.trained if self.begun else 0)
         return waiting // self.session.data_size if self.taken else 0
-
-
-def _rewarded(group: Group) -> bool:
-    """Whether it was chosen for a step: a reward, or the reason why there is none, comes with that."""
-    return all(sample.reward is not None or sample.failure for sample in group.samples)
 
 
 def _file(directory: Path, rank: int, size: int) -> Path:

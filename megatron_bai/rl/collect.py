@@ -15,7 +15,7 @@ from megatron_bai.rl import staleness
 from megatron_bai.rl.advantages import comparable, of_groups, uniform
 from megatron_bai.rl.ahead import Ahead
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
-from megatron_bai.rl.failures import count_failures
+from megatron_bai.rl.failures import count_failures, count_lost
 from megatron_bai.rl.inference import Inference
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
@@ -70,6 +70,15 @@ class Collector:
         if self.ahead:
             self.ahead.settle()
 
+    def finish(self) -> None:
+        """After a sync: what failed of a rollout that was begun before it is asked again. Collective.
+
+        Raises:
+            UserError: as `Inference.recover`.
+        """
+        if self.ahead:
+            self.ahead.finish()
+
     def collect(self, stats: Stats, last: bool = False) -> tuple[list[Sample], Batch]:
         """Sample this replica's groups, reward them and pad them to the length of the longest anywhere. Collective.
 
@@ -84,7 +93,7 @@ class Collector:
         rewards, valid = rewards_of(samples)
         critic = isinstance(objective, config.Ppo)  # which has an advantage for each token, later
         advantages = None if critic else of_groups(rewards, size, objective.advantage, valid)
-        counted = _counted(samples, rewards, valid, size, objective, stats)
+        counted = _counted(samples, rewards, valid, size, self.settings, stats)
         batch = self._batch(samples, rewards, advantages, counted)
         if self.ahead:
             staleness.settle(batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats)
@@ -97,7 +106,7 @@ class Collector:
     def _taken_ahead(self, last: bool, stats: Stats) -> list[Sample]:
         samples = self.ahead.take(last)
         self._add_responses(samples, stats)
-        count_failures(self.session, [sample.failure for sample in samples], "reward_failed_fraction", stats)
+        self._count_failures([(sample.lost, sample.failure) for sample in samples], stats)
         return samples
 
     def _groups(self, stats: Stats) -> list[Sample]:
@@ -109,23 +118,32 @@ class Collector:
         """
         size, objective = self.settings.trainer.group_size, self.settings.objective
         before, samples = self.taken, self._sample(self.prompts, stats)
-        failures = [sample.failure for sample in samples]
+        outcomes = [(sample.lost, sample.failure) for sample in samples]
         rounds = 0
         while rounds < objective.refill_rounds:
-            idle = np.flatnonzero(_idle(samples, size))
+            idle = np.flatnonzero(_idle(samples, size, self.settings.rollout.incomplete_groups))
             if not sum(self._of_replicas(len(idle))):
                 break
             rounds += 1
             fresh = self._sample(len(idle), stats)
-            failures += [sample.failure for sample in fresh]
+            outcomes += [(sample.lost, sample.failure) for sample in fresh]
             for i, place in enumerate(idle):
                 group = fresh[i * size : (i + 1) * size]
                 samples[place * size : (place + 1) * size] = [replace(each, prompt=int(place)) for each in group]
-        count_failures(self.session, failures, "reward_failed_fraction", stats)
+        self._count_failures(outcomes, stats)
         if objective.refill_rounds:
             stats.ratio("refill_rounds", rounds, 1)
             stats.ratio("prompts_tried", self.taken - before, 1)
         return samples
+
+    def _count_failures(self, outcomes: list[tuple[bool, str]], stats: Stats) -> None:
+        """Collective.
+
+        Args:
+            outcomes: of each sample, whether it is lost, and why it is or has no reward.
+        """
+        count_lost(self.session, [why if lost else "" for lost, why in outcomes], "rollout_failed_fraction", stats)
+        count_failures(self.session, [why for lost, why in outcomes if not lost], "reward_failed_fraction", stats)
 
     def _sample(self, count: int, stats: Stats) -> list[Sample]:
         """Groups for the next `count` prompts, of which every replica may want another number. Collective."""
@@ -141,9 +159,10 @@ class Collector:
     def _add_responses(self, samples: list[Sample], stats: Stats) -> None:
         lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
         truncated = torch.tensor([sample.finish != "stop" for sample in samples], dtype=torch.bool)
+        sampled = torch.tensor([not sample.lost for sample in samples], dtype=torch.bool)
         rewards, valid = map(torch.from_numpy, rewards_of(samples))
         size, width = self.settings.trainer.group_size, self.settings.monitor.bucket
-        add_responses(stats, lengths, truncated, rewards, size, width, valid)
+        add_responses(stats, lengths, truncated, rewards, size, width, valid, sampled)
 
     def _of_replicas(self, value: int) -> list[int]:
         """Each replica's value, by its data-parallel rank. Collective."""
@@ -170,11 +189,18 @@ def rewards_of(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([sample.reward or 0.0 for sample in samples]), valid
 
 
-def _idle(samples: list[Sample], group_size: int) -> np.ndarray:
-    """`[groups]` bool: nothing can be learned from the group, its rewards are all equal or fewer than two."""
+def _idle(samples: list[Sample], group_size: int, incomplete: str) -> np.ndarray:
+    """`[groups]` bool: nothing can be learned from the group, its rewards are all equal or fewer than two, or it lacks
+    some and is dropped for it."""
     rewards, valid = rewards_of(samples)
-    counts = comparable(valid, group_size) & ~uniform(rewards, group_size, valid)
+    counts = comparable(valid, group_size) & ~uniform(rewards, group_size, valid) & _kept(valid, group_size, incomplete)
     return ~counts.reshape(-1, group_size).any(axis=1)
+
+
+def _kept(valid: np.ndarray, group_size: int, incomplete: str) -> np.ndarray:
+    """`[B]` bool: what `rollout.incomplete_groups` leaves of groups in which a sample has no reward."""
+    whole = np.repeat(valid.reshape(-1, group_size).all(axis=1), group_size)
+    return whole if incomplete == "drop" else np.ones_like(whole)
 
 
 def _counted(
@@ -182,12 +208,14 @@ def _counted(
     rewards: np.ndarray,
     valid: np.ndarray,
     group_size: int,
-    objective: config.Policy,
+    settings: config.Config,
     stats: Stats,
 ) -> np.ndarray:
     """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
+    objective = settings.objective
     critic = isinstance(objective, config.Ppo)  # compares a sample with its value and not with others
     counted = valid.copy() if critic else comparable(valid, group_size)
+    counted &= _kept(valid, group_size, settings.rollout.incomplete_groups)
     if objective.drop_uniform_groups:
         counted &= ~uniform(rewards, group_size, valid)
     if objective.mask_overlong:

@@ -17,8 +17,9 @@ def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
     Adds `eval_accuracy` (avg@n: the mean over prompts of a prompt's mean reward) with the ends of its 95 % interval,
     `eval_accuracy_low` and `eval_accuracy_high` (`interval`); `eval_best`, the mean over prompts of the best reward
     (pass@n where rewards are 0 and 1); `eval_length`, the mean length of responses in tokens, `eval_truncated`, the share
-    cut off, and `eval_failed`, the share without a reward. Where training pays another reward than the data's own check,
-    `eval_exact` is the share of samples that this check finds right, of prompts that have an answer.
+    cut off, and `eval_failed`, the share without a reward, samples that were lost among them. Where training pays another
+    reward than the data's own check, `eval_exact` is the share of samples that this check finds right, of prompts that
+    have an answer.
     """
     settings, task = session.settings, session.task
     count, n, seed = task.eval_size, settings.trainer.eval_samples, settings.run.seed
@@ -30,10 +31,11 @@ def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
     for sample in samples:
         if sample.reward is not None:
             rewards[sample.prompt].append(sample.reward)
-        if settings.reward.name != "exact" and prompts[sample.prompt].answer:
+        there = not sample.lost
+        if there and settings.reward.name != "exact" and prompts[sample.prompt].answer:
             stats.ratio("eval_exact", task.reward(prompts[sample.prompt], sample.response), 1)
-        stats.ratio("eval_length", len(sample.response), 1)
-        stats.ratio("eval_truncated", sample.finish != "stop", 1)
+        stats.ratio("eval_length", len(sample.response), there)
+        stats.ratio("eval_truncated", there and sample.finish != "stop", there)
     everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, rewards if session.leader else [])
     known = [found for part in everyone for found in part if found]  # a prompt without any reward says nothing

@@ -1,4 +1,4 @@
-"""Rewards that failed: counted, told in one line, and fatal only when there is no other."""
+"""Samples and rewards that failed: counted, told in one line, and left out of the loss."""
 
 import sys
 
@@ -7,6 +7,18 @@ import torch.distributed as dist
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.session import Session
+
+
+def count_lost(session: Session, failures: list[str], metric: str, stats: Stats) -> None:
+    """Add `metric`, the share of samples whose request failed for good, and print a line if there are any. Collective.
+    How many there may be is `rollout.max_failed_fraction`'s affair, before.
+
+    Args:
+        failures: of this replica's samples, why each is lost, "" for those that are not.
+    """
+    failed, total, first = _count(session, failures, metric, stats)
+    if failed and session.lead:
+        print(f"{failed} of {total} samples are lost and left out; first: {first}", file=sys.stderr)
 
 
 def count_failures(session: Session, failures: list[str], metric: str, stats: Stats) -> None:
@@ -18,16 +30,21 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
     Raises:
         UserError: no sample of any replica has one.
     """
+    failed, total, first = _count(session, failures, metric, stats)
+    if not failed:
+        return
+    if failed == total:
+        raise UserError(f"all {total} rewards of a step failed (reward={session.settings.reward.name}), first: {first}")
+    if session.lead:
+        print(f"{failed} of {total} rewards failed, their samples are left out; first: {first}", file=sys.stderr)
+
+
+def _count(session: Session, failures: list[str], metric: str, stats: Stats) -> tuple[int, int, str]:
+    """How many failed of how many, in all replicas, and one's reason. Collective."""
     reasons = list(filter(None, failures))
     stats.ratio(metric, len(reasons), len(failures))
     mine = (len(reasons), len(failures), reasons[0] if reasons else "") if session.leader else (0, 0, "")
     everyone: list[tuple[int, int, str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    failed, total = sum(each[0] for each in everyone), sum(each[1] for each in everyone)
-    if not failed:
-        return
-    first = next(reason for _, _, reason in everyone if reason)
-    if failed == total:
-        raise UserError(f"all {total} rewards of a step failed (reward={session.settings.reward.name}), first: {first}")
-    if session.lead:
-        print(f"{failed} of {total} rewards failed, their samples are left out; first: {first}", file=sys.stderr)
+    first = next((reason for _, _, reason in everyone if reason), "")
+    return sum(each[0] for each in everyone), sum(each[1] for each in everyone), first

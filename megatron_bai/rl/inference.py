@@ -1,7 +1,7 @@
 """The trainer's view of the inference engine: start it, sample from it, give it new weights."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -12,16 +12,18 @@ import torch.distributed as dist
 
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import joined
 from megatron_bai.model import hf
 from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, Wanted
-from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout import fleet, sync
-from megatron_bai.rollout.fleet import Fleet
+from megatron_bai.rollout.fleet import Fleet, Servers
 from megatron_bai.rollout.group import OverGroup
 from megatron_bai.rollout.quantize import quantized
+from megatron_bai.rollout.sync import Carrier
 
 _PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived
 
@@ -35,14 +37,17 @@ class Inference:
             largest of the servers'.
     """
 
-    def __init__(self, session: Session, servers: Fleet, version: int, carrier: sync.Carrier | None):
+    def __init__(self, session: Session, servers: Fleet, version: int, supervised: Servers | None = None):
         """
         Args:
             version: of the weights before the first sync.
-            carrier: of tensors, on rank 0; None where weights travel as files.
+            supervised: the same servers as rank 0 has them, on rank 0.
         """
         settings = session.settings
-        self._session, self._servers, self._carrier = session, servers, carrier
+        self._session, self._servers, self._supervised = session, servers, supervised
+        self._carrier: Carrier | None = None
+        self._given = False
+        self._weights = version + 1  # the checkpoint below run.dir that a server can be started from
         self._client = self._client_of(servers.ask, session.data_rank)
         self._shapes = hf.shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
@@ -63,50 +68,104 @@ class Inference:
         first: int = 0,
         temperature: float | None = None,
     ) -> list[Sample]:
-        """Responses to this replica's prompts, with their rewards, on every rank of the replica. Collective over it.
+        """Responses to this replica's prompts, with their rewards, on every rank of the replica. Collective over the
+        world.
+
+        A sample that cannot be had is asked again once servers that failed are back, and is `lost` where none did.
 
         Args:
             seed, first, temperature: as in `RolloutClient.generate`.
 
         Raises:
-            UserError: the server failed, aborted a sample, or sampled with other weights than it was given.
+            UserError: a server failed too often, or aborted a sample.
         """
-        session, samples = self._session, None
-        if session.leader:
-            end = session.task.tokenizer.eos_token_id
-            samples = self._client.generate([p.ids for p in prompts], group_size, seed, end, first, temperature)
-            self._check(samples)
-            samples = self.reward(prompts, samples)
-        return session.deliver(samples)
+        session, found = self._session, []
+        tolerated = self.tolerated(len(prompts) * group_size)
+        while True:
+            if session.leader:
+                end, version = session.task.tokenizer.eos_token_id, str(self.version)
+                asked = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
+                found = self._client.generate(*asked, version=version, tolerated=tolerated, known=found)
+                self._refuse_aborted(found)
+            failures = [each for each in found if isinstance(each, UserError)]
+            if not self.failed(failures) or not self.recover(failures, tolerated):
+                break
+        samples = [
+            lost_sample(place // group_size, prompts[place // group_size].ids, session.signature, str(each))
+            if isinstance(each, UserError)
+            else each
+            for place, each in enumerate(found)
+        ]
+        return session.deliver(self.reward(prompts, samples) if session.leader else None)
 
     def reward(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
         """The samples with their rewards. A leader's alone."""
         return rewarded(self._session.scorer, self._session.task, prompts, samples)
 
-    def advance(self, wanted: list[Wanted]) -> list[Sample]:
+    def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample | UserError]:
         """One go of samples, by `rollout.partial_tokens`, without rewards. A leader's alone: it asks no other rank.
 
+        Args:
+            tolerated: how many may fail: why they did is in their place (`RolloutClient.generate`).
+
         Raises:
-            UserError: as `sample`.
+            UserError: a server aborted a sample.
         """
         session = self._session
         end, budget = session.task.tokenizer.eos_token_id, session.settings.rollout.partial_tokens
-        samples = self._client.sample(wanted, end, budget=budget)
-        self._check(samples, [len(each.former.response) if each.former else 0 for each in wanted])
-        return samples
+        found = self._client.sample(wanted, end, budget=budget, version=str(self.version), tolerated=tolerated)
+        self._refuse_aborted(found)
+        return found
 
-    def _check(self, samples: list[Sample], before: list[int] | None = None) -> None:
-        """Refuse what the server did not sample whole, and with the weights it was given.
+    def _refuse_aborted(self, found: list[Sample | UserError]) -> None:
+        if any(isinstance(each, Sample) and each.finish == "abort" for each in found):
+            where = ", ".join(self._servers.ask)
+            raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
+
+    def tolerated(self, samples: int) -> int:
+        """How many of so many samples of a replica may be lost."""
+        return int(self._session.settings.rollout.max_failed_fraction * samples)
+
+    def failed(self, failures: list[UserError]) -> bool:
+        """Whether samples of any replica failed. Collective.
 
         Args:
-            before: tokens of each response that are from earlier goes; None: there are none.
+            failures: of this replica's, on its leader.
         """
-        where = ", ".join(self._servers.ask)
-        for sample, start in zip(samples, before or [0] * len(samples), strict=True):
-            if sample.finish == "abort":
-                raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
-            if wrong := {span.version for span in sample.spans if span.end > start} - {str(self.version)}:
-                raise UserError(f"{where} sampled with weights {sorted(wrong)}, the trainer is at {self.version}")
+        return any(joined().together(lambda: bool(failures)))
+
+    def recover(self, failures: list[UserError], tolerated: int) -> bool:
+        """Whether servers had failed and are back, with the weights in use, which the actor must still have: what failed
+        is worth asking again. Collective.
+
+        Args:
+            failures: as in `failed`.
+            tolerated: how many there may be.
+
+        Raises:
+            UserError: there are more in some replica, and no server to bring back; or one failed too often.
+        """
+        if self._revived():
+            self._give(again=True)
+            return True
+        joined().together(lambda: self._tolerate(failures, tolerated))
+        return False
+
+    def _tolerate(self, failures: list[UserError], tolerated: int) -> None:
+        if len(failures) > tolerated:
+            bound = self._session.settings.rollout.max_failed_fraction
+            raise UserError(
+                f"{len(failures)} samples of a replica failed, more than rollout.max_failed_fraction={bound:g} allows; "
+                f"first: {failures[0]}"
+            )
+
+    def _revived(self) -> bool:
+        """`Servers.revive` on rank 0. Collective."""
+        checkpoint, version = _weights(self._session, self._weights), str(self.version)
+        if not joined().first(lambda: self._supervised.revive(checkpoint, version)):
+            return False
+        self.close()  # who came back is no member of the group that weights went through
+        return True
 
     def sync(self) -> None:
         """Give the servers the actor's weights as the next version, and prove that they use them. Collective.
@@ -114,32 +173,61 @@ class Inference:
         Raises:
             UserError: a server refused, or its log-probabilities are not those of the new weights.
         """
-        session, self.version = self._session, self.version + 1
+        if self._given:  # the first sync is to servers that were found or started a moment ago
+            self._revived()
+        if self._session.lead:
+            self._supervised.step()
+        self.version += 1
+        self._give()
+
+    def _give(self, again: bool = False) -> None:
+        """The actor's weights, as `version`, to all servers. Collective.
+
+        Args:
+            again: `version` is not new: the actor still has its weights, and so has the disk if they travel as files.
+        """
+        session = self._session
         if session.settings.rollout.sync == "disk":
-            self._through_files()
+            self._through_files(export=not again)
         else:
             self._through_memory()
         dist.barrier()
         self._prove()
+        self._given = True
 
-    def _through_files(self) -> None:
+    def _through_files(self, export: bool) -> None:
         session = self._session
-        directory = _export(session, self.version)
+        directory = _export(session, self.version) if export else _weights(session, self.version)
         if session.lead:
             sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
-            if self.version:
-                rmtree(_weights(session, self.version - 1), ignore_errors=True)
+            if self._weights != self.version:
+                rmtree(_weights(session, self._weights), ignore_errors=True)
+        self._weights = self.version
 
     def _through_memory(self) -> None:
         session, rollout = self._session, self._session.settings.rollout
         tensors = hf.tensors(session.actor.modules, session.settings.model)
         if session.lead:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
+            self._carrier = self._carrier or self._connected()
             bucket = rollout.sync_bucket_mib << 20
             sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._carrier, bucket)
         else:
             for _ in tensors:  # takes part in the gathering, and has nothing to give
                 pass
+
+    def _connected(self) -> Carrier:
+        """What brings tensors to the servers as they are now."""
+        servers, rollout, device = self._servers, self._session.settings.rollout, self._session.device.device
+        if rollout.sync == "tensors":
+            return sync.OverHttp(servers.urls, servers.sizes)
+        return OverGroup(servers.urls, servers.sizes, rollout.sync_host, device)
+
+    def close(self) -> None:
+        """Leave the process group shared with the servers, where there is one."""
+        if isinstance(self._carrier, OverGroup):
+            self._carrier.close()
+        self._carrier = None
 
     def _prove(self) -> None:
         """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks each server."""
@@ -197,27 +285,16 @@ def serve(session: Session, version: int = 0) -> Iterator[Inference]:
     settings = session.settings
     directory = None if settings.rollout.urls else _export(session, version)
     with ExitStack() as stack:
-        found: list[Fleet | None] = [None]
+        supervised, found = None, [None]
         if session.lead:
-            found[0] = fleet.running(settings.rollout) if directory is None else stack.enter_context(
+            supervised = fleet.running(settings.rollout) if directory is None else stack.enter_context(
                 fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
             )
-        dist.broadcast_object_list(found, src=0)
-        servers = found[0]
-        if session.lead:  # what was sent is the servers' now; a run's result is `trainer.save`
+            found[0] = supervised.fleet
+            # what was sent is the servers' now; a run's result is `trainer.save`
             stack.callback(rmtree, _weights(session, version).parent, ignore_errors=True)
-        carrier = _carrier(session, servers, stack) if session.lead else None
-        inference = Inference(session, servers, version - 1, carrier)
+        dist.broadcast_object_list(found, src=0)
+        inference = Inference(session, found[0], version - 1, supervised)
+        stack.callback(inference.close)
         inference.sync()
         yield inference
-
-
-def _carrier(session: Session, servers: Fleet, stack: ExitStack) -> sync.Carrier | None:
-    """What `rollout.sync` asks for, closed with the stack."""
-    rollout = session.settings.rollout
-    if rollout.sync == "tensors":
-        return sync.OverHttp(servers.urls, servers.sizes)
-    if rollout.sync == "group":
-        group = OverGroup(servers.urls, servers.sizes, rollout.sync_host, session.device.device)
-        return stack.enter_context(closing(group))
-    return None

@@ -61,6 +61,9 @@ class RouteKeeper:
             known = micro.routed if self.settings.mode == "r3" else micro.routed | micro.missing
             for number, ids, routed in zip(micro.number.tolist(), whole, known.numpy(), strict=True):
                 sample = samples[number]
+                kept.append(number)
+                if sample.lost:
+                    continue
                 rows = len(sample.tokens) - 1
                 mine = (VersionSpan(str(version), 0, rows),)
                 recording = Recording(
@@ -72,9 +75,8 @@ class RouteKeeper:
                 )
                 envelope = encode(recording, self.settings.store_encoding)
                 self._writer.append(step, self.session.data_rank * len(samples) + number, self.settings.mode, envelope)
-                kept.append(number)
         if self._writer:
-            assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once"
+            assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once, if it has any"
             self._writer.sync()
 
     def _gathered(self, micro: Batch, own: MicroRoutes) -> np.ndarray | None:

@@ -33,7 +33,7 @@ from megatron_bai.rl.session import Session
 MAY_CHANGE = (
     "run.name", "run.dir", "backend.kind", "backend.timeout_s", "parallel.",
     "rollout.concurrency", "rollout.request_timeout_s", "rollout.start_timeout_s", "rollout.retries", "rollout.host",
-    "rollout.api_key_file",
+    "rollout.max_failed_fraction", "rollout.restarts", "rollout.api_key_file",
     "rollout.port", "rollout.servers", "rollout.tensor", "rollout.urls", "rollout.router", "rollout.sync",
     "rollout.sync_bucket_mib", "rollout.sync_host", "rollout.sync_tolerance", "rollout.max_total_tokens",
     "rollout.max_running_requests",

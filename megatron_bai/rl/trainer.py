@@ -188,6 +188,8 @@ class Loop:
                 self.collector.settle()
         with clock("sync"):
             self.inference.sync()
+        if self.settings.rollout.overlap:
+            self.collector.finish()
         every = self.settings.trainer.eval_every
         if every and ((step + 1) % every == 0 or step == 0):
             with clock("eval"):

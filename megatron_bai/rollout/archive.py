@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.sample import LOST, Sample
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 
@@ -48,7 +48,7 @@ def read(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
         check_ids(routes, signature, str(path))
         totals = [each["tokens"] for each in about]
         responses = [each["tokens"] - each["prompt"] for each in about]
-        rows = [total - 1 for total in totals]
+        rows = [0 if each["finish"] == LOST else each["tokens"] - 1 for each in about]
         parts = (_parts(tokens, totals), _parts(logprobs, responses), _parts(routes, rows), _parts(recorded, rows))
         return [(each["number"], _sample(each, *own)) for each, *own in zip(about, *parts, strict=True)]
     except OSError as error:

@@ -72,7 +72,10 @@ class RolloutClient:
         stop_token_id: int,
         first: int = 0,
         temperature: float | None = None,
-    ) -> list[Sample]:
+        version: str | None = None,
+        tolerated: int | None = None,
+        known: Sequence[Sample | UserError] = (),
+    ) -> list[Sample | UserError]:
         """Sample `group_size` responses to every prompt.
 
         Args:
@@ -82,26 +85,42 @@ class RolloutClient:
             first: number of the first prompt in the stream: the seed of a sample depends on its prompt's number, so that
                 it does not matter who asks for which part of the stream.
             temperature: None takes `rollout.temperature`.
+            version: of the weights that must have sampled; None takes any.
+            tolerated: how many samples may fail: why they did is returned in their place. When one more has failed
+                nobody waits for the rest, which have failed then, too. None: the first failure is raised.
+            known: what an earlier call with the same arguments returned: only what failed is asked again.
 
         Returns:
             `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted says so in
             `finish` and may be short.
 
         Raises:
-            UserError: a prompt the model cannot take, before anything is sent; or the server failed.
+            UserError: a prompt the model cannot take, before anything is sent; or a sample failed.
         """
         members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
         wanted = [Wanted(index, ids, sampling_seed(seed, first + index, member)) for index, ids, member in members]
-        return self.sample(wanted, stop_token_id, temperature)
+        found = list(known) or [None] * len(members)
+        lacking = [place for place, each in enumerate(found) if not isinstance(each, Sample)]
+        asked = self.sample([wanted[i] for i in lacking], stop_token_id, temperature, 0, version, tolerated)
+        for place, each in zip(lacking, asked, strict=True):
+            found[place] = each
+        return found
 
     def sample(
-        self, wanted: Sequence[Wanted], stop_token_id: int, temperature: float | None = None, budget: int = 0
-    ) -> list[Sample]:
+        self,
+        wanted: Sequence[Wanted],
+        stop_token_id: int,
+        temperature: float | None = None,
+        budget: int = 0,
+        version: str | None = None,
+        tolerated: int | None = None,
+    ) -> list[Sample | UserError]:
         """Begin samples, or go on with them.
 
         Args:
-            stop_token_id, temperature: as in `generate`.
+            stop_token_id, temperature, tolerated: as in `generate`.
             budget: new tokens of each at most; 0: `rollout.max_new_tokens`, which always is the most of all its parts.
+            version: of the weights that must have sampled what is new; None takes any.
 
         Returns:
             Each with what there was of it before. One that used up its budget is not `complete`.
@@ -112,8 +131,9 @@ class RolloutClient:
         for each in wanted:
             self._check_ids(each.ids, self.rollout.max_new_tokens, f"prompt {each.prompt}")
         budget = budget or self.rollout.max_new_tokens
-        requests = [self._sampling_request(each, stop_token_id, temperature, budget) for each in wanted]
-        return self._run(requests, max((len(each.ids) for each in wanted), default=0) + self.rollout.max_new_tokens)
+        requests = [self._sampling_request(each, stop_token_id, temperature, budget, version) for each in wanted]
+        longest = max((len(each.ids) for each in wanted), default=0) + self.rollout.max_new_tokens
+        return self._run(requests, longest, tolerated)
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
         """The server's own log-probabilities of given tokens, at temperature 1.
@@ -142,7 +162,7 @@ class RolloutClient:
             )
 
     def _sampling_request(
-        self, wanted: Wanted, stop_token_id: int, temperature: float | None, budget: int
+        self, wanted: Wanted, stop_token_id: int, temperature: float | None, budget: int, version: str | None
     ) -> Request[Sample]:
         former = wanted.former
         ids = wanted.ids if former is None else former.tokens.tolist()
@@ -166,6 +186,8 @@ class RolloutClient:
             part = to_sample(reply, wanted.prompt, ids, self.signature, limit, stop_token_id, start)
             if part.tokens.max() >= self.vocab_size:
                 raise ValueError(f"token {part.tokens.max()} is outside the vocabulary of {self.vocab_size}")
+            if version is not None and (wrong := {span.version for span in part.spans} - {version}):
+                raise ValueError(f"sampled with weights {sorted(wrong)}, the trainer is at {version}")
             if part.finish == "length" and limit < left:
                 part = replace(part, finish=PARTIAL)
             return part if former is None else former.followed_by(part)
@@ -177,8 +199,8 @@ class RolloutClient:
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         return 0, body, lambda reply: to_scores(reply, ids, self.vocab_size)
 
-    def _run(self, requests: list[Request[T]], longest: int) -> list[T]:
-        """Results in order. The first failure ends all.
+    def _run(self, requests: list[Request[T]], longest: int, tolerated: int | None = None) -> list[T | UserError]:
+        """Results in order; `tolerated` as in `generate`.
 
         Args:
             longest: tokens of a request and its reply together.
@@ -188,7 +210,12 @@ class RolloutClient:
         setting = "rollout.request_timeout_s"
         limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         requests = [(self.first_server + turn, *request) for turn, *request in requests]
-        return ask_all(self.urls, "/generate", requests, limits)
+        found = ask_all(self.urls, "/generate", requests, limits, tolerated or 0)
+        if tolerated is None:
+            for each in found:
+                if isinstance(each, UserError):
+                    raise each
+        return found
 
 
 def longest_request(rollout: Rollout, max_length: int) -> int:

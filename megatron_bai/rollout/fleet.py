@@ -1,5 +1,7 @@
 """The servers of a run, all with the same weights: started and supervised by us, or already running elsewhere."""
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +15,8 @@ from megatron_bai.rollout.server import SGLangServer
 from megatron_bai.rollout.sync import each
 
 SYNCS = ("disk", "tensors", "group")
+INCOMPLETE = ("keep", "drop")
+_HEALTH_S = 30.0  # for the one token of /health
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,89 @@ class Fleet:
     ask: list[str]
 
 
+class Servers:
+    """The servers as rank 0 has them: which of them fail, and how they come back.
+
+    Attributes:
+        fleet: where they are.
+        own: those started here, by URL.
+    """
+
+    def __init__(self, fleet: Fleet, rollout: Rollout, own: dict[str, SGLangServer] | None = None):
+        self.fleet, self._rollout, self.own = fleet, rollout, own or {}
+        self._revived = 0
+
+    def step(self) -> None:
+        """A step is done: `rollout.restarts` counts anew."""
+        self._revived = 0
+
+    def revive(self, model_dir: Path, version: str | None = None) -> list[str]:
+        """Bring back every server that ended, hangs, or has other weights than `version`: ours are started anew, those
+        of others are waited for. What came back must be given its weights before it is asked for anything.
+
+        Args:
+            model_dir: a checkpoint of the model served.
+            version: None: whatever they have is right.
+
+        Returns:
+            What was wrong, in a line for each; they are printed as well. Empty: nothing was.
+
+        Raises:
+            UserError: that was once too often (`rollout.restarts`), or one does not come back.
+        """
+        found = each(self.fleet.urls, lambda url: self._wrong(url, version))
+        wrong = {url: why for url, why in zip(self.fleet.urls, found) if why}
+        for url, why in wrong.items():
+            self._revived += 1
+            if self._revived > self._rollout.restarts:
+                raise UserError(f"{why}: the server failed more than rollout.restarts={self._rollout.restarts} times")
+            server = self.own.get(url)
+            does = "it is started anew" if server else "it is waited for and given the run's weights"
+            print(f"{why}: {does} ({self._revived} of {self._rollout.restarts})", file=sys.stderr, flush=True)
+            if server:
+                server.stop(politely=False)
+                server.model_dir = model_dir
+                server.launch()
+        for url in wrong:
+            self.own[url].wait() if url in self.own else self._wait(url)
+        return list(wrong.values())
+
+    def _wrong(self, url: str, version: str | None) -> str:
+        """What keeps a server from sampling with the right weights; empty if nothing does."""
+        try:
+            if url in self.own:
+                self.own[url].check_alive()
+            patience = min(_HEALTH_S, self._rollout.request_timeout_s)
+            if not control.healthy(url, patience):
+                return f"SGLang at {url} does not answer /health within {patience:g} s"
+            found = control.weight_version(url)
+        except UserError as error:
+            return str(error)
+        return f"SGLang at {url} serves weights {found!r} and not {version!r}" if version not in (None, found) else ""
+
+    def _wait(self, url: str) -> None:
+        deadline = time.monotonic() + self._rollout.start_timeout_s
+        while not control.healthy(url):
+            if time.monotonic() > deadline:
+                limit = f"rollout.start_timeout_s={self._rollout.start_timeout_s:g} s"
+                raise UserError(f"SGLang at {url} did not come back within {limit}: start it again, then the run")
+            time.sleep(0.5)
+        _fit(url, self._rollout)
+
+
 def validate(rollout: Rollout) -> None:
     """Refuse settings of servers that contradict each other.
 
     Raises:
         UserError: names the setting.
     """
-    for name in ("servers", "tensor", "sync_bucket_mib"):
-        if getattr(rollout, name) < 1:
-            raise UserError(f"rollout.{name} is {getattr(rollout, name)}: it must be at least 1")
+    for name, least in (("servers", 1), ("tensor", 1), ("sync_bucket_mib", 1), ("restarts", 0), ("retries", 0)):
+        if getattr(rollout, name) < least:
+            raise UserError(f"rollout.{name} is {getattr(rollout, name)}: it must be at least {least}")
+    if not 0 <= rollout.max_failed_fraction < 1:
+        raise UserError(f"rollout.max_failed_fraction is {rollout.max_failed_fraction:g}: it must be from 0 to below 1")
+    if rollout.incomplete_groups not in INCOMPLETE:
+        raise UserError(f"rollout.incomplete_groups is {rollout.incomplete_groups!r}: choose {' or '.join(INCOMPLETE)}")
     if rollout.quantize not in ("", *FORMATS):
         raise UserError(f"rollout.quantize is {rollout.quantize!r}: choose {' or '.join(FORMATS)}, or leave it empty")
     if rollout.sync not in SYNCS:
@@ -53,7 +131,7 @@ def validate(rollout: Rollout) -> None:
 
 
 @contextmanager
-def started(model_dir: Path, rollout: Rollout, logs: Path, device: str) -> Iterator[Fleet]:
+def started(model_dir: Path, rollout: Rollout, logs: Path, device: str) -> Iterator[Servers]:
     """Start `rollout.servers` servers on this machine, all at once; stop them however the block ends.
 
     Args:
@@ -73,10 +151,10 @@ def started(model_dir: Path, rollout: Rollout, logs: Path, device: str) -> Itera
         for server in servers:
             server.wait()
         urls = [server.url for server in servers]
-        yield Fleet(urls, [rollout.tensor] * len(urls), urls)
+        yield Servers(Fleet(urls, [rollout.tensor] * len(urls), urls), rollout, dict(zip(urls, servers)))
 
 
-def running(rollout: Rollout) -> Fleet:
+def running(rollout: Rollout) -> Servers:
     """The servers at `rollout.urls`, found to be able to do what a run asks of them.
 
     Raises:
@@ -84,8 +162,17 @@ def running(rollout: Rollout) -> Fleet:
     """
     urls = [url.rstrip("/") for url in rollout.urls]
     access.use_key(urls, rollout.api_key_file)
-    found = each(urls, lambda url: control.get(url, "/server_info"))
-    for url, info in zip(urls, found):
-        versions.check(url, info, rollout.deterministic)
+    sizes = each(urls, lambda url: _fit(url, rollout))
     ask = [rollout.router.rstrip("/")] if rollout.router else urls
-    return Fleet(urls, [int(info.get("tp_size", 1)) for info in found], ask)
+    return Servers(Fleet(urls, sizes, ask), rollout)
+
+
+def _fit(url: str, rollout: Rollout) -> int:
+    """The tensor-parallel ranks of a server that can do what a run asks of it.
+
+    Raises:
+        UserError: as `running`.
+    """
+    info = control.get(url, "/server_info")
+    versions.check(url, info, rollout.deterministic)
+    return int(info.get("tp_size", 1))

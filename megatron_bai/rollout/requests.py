@@ -35,7 +35,7 @@ class Limits:
 
 
 def ask_all(
-    urls: Sequence[str], path: str, requests: Sequence[Request[T]], limits: Limits, tolerant: bool = False
+    urls: Sequence[str], path: str, requests: Sequence[Request[T]], limits: Limits, tolerated: int = 0
 ) -> list[T | UserError]:
     """Post every request; results in order. Holds no connection. Call it where no event loop runs.
 
@@ -43,26 +43,42 @@ def ask_all(
         urls: of servers that answer alike.
         requests: the first part of each is the place in `urls`, counted round, of the server that is asked first, and of
             the others after it where that fails; the last part raises ValueError for a reply that it cannot take.
-        tolerant: a request that fails for good leaves its UserError in its place; otherwise the first ends all.
+        tolerated: how many requests may fail for good. When one more has, nobody waits for the rest.
 
-    Raises:
-        UserError: names the server and what went wrong last.
+    Returns:
+        What each became. A request that failed, or that nobody waited for, has a UserError in its place, which names
+        the server and what went wrong last.
     """
 
-    async def run() -> list[T | BaseException]:
+    async def run() -> list[T | UserError]:
         gate = asyncio.Semaphore(limits.concurrency)
         timeout = aiohttp.ClientTimeout(total=limits.timeout_s)
         connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
         # Bodies stay as they were sent, so that `_read` sees their size.
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
-            asked = (_ask(session, gate, urls, path, limits, *request) for request in requests)
-            return await asyncio.gather(*asked, return_exceptions=tolerant)
+            asked = [asyncio.ensure_future(_ask(session, gate, urls, path, limits, *each)) for each in requests]
+            return await _collected(asked, tolerated)
 
-    found = asyncio.run(run())
-    for each in found:
-        if isinstance(each, BaseException) and not isinstance(each, UserError):
-            raise each
-    return found
+    return asyncio.run(run())
+
+
+async def _collected(asked: list[asyncio.Future], tolerated: int) -> list[Any]:
+    """Results or UserErrors, in order; what is not a UserError is raised."""
+    failures: list[UserError] = []
+    try:
+        for done in asyncio.as_completed(asked):
+            try:
+                await done
+            except UserError as error:
+                failures.append(error)
+                if len(failures) > tolerated:
+                    break
+    finally:
+        for each in asked:
+            each.cancel()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+    given_up = failures[0] if failures else None
+    return [given_up if isinstance(each, asyncio.CancelledError) else each for each in found]
 
 
 async def _ask(

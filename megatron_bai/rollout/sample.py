@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_bai.routing.routes import VersionSpan
+from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
-PARTIAL = "partial"
+PARTIAL, LOST = "partial", "lost"
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Sample:
         prompt_length: tokens of the prompt.
         logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
             inference engine, at the temperature sampled with.
-        routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`).
+        routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`); of one that is lost, none.
         spans: weight versions that the response's tokens were sampled with, covering them in order.
-        finish: `stop` (end token), `length` (ran out of tokens), `abort`, or `partial` (ran out of those of one go, and
-            is to be gone on with).
+        finish: `stop` (end token), `length` (ran out of tokens), `abort`, `partial` (ran out of those of one go, and is to
+            be gone on with), or `lost` (see `lost_sample`).
         recorded: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and for good where `failure` says why there is none.
     """
@@ -38,6 +38,11 @@ class Sample:
     recorded: np.ndarray | None = None
     reward: float | None = None
     failure: str = ""
+
+    @property
+    def lost(self) -> bool:
+        """Whether no server could be had to sample it: there is a prompt alone, and nothing to learn from."""
+        return self.finish == LOST
 
     @property
     def response(self) -> np.ndarray:
@@ -89,3 +94,15 @@ class Sample:
     def of_layers(self, columns: Sequence[int]) -> "Sample":
         """The same with the routes of some MoE layers, which are counted from 0."""
         return replace(self, routes=self.routes[:, list(columns)])
+
+
+def lost_sample(prompt: int, ids: Sequence[int], signature: RouteSignature, failure: str) -> Sample:
+    """Takes the place of a sample whose request failed for good: the prompt, no response, no row of routes, no reward.
+
+    Args:
+        prompt, ids: as in `Sample`.
+        failure: why it failed.
+    """
+    routes = np.zeros((0, signature.moe_layers, signature.topk), signature.dtype)
+    tokens, none = np.array(ids, dtype=np.int64), np.zeros(0, np.float32)
+    return Sample(prompt, tokens, len(tokens), none, routes, (), LOST, failure=failure)

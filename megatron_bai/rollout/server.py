@@ -25,6 +25,7 @@ _NOT_INHERITED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|SGLANG_\w+|\w+_proxy)", re.I
 )
 _PORTS = range(20000, 32768)  # Linux gives out those from 32768 on
+_LEFT = "resource_tracker"  # Python's warning of what processes that were killed left behind
 _STOP_S = 10.0  # from the polite signal to the other one
 
 
@@ -48,6 +49,7 @@ class SGLangServer:
         self.model_dir, self.rollout, self.log_path = Path(model_dir), rollout, Path(log_path)
         self.device, self.text = device, text
         self.port = rollout.port
+        self._launched, self._log_start = False, 0  # bytes of the log before those of the process at hand
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -80,7 +82,8 @@ class SGLangServer:
         self.wait()
 
     def launch(self) -> None:
-        """Start its processes; `stop` must follow, whatever happens.
+        """Start its processes; `stop` must follow, whatever happens. Once stopped it can be launched again, at the same
+        URL and with the same log.
 
         Raises:
             UserError: SGLang is absent or another release, the port is taken, or others reach it and it has no key.
@@ -89,7 +92,7 @@ class SGLangServer:
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
         versions.require_pinned(_installed(), "is installed")
-        self.port = _free_port(self.rollout.host, self.rollout.port)
+        self.port = _free_port(self.rollout.host, self.port)
         access.use_key([self.url], self.rollout.api_key_file)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         own = ["--parent", str(os.getpid())]
@@ -98,7 +101,8 @@ class SGLangServer:
         if self.rollout.sync == "tensors":
             own.append("--take-tensors")
         command = [sys.executable, "-m", "megatron_bai.rollout.serve", *own, *self._arguments()]
-        with open(self.log_path, "wb") as log:
+        with open(self.log_path, "ab" if self._launched else "wb") as log:
+            self._log_start, self._launched = log.tell(), True
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -121,12 +125,16 @@ class SGLangServer:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """End every process of the server, politely first. Bounded in time; a second call does nothing."""
+    def stop(self, politely: bool = True) -> None:
+        """End every process of the server. Bounded in time; a second call does nothing.
+
+        Args:
+            politely: ask them first, which is no use where they hang.
+        """
         if self._process is None:
             return
         group = self._process.pid  # it leads its session, so its group has its id
-        for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL)):
+        for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL))[not politely :]:
             if not _members(group):
                 break
             with suppress(ProcessLookupError):
@@ -144,7 +152,7 @@ class SGLangServer:
         """Raise a UserError that quotes the log if the server has ended."""
         if self._process is None or self._process.poll() is not None:
             code = self._process.returncode if self._process else "none"
-            words = last_error(self.log_path)
+            words = last_error(self.log_path, self._log_start)
             raise UserError(f"the SGLang server ended (exit code {code}): {words} [{self.log_path}]")
 
     def _arguments(self) -> list[str]:
@@ -182,15 +190,16 @@ class SGLangServer:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the SGLang server was not healthy after rollout.start_timeout_s={self.rollout.start_timeout_s:g}"
-                    f" s; its last words: {last_error(self.log_path)} [{self.log_path}]"
+                    f" s; its last words: {last_error(self.log_path, self._log_start)} [{self.log_path}]"
                 )
             time.sleep(0.25)
 
 
-def last_error(log_path: Path) -> str:
-    """The last line of a server's log that names an error, else the last line with anything in it."""
+def last_error(log_path: Path, start: int = 0) -> str:
+    """The last line of a server's log, from byte `start` on, that names an error, else the last with anything in it."""
     try:
-        lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+        text = log_path.read_bytes()[start:].decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip() and _LEFT not in line]
     except OSError as error:
         return f"no log ({error.strerror})"
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]

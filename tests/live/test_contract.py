@@ -70,7 +70,7 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
 
     with fake_sglang.serve(pass_on) as url:
         assert control.healthy(url)
-        servers = fleet.running(replace(ROLLOUT, urls=[url]))
+        servers = fleet.running(replace(ROLLOUT, urls=[url])).fleet
         client = RolloutClient(servers.ask, replace(ROLLOUT, max_new_tokens=4), SIGNATURE, VOCAB, LENGTH)
         client.generate([[5, 6, 7]], 2, 0, STOP)
         client.score([[5, 6, 7]])

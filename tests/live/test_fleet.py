@@ -28,7 +28,7 @@ def both(server: SGLangServer, checkpoints: dict[str, Path], tmp_path_factory: p
     """The session's server, and one of two tensor-parallel ranks."""
     logs, rollout = tmp_path_factory.mktemp("second"), replace(ROLLOUT, tensor=2)
     with fleet.started(checkpoints["v0"], rollout, logs, "cpu") as second:
-        yield fleet.running(replace(ROLLOUT, urls=[server.url, f"{second.urls[0]}/"]))
+        yield fleet.running(replace(ROLLOUT, urls=[server.url, f"{second.fleet.urls[0]}/"])).fleet
 
 
 @pytest.fixture(params=["tensors", "group"])
@@ -127,5 +127,5 @@ def test_both_answer_alike_and_each_is_asked(both: Fleet, checkpoints: dict[str,
 def test_a_server_without_what_rollouts_need_is_refused(both: Fleet, server: SGLangServer) -> None:
     with pytest.raises(UserError, match="does not answer /server_info"):
         fleet.running(replace(ROLLOUT, urls=["http://127.0.0.1:9"]))
-    routed = fleet.running(replace(ROLLOUT, urls=[server.url], router="http://127.0.0.1:9/"))
+    routed = fleet.running(replace(ROLLOUT, urls=[server.url], router="http://127.0.0.1:9/")).fleet
     assert (routed.urls, routed.ask) == ([server.url], ["http://127.0.0.1:9"])

@@ -22,16 +22,18 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.data import Sums, build_tokenizer
 from megatron_bai.errors import UserError
+from megatron_bai.merge.ranks import joined
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.collect import Collector
 from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rollout.client import Wanted, sampling_seed
-from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.rollout.sample import PARTIAL, Sample, lost_sample
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
 PROMPTS, SIZE, STEPS = 8, 4, 3
 GO, LONGEST = 3, 12  # tokens, of partial rollouts
 LATER = 6  # steps of them
+FAILING = (2, 4)  # versions whose first round has requests that fail
 
 
 def rewards_of(number: int) -> list[float | None]:
@@ -57,7 +59,7 @@ class Engine:
         for index in range(len(prompts)):
             self.asked.append([first + index, sampling_seed(seed, first + index, 0), prompts[index].text, temperature])
             for member, reward in enumerate(np.resize(rewards_of(first + index), size).tolist()):
-                reward = {"": reward, "fail": None, "uniform": 1.0}[self.mode]
+                reward = {"": reward, "lost": reward, "fail": None, "uniform": 1.0}[self.mode]
                 body = [5 + member]
                 if self.tokenizer and (first + index) % 2:
                     body = self.tokenizer.encode(f"answer:{prompts[index].answer}")
@@ -65,7 +67,10 @@ class Engine:
                 tokens, logprobs = np.array([*prompt, *response]), np.zeros(len(response), np.float32)
                 of = dict(prompt=index, tokens=tokens, prompt_length=len(prompt), logprobs=logprobs)
                 sample = Sample(routes=np.zeros((len(tokens) - 1, 1, 1), np.uint8), spans=(), finish="stop", **of)
-                samples.append(replace(sample, reward=reward, failure="" if reward is not None else "broken"))
+                sample = replace(sample, reward=reward, failure="" if reward is not None else "broken")
+                if self.mode == "lost" and reward is None:
+                    sample = lost_sample(index, prompts[index].ids, RouteSignature(1, 2, 1), "no server")
+                samples.append(sample)
         return samples
 
 
@@ -77,15 +82,28 @@ def tokenizer() -> Any:
 class Parts(Engine):
     """Samples in parts: a token is a function of seed, place and version, the length of the seed."""
 
-    def __init__(self, rollout: dict[str, Any], version: int = 0):
+    def __init__(self, rollout: dict[str, Any], version: int = 0, fault: str = ""):
         super().__init__()
-        self.budget = rollout.get("partial_tokens", LONGEST)
-        self.version, self.rounds, self.threads = version, [], set()
+        self.budget, self.fault, self.failing = rollout.get("partial_tokens", LONGEST), fault, set(fault and FAILING)
+        self.version, self.rounds, self.threads, self.recovered = version, [], set(), []
 
-    def advance(self, wanted: list[Wanted]) -> list[Sample]:
+    def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample | UserError]:
         self.threads.add(threading.current_thread().name)
         self.rounds.append(len(wanted))
-        return [self._part(each) for each in wanted]
+        fails, self.failing = self.version in self.failing, self.failing - {self.version}
+        if self.fault == "lost" and self.version - 1 in FAILING and "rollout" in self.threads:
+            fails = True  # once more after the sync
+        return [UserError("no server") if fails and each.seed % 3 == 0 else self._part(each) for each in wanted]
+
+    def tolerated(self, samples: int) -> int:
+        return samples
+
+    def failed(self, failures: list[UserError]) -> bool:
+        return any(joined().together(lambda: bool(failures)))
+
+    def recover(self, failures: list[UserError], tolerated: int) -> bool:
+        self.recovered.append([self.version, threading.current_thread().name])
+        return self.fault == "back"
 
     def _part(self, each: Wanted) -> Sample:
         former, length = each.former, 1 + each.seed % LONGEST
@@ -103,7 +121,8 @@ class Parts(Engine):
         return former.followed_by(part) if former else part
 
     def reward(self, prompts: list[Any], samples: list[Sample]) -> list[Sample]:
-        return [replace(sample, reward=float(len(sample.response) % 2)) for sample in samples]
+        given = [replace(sample, reward=float(len(sample.response) % 2)) for sample in samples]
+        return [was if was.lost else sample for was, sample in zip(samples, given)]
 
 
 def session(replicas: int, rank: int, rollout: dict[str, Any] | None = None, **policy: Any) -> Any:
@@ -118,10 +137,12 @@ def session(replicas: int, rank: int, rollout: dict[str, Any] | None = None, **p
     return SimpleNamespace(**vars(place), settings=settings, device=SimpleNamespace(device=torch.device("cpu")))
 
 
-def collected(replicas: int, rank: int, mode: str = "", **policy: Any) -> dict[str, Any]:
+def collected(
+    replicas: int, rank: int, mode: str = "", rollout: dict[str, Any] | None = None, **policy: Any
+) -> dict[str, Any]:
     """Groups of `STEPS` steps, by the numbers of their prompts."""
     engine = Engine(mode)
-    here = session(replicas, rank, **policy)
+    here = session(replicas, rank, rollout, **policy)
     collector = Collector(here, engine)
     steps = []
     for _ in range(STEPS):
@@ -133,7 +154,7 @@ def collected(replicas: int, rank: int, mode: str = "", **policy: Any) -> dict[s
         assert [sample.prompt for sample in samples] == list(np.repeat(range(PROMPTS // replicas), SIZE))
         texts = {text: number for number, _, text, _ in engine.asked[asked:]}
         groups = [texts[here.task.tokenizer.decode(s.tokens[: s.prompt_length])] for s in samples[::SIZE]]
-        assert [s.reward for s in samples[::SIZE]] == [rewards_of(g)[0] for g in groups] or mode
+        assert [s.reward for s in samples[::SIZE]] == [rewards_of(g)[0] for g in groups] or mode not in ("", "lost")
         values = stats.gathered(True).values()
         steps.append({"groups": groups, "asked": engine.asked[asked:], "values": values, **collector.state()})
     return {"steps": steps}
@@ -147,10 +168,10 @@ def told(samples: list[Sample], task: Any) -> list[Any]:
     ]
 
 
-def ahead(directory: Path, replicas: int, rank: int, **rollout: Any) -> dict[str, Any]:
+def ahead(directory: Path, replicas: int, rank: int, fault: str = "", **rollout: Any) -> dict[str, Any]:
     """Steps of partial rollouts, of such ahead, or of both; each state is kept, and half of them are done once more."""
-    here, kept = session(replicas, rank, rollout), directory / f"kept-{'-'.join(rollout)}-{replicas}"
-    engine = Parts(rollout)
+    here, kept = session(replicas, rank, rollout), directory / f"kept-{'-'.join(rollout)}{fault}-{replicas}"
+    engine = Parts(rollout, fault=fault)
     collector, steps, states = Collector(here, engine), [], []
     for step in range(LATER):
         if rank == 0:
@@ -159,12 +180,13 @@ def ahead(directory: Path, replicas: int, rank: int, **rollout: Any) -> dict[str
         states.append(collector.state())
         collector.write(kept / str(step))
         steps.append(_ahead_step(here, collector, engine, step))
-    again, other = Parts(rollout, LATER // 2), session(replicas, rank, rollout)
+    again, other = Parts(rollout, LATER // 2, fault), session(replicas, rank, rollout)
     collector = Collector(other, again)
     collector.restore(states[LATER // 2])
     collector.read(kept / str(LATER // 2))
     repeated = [_ahead_step(other, collector, again, step) for step in range(LATER // 2, LATER)]
-    return {"steps": steps, "repeated": repeated, "threads": sorted(engine.threads), "states": states}
+    more = {"threads": sorted(engine.threads), "recovered": engine.recovered}
+    return {"steps": steps, "repeated": repeated, "states": states, **more}
 
 
 def _ahead_step(here: Any, collector: Collector, engine: Parts, step: int) -> dict[str, Any]:
@@ -172,6 +194,7 @@ def _ahead_step(here: Any, collector: Collector, engine: Parts, step: int) -> di
     samples = collector._taken_ahead(step == LATER - 1, stats)
     collector.settle()
     engine.version += 1
+    collector.finish()
     held = collector.ahead._groups + collector.ahead._ready
     return {
         "samples": told(samples, here.task), "rounds": engine.rounds[rounds:], **collector.state(),
@@ -191,8 +214,8 @@ def moved(directory: Path, replicas: int, rank: int) -> dict[str, Any]:
     return {"steps": [_ahead_step(here, collector, engine, step) for step in range(LATER // 2, LATER)]}
 
 
-def evaluated(replicas: int, rank: int, other_reward: bool = False) -> dict[str, Any]:
-    here, stats, engine = session(replicas, rank), Stats(), Engine()
+def evaluated(replicas: int, rank: int, mode: str = "", other_reward: bool = False) -> dict[str, Any]:
+    here, stats, engine = session(replicas, rank), Stats(), Engine(mode)
     if other_reward:
         here.settings.reward, engine.tokenizer = config.Function(), here.task.tokenizer
     evaluate(here, engine, stats)
@@ -201,18 +224,26 @@ def evaluated(replicas: int, rank: int, other_reward: bool = False) -> dict[str,
 
 def work(directory: Path, replicas: int, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store-{replicas}", rank=rank, world_size=replicas)
+    dropped = {"drop_uniform_groups": True, "refill_rounds": 20}
     found = {
         "plain": collected(replicas, rank),
-        "refilled": collected(replicas, rank, drop_uniform_groups=True, refill_rounds=20),
+        "refilled": collected(replicas, rank, **dropped),
         "bounded": collected(replicas, rank, drop_uniform_groups=True, refill_rounds=1),
         "uniform": collected(replicas, rank, "uniform", drop_uniform_groups=True, refill_rounds=2),
         "failed": collected(replicas, rank, "fail"),
+        "lost": collected(replicas, rank, "lost"),
+        "whole": collected(replicas, rank, "lost", {"incomplete_groups": "drop"}, **dropped),
         "evaluated": evaluated(replicas, rank),
         "partial": ahead(directory, replicas, rank, partial_tokens=GO),
         "overlap": ahead(directory, replicas, rank, overlap=True),
         "both": ahead(directory, replicas, rank, partial_tokens=GO, overlap=True),
+        "partial, back": ahead(directory, replicas, rank, "back", partial_tokens=GO),
+        "overlap, back": ahead(directory, replicas, rank, "back", overlap=True),
+        "partial, lost": ahead(directory, replicas, rank, "lost", partial_tokens=GO),
+        "overlap, lost": ahead(directory, replicas, rank, "lost", overlap=True),
         "moved": moved(directory, replicas, rank),
         "evaluated with another reward": evaluated(replicas, rank, other_reward=True),
+        "evaluated without": evaluated(replicas, rank, "lost"),
     }
     (directory / f"{replicas}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -67,10 +67,16 @@ class Rollouts:
         routes, reward = random_routes(len(tokens) - 1, random), float(number % 2)
         return Sample(place, tokens, len(prompt.ids), logprobs, routes, spans, "stop", reward=reward)
 
-    def advance(self, wanted: list[Wanted]) -> list[Sample]:
+    def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample]:
         """Parts of samples, of `rollout.partial_tokens` each."""
         self.seen(self.version)
         return [self._part(each) for each in wanted]
+
+    def tolerated(self, samples: int) -> int:
+        return 0
+
+    def failed(self, failures: list) -> bool:
+        return False
 
     def _part(self, wanted: Wanted) -> Sample:
         former, budget = wanted.former, self.session.settings.rollout.partial_tokens

@@ -12,6 +12,8 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import collect
 from megatron_bai.rl.batch import from_samples
 from megatron_bai.rl.reference import Reference
+from megatron_bai.rollout.sample import lost_sample
+from megatron_bai.routing.missing import settle
 
 REWARDS = np.array([0.0, 1, 0, 0, 1, 1, 1, 1])  # two groups of four
 CUT = (0, 5)  # at the token limit
@@ -31,16 +33,42 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
 ) -> None:
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
-    counted = collect._counted(finished, REWARDS, np.ones(8, dtype=bool), 4, config.Minirl(**options), stats)
+    settings = config.Config(objective=config.Minirl(**options))
+    counted = collect._counted(finished, REWARDS, np.ones(8, dtype=bool), 4, settings, stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
 
 
-def test_samples_without_reward_and_those_with_nothing_to_compare_are_left_out() -> None:
-    finished = [SimpleNamespace(finish="stop") for _ in range(8)]
-    valid = np.array([True, False, True, True, False, False, True, False])
-    counted = collect._counted(finished, REWARDS, valid, 4, config.Minirl(), Stats())
-    assert np.nonzero(~counted)[0].tolist() == [1, 4, 5, 6, 7]
+@pytest.mark.parametrize(
+    ("objective", "rule", "left_out"),
+    [
+        (config.Minirl(), "keep", [1, 8, 9, 10, 11]),
+        (config.Minirl(), "drop", [0, 1, 2, 3, 8, 9, 10, 11]),
+        (config.Ppo(), "keep", [1, 8, 9, 11]),  # a critic compares a sample with nothing but its value
+        (config.Ppo(), "drop", [0, 1, 2, 3, 8, 9, 10, 11]),
+    ],
+)
+def test_samples_without_reward_are_left_out_alone_or_with_their_group(
+    objective: config.Policy, rule: str, left_out: list[int]
+) -> None:
+    """Three groups: one lacks a reward, one lacks none, one has nothing to compare its only one with."""
+    finished = [SimpleNamespace(finish="stop") for _ in range(12)]
+    valid = np.array([True, False, True, True, *[True] * 4, False, False, True, False])
+    settings = config.Config(objective=objective, rollout=config.Rollout(incomplete_groups=rule))
+    counted = collect._counted(finished, np.tile([0.0, 1, 0, 0], 3), valid, 4, settings, Stats())
+    assert np.nonzero(~counted)[0].tolist() == left_out
+
+
+def test_a_lost_sample_is_padding_to_everything_but_its_group() -> None:
+    there = samples(3, np.random.default_rng(0))
+    gone = lost_sample(there[0].prompt, there[0].tokens[: there[0].prompt_length], SIGNATURE, "no server")
+    batch = from_samples([*there, gone], REWARDS[:4], 24, 0, SIGNATURE, counted=np.array([True, True, True, False]))
+    alone = from_samples(there, REWARDS[:3], 24, 0, SIGNATURE)
+    assert not (batch.mask[3].any() or batch.routed[3].any() or batch.missing[3].any())
+    assert batch.lengths[3] == there[0].prompt_length and (batch.targets[3] >= 0).sum() == batch.lengths[3] - 1
+    for name in ("tokens", "mask", "infer_logprobs", "routed", "prompt_tokens"):
+        assert torch.equal(getattr(batch, name)[:3], getattr(alone, name)), name
+    assert settle("strict", batch.mask, batch.routed, batch.missing)[1].rows == 0
 
 
 def test_what_is_left_out_is_in_no_count_but_is_still_measured_before() -> None:

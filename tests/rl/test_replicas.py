@@ -16,7 +16,7 @@ from megatron_bai.rollout.client import sampling_seed
 pytestmark = pytest.mark.distributed
 WORLDS = (1, 2, 4)
 PROMPTS, SIZE, STEPS = 8, 4, 3
-GO, LONGEST, LATER = 3, 12, 6
+GO, LONGEST, LATER, FAILING = 3, 12, 6, (2, 4)
 AHEAD = ("partial", "overlap", "both")
 
 
@@ -86,6 +86,30 @@ def test_failed_rewards_are_counted_and_only_all_of_them_stop_the_run(found: Any
         assert step[0]["values"]["reward_failed_fraction"] == pytest.approx(failed / (4 * PROMPTS)), expected
     for rank in found[replicas]:
         assert rank["failed"]["error"] == "all 32 rewards of a step failed (reward=exact), first: broken"
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_lost_samples_are_counted_apart_and_in_no_statistic_of_samples(found: Any, replicas: int) -> None:
+    """The rewards are those of the case before, in which the same samples have none."""
+    lost = 0.0
+    for step, plain in zip(steps(found[replicas], "lost"), steps(found[replicas], "plain")):
+        values, others = step[0]["values"], plain[0]["values"]
+        lost += values["rollout_failed_fraction"]
+        assert values["rollout_failed_fraction"] == others["reward_failed_fraction"]
+        assert values["reward_failed_fraction"] == others["rollout_failed_fraction"] == 0
+        for name in ("reward_mean", "group_variance", "response_length_mean", "truncated_fraction"):
+            assert values[name] == others[name], name
+    assert lost > 0
+    for rank in found[replicas]:
+        values, others = rank["evaluated without"]["values"], rank["evaluated"]["values"]
+        assert values == others and values["eval_failed"] > 0
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_groups_that_lost_a_sample_are_asked_anew_where_they_are_dropped(found: Any, replicas: int) -> None:
+    for step in steps(found[replicas], "whole"):
+        groups = [group for rank in step for group in rank["groups"]]
+        assert len(groups) == PROMPTS and all(counts(group) and group % 4 and group % 15 for group in groups)
 
 
 @pytest.mark.parametrize("replicas", WORLDS)
@@ -192,6 +216,44 @@ def test_a_step_ahead_has_the_groups_of_a_step_one_version_older(found: Any, rep
 def test_a_run_goes_on_with_the_samples_it_had(found: Any, replicas: int, case: str) -> None:
     for rank in found[replicas]:
         assert rank[case]["repeated"] == rank[case]["steps"][LATER // 2 :]
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_what_failed_is_sampled_once_servers_are_back(found: Any, replicas: int) -> None:
+    """In its own round where the step samples; after the next sync, with its weights, where it runs ahead."""
+    for rank in found[replicas]:
+        back, whole = ([step["samples"] for step in rank[case]["steps"]] for case in ("partial, back", "partial"))
+        assert back == whole
+        assert {thread for _, thread in rank["partial, back"]["recovered"]} == {"MainThread"}
+        assert {version for version, _ in rank["partial, back"]["recovered"]} == set(FAILING)
+        late = 0
+        for number, (step, whole) in enumerate(zip(rank["overlap, back"]["steps"], rank["overlap"]["steps"])):
+            for sample, other in zip(step["samples"], whole["samples"]):
+                assert sample[:5] == other[:5], "the sample is the same"
+                ((version, *_),) = sample[5]
+                late += version != other[5][0][0]
+                assert version == other[5][0][0] or (version == str(number) and number - 1 in FAILING)
+        assert late > 0 and rank["overlap, back"]["recovered"] == [], "a sync had brought the servers back"
+
+
+@pytest.mark.parametrize("case", ["partial", "overlap"])
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_what_no_server_samples_is_lost_and_its_group_goes_on(found: Any, replicas: int, case: str) -> None:
+    lost = 0
+    for number in range(LATER):
+        ranks = [rank[f"{case}, lost"]["steps"][number] for rank in found[replicas]]
+        samples = [sample for rank in ranks for sample in rank["samples"]]
+        gone = [sample for sample in samples if sample[3] == "lost"]
+        assert len(samples) == PROMPTS * SIZE and all(each[2] == each[5] == [] and each[4] is None for each in gone)
+        assert ranks[0]["values"]["rollout_failed_fraction"] == len(gone) / len(samples)
+        lost += len(gone)
+    assert lost > 0
+    for rank in found[replicas]:
+        recovered = rank[f"{case}, lost"]["recovered"]
+        assert {thread for _, thread in recovered} == {"MainThread"}
+        # Where it runs ahead only with the weights of the next sync, and not with those it began with.
+        assert {version for version, _ in recovered} == {"partial": {2, 4}, "overlap": {3, 4}}[case]
+        assert rank[f"{case}, lost"]["repeated"] == rank[f"{case}, lost"]["steps"][LATER // 2 :]
 
 
 @pytest.mark.parametrize("replicas", WORLDS)

@@ -9,18 +9,19 @@ from moe import SIGNATURE, samples
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import archive
-from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.rollout.sample import PARTIAL, Sample, lost_sample
 from megatron_bai.routing.routes import VersionSpan
 
 
 @pytest.fixture
 def made() -> list[tuple[int, Sample]]:
-    """One empty response, one partial, one failed, one whose routes are not all known."""
+    """One empty response, one partial, one failed, one whose routes are not all known, one lost."""
     found = samples(6, np.random.default_rng(3))
     spans = (VersionSpan("4", 0, 1), VersionSpan("5", 1, len(found[2].response)))
     found[2] = replace(found[2], spans=spans, finish=PARTIAL)
     found[3] = replace(found[3], failure="it took longer")
     found[4] = replace(found[4], reward=0.1, recorded=np.arange(len(found[4].routes)) > 2)
+    found[5] = lost_sample(0, [5, 6, 7], SIGNATURE, "no server")
     return [(100 + i // 2, sample) for i, sample in enumerate(found)]
 
 

@@ -217,6 +217,55 @@ def test_a_hostile_reply_costs_no_more_than_its_request(name: str) -> None:
             client(url).generate([[2]], 1, 0, STOP)
 
 
+def test_samples_that_fail_leave_the_reason_in_their_place_and_are_asked_again() -> None:
+    failing = {3}
+
+    def answer(request: web.Request, body: dict[str, Any]) -> Any:
+        asked.append(body["input_ids"][0])
+        return web.Response(status=500) if asked[-1] in failing else good_reply(body["input_ids"])
+
+    asked: list[int] = []
+    with serve(answer) as url:
+        first = client(url).generate([[2], [3], [4]], 2, 0, STOP, tolerated=2)
+        assert [isinstance(each, UserError) for each in first] == [False, False, True, True, False, False]
+        assert "failed 2 times at /generate: status 500" in str(first[2])
+        failing.clear()
+        asked.clear()
+        again = client(url).generate([[2], [3], [4]], 2, 0, STOP, tolerated=2, known=first)
+    assert asked == [3, 3] and [sample.tokens[0] for sample in again] == [2, 2, 3, 3, 4, 4]
+    assert all(after is before for before, after in zip(first, again) if not isinstance(before, UserError))
+
+
+def test_nobody_waits_for_the_rest_of_too_many_failures() -> None:
+    async def answer(request: web.Request, body: dict[str, Any]) -> Any:
+        asked.append(body["input_ids"][0])
+        if len(asked) > 2:
+            await asyncio.sleep(0.2)
+        return web.Response(status=500)
+
+    asked: list[int] = []
+    with serve(answer) as url:
+        found = client(url, retries=0, concurrency=2).generate([[2], [3], [4], [5]], 5, 0, STOP, tolerated=1)
+    assert len(found) == 20 and all(isinstance(each, UserError) and "status 500" in str(each) for each in found)
+    assert len(asked) < 20
+
+
+def test_samples_of_other_weights_are_refused_and_asked_of_the_next_server() -> None:
+    def answer(version: str) -> Any:
+        def handle(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+            reply = good_reply(body["input_ids"])
+            reply["meta_info"]["weight_versions"][0]["version"] = version
+            return reply
+
+        return handle
+
+    with serve(answer("default")) as old, serve(answer("7")) as new:
+        (sample,) = client(old, new).generate([[2]], 1, 0, STOP, version="7")
+        assert {span.version for span in sample.spans} == {"7"}
+        with pytest.raises(UserError, match=r"sampled with weights \['default'\], the trainer is at 7"):
+            client(old).generate([[2]], 1, 0, STOP, version="7")
+
+
 def test_a_hang_ends_after_the_time_out() -> None:
     async def answer(request: web.Request, body: dict[str, Any]) -> None:
         await asyncio.sleep(60)

@@ -40,7 +40,7 @@ def found(info: dict[str, Any], **settings: Any) -> fleet.Fleet:
         return info
 
     with serve(answer) as url:
-        return fleet.running(Rollout(urls=[url], **settings))
+        return fleet.running(Rollout(urls=[url], **settings)).fleet
 
 
 def test_a_server_says_what_it_is() -> None:
