@@ -5,19 +5,29 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 from command import SERVER, Command, Result, succeeded
+from omegaconf import OmegaConf
 from pipeline import ONE_PROCESS, Demo
+from processes import TESTS
 
-from megatron_bai.model import manifest
+from megatron_bai.config import Model, Rollout
+from megatron_bai.model import hf, manifest
+from megatron_bai.rollout.server import SGLangServer
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 
+KEY = "sesame-0123456789"
+Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`
 LONG = ["trainer.prompts_per_step=512", "rollout.deterministic=false"]  # its first rollout goes on for a while
 
 
@@ -144,17 +154,64 @@ def wrong_world(demo: Demo) -> Result:
     return demo.reinforce("wrong-world", 2, "parallel.pipeline=2").wait()
 
 
-def kill_server(demo: Demo) -> Result:
-    command = sampling(demo, "killed-server", 2)
+@dataclass(frozen=True)
+class Recovered:
+    """A run that a server failed: what it did, how long nobody sampled, and its directory."""
+
+    result: Result
+    seconds: float
+    directory: Path
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return json.loads((self.directory / "summary.json").read_text())["steps"]
+
+
+def until_asked_again(command: Command, log: Path) -> float:
+    """Seconds until a server answers more than it needs to start and to be proven."""
+    start, before = time.monotonic(), log.read_text(errors="replace").count("POST /generate")
+    command.until(lambda: log.read_text(errors="replace").count("POST /generate") > before + 8)
+    return time.monotonic() - start
+
+
+def kill_server(demo: Demo) -> Recovered:
+    """On two ranks, in the middle of its first rollout."""
+    run = demo.logs / "killed-server" / "run"
+    command = demo.reinforce("killed-server", 2, "trainer.steps=1", "trainer.eval_every=0")
+    command.until_sampling(run / "server.log")
     servers(command)[0].kill()
-    return command.wait()
+    seconds = until_asked_again(command, run / "server.log")
+    return Recovered(command.wait(), seconds, run)
 
 
-def hang_server(demo: Demo) -> Result:
-    limits = ["rollout.request_timeout_s=3", "rollout.retries=0"]
-    command = sampling(demo, "hanging-server", 1, *ONE_PROCESS, *limits)
-    servers(command)[0].suspend()
-    return command.wait()
+def old_weights(demo: Demo) -> Recovered:
+    """Somebody else's server, with a key, that its owner kills in the second rollout and starts again as it was."""
+    directory = demo.logs / "old-weights"
+    model, key = directory / "model", directory / "key"
+    directory.mkdir()
+    key.touch(mode=0o600)
+    key.write_text(KEY)
+    random_weights(model)
+    own = Rollout(dtype="bfloat16", sync="tensors", host="0.0.0.0", api_key_file=str(key))
+    with SGLangServer(model, own, directory / "server.log") as server:
+        words = ["trainer.steps=2", "trainer.eval_every=0", f"rollout.urls=[{server.url}]", "rollout.sync=tensors"]
+        command = demo.reinforce("old-weights", 1, *ONE_PROCESS, *words, f"rollout.api_key_file={key}")
+        command.until(lambda: "step    1/2" in command.said())
+        before = server.log_path.read_text().count("POST /generate")
+        command.until(lambda: server.log_path.read_text().count("POST /generate") > before + 16)
+        server.stop(politely=False)
+        start = time.monotonic()
+        server.start()
+        seconds = time.monotonic() - start + until_asked_again(command, server.log_path)
+        return Recovered(command.wait(), seconds, directory / "run")
+
+
+def random_weights(directory: Path) -> None:
+    """A checkpoint of the demo's model whose weights are not the demo's."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    described = hf.hf_config(Model(**OmegaConf.load(TESTS.parent / "conf/model/tiny.yaml")), torch.float32)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**described)).save_pretrained(directory)
 
 
 def interrupt(demo: Demo) -> Result:
@@ -172,34 +229,64 @@ def kill_rank(demo: Demo) -> Result:
 
 
 @pytest.fixture(scope="module")
-def faults(demo: Demo) -> dict[str, Result]:
+def faults(demo: Demo) -> dict[str, Any]:
     """What came of every fault of a run, two at a time."""
-    actions = (kill_server, wrong_world, hang_server, interrupt, terminate, kill_rank)
+    actions = (kill_server, old_weights, wrong_world, interrupt, terminate, kill_rank)
     with ThreadPoolExecutor(2) as pool:
         return dict(zip((act.__name__ for act in actions), pool.map(lambda act: act(demo), actions)))
 
 
-@pytest.mark.parametrize(
-    ("fault", "named"),
-    [
-        ("wrong_world", r"number of processes \(2\) is not a multiple of parallel.tensor × parallel.pipeline \(4\)"),
-        ("kill_server", r"SGLang at http://127.0.0.1:\d+ failed 3 times at /generate: Client\w+Error"),
-        ("hang_server", r"SGLang at .* failed 1 times at /generate: no answer within rollout.request_timeout_s=3 s"),
-    ],
-)
-def test_a_run_that_fails_says_so_once(faults: dict[str, Result], fault: str, named: str) -> None:
-    result = faults[fault]
+def test_a_run_that_fails_says_so_once(faults: dict[str, Any]) -> None:
+    result = faults["wrong_world"]
+    named = r"number of processes \(2\) is not a multiple of parallel.tensor × parallel.pipeline \(4\)"
     assert result.code != 0 and result.orphans == []
     assert len(result.complaints) == 1 and re.search(named, result.complaints[0]), result.err
     assert result.tracebacks == []
 
 
-@pytest.mark.parametrize("fault", ["interrupt", "terminate", "kill_rank"])
-def test_no_server_outlives_its_trainer(faults: dict[str, Result], fault: str) -> None:
-    result = faults[fault]
+def recovered(found: Recovered, said: str, steps: int) -> str:
+    """The line that a run says of a server that failed, having proved that the run lost nothing by it."""
+    result = found.result
+    assert (result.code, result.orphans, result.tracebacks) == (0, [], []), result.err
+    lines = [line for line in result.err.splitlines() if re.search(said, line)]
+    assert len(lines) == 1, result.err
+    assert [step["step"] for step in found.steps] == list(range(1, steps + 1))
+    for step in found.steps:
+        assert step["rollout_failed_fraction"] == 0 and step["route_coverage"] == 1.0
+        assert sum(count for name, count in step.items() if name.startswith("responses_by_length/")) == 16 * 8
+        assert 0 <= step["sync_gap"] <= 0.1 and 0 < step["kl_k3"] < 0.01  # the log-probabilities are the actor's
+    return lines[0]
+
+
+def test_a_server_killed_in_mid_generation_is_started_anew_and_nothing_is_lost(
+    faults: dict[str, Any], fault: Note
+) -> None:
+    said = r"^the SGLang server ended \(exit code -9\): .* \[.*server.log\]: it is started anew \(1 of 2\)$"
+    line = recovered(faults["kill_server"], said, steps=1)
+    lost = "nothing: a new one gets the weights in use, and what the old one owed is asked again"
+    fault("a server killed in mid-generation", lost, line, faults["kill_server"].seconds)
+
+
+def test_a_server_that_came_back_with_old_weights_is_given_those_in_use(faults: dict[str, Any], fault: Note) -> None:
+    """Of somebody else, who starts it again."""
+    said = r"^SGLang at http://127.0.0.1:\d+ .*: it is waited for and given the run's weights \(1 of 2\)$"
+    line = recovered(faults["old_weights"], said, steps=2)
+    lost = "nothing: no sample of other weights is taken; it is waited for and given those in use"
+    fault("a server restarted with old weights", lost, line, faults["old_weights"].seconds)
+
+
+def test_the_key_of_a_server_is_written_nowhere(faults: dict[str, Any]) -> None:
+    directory = faults["old_weights"].directory
+    found = [path for path in directory.parent.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert found == [directory.parent / "key"] and "api_key_file" in (directory / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["interrupt", "terminate", "kill_rank"])
+def test_no_server_outlives_its_trainer(faults: dict[str, Any], name: str) -> None:
+    result = faults[name]
     assert result.code != 0 and result.orphans == []
     assert result.complaints == [] and result.tracebacks == []  # nobody made a mistake
 
 
-def test_an_interrupted_run_says_so(faults: dict[str, Result]) -> None:
+def test_an_interrupted_run_says_so(faults: dict[str, Any]) -> None:
     assert "megatron-bai: interrupted" in faults["interrupt"].err

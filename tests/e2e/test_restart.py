@@ -1,6 +1,8 @@
 """A rank of a real run is killed -9; torchrun starts it again: it goes on with a new server and the samples it had."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ pytestmark = [pytest.mark.live, pytest.mark.distributed]
 STEPS = 4
 
 
-def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path, fault: Callable[..., None]) -> None:
     run = tmp_path / "run"
     words = [f"run.dir={run}", f"trainer.steps={STEPS}", "trainer.save_every=1", "trainer.save_async=true"]
     words += ["trainer.prompts_per_step=4", "trainer.group_size=4", "trainer.micro_batch_size=8", f"trainer.save={run}/result"]
@@ -19,6 +21,9 @@ def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path) -> None:
     command = torchrun(tmp_path / "log", 1, "--max-restarts=1", "-m", "megatron_bai", "train", *words)
     command.until(lambda: (run / "checkpoints" / "step-00001").is_dir())
     command.processes(SERVER)[0].parent().kill()
+    killed = time.monotonic()
+    command.until(lambda: "going on from" in command.said())
+    seconds = time.monotonic() - killed
     result = succeeded(command)
     assert f"going on from {run}/checkpoints/step-0000" in result.out
     summary = json.loads((run / "summary.json").read_text())
@@ -34,3 +39,6 @@ def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path) -> None:
     assert all(step["kl_k3"] < 0.1 * step["kl_k3_stale"] for step in measured), "the engines differ less than versions"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00003", "step-00004"]
     assert not (run / "weights").exists() and (run / "result" / "manifest.json").is_file()
+    line = next(line for line in result.out.splitlines() if "going on from" in line)
+    lost = "steps since the last checkpoint: torchrun (`--restarts`) starts all ranks again"
+    fault("a trainer rank killed", lost, line, seconds)

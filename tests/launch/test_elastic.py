@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def saved(run: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def broken(
     nodes: tuple[Node, Node], server: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Run, list[str]]:
-    """The run, and the checkpoints there were while the network was cut."""
+) -> tuple[Run, list[str], float]:
+    """The run, the checkpoints there were while the network was cut, and the seconds from its healing to the end."""
     run = tmp_path_factory.mktemp("broken")
     words = ["--nodes", 2, "--head", nodes[0].address, "--processes", 1, "--restarts", 3, *REINFORCE]
     with ThreadPoolExecutor(1) as pool:
@@ -56,11 +57,14 @@ def broken(
             whole = saved(run)
         finally:
             nodes[1].link("up")
-        return going.result(), whole
+        healed = time.monotonic()
+        return going.result(), whole, time.monotonic() - healed
 
 
-def test_after_a_kill_and_a_cut_it_is_the_run_that_was_not_broken(broken: tuple[Run, list[str]], unbroken: Run) -> None:
-    run, whole = broken
+def test_after_a_kill_and_a_cut_it_is_the_run_that_was_not_broken(
+    broken: tuple[Run, list[str], float], unbroken: Run
+) -> None:
+    run, whole, _ = broken
     summary = json.loads((run.directory / "summary.json").read_text())
     assert summary["complete"] and len(summary["resumed"]) == 2 and summary["resumed"][1] == len(whole)
     assert run.shown[0].count("going on from") == 2 and f"step    {STEPS}/{STEPS}" in run.shown[0]
@@ -69,7 +73,12 @@ def test_after_a_kill_and_a_cut_it_is_the_run_that_was_not_broken(broken: tuple[
     assert saved(run.directory) == [f"step-{step:05}" for step in range(1, STEPS + 1)]
 
 
-def test_what_is_shown_of_a_network_that_is_cut(broken: tuple[Run, list[str]]) -> None:
+def test_what_is_shown_of_a_network_that_is_cut(
+    broken: tuple[Run, list[str], float], fault: Callable[..., None]
+) -> None:
     """One line on each machine, and no traceback through our code."""
     for node, said in enumerate(broken[0].said):
         assert len(re.findall(SILENT, said)) == 1 and not re.search("File .*/megatron_bai/", said), (node, said)
+    line = re.search(f".*{SILENT}.*", broken[0].said[0])[0]
+    lost = "nothing within `backend.timeout_s`; after it the steps since the last checkpoint, with `--restarts`"
+    fault("the network between two nodes cut and healed", lost, line, broken[2])

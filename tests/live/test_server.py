@@ -1,6 +1,5 @@
 """A real SGLang server: what it returns is true, what it must survive it survives, and nothing of it is left behind."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -283,21 +282,3 @@ def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Pat
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         assert len(server) > 1 and gone(processes)
-
-
-def test_a_killed_server_is_one_clear_error(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with SGLangServer(checkpoints["v0"], ROLLOUT, tmp_path / "log") as server:
-        client = RolloutClient([server.url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
-        server.check_alive()
-        assert server.pid is not None
-        processes = family(server.pid)
-        os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match=rf"SGLang at {server.url} failed 3 times at /generate: Client\w+Error"):
-            client.generate([[5]], 1, 0, STOP)
-        with pytest.raises(UserError, match=r"the SGLang server ended \(exit code -9\): .*log\]"):
-            server.check_alive()
-        assert not control.healthy(server.url)
-        with pytest.raises(UserError, match="does not answer /model_info"):
-            control.weight_version(server.url)
-    assert gone(processes)
-    server.stop()

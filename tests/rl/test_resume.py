@@ -5,6 +5,7 @@ and gradient norm 3e-7 relative, of moments 6e-7 of their tensor's largest, of w
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from megatron_bai.monitor.progress import Progress
 from megatron_bai.monitor.report import flatten
 from megatron_bai.rl import resume
 from megatron_bai.rl.session import validate
+from megatron_bai.rl.signals import STOPPED
 from megatron_bai.routing.store import RouteStore
 
 pytestmark = pytest.mark.distributed
 RATE = config.Trainer().learning_rate
 TINY = config.Model(*[1] * 10)
+Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_the_last_checkpoints_are_kept(found: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_line_and_changes_nothing(
-    name: str, said: str, found: dict[str, Any]
+    name: str, said: str, found: dict[str, Any], fault: Note
 ) -> None:
     result = found[name]
     lines = result["runs"][0]["said"].splitlines()
@@ -177,6 +180,8 @@ def test_what_cannot_be_gone_on_with_is_one_line_and_changes_nothing(
     if name.startswith("damaged"):
         assert "without that directory it begins again from step-00001" in lines[0]
     assert result["checkpoints"] == ["step-00001", "step-00002"] and len(result["metrics"]) == 2
+    if name == "locked":
+        fault("two runs in one directory", "nothing: the second is refused", f"megatron-bai: {lines[0]}", None)
 
 
 def test_a_finished_run_is_done_and_a_longer_one_goes_on(found: dict[str, Any]) -> None:
@@ -195,13 +200,28 @@ def test_a_finished_run_without_checkpoints_is_neither_repeated_nor_lengthened(f
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_one_line_and_the_former_checkpoint_is_gone_on_from(
-    background: bool, found: dict[str, Any]
+    background: bool, found: dict[str, Any], fault: Note
 ) -> None:
     result = found[f"full-{background}"]
     lines = [line for line in result["runs"][0]["said"].splitlines() if not line.startswith("step ")]
     assert len(lines) == 1 and "checkpoints/.step-00002.unfinished cannot be written: " in lines[0]
     assert result["whole"] == ["step-00001"]
     assert "step-00001, after step 1" in result["runs"][1]["said"] and result["runs"][1]["codes"] == [0]
+    assert not result["real"] or "No space left on device" in lines[0]
+    lost = "steps since the last checkpoint, which is whole; the same command goes on from it"
+    fault("the disk is full at a checkpoint", lost, f"megatron-bai: {lines[0]}", result["runs"][1]["seconds"])
+
+
+def test_sigterm_ends_the_step_saves_and_loses_nothing(found: dict[str, Any], fault: Note) -> None:
+    """It comes in the second rollout; `save_every` asks for no checkpoint before the third step."""
+    asked, again = found["asked"]["runs"]
+    assert asked["codes"] == [STOPPED] and again["codes"] == [0]
+    line = asked["said"].splitlines()[-1]
+    assert line == "stopped after step 2, as SIGTERM asked: the same command goes on from there"
+    assert found["asked"]["between"]["whole"] == ["step-00002"] and len(found["asked"]["between"]["metrics"]) == 2
+    assert "step-00002, after step 2" in again["said"] and found["asked"]["summary"]["resumed"] == [2]
+    assert [step["step"] for step in found["asked"]["metrics"]] == list(range(1, STEPS + 1))
+    fault("SIGTERM with a grace period", "nothing: the step ends and is saved", line, again["seconds"])
 
 
 def test_the_settings_a_run_writes_down_are_those_it_has(tmp_path: Path) -> None:
