@@ -16,7 +16,7 @@ from megatron_bai.rollout.sync import each
 
 SYNCS = ("disk", "tensors", "group")
 INCOMPLETE = ("keep", "drop")
-_HEALTH_S = 30.0  # for the one token of /health
+_HEALTH_S = 30.0  # for a word of a server's scheduler
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ class Servers:
         try:
             if url in self.own:
                 self.own[url].check_alive()
-            patience = min(_HEALTH_S, self._rollout.request_timeout_s)
-            if not control.healthy(url, patience):
-                return f"SGLang at {url} does not answer /health within {patience:g} s"
+            # Its scheduler takes part in the answer, as in that of /health, which takes a second at least.
+            control.get(url, "/server_info", min(_HEALTH_S, self._rollout.request_timeout_s))
             found = control.weight_version(url)
         except UserError as error:
             return str(error)
