@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo test test-runs test-parts clean
+.PHONY: install demo test test-runs test-servers test-parts clean
 
 install: $(VENV)/installed
 
@@ -34,14 +34,17 @@ demo: install
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
 
 test: $(VENV)/installed-test
-	$(MAKE) --jobs=2 test-runs test-parts
+	$(MAKE) --jobs=3 test-runs test-servers test-parts
 
-# Whole runs and servers, which mostly wait for one another to start; and all else.
-RUNS := tests/e2e tests/launch tests/live
+# Whole runs and servers, whose processes mostly wait for one another; and all else.
+RUNS := tests/e2e
+SERVERS := tests/launch tests/live
 test-runs:
 	$(BIN)/pytest $(RUNS)
+test-servers:
+	$(BIN)/pytest $(SERVERS)
 test-parts:
-	$(BIN)/pytest $(RUNS:%=--ignore=%)
+	$(BIN)/pytest $(addprefix --ignore=,$(RUNS) $(SERVERS))
 
 clean:
 	rm -rf $(VENV) runs
