@@ -12,8 +12,10 @@
 
 All have the same prompts, group size, updates a step, micro-batches, float32 and GRPO's loss, on the cores `--cores`.
 The end token's id is one that the model does not have, so that every response has the full length: the tokens of each
-step are counted and must be those asked for. The first step is warm-up; a row is the median of the others over
-`--repeat` runs, whose order alternates. `clock` is the seconds of a step, from the end of the one before; `cpu` what the
+step are counted and must be those asked for. With `--ends` the model has it, and draws it as any other of its random
+weights' tokens: lengths are then distributed as exp(−length / vocabulary) up to `--response`, with a tail as those of
+reasoning have. The first step is warm-up; a row is the median of the others over `--repeat` runs, whose order alternates;
+`tokens/s` those of the responses in all of these steps. `clock` is the seconds of a step, from the end of the one before; `cpu` what the
 processors gave to all its processes (the server's too), to which other programs on the machine add little.
 
 `scale` times old log-probabilities and an update by the trainer's own engine on synthetic samples, and gives the
@@ -79,7 +81,7 @@ def check_tokens(name: str, ranks: list[dict[str, Any]], prompts: list[int], opt
         own = prompts[step * options.prompts : (step + 1) * options.prompts]
         asked = (sum(own) * options.group, options.prompts * options.group * options.response)
         found = tuple(sum(rank["tokens"][step][which] for rank in ranks) for which in (0, 1))
-        if found != asked:
+        if found[0] != asked[0] or found[1] > asked[1] or found[1] < asked[1] and not options.ends:
             raise SystemExit(f"{name}: step {step + 1} had {found} prompt and response tokens, asked were {asked}")
 
 
@@ -88,7 +90,7 @@ def measure_steps(options: argparse.Namespace) -> None:
     shutil.rmtree(options.dir, ignore_errors=True)
     options.dir.mkdir(parents=True)
     overrides = [f"model.max_position_embeddings={options.response + 64}", f"rollout.max_new_tokens={options.response}"]
-    told = {"name": "make", "overrides": overrides, "prompts": options.prompts * options.steps}
+    told = {"name": "make", "overrides": overrides, "prompts": options.prompts * options.steps, "ends": options.ends}
     prompts = launch(sys.executable, 1, 1, "make", options.dir, json.dumps(told))[0]["prompt_tokens"]
     found: dict[str, list[dict[str, Any]]] = {}
     for repeat in range(options.repeat):
@@ -98,9 +100,10 @@ def measure_steps(options: argparse.Namespace) -> None:
             told = json.dumps(told | {"name": f"{repeat}-{number}"})
             ranks = launch(python, processes, threads, work, options.dir, told)
             check_tokens(name, ranks, prompts, options)
-            found.setdefault(name, []).append(ranks[0] | {"load": load})
-    tokens = options.prompts * options.group * options.response
-    print(f"{options.prompts} prompts × {options.group} samples × {options.response} tokens, {UPDATES} updates a step")
+            responses = sum(rank["tokens"][step][1] for rank in ranks for step in range(1, options.steps))
+            found.setdefault(name, []).append(ranks[0] | {"load": load, "responses": responses})
+    most = f"up to {options.response}" if options.ends else f"{options.response}"
+    print(f"{options.prompts} prompts × {options.group} samples × {most} tokens, {UPDATES} updates a step")
     phases = ("rollout", "old_logprob", "update", "sync")
     heads = f"{'clock s':>9}{'cpu s':>8}{'tokens/s':>10}" + "".join(f"{name:>13}" for name in phases)
     print(f"{'':30}{heads}{'load':>7}")
@@ -109,7 +112,8 @@ def measure_steps(options: argparse.Namespace) -> None:
         steps = [step for run in runs for step in run["phases"][1:]]
         split = "".join(f"{statistics.median(step.get(phase, 0.0) for step in steps):>13.2f}" for phase in phases)
         load = statistics.mean(run["load"] for run in runs)
-        print(f"{name:30}{clock:>9.2f}{cpu:>8.2f}{tokens / clock:>10.0f}{split}{load:>7.1f}")
+        rate = sum(run["responses"] for run in runs) / sum(s for run in runs for s in run["clock"][1:])
+        print(f"{name:30}{clock:>9.2f}{cpu:>8.2f}{rate:>10.0f}{split}{load:>7.1f}")
     shutil.rmtree(options.dir)
 
 
@@ -140,7 +144,8 @@ def main() -> None:
     step.add_argument("--steps", type=int, default=6, help="of a run, the first of which is warm-up")
     step.add_argument("--prompts", type=int, default=16)
     step.add_argument("--group", type=int, default=8)
-    step.add_argument("--response", type=int, default=64, help="tokens of every response")
+    step.add_argument("--response", type=int, default=64, help="tokens of every response, with --ends the most")
+    step.add_argument("--ends", action="store_true", help="responses end where the model draws the end token")
     step.add_argument("--micro", type=int, default=32, help="samples in a micro-batch, on both sides")
     step.add_argument("--running", type=int, default=128, help="requests that a server samples at once")
     step.add_argument("--servers", type=int, default=2, help="that sample for ours")

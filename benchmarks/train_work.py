@@ -48,8 +48,8 @@ def make(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
         tokenizer = session.task.tokenizer
         missing = settings.model.vocab_size - len(tokenizer)
         tokenizer.add_tokens([f"<spare{i}>" for i in range(missing)])
-        tokenizer.add_special_tokens({"eos_token": NEVER})
-        assert tokenizer.eos_token_id == settings.model.vocab_size
+        tokenizer.add_special_tokens({"eos_token": "<spare0>" if work["ends"] else NEVER})
+        assert (tokenizer.eos_token_id < settings.model.vocab_size) == work["ends"]
         tokenizer.save_pretrained(directory / "tokenizer")
         hf.export_hf(session.actor.modules, settings.model, directory / "model", directory / "tokenizer", {})
         prompts = session.task.prompts("train", settings.run.seed, 0, work["prompts"])
@@ -111,8 +111,8 @@ def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     steps, step, sampled = Steps(), trainer.Loop.step, collect.Collector.collect
     Task.reward = lambda self, prompt, response: reward_of(response)
 
-    def collected(self: Any, stats: Any) -> Any:
-        samples, batch = sampled(self, stats)
+    def collected(self: Any, *arguments: Any) -> Any:
+        samples, batch = sampled(self, *arguments)
         steps.count(sum(each.prompt_length for each in samples), sum(len(each.response) for each in samples))
         return samples, batch
 
