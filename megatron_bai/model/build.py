@@ -144,8 +144,11 @@ class LocalNorm(torch.nn.RMSNorm):
 
 
 def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """One chunk's layers of the decoder on this rank. Without Transformer Engine, Megatron's local ones with `LocalNorm`."""
+    """One chunk's layers of the decoder on this rank. Without Transformer Engine, Megatron's local ones with our norm and
+    attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from megatron_bai.model.attention import TorchAttention
 
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
@@ -156,6 +159,7 @@ def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> 
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = LocalNorm
+            attention.core_attention = TorchAttention
             # The local spec saves this norm under a name of its own; keep the one Transformer Engine's spec uses.
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return block

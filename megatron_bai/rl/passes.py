@@ -1,7 +1,7 @@
 """Forward and backward passes of a model over micro-batches, through Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -119,29 +119,12 @@ class Passes:
         tokens, packing = micro.pack(micro.tokens), micro.packing
         if packing is None:
             return model(tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None)
-        positions = packing.positions.to(self.device)
-        if self.model.transformer_engine:  # its kernels restart rotary positions with each sequence
-            return model(tokens, positions[None], None, packed_seq_params=_thd(packing, self.device))
-        with _rotated(model, positions):
-            return model(tokens, positions[None], packing.masked.to(self.device))
-
-
-@contextmanager
-def _rotated(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Rotate queries and keys by `positions`, `[row]`: of itself Megatron's GPTModel counts from the row's beginning.
-
-    Attention would be the same but for rounding, which grows with the angle: no token should be further from the start
-    than it was in the inference engine.
-    """
-    hook = model.module.rotary_pos_emb.register_forward_hook(lambda module, inputs, angles: angles[positions])
-    try:
-        yield
-    finally:
-        hook.remove()
+        positions = packing.positions.to(self.device)  # Megatron restarts the rotary ones with each sequence by itself
+        return model(tokens, positions[None], None, packed_seq_params=_thd(packing, self.device))
 
 
 def _thd(packing: Packing, device: torch.device) -> Any:
-    """Megatron's description of a packed row, for Transformer Engine's attention."""
+    """Megatron's description of a packed row."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     starts = torch.tensor([0, *packing.parts], device=device).cumsum(0).int()

@@ -115,14 +115,6 @@ class Packing:
         """`[row]` int64, each token's place in its own sequence."""
         return torch.cat([torch.arange(part) for part in self.parts])
 
-    @property
-    def masked(self) -> torch.Tensor:
-        """`[1, 1, row, row]` bool, true where a token (third axis) must not attend to another: it is of another
-        sequence, or comes later. A token always attends to itself."""
-        part = torch.repeat_interleave(torch.tensor(self.parts))
-        later = torch.ones(len(part), len(part), dtype=torch.bool).triu_(1)
-        return later.logical_or_(part[:, None] != part)[None, None]
-
     def pack(self, values: torch.Tensor, filling: torch.Tensor | int = 0) -> torch.Tensor:
         """`[B, T, …]`, padded on the right → `[1, row, …]`. A sequence's own padding is taken from `values`.
 

@@ -316,18 +316,24 @@ def logits_alive(run: Run) -> list[int]:
 
 
 def turned(run: Run) -> bool:
-    """Whether every chunk rotates each token by its place in its own sample. The first angle is the position itself."""
-    seen: list[torch.Tensor] = []
+    """Whether every layer rotates each token by its place in its own sample: the first pair by that many radians."""
+    from megatron.core.transformer import attention
 
-    def before(decoder: Any, inputs: Any, arguments: dict[str, Any]) -> None:
-        seen.append(arguments["rotary_pos_emb"][:, 0, 0, 0])
+    rotate, seen = attention.apply_rotary_pos_emb, set()
 
-    hooks = [chunk.decoder.register_forward_pre_hook(before, with_kwargs=True) for chunk in run.actor.modules]
+    def watched(values: torch.Tensor, angles: torch.Tensor, **rest: Any) -> torch.Tensor:
+        probe = torch.zeros_like(values)
+        probe[..., 0] = 1
+        rotated = rotate(probe, angles, **rest).flatten(1, -2)[:, 0].double()
+        known = torch.arange(len(values), dtype=torch.float64)  # no two of some hundred are equal modulo 2π
+        cosine, sine = rotated[:, :1], rotated[:, angles.shape[-1] // 2, None]
+        seen.add(tuple((cosine * known.cos() + sine * known.sin()).argmax(dim=1).tolist()))
+        return rotate(values, angles, **rest)
+
+    attention.apply_rotary_pos_emb = watched
     run.engine.score(run.micros)
-    for hook in hooks:
-        hook.remove()
-    wanted = {tuple(micro.packing.positions.tolist() if micro.packing else range(LENGTH)) for micro in run.micros}
-    return {tuple(angles.long().tolist()) for angles in seen} == wanted
+    attention.apply_rotary_pos_emb = rotate
+    return seen == {tuple(m.packing.positions.tolist() if m.packing else range(LENGTH)) for m in run.micros}
 
 
 def others(run: Run, mode: str) -> list[dict[str, Any]]:

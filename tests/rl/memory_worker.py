@@ -5,7 +5,7 @@ of a rank, the number of processes, the settings of the model and the layout, th
 list.
 
 The kinds of cases: `actor` and `critic`, the parameters of bare modules, which have no memory; `whole`, the bytes of an
-actor in training; `layer`, the bytes a token that autograd keeps of one layer, without those of attention's scores.
+actor in training; `layer`, the bytes a token that autograd keeps of one layer.
 """
 
 import dataclasses
@@ -71,11 +71,9 @@ def whole(settings: config.Config, device: backend.Device) -> dict[str, float]:
 
 
 def layer(settings: config.Config, device: backend.Device) -> float:
-    """Attention's scores are quadratic in the tokens: two lengths tell them from the rest."""
-    few, many = 64, 128
-    per_token = {tokens: (_kept(settings, device, 3, tokens) - _kept(settings, device, 1, tokens)) / 2 / tokens
-                 for tokens in (few, many)}  # fmt: skip
-    return 2 * per_token[few] - per_token[many]
+    """Of two layers more."""
+    tokens = 64
+    return (_kept(settings, device, 3, tokens) - _kept(settings, device, 1, tokens)) / 2 / tokens
 
 
 def _kept(settings: config.Config, device: backend.Device, layers: int, tokens: int) -> int:

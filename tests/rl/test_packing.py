@@ -98,7 +98,7 @@ def test_an_empty_row_adds_nothing_to_any_objective(chosen: config.Objective) ->
     assert aggregate.count([empty, full], mean) == aggregate.count([full], mean) > 0
 
 
-def test_transformer_engine_is_told_where_samples_begin_and_that_the_rest_is_one_more() -> None:
+def test_attention_is_told_where_samples_begin_and_that_the_rest_is_one_more() -> None:
     (micro,) = pack(drawn(), [8], 128)
     found = _thd(micro.packing, torch.device("cpu"))
     assert found.qkv_format == "thd" and found.cu_seqlens_q.dtype is torch.int32
