@@ -66,7 +66,11 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Reward, mean variance within a group", {"group_variance": "variance"}, False),
             ("Groups whose rewards are all equal, fraction", {"uniform_groups": "fraction"}, False),
             ("Prompts asked until every group counts", {"prompts_tried": "prompts", "refill_rounds": "rounds"}, False),
-            ("Responses without a reward, fraction", {"reward_failed_fraction": "fraction"}, False),
+            (
+                "Samples that failed, fraction",
+                {"rollout_failed_fraction": "not sampled", "reward_failed_fraction": "without a reward"},
+                False,
+            ),
             ("Loss", {"loss": "loss"}, False),
             ("Learning rate", {"learning_rate": "rate"}, False),
         ],
