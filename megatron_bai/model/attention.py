@@ -22,7 +22,7 @@ class TorchAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal and attention_type == "self"
         assert config.context_parallel_size == 1 and config.window_size is None and config.attention_dropout == 0.0
         assert config.softmax_type == "vanilla" and not config.apply_query_key_layer_scaling
-        assert rest.pop("softmax_scale", None) is None and rest.pop("attention_dropout", None) is None, rest
+        assert rest.get("softmax_scale") is None and rest.get("attention_dropout") is None, rest
 
     def forward(
         self,

@@ -19,13 +19,11 @@ class Actor:
         chunks: the model's stages on this rank, wrapped in Megatron's DistributedDataParallel.
         optimizer: Megatron's, or None for a model that only runs forward.
         settings: the architecture, independent of the layout.
-        transformer_engine: its layers are Transformer Engine's, not Megatron-Core's local ones.
     """
 
     chunks: list[torch.nn.Module]
     optimizer: Any
     settings: config.Model
-    transformer_engine: bool = False
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -252,7 +250,7 @@ def _build(
         )
     cfg.finalize_model_grads_func = finalize_model_grads
     cfg.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return Actor(chunks, optimizer, settings.model, device.transformer_engine)
+    return Actor(chunks, optimizer, settings.model)
 
 
 def validate(model: config.Model, parallel: config.Parallel, world: int) -> None:
