@@ -1,6 +1,8 @@
 """Control requests to an SGLang server, one at a time. Rollouts, many at a time, are the client's."""
 
 import json
+import time
+from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
@@ -35,13 +37,28 @@ def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> 
     return _call(request, url, path, timeout_s)
 
 
-def healthy(url: str, timeout_s: float = 30.0) -> bool:
+def healthy(url: str) -> bool:
     """Whether the server generates: `/health` makes it sample one token."""
     try:
-        with _open(url + "/health", timeout=timeout_s):
+        with _open(url + "/health", timeout=30.0):
             return True
     except (OSError, HTTPException):
         return False
+
+
+def becomes_healthy(url: str, within_s: float, meanwhile: Callable[[], None] = lambda: None) -> bool:
+    """Wait for a server that starts; returns whether it generates before the time is over.
+
+    Args:
+        meanwhile: called between two attempts; what it raises ends the waiting.
+    """
+    deadline = time.monotonic() + within_s
+    while not healthy(url):
+        meanwhile()
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.25)
+    return True
 
 
 def weight_version(url: str) -> str:
@@ -52,14 +69,15 @@ def weight_version(url: str) -> str:
 def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, Any]:
     try:
         with _open(request, timeout=timeout_s) as reply:
-            text = reply.read(_REPLY_BYTES + 1).decode(errors="replace")
+            data = reply.read(_REPLY_BYTES + 1)
     except HTTPError as error:
         reason = error.read(1 << 16).decode(errors="replace").strip()
         raise UserError(f"SGLang at {url} refused {path} with {error.code}: {reason[:300]}") from error
     except (OSError, HTTPException) as error:  # URLError, a time-out, a broken connection
         raise UserError(f"SGLang at {url} does not answer {path}: {getattr(error, 'reason', error)}") from error
-    if len(text) > _REPLY_BYTES:
+    if len(data) > _REPLY_BYTES:
         raise UserError(f"SGLang at {url} answers {path} with more than {_REPLY_BYTES} bytes")
+    text = data.decode(errors="replace")
     try:
         content = parse(text)
     except ValueError:

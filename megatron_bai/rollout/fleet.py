@@ -1,7 +1,6 @@
 """The servers of a run, all with the same weights: started and supervised by us, or already running elsewhere."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -94,12 +93,12 @@ class Servers:
         return f"SGLang at {url} serves weights {found!r} and not {version!r}" if version not in (None, found) else ""
 
     def _wait(self, url: str) -> None:
-        deadline = time.monotonic() + self._rollout.start_timeout_s
-        while not control.healthy(url):
-            if time.monotonic() > deadline:
-                limit = f"rollout.start_timeout_s={self._rollout.start_timeout_s:g} s"
-                raise UserError(f"SGLang at {url} did not come back within {limit}: start it again, then the run")
-            time.sleep(0.5)
+        limit = self._rollout.start_timeout_s
+        if not control.becomes_healthy(url, limit):
+            raise UserError(
+                f"SGLang at {url} did not come back within rollout.start_timeout_s={limit:g} s: start it again, then "
+                "the run"
+            )
         _fit(url, self._rollout)
 
 

@@ -184,15 +184,12 @@ class SGLangServer:
         return pairs + [f"--{flag}" for flag in flags]
 
     def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + self.rollout.start_timeout_s
-        while not control.healthy(self.url):
-            self.check_alive()
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"the SGLang server was not healthy after rollout.start_timeout_s={self.rollout.start_timeout_s:g}"
-                    f" s; its last words: {last_error(self.log_path, self._log_start)} [{self.log_path}]"
-                )
-            time.sleep(0.25)
+        limit = self.rollout.start_timeout_s
+        if not control.becomes_healthy(self.url, limit, self.check_alive):
+            raise UserError(
+                f"the SGLang server was not healthy after rollout.start_timeout_s={limit:g} s; its last words: "
+                f"{last_error(self.log_path, self._log_start)} [{self.log_path}]"
+            )
 
 
 def last_error(log_path: Path, start: int = 0) -> str:
