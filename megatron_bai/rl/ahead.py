@@ -118,7 +118,7 @@ class Ahead:
         """
         if self.begun:
             if self._failed:
-                self._go_on([place for place, _ in self._failed])
+                self._go_on(self._owed())
             self._complete()
 
     def _complete(self) -> None:
@@ -127,18 +127,24 @@ class Ahead:
         while self.inference.failed(self._failures()):
             back = self.inference.recover(self._failures(), self._tolerated)
             if self._failed:
-                self._go_on([place for place, _ in self._failed] if back else self._lose())
+                if not back:
+                    self._lose()
+                self._go_on(self._owed())
                 self.settle()
 
     def _failures(self) -> list[UserError]:
         return [error for _, error in self._failed]
 
-    def _lose(self) -> list[Place]:
-        """Give up what failed. Returns what is to be asked for next: nothing."""
+    def _owed(self) -> list[Place]:
+        """What failed and has not been given up."""
+        return [place for place, _ in self._failed]
+
+    def _lose(self) -> None:
+        """Give up what failed."""
         for (group, member), error in self._failed:
             group.samples[member] = lost_sample(0, group.prompt.ids, self.session.signature, str(error))
         self._tolerated -= len(self._failed)
-        return []
+        self._failed = []
 
     def _begin(self) -> None:
         """Take prompts, and have the next step's groups sampled."""

@@ -142,7 +142,7 @@ class Collector:
         Args:
             outcomes: of each sample, whether it is lost, and why it is or has no reward.
         """
-        count_lost(self.session, [why if lost else "" for lost, why in outcomes], "rollout_failed_fraction", stats)
+        count_lost(self.session, [why if lost else "" for lost, why in outcomes], stats)
         count_failures(self.session, [why for lost, why in outcomes if not lost], "reward_failed_fraction", stats)
 
     def _sample(self, count: int, stats: Stats) -> list[Sample]:

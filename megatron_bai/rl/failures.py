@@ -9,14 +9,14 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.session import Session
 
 
-def count_lost(session: Session, failures: list[str], metric: str, stats: Stats) -> None:
-    """Add `metric`, the share of samples whose request failed for good, and print a line if there are any. Collective.
-    How many there may be is `rollout.max_failed_fraction`'s affair, before.
+def count_lost(session: Session, failures: list[str], stats: Stats) -> None:
+    """Add `rollout_failed_fraction`, the share of samples whose request failed for good, and print a line if there are
+    any. Collective. How many there may be is `rollout.max_failed_fraction`'s affair, before.
 
     Args:
         failures: of this replica's samples, why each is lost, "" for those that are not.
     """
-    failed, total, first = _count(session, failures, metric, stats)
+    failed, total, first = _count(session, failures, "rollout_failed_fraction", stats)
     if failed and session.lead:
         print(f"{failed} of {total} samples are lost and left out; first: {first}", file=sys.stderr)
 
