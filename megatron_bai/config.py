@@ -81,7 +81,7 @@ class Arithmetic(Data):
     """The generated arithmetic task (sums of several numbers), its styles of text and the tokenizer trained on them."""
 
     name: str = "arithmetic"
-    style: str = "reasoning"  # of supervised text: pretrained (mixed), instruct (short) or reasoning (steps)
+    style: str = "reasoning"  # of supervised text: pretrained (mixed), instruct (short), reasoning, checked (longest)
     min_terms: int = 3  # numbers in one problem
     max_terms: int = 5
     max_number: int = 9  # numbers are 1 … max_number
@@ -151,6 +151,7 @@ class RewardModel(Reward):
     send: str = "text"  # or ids or chat: prompt and response as text, as the actor's tokens, or in the model's template
     tokenizer: str = ""  # chat: a directory with the reward model's tokenizer
     label: int | None = None  # which of the model's outputs is the reward; unset where it has one
+    check: float = 0.0  # added to the score of a response that the data's own check accepts
     concurrency: int = 32  # requests in flight from each model replica
     request_timeout_s: float = 60.0
     retries: int = 3  # of one request, with growing pauses, after a failure that may pass

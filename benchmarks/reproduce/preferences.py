@@ -1,9 +1,9 @@
-"""A reward model that learned from preferences for right, short and clean answers, and its server.
+"""A reward model that learned from preferences for short and clean answers, and its server.
 
-A judge compares two answers to the same problem. Its utility is `RIGHT` for the right sum, `CLEAN` for an answer that
-ends properly and says nothing twice, and −1 for each `TOKENS_A_POINT` tokens; it prefers the first with probability
-σ(u₁ − u₂). So the judge itself would never have anybody give up right answers for short ones. The model learns from
-its choices alone (Bradley–Terry) and is as small as the policy: what it cannot see, a policy may exploit.
+A judge compares two answers to the same problem by their form. Its utility is `CLEAN` for an answer that ends properly
+and says nothing twice, and −1 for each `TOKENS_A_POINT` tokens; it prefers the first with probability σ(u₁ − u₂). The
+model learns from its choices alone (Bradley–Terry). Whether an answer is right is the data's own check's to say
+(`reward.check`): a model of this size learns to see lengths, not sums.
 """
 
 import json
@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
 from megatron_bai import config
-from megatron_bai.data.arithmetic import Problem, draw_problem, is_correct, prompt_text
+from megatron_bai.data.arithmetic import Problem, checked, direct, draw_problem, prompt_text, steps
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.model import placing
 from megatron_bai.rollout import control
 from megatron_bai.rollout.server import _environment, last_error
 
-RIGHT, CLEAN, TOKENS_A_POINT = 3.0, 1.0, 20
-STEPS, PAIRS, LEARNING_RATE = 400, 48, 2e-3  # of training: batches, pairs of answers in one
+CLEAN, TOKENS_A_POINT = 1.0, 20
+STEPS, PAIRS, LEARNING_RATE = 200, 48, 2e-3  # of training: batches, pairs of answers in one
 HELD_OUT_PAIRS = 2000
 DATA = config.Arithmetic()  # conf/data/arithmetic.yaml has the same numbers
 
@@ -45,22 +45,15 @@ class Answer:
 
 
 def draw_answer(problem: Problem, tokenizer: PreTrainedTokenizerFast, rng: Random) -> Answer:
-    """Direct or derived; half of them with a slip; some say a line twice or are cut off."""
-    total, lines = problem.terms[0], []
-    slip = rng.choice([0, rng.randrange(1, len(problem.terms))])
-    for number, term in enumerate(problem.terms[1:], start=1):
-        before, total = total, total + term + (rng.choice((-2, -1, 1, 2)) if number == slip else 0)
-        lines.append(f"{before}+{term}={total}")
-    lines = [*(lines if rng.random() < 0.5 else []), f"answer:{total}"]
-    flaw = rng.choices(("", "again", "cut"), (6, 2, 2))[0]
-    if flaw == "again":
-        lines.insert(0, rng.choice(lines))
-    text = ";".join(lines)
+    """Direct, derived, or derived with lines said again; one in five is cut off."""
+    text = rng.choice((direct(problem), steps(problem), checked(problem, rng)))
+    lines = text.split(";")
     ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
-    if flaw == "cut":
+    cut = rng.random() < 0.2
+    if cut:
         ids = ids[: rng.randrange(1, len(ids))]
-    right = flaw != "cut" and is_correct(problem.answer, text)
-    utility = RIGHT * right + CLEAN * (not flaw) - len(ids) / TOKENS_A_POINT
+    clean = not cut and len(set(lines)) == len(lines)
+    utility = CLEAN * clean - len(ids) / TOKENS_A_POINT
     return Answer([*tokenizer.encode(prompt_text(problem)), *ids], utility)
 
 
@@ -93,7 +86,7 @@ def train(target: Path, seed: int = 0) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"reward model, step {step + 1}/{STEPS}: loss {float(loss):.3f}", flush=True)
+            print(f"reward model, step {step + 1}/{STEPS}: loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
         agreed = (_margins(model, draw_pairs(HELD_OUT_PAIRS, tokenizer, rng, held_out=True)) > 0).double().mean()
     stage = placing.unfinished(target)

@@ -56,11 +56,11 @@ def is_done(target: Path, steps: int) -> bool:
 
 
 def make_checkpoints(directory: Path) -> None:
-    """The three that everything starts from."""
-    for name, experiment in CHECKPOINTS.items():
+    """Those that everything starts from."""
+    for name, settings in CHECKPOINTS.items():
         if manifest.read(directory / name) is None:
             log = directory / f"{name}.log"
-            code = train([f"experiment={experiment}", f"run.dir={directory}"], log)
+            code = train([*settings, f"run.dir={directory}", f"trainer.save={directory / name}"], log)
             if code:
                 raise SystemExit(f"{name} was not made: {last_line(log)} [{log}]")
             print(f"made {directory / name}", flush=True)

@@ -1,8 +1,8 @@
 """What is compared: the variants of each study, as settings of `megatron-bai train`, beside what the papers report.
 
 Every variant of a study has the same number of updates, each of `prompts` × `GROUP` responses, so that N updates a step
-mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everything starts from three checkpoints that
-are made once (`CHECKPOINTS`): seeds change prompts and samples, not these.
+mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everything starts from checkpoints that are made
+once (`CHECKPOINTS`): seeds change prompts and samples, not these.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,16 @@ from itertools import product
 from pathlib import Path
 
 GROUP = 8  # samples per prompt
-# Supervised training of the demo's three checkpoints, by the experiment that makes each; the first is the others' origin.
-CHECKPOINTS = {"pretrained": "demo_pretrained", "instruct": "demo_instruct", "reasoning": "demo_reasoning"}
-
-# Eight layers of 32 experts, four of which a token uses; weights large enough that experts differ.
-_WIDE = (
-    "init=random", "model.num_layers=8", "model.num_experts=32", "model.moe_topk=4", "model.init_std=0.1",
-)  # fmt: skip
+# 32 experts, four of which a token uses: its routers are less sure than those of `tiny`.
+_WIDE = "model.num_experts=32", "model.moe_topk=4"
+# Supervised training of each checkpoint, as settings of the verb `train`; the first is the two next ones' origin. The
+# instructed one derives its answers, the reasoning one says its lines once more, as models distilled from long ones do.
+CHECKPOINTS = {
+    "pretrained": ("experiment=demo_pretrained",),
+    "instruct": ("experiment=demo_instruct", "data.style=reasoning"),
+    "reasoning": ("experiment=demo_reasoning", "data.style=checked", "supervised.length=128", "trainer.steps=500"),
+    "wide": ("experiment=demo_pretrained", "trainer.steps=1000", *_WIDE),
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _bai(checkpoints: Path, merges: Path) -> Study:
     The paper's objective (PPO with a critic) and half its updates a step; a served reward model (`preferences`). Both
     engines compute in float32, so that the first weights are all that differs.
     """
-    pretrained, instruct, reasoning = (checkpoints / name for name in CHECKPOINTS)
+    pretrained, instruct, reasoning = (checkpoints / name for name in ("pretrained", "instruct", "reasoning"))
     linear = "merge.method=linear"
     halves = "merge.weights=[0.5,0.5]"
     starts = {
@@ -115,11 +118,11 @@ def _bai(checkpoints: Path, merges: Path) -> Study:
         starts[f"bai-{alpha}"] = (merged, known.get(alpha, ""))
     settings = (
         "objective=ppo", "objective.critic_warmup=2", "objective.critic_learning_rate=1e-3", "reward=model",
-        "reward.send=ids", "replay.mode=none", "rollout.dtype=float32", "trainer.learning_rate=3e-4",
-        "trainer.eval_samples=2", "monitor.bucket=10", "monitor.reward_responses=32", "monitor.reward_drop=0.3",
+        "reward.send=ids", "reward.check=3", "replay.mode=none", "rollout.dtype=float32", "rollout.max_new_tokens=112",
+        "trainer.learning_rate=3e-4", "trainer.eval_samples=2", "monitor.bucket=10", "monitor.reward_responses=32", "monitor.reward_drop=0.3",
     )  # fmt: skip
     variants = {name: Variant(start, 4, published) for name, (start, published) in starts.items()}
-    return Study(settings, variants, prompts=4, updates=160, evaluations=4, judged=True)
+    return Study(settings, variants, prompts=4, updates=80, evaluations=4, judged=True)
 
 
 def _minirl(checkpoints: Path) -> Study:
@@ -152,8 +155,8 @@ def _minirl(checkpoints: Path) -> Study:
         settings[name] = f"replay.mode={replay}", f"objective.clip={str(clip).lower()}"
         updates[name] = n
     common = (
-        *_start(checkpoints / "pretrained"), "objective=minirl", "rollout.dtype=bfloat16", "rollout.quantize=fp8",
-        "rollout.sync_tolerance=1", "trainer.learning_rate=3e-4", "trainer.eval_samples=2", "monitor.bucket=10",
+        *_start(checkpoints / "wide"), *_WIDE, "objective=minirl", "rollout.dtype=bfloat16", "rollout.quantize=fp8",
+        "rollout.sync_tolerance=1", "trainer.learning_rate=6e-4", "trainer.eval_samples=2", "monitor.bucket=10",
     )  # fmt: skip
     variants = {name: Variant(settings[name], updates[name], published.get(name, "")) for name in settings}
     return Study(common, variants, prompts=4, updates=128, evaluations=4)
@@ -162,8 +165,7 @@ def _minirl(checkpoints: Path) -> Study:
 def _discrepancy(checkpoints: Path) -> Study:
     """Training against inference on the same tokens, with the server's routes and without (arXiv 2510.11370).
 
-    Nothing is learned (learning rate 0): every step is another sample from one checkpoint. The tiny model's routers are
-    surer than those of the paper's, of whose routes a tenth differ; `wide` has random weights and is as unsure.
+    Nothing is learned (learning rate 0): every step is another sample from one checkpoint.
     """
     served = {
         "float32": (),
@@ -174,7 +176,7 @@ def _discrepancy(checkpoints: Path) -> Study:
     paper = "KL 1.535e-3 → 7.5e-4; F(2) > .1 after 60 steps → < 1e-4; ≈10 % of routes, 94 % of tokens differ"
     known = {"bfloat16": paper}
     settings = "replay.mode=r3", "rollout.sync_tolerance=1", "trainer.learning_rate=0"
-    starts = {"": _start(checkpoints / "pretrained"), "wide-": _WIDE}
+    starts = {"": _start(checkpoints / "pretrained"), "wide-": (*_start(checkpoints / "wide"), *_WIDE)}
     variants = {
         model + name: Variant((*start, *words), published=known.get(name, ""))
         for model, start in starts.items()

@@ -6,6 +6,7 @@ is easy, and a program can write that derivation out:
     problem    7+8+5
     direct     answer:20
     steps      7+8=15;15+5=20;answer:20
+    checked    7+8=15;7+8=15;15+5=20;15+5=20;15+5=20;answer:20
 
 Everything here is text and exact; `task` turns it into token ids. All randomness comes from the `random.Random` passed
 in, so a text is a function of its seed alone.
@@ -20,7 +21,7 @@ from megatron_bai.config import Arithmetic
 from megatron_bai.errors import UserError
 
 USER, ASSISTANT = "<user>", "<assistant>"
-STYLES = ("pretrained", "instruct", "reasoning")
+STYLES = ("pretrained", "instruct", "reasoning", "checked")
 HOLD_OUT = 8  # one problem in this many is held out
 
 
@@ -98,6 +99,12 @@ def steps(problem: Problem) -> str:
     return ";".join([*lines, direct(problem)])
 
 
+def checked(problem: Problem, rng: Random) -> str:
+    """The longest response: each line of the derivation one to three times, as of a model that checks itself."""
+    *lines, answer = steps(problem).split(";")
+    return ";".join([*(line for line in lines for _ in range(rng.randint(1, 3))), answer])
+
+
 def is_correct(problem_answer: str, response: str) -> bool:
     """Whether the last line of a finished response (its end token removed) states the answer, exactly."""
     return response.rpartition(";")[2] == f"answer:{problem_answer}"
@@ -143,7 +150,7 @@ _FACTS: tuple[Callable[[Arithmetic, Random], str], ...] = (
 def document(data: Arithmetic, style: str, rng: Random) -> Document:
     """A random text of a style; its problem, if it has one, is of the train split.
 
-    instruct is the direct answer, reasoning the derivation, and pretrained the language at large: a fifth of its texts
+    instruct is the direct answer, reasoning the derivation, checked one whose lines are repeated, and pretrained the language at large: a fifth of its texts
     answer directly, two fifths derive, the others are facts, counting and unfinished expressions without chat markers.
     """
     if style not in STYLES:
@@ -154,4 +161,6 @@ def document(data: Arithmetic, style: str, rng: Random) -> Document:
             return Document("", rng.choice(_FACTS)(data, rng))
         style = kind
     problem = draw_problem(data, rng)
+    if style == "checked":
+        return Document(prompt_text(problem), checked(problem, rng))
     return Document(prompt_text(problem), direct(problem) if style == "instruct" else steps(problem))

@@ -40,7 +40,13 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
     def scores(items: list[Item]) -> list[Score]:
         asked = [(0, body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
         found = requests.ask_all([url], "/classify", asked, limits, tolerated=len(asked))
-        return [Score(None, str(each)) if isinstance(each, UserError) else Score(each) for each in found]
+        return [
+            Score(None, str(each)) if isinstance(each, UserError) else Score(each + checked(item))
+            for each, item in zip(found, items, strict=True)
+        ]
+
+    def checked(item: Item) -> float:
+        return settings.check * task.reward(item.prompt, item.ids) if settings.check else 0.0
 
     yield scores
 
@@ -106,6 +112,8 @@ def _check(settings: config.RewardModel) -> None:
     for name, least in (("concurrency", 1), ("retries", 0)):
         if getattr(settings, name) < least:
             raise UserError(f"reward.{name} is {getattr(settings, name)}: it must be at least {least}")
+    if not math.isfinite(settings.check):
+        raise UserError(f"reward.check is {settings.check}: it must be a finite number")
     if not 0 < settings.request_timeout_s < float("inf"):
         raise UserError(f"reward.request_timeout_s is {settings.request_timeout_s:g}: it must be above 0")
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic import STYLES, Problem, direct, document, draw_problem, steps
+from megatron_bai.data.arithmetic import STYLES, Problem, checked, direct, document, draw_problem, steps
 from megatron_bai.errors import UserError
 
 
@@ -48,7 +48,14 @@ def test_every_statement_is_true(style):
     if style == "pretrained":  # mixed: both ways to answer, and every kind of fact
         assert {"instruct", "reasoning", "isodd", "iseven", "ismore", "isless", "count:", "+=", "+"} <= kinds
     else:
-        assert kinds == {style}
+        assert kinds == {"instruct" if style == "instruct" else "reasoning"}
+
+
+def test_a_checked_derivation_says_each_line_one_to_three_times():
+    problem, rng = Problem((7, 8, 5)), Random(0)
+    found = {checked(problem, rng) for _ in range(200)}
+    lines = "7+8=15;", "15+5=20;"
+    assert found == {lines[0] * i + lines[1] * j + "answer:20" for i in (1, 2, 3) for j in (1, 2, 3)}
 
 
 def test_sizes_follow_the_settings():

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_BACKOFF_S", 0.001)
 
 
-def scores(handler: Any, items: list[Item] = [ITEM], **settings: Any) -> tuple[list[Score], list[dict[str, Any]]]:
+def scores(handler: Any, items: list[Item] = [ITEM], task: Any = None, **settings: Any) -> Any:
     """The scores under a server that answers /classify with `handler(body, call)`, and what it was sent."""
     bodies: list[dict[str, Any]] = []
 
@@ -36,7 +37,7 @@ def scores(handler: Any, items: list[Item] = [ITEM], **settings: Any) -> tuple[l
     settings_of_server = settings.pop("is_generation", False)
     with serve(answer) as url, ExitStack() as stack:
         chosen = config.RewardModel(url=url, **({"retries": 1} | settings))
-        scorer = stack.enter_context(rewards.open_rewards(chosen, None, Path("unused")))
+        scorer = stack.enter_context(rewards.open_rewards(chosen, task, Path("unused")))
         return scorer(items), bodies
 
 
@@ -53,6 +54,13 @@ def test_rewards_come_in_order_and_a_label_chooses_an_output() -> None:
     items = [Item(Prompt([i], str(i), ""), "", [1]) for i in range(20)]
     found, _ = scores(lambda body, call: reply(0.0, float(body["text"])), items, label=1)
     assert found == [Score(float(i)) for i in range(20)]
+
+
+def test_the_datas_own_check_is_added_to_what_the_model_says() -> None:
+    right, wrong, lost = (Item(Prompt([1], "1+2=", "3"), text, [1]) for text in ("3", "4", "?"))
+    task = SimpleNamespace(reward=lambda prompt, ids: float(ids is right.ids))
+    found, _ = scores(lambda body, call: reply(None if "?" in body["text"] else -1.5), [right, wrong, lost], task, check=3)
+    assert found[:2] == [Score(1.5), Score(-1.5)] and found[2].value is None
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,7 @@ def test_a_server_that_generates_and_one_that_is_not_there_are_named_at_the_star
         ({"tokenizer": "there"}, "reward.tokenizer and reward.send=chat"),
         ({"concurrency": 0}, "reward.concurrency is 0"),
         ({"retries": -1}, "reward.retries is -1"),
+        ({"check": float("nan")}, "reward.check is nan"),
         ({"request_timeout_s": 0.0}, "reward.request_timeout_s is 0"),
     ],
 )
