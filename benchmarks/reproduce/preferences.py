@@ -1,4 +1,4 @@
-"""A reward model that learned from preferences for short and clean answers, and its server.
+"""A reward model that learned from preferences for short and clean answers.
 
 A judge compares two answers to the same problem by their form. Its utility is `CLEAN` for an answer that ends properly
 and says nothing twice, and −1 for each `TOKENS_A_POINT` tokens; it prefers the first with probability σ(u₁ − u₂). The
@@ -8,16 +8,9 @@ model learns from its choices alone (Bradley–Terry). Whether an answer is righ
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random, SystemRandom
+from random import Random
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,8 +20,6 @@ from megatron_bai import config
 from megatron_bai.data.arithmetic import Problem, checked, direct, draw_problem, prompt_text, steps
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.model import placing
-from megatron_bai.rollout import control
-from megatron_bai.rollout.server import _environment, last_error
 
 CLEAN, TOKENS_A_POINT = 1.0, 20
 STEPS, PAIRS, LEARNING_RATE = 200, 48, 2e-3  # of training: batches, pairs of answers in one
@@ -105,41 +96,3 @@ def _margins(model: Qwen3ForSequenceClassification, pairs: list[list[int]]) -> t
     tokens = torch.tensor([ids + [pad] * (length - len(ids)) for ids in pairs])
     scores = model(tokens, attention_mask=(tokens != pad).long()).logits[:, 0]
     return scores[0::2] - scores[1::2]
-
-
-def _free_port() -> int:
-    """Below those that the system gives to connections, as the server listens later."""
-    for port in SystemRandom().sample(range(20000, 32768), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise SystemExit("no port of a hundred is free")
-
-
-@contextmanager
-def served(model: Path, log: Path) -> Iterator[str]:
-    """The URL of a server with the reward model, which ends with the block."""
-    port = _free_port()
-    options = {
-        "model-path": model, "host": "127.0.0.1", "port": port, "device": "cpu", "dtype": "float32",
-        "max-total-tokens": 16384, "max-running-requests": 64, "attention-backend": "torch_native",
-        "sampling-backend": "pytorch", "grammar-backend": "none",
-    }  # fmt: skip
-    flags = ["is-embedding", "disable-radix-cache", "disable-cuda-graph", "sleep-on-idle"]
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *words]
-    with open(log, "wb") as out:
-        server = subprocess.Popen(
-            [*command, *(f"--{flag}" for flag in flags)],
-            stdout=out, stderr=out, env=_environment("cpu"), start_new_session=True,
-        )  # fmt: skip
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
-    try:
-        while not control.healthy(url):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the reward server did not start: {last_error(log)} [{log}]")
-            time.sleep(0.5)
-        yield url
-    finally:
-        server.kill()  # its workers end with it
-        server.wait()

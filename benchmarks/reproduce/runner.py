@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import preferences
+import servers
 from studies import CHECKPOINTS, Study, all_studies
 
 from megatron_bai.model import manifest
@@ -40,10 +41,10 @@ def run_study(directory: Path, name: str, seeds: Iterable[int], updates: int | N
     make_checkpoints(directory / "checkpoints")
     failed = 0
     with ExitStack() as stack:
-        reward = _reward(study, directory, stack)
+        shared = _shared_servers(study, directory, stack)
         for number, (variant, seed, target) in enumerate(missing, start=1):
             began = time.monotonic()
-            code = train([*study.overrides(variant, seed, updates, target), *reward], target / "output.log")
+            code = train([*study.overrides(variant, seed, updates, target), *shared], target / "output.log")
             failed += code != 0
             took = f"{time.monotonic() - began:.0f} s"
             print(f"[{number}/{len(missing)}] {variant}, seed {seed}: {took}, {_outcome(target, code)}", flush=True)
@@ -80,15 +81,19 @@ def train(overrides: list[str], log: Path) -> int:
             raise
 
 
-def _reward(study: Study, directory: Path, stack: ExitStack) -> list[str]:
-    """Start the reward model's server, where the study has one, and say where it is."""
-    if not study.judged:
-        return []
-    model = directory / "reward-model"
-    if not model.is_dir():
-        preferences.train(model)
-    url = stack.enter_context(preferences.served(model, directory / "reward-server.log"))
-    return [f"reward.url={url}"]
+def _shared_servers(study: Study, directory: Path, stack: ExitStack) -> list[str]:
+    """Start those that all runs of the study use, and say where they are."""
+    words, logs = [], directory / study.name / "servers"
+    if study.served:
+        checkpoint = directory / "checkpoints" / study.served
+        url = stack.enter_context(servers.policy(checkpoint, list(study.settings), logs))
+        words.append(f"rollout.urls=[{url}]")
+    if study.judged:
+        model = directory / "reward-model"
+        if not model.is_dir():
+            preferences.train(model)
+        words.append(f"reward.url={stack.enter_context(servers.rewards(model, logs))}")
+    return words
 
 
 def _outcome(target: Path, code: int) -> str:

@@ -42,18 +42,22 @@ class Study:
     """A table.
 
     Attributes:
+        name: also of its directory.
         settings: Hydra overrides of every variant.
         prompts: of one update.
         updates: of a run, unless others are asked for; a multiple of each N.
         evaluations: of a run, spread evenly, beside that of its first step; 0: none.
+        served: the checkpoint whose shape all variants have: their runs share a server; empty: each starts its own.
         judged: whether rewards come from the reward model, which needs a server.
     """
 
+    name: str
     settings: tuple[str, ...]
     variants: dict[str, Variant]
     prompts: int
     updates: int
     evaluations: int = 0
+    served: str = ""
     judged: bool = False
 
     def steps(self, name: str, updates: int) -> int:
@@ -77,11 +81,8 @@ class Study:
 def all_studies(directory: Path) -> dict[str, Study]:
     """By name. `directory` holds the checkpoints (`CHECKPOINTS`) and merges made of them."""
     checkpoints = directory / "checkpoints"
-    return {
-        "bai": _bai(checkpoints, directory / "merges"),
-        "minirl": _minirl(checkpoints),
-        "discrepancy": _discrepancy(checkpoints),
-    }
+    studies = _bai(checkpoints, directory / "merges"), _minirl(checkpoints), _discrepancy(checkpoints)
+    return {study.name: study for study in studies}
 
 
 def _start(checkpoint: Path) -> tuple[str, ...]:
@@ -122,7 +123,7 @@ def _bai(checkpoints: Path, merges: Path) -> Study:
         "trainer.learning_rate=3e-4", "trainer.eval_samples=2", "monitor.bucket=10", "monitor.reward_responses=32", "monitor.reward_drop=0.3",
     )  # fmt: skip
     variants = {name: Variant(start, 4, published) for name, (start, published) in starts.items()}
-    return Study(settings, variants, prompts=4, updates=80, evaluations=4, judged=True)
+    return Study("bai", settings, variants, prompts=4, updates=80, evaluations=4, served="pretrained", judged=True)
 
 
 def _minirl(checkpoints: Path) -> Study:
@@ -159,7 +160,7 @@ def _minirl(checkpoints: Path) -> Study:
         "rollout.sync_tolerance=1", "trainer.learning_rate=6e-4", "trainer.eval_samples=2", "monitor.bucket=10",
     )  # fmt: skip
     variants = {name: Variant(settings[name], updates[name], published.get(name, "")) for name in settings}
-    return Study(common, variants, prompts=4, updates=128, evaluations=4)
+    return Study("minirl", common, variants, prompts=4, updates=64, evaluations=4, served="wide")
 
 
 def _discrepancy(checkpoints: Path) -> Study:
@@ -182,4 +183,4 @@ def _discrepancy(checkpoints: Path) -> Study:
         for model, start in starts.items()
         for name, words in served.items()
     }
-    return Study(settings, variants, prompts=16, updates=6)
+    return Study("discrepancy", settings, variants, prompts=16, updates=6)
