@@ -6,14 +6,14 @@ What is complete is not done again; a run that was interrupted goes on from its 
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import preferences
 import servers
-from studies import CHECKPOINTS, Study, all_studies
+from studies import Study
 
 from megatron_bai.model import manifest
 from megatron_bai.monitor.rundata import load_run
@@ -24,21 +24,19 @@ def run_dir(directory: Path, study: str, variant: str, seed: int) -> Path:
     return directory / study / variant / f"seed-{seed}"
 
 
-def run_study(directory: Path, name: str, seeds: Iterable[int], updates: int | None, only: list[str]) -> int:
+def run_study(directory: Path, study: Study, seeds: Iterable[int], updates: int, only: Collection[str] = ()) -> int:
     """Run what is missing; returns how many runs failed. Seed by seed, so that a table is whole early."""
-    study = all_studies(directory)[name]
-    updates = updates or study.updates
     if wrong := [n for n in study.variants.values() if updates % n.updates_per_step]:
         raise SystemExit(f"--updates {updates} is not a multiple of {wrong[0].updates_per_step}, the updates of a step")
     chosen = [v for v in study.variants if not only or v in only]
     if unknown := set(only) - set(study.variants):
-        raise SystemExit(f"{name} has no variant {min(unknown)!r}: choose from {', '.join(study.variants)}")
-    wanted = [(variant, seed, run_dir(directory, name, variant, seed)) for seed in seeds for variant in chosen]
+        raise SystemExit(f"{study.name} has no variant {min(unknown)!r}: choose from {', '.join(study.variants)}")
+    wanted = [(variant, seed, run_dir(directory, study.name, variant, seed)) for seed in seeds for variant in chosen]
     missing = [each for each in wanted if not is_done(each[2], study.steps(each[0], updates))]
-    print(f"{name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there, {updates} updates each", flush=True)
+    print(f"{study.name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there, {updates} updates each", flush=True)
     if not missing:
         return 0
-    make_checkpoints(directory / "checkpoints")
+    make_checkpoints(directory / "checkpoints", study.checkpoints)
     failed = 0
     with ExitStack() as stack:
         shared = _shared_servers(study, directory, stack)
@@ -56,9 +54,9 @@ def is_done(target: Path, steps: int) -> bool:
     return found.get("complete") is True and len(found["steps"]) == steps
 
 
-def make_checkpoints(directory: Path) -> None:
-    """Those that everything starts from."""
-    for name, settings in CHECKPOINTS.items():
+def make_checkpoints(directory: Path, checkpoints: Mapping[str, Sequence[str]]) -> None:
+    """Those that runs start from, in this order."""
+    for name, settings in checkpoints.items():
         if manifest.read(directory / name) is None:
             log = directory / f"{name}.log"
             code = train([*settings, f"run.dir={directory}", f"trainer.save={directory / name}"], log)

@@ -5,6 +5,7 @@ mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everyth
 once (`CHECKPOINTS`): seeds change prompts and samples, not these.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -43,6 +44,7 @@ class Study:
 
     Attributes:
         name: also of its directory.
+        checkpoints: what the runs start from: the settings that make each, in this order.
         settings: Hydra overrides of every variant.
         prompts: of one update.
         updates: of a run, unless others are asked for; a multiple of each N.
@@ -52,6 +54,7 @@ class Study:
     """
 
     name: str
+    checkpoints: Mapping[str, tuple[str, ...]]
     settings: tuple[str, ...]
     variants: dict[str, Variant]
     prompts: int
@@ -83,6 +86,10 @@ def all_studies(directory: Path) -> dict[str, Study]:
     checkpoints = directory / "checkpoints"
     studies = _bai(checkpoints, directory / "merges"), _minirl(checkpoints), _discrepancy(checkpoints)
     return {study.name: study for study in studies}
+
+
+def _some(*names: str) -> dict[str, tuple[str, ...]]:
+    return {name: CHECKPOINTS[name] for name in names}
 
 
 def _start(checkpoint: Path) -> tuple[str, ...]:
@@ -120,10 +127,12 @@ def _bai(checkpoints: Path, merges: Path) -> Study:
     settings = (
         "objective=ppo", "objective.critic_warmup=2", "objective.critic_learning_rate=1e-3", "reward=model",
         "reward.send=ids", "reward.check=3", "replay.mode=none", "rollout.dtype=float32", "rollout.max_new_tokens=112",
-        "trainer.learning_rate=3e-4", "trainer.eval_samples=2", "monitor.bucket=10", "monitor.reward_responses=32", "monitor.reward_drop=0.3",
+        "trainer.learning_rate=3e-4", "trainer.eval_samples=2", "monitor.bucket=10", "monitor.reward_responses=32",
+        "monitor.reward_drop=0.3",
     )  # fmt: skip
     variants = {name: Variant(start, 4, published) for name, (start, published) in starts.items()}
-    return Study("bai", settings, variants, prompts=4, updates=80, evaluations=4, served="pretrained", judged=True)
+    made = _some("pretrained", "instruct", "reasoning")
+    return Study("bai", made, settings, variants, prompts=4, updates=80, evaluations=4, served="pretrained", judged=True)
 
 
 def _minirl(checkpoints: Path) -> Study:
@@ -160,7 +169,7 @@ def _minirl(checkpoints: Path) -> Study:
         "rollout.sync_tolerance=1", "trainer.learning_rate=6e-4", "trainer.eval_samples=2", "monitor.bucket=10",
     )  # fmt: skip
     variants = {name: Variant(settings[name], updates[name], published.get(name, "")) for name in settings}
-    return Study("minirl", common, variants, prompts=4, updates=64, evaluations=4, served="wide")
+    return Study("minirl", _some("wide"), common, variants, prompts=4, updates=64, evaluations=4, served="wide")
 
 
 def _discrepancy(checkpoints: Path) -> Study:
@@ -183,4 +192,4 @@ def _discrepancy(checkpoints: Path) -> Study:
         for model, start in starts.items()
         for name, words in served.items()
     }
-    return Study("discrepancy", settings, variants, prompts=16, updates=6)
+    return Study("discrepancy", _some("pretrained", "wide"), settings, variants, prompts=16, updates=6)

@@ -19,6 +19,7 @@ Runs = list[RunData]
 Cell = Callable[[Runs], str]
 _SEEDS = 100  # looked for
 _SHARE = 0.1  # of a run's steps is its start, and its end
+_COLLAPSED = 0.6  # of the best reward
 
 
 def mean(value: Callable[[RunData], float | None]) -> Cell:
@@ -97,6 +98,18 @@ def alarms(*detectors: str) -> Cell:
     return cell
 
 
+def collapse(runs: Runs) -> str:
+    """The step at which the reward (of three steps, their median) was below 60 % of its best so far: median over the runs
+    in which it was. They may have recovered: their last value tells."""
+    found = [step for run in runs if (step := _collapsed(known(run, "reward_mean"))) is not None]
+    return f"at {median(found):g} ({len(found)} of {len(runs)})" if found else "none"
+
+
+def _collapsed(rewards: list[float]) -> int | None:
+    levels = [median(rewards[end - 3 : end]) for end in range(3, len(rewards) + 1)]
+    return next((step for step, level in enumerate(levels, 3) if level < _COLLAPSED * max(levels[: step - 2])), None)
+
+
 def sticks(runs: Runs) -> str:
     """The deepest hockey stick that recovered in each run, else its deepest drop: medians over the runs that had one."""
     found = [[a.facts for a in run.alarms() if a.detector == "reward_hockey_stick"] for run in runs]
@@ -148,9 +161,11 @@ TABLES = {
         "reward by length": buckets,
     },
     "minirl": {
-        "score: start → best → end": path(
+        "held out: start → best → end": path(
             mean(first("eval_accuracy", 0)), mean(best("eval_accuracy")), mean(last("eval_accuracy", 0))
         ),
+        "reward": path(mean(first("reward_mean")), mean(last("reward_mean"))),
+        "reward collapses": collapse,
         "KL (k1)": _start_and_end("kl_k1"),
         "KL (k3)": _start_and_end("kl_k3"),
         "entropy": _start_and_end("entropy"),

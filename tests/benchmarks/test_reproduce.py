@@ -111,14 +111,23 @@ def test_where_runs_collapse_is_read_from_their_alarms() -> None:
     assert tables.alarms("length_collapse")([run()]) == tables.sticks([run()]) == "none"
 
 
+def test_a_collapse_of_the_reward_is_measured_at_its_best_level() -> None:
+    def run(*rewards: float) -> Any:
+        return tables.RunData("", "", [{"step": i, "reward_mean": r} for i, r in enumerate(rewards, 1)], {}, {}, {})
+
+    fell, grew, short = run(0.5, 0.8, 0.7, 0.7, 0.3, 0.4, 0.3), run(0.1, 0.3, 0.9, 0.2, 0.9, 0.8), run(0.9, 0.1)
+    assert tables.collapse([fell, grew, short]) == "at 6 (1 of 3)"  # 0.4 = median(0.7, 0.3, 0.4) of 0.7 at its best
+    assert tables.collapse([grew]) == "none"  # one bad step is none
+
+
 def test_what_is_complete_is_not_run_again(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.run_study(stored, "discrepancy", range(2), 2, ["bfloat16"]) == 0
+    assert runner.run_study(stored, STUDIES["discrepancy"], range(2), 2, ["bfloat16"]) == 0
     assert "2 of 2 runs are there" in capsys.readouterr().out
     assert not runner.is_done(runner.run_dir(stored, "discrepancy", "bfloat16", 2), 2)  # in progress
     assert not runner.is_done(runner.run_dir(stored, "discrepancy", "bfloat16", 0), 6)  # shorter than asked for
     for updates, only, says in ((9, [], "--updates 9 is not a multiple of 2"), (8, ["n3"], "no variant 'n3'")):
         with pytest.raises(SystemExit, match=says):
-            runner.run_study(stored, "minirl", [0], updates, only)
+            runner.run_study(stored, STUDIES["minirl"], [0], updates, only)
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
