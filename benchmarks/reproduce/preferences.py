@@ -79,7 +79,8 @@ def train(target: Path, seed: int = 0) -> None:
         if (step + 1) % 100 == 0:
             print(f"reward model, step {step + 1}/{STEPS}: loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
-        agreed = (_margins(model, draw_pairs(HELD_OUT_PAIRS, tokenizer, rng, held_out=True)) > 0).double().mean()
+        margins = _margins(model, draw_pairs(HELD_OUT_PAIRS, tokenizer, rng, held_out=True))
+    agreed = (margins > 0).sum() / (margins != 0).sum()  # of pairs of different answers
     stage = placing.unfinished(target)
     model.save_pretrained(stage)
     weights = load_file(stage / "model.safetensors")  # SGLang's head has a bias (docs/data.md)

@@ -54,7 +54,7 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
         "Is the policy getting better, and does it keep its length?",
         [
             ("Reward, mean over the batch", {"reward_mean": "mean"}, False),
-            ("Accuracy on held-out problems, and its 95 % interval", _bounds("eval_accuracy"), False),
+            ("Mean reward on held-out problems, and its 95 % interval", _bounds("eval_accuracy"), False),
             ("Held-out responses that the data's own check finds right, fraction", {"eval_exact": "fraction"}, False),
             ("Best reward of n on held-out problems, mean", {"eval_best": "mean"}, False),
             ("Response length on held-out problems, tokens", {"eval_length": "mean"}, False),

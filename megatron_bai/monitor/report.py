@@ -77,7 +77,7 @@ def _alarm_section(runs: list[RunData]) -> str:
 def _headline(run: RunData) -> str:
     """First and last reward and accuracy, time, the slowest phase, layout and versions, as far as known."""
     items = []
-    for key, label in (("reward_mean", "Reward, first → last"), ("eval_accuracy", "Eval accuracy, first → last")):
+    for key, label in (("reward_mean", "Reward, first → last"), ("eval_accuracy", "Held-out reward, first → last")):
         values = [v for v in run.series(key)[1] if v is not None]
         if values:
             items.append((label, f"{values[0]:.3f} → {values[-1]:.3f}"))

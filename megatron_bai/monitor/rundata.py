@@ -6,6 +6,7 @@ progress may have none). `summary["provenance"]` may name a merge's `provenance.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,13 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def names(run_dirs: list[Path]) -> list[str]:
-    """The directories' own names, or their whole paths where names collide."""
-    names = [d.resolve().name for d in run_dirs]
-    return names if len(set(names)) == len(names) else [str(d) for d in run_dirs]
+    """The directories' own names; where these collide, their paths from where they part."""
+    paths = [d.resolve() for d in run_dirs]
+    own = [path.name for path in paths]
+    if len(set(own)) == len(own):
+        return own
+    parent = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(parent)) for path in paths]
 
 
 def is_number(value: Any) -> bool:

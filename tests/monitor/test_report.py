@@ -10,6 +10,7 @@ from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
 from megatron_bai.monitor import report
 from megatron_bai.monitor.report import load_run, write_report
+from megatron_bai.monitor.rundata import names
 
 
 def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", config: str = "", **summary: Any) -> Path:
@@ -78,7 +79,7 @@ def test_what_no_run_has_is_in_no_legend(tmp_path, steps):
     runs = [make_run(tmp_path / name, steps) for name in ("a", "b")]
     write_report(runs, tmp_path / "report.html")
     charts = charts_of((tmp_path / "report.html").read_text())
-    accuracy = charts["Accuracy on held-out problems, and its 95 % interval"]
+    accuracy = charts["Mean reward on held-out problems, and its 95 % interval"]
     assert [trace["name"] for trace in accuracy["traces"]] == ["a", "b"]
 
 
@@ -146,6 +147,12 @@ def test_refuses_damaged_companions(tmp_path, name, text):
     (run / name).write_text(text)
     with pytest.raises(UserError, match=name):
         write_report([run], tmp_path / "report.html")
+
+
+def test_runs_are_named_by_what_tells_them_apart():
+    assert names([Path("/a/one"), Path("/b/two")]) == ["one", "two"]
+    assert names([Path("/s/bai/seed-0"), Path("/s/alone/seed-0")]) == ["bai/seed-0", "alone/seed-0"]
+    assert names([Path("/s/run"), Path("/s/run")]) == ["run", "run"]
 
 
 def test_the_verb(tmp_path, steps, capsys):
