@@ -60,6 +60,7 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Response length on held-out problems, tokens", {"eval_length": "mean"}, False),
             ("Held-out responses, fraction", {"eval_truncated": "cut off", "eval_failed": "without a reward"}, False),
             ("Response length, tokens", {"response_length_mean": "mean", "response_length_max": "longest"}, False),
+            ("Response tokens of the step", {"response_tokens": "tokens"}, False),
             ("Response length, quantiles", _quantiles("response_length"), False),
             ("Responses cut off at the limit, fraction", {"truncated_fraction": "fraction"}, False),
             ("Reward, mean standard deviation within a group", {"reward_std": "std"}, False),

@@ -15,6 +15,8 @@ class Rule:
     Attributes:
         factor: the level over its baseline that is too much: below 1 a fall, above 1 a rise.
         floor: of the metric: a value x counts as x + floor, so that a rise from next to nothing is none.
+        counted: for a metric that is a share, the metric with the number of which it is one: its noise is at least that
+            of counting, which a run in which hardly any were seen does not show.
     """
 
     detector: str
@@ -23,6 +25,7 @@ class Rule:
     advice: str
     action: str
     floor: float = 0.0
+    counted: str = ""
 
 
 class Drift:
@@ -55,14 +58,23 @@ class Drift:
         if self._alarmed or change < self._needed:
             self._alarmed = self._alarmed and change >= self._needed / 2
             return []
-        sure = change / track.error(floor=self._needed / 50)
+        sure = change / track.error(floor=max(self._needed / 50, self._counting_noise(self._metric(level), values)))
         if sure < self.deviations:
             return []
         self._alarmed = True
         return [self._alarm(step, since, self._metric(base), self._metric(level), sure)]
 
+    def _counting_noise(self, share: float, values: dict[str, Any]) -> float:
+        """Standard deviation of log(share + floor), binomial, of at least one in the step."""
+        count = values.get(self.rule.counted)
+        if not count:
+            return 0.0
+        share = max(share, 1 / count)
+        return math.sqrt(share / count) / (share + self.rule.floor)
+
     def _metric(self, level: float) -> float:
-        return math.exp(self._sign * level) - self.rule.floor
+        value = math.exp(self._sign * level) - self.rule.floor
+        return value if value > 1e-9 * self.rule.floor else 0.0  # what is left of the floor is rounding
 
     def _alarm(self, step: int, since: int, base: float, level: float, sure: float) -> Alarm:
         rule = self.rule

@@ -5,7 +5,7 @@ import torch
 from megatron_bai.monitor.stats import Stats, quantile
 
 QUANTILES = (0.1, 0.5, 0.9)
-REWARDS, COUNTS = "reward_by_length/", "responses_by_length/"
+REWARDS, COUNTS, TOKENS = "reward_by_length/", "responses_by_length/", "response_tokens"
 
 
 def add_responses(
@@ -62,12 +62,13 @@ def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> Non
 
 
 def of_responses(stats: Stats, bucket: int) -> dict[str, float]:
-    """From the whole step: `response_length_p10`, `_p50`, `_p90` (see `stats.quantile`), and `responses_by_length/LOW`,
-    how many responses a length bucket has."""
+    """From the whole step: `response_length_p10`, `_p50`, `_p90` (see `stats.quantile`), `response_tokens`, their sum, and
+    `responses_by_length/LOW`, how many responses a length bucket has."""
     lengths = stats.tallies.get("response_length")
     if not lengths:
         return {}
     found: dict[str, float] = {f"response_length_p{share * 100:g}": quantile(lengths, share) for share in QUANTILES}
+    found[TOKENS] = sum(length * count for length, count in lengths.items())
     for length, count in sorted(lengths.items()):
         name = f"{COUNTS}{length // bucket * bucket}"
         found[name] = found.get(name, 0) + count

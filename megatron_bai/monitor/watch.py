@@ -8,7 +8,7 @@ from megatron_bai.monitor import hockey_stick
 from megatron_bai.monitor.alarm import ACTIONS, Alarm
 from megatron_bai.monitor.drift import Drift, Rule
 from megatron_bai.monitor.hockey_stick import HockeyStick
-from megatron_bai.monitor.responses import REWARDS
+from megatron_bai.monitor.responses import REWARDS, TOKENS
 
 _ADVICE = {
     "length_collapse": (
@@ -93,16 +93,16 @@ def demanded(values: dict[str, Any]) -> str:
 
 def _rules(s: config.Monitor) -> list[Rule]:
     watched = [
-        ("length_collapse", "response_length_mean", 1 - s.length_fall, 0.0),
-        ("discrepancy_divergence", "kl_k3", s.discrepancy_rise, _KL_FLOOR),
-        ("discrepancy_divergence", "f_2", s.discrepancy_rise, _F_FLOOR),
-        ("entropy_collapse", "entropy", 1 - s.entropy_fall, 0.0),
-        ("router_drift", "route_mismatch", s.router_rise, _MISMATCH_FLOOR),
-        ("router_drift", "experts_effective", 1 - s.experts_fall, 0.0),
+        ("length_collapse", "response_length_mean", 1 - s.length_fall, 0.0, ""),
+        ("discrepancy_divergence", "kl_k3", s.discrepancy_rise, _KL_FLOOR, ""),
+        ("discrepancy_divergence", "f_2", s.discrepancy_rise, _F_FLOOR, TOKENS),
+        ("entropy_collapse", "entropy", 1 - s.entropy_fall, 0.0, ""),
+        ("router_drift", "route_mismatch", s.router_rise, _MISMATCH_FLOOR, TOKENS),
+        ("router_drift", "experts_effective", 1 - s.experts_fall, 0.0, ""),
     ]
     return [
-        Rule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor)
-        for detector, metric, factor, floor in watched
+        Rule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor, counted)
+        for detector, metric, factor, floor, counted in watched
     ]
 
 

@@ -87,6 +87,14 @@ def test_a_rise_from_next_to_nothing_is_none() -> None:
     assert watched(series("kl_k3", noisy(tiny))) == [] == watched(series("f_2", noisy(tiny)))
 
 
+def test_a_few_tokens_of_a_small_step_are_counting_noise() -> None:
+    """F(2) of benchmarks/reproduce's run minirl/n1, seed 1: one to three of 600 tokens, four steps of five in a row."""
+    values = [0, 0, 0, 0, 0, 0.0041, *[0.0] * 10, 0.0024, 0.002, 0.0012, 0, 0.0022, *[0.0] * 20]
+    assert watched(series("f_2", values, response_tokens=600)) == []
+    (alarm,) = watched(series("f_2", values, response_tokens=600_000))
+    assert alarm.evidence == "f_2 rose, from 0 (step 3) to 0.0012"
+
+
 def test_single_outliers_and_gaps_change_nothing() -> None:
     values = noisy(np.full(400, 900.0))
     values[37::40] = 90

@@ -72,7 +72,7 @@ def test_responses_of_two_replicas_are_described_as_one_batch(seed: int, bucket:
     wanted = {
         "reward_mean": rewards.mean(), "reward_std": of_groups.std(1).mean(), "group_variance": of_groups.var(1).mean(),
         "uniform_groups": (of_groups.std(1) == 0).mean(), "response_length_mean": lengths.mean(),
-        "response_length_max": lengths.max(), "truncated_fraction": cut.mean(),
+        "response_length_max": lengths.max(), "truncated_fraction": cut.mean(), "response_tokens": lengths.sum(),
     }  # fmt: skip
     for q in (10, 50, 90):
         wanted[f"response_length_p{q}"] = np.quantile(lengths, q / 100, method="inverted_cdf")
