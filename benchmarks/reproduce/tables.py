@@ -98,6 +98,16 @@ def alarms(*detectors: str) -> Cell:
     return cell
 
 
+def length_collapse(runs: Runs) -> str:
+    """What the detector says at its first alarm of a run: medians over the runs that had one."""
+    found = [own[0] for run in runs if (own := [a for a in run.alarms() if a.detector == "length_collapse"])]
+    if not found:
+        return "none"
+    depth = median(1 - alarm.facts["level"] / alarm.facts["baseline"] for alarm in found)
+    begin, end = median(alarm.since for alarm in found), median(alarm.step for alarm in found)
+    return f"by {depth:.0%} from {begin:g} to {end:g} ({len(found)} of {len(runs)})"
+
+
 def collapse(runs: Runs) -> str:
     """The step at which the reward (of three steps, their median) was below 60 % of its best so far: median over the runs
     in which it was. They may have recovered: their last value tells."""
@@ -156,8 +166,9 @@ TABLES = {
         "length, tokens": _start_and_end("response_length_mean"),
         "right, held out": path(mean(first("eval_exact", 0)), mean(last("eval_exact", 0))),
         "reward": _start_and_end("reward_mean"),
-        "alarms": alarms("length_collapse", "entropy_collapse"),
+        "length collapse": length_collapse,
         "hockey stick": sticks,
+        "other alarms": alarms("entropy_collapse"),
         "reward by length": buckets,
     },
     "minirl": {

@@ -102,6 +102,9 @@ def test_where_runs_collapse_is_read_from_their_alarms() -> None:
         ]
         return tables.RunData("", "", [{"step": 1, "alarms": alarms}], {}, {}, {})
 
+    fell, later = {"baseline": 40.0, "level": 24.0}, {"baseline": 40.0, "level": 10.0}
+    runs = [run(("length_collapse", 9, fell), ("length_collapse", 20, later)), run(("length_collapse", 14, later)), run()]
+    assert tables.length_collapse(runs) == "by 57% from 0 to 11.5 (2 of 3)" and tables.length_collapse(runs[2:]) == "none"
     drop, full = {"depth": 0.5}, {"depth": 0.4, "trough_step": 12.0, "recovery_step": 30.0}
     runs = [run(("length_collapse", 9, {}), ("length_collapse", 20, {})), run(("length_collapse", 14, {})), run()]
     assert tables.alarms("length_collapse", "entropy_collapse")(runs) == "length collapse at 11.5 (2 of 3)"
