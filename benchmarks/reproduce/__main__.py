@@ -40,7 +40,8 @@ def _run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the run in work ends first
     directory = options.dir.resolve()
     study = all_studies(directory)[options.study]
-    sys.exit(runner.run_study(directory, study, range(options.seeds), options.updates or study.updates, options.only) > 0)
+    updates = options.updates or study.updates
+    sys.exit(runner.run_study(directory, study, range(options.seeds), updates, options.only) > 0)
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -131,8 +131,8 @@ def _bai(checkpoints: Path, merges: Path) -> Study:
         "monitor.reward_drop=0.3",
     )  # fmt: skip
     variants = {name: Variant(start, 4, published) for name, (start, published) in starts.items()}
-    made = _some("pretrained", "instruct", "reasoning")
-    return Study("bai", made, settings, variants, prompts=4, updates=80, evaluations=4, served="pretrained", judged=True)
+    own = _some("pretrained", "instruct", "reasoning")
+    return Study("bai", own, settings, variants, prompts=4, updates=80, evaluations=4, served="pretrained", judged=True)
 
 
 def _minirl(checkpoints: Path) -> Study:

@@ -150,8 +150,9 @@ _FACTS: tuple[Callable[[Arithmetic, Random], str], ...] = (
 def document(data: Arithmetic, style: str, rng: Random) -> Document:
     """A random text of a style; its problem, if it has one, is of the train split.
 
-    instruct is the direct answer, reasoning the derivation, checked one whose lines are repeated, and pretrained the language at large: a fifth of its texts
-    answer directly, two fifths derive, the others are facts, counting and unfinished expressions without chat markers.
+    instruct is the direct answer, reasoning the derivation, checked one whose lines are repeated, and pretrained the
+    language at large: a fifth of its texts answer directly, two fifths derive, the others are facts, counting and
+    unfinished expressions without chat markers.
     """
     if style not in STYLES:
         raise UserError(f"data.style is {style!r}: it must be one of {', '.join(STYLES)}")

@@ -35,7 +35,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run(directory: Path, study: Study, updates: int, *variants: str) -> list[RunData]:
     """The study's runs on the small task, seed 0."""
-    made = {name: (*words, *SMALL, "supervised.length=64", f"trainer.steps={STEPS[name]}") for name, words in study.checkpoints.items()}
+    made = {
+        name: (*words, *SMALL, "supervised.length=64", f"trainer.steps={STEPS[name]}")
+        for name, words in study.checkpoints.items()
+    }
     small = replace(study, checkpoints=made, settings=(*study.settings, *SMALL, *FAST), prompts=4, evaluations=0)
     assert runner.run_study(directory, small, [0], updates, variants) == 0
     return [load_run(runner.run_dir(directory, study.name, variant, 0), variant, "") for variant in variants]
