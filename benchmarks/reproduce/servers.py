@@ -15,7 +15,7 @@ from random import SystemRandom
 from megatron_bai.rollout import control
 from megatron_bai.rollout.server import _environment, last_error
 
-_START_S = 600.0
+_START_S, _STOP_S = 600.0, 15.0
 
 
 @contextmanager
@@ -61,8 +61,12 @@ def _running(command: list[str], port: int, log: Path) -> Iterator[str]:
             raise SystemExit(f"a server did not answer within {_START_S:g} s: {last_error(log)} [{log}]")
         yield url
     finally:
-        server.terminate()  # what it started ends with it
-        server.wait()
+        server.terminate()
+        try:
+            server.wait(_STOP_S)
+        except subprocess.TimeoutExpired:  # SGLang may wait for its own workers for ever
+            server.kill()  # they end with it
+            server.wait()
 
 
 def _free_port() -> int:
