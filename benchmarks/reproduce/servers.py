@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from random import SystemRandom
 
+from megatron_bai.processes import die_with
 from megatron_bai.rollout import control
 from megatron_bai.rollout.server import _environment, last_error
 
@@ -49,7 +51,10 @@ def rewards(model: Path, directory: Path) -> Iterator[str]:
 def _running(command: list[str], port: int, log: Path) -> Iterator[str]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, env=_environment("cpu"), start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=out, stderr=out, env=_environment("cpu"), start_new_session=True,
+            preexec_fn=partial(die_with, os.getpid()),
+        )  # fmt: skip
 
     def check() -> None:
         if server.poll() is not None:
