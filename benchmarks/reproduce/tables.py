@@ -109,15 +109,16 @@ def length_collapse(runs: Runs) -> str:
 
 
 def collapse(runs: Runs) -> str:
-    """The step at which the reward (of three steps, their median) was below 60 % of its best so far: median over the runs
-    in which it was. They may have recovered: their last value tells."""
+    """The step at which the reward, the mean over a quarter of the run, was below 60 % of its best so far: median over the
+    runs in which it was. (A quarter has equal numbers of responses, however many updates a step has.)"""
     found = [step for run in runs if (step := _collapsed(known(run, "reward_mean"))) is not None]
     return f"at {median(found):g} ({len(found)} of {len(runs)})" if found else "none"
 
 
 def _collapsed(rewards: list[float]) -> int | None:
-    levels = [median(rewards[end - 3 : end]) for end in range(3, len(rewards) + 1)]
-    return next((step for step, level in enumerate(levels, 3) if level < _COLLAPSED * max(levels[: step - 2])), None)
+    quarter = max(1, len(rewards) // 4)
+    levels = [fmean(rewards[end - quarter : end]) for end in range(quarter, len(rewards) + 1)]
+    return next((quarter + i for i, level in enumerate(levels) if level < _COLLAPSED * max(levels[: i + 1])), None)
 
 
 def sticks(runs: Runs) -> str:
