@@ -4,26 +4,24 @@ A run that started a server of its own would spend a fifth of its time on that.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from random import SystemRandom
 
 from megatron_bai.processes import die_with
 from megatron_bai.rollout import control
-from megatron_bai.rollout.server import _environment, last_error
+from megatron_bai.rollout.server import _environment, _free_port, last_error
 
-_START_S, _STOP_S = 600.0, 15.0
+_HOST, _START_S = "127.0.0.1", 600.0
 
 
 @contextmanager
 def policy(checkpoint: Path, overrides: list[str], directory: Path) -> Iterator[str]:
     """The URL of a server for models of the checkpoint's shape, under the `rollout` settings among the overrides."""
-    port = _free_port()
+    port = _free_port(_HOST, 0)
     words = [word for word in overrides if word.startswith("rollout.")]
     where = [f"run.dir={directory}", f"serve.checkpoint={checkpoint}", f"rollout.port={port}"]
     command = [sys.executable, "-m", "megatron_bai", "serve", *where, *words]
@@ -34,9 +32,9 @@ def policy(checkpoint: Path, overrides: list[str], directory: Path) -> Iterator[
 @contextmanager
 def rewards(model: Path, directory: Path) -> Iterator[str]:
     """The URL of a server with the reward model."""
-    port = _free_port()
+    port = _free_port(_HOST, 0)
     options = {
-        "model-path": model, "host": "127.0.0.1", "port": port, "device": "cpu", "dtype": "float32",
+        "model-path": model, "host": _HOST, "port": port, "device": "cpu", "dtype": "float32",
         "max-total-tokens": 16384, "max-running-requests": 64, "attention-backend": "torch_native",
         "sampling-backend": "pytorch", "grammar-backend": "none",
     }  # fmt: skip
@@ -60,24 +58,11 @@ def _running(command: list[str], port: int, log: Path) -> Iterator[str]:
         if server.poll() is not None:
             raise SystemExit(f"a server ended with {server.returncode}: {last_error(log)} [{log}]")
 
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{_HOST}:{port}"
     try:
         if not control.becomes_healthy(url, _START_S, check):
             raise SystemExit(f"a server did not answer within {_START_S:g} s: {last_error(log)} [{log}]")
         yield url
     finally:
-        server.terminate()
-        try:
-            server.wait(_STOP_S)
-        except subprocess.TimeoutExpired:  # SGLang may wait for its own workers for ever
-            server.kill()  # they end with it
-            server.wait()
-
-
-def _free_port() -> int:
-    """Below those that the system gives to connections, as the server listens later."""
-    for port in SystemRandom().sample(range(20000, 32768), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise SystemExit("no port of a hundred is free")
+        server.kill()  # what it started ends with it; asked to end, SGLang may wait for its workers for ever
+        server.wait()
