@@ -1,12 +1,13 @@
 """Runs the project's commands as a user does, and knows what each of them said and left behind."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 SERVER = "megatron_bai.rollout.serve"
-_TIMEOUT_S = 400  # of one command, on a machine that does something else as well
+_TIMEOUT_S = 500  # of one command, on a machine that does something else as well
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,30 @@ def torchrun(directory: Path, processes: int, *words: str | Path) -> Command:
     return Command(directory, BIN / "torchrun", "--standalone", "--nproc-per-node", str(processes), *words)
 
 
+def forked(directory: Path, cases: Mapping[str, Sequence[str | Path]]) -> dict[str, Result]:
+    """The command line with each of the words, one after the other, in forks of a process that has imported everything.
+
+    A process of its own spends more on that than on most of the tests' commands.
+    """
+    words = {name: [str(word) for word in case] for name, case in cases.items()}
+    forks = Path(__file__).with_name("forks.py")
+    orphans = succeeded(Command(directory, sys.executable, forks, directory, json.dumps(words))).orphans
+    codes = json.loads((directory / "codes.json").read_text())
+    said = {name: [(directory / f"{name}.{stream}").read_text() for stream in ("out", "err")] for name in cases}
+    return {name: Result(code, *said[name], orphans) for name, code in codes.items()}
+
+
 def succeeded(command: Command) -> Result:
     """Wait for a command that must end well and leave nothing."""
-    result = command.wait()
-    assert result.code == 0, f"{command}: {result.code}\n{result.out[-2000:]}\n{result.err[-4000:]}"
-    assert result.orphans == [], f"{command}: {result.orphans}"
+    return _well(str(command), command.wait())
+
+
+def all_succeeded(directory: Path, cases: Mapping[str, Sequence[str | Path]]) -> dict[str, Result]:
+    """The same of the command line in forks."""
+    return {name: _well(name, result) for name, result in forked(directory, cases).items()}
+
+
+def _well(name: str, result: Result) -> Result:
+    assert result.code == 0, f"{name}: {result.code}\n{result.out[-2000:]}\n{result.err[-4000:]}"
+    assert result.orphans == [], f"{name}: {result.orphans}"
     return result

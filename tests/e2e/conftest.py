@@ -9,10 +9,7 @@ from pipeline import Demo
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Trained and merged checkpoints."""
     run = Demo(tmp_path_factory.mktemp("demo") / "run", tmp_path_factory.mktemp("logs"))
-    succeeded(run.supervised("pretrained"))
-    for command in [run.supervised(name) for name in ("instruct", "reasoning")]:
-        succeeded(command)
-    succeeded(run.merge())
+    run.make("make")
     return run
 
 

@@ -29,7 +29,7 @@ def main(directory: Path, cases: dict[str, list[str]]) -> None:
 
 def _run(prefix: Path, arguments: list[str]) -> NoReturn:
     for stream, end in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{prefix}.{end}", os.O_WRONLY | os.O_CREAT), stream)
+        os.dup2(os.open(f"{prefix}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = ["megatron-bai", *arguments]
     code = 0
     try:

@@ -1,9 +1,10 @@
 """The demo's commands, shortened."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from command import Command, megatron_bai, torchrun
+from command import Command, Result, all_succeeded, megatron_bai, torchrun
 
 STEPS = 3
 SHORT = {  # enough text for a few right answers, without which there is nothing to learn from
@@ -26,15 +27,18 @@ class Demo:
     def actor(self) -> Path:
         return self.directory / "actor"
 
-    def supervised(self, name: str, *more: str) -> Command:
-        """The verb that makes one of the three checkpoints that are merged."""
-        return self.verb(f"train-{name}", "train", f"experiment=demo_{name}", *SHORT[name], *more)
+    def make(self, log: str) -> dict[str, Result]:
+        """What the verbs say that make the three checkpoints and merge them."""
+        supervised = {name: ["train", f"experiment=demo_{name}", *short] for name, short in SHORT.items()}
+        return self.verbs(log, supervised | {"merge": ["merge", "experiment=demo"]})
 
-    def merge(self, log: str = "merge") -> Command:
-        return self.verb(log, "merge", "experiment=demo")
+    def verbs(self, log: str, cases: Mapping[str, Sequence[str | Path]]) -> dict[str, Result]:
+        """Verbs that must end well, one after the other, with this run directory."""
+        own = f"run.dir={self.directory}"
+        return all_succeeded(self.logs / log, {name: [*words, own] for name, words in cases.items()})
 
     def verb(self, log: str, *words: str | Path) -> Command:
-        """A verb in one process, with this run directory."""
+        """A verb in a process of its own, with this run directory."""
         return megatron_bai(self.logs / log, *words, f"run.dir={self.directory}")
 
     def reinforce(self, log: str, processes: int, *more: str | Path, merged: bool = False) -> Command:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import megatron_bai, succeeded, torchrun
+from command import all_succeeded, megatron_bai, succeeded, torchrun
 
 from megatron_bai.model import manifest
 
@@ -36,10 +36,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "my_rewards.py").write_text(REWARD)
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(300)))
     first = ["train", *SUPERVISED, "trainer.steps=2", f"trainer.save={place}/first", f"run.dir={place}/run-1"]
-    succeeded(megatron_bai(place / "log-1", *first))
     data = ["data=dataset", f"data.train={place}/rows.jsonl", "data.response=text", "data.chat_template=false"]
     more = ["trainer.steps=30", "init=checkpoint", f"init.checkpoint={place}/first", f"trainer.save={place}/actor"]
-    succeeded(megatron_bai(place / "log-2", "train", *SUPERVISED, *data, *more, f"run.dir={place}/run-2"))
+    second = ["train", *SUPERVISED, *data, *more, f"run.dir={place}/run-2"]
+    all_succeeded(place / "log-1", {"first": first, "second": second})
     return place
 
 

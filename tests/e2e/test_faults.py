@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from command import SERVER, Command, Result, succeeded
+from command import SERVER, Command, Result, forked, succeeded
 from omegaconf import OmegaConf
 from pipeline import ONE_PROCESS, Demo
 from processes import TESTS
@@ -103,7 +102,7 @@ NAMED = {
 
 @pytest.fixture(scope="module")
 def mistakes(demo: Demo) -> dict[str, Result]:
-    """What came of every mistake in one process, each in a fork of a process that has imported everything."""
+    """What came of every mistake in one process."""
     directory = demo.logs / "mistakes"
     members = f"merge.members=[{demo.directory}/instruct,{demo.directory}/reasoning]"
     merge = [f"merge.pretrained={demo.directory}/pretrained", members, f"merge.output={directory}/merged"]
@@ -113,11 +112,7 @@ def mistakes(demo: Demo) -> dict[str, Result]:
     for name, wrong in WRONG.items():
         verb, *changes = wrong(demo)
         cases[name] = [verb, *shared, *changes]
-    command = Command(directory, sys.executable, Path(__file__).with_name("forks.py"), directory, json.dumps(cases))
-    orphans = succeeded(command).orphans
-    outcomes = json.loads((directory / "codes.json").read_text())
-    words = {name: [(directory / f"{name}.{s}").read_text() for s in ("out", "err")] for name in cases}
-    return {name: Result(code, *words[name], orphans) for name, code in outcomes.items()}
+    return forked(directory, cases)
 
 
 @pytest.mark.parametrize("name", NAMED)

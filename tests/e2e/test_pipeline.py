@@ -55,9 +55,9 @@ def test_merged_on_the_fly_by_two_ranks_it_starts_from_the_same_weights(demo: De
     own = [f"merge.pretrained={demo.directory}/pretrained", members, f"merge.output={tmp_path}/actor", *unmoved]
     result = succeeded(demo.reinforce("on-the-fly", 2, *own, merged=True))
     assert "merged 12 tensors" in result.out
-    for path in (tmp_path / "actor", tmp_path / "saved"):
-        words = [f"inspect.path={demo.actor}", f"inspect.other={path}"]
-        assert "0 of 12 tensors differ" in succeeded(demo.verb("inspect-actor", "inspect", *words)).out
+    inspect = ["inspect", f"inspect.path={demo.actor}"]
+    cases = {name: [*inspect, f"inspect.other={tmp_path}/{name}"] for name in ("actor", "saved")}
+    assert all("0 of 12 tensors differ" in found.out for found in demo.verbs("inspect-actors", cases).values())
 
 
 def test_every_step_is_recorded_in_full(summary: dict[str, Any], demo: Demo) -> None:
@@ -149,7 +149,5 @@ def test_a_second_run_reuses_every_checkpoint(demo: Demo, trained: Result) -> No
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
 
     before = state()
-    for pair in (("pretrained", "instruct"), ("reasoning", None)):
-        for command in [demo.supervised(name) if name else demo.merge("again") for name in pair]:
-            assert "nothing to do" in succeeded(command).out
+    assert all("nothing to do" in again.out for again in demo.make("again").values())
     assert state() == before

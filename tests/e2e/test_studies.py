@@ -3,7 +3,6 @@
 What is asserted is a direction, by a margin; how much it is, docs/results.md says.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from command import Command, succeeded
+from command import all_succeeded
 from processes import TESTS
 
 sys.path.insert(0, str(TESTS.parent / "benchmarks" / "reproduce"))
@@ -29,33 +28,17 @@ STEPS = {"pretrained": 200, "instruct": 30, "reasoning": 80}
 SERVED = "rollout.dtype=bfloat16", "rollout.sync_tolerance=1", "rollout.max_new_tokens=64"
 
 
-def train(directory: Path, cases: dict[str, list[str]]) -> None:
-    """The verb `train` with each of the settings, one after the other, in forks of one process (forks.py)."""
-    directory.mkdir()
-    words = {name: ["train", *settings] for name, settings in cases.items()}
-    succeeded(Command(directory, sys.executable, Path(__file__).with_name("forks.py"), directory, json.dumps(words)))
-    failed = {name: (directory / f"{name}.err").read_text()[-2000:] for name in cases if codes(directory)[name]}
-    assert not failed
-
-
-def codes(directory: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((directory / "codes.json").read_text())
-    return found
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the three checkpoints."""
     directory = tmp_path_factory.mktemp("studies")
     made = directory / "checkpoints"
     common = [*SMALL, f"run.dir={made}", "supervised.length=64"]
-    train(
-        directory / "supervised",
-        {
-            name: [*CHECKPOINTS[name], *common, f"trainer.steps={steps}", f"trainer.save={made / name}"]
-            for name, steps in STEPS.items()
-        },
-    )
+    cases = {
+        name: ["train", *CHECKPOINTS[name], *common, f"trainer.steps={steps}", f"trainer.save={made / name}"]
+        for name, steps in STEPS.items()
+    }
+    all_succeeded(directory / "supervised", cases)
     return directory
 
 
@@ -70,7 +53,8 @@ def run(directory: Path, study: Study, updates: int, *variants: str) -> list[Run
     """The study's runs on the small task, seed 0, at a higher learning rate."""
     study = replace(study, settings=(*study.settings, *SMALL, "trainer.learning_rate=1e-3"), evaluations=0)
     targets = {variant: runner.run_dir(directory, study.name, variant, 0) for variant in variants}
-    train(directory / study.name, {v: study.overrides(v, 0, updates, target) for v, target in targets.items()})
+    cases = {variant: ["train", *study.overrides(variant, 0, updates, target)] for variant, target in targets.items()}
+    all_succeeded(directory / study.name, cases)
     return [load_run(target, variant, "") for variant, target in targets.items()]
 
 
