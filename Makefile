@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo test test-runs test-servers test-parts clean
+.PHONY: install demo test test-runs test-servers test-ranks test-parts clean
 
 install: $(VENV)/installed
 
@@ -34,17 +34,20 @@ demo: install
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
 
 test: $(VENV)/installed-test
-	$(MAKE) --jobs=3 test-runs test-servers test-parts
+	$(MAKE) --jobs=4 test-runs test-servers test-ranks test-parts
 
-# Whole runs and servers, whose processes mostly wait for one another; and all else.
+# At once, as their processes mostly wait for one another: whole runs, servers, ranks of the trainer; and all else.
 RUNS := tests/e2e
 SERVERS := tests/launch tests/live
+RANKS := tests/distributed tests/rl tests/routing
 test-runs:
 	$(BIN)/pytest $(RUNS)
 test-servers:
 	$(BIN)/pytest $(SERVERS)
+test-ranks:
+	$(BIN)/pytest $(RANKS)
 test-parts:
-	$(BIN)/pytest $(addprefix --ignore=,$(RUNS) $(SERVERS))
+	$(BIN)/pytest $(addprefix --ignore=,$(RUNS) $(SERVERS) $(RANKS))
 
 clean:
 	rm -rf $(VENV) runs
