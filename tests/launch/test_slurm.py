@@ -44,9 +44,15 @@ def test_shortly_before_its_time_limit_a_run_is_queued_again(
 
 @pytest.mark.live
 def test_a_run_that_is_preempted_goes_on_and_one_that_is_cancelled_saves(
-    submit: Callable[..., str], cluster: Slurm, server: list[str], unbroken: Run, tmp_path: Path
+    submit: Callable[..., str],
+    cluster: Slurm,
+    server: list[str],
+    unbroken: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server is on the other node. The run is far longer than it is let be."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what a user's shell need not have
     words = ["--processes", 2, "--logs", tmp_path / "logs", *REINFORCE, "trainer.steps=999", f"run.dir={tmp_path}/run"]
     job = submit(["--nodelist=node2"], *words, *server)
 
@@ -54,6 +60,7 @@ def test_a_run_that_is_preempted_goes_on_and_one_that_is_cancelled_saves(
         return [int(step) for step in re.findall(r"stopped after step (\d+), as SIGTERM asked", said(tmp_path, job))]
 
     cluster.until(lambda: "step    1/999" in said(tmp_path, job), job)
+    assert "step   20/999" not in said(tmp_path, job), "steps are shown long after they were made"
     cluster.sbatch("--partition=high", "--nodelist=node2", "--exclusive", "--output=/dev/null", "--wrap", "true")
     cluster.until(lambda: bool(stops()) and f"step {stops()[0] + 1:4}/999" in said(tmp_path, job), job)
     assert "Restarts=1" in cluster.shown(job)
