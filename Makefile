@@ -24,8 +24,8 @@ $(VENV)/installed-test: $(VENV)/installed requirements/test.lock
 	$(PIP) --no-deps -r requirements/test.lock
 	touch $@
 
-# torchrun would set it too, with a warning.
-demo: export OMP_NUM_THREADS = 1
+# torchrun would set it too, with a warning; and threads of several programs would spin while they wait for each other.
+demo test: export OMP_NUM_THREADS = 1
 demo: install
 	$(BIN)/megatron-bai train experiment=demo_pretrained $(ARGS)
 	$(BIN)/megatron-bai train experiment=demo_instruct $(ARGS)
@@ -36,10 +36,11 @@ demo: install
 test: $(VENV)/installed-test
 	$(MAKE) --jobs=4 test-runs test-servers test-ranks test-parts
 
-# At once, as their processes mostly wait for one another: whole runs, servers, ranks of the trainer; and all else.
+# At once, as their processes often wait for one another: whole runs, servers, ranks of the trainer, whose directories
+# share a fixture; and all else.
 RUNS := tests/e2e
 SERVERS := tests/launch tests/live
-RANKS := tests/distributed tests/rl tests/routing
+RANKS := tests/distributed tests/model tests/rl tests/routing
 test-runs:
 	$(BIN)/pytest $(RUNS)
 test-servers:
