@@ -96,8 +96,9 @@ export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] "
 [ "$restarts" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Ranks take SIGUSR1 as a wish for a checkpoint. torchrun, which would die of it, is born deaf to it.
 trap '' USR1
-# torchrun waits a little longer than the ranks do before it kills. Unbuffered (-u) it shows what rank 0 says at once: into a
-# file, as Slurm's, it would write 8 KiB at a time, some sixty steps.
-exec "$bin/python" -u -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
+# What rank 0 says is shown at once: into a file, as Slurm's, torchrun would write 8 KiB at a time, some sixty steps.
+export PYTHONUNBUFFERED=1
+# torchrun waits a little longer than the ranks do before it kills.
+exec "$bin/torchrun" "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
     --shutdown-timeout $((grace + 10)) --log-dir "$logs/$(hostname)" --redirects 3 --tee 0:3 \
     -m megatron_bai "$@" "trainer.grace_s=$grace"
