@@ -9,7 +9,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from megatron_bai.errors import UserError
@@ -491,6 +490,8 @@ class Config:
 
 def register() -> None:
     """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load what packages add to it."""
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
     store.store(name="schema", node=Config(data=MISSING, reward=MISSING, init=MISSING, objective=MISSING))
     choices = {

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
-
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import exact, function, math_verify, model
@@ -36,6 +34,8 @@ def register(reward: Reward) -> None:
     Raises:
         UserError: the name is taken.
     """
+    from hydra.core.config_store import ConfigStore
+
     name = reward.settings.name
     if _REGISTRY.setdefault(name, reward) is not reward:
         raise UserError(f"there is a reward {name!r} already: give {reward.settings.__qualname__} another name")

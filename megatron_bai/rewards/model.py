@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_bai import config
-from megatron_bai.backend.machines import is_loopback
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
 
@@ -97,6 +96,8 @@ def _body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]:
 
 
 def _check(settings: config.RewardModel) -> None:
+    from megatron_bai.backend.machines import is_loopback  # a worker of another reward would import torch with it
+
     parts = urlsplit(settings.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"reward.url is {settings.url!r}: give the address of a server, http://127.0.0.1:30000")
