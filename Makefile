@@ -13,7 +13,7 @@ install: $(VENV)/installed
 
 # torch comes first and with its dependencies, from wherever pip finds it. The rest is exactly the lock: SGLang's
 # CUDA-only dependencies are left out of it, so pip must not look for them.
-$(VENV)/installed: requirements/cpu.lock pyproject.toml
+$(VENV)/installed: requirements/cpu.lock pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --no-deps -r requirements/cpu.lock

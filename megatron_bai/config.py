@@ -6,12 +6,12 @@ updated. An unknown key is refused by Hydra; what contradicts another setting is
 
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from megatron_bai.errors import UserError
+from megatron_bai.project_files import conf_dir as conf_dir
 
 
 @dataclass
@@ -515,9 +515,3 @@ def initial_checkpoint(settings: Config) -> str:
     """The directory that the first weights of a run are read from; empty for random ones."""
     init = settings.init
     return settings.merge.output if isinstance(init, MergeInit) else getattr(init, "checkpoint", "")
-
-
-def conf_dir() -> Path:
-    """`conf/` of the source tree, or of the installed package."""
-    here = Path(__file__).resolve().parent
-    return next(p for p in (here.parent / "conf", here / "conf") if p.is_dir())
