@@ -108,7 +108,7 @@ class Loggers:
         for name, kind in _KINDS.items():
             if not getattr(settings.monitor, name):
                 continue
-            if find_spec(name) is None:  # TensorBoard's only: `validate` refuses the others
+            if find_spec(name) is None:  # TensorBoard's only: `require` refuses the others
                 print("tensorboard is not installed: the run writes no event files (metrics.jsonl has everything)")
                 continue
             self._open[name] = kind(directory, settings)
@@ -135,15 +135,12 @@ def _is_number(value: Any) -> bool:
 
 
 def validate(settings: config.Config) -> None:
-    """Refuse a logger that is not there, and settings that hold a secret: they are written to `config.yaml` and logged.
+    """Refuse settings that contradict each other, or that hold a secret: they are written to `config.yaml` and logged.
 
     Raises:
         UserError: names the setting, never its value.
     """
     monitor = settings.monitor
-    for name in ("wandb", "mlflow"):
-        if getattr(monitor, name) and find_spec(name) is None:
-            raise UserError(f"monitor.{name} is set, but {name} is not installed: pip install {name}, or leave it empty")
     if monitor.wandb_mode not in ("online", "offline"):
         raise UserError(f"monitor.wandb_mode is {monitor.wandb_mode!r}: choose online or offline")
     for name, value in _flat(settings).items():
@@ -152,6 +149,17 @@ def validate(settings: config.Config) -> None:
                 f"{name} holds a secret, and settings are written to the run's files: leave it to the environment "
                 "(MLFLOW_TRACKING_PASSWORD, HF_TOKEN) or the tool's own login"
             )
+
+
+def require(monitor: config.Monitor) -> None:
+    """Refuse a logger that is not installed.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name in ("wandb", "mlflow"):
+        if getattr(monitor, name) and find_spec(name) is None:
+            raise UserError(f"monitor.{name} is set, but {name} is not installed: pip install {name}, or leave it empty")
 
 
 def _flat(settings: config.Config) -> dict[str, str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_bai.data import Prompt, Task
     from megatron_bai.rollout.sample import Sample
 
-__all__ = ["Item", "Reward", "Score", "Scorer", "check", "open_rewards", "per_sample", "register", "rewarded"]
+__all__ = ["Item", "Reward", "Score", "Scorer", "check", "open_rewards", "per_sample", "register", "require", "rewarded"]
 
 _BUILT_IN = (exact, math_verify, function, model)
 _REGISTRY: dict[str, Reward] = {module.REWARD.settings.name: module.REWARD for module in _BUILT_IN}
@@ -58,6 +58,15 @@ def check(settings: config.Reward) -> Reward:
     return reward
 
 
+def require(settings: config.Reward) -> None:
+    """Refuse a reward that this machine has no package for.
+
+    Raises:
+        UserError: names the package.
+    """
+    check(settings).require(settings)
+
+
 @contextmanager
 def open_rewards(settings: config.Reward, task: Task, log: Path) -> Iterator[Scorer]:
     """A scorer, for the time of the block.
@@ -68,6 +77,7 @@ def open_rewards(settings: config.Reward, task: Task, log: Path) -> Iterator[Sco
     Raises:
         UserError: it cannot be started: a package, a function or a server is missing.
     """
+    require(settings)
     with check(settings).open(settings, task, log) as scorer:
         yield scorer
 

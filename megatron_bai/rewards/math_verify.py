@@ -29,9 +29,8 @@ def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settin
     return float(math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
 
-def _check(settings: config.MathVerify) -> None:
+def _require(settings: config.MathVerify) -> None:
     need("math_verify", "math", "math_verify")
-    check_limits(settings)
 
 
-REWARD = Reward(config.MathVerify, per_sample(score), _check)
+REWARD = Reward(config.MathVerify, per_sample(score), check_limits, _require)

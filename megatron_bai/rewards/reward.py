@@ -52,8 +52,10 @@ class Reward:
         open: `(settings, task, log) → a context manager` whose value scores items. What it cannot score is a `Score`
             without a value; what no item can be scored without is a `UserError`. `log` is a file for what it prints.
         check: refuses its settings by name with a `UserError`.
+        require: refuses, likewise, a machine that lacks what it needs: a package. `plan` does not ask for it.
     """
 
     settings: type[config.Reward]
     open: Callable[[Any, Task, Path], AbstractContextManager[Scorer]]
     check: Callable[[Any], None] = _nothing
+    require: Callable[[Any], None] = _nothing

@@ -94,6 +94,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         UserError: settings that contradict each other or the machine, or a checkpoint or a merge that cannot be used.
     """
     validate(settings)
+    require_packages(settings)
     if settings.rollout.api_key_file:
         access.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
     device = backend.start(settings.backend)
@@ -243,6 +244,17 @@ def validate(settings: config.Config) -> None:
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
             f"model.max_position_embeddings ({model.max_position_embeddings})"
         )
+
+
+def require_packages(settings: config.Config) -> None:
+    """Refuse a run whose settings need a package that is not installed, before any work starts.
+
+    Raises:
+        UserError: names the setting and the package.
+    """
+    loggers.require(settings.monitor)
+    if objectives.get(settings.objective.name).rollouts:
+        rewards.require(settings.reward)
 
 
 def _check_groups(settings: config.Config) -> None:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 import pytest
@@ -34,8 +33,7 @@ def chosen(*overrides: str) -> config.Config:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_overrides_choose_and_set_rewards(overrides: list[str], wanted: config.Reward, monkeypatch: Any) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+def test_overrides_choose_and_set_rewards(overrides: list[str], wanted: config.Reward) -> None:
     found = chosen(*overrides).reward
     assert type(found) is type(wanted) and found == wanted
     assert rewards.check(found).settings is type(wanted)
@@ -65,8 +63,11 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(settings: config.Rewa
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rewards.check(config.MathVerify())  # settings that `plan` takes
     with pytest.raises(UserError, match=r"reward=math_verify needs .* pip install 'megatron-bai\[math\]'"):
-        rewards.check(config.MathVerify())
+        rewards.require(config.MathVerify())
+    with pytest.raises(UserError, match=r"reward=math_verify needs"), rewards.open_rewards(config.MathVerify(), None, Path()):
+        pass
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

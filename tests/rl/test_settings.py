@@ -89,6 +89,27 @@ def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any]
     assert all(part in str(error.value) for part in named), error.value
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"reward": config.MathVerify()}, r"pip install .megatron-bai\[math\]"), ({"monitor__wandb": "x"}, "pip install wandb")],
+)
+def test_a_package_that_is_missing_is_named_before_any_work(
+    values: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run. What its settings say, for `plan`, is valid without."""
+    monkeypatch.setattr(backend, "start", lambda *args: pytest.fail("the run was started"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_bai.monitor.loggers.find_spec", lambda name: None)
+    session.validate(changed(**values))
+    with pytest.raises(UserError, match=named), session.open_session(changed(**values)):
+        pass
+
+
+def test_supervised_training_needs_no_rewards_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    session.require_packages(changed(reward=config.MathVerify(), objective=config.Sft()))
+
+
 def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
     settings = changed(trainer__group_size=1, trainer__mini_batches=3)
     settings.objective = config.Sft()
