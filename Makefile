@@ -1,5 +1,6 @@
 # make demo   create .venv, install, train three tiny checkpoints, merge them, and run RL from the result
 # make test   create .venv, install, run every test
+# make lint   create .venv, install, check style, types and sizes
 # ARGS adds Hydra overrides to the demo: make demo ARGS="run.name=demo-1 run.seed=1"
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo test test-runs test-servers test-ranks test-parts clean
+.PHONY: install demo lint test test-runs test-servers test-ranks test-parts clean
 
 install: $(VENV)/installed
 
@@ -24,6 +25,10 @@ $(VENV)/installed-test: $(VENV)/installed requirements/test.lock
 	$(PIP) --no-deps -r requirements/test.lock
 	touch $@
 
+$(VENV)/installed-lint: $(VENV)/installed-test requirements/lint.lock
+	$(PIP) --no-deps -r requirements/lint.lock
+	touch $@
+
 # torchrun would set it too, with a warning; and threads of several programs would spin while they wait for each other.
 demo test: export OMP_NUM_THREADS = 1
 demo: install
@@ -32,6 +37,13 @@ demo: install
 	$(BIN)/megatron-bai train experiment=demo_reasoning $(ARGS)
 	$(BIN)/megatron-bai merge experiment=demo $(ARGS)
 	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
+
+# .pre-commit-config.yaml runs the same.
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python tools/code_limits.py
+	$(BIN)/mypy
 
 test: $(VENV)/installed-test
 	$(MAKE) --jobs=4 test-runs test-servers test-ranks test-parts

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -44,7 +44,7 @@ class Ranks:
         if self.size == 1:
             if error is not None:
                 raise error
-            return [result]  # type: ignore[list-item]
+            return [cast(T, result)]  # no error: `work` returned it
         user = error if isinstance(error, UserError) else None
         outcomes: list = [None] * self.size
         dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)), group=self.group)
@@ -60,7 +60,7 @@ class Ranks:
 
     def first(self, work: Callable[[], T], where: object = "") -> T:
         """Run `work` on rank 0 and return its result on every rank."""
-        return self.together(lambda: work() if self.rank == 0 else None, where)[0]  # type: ignore[return-value]
+        return cast(T, self.together(lambda: work() if self.rank == 0 else None, where)[0])
 
 
 def joined() -> Ranks:
