@@ -154,7 +154,7 @@ def write_provenance(
         tensors[o.key] = about | norm | (parts[0] if len(parts) == 1 else {"fate": "by rows", "rows": parts})
     text: dict[str, Any] = {
         "fingerprint": mark,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": recipe.describe(),
         "sources": sources,
         "carried_files": [path.as_posix() for path in carried_files(plan.base)],

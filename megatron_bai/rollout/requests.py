@@ -104,7 +104,7 @@ async def _ask(
             if status != 200:
                 raise ValueError(f"status {status}: {_shown(text)}")
             return read(parse(text))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             failure = f"no answer within {limits.setting}={limits.timeout_s:g} s"
         except aiohttp.ClientError as error:
             failure = f"{type(error).__name__} {error}"
