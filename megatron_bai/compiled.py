@@ -18,8 +18,9 @@ def compiled(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], C
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return njit(signature, nogil=True, cache=True, **options)(function)
+            fast: Callable[..., Any] = njit(signature, nogil=True, cache=True, **options)(function)
         except RuntimeError:  # Numba may write nowhere: then every process compiles for itself, in seconds
-            return njit(signature, nogil=True, **options)(function)
+            fast = njit(signature, nogil=True, **options)(function)
+        return fast
 
     return compile_

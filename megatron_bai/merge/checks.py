@@ -70,8 +70,8 @@ class Checks:
             joined = {place: _join(parts[place].parts, parts[place].length) for place in mine if place in parts}
             return {place: resolve(place, joined.get(place), place in parts) for place in mine}
 
-        for share in ranks.together(work):
-            known |= share
+        for resolved in ranks.together(work):
+            known |= resolved
         return known
 
 

@@ -186,7 +186,7 @@ def merge(
         if not todo:
             return 0, 0
         jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
-        sums, recipes = (tuple(each[k] for k in todo) for each in (work.sums, work.recipes))
+        sums, recipes = tuple(work.sums[k] for k in todo), tuple(work.recipes[k] for k in todo)
         work = dataclasses.replace(work, sums=sums, recipes=recipes)
         try:
             return len(jobs), _write(work, jobs, marks, group, check, threads)

@@ -25,6 +25,7 @@ class Files:
         Raises:
             UserError: it cannot be opened.
         """
+        mine: OrderedDict[str, int]
         try:
             mine = self._mine.open
         except AttributeError:

@@ -117,7 +117,7 @@ def _check(console: Console, source: Source) -> None:
 
 def _print_content(console: Console, source: Source) -> None:
     table = Table("group", "tensors", "elements", "bytes", "dtypes", title=str(source.path), title_justify="left")
-    rows: dict[str, Counter] = defaultdict(Counter)
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
     dtypes: dict[str, set[str]] = defaultdict(set)
     for entry in source.tensors.values():
         for name in (group_of(entry.key), "all"):

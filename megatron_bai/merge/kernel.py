@@ -34,7 +34,7 @@ def _weighted_sum(
     rows: npt.NDArray[np.int64],
     coefficients: npt.NDArray[np.float32],
     out: npt.NDArray[np.uint16],
-) -> tuple[int, float]:
+) -> tuple[np.uint32, np.float64]:
     """Σ coefficients[i] · sources[rows[i]], added in this order and rounded to bfloat16.
 
     Args:

@@ -46,7 +46,7 @@ class Ranks:
                 raise error
             return [cast(T, result)]  # no error: `work` returned it
         user = error if isinstance(error, UserError) else None
-        outcomes: list = [None] * self.size
+        outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)), group=self.group)
         if error is not None and user is None:
             raise error

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -367,19 +367,21 @@ class Source(ABC):
     def close(self) -> None:
         self.files.close()
 
-    def __enter__(self) -> "Source":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _load(self, entry: Entry, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]):
+    def _load(
+        self, entry: Entry, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Tensor:
         """A region inside one chunk, as a view of the bytes between its first and its last element."""
         item = entry.dtype.itemsize
         begin = _first_byte(chunk, record, offsets, item)
         length = span(sizes, record.strides) * item
         buffer = self._scratch.take("span", length)
-        self.files.read(chunk.file, record.start + begin, memoryview(buffer.numpy()))
+        self.files.read(chunk.file, record.start + begin, buffer.numpy().data)
         self.note(entry, chunk, record, (begin, length, crc32.of(buffer.numpy())))
         return buffer.view(entry.dtype).as_strided(sizes, record.strides)
 
@@ -399,7 +401,7 @@ class Source(ABC):
         crc = 0
         for start in range(0, record.length, SPAN_BYTES):
             buffer = self._scratch.take("span", min(SPAN_BYTES, record.length - start))
-            self.files.read(file, record.start + start, memoryview(buffer.numpy()))
+            self.files.read(file, record.start + start, buffer.numpy().data)
             crc = crc32.of(buffer.numpy(), crc)
         return crc
 

@@ -75,7 +75,9 @@ class Place:
 
 def place(key: str, shape: tuple[int, ...]) -> Place:
     """What the tensor called `key` is. A name that follows no rule is canonical itself."""
-    name, axes, index, half = key, (), (), None
+    name, half = key, None
+    axes: tuple[str, ...] = ()
+    index: tuple[int, ...] = ()
     if (found := _LAYERS.match(name)) and (found[2] or shape):  # without a number they are stacked in the tensor
         name, axes, index = found[1] + found[3], (LAYER,), (int(found[2]),) if found[2] else ()
     name = _HF_WHOLE.sub(r"\1", name)

@@ -22,7 +22,7 @@ from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
-from megatron_bai.merge.sources import Scratch
+from megatron_bai.merge.sources import Scratch, Stream
 from megatron_bai.merge.targets import Item
 from megatron_bai.merge.values import read_all, refuse, used
 
@@ -42,9 +42,9 @@ class Memory(Scratch):
     def __init__(self, inputs: int, sums: int) -> None:
         super().__init__()
         self.values = np.empty((inputs, TILE), np.uint16)
-        self.rows = [memoryview(row).cast("B") for row in self.values]
+        self.rows = [row.data.cast("B") for row in self.values]
         self.out = np.empty(TILE, np.uint16)
-        self.out_bytes = memoryview(self.out).cast("B")
+        self.out_bytes = self.out.data.cast("B")
         self.places = np.empty((inputs + sums, 2), np.int64)
         self.crcs = np.empty(inputs + sums, np.uint32)
         self.coefficients: dict[str, Coefficients] = {}  # by region
@@ -128,13 +128,15 @@ class _Compiled:
 
     def _stream(self, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
         """Merge the next `count` elements of all streams; returns of how many nothing hindered it."""
-        memory, files = self._memory, [*self._streams, *self._items]
+        memory, streams = self._memory, [stream for stream in self._streams if stream is not None]
+        files: list[Stream | Item] = [*streams, *self._items]
         for item in self._items:
             if item.at == item.start:
                 item.write(b"")  # its head
         memory.places[:] = [(file.descriptor, file.at) for file in files]
         memory.crcs[:] = [file.crc for file in files]
-        done = self._kernel.stream(
+        assert self._kernel.stream is not None
+        done: int = self._kernel.stream(
             memory.places, memory.crcs, 2 * count, rows, coefficients, self._squares, memory.values, memory.out
         )
         for file, crc in zip(files, memory.crcs.tolist()):
@@ -230,4 +232,4 @@ def _take(region: Region, count: int, scratch: Scratch) -> torch.Tensor:
 
 
 def _bytes(tile: torch.Tensor) -> memoryview:
-    return memoryview(tile.view(torch.uint8).numpy())
+    return tile.view(torch.uint8).numpy().data

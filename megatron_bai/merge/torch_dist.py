@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
@@ -107,7 +107,7 @@ class TorchDist(Source):
             if self.files.take(chunk.file, chunk.start, len(frame.head)) == frame.head:
                 at = chunk.start + len(frame.head) + frame.length + frame.crcs[0]
                 return frame, frame.crc32_in(self.files.take(chunk.file, at, archive.CRC32.size))
-        frame = archive.parse(_Item(self, chunk))
+        frame = archive.parse(cast(BinaryIO, _Item(self, chunk)))  # it has what `zipfile` asks of one
         known.append(frame)
         return frame, frame.crc32
 
@@ -200,7 +200,7 @@ class ItemWriter(Writer):
     def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Write a contiguous tensor as a chunk."""
         item = self.item(key, offsets, tensor.dtype, tuple(tensor.shape))
-        item.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        item.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def blob(self, key: str, data: bytes) -> None:
         files.write(self._file, [data], self._end)

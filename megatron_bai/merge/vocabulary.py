@@ -64,7 +64,8 @@ def _arguments(file: Path) -> dict[str, Any]:
     """Megatron-LM's arguments. Of a class that `weights_only` refuses, nothing is run and nothing is known."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return vars(torch.load(file, map_location="cpu", weights_only=True)["args"])
+            arguments: dict[str, Any] = vars(torch.load(file, map_location="cpu", weights_only=True)["args"])
+            return arguments
     except Exception:  # missing, damaged, or with objects of other classes: the checkpoint may be good nevertheless
         return {}
 
@@ -96,6 +97,7 @@ def true_size(sources: dict[Path, dict[str, Entry]], given: int) -> int | None:
         found = {path: note for path in rows if rows[path] and (note := notes(path)).vocab_size}
         said: dict[int, str] = {}
         for note in found.values():
+            assert note.vocab_size is not None  # `found` has only such
             said.setdefault(note.vocab_size, note.origin)
         if len(said) > 1:
             listed = " and ".join(f"{number} tokens ({file})" for number, file in said.items())

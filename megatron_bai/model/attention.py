@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class TorchAttention(MegatronModule):
+class TorchAttention(MegatronModule):  # type: ignore[misc]  # Megatron-Core has no types
     """Takes the place of Megatron-Core's `DotProductAttention` in a layer's spec, whose arguments it has."""
 
     def __init__(
@@ -59,5 +59,6 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     shared = query.shape[2] // key.shape[2]  # queries to a key; the kernel for CPUs wants a key each
     if shared > 1:
         key, value = (each.repeat_interleave(shared, dim=2) for each in (key, value))
-    context = scaled_dot_product_attention(*(each.permute(1, 2, 0, 3) for each in (query, key, value)), is_causal=True)
+    query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+    context = scaled_dot_product_attention(query, key, value, is_causal=True)
     return context.permute(2, 0, 1, 3).flatten(2)

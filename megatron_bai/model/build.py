@@ -1,7 +1,7 @@
 """Construct the Megatron-Core model, its data-parallel wrapper and its optimizer from the configuration."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,6 +9,9 @@ from megatron_bai import config
 from megatron_bai.backend import Device
 from megatron_bai.errors import UserError
 from megatron_bai.model.value_head import ValueHead
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Actor:
     settings: config.Model
 
     @property
-    def modules(self) -> list[torch.nn.Module]:
+    def modules(self) -> "list[GPTModel]":
         """The bare GPTModel of each chunk."""
         return [chunk.module for chunk in self.chunks]
 
@@ -138,7 +141,8 @@ class LocalNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight  # torch's type has no such attribute
+        weight.sequence_parallel = config.sequence_parallel
 
 
 def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
@@ -163,7 +167,7 @@ def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> 
     return block
 
 
-def _gpt(model: config.Model, cfg: Any, transformer_engine: bool, vp_stage: int | None) -> torch.nn.Module:
+def _gpt(model: config.Model, cfg: Any, transformer_engine: bool, vp_stage: int | None) -> "GPTModel":
     """One chunk of the model. `vp_stage`: its number among the stage's chunks; None where there is one."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -196,8 +200,9 @@ def _mark_experts(gpt: torch.nn.Module) -> None:
     """
     for name, parameter in gpt.named_parameters():
         if ".experts." in name:
-            parameter.allreduce = False
-            parameter.tensor_model_parallel = True
+            marked: Any = parameter  # torch's type has no such attributes
+            marked.allreduce = False
+            marked.tensor_model_parallel = True
 
 
 def build_actor(settings: config.Config, device: Device, train: bool = True) -> Actor:

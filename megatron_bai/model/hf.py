@@ -117,7 +117,7 @@ def read_config(directory: str | Path) -> Model:
         raise UserError(f"{path}: its rotary embeddings are {scaling!r}, which cannot be understood")
     if scaling.get("rope_type", "default") != "default":
         raise UserError(f"{path}: scaled rotary embeddings are not supported")
-    theta = rope.get("rope_theta", found.get("rope_theta", 10000.0))
+    theta: Any = rope.get("rope_theta", found.get("rope_theta", 10000.0))
     numbers = {ours: found[theirs] for ours, theirs in _FIELDS.items()}
     for ours, value in (*numbers.items(), ("rope_theta", theta)):
         kinds = (int, float) if ours in ("norm_epsilon", "init_std", "rope_theta") else (int,)
@@ -153,7 +153,8 @@ class HFReader:
             file = self._where[name]
             if file not in self._files:
                 self._files[file] = safe_open(self.directory / file, "pt")
-            return self._files[file].get_tensor(name)
+            tensor: torch.Tensor = self._files[file].get_tensor(name)
+            return tensor
         except (KeyError, OSError, SafetensorError) as error:
             raise UserError(f"cannot read tensor {name} from {self.directory}: {error}") from None
 
@@ -203,9 +204,9 @@ def tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tuple[str,
 def shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `tensors` yields, on every rank. Collective."""
     mine = {(shard.key, shard.index): shard.shape for shard in local_shards(modules)}
-    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    everyone: list[dict[tuple[str, tuple[int, ...]], tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for (key, index), shape in (item for own in everyone for item in own.items()):
         kind = mapping.kind_of(key)
         parts = kind.split(torch.empty(shape, device="meta"), model)
@@ -283,7 +284,7 @@ def _write_files(
 
 def _finish(stage: Path, files: dict[int, list[str]], model: Model) -> None:
     """Name the files as Hugging Face does, and index them."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in files.items():
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         (stage / f"part-{number}.safetensors").rename(stage / file)

@@ -126,14 +126,17 @@ class _Mailbox:
             raise queue.Empty
         return pickle.loads(data)
 
-    def get(self) -> dict:
+    def get(self) -> dict[str, Any]:
         """What was sent, or nothing."""
+        found: dict[str, Any] = {}
         with suppress(queue.Empty):
-            return self.get_nowait()
-        return {}
+            found = self.get_nowait()
+        return found
 
 
-def _write_and_sum(write: Callable, stage: Path, sums: _Mailbox, rank: int, buckets: list, results: _Mailbox) -> None:
+def _write_and_sum(
+    write: Callable[..., None], stage: Path, sums: _Mailbox, rank: int, buckets: list[Any], results: _Mailbox
+) -> None:
     write(rank, buckets, results)
     with suppress(UserError):  # one that could not be written: `results` say why
         sums.put(manifest.checksums(stage, [name for _, name, _ in buckets]))

@@ -7,12 +7,19 @@ through it is what makes initialisation, import and export independent of the pa
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_bai.config import Model
 from megatron_bai.model import mapping
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+# What ranks say of a piece: key, index, offset and shape of the piece, shape of the whole, dtype.
+_Piece = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Shard:
         return whole
 
 
-def local_shards(modules: list[torch.nn.Module]) -> list[Shard]:
+def local_shards(modules: "list[GPTModel]") -> list[Shard]:
     """Every piece of a parameter on this rank."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
@@ -101,11 +108,11 @@ def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...
     rank = dist.get_rank()
     mine = [shard for shard in local_shards(modules) if shard.main]
     described = [(s.key, s.index, s.offset, tuple(s.data.shape), s.shape, s.data.dtype) for s in mine]
-    everyone: list[list[tuple]] = [[] for _ in range(dist.get_world_size())]
+    everyone: list[list[_Piece]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, described)
-    slices: dict[tuple, list[tuple]] = {}
-    for owner, pieces in enumerate(everyone):
-        for local, piece in enumerate(pieces):
+    slices: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, _Piece]]] = {}
+    for owner, theirs in enumerate(everyone):
+        for local, piece in enumerate(theirs):
             slices.setdefault(piece[:2], []).append((owner, local, piece))
     device = next(modules[0].parameters()).device
     order = list(mapping.BY_KEY)
@@ -120,14 +127,15 @@ def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...
         yield key, index, whole
 
 
-def _collect(whole: torch.Tensor, owner: int, data: torch.Tensor | None, piece: tuple) -> None:
+def _collect(whole: torch.Tensor, owner: int, data: torch.Tensor | None, piece: _Piece) -> None:
     """Bring one piece from its owner into `whole` on rank 0."""
     rank, offset, shape = dist.get_rank(), piece[2], piece[3]
-    if owner == 0 and rank == 0:
-        target = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
-        target.copy_(data.detach())
-    elif rank == owner:
-        dist.send(data.detach().contiguous(), dst=0)
+    if rank == owner:
+        assert data is not None
+        if rank == 0:
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))].copy_(data.detach())
+        else:
+            dist.send(data.detach().contiguous(), dst=0)
     elif rank == 0:
         received = torch.empty(shape, dtype=whole.dtype, device=whole.device)
         dist.recv(received, src=owner)

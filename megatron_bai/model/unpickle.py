@@ -134,12 +134,23 @@ class SavedTensor:
     strides: tuple[int, ...]
 
 
-def _rebuild_v2(storage: tuple, offset: int, shape: tuple, strides: tuple, *_: Any) -> SavedTensor:
+def _rebuild_v2(
+    storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> SavedTensor:
     dtype, key = storage
     return SavedTensor(dtype, key, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_v3(storage: tuple, offset: int, shape: tuple, strides: tuple, grad: bool, hooks: Any, dtype: Any, *_: Any):
+def _rebuild_v3(
+    storage: tuple[Any, ...],
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    grad: bool,
+    hooks: Any,
+    dtype: Any,
+    *_: Any,
+) -> SavedTensor:
     return SavedTensor(dtype, storage[1], offset, tuple(shape), tuple(strides))
 
 

@@ -20,7 +20,8 @@ class ValueHead(torch.nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
-        self.sequence_parallel = self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight  # torch's type has no such attribute
+        self.sequence_parallel = weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """`[T, B, H]`, under sequence parallelism this rank's part of T → `[T, B, 1]` float32 of the whole sequence."""
@@ -32,7 +33,9 @@ class ValueHead(torch.nn.Module):
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values, None
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
         """The weight where GPTModel looks for its output layer's, saved as what it is."""
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 

@@ -16,7 +16,7 @@ from megatron_bai.merge.recipe import Recipe
 METHODS: dict[str, type[Recipe]] = {m.method: m for m in (Bai, Linear, TaskArithmetic, Slerp, Ties, Dare)}
 
 
-UNSET = (None, "", [], {})  # with False: that is, not 0
+UNSET: tuple[Any, ...] = (None, "", [], {})  # with False: that is, not 0
 
 
 def recipes_of(settings: Merge) -> dict[str, Recipe]:

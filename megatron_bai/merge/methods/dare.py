@@ -91,7 +91,7 @@ def keeps(seed: int, number: int, name: str, elements: torch.Tensor, drop_rate: 
     for shift, multiplier in MIX:
         hashed.bitwise_xor_(_shifted(hashed, shift)).mul_(_signed(multiplier))
     hashed.bitwise_xor_(_shifted(hashed, LAST))
-    return _shifted(hashed, 64 - BITS) >= round(drop_rate * 2**BITS)
+    return _shifted(hashed, 64 - BITS).ge(round(drop_rate * 2**BITS))
 
 
 def _signed(number: int) -> int:
