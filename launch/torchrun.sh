@@ -52,8 +52,12 @@ number --nodes "$nodes" 1
 number --restarts "$restarts" 0
 number --grace "$grace" 0
 
-bin=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin
-[ -x "$bin/torchrun" ] || bin=$(dirname "$(command -v torchrun)") || fail "no torchrun here: run \`make install\`"
+# Of the checkout, of the environment that the package is installed in, or of whatever environment is active.
+here=$(cd "$(dirname "$0")" && pwd) bin=''
+for each in "$here/../.venv/bin/torchrun" "${here%/lib*/python*/*}/bin/torchrun" "$(command -v torchrun)"; do
+    [ ! -x "$each" ] || { bin=$(dirname "$each") && break; }
+done
+[ -n "$bin" ] || fail "no torchrun here: run \`make install\` in a checkout, or activate the environment that has it"
 
 # The head's address and this machine's on the way there: torch would announce host names, which may mean loopback.
 route='

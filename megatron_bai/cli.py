@@ -18,7 +18,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_bai import config, sweep
+from megatron_bai import config, project_files, sweep
 from megatron_bai.errors import UserError, of_peer
 
 
@@ -217,8 +217,10 @@ def _overview() -> str:
     lines = [f"  {name:8} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         ["usage: megatron-bai VERB [experiment=NAME] [group.key=value …]", "", *lines, "",
-         f"Experiments in {config.conf_dir() / 'experiment'}. `megatron-bai VERB --help` lists a verb's settings,",
-         "`megatron-bai VERB --cfg job` prints the whole configuration, `--multirun` sweeps over comma-separated values."]
+         f"Experiments: {project_files.conf_dir() / 'experiment'}",
+         f"Scripts that start runs on many machines and under Slurm: {project_files.launch_dir()}", "",
+         "`megatron-bai VERB --help` lists a verb's settings, `megatron-bai VERB --cfg job` prints the whole configuration,",
+         "`--multirun` sweeps over comma-separated values."]
     )
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_bai import patches
+from megatron_bai import patches, project_files
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 
@@ -117,6 +117,7 @@ def examine(backend: str, machine: Machine) -> Iterator[Finding]:
         backend: the setting `backend.kind`.
     """
     yield from _requirements()
+    yield from _files()
     yield from _optional(machine)
     yield from _devices(backend, machine)
     yield from _patches(patches.PATCHES, machine)
@@ -127,7 +128,7 @@ def _requirements() -> Iterator[Finding]:
     try:
         own = metadata.metadata(_PACKAGE)
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"{_PACKAGE} is not installed, so its requirements are unknown: run `make install`") from error
+        raise UserError(f"{_PACKAGE} is not installed, so its requirements are unknown: {_remedy(_PACKAGE)}") from error
     wanted, version = SpecifierSet(own["Requires-Python"]), platform.python_version()
     fits = wanted.contains(version, prereleases=True)
     yield Finding("Python", version, _OK if fits else _FAULT, "" if fits else f"needs {wanted}: make a new environment")
@@ -156,11 +157,34 @@ def _pinned(requirement: Requirement) -> Finding:
     """Compare an installed release with its pin; a build's local suffix (`+cpu`) does not count."""
     found, role = _version(requirement.name), _ROLES.get(requirement.name, "")
     if found is None:
-        return Finding(requirement.name, "missing", _FAULT, f"{role or 'needed by the package'}: run `make install`")
+        note = f"{role or 'needed by the package'}: {_remedy(_pin(requirement))}"
+        return Finding(requirement.name, "missing", _FAULT, note)
     if not requirement.specifier.contains(found, prereleases=True):
-        note = f"needs {requirement.specifier}: run `make install`"
+        note = f"needs {requirement.specifier}: {_remedy(_pin(requirement))}"
         return Finding(requirement.name, found, _FAULT, note)
     return Finding(requirement.name, found, _OK, role)
+
+
+def _pin(requirement: Requirement) -> str:
+    """Return a requirement as pip takes it, without the extra that it belongs to."""
+    return f"{requirement.name}{requirement.specifier}"
+
+
+def _remedy(wanted: str) -> str:
+    """Say how a requirement is installed: the Makefile knows in a checkout, pip beside an installed package."""
+    return "run `make install`" if project_files.checkout() else f"pip install '{wanted}'"
+
+
+def _files() -> Iterator[Finding]:
+    """Find what comes with the package and is not Python, in a checkout or an installation."""
+    for name, find, role in (
+        ("configuration", project_files.conf_dir, "experiments and other presets"),
+        ("launch scripts", project_files.launch_dir, "runs on many machines and under Slurm"),
+    ):
+        try:
+            yield Finding(name, str(find()), _OK, role)
+        except UserError as error:
+            yield Finding(name, "missing", _FAULT, str(error))
 
 
 def _optional(machine: Machine) -> Iterator[Finding]:

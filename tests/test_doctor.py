@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from megatron_bai import doctor
+from megatron_bai import doctor, project_files
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.patches import Patch
@@ -60,6 +60,18 @@ def test_every_pin_is_compared(installed, name):
     assert faults(look()) == {name} and "make install" in look()[name].note
     del installed[name]
     assert faults(look()) == {name} and look()[name].found == "missing"
+
+
+def test_beside_an_installed_package_pip_is_the_remedy(installed, monkeypatch):
+    del installed["sglang"]
+    monkeypatch.setattr(project_files, "checkout", lambda: None)
+    assert look()["sglang"].note.endswith("pip install 'sglang==0.5.21'")
+
+
+def test_files_of_the_package(installed, monkeypatch, tmp_path):
+    assert look()["launch scripts"].found.endswith("/launch") and look()["configuration"].found.endswith("/conf")
+    monkeypatch.setattr(project_files, "checkout", lambda: tmp_path)
+    assert faults(look()) == {"launch scripts", "configuration"}
 
 
 def test_another_requirement_missing(installed, monkeypatch):

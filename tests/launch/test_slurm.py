@@ -1,6 +1,7 @@
 """The job scripts of launch/slurm under a real Slurm of two nodes. The server's is that of the fixture `server`."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +86,21 @@ def test_a_merge_in_two_processes(submit: Callable[..., str], cluster: Slurm, re
     manifest.verify(tmp_path / "actor")
 
 
+def test_a_job_may_start_outside_the_checkout(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
+    """As from an installed package: torchrun.sh is beside the script that sbatch was given."""
+    job = submit([f"--chdir={tmp_path}"], "--processes", 1, "--logs", tmp_path / "logs", "doctor")
+    assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
+    assert "The main job can run here" in said(tmp_path, job)
+
+
 def test_a_mistake_is_one_line(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
-    jobs = [submit(["--nodes=1"]), submit([f"--chdir={tmp_path}"], "train")]
-    assert [cluster.ended(job) for job in jobs] == ["FAILED", "FAILED"]
-    assert said(tmp_path, jobs[0]) == "torchrun.sbatch: error: give what launch/torchrun.sh should run\n"
-    assert said(tmp_path, jobs[1]) == f"torchrun.sbatch: error: submit from the checkout, not from {tmp_path}\n"
+    copies = [shutil.copy(cluster.root / "launch" / "slurm" / name, tmp_path) for name in ("torchrun.sbatch", "serve.sbatch")]
+    elsewhere = [f"--chdir={tmp_path}", f"--output={tmp_path}/%j.out"]
+    jobs = [submit(["--nodes=1"]), *(cluster.sbatch(*elsewhere, "--export=PATH=/usr/bin", copy, "train") for copy in copies)]
+    assert [cluster.ended(job) for job in jobs] == ["FAILED"] * 3
+    assert [said(tmp_path, job) for job in jobs] == [
+        "torchrun.sbatch: error: give what launch/torchrun.sh should run\n",
+        "torchrun.sbatch: error: there is no torchrun.sh where this script is from: submit from the checkout, not from "
+        f"{tmp_path}\n",
+        f"serve.sbatch: error: no megatron-bai here: submit from the checkout, not from {tmp_path}\n",
+    ]
