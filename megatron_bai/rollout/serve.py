@@ -6,10 +6,11 @@ ARGS are SGLang's. OWN, which come first, are ours:
     --key-file FILE   holds the key that requests must carry
     --take-tensors    keep the path that unpickles weights out of a request
 
-With `--device cpu` the patches of scope `sglang-cpu` go in first; on a GPU SGLang computes as it is. On a CPU its
-scheduler and detokenizer are forked from this process (`patches/sglang_forked_workers.py`). On a GPU SGLang starts them
-with multiprocessing's spawn method, which imports this module again in each of them as `__mp_main__` with the same
-arguments: so what stands at the top level reaches every process of the server, and no process of anybody else's.
+With `--device cpu` the patches of scope `sglang-cpu` go in first, and SGLang looks for models in `served_models` before
+it imports all of its own; on a GPU it computes as it is. On a CPU its scheduler and detokenizer are forked from this
+process (`patches/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's spawn method, which
+imports this module again in each of them as `__mp_main__` with the same arguments: so what stands at the top level
+reaches every process of the server, and no process of anybody else's.
 
 Each process asks the kernel to kill it when its parent dies, the first of them when PID does: whatever ends the
 trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
@@ -19,6 +20,7 @@ so every process leaves it out of what it logs. Paths that read pickles are take
 of one machine meet, which torch opens to every network, listens where it was told to.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -32,6 +34,7 @@ from typing import Any
 
 from megatron_bai import patches
 from megatron_bai.processes import die_with
+from megatron_bai.rollout import served_models
 from megatron_bai.rollout.access import read_key
 
 _TENSORS = "/update_weights_from_tensor"
@@ -77,12 +80,16 @@ def on_cpu(arguments: list[str]) -> bool:
 
 def main(given: Own) -> None:
     """Serve until told to stop."""
+    prepare(on_cpu(list(given.rest)))
     from sglang.launch_server import run_server
     from sglang.srt.entrypoints import http_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    # Collecting garbage is a third of the time of so many imports, and little of what they leave is ever garbage.
+    gc.freeze()
+    gc.enable()
     load_plugins()
     shut = _PICKLED - ({_TENSORS} if given.take_tensors else set())
     routes = http_server.app.router.routes
@@ -97,7 +104,7 @@ def main(given: Own) -> None:
 
 
 def enter() -> Own:
-    """Tie this process to its parent, prepare it to run SGLang, and return its arguments.
+    """Tie this process to its parent and return its arguments.
 
     multiprocessing hands `sys.argv` on, so the `--parent` that a worker reads is written here by the process that
     starts it.
@@ -113,10 +120,15 @@ def enter() -> Own:
     sys.argv[1:] = ["--parent", str(os.getpid()), *given.words, *given.rest]
     if given.key:
         keep_out_of_logs(given.key)
-    if on_cpu(list(given.rest)):
+    return given
+
+
+def prepare(cpu: bool) -> None:
+    """Import what SGLang needs first, as changed for a CPU or as it is."""
+    if cpu:
+        os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
         patches.apply("sglang-cpu")
     _meet_where_told()
-    return given
 
 
 def keep_out_of_logs(secret: str) -> None:
@@ -150,6 +162,7 @@ def _meet_where_told() -> None:
 
 
 if __name__ == "__mp_main__":  # a worker
-    enter()
+    prepare(on_cpu(list(enter().rest)))
 elif __name__ == "__main__":
+    gc.disable()
     main(enter())

@@ -203,6 +203,12 @@ def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) ->
     assert longest >= LENGTH - 8
 
 
+def test_it_imports_the_model_that_it_serves_and_no_other(server: SGLangServer) -> None:
+    """SGLang complains of each of its models that this machine has no package for."""
+    said = server.log_path.read_text()
+    assert "Load weight end" in said and "error when loading sglang.srt.models" not in said
+
+
 def test_a_clusters_signals_do_not_end_it(server: SGLangServer, client: MakeClient) -> None:
     """Slurm sends them to all processes of a job, and the trainer's step needs the server to its end."""
     for process in [psutil.Process(server.pid), *family(server.pid)]:
