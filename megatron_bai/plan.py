@@ -125,7 +125,7 @@ def _of_rank(settings: Config, processes: int, stage: int) -> dict[str, float]:
     for name in ("actor", "critic") if isinstance(settings.objective, config.Ppo) else ("actor",):
         own = memory.parameters(model, parallel, stage, critic=name == "critic")
         found |= {f"{name}: {part}": size for part, size in vars(memory.state(own, parallel, processes, dtype)).items()}
-    if settings.objective.kl_penalty:
+    if isinstance(settings.objective, config.Policy) and settings.objective.kl_penalty:
         found["reference: weights"] = memory.parameters(model, parallel, stage).total * memory.BYTES[dtype]
     tokens = trainer.tokens_per_micro_batch or trainer.micro_batch_size * longest_sample(settings)
     micros = _micro_batches(settings, processes)

@@ -11,6 +11,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model.value_head import ValueHead
 
 if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.gpt import GPTModel
 
 
@@ -24,7 +25,7 @@ class Actor:
         settings: the architecture, independent of the layout.
     """
 
-    chunks: list[torch.nn.Module]
+    chunks: "list[DistributedDataParallel]"
     optimizer: Any
     settings: config.Model
 

@@ -22,7 +22,8 @@ def group_centred(rewards: np.ndarray, group_size: int, valid: np.ndarray | None
         `[groups · group_size]` float64.
     """
     groups, has, count = _grouped(rewards, group_size, valid)
-    return (_centred(groups, has, count) * _compared(has, count)).reshape(-1)
+    advantages: np.ndarray = _centred(groups, has, count) * _compared(has, count)
+    return advantages.reshape(-1)
 
 
 def group_normalised(
@@ -36,13 +37,16 @@ def group_normalised(
     groups, has, count = _grouped(rewards, group_size, valid)
     centred = _centred(groups, has, count)
     deviation = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    return (centred / (deviation + epsilon) * _compared(has, count)).reshape(-1)
+    advantages: np.ndarray = centred / (deviation + epsilon) * _compared(has, count)
+    return advantages.reshape(-1)
 
 
 def leave_one_out(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
     """A = R − mean of the *other* samples' R in the group (RLOO, arXiv 2402.14740): the baseline is unbiased."""
     groups, has, count = _grouped(rewards, group_size, valid)
-    return (_centred(groups, has, count) * (count / np.maximum(count - 1, 1)) * _compared(has, count)).reshape(-1)
+    others = count / np.maximum(count - 1, 1)
+    advantages: np.ndarray = _centred(groups, has, count) * others * _compared(has, count)
+    return advantages.reshape(-1)
 
 
 def of_groups(rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None) -> np.ndarray:

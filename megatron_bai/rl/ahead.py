@@ -54,6 +54,12 @@ class Group:
     def complete(self) -> bool:
         return all(sample is not None and sample.complete for sample in self.samples)
 
+    def begun(self) -> list[Sample]:
+        """Return the samples, all of which must be begun."""
+        samples = [sample for sample in self.samples if sample is not None]
+        assert len(samples) == len(self.samples), "a sample of the group is not begun"
+        return samples
+
 
 Place: TypeAlias = tuple[Group, int]  # a group and a member
 
@@ -92,7 +98,7 @@ class Ahead:
             self._complete()
         assert self._work is None and not self._failed, "`finish` comes after a sync, and before this"
         samples = [
-            replace(sample, prompt=place) for place, group in enumerate(self._ready) for sample in group.samples
+            replace(sample, prompt=place) for place, group in enumerate(self._ready) for sample in group.begun()
         ]
         self.begun, self._ready = False, []
         delivered = self.session.deliver(samples if self.session.leader else None)
@@ -202,7 +208,7 @@ class Ahead:
                 group.samples[member] = found
 
     def _reward(self, groups: list[Group]) -> None:
-        samples = [replace(sample, prompt=i) for i, group in enumerate(groups) for sample in group.samples]
+        samples = [replace(sample, prompt=i) for i, group in enumerate(groups) for sample in group.begun()]
         rewarded = iter(self.inference.reward([group.prompt for group in groups], samples))
         for group in groups:
             group.samples = [next(rewarded) for _ in group.samples]
@@ -227,7 +233,7 @@ class Ahead:
         path = _file(directory, self.session.data_rank, self.session.data_size)
         path.parent.mkdir(exist_ok=True)
         groups = [*self._ready, *self._groups]  # all begun, since a step samples before it ends; `read` counts on it
-        samples = [(group.number, sample) for group in groups for sample in group.samples]
+        samples = [(group.number, sample) for group in groups for sample in group.begun()]
         archive.write(path, samples, self.session.signature)
 
     def read(self, directory: Path) -> None:

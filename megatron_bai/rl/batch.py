@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ import torch
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.layout import Packing, assemble
 from megatron_bai.routing.routes import RouteSignature
+
+_UNSAID: Any = None  # a tensor's default, which `Batch.__post_init__` replaces
 
 
 @dataclass
@@ -52,14 +55,14 @@ class Batch:
     counted: torch.Tensor
     prompts: torch.Tensor
     prompt_tokens: torch.Tensor
-    missing: torch.Tensor = None  # none, unless said
-    rewards: torch.Tensor = None  # these three 0, unless said
-    values: torch.Tensor = None
-    returns: torch.Tensor = None
-    lengths: torch.Tensor = None
-    number: torch.Tensor = None
-    age: torch.Tensor = None  # 0, unless said
-    sampled_logprobs: torch.Tensor = None  # as old_logprobs, unless said
+    missing: torch.Tensor = _UNSAID  # none, unless said
+    rewards: torch.Tensor = _UNSAID  # these three 0, unless said
+    values: torch.Tensor = _UNSAID
+    returns: torch.Tensor = _UNSAID
+    lengths: torch.Tensor = _UNSAID
+    number: torch.Tensor = _UNSAID
+    age: torch.Tensor = _UNSAID  # 0, unless said
+    sampled_logprobs: torch.Tensor = _UNSAID  # as old_logprobs, unless said
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +90,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; itself where it already is there."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors()}
+        return replace(self, **moved)
 
     def leave_out(self) -> None:
         """Take the samples that do not count out of `mask` and of `prompt_tokens`, in place."""
@@ -101,7 +105,8 @@ class Batch:
 
     def ordered(self, order: list[int]) -> "Batch":
         """The samples in another order: a copy."""
-        return Batch(**{name: tensor[order] for name, tensor in self._tensors()})
+        permuted: dict[str, Any] = {name: tensor[order] for name, tensor in self._tensors()}
+        return Batch(**permuted)
 
     @property
     def targets(self) -> torch.Tensor:
@@ -155,16 +160,23 @@ def from_samples(
         logprobs[i, predicted] = sample.logprobs
     recorded = [sample.recorded for sample in samples]
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
-    counted = np.ones(b, dtype=bool) if counted is None else counted
-    old, reference = np.zeros_like(logprobs), np.zeros_like(logprobs)
-    advantages = np.zeros_like(logprobs) if advantages is None else advantages.astype(np.float32)
-    policy = (tokens, mask, logprobs, old, advantages, routes, routed, reference, counted)
     prompts = torch.tensor([sample.prompt for sample in samples])
-    prompt_tokens = _tokens_of_prompts(torch.from_numpy(mask), prompts)
-    rewards = torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32))
-    lengths = torch.tensor([len(sample.tokens) for sample in samples])
-    tensors = (*map(torch.from_numpy, policy), prompts, prompt_tokens, torch.from_numpy(missing))
-    return Batch(*tensors, rewards=rewards, lengths=lengths)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        mask=torch.from_numpy(mask),
+        infer_logprobs=torch.from_numpy(logprobs),
+        old_logprobs=torch.zeros(b, length),
+        advantages=torch.zeros(b, length) if advantages is None else torch.from_numpy(advantages.astype(np.float32)),
+        routes=torch.from_numpy(routes),
+        routed=torch.from_numpy(routed),
+        reference_logprobs=torch.zeros(b, length),
+        counted=torch.ones(b, dtype=torch.bool) if counted is None else torch.from_numpy(counted),
+        prompts=prompts,
+        prompt_tokens=_tokens_of_prompts(torch.from_numpy(mask), prompts),
+        missing=torch.from_numpy(missing),
+        rewards=torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32)),
+        lengths=torch.tensor([len(sample.tokens) for sample in samples]),
+    )
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from megatron_bai.rl.ahead import Ahead
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.failures import count_failures, count_lost
 from megatron_bai.rl.inference import Inference
+from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.missing import settle
@@ -88,7 +89,7 @@ class Collector:
         Raises:
             UserError: the server failed, or no sample has a reward.
         """
-        size, objective = self.settings.trainer.group_size, self.settings.objective
+        size, objective = self.settings.trainer.group_size, policy_settings(self.settings.objective)
         samples = self._taken_ahead(last, stats) if self.ahead else self._groups(stats)
         rewards, valid = rewards_of(samples)
         critic = isinstance(objective, config.Ppo)  # which has an advantage for each token, later
@@ -104,6 +105,7 @@ class Collector:
         return samples, batch
 
     def _taken_ahead(self, last: bool, stats: Stats) -> list[Sample]:
+        assert self.ahead
         samples = self.ahead.take(last)
         self._add_responses(samples, stats)
         self._count_failures([(sample.lost, sample.failure) for sample in samples], stats)
@@ -116,7 +118,7 @@ class Collector:
         A round takes exactly as many prompts as there are such groups in all replicas, so none is sampled in vain, and
         where the stream stands after it does not depend on the number of replicas.
         """
-        size, objective = self.settings.trainer.group_size, self.settings.objective
+        size, objective = self.settings.trainer.group_size, policy_settings(self.settings.objective)
         before, samples = self.taken, self._sample(self.prompts, stats)
         outcomes = [(sample.lost, sample.failure) for sample in samples]
         rounds = 0
@@ -194,7 +196,8 @@ def _idle(samples: list[Sample], group_size: int, incomplete: str) -> np.ndarray
     some and is dropped for it."""
     rewards, valid = rewards_of(samples)
     counts = comparable(valid, group_size) & ~uniform(rewards, group_size, valid) & _kept(valid, group_size, incomplete)
-    return ~counts.reshape(-1, group_size).any(axis=1)
+    idle: np.ndarray = ~counts.reshape(-1, group_size).any(axis=1)
+    return idle
 
 
 def _kept(valid: np.ndarray, group_size: int, incomplete: str) -> np.ndarray:
@@ -212,7 +215,7 @@ def _counted(
     stats: Stats,
 ) -> np.ndarray:
     """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
-    objective = settings.objective
+    objective = policy_settings(settings.objective)
     critic = isinstance(objective, config.Ppo)  # compares a sample with its value and not with others
     counted = valid.copy() if critic else comparable(valid, group_size)
     counted &= _kept(valid, group_size, settings.rollout.incomplete_groups)

@@ -37,7 +37,8 @@ class Critic:
         """
         from megatron.core import parallel_state
 
-        self.settings: config.Ppo = settings.objective
+        assert isinstance(settings.objective, config.Ppo)
+        self.settings = settings.objective
         rate = self.settings.critic_learning_rate
         self._trainer = settings.trainer if rate is None else _with_rate(settings.trainer, rate)
         self._updates = self._trainer.steps * self._trainer.mini_batches

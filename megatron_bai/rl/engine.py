@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -43,8 +44,8 @@ class Engine:
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
         self.passes = Passes(actor, device)
-        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        self.last_stage = parallel_state.is_pipeline_last_stage()
+        self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
+        self.last_stage: bool = parallel_state.is_pipeline_last_stage()
         self.place = Place.here(actor.transformer_config)
 
     def routes_of(self, micro: Batch) -> MicroRoutes:
@@ -121,7 +122,7 @@ class Engine:
 
         return stats, self.passes.update(micros, loss, mine, self._forcing(routes))
 
-    def _forcing(self, routes: list[MicroRoutes] | None) -> AbstractContextManager:
+    def _forcing(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
         return nullcontext() if routes is None else self.replay.force(routes)
 
 

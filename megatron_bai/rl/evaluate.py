@@ -33,7 +33,7 @@ def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
             rewards[sample.prompt].append(sample.reward)
         there = not sample.lost
         if there and settings.reward.name != "exact" and prompts[sample.prompt].answer:
-            stats.ratio("eval_exact", task.reward(prompts[sample.prompt], sample.response), 1)
+            stats.ratio("eval_exact", task.reward(prompts[sample.prompt], sample.response.tolist()), 1)
         stats.ratio("eval_length", len(sample.response), there)
         stats.ratio("eval_truncated", there and sample.finish != "stop", there)
     everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ class Inference:
         Raises:
             UserError: a server failed too often, or aborted a sample.
         """
-        session, found = self._session, []
+        session = self._session
+        found: list[Sample | UserError] = []
         tolerated = self.tolerated(len(prompts) * group_size)
         while True:
             if session.leader:
@@ -100,6 +102,7 @@ class Inference:
 
     def reward(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
         """The samples with their rewards. A leader's alone."""
+        assert self._session.scorer
         return rewarded(self._session.scorer, self._session.task, prompts, samples)
 
     def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample | UserError]:
@@ -162,7 +165,12 @@ class Inference:
     def _revived(self) -> bool:
         """`Servers.revive` on rank 0. Collective."""
         checkpoint, version = _weights(self._session, self._weights), str(self.version)
-        if not joined().first(lambda: self._supervised.revive(checkpoint, version)):
+
+        def revive() -> list[str]:
+            assert self._supervised
+            return self._supervised.revive(checkpoint, version)
+
+        if not joined().first(revive):
             return False
         self.close()  # who came back is no member of the group that weights went through
         return True
@@ -176,6 +184,7 @@ class Inference:
         if self._given:  # the first sync is to servers that were found or started a moment ago
             self._revived()
         if self._session.lead:
+            assert self._supervised
             self._supervised.step()
         self.version += 1
         self._give()
@@ -285,7 +294,8 @@ def serve(session: Session, version: int = 0) -> Iterator[Inference]:
     settings = session.settings
     directory = None if settings.rollout.urls else _export(session, version)
     with ExitStack() as stack:
-        supervised, found = None, [None]
+        supervised: Servers | None = None
+        found: list[Any] = [None]
         if session.lead:
             supervised = fleet.running(settings.rollout) if directory is None else stack.enter_context(
                 fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)

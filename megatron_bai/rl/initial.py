@@ -76,6 +76,7 @@ def fill(actor: Actor, settings: config.Config) -> Path:
         checkpoint.finish_loading(actor)
         directory = Path(settings.run.dir) / "tokenizer"
         if dist.get_rank() == 0:
+            assert isinstance(settings.data, config.Arithmetic)  # other data brings the checkpoint's tokenizer
             build_tokenizer(settings.data, settings.model.vocab_size).save_pretrained(directory)
         dist.barrier()
         return directory

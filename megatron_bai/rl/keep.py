@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class RouteKeeper:
         kept: list[int] = []
         for micro, own in zip(micros, routes, strict=True):
             whole = self._gathered(micro, own)
-            if self._writer is None:
+            if self._writer is None or whole is None:
                 continue
             # R2 replays the trainer's own routes, which lack none.
             known = micro.routed if self.settings.mode == "r3" else micro.routed | micro.missing
@@ -90,13 +91,13 @@ class RouteKeeper:
         place = torch.arange(fed.numel()).reshape(fed.shape)
         tokens = session.engine.place.rows(place).numpy()  # where each of this rank's rows belongs
         ids, columns = own.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
-        parts = [None] * dist.get_world_size(session.model_group) if session.leader else None
+        parts: list[Any] | None = [None] * dist.get_world_size(session.model_group) if session.leader else None
         dist.gather_object((tokens, columns, ids), parts, group=session.model_group, group_dst=0)
         if parts is None:
             return None
         whole = np.full((fed.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
-        for tokens, columns, ids in parts:
-            whole[np.ix_(tokens, columns)] = ids
+        for rows, layers, replayed in parts:
+            whole[np.ix_(rows, layers)] = replayed
         if (whole < 0).any():
             raise RuntimeError("the ranks of a replica do not replay a route of every token in every layer")
         return micro.unpack(torch.from_numpy(whole.astype(signature.dtype)).view(*fed.shape, *whole.shape[1:])).numpy()

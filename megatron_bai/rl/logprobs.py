@@ -29,7 +29,11 @@ def token_scores(
     from megatron.core import parallel_state as state
 
     rank, group = state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_group()
-    return _Scores.apply(logits, targets - rank * logits.shape[-1], targets < 0, temperature, work, group)
+    apply: Any = _Scores.apply  # torch gives it no type
+    scores: tuple[torch.Tensor, torch.Tensor] = apply(
+        logits, targets - rank * logits.shape[-1], targets < 0, temperature, work, group
+    )
+    return scores
 
 
 class _Scores(torch.autograd.Function):

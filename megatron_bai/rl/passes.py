@@ -52,14 +52,14 @@ class Passes:
         micros: list[Batch],
         loss: Callable[[torch.Tensor, Batch], torch.Tensor],
         mine: int,
-        around: AbstractContextManager = nullcontext(),
+        around: AbstractContextManager[object] | None = None,
     ) -> float:
         """One optimizer step on Σ loss(output, micro) over all micro-batches and ranks, divided by Σ `mine`. Collective.
 
         Args:
             loss: a scalar sum, called on ranks of the last stage with what `collect` is called with in `forward`.
             mine: this data-parallel rank's part of the denominator.
-            around: entered for the passes; what it finds wrong at its end, it finds before the weights change.
+            around: entered for the passes, where it is given; what it finds wrong at its end, it finds before the weights change.
 
         Returns:
             The gradient's norm before clipping.
@@ -69,7 +69,7 @@ class Passes:
         """
         count = self._global(mine)
 
-        def scaled(output: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict]:
+        def scaled(output: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
             # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
             # that the gradient is that of the sum over the whole mini-batch divided by its count.
             return loss(output, micro) * (len(micros) * self._data_size / count), {}
@@ -77,7 +77,7 @@ class Passes:
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.model.optimizer.zero_grad()
-        with around:
+        with around or nullcontext():
             self._run(micros, scaled, forward_only=False)
         success, norm, _ = self.model.optimizer.step()
         if not success or norm != norm or norm == float("inf"):
@@ -96,12 +96,12 @@ class Passes:
 
         queues = [iter(micros) for _ in self.model.chunks]
 
-        def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro = next(queue).to(self.device)
             return self._fed(model, micro), partial(collect, micro=micro)
 
         rows, length = micros[0].pack(micros[0].tokens).shape
-        outputs = get_forward_backward_func()(
+        outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=queues,
             model=self.model.chunks,
@@ -114,13 +114,15 @@ class Passes:
         assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
 
-    def _fed(self, model: torch.nn.Module, micro: Batch) -> torch.Tensor:
+    def _fed(self, model: Any, micro: Batch) -> torch.Tensor:
         """A chunk's output for a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
         tokens, packing = micro.pack(micro.tokens), micro.packing
         if packing is None:
-            return model(tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None)
+            output: torch.Tensor = model(tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None)
+            return output
         positions = packing.positions.to(self.device)  # Megatron restarts the rotary ones with each sequence by itself
-        return model(tokens, positions[None], None, packed_seq_params=_thd(packing, self.device))
+        output = model(tokens, positions[None], None, packed_seq_params=_thd(packing, self.device))
+        return output
 
 
 def _thd(packing: Packing, device: torch.device) -> Any:

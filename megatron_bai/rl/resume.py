@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from os.path import relpath
 from pathlib import Path
 from shutil import rmtree
@@ -115,7 +116,7 @@ class Start:
         for name, part in parts.items():
             part.restore(self.parts[name])
             if isinstance(part, Stored):
-                joined().together(lambda: part.read(self.checkpoint))
+                joined().together(partial(part.read, self.checkpoint))
 
 
 @contextmanager

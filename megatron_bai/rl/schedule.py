@@ -61,4 +61,5 @@ def set_rates(optimizer: Any, trainer: config.Trainer, update: int, updates: int
         wd_incr_style="constant",
     )
     scheduler.step(update + 1)
-    return scheduler.get_lr({})
+    rate: float = scheduler.get_lr({})
+    return rate

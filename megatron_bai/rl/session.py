@@ -25,6 +25,7 @@ from megatron_bai.rewards import Scorer
 from megatron_bai.rl import initial, objectives, schedule, staleness
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
+from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rollout import access, fleet
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
@@ -77,9 +78,11 @@ class Session:
         One rank is served after another, so that the leader never holds more than one copy. Collective over the replica.
         """
         if not self.leader:
-            box = [None]
+            box: list[Any] = [None]
             dist.recv_object_list(box, group=self.model_group, group_src=0)
-            return box[0]
+            mine: list[Sample] = box[0]
+            return mine
+        assert samples is not None, "the leader has samples"
         for rank, columns in enumerate(self.columns[1:], start=1):
             cut = [sample.of_layers(columns) for sample in samples]
             dist.send_object_list([cut], group=self.model_group, group_dst=rank)
@@ -226,7 +229,7 @@ def validate(settings: config.Config) -> None:
         raise UserError(f"trainer.eval_samples is {trainer.eval_samples}: it must be at least 1")
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
-        _check_critic(settings)
+        _check_critic(settings.objective, settings.trainer)
     if several_machines() and not settings.rollout.urls and is_loopback(settings.rollout.host):
         raise UserError(
             f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
@@ -259,16 +262,15 @@ def require_packages(settings: config.Config) -> None:
 
 def _check_groups(settings: config.Config) -> None:
     """Refuse groups too small for what is asked of them."""
-    objective, trainer = settings.objective, settings.trainer
+    objective, trainer = policy_settings(settings.objective), settings.trainer
     if trainer.group_size == 1 and not isinstance(objective, config.Ppo):
         raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
     if trainer.group_size == 1 and objective.drop_uniform_groups:
         raise UserError("objective.drop_uniform_groups with trainer.group_size=1 drops every sample")
 
 
-def _check_critic(settings: config.Config) -> None:
+def _check_critic(objective: config.Ppo, trainer: config.Trainer) -> None:
     """Refuse a critic that contradicts the trainer's settings."""
-    objective, trainer = settings.objective, settings.trainer
     if objective.critic_warmup > trainer.steps:
         raise UserError(
             f"objective.critic_warmup ({objective.critic_warmup}) is more than trainer.steps ({trainer.steps})"
@@ -315,7 +317,7 @@ def _check_store(settings: config.Config) -> None:
 
 def fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of what it starts from: equal means the same work."""
-    described = {name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")}
+    described: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")}
     described["data"] = sources.describe(settings.data)
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]

@@ -20,6 +20,7 @@ from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.engine import Engine
+from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.queues import MicroRoutes
@@ -105,7 +106,7 @@ def validate(settings: config.Config) -> None:
     Raises:
         UserError: names the settings.
     """
-    rollout, trainer, objective = settings.rollout, settings.trainer, settings.objective
+    rollout, trainer, objective = settings.rollout, settings.trainer, policy_settings(settings.objective)
     tokens, limit = rollout.partial_tokens, rollout.max_staleness
     if not 0 <= tokens < rollout.max_new_tokens:
         raise UserError(

@@ -24,9 +24,11 @@ from megatron_bai.monitor.watch import Monitor, demanded
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.collect import Collector
+from megatron_bai.rl.engine import Scores
 from megatron_bai.rl.evaluate import evaluate
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.keep import RouteKeeper, keep_routes
+from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.packing import Cut, check_batches, cut
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
@@ -55,7 +57,7 @@ def train(settings: config.Config) -> None:
 def _run(session: Session, start: Start) -> None:
     settings, directory = session.settings, Path(session.settings.run.dir)
     # of the weights the run began with, which the checkpoint's replace next
-    reference = Reference(session.actor) if settings.objective.kl_penalty else None
+    reference = Reference(session.actor) if policy_settings(settings.objective).kl_penalty else None
     models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
     start.load(models)
     with Progress(directory, settings, settings.trainer.steps, session.lead, start.step) as progress:
@@ -147,14 +149,15 @@ class Loop:
         self.collector = Collector(session, inference)
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
-        assert bool(settings.objective.kl_penalty) == bool(reference), "the penalty and its reference belong together"
+        penalty = policy_settings(settings.objective).kl_penalty
+        assert bool(penalty) == bool(reference), "the penalty and its reference belong together"
         self.reference = reference
         measured = settings.rollout.overlap and settings.rollout.measure_sampled
         self.former = Former(session.engine) if measured else None
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.parts: dict[str, Part] = {"collector": self.collector, "monitor": self.monitor}
-        self.warmup = settings.objective.critic_warmup if session.critic else 0
+        self.warmup = session.critic.settings.critic_warmup if session.critic else 0
 
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
@@ -169,6 +172,7 @@ class Loop:
         with clock("old_logprob"):
             routes = self._score_old(batch, micros, stats, seen)
         if self.keeper:
+            assert routes is not None, "a store belongs to a replay"
             with clock("store"):
                 self.keeper.keep(step, version, samples, micros, routes)
         if self.session.critic:
@@ -222,16 +226,18 @@ class Loop:
         engine, mode = self.session.engine, self.settings.replay.mode
         inference = [engine.routes_of(micro) for micro in micros]
         replayed = engine.score(micros, inference) if mode == "r3" else None
-        live = None
+        live: Scores | None = None
         if mode != "r3" or self.settings.replay.measure_live:
             live = engine.score(micros, record=True)
             router.add_mismatch(seen, inference, live.recorded, engine.replay.columns, self.stages)
         old = replayed or live
+        assert old, "replayed with r3, live with the other modes"
         former = None
         if self.former:
             former = self.former.score(micros, inference if mode == "r3" else None)
             self.former.keep()
         if engine.last_stage:
+            assert old.logprobs is not None and old.entropy is not None
             batch.old_logprobs.copy_(old.logprobs)
             add_discrepancies(stats, batch, former, None if live is None else live.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
@@ -239,9 +245,11 @@ class Loop:
             with self.reference():  # its own router decides: the reference is one distribution for the whole run
                 reference = engine.score(micros).logprobs
             if engine.last_stage:
+                assert reference is not None
                 batch.reference_logprobs.copy_(reference)
-        router.add_load(seen, inference if mode == "r3" else live.recorded, engine.replay.columns)
-        return {"none": None, "r2": live and live.recorded, "r3": inference}[mode]
+        used = inference if mode == "r3" else old.recorded
+        router.add_load(seen, used, engine.replay.columns)
+        return None if mode == "none" else used
 
     def _update(
         self, step: int, minis: Cut, routes: list[MicroRoutes] | None, stats: Stats
@@ -261,6 +269,7 @@ class Loop:
 
     def _update_critic(self, step: int, minis: Cut, stats: Stats) -> dict[str, float]:
         """N optimizer steps of the critic, on the same mini-batches."""
+        assert self.session.critic
         found, norms, rate = self.session.critic.update(minis, step * self.settings.trainer.mini_batches)
         stats.add(found)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}

@@ -23,6 +23,12 @@ def _nothing(settings: Any) -> None:
     """Refuses nothing."""
 
 
+def policy_settings(settings: config.Objective) -> config.Policy:
+    """Narrow an objective's settings to those of one that learns from rollouts; `check` has refused any other."""
+    assert isinstance(settings, config.Policy)
+    return settings
+
+
 @dataclass(frozen=True)
 class Objective:
     """How a batch becomes a loss to minimise.
