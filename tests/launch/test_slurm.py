@@ -94,9 +94,14 @@ def test_a_job_may_start_outside_the_checkout(submit: Callable[..., str], cluste
 
 
 def test_a_mistake_is_one_line(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:
-    copies = [shutil.copy(cluster.root / "launch" / "slurm" / name, tmp_path) for name in ("torchrun.sbatch", "serve.sbatch")]
+    copies = [
+        shutil.copy(cluster.root / "launch" / "slurm" / name, tmp_path) for name in ("torchrun.sbatch", "serve.sbatch")
+    ]
     elsewhere = [f"--chdir={tmp_path}", f"--output={tmp_path}/%j.out"]
-    jobs = [submit(["--nodes=1"]), *(cluster.sbatch(*elsewhere, "--export=PATH=/usr/bin", copy, "train") for copy in copies)]
+    jobs = [
+        submit(["--nodes=1"]),
+        *(cluster.sbatch(*elsewhere, "--export=PATH=/usr/bin", copy, "train") for copy in copies),
+    ]
     assert [cluster.ended(job) for job in jobs] == ["FAILED"] * 3
     assert [said(tmp_path, job) for job in jobs] == [
         "torchrun.sbatch: error: give what launch/torchrun.sh should run\n",
