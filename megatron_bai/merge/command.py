@@ -21,6 +21,8 @@ from megatron_bai.merge import engine, journal
 from megatron_bai.merge.form import Form, form_of
 from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
+from megatron_bai.merge.measure import measured, to_measure
+from megatron_bai.merge.methods import recipes_of
 from megatron_bai.merge.output import (
     check_space,
     check_target,
@@ -31,8 +33,6 @@ from megatron_bai.merge.output import (
     write_provenance,
 )
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
-from megatron_bai.merge.measure import measured, to_measure
-from megatron_bai.merge.methods import recipes_of
 from megatron_bai.merge.pool import no_collector
 from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe

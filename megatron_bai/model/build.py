@@ -225,8 +225,7 @@ def _build(
     settings: config.Config, cfg: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
 ) -> Actor:
     """A model in chunks, which share `cfg` since the schedules read it. `head` takes the output layer's place."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)

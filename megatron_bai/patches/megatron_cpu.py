@@ -57,7 +57,6 @@ def _on_cpu(factory: Any) -> Any:
 def _devices() -> None:
     """`cuda` as a device means the CPU."""
     import torch
-
     from torch.utils._device import _device_constructors
 
     _device_constructors()  # cached: `with torch.device(…)`, which transformers uses, must know the original functions

@@ -18,12 +18,12 @@ from megatron_bai.model import hf
 from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
-from megatron_bai.rollout.client import RolloutClient, Wanted
-from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout import fleet, sync
+from megatron_bai.rollout.client import RolloutClient, Wanted
 from megatron_bai.rollout.fleet import Fleet, Servers
 from megatron_bai.rollout.group import OverGroup
 from megatron_bai.rollout.quantize import quantized
+from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout.sync import Carrier
 
 _PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived

@@ -15,6 +15,7 @@ from megatron_bai import cli, patches
 def main(directory: Path, cases: dict[str, list[str]]) -> None:
     patches.apply("megatron-cpu")  # as a run does, before it imports a model
     import megatron.core.models.gpt  # noqa: F401
+
     import megatron_bai.merge.command  # noqa: F401
     import megatron_bai.rl.trainer  # noqa: F401
 

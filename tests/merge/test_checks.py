@@ -2,7 +2,8 @@
 
 import zlib
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_bai.merge.checks import Checks
 from megatron_bai.merge.ranks import Ranks

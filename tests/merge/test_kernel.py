@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_bai.merge import kernel
 
