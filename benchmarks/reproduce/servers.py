@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from megatron_bai.processes import die_with
 from megatron_bai.rollout import control
 from megatron_bai.rollout.server import _environment, _free_port, last_error
+from megatron_bai.utils.child_processes import die_with
 
 _HOST, _START_S = "127.0.0.1", 600.0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_bai.errors import UserError
-from megatron_bai.model import strict_json
+from megatron_bai.utils import strict_json
 
 
 class Rows(Protocol):

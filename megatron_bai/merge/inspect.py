@@ -21,7 +21,7 @@ from megatron_bai.merge.recipe import ABOUT, summary
 from megatron_bai.merge.sources import Entry, Scratch, Source
 from megatron_bai.merge.tiles import TILE
 from megatron_bai.model import manifest
-from megatron_bai.model.strict_json import parse
+from megatron_bai.utils.strict_json import parse
 
 
 @dataclass

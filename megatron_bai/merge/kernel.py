@@ -19,7 +19,7 @@ from llvmlite import binding
 from numba import types
 from zlib_ng import zlib_ng
 
-from megatron_bai.compiled import compiled
+from megatron_bai.utils.numba_jit import compiled
 
 BLOCK = 1024  # elements whose sums and squares are in the first cache: 12 KiB
 LARGEST = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16

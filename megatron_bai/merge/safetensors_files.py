@@ -21,7 +21,7 @@ from megatron_bai.merge.checks import Place
 from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
 from megatron_bai.merge.targets import Item, Shape, Target, Writer, Written
 from megatron_bai.model import crc32, manifest
-from megatron_bai.model.strict_json import parse
+from megatron_bai.utils.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

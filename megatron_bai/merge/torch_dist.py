@@ -34,8 +34,8 @@ from megatron_bai.merge import archive, files
 from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
 from megatron_bai.merge.targets import Item, Shape, Target, Writer, Written
 from megatron_bai.model import crc32, manifest
-from megatron_bai.model.strict_json import parse
 from megatron_bai.model.unpickle import read_metadata
+from megatron_bai.utils.strict_json import parse
 
 INDEX = ".metadata"
 FORMAT = "metadata.json"

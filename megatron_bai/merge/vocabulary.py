@@ -16,7 +16,7 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.merge.sources import Entry
 from megatron_bai.merge.spelling import place
-from megatron_bai.model.strict_json import parse
+from megatron_bai.utils.strict_json import parse
 
 EMBEDDING = re.compile(r"(^|\.)(word_embeddings|embed_tokens)\.weight$")
 OUTPUT = re.compile(r"(^|\.)(output_layer|lm_head)\.(weight|bias)$")

@@ -19,7 +19,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, mapping, placing
 from megatron_bai.model.shards import Shard, fill, gather, local_shards
-from megatron_bai.model.strict_json import parse
+from megatron_bai.utils.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 4 << 30

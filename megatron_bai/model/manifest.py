@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_bai.errors import UserError
 from megatron_bai.model import crc32, placing
-from megatron_bai.model.strict_json import parse
+from megatron_bai.utils.strict_json import parse
 
 NAME = "manifest.json"
 VERSION = 2  # 1 had sizes alone

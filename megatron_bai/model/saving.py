@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bai.errors import UserError
 from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, placing
-from megatron_bai.processes import forks_die_with_us
+from megatron_bai.utils.child_processes import forks_die_with_us
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
 

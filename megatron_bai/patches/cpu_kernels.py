@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from megatron_bai.compiled import compiled
+from megatron_bai.utils.numba_jit import compiled
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]

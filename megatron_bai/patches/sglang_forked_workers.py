@@ -18,7 +18,7 @@ import threading
 from typing import Any
 
 from megatron_bai.patches.registry import Patch, after_import
-from megatron_bai.processes import forks_die_with_us
+from megatron_bai.utils.child_processes import forks_die_with_us
 
 
 def install() -> None:

@@ -14,7 +14,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_bai.processes import die_with
+from megatron_bai.utils.child_processes import die_with
 
 
 def find(name: str) -> Callable[..., Any]:

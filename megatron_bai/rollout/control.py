@@ -9,8 +9,8 @@ from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from megatron_bai.errors import UserError
-from megatron_bai.model.strict_json import parse
 from megatron_bai.rollout.access import headers
+from megatron_bai.utils.strict_json import parse
 
 _REPLY_BYTES = 64 << 20  # more than any server has to say of itself
 

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias, TypeVar
 import aiohttp
 
 from megatron_bai.errors import UserError
-from megatron_bai.model.strict_json import parse
 from megatron_bai.rollout.access import headers
+from megatron_bai.utils.strict_json import parse
 
 T = TypeVar("T")
 Request: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply

@@ -33,9 +33,9 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron_bai import patches
-from megatron_bai.processes import die_with
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.access import read_key
+from megatron_bai.utils.child_processes import die_with
 
 _TENSORS = "/update_weights_from_tensor"
 _PICKLED = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
