@@ -21,7 +21,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 
 MODES = ("none", "r2", "r3")
 MODEL = config.Model(

@@ -194,7 +194,8 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
 
     import numpy as np
 
-    from megatron_bai import backend, config
+    from megatron_bai import config
+    from megatron_bai.distributed import backend
     from megatron_bai.model import build, checkpoint, shards
 
     settings = settings_of(Path("."), {"name": "scale", "overrides": [

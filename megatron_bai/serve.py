@@ -3,7 +3,8 @@
 import time
 from pathlib import Path
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import checkpoint, manifest
 from megatron_bai.model.convert import convert

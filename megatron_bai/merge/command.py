@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_bai.config import Config, Merge
+from megatron_bai.distributed.rank_group import Ranks, cores_per_rank, ranks
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import engine, journal
 from megatron_bai.merge.form import Form, form_of
@@ -34,7 +35,6 @@ from megatron_bai.merge.output import (
 )
 from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.pool import no_collector
-from megatron_bai.merge.ranks import Ranks, cores_per_rank, ranks
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.regions import Fate
 from megatron_bai.merge.sources import SPAN_BYTES, Scratch

@@ -10,13 +10,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import journal, tiles
 from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.journal import UnitResult
 from megatron_bai.merge.plan import Plan, Unit
 from megatron_bai.merge.pool import Map, one_behind, pool
-from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.targets import Item, Target, Writer, Written
 

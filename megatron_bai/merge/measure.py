@@ -14,10 +14,10 @@ from itertools import chain
 
 import torch
 
+from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.merge.engine import share
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.pool import pool
-from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.recipe import Measure
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part, parts, slices

@@ -24,11 +24,11 @@ from typing import ClassVar, Self
 
 import torch
 
+from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.boxes import Box, is_row_major, span, split, within
 from megatron_bai.merge.checks import Checks, Part, Place
 from megatron_bai.merge.files import Files
-from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.targets import Shape, Target
 from megatron_bai.model import crc32, manifest
 

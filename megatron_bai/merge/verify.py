@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import Unfit
 from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.pool import one_thread
-from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
 from megatron_bai.merge.sources import Source

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge.boxes import Box, within
-from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source, Stream
 from megatron_bai.merge.spelling import EXPERT, LAYER, place
 from megatron_bai.merge.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes

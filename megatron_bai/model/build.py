@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_bai import config
-from megatron_bai.backend import Device
+from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
 from megatron_bai.model.value_head import ValueHead
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bai.config import Model
+from megatron_bai.distributed.rank_group import Ranks, joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import Ranks, joined
 from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.model import hf, manifest, unpickle
 from megatron_bai.model.build import Actor

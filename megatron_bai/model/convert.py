@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint, hf, manifest
 

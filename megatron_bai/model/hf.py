@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_bai.config import Model
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, mapping, placing
 from megatron_bai.model.shards import Shard, fill, gather, local_shards
 from megatron_bai.utils.strict_json import parse

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, placing
 from megatron_bai.utils.child_processes import forks_die_with_us
 

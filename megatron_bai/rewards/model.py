@@ -96,7 +96,7 @@ def _body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]:
 
 
 def _check(settings: config.RewardModel) -> None:
-    from megatron_bai.backend.machines import is_loopback  # a worker of another reward would import torch with it
+    from megatron_bai.distributed.hosts import is_loopback  # a worker of another reward would import torch with it
 
     parts = urlsplit(settings.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:

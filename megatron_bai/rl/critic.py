@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.backend import Device
+from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint
 from megatron_bai.model.build import Actor

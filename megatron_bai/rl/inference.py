@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.data import Prompt
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.model import hf
 from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample

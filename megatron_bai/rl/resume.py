@@ -20,8 +20,8 @@ import torch.distributed as dist
 import yaml
 
 from megatron_bai import config
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.model import manifest, placing, training_state
 from megatron_bai.model.build import Actor
 from megatron_bai.model.saving import Saving

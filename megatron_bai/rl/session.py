@@ -12,12 +12,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_bai import backend, config, rewards
+from megatron_bai import config, rewards
 from megatron_bai import data as sources
-from megatron_bai.backend.machines import is_loopback, several_machines
 from megatron_bai.data import Task
+from megatron_bai.distributed import backend
+from megatron_bai.distributed.hosts import is_loopback, several_machines
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.model import build
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import loggers, watch

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_bai.backend.machines import is_loopback
 from megatron_bai.config import Rollout
+from megatron_bai.distributed.hosts import is_loopback
 from megatron_bai.errors import UserError
 
 _keys: dict[str, str] = {}  # by URL: no request carries a server's key anywhere else

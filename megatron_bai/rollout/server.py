@@ -15,8 +15,8 @@ from types import TracebackType
 
 import psutil
 
-from megatron_bai.backend.machines import is_loopback, own_address
 from megatron_bai.config import Rollout
+from megatron_bai.distributed.hosts import is_loopback, own_address
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import access, control, versions
 

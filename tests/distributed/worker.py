@@ -26,7 +26,8 @@ from processes import free_port, prepare
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 from megatron_bai.rl import schedule
 
 SAMPLES, LENGTH = 8, 24

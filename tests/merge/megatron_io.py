@@ -11,8 +11,8 @@ import checkpoints
 import torch
 import torch.distributed as dist
 
-from megatron_bai import backend
 from megatron_bai.config import Backend, Config, Merge
+from megatron_bai.distributed import backend
 from megatron_bai.merge import command
 
 

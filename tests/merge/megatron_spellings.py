@@ -16,8 +16,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_bai import backend
 from megatron_bai.config import Backend, Config, Merge, Model, Parallel
+from megatron_bai.distributed import backend
 from megatron_bai.merge import command
 from megatron_bai.model import build
 from megatron_bai.model.shards import Shard, fill, local_shards

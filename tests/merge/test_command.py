@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.config import Config, Merge
+from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command, engine, kernel, tiles, torch_dist
 from megatron_bai.merge.plan import Unit
-from megatron_bai.merge.ranks import Ranks, ranks
 from megatron_bai.merge.regions import Fate
 from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.merge.verify import verify

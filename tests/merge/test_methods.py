@@ -21,6 +21,7 @@ from test_command import spoil
 
 from megatron_bai import cli
 from megatron_bai.config import Config, Inspect, Merge
+from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command, engine, measure, tiles
 from megatron_bai.merge.inspect import inspect
@@ -29,7 +30,6 @@ from megatron_bai.merge.methods.dare import keeps
 from megatron_bai.merge.methods.slerp import Slerp
 from megatron_bai.merge.methods.ties import Ties
 from megatron_bai.merge.output import model_card
-from megatron_bai.merge.ranks import Ranks, ranks
 from megatron_bai.merge.regions import Output, regions
 from megatron_bai.merge.slices import Part, slice_axes, slices
 

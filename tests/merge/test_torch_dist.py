@@ -8,8 +8,8 @@ import checkpoints
 import pytest
 import torch
 
+from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import Ranks
 from megatron_bai.merge.torch_dist import TorchDist
 
 LAYOUTS = [checkpoints.whole, checkpoints.rows, checkpoints.columns, checkpoints.experts, checkpoints.irregular]

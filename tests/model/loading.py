@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from moe import MODEL
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, checkpoint, manifest, placing, shards, unpickle
 

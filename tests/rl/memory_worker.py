@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_bai import backend, config, patches
+from megatron_bai import config, patches
+from megatron_bai.distributed import backend
 
 
 def joined(rank: int, processes: int, parallel: config.Parallel) -> None:

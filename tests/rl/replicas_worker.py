@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from megatron_bai import config
 from megatron_bai.data import Sums, build_tokenizer
+from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.ranks import joined
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.collect import Collector
 from megatron_bai.rl.evaluate import evaluate

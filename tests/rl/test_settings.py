@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.rl import schedule, session

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 
 STEPS, MICROS = 3, 2
 

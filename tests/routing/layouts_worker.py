@@ -20,7 +20,8 @@ from distributed.worker import EPSILON, SCALE, gathered
 from moe import MODEL, samples
 from processes import free_port, prepare
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 
 SAMPLES, LENGTH = 16, 24
 MODES = ("none", "r2", "r3")

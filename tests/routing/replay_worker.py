@@ -14,7 +14,8 @@ from moe import MODEL, samples
 from routing import router_cases
 from routing.layouts_worker import leftovers
 
-from megatron_bai import backend, config
+from megatron_bai import config
+from megatron_bai.distributed import backend
 
 LENGTH = 24
 

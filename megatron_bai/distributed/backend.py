@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config, patches
-from megatron_bai.backend.machines import choose_interface
+from megatron_bai.distributed.hosts import choose_interface
 from megatron_bai.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

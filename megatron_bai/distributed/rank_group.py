@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_bai.backend.machines import choose_interface
+from megatron_bai.distributed.hosts import choose_interface
 from megatron_bai.errors import UserError, of_system
 
 T = TypeVar("T")
