@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_bai import patches, project_files
+from megatron_bai import compat, project_files
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 
@@ -120,7 +120,7 @@ def examine(backend: str, machine: Machine) -> Iterator[Finding]:
     yield from _files()
     yield from _optional(machine)
     yield from _devices(backend, machine)
-    yield from _patches(patches.PATCHES, machine)
+    yield from _patches(compat.PATCHES, machine)
 
 
 def _requirements() -> Iterator[Finding]:
@@ -235,7 +235,7 @@ def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
         yield Finding("C compiler", "none", _WITHOUT, note)
 
 
-def _patches(known: Iterable[patches.Patch], machine: Machine) -> Iterator[Finding]:
+def _patches(known: Iterable[compat.Patch], machine: Machine) -> Iterator[Finding]:
     """Fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
     for patch in known:
         piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.found or '–'}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_bai import patches
+from megatron_bai import compat
 
 TESTS = Path(__file__).parent
 
@@ -35,7 +35,7 @@ def launch(script: Path, *arguments: object) -> str:
 
 def prepare(*modules: str) -> None:
     """Import what ranks forked from this process need, once for all; their collector does not look at it again."""
-    patches.apply("megatron-cpu")
+    compat.apply("megatron-cpu")
     for module in modules:
         importlib.import_module(module)
     gc.freeze()

@@ -8,9 +8,9 @@ from importlib import metadata
 import pytest
 
 from megatron_bai import doctor, project_files
+from megatron_bai.compat import Patch
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.patches import Patch
 
 CPU = doctor.Machine(gpus=(), cores=2, memory_gib=24.0, cpu_flags=frozenset(), compiler="/usr/bin/cc")
 GPU = replace(CPU, gpus=("NVIDIA H100, 81559 MiB",))
@@ -23,7 +23,7 @@ def installed(monkeypatch) -> dict[str, str]:
     found = dict(PINS)
     monkeypatch.setattr(doctor, "_version", lambda name: found.get(name))
     monkeypatch.setattr(doctor.metadata, "metadata", lambda name: Own())
-    monkeypatch.setattr(doctor.patches, "PATCHES", ())
+    monkeypatch.setattr(doctor.compat, "PATCHES", ())
     return found
 
 
@@ -95,9 +95,9 @@ def test_optional_pieces_name_what_is_lost_on_a_gpu_only(installed, monkeypatch)
 def test_patches(installed, monkeypatch):
     patch = Patch("fix", "megatron-bai", "0.0.0", "megatron-cpu", "a symptom", lambda: None)
     ready = replace(patch, version=metadata.version("megatron-bai"))
-    monkeypatch.setattr(doctor.patches, "PATCHES", (ready,))
+    monkeypatch.setattr(doctor.compat, "PATCHES", (ready,))
     assert look()["patch fix"].state == "ok" and "ready: a symptom" in look()["patch fix"].note
-    monkeypatch.setattr(doctor.patches, "PATCHES", (patch,))
+    monkeypatch.setattr(doctor.compat, "PATCHES", (patch,))
     assert faults(look()) == {"patch fix"} and "0.0.0" in look()["patch fix"].note
     assert not faults(look(machine=GPU))
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_bai import config, patches
+from megatron_bai import compat, config
 from megatron_bai.distributed.hosts import choose_interface
 from megatron_bai.errors import UserError
 
@@ -56,7 +56,7 @@ def start(settings: config.Backend) -> Device:
     """
     device = select(settings)
     if device.kind == "cpu":
-        patches.apply("megatron-cpu")
+        compat.apply("megatron-cpu")
         torch.set_num_threads(1)  # parallel by ranks: OpenMP collapses when two processes share a core
     else:
         torch.cuda.set_device(device.device)

@@ -8,7 +8,7 @@ ARGS are SGLang's. OWN, which come first, are ours:
 
 With `--device cpu` the patches of scope `sglang-cpu` go in first, and SGLang looks for models in `served_models` before
 it imports all of its own; on a GPU it computes as it is. On a CPU its scheduler and detokenizer are forked from this
-process (`patches/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's spawn method, which
+process (`compat/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's spawn method, which
 imports this module again in each of them as `__mp_main__` with the same arguments: so what stands at the top level
 reaches every process of the server, and no process of anybody else's.
 
@@ -32,7 +32,7 @@ from importlib import import_module
 from multiprocessing import resource_tracker
 from typing import Any
 
-from megatron_bai import patches
+from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.access import read_key
 from megatron_bai.utils.child_processes import die_with
@@ -127,7 +127,7 @@ def prepare(cpu: bool) -> None:
     """Import what SGLang needs first, as changed for a CPU or as it is."""
     if cpu:
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
-        patches.apply("sglang-cpu")
+        compat.apply("sglang-cpu")
     _meet_where_told()
 
 

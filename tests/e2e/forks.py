@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_bai import cli, patches
+from megatron_bai import cli, compat
 
 
 def main(directory: Path, cases: dict[str, list[str]]) -> None:
-    patches.apply("megatron-cpu")  # as a run does, before it imports a model
+    compat.apply("megatron-cpu")  # as a run does, before it imports a model
     import megatron.core.models.gpt  # noqa: F401
 
     import megatron_bai.merge.command  # noqa: F401

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_bai import config, patches
+from megatron_bai import compat, config
 from megatron_bai.distributed import backend
 
 
@@ -98,7 +98,7 @@ def _kept(settings: config.Config, device: backend.Device, layers: int, tokens: 
 
 
 def main() -> None:
-    patches.apply("megatron-cpu")
+    compat.apply("megatron-cpu")
     dist.new_group = functools.partial(_without_backend, dist.new_group)
     found = []
     for rank, processes, model, parallel, dtype, kind in json.loads(sys.argv[1]):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bai import patches
+from megatron_bai import compat
+from megatron_bai.compat.registry import Patch, after_import, apply_scope
 from megatron_bai.errors import UserError
-from megatron_bai.patches.registry import Patch, after_import, apply_scope
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_refuses_an_absent_package(patch: Patch) -> None:
 
 
 def test_local_suffix_of_a_build_is_no_other_release(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bai.patches.registry.version", lambda name: f"{pytest.__version__}+cpu")
+    monkeypatch.setattr("megatron_bai.compat.registry.version", lambda name: f"{pytest.__version__}+cpu")
     assert patch.state == "ready"
 
 
@@ -55,15 +55,15 @@ def test_applies_the_asked_scope_only(patch: Patch) -> None:
 
 
 def test_patches_are_named_after_their_modules_and_explain_themselves() -> None:
-    names = [patch.name for patch in patches.PATCHES]
+    names = [patch.name for patch in compat.PATCHES]
     assert len(set(names)) == len(names)
-    for patch in patches.PATCHES:
-        assert "Can go" in (sys.modules[f"megatron_bai.patches.{patch.name}"].__doc__ or "")
+    for patch in compat.PATCHES:
+        assert "Can go" in (sys.modules[f"megatron_bai.compat.{patch.name}"].__doc__ or "")
 
 
 def test_listing_imports_nothing_patched() -> None:
     code = (
-        "import sys; from megatron_bai.patches import PATCHES; [p.state for p in PATCHES]; "
+        "import sys; from megatron_bai.compat import PATCHES; [p.state for p in PATCHES]; "
         "print({'torch', 'sglang', 'megatron', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -4,7 +4,7 @@
 Importing this package imports none of the patched ones.
 """
 
-from megatron_bai.patches import (
+from megatron_bai.compat import (
     megatron_cpu,
     sglang_batched_attention,
     sglang_cpu_kernels,
@@ -15,7 +15,7 @@ from megatron_bai.patches import (
     sglang_seeded_sampling,
     sglang_torchvision,
 )
-from megatron_bai.patches.registry import Patch, apply_scope
+from megatron_bai.compat.registry import Patch, apply_scope
 
 PATCHES: tuple[Patch, ...] = (
     megatron_cpu.PATCH,

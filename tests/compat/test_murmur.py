@@ -5,7 +5,7 @@ import struct
 
 import torch
 
-from megatron_bai.patches.sglang_cpu_kernels import murmur_hash32
+from megatron_bai.compat.sglang_cpu_kernels import murmur_hash32
 
 
 def reference(data: bytes) -> int:

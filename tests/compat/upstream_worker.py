@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_bai import patches
-from megatron_bai.patches import sglang_grouped_experts
+from megatron_bai import compat
+from megatron_bai.compat import sglang_grouped_experts
 
 SLOTS = 4096
 
@@ -130,7 +130,7 @@ def rotation(draw: torch.Generator, heads: int, keys: int, dim: int, rotated: in
 
 
 def main() -> None:
-    patches.apply("sglang-cpu")
+    compat.apply("sglang-cpu")
     assert not {"sglang.srt.models.qwen3_moe", "numba"} & set(sys.modules)  # imported only where they are needed
     draw = torch.Generator().manual_seed(0)
     news = {"decode": one, "prefill": lambda length: length, "chunk": lambda length: (length + 1) // 2}
