@@ -15,7 +15,7 @@ from megatron_bai.compat import (
     sglang_seeded_sampling,
     sglang_torchvision,
 )
-from megatron_bai.compat.registry import Patch, apply_scope
+from megatron_bai.compat.patch import Patch, apply_scope
 
 PATCHES: tuple[Patch, ...] = (
     megatron_cpu.PATCH,

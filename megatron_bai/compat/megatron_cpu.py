@@ -13,7 +13,7 @@ import contextlib
 import functools
 from typing import Any
 
-from megatron_bai.compat.registry import Patch
+from megatron_bai.compat.patch import Patch
 
 
 class _Inert:

@@ -17,7 +17,7 @@ Can go: when upstream batches these loops.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_bai.compat.registry import Patch, after_import
+from megatron_bai.compat.patch import Patch, after_import
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def batched(upstream: type) -> type:
     """`TorchNativeAttnBackend` with these in the place of its loops, which still do what these cannot."""
     import torch
 
-    from megatron_bai.compat.cpu_kernels import attend
+    from megatron_bai.compat.numba_kernels import attend
 
     class BatchedAttnBackend(upstream):
         def init_forward_metadata(self, forward_batch: Any) -> None:

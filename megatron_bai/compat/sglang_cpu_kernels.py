@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from megatron_bai.compat.registry import Patch
+from megatron_bai.compat.patch import Patch
 
 if TYPE_CHECKING:
     from torch import Tensor

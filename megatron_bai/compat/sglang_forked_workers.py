@@ -17,7 +17,7 @@ import multiprocessing
 import threading
 from typing import Any
 
-from megatron_bai.compat.registry import Patch, after_import
+from megatron_bai.compat.patch import Patch, after_import
 from megatron_bai.utils.child_processes import forks_die_with_us
 
 

@@ -17,14 +17,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_bai.compat.registry import Patch, after_import
+from megatron_bai.compat.patch import Patch, after_import
 
 
 def norm(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """`RMSNorm.forward_native`: weight · x / rms(x), of x + residual if there is one, which is then returned too."""
     import torch
 
-    from megatron_bai.compat.cpu_kernels import normalise
+    from megatron_bai.compat.numba_kernels import normalise
 
     @functools.wraps(upstream)
     def forward_native(self: Any, x: Any, residual: Any = None, addition: Any = None, **named: Any) -> Any:
@@ -45,7 +45,7 @@ def norm_and_rotation(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """`Qwen3MoeAttention.apply_qk_norm_rope`: queries, keys and values of `qkv`, whose memory they share."""
     import torch
 
-    from megatron_bai.compat.cpu_kernels import normalise_and_rotate
+    from megatron_bai.compat.numba_kernels import normalise_and_rotate
 
     @functools.wraps(upstream)
     def apply_qk_norm_rope(self: Any, qkv: Any, positions: Any, forward_batch: Any) -> Any:

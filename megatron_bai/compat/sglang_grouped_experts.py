@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_bai.compat.registry import Patch, after_import
+from megatron_bai.compat.patch import Patch, after_import
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ Can go: when upstream's table has an entry for cpu.
 
 from typing import Any
 
-from megatron_bai.compat.registry import Patch
+from megatron_bai.compat.patch import Patch
 
 
 def install() -> None:

@@ -14,7 +14,7 @@ Can go: when upstream allows torch_native there and keeps Triton to devices that
 
 import os
 
-from megatron_bai.compat.registry import Patch
+from megatron_bai.compat.patch import Patch
 
 
 def install() -> None:

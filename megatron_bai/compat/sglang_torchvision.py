@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from megatron_bai.compat.registry import Patch
+from megatron_bai.compat.patch import Patch
 
 
 def install() -> None:

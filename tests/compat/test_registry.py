@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bai import compat
-from megatron_bai.compat.registry import Patch, after_import, apply_scope
+from megatron_bai.compat.patch import Patch, after_import, apply_scope
 from megatron_bai.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_refuses_an_absent_package(patch: Patch) -> None:
 
 
 def test_local_suffix_of_a_build_is_no_other_release(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bai.compat.registry.version", lambda name: f"{pytest.__version__}+cpu")
+    monkeypatch.setattr("megatron_bai.compat.patch.version", lambda name: f"{pytest.__version__}+cpu")
     assert patch.state == "ready"
 
 
