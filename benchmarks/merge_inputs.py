@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.merge.safetensors_files import INDEX
-from megatron_bai.merge.torch_dist import ItemWriter, write_index
+from megatron_bai.checkpoint.hf_files import INDEX
+from megatron_bai.checkpoint.torch_dist import ItemWriter, write_index
 
 SOURCES = ("0", "1", "2")
 HEADS, GROUPS = 16, 4

@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 from megatron_bai import config
+from megatron_bai.checkpoint import manifest
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, manifest
+from megatron_bai.model import checkpoint
 from megatron_bai.model.convert import convert
 from megatron_bai.rollout.server import SGLangServer
 

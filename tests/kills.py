@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron_bai.model import placing
+from megatron_bai.checkpoint import atomic_dir
 
 _STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -44,8 +44,8 @@ def at_step(step: int, function: Callable, *arguments: Any) -> None:
         if event in _STEPS or event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             count()
 
-    exchange = placing._exchange
-    placing._exchange = lambda *paths: (count(), exchange(*paths), count())[1]  # a system call that is not reported
+    exchange = atomic_dir._exchange
+    atomic_dir._exchange = lambda *paths: (count(), exchange(*paths), count())[1]  # a system call that is not reported
     os.fsync = count  # which a power cut would miss, but SIGKILL does not
     sys.addaudithook(hook)
     function(*arguments)

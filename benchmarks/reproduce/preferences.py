@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
 from megatron_bai import config
+from megatron_bai.checkpoint import atomic_dir
 from megatron_bai.data.arithmetic import Problem, checked, direct, draw_problem, prompt_text, steps
 from megatron_bai.data.tokenizer import build_tokenizer
-from megatron_bai.model import placing
 
 CLEAN, TOKENS_A_POINT = 1.0, 20
 STEPS, PAIRS, LEARNING_RATE = 200, 48, 2e-3  # of training: batches, pairs of answers in one
@@ -81,7 +81,7 @@ def train(target: Path, seed: int = 0) -> None:
     with torch.no_grad():
         margins = _margins(model, draw_pairs(HELD_OUT_PAIRS, tokenizer, rng, held_out=True))
     agreed = (margins > 0).sum() / (margins != 0).sum()  # of pairs of different answers
-    stage = placing.unfinished(target)
+    stage = atomic_dir.unfinished(target)
     model.save_pretrained(stage)
     weights = load_file(stage / "model.safetensors")  # SGLang's head has a bias (docs/data.md)
     save_file(weights | {"score.bias": torch.zeros(1)}, stage / "model.safetensors", metadata={"format": "pt"})

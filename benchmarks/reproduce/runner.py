@@ -15,7 +15,7 @@ import preferences
 import servers
 from studies import Study
 
-from megatron_bai.model import manifest
+from megatron_bai.checkpoint import manifest
 from megatron_bai.monitor.rundata import load_run
 from megatron_bai.monitor.summary import read_summary
 

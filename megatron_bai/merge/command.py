@@ -15,12 +15,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_bai.checkpoint import atomic_dir, manifest
+from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.reader import SPAN_BYTES, Scratch
 from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import Ranks, cores_per_rank, ranks
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge import engine, journal
 from megatron_bai.merge.form import Form, form_of
-from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.measure import measured, to_measure
 from megatron_bai.merge.methods import recipes_of
@@ -37,11 +39,9 @@ from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
 from megatron_bai.merge.pool import no_collector
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.regions import Fate
-from megatron_bai.merge.sources import SPAN_BYTES, Scratch
 from megatron_bai.merge.tiles import SMALL_TILE, TILE
 from megatron_bai.merge.verify import verify
 from megatron_bai.merge.view import View
-from megatron_bai.model import manifest, placing
 
 VERIFY = ("none", "sample", "all")
 
@@ -192,29 +192,29 @@ def merge(
             return len(jobs), _write(work, jobs, marks, group, check, threads)
         except Exception as error:
             if group.rank == 0:
-                _keep_what_is_finished(work, [placing.unfinished(job.target) for job in jobs], error)
+                _keep_what_is_finished(work, [atomic_dir.unfinished(job.target) for job in jobs], error)
             raise
 
 
 def _is_to_do(work: Plan, stack: ExitStack, replace: bool, job: Job, mark: str) -> bool:
     """Whether the job's target must be written, which then nobody else may until `stack` is closed."""
     target = job.target
-    resumable = (placing.unfinished(target) / journal.DIRECTORY).is_dir()
-    if is_current(target, mark) and (resumable or not placing.has_remains(target)):
+    resumable = (atomic_dir.unfinished(target) / journal.DIRECTORY).is_dir()
+    if is_current(target, mark) and (resumable or not atomic_dir.has_remains(target)):
         return False
     check_target(target, work)
-    stack.enter_context(placing.lock(target))
+    stack.enter_context(atomic_dir.lock(target))
     if is_current(target, mark):
-        placing.discard(target)  # a merge was killed after it had put its result in place
+        atomic_dir.discard(target)  # a merge was killed after it had put its result in place
         return False
     if not replace and manifest.read(target) is not None:
         raise UserError(
             f"merge.output {target} holds another merge, {difference(target, job.recipe)}: remove it, choose another "
             "merge.output, or replace it with the verb merge"
         )
-    if is_current(placing.unfinished(target), mark):  # … just before
-        shutil.rmtree(placing.unfinished(target) / journal.DIRECTORY, ignore_errors=True)
-        placing.place(target)
+    if is_current(atomic_dir.unfinished(target), mark):  # … just before
+        shutil.rmtree(atomic_dir.unfinished(target) / journal.DIRECTORY, ignore_errors=True)
+        atomic_dir.place(target)
         return False
     return True
 

@@ -10,15 +10,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from megatron_bai.checkpoint.boxes import Box
+from megatron_bai.checkpoint.writer import Item, Target, Writer, Written
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import journal, tiles
-from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.journal import UnitResult
 from megatron_bai.merge.plan import Plan, Unit
 from megatron_bai.merge.pool import Map, one_behind, pool
 from megatron_bai.merge.regions import Fate, Region
-from megatron_bai.merge.targets import Item, Target, Writer, Written
 
 BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: each is a turn of the lock for three threads
 

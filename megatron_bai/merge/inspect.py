@@ -10,17 +10,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint.boxes import split
+from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.reader import Entry, Scratch, Source
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.merge.boxes import split
-from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.groups import group_of
 from megatron_bai.merge.output import PROVENANCE
 from megatron_bai.merge.pool import one_thread
 from megatron_bai.merge.recipe import ABOUT, summary
-from megatron_bai.merge.sources import Entry, Scratch, Source
 from megatron_bai.merge.tiles import TILE
-from megatron_bai.model import manifest
 from megatron_bai.utils.strict_json import parse
 
 

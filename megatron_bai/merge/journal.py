@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_bai.merge.targets import Written
-from megatron_bai.model import crc32, manifest, placing
+from megatron_bai.checkpoint import atomic_dir, crc32, manifest
+from megatron_bai.checkpoint.writer import Written
 
 DIRECTORY = ".journal"
 MARK = "mark"
@@ -31,7 +31,7 @@ class UnitResult:
 
 def stage(target: Path, mark: str) -> Path:
     """The directory to write `target` into: the one a merge with this mark left behind, or an empty one."""
-    path = placing.unfinished(target)
+    path = atomic_dir.unfinished(target)
     try:
         if (path / DIRECTORY / MARK).read_text() == mark:
             return path
@@ -105,7 +105,7 @@ def _notes(directory: Path) -> Iterator[tuple[str, UnitResult]]:
 def note(directory: Path, unit: str, result: UnitResult) -> None:
     """Remember a unit, after its data; both survive a power cut."""
     for name in {item.file for item in result.written}:
-        placing.sync(directory / name)
+        atomic_dir.sync(directory / name)
     written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply
     text = json.dumps({"written": written, "squares": result.squares})
     _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{crc32.of(text.encode()):08x}")
@@ -119,6 +119,6 @@ def _write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text)
-    placing.sync(new)
+    atomic_dir.sync(new)
     os.replace(new, path)
-    placing.sync(path.parent)
+    atomic_dir.sync(path.parent)

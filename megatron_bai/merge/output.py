@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 import megatron_bai
+from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint.hf_files import SafeTensors
+from megatron_bai.checkpoint.reader import Source
 from megatron_bai.errors import UserError
 from megatron_bai.merge import journal
 from megatron_bai.merge.form import config_with
@@ -20,9 +23,6 @@ from megatron_bai.merge.groups import fits
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.recipe import Recipe
 from megatron_bai.merge.regions import Fate, Region
-from megatron_bai.merge.safetensors_files import SafeTensors
-from megatron_bai.merge.sources import Source
-from megatron_bai.model import manifest
 
 PROVENANCE = "provenance.json"
 CONFIG = "config.json"

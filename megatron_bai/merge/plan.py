@@ -33,14 +33,14 @@ from itertools import chain
 
 import torch
 
+from megatron_bai.checkpoint.boxes import Box, overlap, split
+from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source
 from megatron_bai.errors import UserError
-from megatron_bai.merge.boxes import Box, overlap, split
 from megatron_bai.merge.form import Form, output_dtypes
 from megatron_bai.merge.groups import fits
 from megatron_bai.merge.recipe import Measure, Recipe
 from megatron_bai.merge.regions import Fate, Output, Region, regions
 from megatron_bai.merge.slices import Part, parts
-from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source
 from megatron_bai.merge.view import Chart, View, respell, some
 from megatron_bai.merge.vocabulary import true_size
 

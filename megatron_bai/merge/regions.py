@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_bai.merge.boxes import Box
+from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.merge.groups import fits, layers_of
 from megatron_bai.merge.spelling import Place, place
 from megatron_bai.merge.vocabulary import is_vocabulary

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bai.merge.boxes import Box, row_major, split
+from megatron_bai.checkpoint.boxes import Box, row_major, split
 from megatron_bai.merge.regions import Output, Region
 
 

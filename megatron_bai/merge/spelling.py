@@ -20,7 +20,7 @@ of the two, so both mean the norm.
 import re
 from dataclasses import dataclass
 
-from megatron_bai.merge.boxes import Box
+from megatron_bai.checkpoint.boxes import Box
 
 LAYER, EXPERT = "layers", "experts"  # what the leading axes of a canonical tensor count
 

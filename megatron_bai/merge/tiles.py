@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from megatron_bai.checkpoint.boxes import Box
+from megatron_bai.checkpoint.reader import Scratch, Stream
+from megatron_bai.checkpoint.writer import Item
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
-from megatron_bai.merge.sources import Scratch, Stream
-from megatron_bai.merge.targets import Item
 from megatron_bai.merge.values import read_all, refuse, used
 
 TILE = 1 << 17  # elements: large enough that Python is not what takes the time, small enough for the cache

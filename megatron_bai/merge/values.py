@@ -6,8 +6,8 @@ from typing import NoReturn
 
 import torch
 
+from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.boxes import Box
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.regions import Region
 

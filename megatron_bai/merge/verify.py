@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_bai.checkpoint import crc32
+from megatron_bai.checkpoint.boxes import Box, split
+from megatron_bai.checkpoint.reader import Source
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.boxes import Box, split
 from megatron_bai.merge.plan import Plan
 from megatron_bai.merge.pool import one_thread
 from megatron_bai.merge.regions import Fate, Region
 from megatron_bai.merge.slices import Part
-from megatron_bai.merge.sources import Source
 from megatron_bai.merge.tiles import TILE
 from megatron_bai.merge.values import read_all
-from megatron_bai.model import crc32
 
 SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at least one
 SAMPLE = 1 << 12  # elements that are compared of a sampled tile

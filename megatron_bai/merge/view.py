@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_bai.checkpoint.boxes import Box, within
+from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source, Stream
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge.boxes import Box, within
-from megatron_bai.merge.sources import Chunk, Entry, Scratch, Source, Stream
 from megatron_bai.merge.spelling import EXPERT, LAYER, place
 from megatron_bai.merge.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_bai.checkpoint.reader import Entry
 from megatron_bai.errors import UserError
-from megatron_bai.merge.sources import Entry
 from megatron_bai.merge.spelling import place
 from megatron_bai.utils.strict_json import parse
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_bai.checkpoint import manifest, safe_unpickle
+from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Model
 from megatron_bai.distributed.rank_group import Ranks, joined
 from megatron_bai.errors import UserError
-from megatron_bai.merge.torch_dist import TorchDist
-from megatron_bai.model import hf, manifest, unpickle
+from megatron_bai.model import hf
 from megatron_bai.model.build import Actor
 from megatron_bai.model.saving import Saving, first_cause
 
@@ -110,7 +111,7 @@ def _check(directory: Path, state: dict[str, Any], group: Ranks) -> None:
                 source.record(source.tensors[key], chunk)
         _require_tensors(source, state)
     if group.rank == 0:
-        unpickle.check_common(directory / "common.pt")
+        safe_unpickle.check_common(directory / "common.pt")
 
 
 def _require_tensors(source: TorchDist, state: dict[str, Any]) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bai import config
+from megatron_bai.checkpoint import manifest
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint, hf, manifest
+from megatron_bai.model import build, checkpoint, hf
 
 
 def run(settings: config.Config) -> None:

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.config import Model
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.model import manifest, mapping, placing
+from megatron_bai.model import mapping
 from megatron_bai.model.shards import Shard, fill, gather, local_shards
 from megatron_bai.utils.strict_json import parse
 
@@ -235,7 +236,7 @@ def export_hf(
     """
     group = joined()
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(placing.lock(Path(target))))
+        group.first(lambda: stack.enter_context(atomic_dir.lock(Path(target))))
         stage = group.first(lambda: manifest.staging(target))
         files, dtype = _write_files(modules, model, stage, group.rank == 0, change)
 

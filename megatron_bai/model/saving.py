@@ -16,9 +16,9 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.model import manifest, placing
 from megatron_bai.utils.child_processes import forks_die_with_us
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
@@ -53,7 +53,7 @@ class Saving:
         self.target, self._describe, self._info, self._group = target, describe, info, joined()
         self._calls, self._sums, self._lock = AsyncCallsQueue(), _Mailbox(), ExitStack()
         with ExitStack() as stack:
-            self._group.first(lambda: stack.enter_context(placing.lock(target)))
+            self._group.first(lambda: stack.enter_context(atomic_dir.lock(target)))
             self._stage = self._group.first(lambda: manifest.staging(target))
             if more:
                 self._group.together(lambda: more(self._stage), self._stage)

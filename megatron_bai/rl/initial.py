@@ -8,13 +8,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bai import config
+from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.data import build_tokenizer
 from megatron_bai.distributed.rank_group import joined, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
 from megatron_bai.merge.form import form_of
-from megatron_bai.merge.formats import open_source
-from megatron_bai.model import checkpoint, hf, manifest, shards
+from megatron_bai.model import checkpoint, hf, shards
 from megatron_bai.model.build import Actor
 
 

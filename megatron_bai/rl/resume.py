@@ -20,9 +20,10 @@ import torch.distributed as dist
 import yaml
 
 from megatron_bai import config
+from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.model import manifest, placing, training_state
+from megatron_bai.model import training_state
 from megatron_bai.model.build import Actor
 from megatron_bai.model.saving import Saving
 from megatron_bai.monitor.report import flatten
@@ -128,7 +129,7 @@ def claim(session: Session) -> Iterator[Start]:
     """
     group, directory = joined(), Path(session.settings.run.dir)
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(placing.lock(directory)))
+        group.first(lambda: stack.enter_context(atomic_dir.lock(directory)))
         yield group.first(lambda: _find(session, directory))
 
 
@@ -313,8 +314,8 @@ class Checkpoints:
     def _prune(self) -> None:
         """A directory that is being deleted has a name that no one reads."""
         for path in checkpoints(self._directory)[: -self._session.settings.trainer.keep]:
-            path.rename(placing.unfinished(path))
-            placing.discard(path)
+            path.rename(atomic_dir.unfinished(path))
+            atomic_dir.discard(path)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_bai import config
+from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint, manifest
+from megatron_bai.model import build, checkpoint
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, from_supervised

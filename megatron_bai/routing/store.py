@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bai.checkpoint.atomic_dir import sync
 from megatron_bai.errors import UserError
-from megatron_bai.model.placing import sync
 from megatron_bai.routing import codec
 from megatron_bai.routing.codec import Recording
 

@@ -483,8 +483,9 @@ def logits(run: Run) -> dict[str, torch.Tensor]:
 
 def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     """What is said about each way in which a checkpoint can be unfit; runs in a single process."""
+    from megatron_bai.checkpoint import atomic_dir, manifest
     from megatron_bai.errors import UserError
-    from megatron_bai.model import checkpoint, hf, manifest, placing
+    from megatron_bai.model import checkpoint, hf
 
     def damaged(name: str) -> Path:
         return Path(shutil.copytree(good / ("hf" if name.startswith("hf") else "megatron"), directory / name))
@@ -497,7 +498,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
 
     def sealed(path: Path) -> Path:
         """As whoever wrote such a thing on purpose would leave it."""
-        return manifest.seal(path.rename(placing.unfinished(path)), path, {})
+        return manifest.seal(path.rename(atomic_dir.unfinished(path)), path, {})
 
     def said(load: Callable[[], object]) -> str:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from command import all_succeeded, megatron_bai, succeeded, torchrun
 
-from megatron_bai.model import manifest
+from megatron_bai.checkpoint import manifest
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 REWARD = """

@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from pipeline import ONE_PROCESS, Demo
 from processes import TESTS
 
+from megatron_bai.checkpoint import manifest
 from megatron_bai.config import Model, Rollout
-from megatron_bai.model import hf, manifest
+from megatron_bai.model import hf
 from megatron_bai.rollout.server import SGLangServer
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]

@@ -11,7 +11,7 @@ import pytest
 from launching import REINFORCE, STEPS, Run, launched, logs
 from netnodes import Node
 
-from megatron_bai.model import manifest
+from megatron_bai.checkpoint import manifest
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 

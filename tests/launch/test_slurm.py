@@ -9,7 +9,7 @@ import pytest
 from launching import REINFORCE, STEPS, Run
 from slurmd import Slurm
 
-from megatron_bai.model import manifest
+from megatron_bai.checkpoint import manifest
 
 pytestmark = pytest.mark.distributed
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.merge.boxes import Box, split
-from megatron_bai.merge.formats import open_source
-from megatron_bai.merge.torch_dist import ItemWriter, write_index
+from megatron_bai.checkpoint.boxes import Box, split
+from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.torch_dist import ItemWriter, write_index
 
 Tensors = dict[str, torch.Tensor]
 Layout = Callable[[str, tuple[int, ...]], Iterable[Box]]

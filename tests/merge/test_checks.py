@@ -5,8 +5,8 @@ import zlib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bai.checkpoint.record_crcs import Checks
 from megatron_bai.distributed.rank_group import Ranks
-from megatron_bai.merge.checks import Checks
 
 DATA = bytes(range(256)) * 4
 PLACE = ("file", 7)

@@ -16,15 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bai.checkpoint import manifest, torch_dist
+from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, kernel, tiles, torch_dist
+from megatron_bai.merge import command, engine, kernel, tiles
 from megatron_bai.merge.plan import Unit
 from megatron_bai.merge.regions import Fate
-from megatron_bai.merge.torch_dist import TorchDist
 from megatron_bai.merge.verify import verify
-from megatron_bai.model import manifest
 
 
 def run(settings: Merge, **changes) -> dict[str, torch.Tensor]:

@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from test_safetensors import model
 from test_safetensors import write as write_hf
 
+from megatron_bai.checkpoint import atomic_dir, manifest
+from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
-from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.inspect import inspect
-from megatron_bai.model import manifest, placing
 
 
 @pytest.fixture(scope="module", params=["torch_dist", "safetensors"])
 def checkpoint(request, tmp_path_factory) -> Path:
     """A checkpoint with a manifest, and the files of one beside it."""
     target = tmp_path_factory.mktemp("damage") / "checkpoint"
-    stage = placing.unfinished(target)
+    stage = atomic_dir.unfinished(target)
     if request.param == "torch_dist":
         objects = {"decoder.layers.0._extra_state/shard_0_1": checkpoints.saved("base")}
         checkpoints.write(stage, checkpoints.model(0), checkpoints.experts, objects)
@@ -101,7 +101,7 @@ def test_without_a_manifest_weights_that_are_damaged_are_named_or_harmless(check
 
 def test_a_merge_compares_safetensors_with_their_manifest_before_it_writes(tmp_path: Path) -> None:
     for name, seed in (("b", 0), ("m", 1)):
-        manifest.seal(write_hf(placing.unfinished(tmp_path / name), model(seed)), tmp_path / name, {})
+        manifest.seal(write_hf(atomic_dir.unfinished(tmp_path / name), model(seed)), tmp_path / name, {})
     merge = Merge(pretrained=f"{tmp_path}/b", members=[f"{tmp_path}/m"], weights=[1.0], output=f"{tmp_path}/out")
     file = tmp_path / "m" / "model-00001-of-00002.safetensors"
     good = file.read_bytes()

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from test_command import content, in_child, merge_in_small_units, refused
 from test_spelling import COEFFICIENTS, reference, same, settings, write_hf, write_three
 
+from megatron_bai.checkpoint.hf_files import SafeTensors
+from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
 from megatron_bai.merge.command import jobs_of, threads_of
-from megatron_bai.merge.safetensors_files import SafeTensors
-from megatron_bai.merge.torch_dist import TorchDist
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 

@@ -6,12 +6,12 @@ import checkpoints
 import pytest
 import torch
 
+from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
 from megatron_bai.merge.groups import group_of
 from megatron_bai.merge.inspect import compare, inspect
-from megatron_bai.merge.torch_dist import TorchDist
 
 
 def test_distance_and_cosine_of_each_group(tmp_path):

@@ -16,11 +16,11 @@ from kills import after_bytes, at_step, die, in_child
 from test_command import content, merge_in_small_units, peer, spoil
 from test_safetensors import hf  # noqa: F401, a fixture
 
+from megatron_bai.checkpoint import manifest, positional_io
+from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, files, journal
-from megatron_bai.merge.torch_dist import TorchDist
-from megatron_bai.model import manifest
+from megatron_bai.merge import command, engine, journal
 
 
 @pytest.fixture(params=["torch_dist", "safetensors"])
@@ -157,7 +157,7 @@ def refused(merge: Callable, settings: Merge, message: str, kept: bool) -> None:
 
 
 def test_a_source_that_vanishes_costs_nothing_that_is_finished(settings, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OPEN_FILES", 1)  # so that files are opened again, as those of large checkpoints are
+    monkeypatch.setattr(positional_io, "OPEN_FILES", 1)  # so that files are opened again, as those of large checkpoints are
     member = Path(settings.members[1])
     gone = member.with_name("gone")
     refused(

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_command import content, in_child, merge_in_small_units, peer
 
+from megatron_bai.checkpoint.hf_files import SafeTensors
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command
 from megatron_bai.merge.inspect import inspect
-from megatron_bai.merge.safetensors_files import SafeTensors
 
 
 def model(seed: int) -> checkpoints.Tensors:

@@ -8,9 +8,9 @@ import checkpoints
 import pytest
 import torch
 
+from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge.torch_dist import TorchDist
 
 LAYOUTS = [checkpoints.whole, checkpoints.rows, checkpoints.columns, checkpoints.experts, checkpoints.irregular]
 
@@ -47,7 +47,7 @@ def test_dtypes(tmp_path, dtype):
 
 
 def test_large_regions_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_bai.merge.sources.SPAN_BYTES", 64)
+    monkeypatch.setattr("megatron_bai.checkpoint.reader.SPAN_BYTES", 64)
     tensors = checkpoints.model(3)
     for layout in LAYOUTS:
         found = checkpoints.read(checkpoints.write(tmp_path / layout.__name__, tensors, layout))

@@ -22,9 +22,10 @@ import torch
 from moe import MODEL
 
 from megatron_bai import config
+from megatron_bai.checkpoint import atomic_dir, manifest, safe_unpickle
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint, manifest, placing, shards, unpickle
+from megatron_bai.model import build, checkpoint, shards
 
 
 class Attack:
@@ -66,7 +67,7 @@ def damages(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
 
 def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
     """Copies with a manifest that agrees: nothing but what is in the files can tell."""
-    metadata = unpickle.read_metadata(good / ".metadata")
+    metadata = safe_unpickle.read_metadata(good / ".metadata")
     key = "embedding.word_embeddings.weight"
     place = next(at for at in metadata.storage_data if at.fqn == key)
 
@@ -76,7 +77,7 @@ def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
         return file.getvalue()
 
     def index(path: Path, change: Callable) -> None:
-        found = unpickle.read_metadata(good / ".metadata")
+        found = safe_unpickle.read_metadata(good / ".metadata")
         change(found, found.storage_data[place])
         (path / ".metadata").write_bytes(pickle.dumps(found))
 
@@ -128,7 +129,7 @@ def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
     for name, make in makers.items():
         path = Path(shutil.copytree(good, directory / f"hostile {name}"))
         make(path, name)
-        yield f"hostile {name}", manifest.seal(path.rename(placing.unfinished(path)), path, {})
+        yield f"hostile {name}", manifest.seal(path.rename(atomic_dir.unfinished(path)), path, {})
 
 
 def look(directory: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from moe import MODEL
 from processes import TESTS, launch
 
+from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, hf, manifest
+from megatron_bai.model import checkpoint, hf
 from megatron_bai.model.build import Actor
 
 

@@ -12,8 +12,9 @@ from moe import MODEL
 from processes import Layouts
 from safetensors.torch import load_file
 
-from megatron_bai.merge.formats import open_source
-from megatron_bai.model import manifest, mapping
+from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.model import mapping
 
 pytestmark = pytest.mark.distributed
 LOADING = [name for name, case in CASES.items() if case.loads]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from moe import MODEL
 from safetensors.torch import save_file
 
+from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.config import Model
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, hf, manifest, mapping, placing
+from megatron_bai.model import checkpoint, hf, mapping
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
 
 
 def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None:
-    sealed = manifest.seal(directory.rename(placing.unfinished(directory)), directory, {})
+    sealed = manifest.seal(directory.rename(atomic_dir.unfinished(directory)), directory, {})
     path = sealed / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kills import at_step, in_child
 
+from megatron_bai.checkpoint import atomic_dir, crc32, manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import crc32, manifest, placing
 
 
 def write(target: Path, word: str) -> Path:
@@ -42,7 +42,7 @@ def test_a_writer_killed_at_any_step_leaves_the_old_checkpoint_or_the_new(
     replacing: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:  # a file system such as NFS
-        monkeypatch.setattr(placing, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic_dir, "_exchange", lambda a, b: False)
     seen = set()
     for step in range(100):
         target = tmp_path / str(step) / "checkpoint"
@@ -69,9 +69,9 @@ def test_a_writer_killed_at_any_step_leaves_the_old_checkpoint_or_the_new(
 def test_a_reader_finishes_the_replacement_of_a_killed_writer(tmp_path: Path) -> None:
     """Between the two renames, which only a file system that cannot exchange needs."""
     target = write(tmp_path / "checkpoint", "new")
-    target.rename(placing.unfinished(target))
+    target.rename(atomic_dir.unfinished(target))
     write(target, "old").rename(tmp_path / ".checkpoint.replaced")  # `write` empties the place of the new one …
-    write(tmp_path / "other", "new").rename(placing.unfinished(target))  # … so it comes back
+    write(tmp_path / "other", "new").rename(atomic_dir.unfinished(target))  # … so it comes back
     assert not target.exists()
     assert manifest.require(target) == {"word": "new"}
 
@@ -82,7 +82,7 @@ def test_a_relative_path_may_be_the_working_directory(tmp_path: Path, monkeypatc
 
 
 def hold(target: Path, held: Connection) -> None:
-    with placing.lock(target):
+    with atomic_dir.lock(target):
         held.send(True)
         signal.pause()
 
@@ -93,11 +93,11 @@ def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> N
     holder = context.Process(target=hold, args=(target, theirs))
     holder.start()
     assert mine.recv()
-    with pytest.raises(UserError, match=f"{target} is being written by another process"), placing.lock(target):
+    with pytest.raises(UserError, match=f"{target} is being written by another process"), atomic_dir.lock(target):
         pass
     holder.kill()
     holder.join()
-    with placing.lock(target), placing.lock(tmp_path / "another"):
+    with atomic_dir.lock(target), atomic_dir.lock(tmp_path / "another"):
         pass
     assert not list(tmp_path.iterdir())
 

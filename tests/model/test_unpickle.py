@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
+from megatron_bai.checkpoint.safe_unpickle import read_metadata
 from megatron_bai.errors import UserError
-from megatron_bai.model.unpickle import read_metadata
 
 
 class ByAttribute(pickle.Pickler):

@@ -27,8 +27,8 @@ from moe import MODEL, random_routes
 from processes import free_port, prepare
 
 from megatron_bai import config
+from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import manifest, placing
 from megatron_bai.monitor.watch import DETECTORS
 from megatron_bai.rollout.client import Wanted
 from megatron_bai.rollout.sample import PARTIAL, Sample
@@ -310,7 +310,7 @@ def refused(found: dict[str, Any], directory: Path) -> None:
             data = bytearray(file.read_bytes())
             data[len(data) // 2] ^= 1
             file.write_bytes(data)
-        held = placing.lock(path) if name == "locked" else nullcontext()
+        held = atomic_dir.lock(path) if name == "locked" else nullcontext()
         with held:
             found[name] = {"runs": [run(what)], **left(path)}
 

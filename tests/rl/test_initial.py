@@ -15,12 +15,12 @@ from processes import launch
 from safetensors.torch import load_file
 
 from megatron_bai import config
+from megatron_bai.checkpoint import atomic_dir
+from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.errors import UserError
 from megatron_bai.merge import command, journal
 from megatron_bai.merge.form import Form
-from megatron_bai.merge.formats import open_source
 from megatron_bai.merge.plan import plan
-from megatron_bai.model import placing
 from megatron_bai.rl import initial, session
 
 
@@ -106,8 +106,8 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     monkeypatch.setattr(command, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
     assert in_child(kind, at, initial.prepare, settings) == -signal.SIGKILL
-    assert not actor.exists() and journal.names(placing.unfinished(actor))
-    stage = placing.unfinished(actor).stat().st_ino
+    assert not actor.exists() and journal.names(atomic_dir.unfinished(actor))
+    stage = atomic_dir.unfinished(actor).stat().st_ino
     initial.prepare(settings)
     assert actor.stat().st_ino == stage  # and not a new one
     assert equal(tensors(actor), tensors(started / "megatron" / "merged"))

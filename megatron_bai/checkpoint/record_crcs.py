@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from megatron_bai.checkpoint import crc32
 from megatron_bai.distributed.rank_group import Ranks
-from megatron_bai.model import crc32
 
 Place = tuple[str, int]  # an item of a checkpoint: its file, and where it starts there
 Part = tuple[int, int, int]  # of a record: first byte, length, CRC-32

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.merge import files
-from megatron_bai.model import crc32
+from megatron_bai.checkpoint import crc32, positional_io
 
 Shape = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor to write: key, dtype and global shape
 
@@ -78,7 +77,7 @@ class Item:
         self.left -= len(data)
         if self.left == 0:
             parts.append(self.tail(self.crc) if self.tail else b"")
-        files.write(self.descriptor, parts, self.at)
+        positional_io.write(self.descriptor, parts, self.at)
         self._length += sum(map(len, parts))
         if self.left == 0:
             elements = self._length - len(self.head) - len(parts[-1])

@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 import torch
 
-from megatron_bai.merge.boxes import span
-from megatron_bai.model import crc32
-from megatron_bai.model.unpickle import SavedTensor, read_saved_tensor
+from megatron_bai.checkpoint import crc32
+from megatron_bai.checkpoint.boxes import span
+from megatron_bai.checkpoint.safe_unpickle import SavedTensor, read_saved_tensor
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and its extra field
 _CRC_IN_DIRECTORY = 46 - 16  # bytes from a directory entry's CRC-32 to its name

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_bai.checkpoint import atomic_dir, crc32
 from megatron_bai.errors import UserError
-from megatron_bai.model import crc32, placing
 from megatron_bai.utils.strict_json import parse
 
 NAME = "manifest.json"
@@ -28,8 +28,8 @@ _THREADS = 4  # zlib-ng lets go of the interpreter, so files are summed side by 
 def staging(target: str | Path) -> Path:
     """An empty directory beside `target` to write into until `seal` moves it into place."""
     target = Path(target)
-    placing.recover(target)
-    stage = placing.unfinished(target)
+    atomic_dir.recover(target)
+    stage = atomic_dir.unfinished(target)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     return stage
@@ -49,17 +49,17 @@ def seal(
     found = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
     names = sorted(path.as_posix() for path in found if path.as_posix() != NAME and path.parts[0] != working)
     for name in names:
-        placing.sync(stage / name)
+        atomic_dir.sync(stage / name)
     known = dict(sums or {})
     known |= checksums(stage, [name for name in names if name not in known])
     files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{known[name]:08x}"} for name in names}
     body = json.loads(json.dumps({"version": VERSION, "files": files, "info": info}))  # as it will be read
     (stage / NAME).write_text(json.dumps(body | {"crc32": _sum_of(body)}, indent=1) + "\n")
-    placing.sync(stage / NAME)
-    placing.sync(stage)
+    atomic_dir.sync(stage / NAME)
+    atomic_dir.sync(stage)
     if working:
         shutil.rmtree(stage / working, ignore_errors=True)
-    placing.place(target)
+    atomic_dir.place(target)
     return target
 
 
@@ -88,7 +88,7 @@ def read(directory: str | Path) -> dict[str, Any] | None:
             weights has another content.
     """
     directory = Path(directory)
-    placing.recover(directory)
+    atomic_dir.recover(directory)
     if not (directory / NAME).is_file():
         return None
     files, info = _listing(directory)
@@ -178,7 +178,7 @@ def require(directory: str | Path) -> dict[str, Any]:
         UserError: there is no such directory, or it was never finished, or it is damaged.
     """
     directory = Path(directory)
-    placing.recover(directory)
+    atomic_dir.recover(directory)
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: give the path of a directory that `train` or `merge` wrote")
     info = read(directory)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from megatron_bai.checkpoint import crc32, manifest
+from megatron_bai.checkpoint.boxes import row_major, span
+from megatron_bai.checkpoint.reader import Chunk, Entry, Record, Scratch, Source
+from megatron_bai.checkpoint.record_crcs import Place
+from megatron_bai.checkpoint.writer import Item, Shape, Target, Writer, Written
 from megatron_bai.errors import Unfit, UserError
-from megatron_bai.merge.boxes import row_major, span
-from megatron_bai.merge.checks import Place
-from megatron_bai.merge.sources import Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.targets import Item, Shape, Target, Writer, Written
-from megatron_bai.model import crc32, manifest
 from megatron_bai.utils.strict_json import parse
 
 INDEX = "model.safetensors.index.json"

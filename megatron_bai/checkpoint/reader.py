@@ -24,13 +24,13 @@ from typing import ClassVar, Self
 
 import torch
 
+from megatron_bai.checkpoint import crc32, manifest
+from megatron_bai.checkpoint.boxes import Box, is_row_major, span, split, within
+from megatron_bai.checkpoint.positional_io import Files
+from megatron_bai.checkpoint.record_crcs import Checks, Part, Place
+from megatron_bai.checkpoint.writer import Shape, Target
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import Unfit, UserError
-from megatron_bai.merge.boxes import Box, is_row_major, span, split, within
-from megatron_bai.merge.checks import Checks, Part, Place
-from megatron_bai.merge.files import Files
-from megatron_bai.merge.targets import Shape, Target
-from megatron_bai.model import crc32, manifest
 
 SPAN_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
 

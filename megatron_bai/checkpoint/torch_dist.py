@@ -29,12 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_bai.checkpoint import crc32, manifest, positional_io, torch_zip
+from megatron_bai.checkpoint.reader import Blob, Chunk, Entry, Record, Scratch, Source
+from megatron_bai.checkpoint.safe_unpickle import read_metadata
+from megatron_bai.checkpoint.writer import Item, Shape, Target, Writer, Written
 from megatron_bai.errors import UserError
-from megatron_bai.merge import archive, files
-from megatron_bai.merge.sources import Blob, Chunk, Entry, Record, Scratch, Source
-from megatron_bai.merge.targets import Item, Shape, Target, Writer, Written
-from megatron_bai.model import crc32, manifest
-from megatron_bai.model.unpickle import read_metadata
 from megatron_bai.utils.strict_json import parse
 
 INDEX = ".metadata"
@@ -58,7 +57,7 @@ class TorchDist(Source):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
         self._records: dict[tuple[str, int], Record] = {}
-        self._frames: dict[int, list[archive.Frame]] = {}  # by the length of the item
+        self._frames: dict[int, list[torch_zip.Frame]] = {}  # by the length of the item
         super().__init__(path, tensors, scratch, objects)
 
     def is_own_file(self, file: Path) -> bool:
@@ -84,7 +83,7 @@ class TorchDist(Source):
     def read_object(self, key: str) -> bytes:
         data, blob = super().read_object(key), self.objects[key]
         try:
-            archive.check(data)
+            torch_zip.check(data)
         except Exception as error:  # likewise
             raise UserError(
                 f"{self.path / blob.file}: the object {key} at byte {blob.start} is damaged ({error}): restore the file"
@@ -100,14 +99,14 @@ class TorchDist(Source):
         start = chunk.start + len(frame.head)
         return Record(start, frame.length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
 
-    def _frame(self, chunk: Chunk) -> tuple[archive.Frame, int | None]:
+    def _frame(self, chunk: Chunk) -> tuple[torch_zip.Frame, int | None]:
         """The frame of an item and the CRC-32 it holds: one seen before with this length and head, or else parsed."""
         known = self._frames.setdefault(chunk.length, [])
         for frame in known:
             if self.files.take(chunk.file, chunk.start, len(frame.head)) == frame.head:
                 at = chunk.start + len(frame.head) + frame.length + frame.crcs[0]
-                return frame, frame.crc32_in(self.files.take(chunk.file, at, archive.CRC32.size))
-        frame = archive.parse(cast(BinaryIO, _Item(self, chunk)))  # it has what `zipfile` asks of one
+                return frame, frame.crc32_in(self.files.take(chunk.file, at, torch_zip.CRC32.size))
+        frame = torch_zip.parse(cast(BinaryIO, _Item(self, chunk)))  # it has what `zipfile` asks of one
         known.append(frame)
         return frame, frame.crc32
 
@@ -193,7 +192,7 @@ class ItemWriter(Writer):
 
     def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item:
         """A chunk, byte for byte as `torch.save` would write it but for an identifier."""
-        frame, start = archive.frame_for(dtype, sizes), self._end
+        frame, start = torch_zip.frame_for(dtype, sizes), self._end
         self._end += len(frame.head) + frame.length + len(frame.tail)
         return Item(key, offsets, sizes, self.name, self._file, start, frame.length, frame.head, frame.tail_with)
 
@@ -203,7 +202,7 @@ class ItemWriter(Writer):
         item.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def blob(self, key: str, data: bytes) -> None:
-        files.write(self._file, [data], self._end)
+        positional_io.write(self._file, [data], self._end)
         self._items.append(Written(key, None, None, self.name, self._end, len(data), crc32.of(data)))
         self._end += len(data)
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from megatron_bai.checkpoint import hf_files, torch_dist
+from megatron_bai.checkpoint.reader import Scratch, Source
 from megatron_bai.errors import UserError
-from megatron_bai.merge import safetensors_files, torch_dist
-from megatron_bai.merge.sources import Scratch, Source
 
 
 def open_source(path: str | Path, scratch: Scratch | None = None) -> Source:
@@ -16,6 +16,6 @@ def open_source(path: str | Path, scratch: Scratch | None = None) -> Source:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give the directory of one")
-    if any((path / name).is_file() for name in (safetensors_files.INDEX, safetensors_files.SINGLE)):
-        return safetensors_files.SafeTensors(path, scratch)
+    if any((path / name).is_file() for name in (hf_files.INDEX, hf_files.SINGLE)):
+        return hf_files.SafeTensors(path, scratch)
     return torch_dist.TorchDist(path, scratch)
