@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceC
 
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir
-from megatron_bai.data.arithmetic import Problem, checked, direct, draw_problem, prompt_text, steps
+from megatron_bai.data.arithmetic_text import Problem, checked, direct, draw_problem, prompt_text, steps
 from megatron_bai.data.tokenizer import build_tokenizer
 
 CLEAN, TOKENS_A_POINT = 1.0, 20

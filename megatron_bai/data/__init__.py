@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai import config
-from megatron_bai.data import arithmetic, dataset
-from megatron_bai.data.dataset import DatasetTask
-from megatron_bai.data.sums import Sums
+from megatron_bai.data import arithmetic_text, dataset_task
+from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.dataset_task import DatasetTask
 from megatron_bai.data.task import Prompt, Task
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
@@ -36,9 +36,9 @@ def check(data: config.Data, learned: bool, init: str) -> None:
     if type(data) is not _KINDS[data.name]:
         raise UserError(f"data.name is {data.name!r}, but the settings are another's: choose with data={data.name}")
     if isinstance(data, config.Arithmetic):
-        arithmetic.validate(data)
+        arithmetic_text.validate(data)
         return
-    dataset.validate(data, learned)
+    dataset_task.validate(data, learned)
     if not init:
         raise UserError("data=dataset takes the tokenizer of the initial checkpoint: choose init=checkpoint or init=merge")
 

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic import ASSISTANT, USER, document, validate
+from megatron_bai.data.arithmetic_text import ASSISTANT, USER, document, validate
 from megatron_bai.errors import UserError
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rewards import exact, function, math_verify, model
-from megatron_bai.rewards.per_sample import per_sample
+from megatron_bai.rewards import exact_match, math_verify_reward, reward_model, user_function
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
+from megatron_bai.rewards.sample_function import per_sample
 
 if TYPE_CHECKING:
     from megatron_bai.data import Prompt, Task
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Item", "Reward", "Score", "Scorer", "check", "open_rewards", "per_sample", "register", "require", "rewarded"]
 
-_BUILT_IN = (exact, math_verify, function, model)
+_BUILT_IN = (exact_match, math_verify_reward, user_function, reward_model)
 _REGISTRY: dict[str, Reward] = {module.REWARD.settings.name: module.REWARD for module in _BUILT_IN}
 
 

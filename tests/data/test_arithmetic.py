@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic import STYLES, Problem, checked, direct, document, draw_problem, steps
+from megatron_bai.data.arithmetic_text import STYLES, Problem, checked, direct, document, draw_problem, steps
 from megatron_bai.errors import UserError
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_bai import data
 from megatron_bai.config import Arithmetic, Dataset
 from megatron_bai.data import DatasetTask, build_tokenizer
-from megatron_bai.data.order import at, permuted
+from megatron_bai.data.shuffle import at, permuted
 from megatron_bai.errors import UserError
 
 TEMPLATE = (

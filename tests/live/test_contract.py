@@ -24,8 +24,8 @@ import megatron_bai
 from megatron_bai.config import RewardModel
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.model import _body
 from megatron_bai.rewards.reward import Item
+from megatron_bai.rewards.reward_model import _body
 from megatron_bai.rollout import control, fleet, sync, versions
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.group import OverGroup

@@ -96,7 +96,7 @@ def test_killed_with_two_ranks_it_goes_on_and_ends_the_same(settings, unbroken, 
 
 def test_only_unfinished_work_is_done_again(settings, tmp_path, monkeypatch):
     """Killed between the journal's end and the last rename there is nothing left to do but that."""
-    monkeypatch.setattr(manifest.placing, "place", die)
+    monkeypatch.setattr(manifest.atomic_dir, "place", die)
     assert in_child(merge_in_small_units, settings) == -signal.SIGKILL
     monkeypatch.undo()
     monkeypatch.setattr(engine, "execute", die)

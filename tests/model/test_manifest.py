@@ -104,7 +104,7 @@ def test_one_writer_at_a_time_and_a_dead_one_does_not_count(tmp_path: Path) -> N
 
 def test_a_process_killed_between_writing_and_sealing_leaves_nothing_to_read(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from megatron_bai.model import manifest\n"
+        "import sys, time; from pathlib import Path; from megatron_bai.checkpoint import manifest\n"
         "stage = manifest.staging(sys.argv[1]); (stage / 'weights').write_text('x' * 100)\n"
         "print('written', flush=True); time.sleep(600)"
     )

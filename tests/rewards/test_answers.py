@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bai.rewards.answers import final, normalised
+from megatron_bai.data.answers import final, normalised
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bai.rewards.math_verify import score
+from megatron_bai.rewards.math_verify_reward import score
 
 pytest.importorskip("math_verify")
 

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.pool import Pool
 from megatron_bai.rewards.reward import Score
+from megatron_bai.rewards.worker_pool import Pool
 
 HERE = Path(__file__).parent
 

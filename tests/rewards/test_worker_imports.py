@@ -7,14 +7,14 @@ import pytest
 from outside import install
 
 from megatron_bai import config
-from megatron_bai.rewards.pool import Pool
+from megatron_bai.rewards.worker_pool import Pool
 
 HEAVY = {"torch", "numpy", "transformers", "megatron", "sglang", "aiohttp", "psutil", "hydra"}
 SAMPLE = ["1+2", r"\boxed{3}", "3", {}]
 # name → function, settings, and what the reward itself needs of the above
 KINDS: dict[str, tuple[str, dict[str, float] | None, set[str]]] = {
     "function": ("functions:length", None, set()),
-    "math_verify": ("megatron_bai.rewards.math_verify:score", {}, set()),
+    "math_verify": ("megatron_bai.rewards.math_verify_reward:score", {}, set()),
     "from outside": ("outside:score", {"bonus": 0.5}, {"hydra"}),  # where it registers its settings
 }
 

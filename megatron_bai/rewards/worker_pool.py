@@ -129,7 +129,7 @@ class _Worker:
 
     def __init__(self, function: str, settings: dict[str, Any] | None, log: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_bai.rewards.worker", str(os.getpid()), function, json.dumps(settings)]
+        command = [sys.executable, "-m", "megatron_bai.rewards.worker_main", str(os.getpid()), function, json.dumps(settings)]
         with open(log, "ab") as errors:
             self.process = subprocess.Popen(
                 command,

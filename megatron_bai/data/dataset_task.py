@@ -10,11 +10,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai.config import Dataset
-from megatron_bai.data.order import at
+from megatron_bai.data import answers
 from megatron_bai.data.rows import Rows, open_rows
+from megatron_bai.data.shuffle import at
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
-from megatron_bai.rewards import answers
 
 _AT_ONCE = 1024  # prompts in one call of the tokenizer
 _ABSENT = object()

@@ -1,4 +1,4 @@
-"""`python -m megatron_bai.rewards.worker PARENT FUNCTION SETTINGS`: calls a reward function, one sample at a time.
+"""`python -m megatron_bai.rewards.worker_main PARENT FUNCTION SETTINGS`: calls a reward function, one sample at a time.
 
 Reads a JSON list of arguments a line, answers each with a line `{"value": …}` or `{"failure": …}`, after a first line
 that says whether the function was found. What the function prints goes to the log.

@@ -3,9 +3,9 @@
 from typing import Any
 
 from megatron_bai import config
-from megatron_bai.rewards import answers
-from megatron_bai.rewards.per_sample import check_limits, need, per_sample
+from megatron_bai.data import answers
 from megatron_bai.rewards.reward import Reward
+from megatron_bai.rewards.sample_function import check_limits, need, per_sample
 
 
 def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settings: Any) -> float:

@@ -7,7 +7,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic import Document, Problem, document, draw_problem, is_correct, prompt_text, validate
+from megatron_bai.data.arithmetic_text import (
+    Document,
+    Problem,
+    document,
+    draw_problem,
+    is_correct,
+    prompt_text,
+    validate,
+)
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.per_sample import check_limits, scoring
 from megatron_bai.rewards.reward import Reward, Scorer
+from megatron_bai.rewards.sample_function import check_limits, scoring
 
 if TYPE_CHECKING:
     from megatron_bai.data import Task

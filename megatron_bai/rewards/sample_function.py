@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.pool import Pool
 from megatron_bai.rewards.reward import Item, Scorer
+from megatron_bai.rewards.worker_pool import Pool
 
 if TYPE_CHECKING:
     from megatron_bai.data import Task
