@@ -58,13 +58,13 @@ def two_pass(directory: Path, verify: str) -> Callable[[], None]:
 
 def _ours(directory: Path, names: list[str], weights: list[float], alpha: float, out: str, verify: str) -> None:
     from megatron_bai.config import Config, Merge
-    from megatron_bai.merge import command
+    from megatron_bai.merge import pipeline
 
     pretrained, *members = (str(directory / name) for name in names)
     settings = Merge(
         pretrained=pretrained, members=members, weights=weights, alpha=alpha, output=str(directory / out), verify=verify
     )
-    command.run(Config(merge=settings))
+    pipeline.run(Config(merge=settings))
 
 
 def plain(directory: Path, _: str) -> Callable[[], None]:
@@ -128,8 +128,8 @@ def peak_mib() -> float:
 def main() -> None:
     name, directory, argument = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
     if name in ("merge", "two_pass"):
-        import megatron_bai.merge.command  # noqa: F401  not timed, as the peers' are not
-        import megatron_bai.merge.kernel  # noqa: F401  likewise; half a second, and seconds where it was never compiled
+        import megatron_bai.merge.execution.bf16_kernel  # noqa: F401  likewise; half a second, and seconds where it was never compiled
+        import megatron_bai.merge.pipeline  # noqa: F401  not timed, as the peers' are not
     work = {f.__name__: f for f in (limit, merge, two_pass, plain, mergekit, megatron)}[name](directory, argument)
     if SIZE > 1 and name != "limit":
         import torch.distributed as dist

@@ -36,7 +36,7 @@ _TRAINING = ("run", "backend", "model", "parallel", "data", "reward", "init", "m
 VERBS = {
     "merge": Verb(
         "Merge checkpoints into the one that RL starts from, by BAI or another method.",
-        "megatron_bai.merge.command:run",
+        "megatron_bai.merge.pipeline:run",
         ("merge",),
         "megatron-bai merge merge.pretrained=a 'merge.members=[b,c]' 'merge.weights=[.5,.5]' merge.output=d",
     ),

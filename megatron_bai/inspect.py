@@ -21,6 +21,6 @@ def run(settings: config.Config) -> None:
 
         describe(path, other)
         return
-    from megatron_bai.merge.inspect import inspect
+    from megatron_bai.merge.compare import inspect
 
     inspect(settings)

@@ -71,6 +71,6 @@ def after_bytes(count: int, function: Callable, *arguments: Any) -> None:
 
     os.pwrite = dying_pwrite
     os.pwritev = lambda fd, parts, at: dying_pwrite(fd, b"".join(parts), at)
-    if kernel := sys.modules.get("megatron_bai.merge.kernel"):  # which writes past Python
+    if kernel := sys.modules.get("megatron_bai.merge.execution.bf16_kernel"):  # which writes past Python
         stream, kernel.stream = kernel.stream, dying_stream
     function(*arguments)

@@ -13,8 +13,8 @@ from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.data import build_tokenizer
 from megatron_bai.distributed.rank_group import joined, ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command
-from megatron_bai.merge.form import form_of
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.recipe.output_spec import form_of
 from megatron_bai.model import checkpoint, hf, shards
 from megatron_bai.model.build import Actor
 
@@ -34,7 +34,7 @@ def validate(settings: config.Config) -> None:
         raise UserError("merge.dry_run=true merges nothing that init=merge could start from: use the verb merge for it")
     if merge.sweep:
         raise UserError("merge.sweep gives several outputs, init=merge starts from one: set merge.alpha (or its like)")
-    target = command.jobs_of(merge)[0].target
+    target = pipeline.jobs_of(merge)[0].target
     if settings.trainer.save and Path(settings.trainer.save).resolve() == target.resolve():
         raise UserError(f"trainer.save and merge.output are both {target}: the merge would be written over")
 
@@ -48,10 +48,10 @@ def prepare(settings: config.Config) -> None:
     """
     if not isinstance(settings.init, config.MergeInit):
         return
-    base = command.jobs_of(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
+    base = pipeline.jobs_of(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
     joined().first(lambda: _check_base(Path(base), settings.model))
     with ranks() as group:
-        command.carry_out(settings.merge, group, replace=False)
+        pipeline.carry_out(settings.merge, group, replace=False)
 
 
 def _check_base(base: Path, model: config.Model) -> None:
@@ -103,7 +103,7 @@ def identity(settings: config.Config) -> Any:
         UserError: a checkpoint that they come from cannot be used.
     """
     if isinstance(settings.init, config.MergeInit):
-        recipe = command.jobs_of(settings.merge)[0].recipe
+        recipe = pipeline.jobs_of(settings.merge)[0].recipe
         with ExitStack() as stack:
             sources = [stack.enter_context(open_source(term.source)).identity() for term in recipe.terms()]
         form = str(dataclasses.astuple(form_of(settings.merge)))

@@ -16,7 +16,7 @@ def main(directory: Path, cases: dict[str, list[str]]) -> None:
     compat.apply("megatron-cpu")  # as a run does, before it imports a model
     import megatron.core.models.gpt  # noqa: F401
 
-    import megatron_bai.merge.command  # noqa: F401
+    import megatron_bai.merge.pipeline  # noqa: F401
     import megatron_bai.rl.trainer  # noqa: F401
 
     codes = {}

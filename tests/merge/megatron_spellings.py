@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_bai.config import Backend, Config, Merge, Model, Parallel
 from megatron_bai.distributed import backend
-from megatron_bai.merge import command
+from megatron_bai.merge import pipeline
 from megatron_bai.model import build
 from megatron_bai.model.shards import Shard, fill, local_shards
 
@@ -126,7 +126,7 @@ def main() -> None:
         base, *members = map(str, paths)
         out = directory / name / "out"
         merge = Merge(pretrained=base, members=members, weights=WEIGHTS, alpha=ALPHA, output=str(out), verify="all")
-        command.run(Config(merge=merge))
+        pipeline.run(Config(merge=merge))
         metadata, rows, local_names = spellings[0]
         check(out, gpt(rows, dense, local_names, device), metadata)
     backend.stop()

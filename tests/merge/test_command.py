@@ -21,15 +21,16 @@ from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, kernel, tiles
-from megatron_bai.merge.plan import Unit
-from megatron_bai.merge.regions import Fate
-from megatron_bai.merge.verify import verify
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.execution import bf16_kernel, executor, tiles
+from megatron_bai.merge.execution.verify import verify
+from megatron_bai.merge.recipe.plan import Unit
+from megatron_bai.merge.recipe.regions import Fate
 
 
 def run(settings: Merge, **changes) -> dict[str, torch.Tensor]:
     settings = dataclasses.replace(settings, **changes)
-    command.run(Config(merge=settings))
+    pipeline.run(Config(merge=settings))
     return checkpoints.read(Path(settings.output))
 
 
@@ -110,7 +111,7 @@ def test_members_layouts_do_not_matter(three, tmp_path):
 def test_tiles_do_not_matter(three, tmp_path, monkeypatch, tile):
     expected = run(three)
     monkeypatch.setattr(tiles, "TILE", tile)
-    monkeypatch.setattr(command, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", 64)
     merged = run(three, output=str(tmp_path / "tiled"))
     assert all(torch.equal(merged[key], value) for key, value in expected.items())
 
@@ -122,20 +123,20 @@ def test_what_the_compiled_stream_leaves_is_done_by_the_tile(three, tmp_path, mo
     three = dataclasses.replace(three, members=[str(path) for path in same])
     run(three)
     monkeypatch.setattr(tiles, "TILE", 7)
-    stream = kernel.stream
+    stream = bf16_kernel.stream
     few = lambda places, crcs, length, *rest: stream(places, crcs, min(length, 14), *rest)  # noqa: E731
-    monkeypatch.setattr(kernel, "stream", few if at_once else None)
+    monkeypatch.setattr(bf16_kernel, "stream", few if at_once else None)
     run(three, output=str(tmp_path / "tiled"))
     assert content(tmp_path / "tiled") == content(Path(three.output))
 
 
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    jobs = command.jobs_of(settings)
+    jobs = pipeline.jobs_of(settings)
     with ranks() as group, ExitStack() as stack:
-        work = command.prepare(jobs, stack, group, unit=512)
-        assert len(work.units) > 4 and engine.share(work.units, group), "every rank has something to do"
-        command.merge(work, jobs, group, "all")
+        work = pipeline.prepare(jobs, stack, group, unit=512)
+        assert len(work.units) > 4 and executor.share(work.units, group), "every rank has something to do"
+        pipeline.merge(work, jobs, group, "all")
     dist.destroy_process_group()
 
 
@@ -161,9 +162,9 @@ def test_any_number_of_ranks_writes_the_same_bytes(three, tmp_path, size):
 def test_ranks_share_the_units():
     units = tuple(Unit(f"__{i}_0", (), (), nbytes) for i, nbytes in enumerate((5, 3, 9, 1, 1, 4)))
     for size in (1, 2, 3, 8):
-        shares = [engine.share(units, Ranks(rank, size)) for rank in range(size)]
+        shares = [executor.share(units, Ranks(rank, size)) for rank in range(size)]
         assert sorted(u.name for share in shares for u in share) == sorted(u.name for u in units)
-    assert max(sum(u.nbytes for u in engine.share(units, Ranks(rank, 2))) for rank in range(2)) <= 12
+    assert max(sum(u.nbytes for u in executor.share(units, Ranks(rank, 2))) for rank in range(2)) <= 12
 
 
 @pytest.mark.distributed
@@ -173,7 +174,7 @@ def test_torchrun_alone_is_enough(three, tmp_path):
     settings = dataclasses.replace(three, output=str(tmp_path / "together"))
     code = f"""
 from megatron_bai.config import Config, Merge
-from megatron_bai.merge.command import run
+from megatron_bai.merge.pipeline import run
 import torch.distributed as dist
 run(Config(merge={settings!r}))
 assert not dist.is_initialized()
@@ -298,7 +299,7 @@ def test_again_with_something_changed_merges(three, capsys, change):
 
 
 def test_dry_run_writes_nothing(three, capsys):
-    command.run(Config(merge=dataclasses.replace(three, dry_run=True)))
+    pipeline.run(Config(merge=dataclasses.replace(three, dry_run=True)))
     text = capsys.readouterr().out
     assert "8 tensors merged, 1 must be equal" in text and f"0.6 × {three.pretrained}" in text
     assert "optimizer or random-number state: 1 entries such as rng_state/shard_0_1" in text
@@ -309,7 +310,7 @@ def test_groups_and_patterns_get_their_own_numbers(three, capsys):
     settings = dataclasses.replace(
         three, alpha_for={"router": 1.0, "final_layernorm": 0.0}, weights_for={"experts": [1.0, 0.0]}
     )
-    command.run(Config(merge=dataclasses.replace(settings, dry_run=True)))
+    pipeline.run(Config(merge=dataclasses.replace(settings, dry_run=True)))
     assert "decoder.final_layernorm.weight: 0, 0.25, 0.75" in capsys.readouterr().out
     merged = run(settings)
     base, instruct, reasoning = (checkpoints.model(seed) for seed in range(3))
@@ -352,7 +353,7 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
     monkeypatch.setattr(TorchDist, "read", counted(TorchDist.read))
     monkeypatch.setattr(TorchDist, "stream", counted(TorchDist.stream))
-    command.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
+    pipeline.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
     monkeypatch.undo()
     assert "9 tensors, 7,730 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
     elements = sum(tensor.numel() for tensor in checkpoints.model(0).values())
@@ -366,9 +367,9 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
 
 def test_a_sweep_does_only_what_is_missing(three, capsys):
-    command.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.5])))
+    pipeline.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.5])))
     done = Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns
-    command.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.9])))
+    pipeline.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.9])))
     assert Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns == done
     assert capsys.readouterr().out.splitlines()[-1].startswith("merged 9 tensors, 8,991 bytes in")
     assert sorted(p.name for p in Path(three.output).iterdir()) == ["alpha-0.1", "alpha-0.5", "alpha-0.9"]
@@ -500,16 +501,16 @@ def killed_at(settings: Merge, moment: str) -> None:
     elif moment == "index":
         torch_dist.write_index = die
     elif moment == "provenance":
-        command.write_provenance = die
+        pipeline.write_provenance = die
     elif moment == "verify":
-        command.verify = die
+        pipeline.verify = die
     elif moment == "seal":
         manifest.seal = die
     elif moment == "manifest":
         manifest.json.dumps = die
     elif moment == "rename":
         Path.rename = die
-    command.run(Config(merge=settings))
+    pipeline.run(Config(merge=settings))
 
 
 @pytest.mark.parametrize("moment", ["first tile", "index", "provenance", "verify", "seal", "manifest", "rename"])
@@ -537,7 +538,7 @@ def test_killed_the_target_is_never_half_written(three, moment, before):
 
 def merge_in_small_units(settings: Merge, die_after: int | None = None, counted: Path | None = None) -> None:
     """Merge in units of 512 bytes; on request die with SIGKILL after some units, and list the units written."""
-    write_unit, units = engine._write_unit, []
+    write_unit, units = executor._write_unit, []
 
     def write(plan, unit, *rest):
         if die_after == len(units):
@@ -545,10 +546,10 @@ def merge_in_small_units(settings: Merge, die_after: int | None = None, counted:
         units.append(unit.name)
         return write_unit(plan, unit, *rest)
 
-    engine._write_unit = write
-    jobs = command.jobs_of(settings)
+    executor._write_unit = write
+    jobs = pipeline.jobs_of(settings)
     with ExitStack() as stack:
-        command.merge(command.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+        pipeline.merge(pipeline.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
     if counted:
         counted.write_text(json.dumps(units))
 
@@ -601,12 +602,12 @@ def test_verify_sees_what_was_changed(three, everything):
     run(three)
     out = checkpoints.read(Path(three.output))
     key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
-    jobs = command.jobs_of(three)
+    jobs = pipeline.jobs_of(three)
     for scale, wrong in ((1.0, False), (1 + 2**-7, True)):
         changed = out | {key: (out[key].float() * scale).bfloat16()}
         path = checkpoints.write(Path(three.output + f"-{scale}"), changed, checkpoints.rows)
         with ExitStack() as stack, TorchDist(path) as output:
-            work = command.prepare(jobs, stack, Ranks())
+            work = pipeline.prepare(jobs, stack, Ranks())
             if wrong:
                 with pytest.raises(UserError, match=f"{key} at .* is not what merge.method=bai makes"):
                     verify(work, 0, output, Ranks(), everything)
@@ -615,10 +616,10 @@ def test_verify_sees_what_was_changed(three, everything):
 
 
 def test_verify_all_compares_every_element_and_a_sample_every_tensor(three):
-    jobs = command.jobs_of(three)
+    jobs = pipeline.jobs_of(three)
     run(three)
     with ExitStack() as stack, TorchDist(three.output) as output:
-        work = command.prepare(jobs, stack, Ranks())
+        work = pipeline.prepare(jobs, stack, Ranks())
         total = sum(torch.Size(o.shape).numel() for o in work.outputs.values())
         assert verify(work, 0, output, Ranks(), True) == total
         assert 0 < verify(work, 0, output, Ranks(), False) < total

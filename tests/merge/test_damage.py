@@ -14,8 +14,8 @@ from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command
-from megatron_bai.merge.inspect import inspect
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.compare import inspect
 
 
 @pytest.fixture(scope="module", params=["torch_dist", "safetensors"])
@@ -107,10 +107,10 @@ def test_a_merge_compares_safetensors_with_their_manifest_before_it_writes(tmp_p
     good = file.read_bytes()
     file.write_bytes(damaged(good, 0.9, "flip", 1))
     with pytest.raises(UserError, match="m/model-00001-of-00002.safetensors is not what was written"):
-        command.run(Config(merge=merge))
+        pipeline.run(Config(merge=merge))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "m"]
     file.write_bytes(good)
-    command.run(Config(merge=merge))
+    pipeline.run(Config(merge=merge))
     assert manifest.require(merge.output) and manifest.verify(merge.output)
 
 
@@ -118,7 +118,7 @@ def test_an_object_that_is_damaged_is_named_before_anything_is_written(three: Me
     file = Path(three.pretrained, "__0_0.distcp")  # begins with the object
     file.write_bytes(damaged(file.read_bytes(), 0, "zeros", 0))
     with pytest.raises(UserError, match="__0_0.distcp: the (object|item) .* is damaged"):
-        command.run(Config(merge=three))
+        pipeline.run(Config(merge=three))
     assert not list(file.parent.parent.glob(".*")) and not Path(three.output).exists()
 
 

@@ -19,8 +19,8 @@ from megatron_bai.checkpoint.hf_files import SafeTensors
 from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command
-from megatron_bai.merge.command import jobs_of, threads_of
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.pipeline import jobs_of, threads_of
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -61,7 +61,7 @@ def write_padded(tmp_path: Path, rows: tuple[int, ...], sizes: tuple[int | None,
 )
 def test_rows_that_mean_a_token_are_merged_and_padding_is_the_bases(tmp_path, rows, sizes, given):
     paths = write_padded(tmp_path, rows, sizes)
-    command.run(Config(merge=settings(paths, tmp_path / "out", vocab_size=given)))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out", vocab_size=given)))
     expected = padded(spellings.stacked(reference()), rows[0], 0.125)
     assert same(checkpoints.read(tmp_path / "out"), expected)
     note = checkpoints.provenance(tmp_path / "out")["tensors"]["output_layer.weight"]
@@ -72,7 +72,7 @@ def test_padding_is_the_bases_even_if_nothing_else_is(tmp_path, capsys):
     """With alpha 0; and other padding is another merge."""
     paths = write_padded(tmp_path, (12, 16, 10), (9, 9, 9))
     for value in (0.125, 3.5):
-        command.run(Config(merge=settings(paths, tmp_path / "out", alpha=0.0)))
+        pipeline.run(Config(merge=settings(paths, tmp_path / "out", alpha=0.0)))
         assert capsys.readouterr().out.splitlines()[-1].startswith("merged")
         found = checkpoints.read(tmp_path / "out")["output_layer.weight"]
         assert torch.equal(found[9:], torch.full((3, 7), value).bfloat16())
@@ -84,7 +84,7 @@ def test_padding_is_the_bases_even_if_nothing_else_is(tmp_path, capsys):
 
 def test_without_a_word_equal_rows_are_all_merged(tmp_path):
     paths = write_padded(tmp_path, (12, 12, 12), (None, None, None))
-    command.run(Config(merge=settings(paths, tmp_path / "out")))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
     merged = checkpoints.read(tmp_path / "out")["output_layer.weight"]
     assert torch.equal(merged[9:], torch.full((3, 7), 0.125 * 1 + 0.1 + 0.6).bfloat16())
 
@@ -92,7 +92,7 @@ def test_without_a_word_equal_rows_are_all_merged(tmp_path):
 def test_megatrons_arguments_say_the_size_too(tmp_path):
     paths = write_padded(tmp_path, (12, 16, 10), (9, None, 9))
     torch.save({"args": argparse.Namespace(vocab_size=9, params_dtype=torch.bfloat16)}, paths[1] / "common.pt")
-    command.run(Config(merge=settings(paths, tmp_path / "out")))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), padded(spellings.stacked(reference()), 12, 0.125))
 
 
@@ -138,11 +138,11 @@ def test_tied_embeddings(tmp_path, spell):
         [write(tmp_path / f"{name}{seed}", spell(change(models[seed]))) for seed in range(3)]
         for name, change in (("untied", dict), ("tied", tied))
     ]
-    command.run(Config(merge=settings(both[1], tmp_path / "all")))
+    pipeline.run(Config(merge=settings(both[1], tmp_path / "all")))
     terms = list(zip(models, COEFFICIENTS))
     assert same(checkpoints.read(tmp_path / "all"), spell(tied(spellings.merged(terms))))
 
-    command.run(Config(merge=settings([both[0][0], both[1][1], both[0][2]], tmp_path / "member")))
+    pipeline.run(Config(merge=settings([both[0][0], both[1][1], both[0][2]], tmp_path / "member")))
     models[1]["output", None, None] = models[1]["embedding", None, None]
     assert same(checkpoints.read(tmp_path / "member"), spell(spellings.merged(list(zip(models, COEFFICIENTS)))))
 
@@ -185,7 +185,7 @@ MIXED = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtypes", [MIXED, MIXED[1:2] * 3])
 def test_dtype_of_the_output(tmp_path, wanted, is_hf, dtypes):
     paths = write_dtypes(tmp_path, dtypes, is_hf)
-    command.run(Config(merge=settings(paths, tmp_path / "out", dtype=wanted)))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out", dtype=wanted)))
     found = checkpoints.read(tmp_path / "out")
     spelled = (spellings.hf if is_hf else spellings.stacked)(exact(dtypes))
     for key, value in found.items():
@@ -207,7 +207,7 @@ def test_what_the_base_keeps_wider_than_its_embeddings_stays_wide(tmp_path):
         weights = spellings.model(seed)
         weights = {at: tensor.float() if at[0] == "router" else tensor for at, tensor in weights.items()}
         paths.append(checkpoints.write(tmp_path / f"s{seed}", spellings.stacked(weights)))
-    command.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], dtype="float16")))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], dtype="float16")))
     found = checkpoints.read(tmp_path / "out")
     assert found["decoder.layers.mlp.router.weight"].dtype == torch.float32
     assert found["decoder.layers.self_attention.linear_qkv.weight"].dtype == torch.float16
@@ -237,8 +237,8 @@ def test_quantised_tensors_are_refused(tmp_path, dtype):
 
 def test_chunks_are_cut_anew(tmp_path, monkeypatch):
     paths = write_three(tmp_path, [spellings.stacked, spellings.by_layer, spellings.singleton])
-    monkeypatch.setattr(command, "form_of", lambda s: dataclasses.replace(command.Form(), chunk_bytes=128, file_bytes=512))
-    command.run(Config(merge=settings(paths, tmp_path / "out")))
+    monkeypatch.setattr(pipeline, "form_of", lambda s: dataclasses.replace(pipeline.Form(), chunk_bytes=128, file_bytes=512))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), spellings.stacked(reference()))
     with TorchDist(tmp_path / "out") as out, TorchDist(paths[0]) as base:
         assert any(len(out.tensors[key].chunks) != len(entry.chunks) for key, entry in base.tensors.items())
@@ -251,7 +251,7 @@ def test_chunks_are_cut_anew(tmp_path, monkeypatch):
 def test_the_settings_cut_in_mebibytes(tmp_path):
     tensors = {"decoder.w": torch.randn(5, 3 << 18)}
     paths = [checkpoints.write(tmp_path / f"s{i}", tensors) for i in range(2)]
-    command.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none")))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none")))
     with TorchDist(tmp_path / "out") as out:
         assert [c.sizes for c in out.tensors["decoder.w"].chunks] == [(1, 1 << 18)] * 15
     assert len(list((tmp_path / "out").glob("*.distcp"))) == 4
@@ -277,7 +277,7 @@ def test_safetensors_have_no_chunks(tmp_path):
 
 
 def in_files(monkeypatch, file_bytes: int) -> None:
-    monkeypatch.setattr(command, "form_of", lambda s: command.Form(torch.float32, file_bytes=file_bytes))
+    monkeypatch.setattr(pipeline, "form_of", lambda s: pipeline.Form(torch.float32, file_bytes=file_bytes))
 
 
 @pytest.mark.parametrize("file_bytes", [300, 2000, 1 << 20])
@@ -285,7 +285,7 @@ def test_safetensors_files_of_a_chosen_size(tmp_path, monkeypatch, file_bytes):
     """Other files and another dtype than the base's: headers and index are our own, as transformers reads them."""
     paths = write_three(tmp_path, [spellings.hf, spellings.hf_fused, spellings.hf])
     in_files(monkeypatch, file_bytes)
-    command.run(Config(merge=settings(paths, tmp_path / "out")))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     found = {key: value for file in files for key, value in load_file(file).items()}
     models = [spellings.model(seed) for seed in range(3)]
@@ -308,9 +308,9 @@ def test_safetensors_files_of_a_chosen_size(tmp_path, monkeypatch, file_bytes):
 
 def test_safetensors_in_other_files_go_on_after_a_kill(tmp_path, monkeypatch):
     paths = write_three(tmp_path, [spellings.hf, spellings.hf_fused, spellings.hf])
-    prepare = command.prepare
-    form = command.Form(torch.float32, file_bytes=700)
-    monkeypatch.setattr(command, "prepare", lambda *a, **k: prepare(*a, **{**k, "form": form}))
+    prepare = pipeline.prepare
+    form = pipeline.Form(torch.float32, file_bytes=700)
+    monkeypatch.setattr(pipeline, "prepare", lambda *a, **k: prepare(*a, **{**k, "form": form}))
     broken, unbroken = settings(paths, tmp_path / "broken"), settings(paths, tmp_path / "unbroken")
     assert in_child(merge_in_small_units, unbroken) == 0
     assert in_child(merge_in_small_units, broken, 3) == -9
@@ -321,10 +321,10 @@ def test_safetensors_in_other_files_go_on_after_a_kill(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"chunk_mib": 1}, {"file_mib": 1}, {"vocab_size": 9}])
 def test_another_form_is_another_merge(tmp_path, capsys, changes):
     paths = write_three(tmp_path, [spellings.stacked] * 3)
-    command.run(Config(merge=settings(paths, tmp_path / "out")))
-    command.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
     assert capsys.readouterr().out.splitlines()[-1].startswith("merged")
-    command.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
+    pipeline.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing to do")
 
 

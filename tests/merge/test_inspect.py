@@ -9,9 +9,9 @@ import torch
 from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command
-from megatron_bai.merge.groups import group_of
-from megatron_bai.merge.inspect import compare, inspect
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.compare import compare, inspect
+from megatron_bai.merge.tensor_names.param_groups import group_of
 
 
 def test_distance_and_cosine_of_each_group(tmp_path):
@@ -63,7 +63,7 @@ def test_groups(key, group):
 
 
 def test_inspect_prints_content_provenance_and_differences(three, capsys):
-    command.run(Config(merge=three))
+    pipeline.run(Config(merge=three))
     inspect(Config(inspect=Inspect(path=three.output, other=three.pretrained)))
     text = capsys.readouterr().out
     assert "bai: weights 0.25 0.75, alpha 0.6;" in text and f"0.6 × {three.pretrained}" in text
@@ -85,7 +85,7 @@ def test_inspect_names_what_only_one_has(three, tmp_path, capsys):
 def test_damage_is_named(three):
     with pytest.raises(UserError, match="inspect.path is empty"):
         inspect(Config())
-    command.run(Config(merge=three))
+    pipeline.run(Config(merge=three))
     manifest = json.loads(Path(three.output, "manifest.json").read_text())
     text = Path(three.output, "provenance.json").read_text()
     Path(three.output, "provenance.json").write_text("{" * len(text))

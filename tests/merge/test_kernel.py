@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bai.merge import kernel
+from megatron_bai.merge.execution import bf16_kernel
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1 + 2**-7, 2.0**-126, 2.0**-133, -(2.0**-133), 2.0**127, -(2.0**127)]
 
@@ -27,7 +27,7 @@ def run(sources: torch.Tensor, coefficients: Sequence[float], rows: Sequence[int
     """The sums of bfloat16 [sources, elements], the largest magnitude's bits and the sum of squares."""
     out = np.zeros(sources.shape[1], np.uint16)
     used = np.array(range(len(coefficients)) if rows is None else rows)
-    largest, squares = kernel.weighted_sum(bits(sources), used, np.array(coefficients, np.float32), out)
+    largest, squares = bf16_kernel.weighted_sum(bits(sources), used, np.array(coefficients, np.float32), out)
     return torch.from_numpy(out).view(torch.bfloat16), largest, squares
 
 
@@ -69,7 +69,7 @@ def test_every_bfloat16_is_itself():
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()].unsqueeze(0).contiguous()
     merged, largest, _ = run(every, [1.0])
-    assert same(merged, every[0]) and largest <= kernel.LARGEST, "the largest finite one is no overflow"
+    assert same(merged, every[0]) and largest <= bf16_kernel.LARGEST, "the largest finite one is no overflow"
 
 
 def test_ties_go_to_even():
@@ -89,21 +89,21 @@ def test_the_order_is_that_of_the_rows():
 def test_nan_and_infinity_are_seen_wherever_they_are(bad, source, at):
     values = torch.ones(3, 3000).bfloat16()
     values[source, at] = bad
-    assert run(values, [0.5, 0.25, 0.25])[1] > kernel.LARGEST
+    assert run(values, [0.5, 0.25, 0.25])[1] > bf16_kernel.LARGEST
     rows = [i for i in range(3) if i != source]
-    assert run(values, [0.5, 0.5], rows)[1] <= kernel.LARGEST, "a source without a part in the sum cannot spoil it"
+    assert run(values, [0.5, 0.5], rows)[1] <= bf16_kernel.LARGEST, "a source without a part in the sum cannot spoil it"
 
 
 def test_what_is_rounded_to_infinity_is_seen():
     most = torch.finfo(torch.bfloat16).max
     for above, finite in ((2.0**119, False), (2.0**118, True)):  # half the last place, and a quarter
         merged, largest, _ = run(torch.tensor([[most], [above]]).bfloat16(), [1.0, 1.0])
-        assert bool(merged.isfinite()) == finite == (largest <= kernel.LARGEST)
+        assert bool(merged.isfinite()) == finite == (largest <= bf16_kernel.LARGEST)
 
 
 def test_only_what_is_asked_for_is_written():
     out = np.full(20, 7, np.uint16)
-    kernel.weighted_sum(np.zeros((2, 64), np.uint16), np.array([0, 1]), np.ones(2, np.float32), out[:9])
+    bf16_kernel.weighted_sum(np.zeros((2, 64), np.uint16), np.array([0, 1]), np.ones(2, np.float32), out[:9])
     assert out.tolist() == [0] * 9 + [7] * 11
 
 
@@ -131,7 +131,7 @@ def stream(descriptors: Sequence[int], length: int = 2 * COUNT):
     crcs, squares = np.arange(1, 6, dtype=np.uint32), np.ones(2)
     places = np.array([(descriptor, BEFORE if i < 3 else 5) for i, descriptor in enumerate(descriptors)])
     buffers = np.empty((3, TILE), np.uint16), np.empty(TILE, np.uint16)
-    done = kernel.stream(places, crcs, length, rows, factors, squares, *buffers)
+    done = bf16_kernel.stream(places, crcs, length, rows, factors, squares, *buffers)
     return done, crcs.tolist(), squares.tolist()
 
 

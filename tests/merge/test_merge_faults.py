@@ -20,7 +20,8 @@ from megatron_bai.checkpoint import manifest, positional_io
 from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, journal
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.execution import executor, journal
 
 
 @pytest.fixture(params=["torch_dist", "safetensors"])
@@ -99,7 +100,7 @@ def test_only_unfinished_work_is_done_again(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest.atomic_dir, "place", die)
     assert in_child(merge_in_small_units, settings) == -signal.SIGKILL
     monkeypatch.undo()
-    monkeypatch.setattr(engine, "execute", die)
+    monkeypatch.setattr(executor, "execute", die)
     assert in_child(merge_in_small_units, settings) == 0
     assert manifest.require(settings.output) and manifest.verify(settings.output)
 
@@ -119,7 +120,7 @@ def test_what_was_damaged_since_is_written_again(settings, unbroken, tmp_path, w
 
 def after_units(count: int, happen: Callable[[], object]) -> Callable:
     """`merge_in_small_units` with something happening before the unit of that number."""
-    write_unit, done = engine._write_unit, []
+    write_unit, done = executor._write_unit, []
 
     def write(*arguments):
         if len(done) == count:
@@ -128,11 +129,11 @@ def after_units(count: int, happen: Callable[[], object]) -> Callable:
         return write_unit(*arguments)
 
     def merge(settings: Merge) -> None:
-        engine._write_unit, before = write, engine._write_unit
+        executor._write_unit, before = write, executor._write_unit
         try:
             merge_in_small_units(settings)
         finally:
-            engine._write_unit = before
+            executor._write_unit = before
 
     return merge
 
@@ -282,4 +283,4 @@ def test_two_merges_into_one_target(settings, unbroken):
 def test_a_target_without_the_right_to_write_is_one_line(three, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file.*(Not a directory|File exists)"):
-        command.run(command.Config(merge=dataclasses.replace(three, output=str(tmp_path / "file" / "out"))))
+        pipeline.run(pipeline.Config(merge=dataclasses.replace(three, output=str(tmp_path / "file" / "out"))))

@@ -23,15 +23,16 @@ from megatron_bai import cli
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, engine, measure, tiles
-from megatron_bai.merge.inspect import inspect
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.compare import inspect
+from megatron_bai.merge.execution import executor, slice_stats, tiles
+from megatron_bai.merge.execution.output_dir import model_card
 from megatron_bai.merge.methods import METHODS, recipes_of
 from megatron_bai.merge.methods.dare import keeps
 from megatron_bai.merge.methods.slerp import Slerp
 from megatron_bai.merge.methods.ties import Ties
-from megatron_bai.merge.output import model_card
-from megatron_bai.merge.regions import Output, regions
-from megatron_bai.merge.slices import Part, slice_axes, slices
+from megatron_bai.merge.recipe.regions import Output, regions
+from megatron_bai.merge.recipe.slices import Part, slice_axes, slices
 
 SETTINGS: dict[str, dict] = {
     "bai": {"weights": [0.25, 0.75], "alpha": 0.6},
@@ -70,7 +71,7 @@ def settings_of(three: Merge, method: str, **changes) -> Merge:
 
 def run(settings: Merge, **changes) -> dict[str, torch.Tensor]:
     settings = dataclasses.replace(settings, **changes)
-    command.run(Config(merge=settings))
+    pipeline.run(Config(merge=settings))
     return checkpoints.read(Path(settings.output))
 
 
@@ -109,8 +110,8 @@ def test_fp32_is_the_nearest_too(tmp_path, each):
 def test_tiles_do_not_matter(each, tmp_path, monkeypatch, tile, piece):
     expected = run(each)
     monkeypatch.setattr(tiles, "TILE", tile)
-    monkeypatch.setattr(measure, "BLOCK", 20 * tile)
-    monkeypatch.setattr(command, "PIECE_BYTES", piece)
+    monkeypatch.setattr(slice_stats, "BLOCK", 20 * tile)
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", piece)
     assert same(run(each, output=str(tmp_path / "tiled")), expected)
 
 
@@ -127,12 +128,12 @@ def test_layouts_do_not_matter(each, tmp_path):
 
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    jobs = command.jobs_of(settings)
+    jobs = pipeline.jobs_of(settings)
     with ranks() as group, ExitStack() as stack:
-        work = command.prepare(jobs, stack, group, unit=512)
-        assert len(work.units) > 4 and engine.share(work.units, group), "every rank has something to do"
-        assert not work.recipes[0].passes or engine.share(measure.to_measure(work), group)
-        command.merge(work, jobs, group, "all")
+        work = pipeline.prepare(jobs, stack, group, unit=512)
+        assert len(work.units) > 4 and executor.share(work.units, group), "every rank has something to do"
+        assert not work.recipes[0].passes or executor.share(slice_stats.to_measure(work), group)
+        pipeline.merge(work, jobs, group, "all")
     dist.destroy_process_group()
 
 
@@ -229,9 +230,9 @@ def die(*_, **__):
 
 def killed(settings: Merge, moment: str) -> None:
     if moment == "measuring":
-        measure._measure = die
+        slice_stats._measure = die
     else:
-        write, written = engine._write_unit, []
+        write, written = executor._write_unit, []
 
         def some(plan, unit, *rest):
             if len(written) == 2:
@@ -239,10 +240,10 @@ def killed(settings: Merge, moment: str) -> None:
             written.append(unit)
             return write(plan, unit, *rest)
 
-        engine._write_unit = some
-    jobs = command.jobs_of(settings)
+        executor._write_unit = some
+    jobs = pipeline.jobs_of(settings)
     with ExitStack() as stack:
-        command.merge(command.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+        pipeline.merge(pipeline.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
 
 
 @pytest.mark.parametrize("moment", ["measuring", "writing"])
@@ -256,9 +257,9 @@ def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, method, moment):
     assert child.exitcode == -signal.SIGKILL and not Path(settings.output).exists()
     noted = list(Path(settings.output).parent.glob(".out.unfinished/.journal/*.json"))
     assert len(noted) in ((0,) if moment == "measuring" else (1, 2)), "the last is flushed behind"
-    jobs = command.jobs_of(settings)
+    jobs = pipeline.jobs_of(settings)
     with ExitStack() as stack:
-        command.merge(command.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+        pipeline.merge(pipeline.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
     assert same(checkpoints.read(Path(settings.output)), expected)
 
 
@@ -417,7 +418,7 @@ def test_a_sweep_writes_what_single_merges_write(three, tmp_path, method):
     swept, values = METHODS[method].swept, [0.25, 1.0]
     plain = settings_of(three, method, **{METHODS[method].swept: None})
     run_sweep = dataclasses.replace(plain, sweep=values)
-    command.run(Config(merge=run_sweep))
+    pipeline.run(Config(merge=run_sweep))
     for value in values:
         single = run(plain, **{swept: value}, output=str(tmp_path / f"single{value}"))
         assert same(checkpoints.read(Path(three.output, f"{swept}-{value}")), single)

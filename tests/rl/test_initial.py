@@ -18,9 +18,10 @@ from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir
 from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.errors import UserError
-from megatron_bai.merge import command, journal
-from megatron_bai.merge.form import Form
-from megatron_bai.merge.plan import plan
+from megatron_bai.merge import pipeline
+from megatron_bai.merge.execution import journal
+from megatron_bai.merge.recipe.output_spec import Form
+from megatron_bai.merge.recipe.plan import plan
 from megatron_bai.rl import initial, session
 
 
@@ -94,7 +95,7 @@ def test_another_merge_in_its_place_is_refused_and_kept(
     with pytest.raises(UserError, match=f"merge.output {tmp_path}/actor holds another merge, {named}: remove it"):
         initial.prepare(merging(started, tmp_path / "actor", **changes))
     assert state(tmp_path / "actor") == before and [path.name for path in tmp_path.iterdir()] == ["actor"]
-    command.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
+    pipeline.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
     initial.prepare(merging(started, tmp_path / "actor", **changes))
 
 
@@ -103,7 +104,7 @@ def test_another_merge_in_its_place_is_refused_and_kept(
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     started: Path, tmp_path: Path, kind: Callable, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
+    monkeypatch.setattr(pipeline, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
     assert in_child(kind, at, initial.prepare, settings) == -signal.SIGKILL
     assert not actor.exists() and journal.names(atomic_dir.unfinished(actor))

@@ -11,7 +11,7 @@ from megatron_bai.merge.methods.linear import Linear
 from megatron_bai.merge.methods.slerp import Slerp
 from megatron_bai.merge.methods.task_arithmetic import TaskArithmetic
 from megatron_bai.merge.methods.ties import Ties
-from megatron_bai.merge.recipe import Recipe
+from megatron_bai.merge.recipe.recipe import Recipe
 
 METHODS: dict[str, type[Recipe]] = {m.method: m for m in (Bai, Linear, TaskArithmetic, Slerp, Ties, Dare)}
 

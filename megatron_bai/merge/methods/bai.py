@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_bai.merge.methods.linear import Averaged
-from megatron_bai.merge.recipe import Term, pick, require_pretrained, require_unit
+from megatron_bai.merge.recipe.recipe import Term, pick, require_pretrained, require_unit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge.methods.task_arithmetic import Summed
-from megatron_bai.merge.recipe import Measure, require_distinct
-from megatron_bai.merge.slices import Part
+from megatron_bai.merge.recipe.recipe import Measure, require_distinct
+from megatron_bai.merge.recipe.slices import Part
 
 # SplitMix64 (Steele, Lea, Flood 2014): its increment, and the multipliers and shifts of its finaliser
 GOLDEN = 0x9E3779B97F4A7C15

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.recipe import TOLERANCE, Term, Weighted, listed, require_positive_sum
+from megatron_bai.merge.recipe.recipe import TOLERANCE, Term, Weighted, listed, require_positive_sum
 
 
 @dataclass(frozen=True, kw_only=True)

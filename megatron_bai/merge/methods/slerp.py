@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 
 from megatron_bai.errors import Unfit, UserError
-from megatron_bai.merge.recipe import Blocks, Measure, Recipe, Term, pick, require_distinct, require_unit
-from megatron_bai.merge.slices import Part
+from megatron_bai.merge.recipe.recipe import Blocks, Measure, Recipe, Term, pick, require_distinct, require_unit
+from megatron_bai.merge.recipe.slices import Part
 
 PARALLEL = 1e-6
 

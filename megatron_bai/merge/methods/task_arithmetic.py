@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_bai.merge.recipe import Term, Weighted, require_finite, require_positive_sum, require_pretrained
+from megatron_bai.merge.recipe.recipe import Term, Weighted, require_finite, require_positive_sum, require_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

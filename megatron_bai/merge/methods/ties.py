@@ -25,8 +25,8 @@ import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge.methods.task_arithmetic import TaskVectors
-from megatron_bai.merge.recipe import Blocks, Measure, listed, require_distinct
-from megatron_bai.merge.slices import Part
+from megatron_bai.merge.recipe.recipe import Blocks, Measure, listed, require_distinct
+from megatron_bai.merge.recipe.slices import Part
 
 LOW = 15  # bits that the second pass counts; the sign is 0
 

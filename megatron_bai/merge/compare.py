@@ -16,11 +16,11 @@ from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.checkpoint.reader import Entry, Scratch, Source
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.merge.groups import group_of
-from megatron_bai.merge.output import PROVENANCE
-from megatron_bai.merge.pool import one_thread
-from megatron_bai.merge.recipe import ABOUT, summary
-from megatron_bai.merge.tiles import TILE
+from megatron_bai.merge.execution.output_dir import PROVENANCE
+from megatron_bai.merge.execution.thread_pool import one_thread
+from megatron_bai.merge.execution.tiles import TILE
+from megatron_bai.merge.recipe.recipe import ABOUT, summary
+from megatron_bai.merge.tensor_names.param_groups import group_of
 from megatron_bai.utils.strict_json import parse
 
 

@@ -8,8 +8,8 @@ import torch
 
 from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.plan import Plan
-from megatron_bai.merge.regions import Region
+from megatron_bai.merge.recipe.plan import Plan
+from megatron_bai.merge.recipe.regions import Region
 
 
 def used(plan: Plan, names: Collection[str]) -> list[int]:

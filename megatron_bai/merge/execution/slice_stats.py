@@ -15,13 +15,13 @@ from itertools import chain
 import torch
 
 from megatron_bai.distributed.rank_group import Ranks
-from megatron_bai.merge.engine import share
-from megatron_bai.merge.plan import Plan
-from megatron_bai.merge.pool import pool
-from megatron_bai.merge.recipe import Measure
-from megatron_bai.merge.regions import Fate, Region
-from megatron_bai.merge.slices import Part, parts, slices
-from megatron_bai.merge.values import read_all, used
+from megatron_bai.merge.execution.executor import share
+from megatron_bai.merge.execution.source_values import read_all, used
+from megatron_bai.merge.execution.thread_pool import pool
+from megatron_bai.merge.recipe.plan import Plan
+from megatron_bai.merge.recipe.recipe import Measure
+from megatron_bai.merge.recipe.regions import Fate, Region
+from megatron_bai.merge.recipe.slices import Part, parts, slices
 
 BLOCK = 1 << 18  # elements that are read at once; a shorter row is never cut
 

@@ -36,13 +36,13 @@ import torch
 from megatron_bai.checkpoint.boxes import Box, overlap, split
 from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source
 from megatron_bai.errors import UserError
-from megatron_bai.merge.form import Form, output_dtypes
-from megatron_bai.merge.groups import fits
-from megatron_bai.merge.recipe import Measure, Recipe
-from megatron_bai.merge.regions import Fate, Output, Region, regions
-from megatron_bai.merge.slices import Part, parts
-from megatron_bai.merge.view import Chart, View, respell, some
-from megatron_bai.merge.vocabulary import true_size
+from megatron_bai.merge.recipe.output_spec import Form, output_dtypes
+from megatron_bai.merge.recipe.recipe import Measure, Recipe
+from megatron_bai.merge.recipe.regions import Fate, Output, Region, regions
+from megatron_bai.merge.recipe.slices import Part, parts
+from megatron_bai.merge.tensor_names.param_groups import fits
+from megatron_bai.merge.tensor_names.renamed_view import Chart, View, respell, some
+from megatron_bai.merge.tensor_names.vocabulary import true_size
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
 PIECE_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor

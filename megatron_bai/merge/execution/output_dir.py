@@ -17,12 +17,12 @@ from megatron_bai.checkpoint import manifest
 from megatron_bai.checkpoint.hf_files import SafeTensors
 from megatron_bai.checkpoint.reader import Source
 from megatron_bai.errors import UserError
-from megatron_bai.merge import journal
-from megatron_bai.merge.form import config_with
-from megatron_bai.merge.groups import fits
-from megatron_bai.merge.plan import Plan
-from megatron_bai.merge.recipe import Recipe
-from megatron_bai.merge.regions import Fate, Region
+from megatron_bai.merge.execution import journal
+from megatron_bai.merge.recipe.output_spec import config_with
+from megatron_bai.merge.recipe.plan import Plan
+from megatron_bai.merge.recipe.recipe import Recipe
+from megatron_bai.merge.recipe.regions import Fate, Region
+from megatron_bai.merge.tensor_names.param_groups import fits
 
 PROVENANCE = "provenance.json"
 CONFIG = "config.json"

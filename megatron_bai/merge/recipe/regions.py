@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 
 from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.merge.groups import fits, layers_of
-from megatron_bai.merge.spelling import Place, place
-from megatron_bai.merge.vocabulary import is_vocabulary
+from megatron_bai.merge.tensor_names.canonical_names import Place, place
+from megatron_bai.merge.tensor_names.param_groups import fits, layers_of
+from megatron_bai.merge.tensor_names.vocabulary import is_vocabulary
 
 
 class Fate(Enum):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bai.checkpoint.boxes import Box, row_major, split
-from megatron_bai.merge.regions import Output, Region
+from megatron_bai.merge.recipe.regions import Output, Region
 
 
 def slice_axes(output: Output) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_bai.checkpoint.reader import Entry
 from megatron_bai.errors import UserError
-from megatron_bai.merge.spelling import place
+from megatron_bai.merge.tensor_names.canonical_names import place
 from megatron_bai.utils.strict_json import parse
 
 EMBEDDING = re.compile(r"(^|\.)(word_embeddings|embed_tokens)\.weight$")

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.groups import fits, layers_of
-from megatron_bai.merge.slices import Part
+from megatron_bai.merge.recipe.slices import Part
+from megatron_bai.merge.tensor_names.param_groups import fits, layers_of
 
 T = TypeVar("T")
 Blocks = Callable[[], Iterator[torch.Tensor]]  # a slice's values [sources, …, columns] in float64, some rows at a time

@@ -17,8 +17,8 @@ from megatron_bai.checkpoint.boxes import Box, within
 from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source, Stream
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge.spelling import EXPERT, LAYER, place
-from megatron_bai.merge.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes
+from megatron_bai.merge.tensor_names.canonical_names import EXPERT, LAYER, place
+from megatron_bai.merge.tensor_names.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes
 
 
 class Chart:

@@ -11,12 +11,12 @@ from megatron_bai.checkpoint.boxes import Box, split
 from megatron_bai.checkpoint.reader import Source
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.plan import Plan
-from megatron_bai.merge.pool import one_thread
-from megatron_bai.merge.regions import Fate, Region
-from megatron_bai.merge.slices import Part
-from megatron_bai.merge.tiles import TILE
-from megatron_bai.merge.values import read_all
+from megatron_bai.merge.execution.source_values import read_all
+from megatron_bai.merge.execution.thread_pool import one_thread
+from megatron_bai.merge.execution.tiles import TILE
+from megatron_bai.merge.recipe.plan import Plan
+from megatron_bai.merge.recipe.regions import Fate, Region
+from megatron_bai.merge.recipe.slices import Part
 
 SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at least one
 SAMPLE = 1 << 12  # elements that are compared of a sampled tile

@@ -21,12 +21,8 @@ from megatron_bai.checkpoint.reader import SPAN_BYTES, Scratch
 from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import Ranks, cores_per_rank, ranks
 from megatron_bai.errors import Unfit, UserError
-from megatron_bai.merge import engine, journal
-from megatron_bai.merge.form import Form, form_of
-from megatron_bai.merge.groups import fits
-from megatron_bai.merge.measure import measured, to_measure
-from megatron_bai.merge.methods import recipes_of
-from megatron_bai.merge.output import (
+from megatron_bai.merge.execution import executor, journal
+from megatron_bai.merge.execution.output_dir import (
     check_space,
     check_target,
     difference,
@@ -35,13 +31,17 @@ from megatron_bai.merge.output import (
     left_to_write,
     write_provenance,
 )
-from megatron_bai.merge.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
-from megatron_bai.merge.pool import no_collector
-from megatron_bai.merge.recipe import Recipe
-from megatron_bai.merge.regions import Fate
-from megatron_bai.merge.tiles import SMALL_TILE, TILE
-from megatron_bai.merge.verify import verify
-from megatron_bai.merge.view import View
+from megatron_bai.merge.execution.slice_stats import measured, to_measure
+from megatron_bai.merge.execution.thread_pool import no_collector
+from megatron_bai.merge.execution.tiles import SMALL_TILE, TILE
+from megatron_bai.merge.execution.verify import verify
+from megatron_bai.merge.methods import recipes_of
+from megatron_bai.merge.recipe.output_spec import Form, form_of
+from megatron_bai.merge.recipe.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
+from megatron_bai.merge.recipe.recipe import Recipe
+from megatron_bai.merge.recipe.regions import Fate
+from megatron_bai.merge.tensor_names.param_groups import fits
+from megatron_bai.merge.tensor_names.renamed_view import View
 
 VERIFY = ("none", "sample", "all")
 
@@ -231,12 +231,12 @@ def _write(
     directories = group.first(stage, jobs[0].target)
     group.first(lambda: check_space(work, directories))
     slices = to_measure(work)
-    total = work.recipes[0].passes * len(work.inputs) * sum(s.nbytes for s in engine.share(slices, group))
+    total = work.recipes[0].passes * len(work.inputs) * sum(s.nbytes for s in executor.share(slices, group))
     with _progress("measuring", total, group) as advance:
         work = measured(work, slices, group, advance, threads)
-    share = sum(unit.nbytes for unit in engine.share(work.units, group)) / max(work.bytes_written, 1)
+    share = sum(unit.nbytes for unit in executor.share(work.units, group)) / max(work.bytes_written, 1)
     with _progress("merging", int(work.bytes_read * share), group) as advance:
-        norms = engine.execute(work, directories, group, advance, threads)
+        norms = executor.execute(work, directories, group, advance, threads)
     digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
     prints = []
     for k, (job, directory) in enumerate(zip(jobs, directories)):

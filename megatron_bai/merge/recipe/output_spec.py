@@ -9,7 +9,7 @@ import torch
 from megatron_bai.checkpoint.reader import Entry
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge.groups import group_of
+from megatron_bai.merge.tensor_names.param_groups import group_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # of the router, which both engines keep in float32

@@ -21,10 +21,10 @@ from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.checkpoint.reader import Scratch, Stream
 from megatron_bai.checkpoint.writer import Item
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.plan import Plan
-from megatron_bai.merge.regions import Fate, Region
-from megatron_bai.merge.slices import Part
-from megatron_bai.merge.values import read_all, refuse, used
+from megatron_bai.merge.execution.source_values import read_all, refuse, used
+from megatron_bai.merge.recipe.plan import Plan
+from megatron_bai.merge.recipe.regions import Fate, Region
+from megatron_bai.merge.recipe.slices import Part
 
 TILE = 1 << 17  # elements: large enough that Python is not what takes the time, small enough for the cache
 SMALL_TILE = 1 << 16  # for methods that hold a tile of every source in float64, and more
@@ -91,9 +91,11 @@ class _Compiled:
     """Weighted sums of bfloat16 values, by `kernel`."""
 
     def __init__(self, plan: Plan, region: Region, items: Sequence[Item], memory: Memory):
-        from megatron_bai.merge import kernel  # which takes half a second where nothing of this kind is merged
+        from megatron_bai.merge.execution import (
+            bf16_kernel,  # which takes half a second where nothing of this kind is merged
+        )
 
-        self._kernel, self._plan, self._region, self._items, self._memory = kernel, plan, region, items, memory
+        self._kernel, self._plan, self._region, self._items, self._memory = bf16_kernel, plan, region, items, memory
         self._squares = np.zeros(len(items))
 
     def merge(self, piece: Box) -> list[float]:

@@ -14,11 +14,11 @@ from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.checkpoint.writer import Item, Target, Writer, Written
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge import journal, tiles
-from megatron_bai.merge.journal import UnitResult
-from megatron_bai.merge.plan import Plan, Unit
-from megatron_bai.merge.pool import Map, one_behind, pool
-from megatron_bai.merge.regions import Fate, Region
+from megatron_bai.merge.execution import journal, tiles
+from megatron_bai.merge.execution.journal import UnitResult
+from megatron_bai.merge.execution.thread_pool import Map, one_behind, pool
+from megatron_bai.merge.recipe.plan import Plan, Unit
+from megatron_bai.merge.recipe.regions import Fate, Region
 
 BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: each is a turn of the lock for three threads
 
