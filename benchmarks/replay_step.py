@@ -45,7 +45,7 @@ def main(words: list[str]) -> None:
 def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float]]:
     """A function that runs one step in a mode and returns its seconds, by the clock and by the processor."""
     device = backend.start(config.Backend(kind="auto"))
-    from megatron_bai.model import build, checkpoint, shards
+    from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batch import from_samples
     from megatron_bai.rl.engine import Engine
@@ -56,8 +56,8 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(learning_rate=0.0))
     build.init_parallel(parallel, seed=0)
     actor = build.build_actor(settings, device)
-    shards.init_random(actor.modules, MODEL, seed=0)
-    checkpoint.finish_loading(actor)
+    param_shards.init_random(actor.modules, MODEL, seed=0)
+    megatron_checkpoint.finish_loading(actor)
     replay = RoutingReplay(actor.chunks)
     engine = Engine(actor, replay, device.device, temperature=1.0)
     random, signature = np.random.default_rng(0), replay.signature

@@ -40,7 +40,7 @@ def settings_of(directory: Path, work: dict[str, Any]) -> Any:
 
 def make(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     """`model`, random weights with the task's tokenizer but for its end token, and the prompts of all steps."""
-    from megatron_bai.model import hf
+    from megatron_bai.model import hf_checkpoint
     from megatron_bai.rl.session import open_session
 
     settings = settings_of(directory, work)
@@ -51,7 +51,7 @@ def make(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
         tokenizer.add_special_tokens({"eos_token": "<spare0>" if work["ends"] else NEVER})
         assert (tokenizer.eos_token_id < settings.model.vocab_size) == work["ends"]
         tokenizer.save_pretrained(directory / "tokenizer")
-        hf.export_hf(session.actor.modules, settings.model, directory / "model", directory / "tokenizer", {})
+        hf_checkpoint.export_hf(session.actor.modules, settings.model, directory / "model", directory / "tokenizer", {})
         prompts = session.task.prompts("train", settings.run.seed, 0, work["prompts"])
     (directory / "prompts.json").write_text(json.dumps([prompt.text for prompt in prompts]))
     return {"prompt_tokens": [len(prompt.ids) for prompt in prompts]}
@@ -196,7 +196,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_bai import config
     from megatron_bai.distributed import backend
-    from megatron_bai.model import build, checkpoint, shards
+    from megatron_bai.model import build, megatron_checkpoint, param_shards
 
     settings = settings_of(Path("."), {"name": "scale", "overrides": [
         "objective=grpo", f"parallel.tensor={work['tensor']}", f"parallel.expert={work['tensor']}",
@@ -212,8 +212,8 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
 
     build.init_parallel(settings.parallel, seed=0)
     actor = build.build_actor(settings, device)
-    shards.init_random(actor.modules, settings.model, seed=0)
-    checkpoint.finish_loading(actor)
+    param_shards.init_random(actor.modules, settings.model, seed=0)
+    megatron_checkpoint.finish_loading(actor)
     replay = RoutingReplay(actor.modules)
     engine, random, signature = Engine(actor, replay, device.device, 1.0), np.random.default_rng(0), replay.signature
     length, prompt = work["tokens"], 16

@@ -7,7 +7,7 @@ from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint
+from megatron_bai.model import megatron_checkpoint
 from megatron_bai.model.convert import convert
 from megatron_bai.rollout.server import SGLangServer
 
@@ -26,7 +26,7 @@ def run(settings: config.Config) -> None:
     kind = backend.select(settings.backend).kind
     directory = Path(source)
     manifest.read(source)
-    if checkpoint.kind_of(source) == "hf":
+    if megatron_checkpoint.kind_of(source) == "hf":
         manifest.verify(source)  # SGLang would not notice; `convert` does so itself
     else:
         directory = Path(settings.run.dir) / "serve" / "model"

@@ -8,7 +8,7 @@ from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint, hf
+from megatron_bai.model import build, hf_checkpoint, megatron_checkpoint
 
 
 def run(settings: config.Config) -> None:
@@ -36,8 +36,8 @@ def convert(settings: config.Config, source: str | Path, target: str | Path, to:
     if not Path(source).is_dir():
         raise UserError(f"no checkpoint at {source}")
     manifest.read(source)  # before its configuration decides how much memory is asked for
-    kind = checkpoint.kind_of(source)
-    whole = config.Config(backend=settings.backend, model=hf.read_config(source))
+    kind = megatron_checkpoint.kind_of(source)
+    whole = config.Config(backend=settings.backend, model=hf_checkpoint.read_config(source))
     device = backend.start(whole.backend)
     try:
         if dist.get_world_size() > 1:
@@ -45,13 +45,13 @@ def convert(settings: config.Config, source: str | Path, target: str | Path, to:
         build.init_parallel(whole.parallel, seed=0)
         actor = build.build_actor(whole, device, train=False)
         if kind == "hf":
-            hf.import_hf(actor.modules, whole.model, source)
+            hf_checkpoint.import_hf(actor.modules, whole.model, source)
         else:
-            checkpoint.load(actor, source)
+            megatron_checkpoint.load(actor, source)
         info = {"converted_from": str(source)}
         if to == "hf":
-            hf.export_hf(actor.modules, whole.model, target, source, info)
+            hf_checkpoint.export_hf(actor.modules, whole.model, target, source, info)
         else:
-            checkpoint.save(actor, target, source, info)
+            megatron_checkpoint.save(actor, target, source, info)
     finally:
         backend.stop()

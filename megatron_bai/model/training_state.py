@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_bai.model import checkpoint
+from megatron_bai.model import megatron_checkpoint
+from megatron_bai.model.async_save import Saving
 from megatron_bai.model.build import Actor
-from megatron_bai.model.saving import Saving
 
 _FORM = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -43,7 +43,7 @@ def save(
     """
     state: dict[str, Any] = {name: _sharded(name, model) for name, model in models.items()}
     state["random"] = _sharded_generators()
-    return Saving(state, target, checkpoint.describes(models["actor"], tokenizer), info, background, more)
+    return Saving(state, target, megatron_checkpoint.describes(models["actor"], tokenizer), info, background, more)
 
 
 def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[st
     state: dict[str, Any] = {name: _sharded(name, model, loading=True) for name, model in models.items()}
     if generators:
         state["random"] = _sharded_generators()
-    info, loaded = checkpoint.read(models["actor"], state, directory)
+    info, loaded = megatron_checkpoint.read(models["actor"], state, directory)
     for name, model in models.items():
         for i, module in enumerate(model.modules):
             module.load_state_dict(loaded[name][f"model{i}"])
@@ -76,7 +76,7 @@ def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[st
 def _sharded(name: str, model: Actor, loading: bool = False) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-    state = checkpoint.sharded(model)
+    state = megatron_checkpoint.sharded(model)
     state["optimizer"] = model.optimizer.sharded_state_dict(state, loading, metadata=_FORM)
     if name != "actor":
         add_prefix_for_sharding(state, f"{name}.")

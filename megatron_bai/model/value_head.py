@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from megatron_bai.model.mapping import VALUE_HEAD
+from megatron_bai.model.hf_mapping import VALUE_HEAD
 
 
 class ValueHead(torch.nn.Module):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint
+from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.advantages import at_the_end, explained_variance, gae, whitened
@@ -129,11 +129,11 @@ def copy_body(actor: Actor, critic: Actor) -> None:
             else:
                 parameter.copy_(given.pop(name))
         assert all(name.startswith("output_layer.") for name in given), f"the critic lacks {sorted(given)}"
-    checkpoint.finish_loading(critic)
+    megatron_checkpoint.finish_loading(critic)
 
 
 def _load(critic: Actor, path: str) -> None:
     try:
-        checkpoint.load(critic, path)
+        megatron_checkpoint.load(critic, path)
     except UserError as error:
         raise UserError(f"objective.critic_checkpoint: {error}") from None

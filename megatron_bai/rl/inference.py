@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_bai.data import Prompt
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.model import hf
+from megatron_bai.model import hf_checkpoint
 from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
@@ -50,7 +50,7 @@ class Inference:
         self._given = False
         self._weights = version + 1  # the checkpoint below run.dir that a server can be started from
         self._client = self._client_of(servers.ask, session.data_rank)
-        self._shapes = hf.shapes(session.actor.modules, settings.model)
+        self._shapes = hf_checkpoint.shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
         self.version = version
@@ -215,7 +215,7 @@ class Inference:
 
     def _through_memory(self) -> None:
         session, rollout = self._session, self._session.settings.rollout
-        tensors = hf.tensors(session.actor.modules, session.settings.model)
+        tensors = hf_checkpoint.tensors(session.actor.modules, session.settings.model)
         if session.lead:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._carrier = self._carrier or self._connected()
@@ -275,7 +275,7 @@ def _export(session: Session, version: int) -> Path:
     directory = _weights(session, version)
     settings = session.settings
     change = partial(quantized, form=settings.rollout.quantize)
-    hf.export_hf(
+    hf_checkpoint.export_hf(
         session.actor.modules, settings.model, directory, session.tokenizer_dir, {"version": version}, change
     )
     return directory

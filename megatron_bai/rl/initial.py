@@ -15,7 +15,7 @@ from megatron_bai.distributed.rank_group import joined, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.recipe.output_spec import form_of
-from megatron_bai.model import checkpoint, hf, shards
+from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
 from megatron_bai.model.build import Actor
 
 
@@ -58,7 +58,7 @@ def _check_base(base: Path, model: config.Model) -> None:
     """Refuse, before hours of merging, what could not be loaded afterwards."""
     if not base.is_dir():
         raise UserError(f"no checkpoint at {base}: merge.pretrained and merge.members name directories")
-    checkpoint.require_architecture(base, model)
+    megatron_checkpoint.require_architecture(base, model)
     require_tokenizer(base)
 
 
@@ -73,8 +73,8 @@ def fill(actor: Actor, settings: config.Config) -> Path:
     """
     source = config.initial_checkpoint(settings)
     if not source:
-        shards.init_random(actor.modules, settings.model, settings.run.seed)
-        checkpoint.finish_loading(actor)
+        param_shards.init_random(actor.modules, settings.model, settings.run.seed)
+        megatron_checkpoint.finish_loading(actor)
         directory = Path(settings.run.dir) / "tokenizer"
         if dist.get_rank() == 0:
             assert isinstance(settings.data, config.Arithmetic)  # other data brings the checkpoint's tokenizer
@@ -82,12 +82,12 @@ def fill(actor: Actor, settings: config.Config) -> Path:
         dist.barrier()
         return directory
     manifest.require(source)
-    if checkpoint.kind_of(source) == "hf":
-        checkpoint.require_architecture(source, settings.model)
-        hf.import_hf(actor.modules, settings.model, source)
-        checkpoint.finish_loading(actor)
+    if megatron_checkpoint.kind_of(source) == "hf":
+        megatron_checkpoint.require_architecture(source, settings.model)
+        hf_checkpoint.import_hf(actor.modules, settings.model, source)
+        megatron_checkpoint.finish_loading(actor)
     else:
-        checkpoint.load(actor, source)
+        megatron_checkpoint.load(actor, source)
     return Path(source)
 
 

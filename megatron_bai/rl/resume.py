@@ -24,8 +24,8 @@ from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
 from megatron_bai.model import training_state
+from megatron_bai.model.async_save import Saving
 from megatron_bai.model.build import Actor
-from megatron_bai.model.saving import Saving
 from megatron_bai.monitor.report import flatten
 from megatron_bai.monitor.summary import read_summary
 from megatron_bai.rl.session import Session

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint
+from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, from_supervised
@@ -36,7 +36,7 @@ def train(settings: config.Config) -> None:
     with open_session(settings) as session:
         _train(session)
         info = {"made_by": made_by, "data": asdict(settings.data), "steps": settings.trainer.steps}
-        checkpoint.save(session.actor, target, session.tokenizer_dir, info)
+        megatron_checkpoint.save(session.actor, target, session.tokenizer_dir, info)
         if session.lead:
             print(f"saved {target}")
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint
+from megatron_bai.model import megatron_checkpoint
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import routes as router
 from megatron_bai.monitor.alarm import Alarm
@@ -68,7 +68,7 @@ def _run(session: Session, start: Start) -> None:
             version = _steps(session, start, models, reference, progress, summary)
     info = {"steps": settings.trainer.steps, "version": version}
     for name, path in saved(settings).items():
-        checkpoint.save(models[name], path, session.tokenizer_dir, info)
+        megatron_checkpoint.save(models[name], path, session.tokenizer_dir, info)
     if session.lead:
         summary.write(directory, complete=True)
         write_report([directory], directory / "report.html")

@@ -85,7 +85,7 @@ def work(directory: Path, processes: int) -> dict[str, Any]:
 def faults(session: Any, directory: Path) -> dict[str, str]:
     """What is said about an actor's checkpoint in the place of a critic's, and the other way round."""
     from megatron_bai.errors import UserError
-    from megatron_bai.model import checkpoint
+    from megatron_bai.model import megatron_checkpoint
     from megatron_bai.rl.critic import Critic
 
     def said(load: Any) -> str:
@@ -96,7 +96,7 @@ def faults(session: Any, directory: Path) -> dict[str, str]:
         return "nothing"
 
     for name, model in (("actor", session.actor), ("critic", session.critic.model)):
-        checkpoint.save(model, directory / name, session.tokenizer_dir, {})
+        megatron_checkpoint.save(model, directory / name, session.tokenizer_dir, {})
 
     def critic(path: Path) -> str:
         objective = replace(session.settings.objective, critic_checkpoint=str(path))
@@ -106,7 +106,7 @@ def faults(session: Any, directory: Path) -> dict[str, str]:
         "actor as critic": critic(directory / "actor"),
         "critic as critic": critic(directory / "critic"),
         "nowhere": critic(directory / "nowhere"),
-        "critic as actor": said(lambda: checkpoint.load(session.actor, directory / "critic")),
+        "critic as actor": said(lambda: megatron_checkpoint.load(session.actor, directory / "critic")),
     }
 
 

@@ -102,7 +102,7 @@ class Run:
     def __init__(self, case: Case, device: backend.Device):
         from megatron.core import parallel_state
 
-        from megatron_bai.model import build, checkpoint, shards
+        from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.monitor.stats import Stats
         from megatron_bai.rl.batch import from_samples
         from megatron_bai.rl.engine import Engine
@@ -118,8 +118,8 @@ class Run:
         )
         self.settings = config.Config(model=MODEL, parallel=case.parallel, trainer=trainer)
         self.actor = build.build_actor(self.settings, device)
-        shards.init_random(self.actor.modules, MODEL, seed=0)
-        checkpoint.finish_loading(self.actor)
+        param_shards.init_random(self.actor.modules, MODEL, seed=0)
+        megatron_checkpoint.finish_loading(self.actor)
         self.replay = RoutingReplay(self.actor.chunks)
         assert self.replay.signature == SIGNATURE
         self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
@@ -161,29 +161,29 @@ class Run:
         return stats.gathered(self.contributes).values() | {"grad_norm": norm}
 
     def export(self, target: Path) -> None:
-        from megatron_bai.model import hf
+        from megatron_bai.model import hf_checkpoint
 
-        hf.export_hf(self.actor.modules, MODEL, target, Path("none"), {})
+        hf_checkpoint.export_hf(self.actor.modules, MODEL, target, Path("none"), {})
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     """Every tensor of a model by its Hugging Face name, on rank 0."""
-    from megatron_bai.model import mapping, shards
+    from megatron_bai.model import hf_mapping, param_shards
 
     found = {}
-    for key, index, whole in shards.gather(model.modules):
+    for key, index, whole in param_shards.gather(model.modules):
         if dist.get_rank() == 0:
-            kind = mapping.kind_of(key)
+            kind = hf_mapping.kind_of(key)
             found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, MODEL))}
     return found
 
 
 def diverged(model: Any) -> list[str]:
     """Keys of pieces of a model that two ranks hold with different content."""
-    from megatron_bai.model import shards
+    from megatron_bai.model import param_shards
 
     mine = {}
-    for shard in shards.local_shards(model.modules):
+    for shard in param_shards.local_shards(model.modules):
         digest = hashlib.sha256(shard.data.detach().contiguous().numpy().tobytes()).hexdigest()
         mine[shard.key, shard.index, shard.offset] = digest
     first: dict[tuple, str] = {}
@@ -250,18 +250,18 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     Args:
         loads, saves: where a critic's checkpoint is, and where to leave one.
     """
-    from megatron_bai.model import checkpoint, shards
+    from megatron_bai.model import megatron_checkpoint, param_shards
     from megatron_bai.rl.critic import Critic
 
     run = Run(case, device)
     run.settings.objective = replace(PPO, critic_checkpoint=loads)
     critic = Critic(run.actor, run.settings, device)
     found: dict[str, Any] = {"start": state(critic.model)}
-    shards.init_random(critic.model.modules, MODEL, seed=1)
-    checkpoint.finish_loading(critic.model)
+    param_shards.init_random(critic.model.modules, MODEL, seed=1)
+    megatron_checkpoint.finish_loading(critic.model)
     found["weights"] = state(critic.model)
     if saves:
-        checkpoint.save(critic.model, saves, Path("none"), {})
+        megatron_checkpoint.save(critic.model, saves, Path("none"), {})
     run.score("none")
     run.batch.rewards.copy_(torch.from_numpy(REWARDS)[run.own])
     run.batch.advantages = torch.zeros(run.batch.mask.shape)
@@ -436,7 +436,7 @@ def statistics() -> dict[str, Any]:
 
 def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     """Everything asked of one case."""
-    from megatron_bai.model import checkpoint, hf, shards
+    from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
 
     case = CASES[name]
     own = directory / name
@@ -444,16 +444,16 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     run.export(own / "hf")
     found: dict[str, Any] = {}
     if case.saves:
-        checkpoint.save(run.actor, own / "megatron", Path("none"), {"by": name})
+        megatron_checkpoint.save(run.actor, own / "megatron", Path("none"), {"by": name})
     if case.loads:
-        shards.init_random(run.actor.modules, MODEL, seed=1)
-        found["info"] = checkpoint.load(run.actor, directory / case.loads / "megatron")
+        param_shards.init_random(run.actor.modules, MODEL, seed=1)
+        found["info"] = megatron_checkpoint.load(run.actor, directory / case.loads / "megatron")
         found["optimizer_follows"] = follows(run)
         found["rates"], found["decays"] = scheduled(run)
         run.export(own / "loaded")
     if case.saves:
-        shards.init_random(run.actor.modules, MODEL, seed=1)
-        hf.import_hf(run.actor.modules, MODEL, directory / (case.loads or name) / "hf")
+        param_shards.init_random(run.actor.modules, MODEL, seed=1)
+        hf_checkpoint.import_hf(run.actor.modules, MODEL, directory / (case.loads or name) / "hf")
         run.export(own / "imported")
     for mode in ("none", "r3"):
         found[mode] = step(case, device, mode)
@@ -485,7 +485,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     """What is said about each way in which a checkpoint can be unfit; runs in a single process."""
     from megatron_bai.checkpoint import atomic_dir, manifest
     from megatron_bai.errors import UserError
-    from megatron_bai.model import checkpoint, hf
+    from megatron_bai.model import hf_checkpoint, megatron_checkpoint
 
     def damaged(name: str) -> Path:
         return Path(shutil.copytree(good / ("hf" if name.startswith("hf") else "megatron"), directory / name))
@@ -511,7 +511,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     shapes = {"mlp.gate": (8, 47), "mlp.experts.5.up_proj": (39, 48), "self_attn.k_proj": (33, 48)}
     for name, shape in shapes.items():
         path = reshaped(name, shape)
-        found[name] = said(lambda: hf.import_hf(run.actor.modules, MODEL, path))
+        found[name] = said(lambda: hf_checkpoint.import_hf(run.actor.modules, MODEL, path))
     cut, unfinished, other = damaged("cut"), damaged("unfinished"), damaged("other")
     largest = max(cut.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
@@ -521,8 +521,8 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     sealed(other)
     places = {"cut": cut, "unfinished": unfinished, "other": other, "hf": good / "hf", "nowhere": directory / "nowhere"}
     for name, path in places.items():
-        found[name] = said(lambda: checkpoint.load(run.actor, path))
-    found["good"] = said(lambda: checkpoint.load(run.actor, good / "megatron"))
+        found[name] = said(lambda: megatron_checkpoint.load(run.actor, path))
+    found["good"] = said(lambda: megatron_checkpoint.load(run.actor, good / "megatron"))
     return found
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_bai import config
-from megatron_bai.model import checkpoint, shards
+from megatron_bai.model import megatron_checkpoint, param_shards
 from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
@@ -49,8 +49,8 @@ def measure(session: Session, inference: Inference) -> dict[str, Any]:
     found["server_version"] = control.weight_version(inference._servers.urls[0])
     found["fresh"] = _live(session, *_rollout(session, inference, seed=1))
     # Random weights: those of a tiny model that has learned route so surely that rounding changes one route in a hundred.
-    shards.init_random(session.actor.modules, replace(session.settings.model, init_std=0.1), seed=0)
-    checkpoint.finish_loading(session.actor)
+    param_shards.init_random(session.actor.modules, replace(session.settings.model, init_std=0.1), seed=0)
+    megatron_checkpoint.finish_loading(session.actor)
     found["quantized"] = {form: _quantized(session, inference, form) for form in FORMATS}
     return found
 

@@ -21,7 +21,7 @@ from processes import TESTS
 
 from megatron_bai.checkpoint import manifest
 from megatron_bai.config import Model, Rollout
-from megatron_bai.model import hf
+from megatron_bai.model import hf_checkpoint
 from megatron_bai.rollout.server import SGLangServer
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
@@ -206,7 +206,7 @@ def random_weights(directory: Path) -> None:
     """A checkpoint of the demo's model whose weights are not the demo's."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    described = hf.hf_config(Model(**OmegaConf.load(TESTS.parent / "conf/model/tiny.yaml")), torch.float32)
+    described = hf_checkpoint.hf_config(Model(**OmegaConf.load(TESTS.parent / "conf/model/tiny.yaml")), torch.float32)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**described)).save_pretrained(directory)
 
 

@@ -20,7 +20,7 @@ from megatron_bai.config import Backend, Config, Merge, Model, Parallel
 from megatron_bai.distributed import backend
 from megatron_bai.merge import pipeline
 from megatron_bai.model import build
-from megatron_bai.model.shards import Shard, fill, local_shards
+from megatron_bai.model.param_shards import Shard, fill, local_shards
 
 TOKENS = 61
 PARALLEL = Parallel(tensor=2, expert=2, sequence=True)

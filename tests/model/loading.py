@@ -25,7 +25,7 @@ from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir, manifest, safe_unpickle
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, checkpoint, shards
+from megatron_bai.model import build, megatron_checkpoint, param_shards
 
 
 class Attack:
@@ -41,7 +41,7 @@ def actor() -> build.Actor:
     device = backend.start(settings.backend)
     build.init_parallel(settings.parallel, seed=0)
     made = build.build_actor(settings, device, train=False)
-    shards.init_random(made.modules, MODEL, seed=0)
+    param_shards.init_random(made.modules, MODEL, seed=0)
     return made
 
 
@@ -138,11 +138,11 @@ def look(directory: Path) -> None:
     made, good = actor(), directory / "good"
     saved, found = weights(made), {}
     (directory / "ran").mkdir()
-    checkpoint.save(made, good, Path("none"), {"step": 3})
+    megatron_checkpoint.save(made, good, Path("none"), {"step": 3})
     for name, path in (("good", good), *damages(good, directory), *hostile(good, directory)):
-        shards.init_random(made.modules, MODEL, seed=1)
+        param_shards.init_random(made.modules, MODEL, seed=1)
         try:
-            checkpoint.load(made, path)
+            megatron_checkpoint.load(made, path)
             same = all(torch.equal(value, saved[key]) for key, value in weights(made).items())
             found[name] = f"loaded {same}"
         except UserError as error:
@@ -151,7 +151,7 @@ def look(directory: Path) -> None:
             found[name] = f"traceback {error!r}"
     ran = {path.name for path in (directory / "ran").iterdir()}
     try:  # what Megatron-Core's reader does by itself
-        dist_checkpointing.load(checkpoint.sharded(made), str(directory / "hostile object"))
+        dist_checkpointing.load(megatron_checkpoint.sharded(made), str(directory / "hostile object"))
     except BaseException:  # CheckpointException is none of Exception's
         pass
     premise = {path.name for path in (directory / "ran").iterdir()} - ran
@@ -159,7 +159,7 @@ def look(directory: Path) -> None:
     for limit in (0, 3000, 50_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            checkpoint.save(made, directory / "full", Path("none"), {})
+            megatron_checkpoint.save(made, directory / "full", Path("none"), {})
         except UserError as error:
             found[f"full {limit}"] = str(error)
         finally:
@@ -172,7 +172,7 @@ def stop_while_saving(directory: Path) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     made = actor()
-    checkpoint.save(made, directory / "target", Path("none"), {"step": 1})
+    megatron_checkpoint.save(made, directory / "target", Path("none"), {"step": 1})
     write, written = filesystem_async._write_item, []
 
     @functools.wraps(write)  # its parameters are looked at
@@ -184,8 +184,8 @@ def stop_while_saving(directory: Path) -> None:
         return write(*arguments, **options)
 
     filesystem_async._write_item = stop
-    shards.init_random(made.modules, MODEL, seed=1)
-    checkpoint.save(made, directory / "target", Path("none"), {"step": 2})
+    param_shards.init_random(made.modules, MODEL, seed=1)
+    megatron_checkpoint.save(made, directory / "target", Path("none"), {"step": 2})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from processes import TESTS, launch
 
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, hf
+from megatron_bai.model import hf_checkpoint, megatron_checkpoint
 from megatron_bai.model.build import Actor
 
 
@@ -30,12 +30,12 @@ class Hostile:
 def test_a_hostile_index_is_refused_and_not_run(tmp_path: Path) -> None:
     ran, target = tmp_path / "ran", tmp_path / "checkpoint"
     stage = manifest.staging(target)
-    hf.write_config(MODEL, torch.float32, tmp_path, stage)
+    hf_checkpoint.write_config(MODEL, torch.float32, tmp_path, stage)
     (stage / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (stage / ".metadata").write_bytes(pickle.dumps(Hostile(ran)))
     manifest.seal(stage, target, {})
     with pytest.raises(UserError, match="nothing in it was run"):
-        checkpoint.load(Actor([], None, MODEL), target)
+        megatron_checkpoint.load(Actor([], None, MODEL), target)
     assert not ran.exists()
 
 

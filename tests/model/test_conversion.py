@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_bai.checkpoint import manifest
 from megatron_bai.checkpoint.formats import open_source
-from megatron_bai.model import mapping
+from megatron_bai.model import hf_mapping
 
 pytestmark = pytest.mark.distributed
 LOADING = [name for name, case in CASES.items() if case.loads]
@@ -46,7 +46,7 @@ def test_logits_are_those_of_transformers(length: str, layouts: Layouts) -> None
 
 def test_fresh_weights_are_drawn_as_the_configuration_says(layouts: Layouts) -> None:
     tensors = load_file(layouts.directory / "one" / "hf" / "model.safetensors")
-    assert set(tensors) == set(mapping.hf_names(MODEL))
+    assert set(tensors) == set(hf_mapping.hf_names(MODEL))
     matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1}
     for name, tensor in matrices.items():
         assert tensor.std() == pytest.approx(MODEL.init_std, rel=0.15) and abs(tensor.mean()) < 0.02, name

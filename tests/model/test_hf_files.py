@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.config import Model
 from megatron_bai.errors import UserError
-from megatron_bai.model import checkpoint, hf, mapping
+from megatron_bai.model import hf_checkpoint, hf_mapping, megatron_checkpoint
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """`config.json` and one safetensors file with every tensor's name."""
-    (tmp_path / "config.json").write_text(json.dumps(hf.hf_config(MODEL, torch.float32)))
-    save_file({name: torch.zeros(1) for name in mapping.hf_names(MODEL)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf_checkpoint.hf_config(MODEL, torch.float32)))
+    save_file({name: torch.zeros(1) for name in hf_mapping.hf_names(MODEL)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -33,14 +33,14 @@ def rewrite(directory: Path, **changes: Any) -> None:
 
 
 def test_the_configuration_survives_its_file(directory: Path) -> None:
-    assert hf.read_config(directory) == MODEL
+    assert hf_checkpoint.read_config(directory) == MODEL
 
 
 def test_transformers_reads_the_configuration_as_it_is_meant(directory: Path) -> None:
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(directory)
-    for ours, theirs in hf._FIELDS.items():
+    for ours, theirs in hf_checkpoint._FIELDS.items():
         assert getattr(found, theirs) == getattr(MODEL, ours), theirs
     assert found.rope_parameters["rope_theta"] == MODEL.rope_theta and found.norm_topk_prob is True
 
@@ -49,7 +49,7 @@ def test_transformers_reads_the_configuration_as_it_is_meant(directory: Path) ->
 def test_the_rotary_base_is_read_from_either_place(where: str, directory: Path) -> None:
     rewrite(directory, rope_parameters=None, rope_theta=None)
     rewrite(directory, **{where: {"rope_theta": 5e5} if where == "rope_parameters" else 5e5})
-    assert hf.read_config(directory).rope_theta == 5e5
+    assert hf_checkpoint.read_config(directory).rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_the_rotary_base_is_read_from_either_place(where: str, directory: Path) 
 def test_another_architecture_is_refused_by_name(changes: dict[str, Any], named: str, directory: Path) -> None:
     rewrite(directory, **changes)
     with pytest.raises(UserError, match=f"config.json: .*{named}"):
-        hf.read_config(directory)
+        hf_checkpoint.read_config(directory)
 
 
 @pytest.mark.parametrize("text", [None, "{"])
@@ -80,50 +80,50 @@ def test_a_missing_or_cut_configuration_is_named(text: str | None, directory: Pa
     if text is not None:
         (directory / "config.json").write_text(text)
     with pytest.raises(UserError, match="cannot read .*config.json"):
-        hf.read_config(directory)
+        hf_checkpoint.read_config(directory)
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "deep/model.safetensors"])
 def test_an_index_that_points_outside_its_directory_is_refused_before_anything_is_opened(
     file: str, directory: Path, tmp_path: Path
 ) -> None:
-    names = mapping.hf_names(MODEL)
+    names = hf_mapping.hf_names(MODEL)
     weight_map = dict.fromkeys(names, "model.safetensors") | {names[3]: file}
-    (directory / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match=f"{hf.INDEX} names the file .*{file}.*outside its directory"):
-        hf.import_hf([], MODEL, directory)
+    (directory / hf_checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=f"{hf_checkpoint.INDEX} names the file .*{file}.*outside its directory"):
+        hf_checkpoint.import_hf([], MODEL, directory)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}'])
 def test_an_index_that_cannot_be_understood_is_named(text: str, directory: Path) -> None:
-    (directory / hf.INDEX).write_text(text)
+    (directory / hf_checkpoint.INDEX).write_text(text)
     with pytest.raises(UserError, match=f"no readable safetensors checkpoint at {directory}"):
-        hf.HFReader(directory)
+        hf_checkpoint.HFReader(directory)
 
 
 def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
-    tensors = {name: torch.zeros(1) for name in mapping.hf_names(MODEL)}
+    tensors = {name: torch.zeros(1) for name in hf_mapping.hf_names(MODEL)}
     lost = "model.layers.1.mlp.experts.5.up_proj.weight"
     save_file({name: value for name, value in tensors.items() if name != lost}, directory / "model.safetensors")
     with pytest.raises(UserError, match=rf"1 tensors missing or unknown, first {lost} \(missing\)"):
-        hf.import_hf([], MODEL, directory)
+        hf_checkpoint.import_hf([], MODEL, directory)
     save_file(tensors | {"model.layers.9.x": torch.zeros(1)}, directory / "model.safetensors")
     with pytest.raises(UserError, match=r"first model.layers.9.x \(unknown\)"):
-        hf.import_hf([], MODEL, directory)
+        hf_checkpoint.import_hf([], MODEL, directory)
 
 
 def test_a_truncated_file_is_named(directory: Path) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=f"no readable safetensors checkpoint at {directory}"):
-        hf.HFReader(directory)
-    weight_map = dict.fromkeys(mapping.hf_names(MODEL), "model.safetensors")
-    (directory / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        hf_checkpoint.HFReader(directory)
+    weight_map = dict.fromkeys(hf_mapping.hf_names(MODEL), "model.safetensors")
+    (directory / hf_checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
-        hf.HFReader(directory).tensor("lm_head.weight")
+        hf_checkpoint.HFReader(directory).tensor("lm_head.weight")
     path.unlink()
     with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
-        hf.HFReader(directory).tensor("lm_head.weight")
+        hf_checkpoint.HFReader(directory).tensor("lm_head.weight")
 
 
 def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="model.safetensors is not what was written"):
-        hf.import_hf([], MODEL, directory)
+        hf_checkpoint.import_hf([], MODEL, directory)
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,16 @@ def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None
 def test_a_number_that_is_none_is_named(changes: dict[str, Any], named: str, directory: Path) -> None:
     rewrite(directory, **changes)
     with pytest.raises(UserError, match=f"config.json: .*{named}"):
-        hf.read_config(directory)
+        hf_checkpoint.read_config(directory)
 
 
 def test_the_formats_are_told_apart(directory: Path) -> None:
-    assert checkpoint.kind_of(directory) == "hf"
+    assert megatron_checkpoint.kind_of(directory) == "hf"
     (directory / "metadata.json").write_text("{}")
-    assert checkpoint.kind_of(directory) == "megatron"
+    assert megatron_checkpoint.kind_of(directory) == "megatron"
     (directory / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither"):
-        checkpoint.kind_of(directory / "empty")
+        megatron_checkpoint.kind_of(directory / "empty")
 
 
 sizes = st.builds(
@@ -176,7 +176,7 @@ def test_split_is_the_exact_inverse_of_merge_for_every_kind(model: Model, seed: 
     generator = torch.Generator().manual_seed(seed)
     d, hidden, ffn = model.head_dim, model.hidden_size, model.moe_ffn_hidden_size
     q, kv = (model.num_attention_heads * d, hidden), (model.num_query_groups * d, hidden)
-    for kind in mapping.KINDS:
+    for kind in hf_mapping.KINDS:
         shapes = {3: [q, kv, kv], 2: [(ffn, hidden)] * 2, 1: [(4, hidden)]}[len(kind.hf)]
         tensors = [torch.randn(shape, generator=generator) for shape in shapes]
         back = kind.split(kind.merge(tensors, model), model)
@@ -184,11 +184,11 @@ def test_split_is_the_exact_inverse_of_merge_for_every_kind(model: Model, seed: 
 
 
 def test_every_name_of_transformers_model_is_mapped_once() -> None:
-    names = mapping.hf_names(MODEL)
+    names = hf_mapping.hf_names(MODEL)
     per_layer = 8 + 1 + 3 * MODEL.num_experts
     assert len(names) == len(set(names)) == 3 + per_layer * MODEL.num_layers
 
 
 def test_a_key_without_an_entry_is_named() -> None:
     with pytest.raises(UserError, match="'decoder.layers.mlp.shared_experts.weight' has no Hugging Face name"):
-        mapping.kind_of("decoder.layers.mlp.shared_experts.weight")
+        hf_mapping.kind_of("decoder.layers.mlp.shared_experts.weight")

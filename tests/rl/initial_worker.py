@@ -31,26 +31,26 @@ def settings_of(directory: Path, init: config.Init, output: Path, world: int = 1
 
 def sources(rank: int, directory: Path) -> None:
     """Three random models, in both formats."""
-    from megatron_bai.model import checkpoint, hf, shards
+    from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
     from megatron_bai.rl.session import open_session
 
     with open_session(settings_of(directory, config.RandomInit(), directory)) as session:
         for seed, name in enumerate(SOURCES):
-            shards.init_random(session.actor.modules, session.settings.model, seed)
-            checkpoint.save(session.actor, directory / "megatron" / name, session.tokenizer_dir, {})
+            param_shards.init_random(session.actor.modules, session.settings.model, seed)
+            megatron_checkpoint.save(session.actor, directory / "megatron" / name, session.tokenizer_dir, {})
             target = directory / "hf" / name
-            hf.export_hf(session.actor.modules, session.settings.model, target, session.tokenizer_dir, {})
+            hf_checkpoint.export_hf(session.actor.modules, session.settings.model, target, session.tokenizer_dir, {})
 
 
 def start(rank: int, world: int, port: int, directory: Path, init: config.Init, output: Path, weights: Path) -> None:
     """One rank that starts as `init` says and leaves the weights it then has."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from megatron_bai.model import hf
+    from megatron_bai.model import hf_checkpoint
     from megatron_bai.rl.session import open_session
 
     with open_session(settings_of(directory, init, output, world)) as session:
-        hf.export_hf(session.actor.modules, session.settings.model, weights, session.tokenizer_dir, {})
+        hf_checkpoint.export_hf(session.actor.modules, session.settings.model, weights, session.tokenizer_dir, {})
 
 
 def worlds(world: int, directory: Path, init: config.Init, output: Path, weights: Path) -> None:

@@ -72,7 +72,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     """Scores under one set of weights, loss and gradient under another."""
     from megatron.core import parallel_state
 
-    from megatron_bai.model import build, checkpoint, shards
+    from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batch import from_samples
     from megatron_bai.rl.engine import Engine
@@ -93,14 +93,14 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     batch = from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature, columns=replay.columns)
     parts = batch.split(len(batch) // micros)
 
-    shards.init_random(actor.modules, MODEL, seed=0)
+    param_shards.init_random(actor.modules, MODEL, seed=0)
     inference = [engine.routes_of(part) for part in parts]
     scores = engine.score(parts, inference if mode == "r3" else None, record=mode == "r2")
     routes = {"none": None, "r2": scores.recorded, "r3": inference}[mode]
     scored = replay.rows
 
-    shards.init_random(actor.modules, MODEL, seed=1)
-    checkpoint.finish_loading(actor)
+    param_shards.init_random(actor.modules, MODEL, seed=1)
+    megatron_checkpoint.finish_loading(actor)
     for group in actor.optimizer.param_groups:
         group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
     if not BEFORE:
@@ -152,9 +152,9 @@ def delivery(device: backend.Device, parallel: config.Parallel) -> dict[str, Any
 
 def state(modules: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Every tensor, on rank 0."""
-    from megatron_bai.model import shards
+    from megatron_bai.model import param_shards
 
-    found = {(key, index): whole.clone() for key, index, whole in shards.gather(modules)}
+    found = {(key, index): whole.clone() for key, index, whole in param_shards.gather(modules)}
     return found if dist.get_rank() == 0 else {}
 
 

@@ -24,7 +24,7 @@ class Bench:
     """A model with its replay, a batch of rollouts, and a fixed cotangent that makes a loss of its logits."""
 
     def __init__(self, device: backend.Device, recompute: str = "none"):
-        from megatron_bai.model import build, checkpoint, shards
+        from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.rl.batch import from_samples
         from megatron_bai.rl.engine import Engine
         from megatron_bai.routing.replay import RoutingReplay
@@ -32,8 +32,8 @@ class Bench:
         trainer = config.Trainer(clip_grad=1e9)
         self.settings = config.Config(model=MODEL, trainer=trainer, parallel=config.Parallel(recompute=recompute))
         self.actor = build.build_actor(self.settings, device)
-        shards.init_random(self.actor.modules, MODEL, seed=0)
-        checkpoint.finish_loading(self.actor)
+        param_shards.init_random(self.actor.modules, MODEL, seed=0)
+        megatron_checkpoint.finish_loading(self.actor)
         self.gpt = self.actor.modules[0]
         self.replay = RoutingReplay(self.actor.chunks)
         self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
@@ -76,15 +76,15 @@ class Bench:
 
     def named(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors shaped like the parameters, under Hugging Face's names: what the export does with weights."""
-        from megatron_bai.model import mapping, shards
+        from megatron_bai.model import hf_mapping, param_shards
 
         kept = {name: p.detach().clone() for name, p in self.gpt.named_parameters()}
         found = {}
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(values[name])
-            for key, index, whole in shards.gather([self.gpt]):
-                kind = mapping.kind_of(key)
+            for key, index, whole in param_shards.gather([self.gpt]):
+                kind = hf_mapping.kind_of(key)
                 found |= {n: t.clone() for n, t in zip(kind.names(index), kind.split(whole, MODEL))}
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(kept[name])

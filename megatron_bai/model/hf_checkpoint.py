@@ -18,8 +18,8 @@ from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.config import Model
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.model import mapping
-from megatron_bai.model.shards import Shard, fill, gather, local_shards
+from megatron_bai.model import hf_mapping
+from megatron_bai.model.param_shards import Shard, fill, gather, local_shards
 from megatron_bai.utils.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
@@ -169,13 +169,13 @@ def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Pat
     group = joined()
     group.together(lambda: manifest.verify(directory, group.rank, group.size))
     reader = HFReader(directory)
-    wanted = set(mapping.hf_names(model))
+    wanted = set(hf_mapping.hf_names(model))
     if difference := sorted(wanted ^ reader.names()):
         state = "missing" if difference[0] in wanted else "unknown"
         raise UserError(f"{directory}: {len(difference)} tensors missing or unknown, first {difference[0]} ({state})")
 
     def whole(shard: Shard) -> torch.Tensor:
-        kind = mapping.kind_of(shard.key)
+        kind = hf_mapping.kind_of(shard.key)
         names = kind.names(shard.index)
         tensors = [reader.tensor(name) for name in names]
         for name, tensor, part in zip(names, tensors, kind.split(torch.empty(shard.shape, device="meta"), model)):
@@ -195,7 +195,7 @@ def tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tuple[str,
         Names and tensors in the same order on every rank; values are defined on rank 0 alone.
     """
     for key, index, tensor in gather(modules):
-        kind = mapping.kind_of(key)
+        kind = hf_mapping.kind_of(key)
         if dist.get_rank() == 0:
             yield from zip(kind.names(index), kind.split(tensor, model))
         else:
@@ -209,7 +209,7 @@ def shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int,
     dist.all_gather_object(everyone, mine)
     found: dict[str, tuple[int, ...]] = {}
     for (key, index), shape in (item for own in everyone for item in own.items()):
-        kind = mapping.kind_of(key)
+        kind = hf_mapping.kind_of(key)
         parts = kind.split(torch.empty(shape, device="meta"), model)
         found |= {name: tuple(part.shape) for name, part in zip(kind.names(index), parts)}
     return found
@@ -290,7 +290,7 @@ def _finish(stage: Path, files: dict[int, list[str]], model: Model) -> None:
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         (stage / f"part-{number}.safetensors").rename(stage / file)
         weight_map |= dict.fromkeys(names, file)
-    if set(weight_map) != set(mapping.hf_names(model)):
-        raise RuntimeError(f"exported {len(weight_map)} tensors, config.json promises {len(mapping.hf_names(model))}")
+    if set(weight_map) != set(hf_mapping.hf_names(model)):
+        raise RuntimeError(f"exported {len(weight_map)} tensors, config.json promises {len(hf_mapping.hf_names(model))}")
     if len(files) > 1:
         (stage / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))

@@ -100,7 +100,7 @@ def kind_of(key: str) -> Kind:
         UserError: the table has none, so the tensor cannot be converted.
     """
     if key not in BY_KEY:
-        raise UserError(f"Megatron tensor {key!r} has no Hugging Face name in model/mapping.py: add an entry there")
+        raise UserError(f"Megatron tensor {key!r} has no Hugging Face name in model/hf_mapping.py: add an entry there")
     return BY_KEY[key]
 
 

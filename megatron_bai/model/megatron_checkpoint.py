@@ -15,9 +15,9 @@ from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Model
 from megatron_bai.distributed.rank_group import Ranks, joined
 from megatron_bai.errors import UserError
-from megatron_bai.model import hf
+from megatron_bai.model import hf_checkpoint
+from megatron_bai.model.async_save import Saving, first_cause
 from megatron_bai.model.build import Actor
-from megatron_bai.model.saving import Saving, first_cause
 
 
 def sharded(actor: Actor) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def save(actor: Actor, target: str | Path, tokenizer: str | Path, info: dict[str
 
 def describes(actor: Actor, tokenizer: str | Path) -> Callable[[Path], None]:
     """What adds the architecture and the tokenizer's files to a directory."""
-    return lambda stage: hf.write_config(actor.settings, actor.transformer_config.params_dtype, tokenizer, stage)
+    return lambda stage: hf_checkpoint.write_config(actor.settings, actor.transformer_config.params_dtype, tokenizer, stage)
 
 
 def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def require_architecture(directory: str | Path, model: Model) -> None:
     Raises:
         UserError: it names what differs; or there is no such file.
     """
-    found = hf.read_config(directory)
+    found = hf_checkpoint.read_config(directory)
     for name in vars(found):
         if name != "init_std" and getattr(found, name) != getattr(model, name):
             raise UserError(
@@ -144,6 +144,6 @@ def kind_of(directory: str | Path) -> str:
     directory = Path(directory)
     if (directory / "metadata.json").is_file():
         return "megatron"
-    if (directory / hf.INDEX).is_file() or (directory / "model.safetensors").is_file():
+    if (directory / hf_checkpoint.INDEX).is_file() or (directory / "model.safetensors").is_file():
         return "hf"
     raise UserError(f"{directory} holds neither a Megatron torch_dist nor a Hugging Face safetensors checkpoint")

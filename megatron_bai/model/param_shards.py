@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.config import Model
-from megatron_bai.model import mapping
+from megatron_bai.model import hf_mapping
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -115,8 +115,8 @@ def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...
         for local, piece in enumerate(theirs):
             slices.setdefault(piece[:2], []).append((owner, local, piece))
     device = next(modules[0].parameters()).device
-    order = list(mapping.BY_KEY)
-    for key, index in sorted(slices, key=lambda s: (order.index(mapping.kind_of(s[0]).megatron), s[1])):
+    order = list(hf_mapping.BY_KEY)
+    for key, index in sorted(slices, key=lambda s: (order.index(hf_mapping.kind_of(s[0]).megatron), s[1])):
         pieces = slices[key, index]
         shape, dtype = pieces[0][2][4:]
         if sum(torch.Size(piece[3]).numel() for _, _, piece in pieces) != torch.Size(shape).numel():
