@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 import replay_step
 
-from megatron_bai.routing.codec import Recording, bound_bytes, cut, decode, encode
 from megatron_bai.routing.routes import RouteSignature, check_ids
+from megatron_bai.routing.store.codec import Recording, bound_bytes, cut, decode, encode
 
 METHODS = ("int32", "plain", "compact")
 DATA, PIPELINE = 4, 2

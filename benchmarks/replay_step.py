@@ -50,7 +50,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     from megatron_bai.rl.batch import from_samples
     from megatron_bai.rl.engine import Engine
     from megatron_bai.rollout.sample import Sample
-    from megatron_bai.routing.replay import RoutingReplay
+    from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     parallel = config.Parallel(recompute=arguments.recompute)
     settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(learning_rate=0.0))

@@ -208,7 +208,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     from megatron_bai.rl.batch import from_samples
     from megatron_bai.rl.engine import Engine
     from megatron_bai.rollout.sample import Sample
-    from megatron_bai.routing.replay import RoutingReplay
+    from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     build.init_parallel(settings.parallel, seed=0)
     actor = build.build_actor(settings, device)

@@ -2,7 +2,7 @@
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.routing.store import is_store
+from megatron_bai.routing.store.route_store import is_store
 
 
 def run(settings: config.Config) -> None:
@@ -17,7 +17,7 @@ def run(settings: config.Config) -> None:
     if other and is_store(path) != is_store(other):
         raise UserError(f"one of {path} and {other} holds routes and the other does not: compare two of one kind")
     if is_store(path):
-        from megatron_bai.routing.inspect import describe
+        from megatron_bai.routing.store.store_stats import describe
 
         describe(path, other)
         return

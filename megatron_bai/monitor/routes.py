@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.monitor.stats import Stats, entropy
-from megatron_bai.routing.queues import MicroRoutes, differing
+from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
 
 _LOAD = "expert_load/"
 

@@ -16,8 +16,8 @@ from megatron_bai.rl.logprobs import token_scores
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.rl.passes import Passes
 from megatron_bai.routing.layout import Place, fillers
-from megatron_bai.routing.queues import MicroRoutes
-from megatron_bai.routing.replay import RoutingReplay
+from megatron_bai.routing.replay.replay_pass import MicroRoutes
+from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
 
 @dataclass

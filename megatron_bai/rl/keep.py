@@ -13,10 +13,10 @@ from megatron_bai.errors import UserError
 from megatron_bai.rl.batch import Batch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.codec import Recording, encode, token_hash
-from megatron_bai.routing.queues import MicroRoutes
+from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.routes import VersionSpan
-from megatron_bai.routing.store import RouteStore, StoreWriter, cut, is_store
+from megatron_bai.routing.store.codec import Recording, encode, token_hash
+from megatron_bai.routing.store.route_store import RouteStore, StoreWriter, cut, is_store
 
 
 class RouteKeeper:

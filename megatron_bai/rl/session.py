@@ -30,11 +30,11 @@ from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rollout import access, fleet
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.codec import ENCODINGS
 from megatron_bai.routing.missing import check_policy
-from megatron_bai.routing.replay import RoutingReplay
+from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
-from megatron_bai.routing.sets import MAX_EXPERTS, MAX_TOPK
+from megatron_bai.routing.store.codec import ENCODINGS
+from megatron_bai.routing.store.expert_set_code import MAX_EXPERTS, MAX_TOPK
 
 
 @dataclass

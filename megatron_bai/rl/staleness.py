@@ -23,7 +23,7 @@ from megatron_bai.rl.engine import Engine
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.reference import Reference
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.queues import MicroRoutes
+from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 
 def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:

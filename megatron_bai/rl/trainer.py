@@ -36,7 +36,7 @@ from megatron_bai.rl.schedule import set_rates
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, Asked, heed
 from megatron_bai.rl.staleness import Former, add_discrepancies
-from megatron_bai.routing.queues import MicroRoutes
+from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
 

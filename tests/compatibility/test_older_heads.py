@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from megatron_bai.routing.store import RouteStore, StoreWriter
+from megatron_bai.routing.store.route_store import RouteStore, StoreWriter
 
 HEADS = sorted((TESTS / "data").glob("head-*"))
 NEVER = 1_000_000_000  # seconds: when files were changed that no one has changed since

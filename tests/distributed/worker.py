@@ -107,7 +107,7 @@ class Run:
         from megatron_bai.rl.batch import from_samples
         from megatron_bai.rl.engine import Engine
         from megatron_bai.rl.packing import cut
-        from megatron_bai.routing.replay import RoutingReplay
+        from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
         trainer = config.Trainer(
             learning_rate=LEARNING_RATE,

@@ -27,7 +27,7 @@ from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout import control
 from megatron_bai.rollout.quantize import FORMATS
-from megatron_bai.routing.queues import MicroRoutes, differing
+from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
 
 _PROMPTS, _GROUP = 8, 4
 

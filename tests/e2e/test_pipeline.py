@@ -14,7 +14,7 @@ from pipeline import STEPS, Demo
 
 from megatron_bai.monitor.charts import others
 from megatron_bai.monitor.rundata import load_run
-from megatron_bai.routing.store import RouteStore
+from megatron_bai.routing.store.route_store import RouteStore
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 

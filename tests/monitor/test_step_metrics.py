@@ -10,7 +10,7 @@ from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.responses import add_responses, of_responses
 from megatron_bai.monitor.routes import add_load, add_mismatch, of_load
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.routing.queues import MicroRoutes
+from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 
 def discrepancy(train: np.ndarray, infer: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -25,7 +25,7 @@ from megatron_bai.monitor.report import flatten
 from megatron_bai.rl import resume
 from megatron_bai.rl.session import validate
 from megatron_bai.rl.signals import STOPPED
-from megatron_bai.routing.store import RouteStore
+from megatron_bai.routing.store.route_store import RouteStore
 
 pytestmark = pytest.mark.distributed
 RATE = config.Trainer().learning_rate

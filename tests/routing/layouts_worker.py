@@ -76,7 +76,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batch import from_samples
     from megatron_bai.rl.engine import Engine
-    from megatron_bai.routing.replay import RoutingReplay
+    from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     layout, recompute, dispatcher, micros, mode = name
     sizes = LAYOUTS[layout].sizes
@@ -129,7 +129,7 @@ def delivery(device: backend.Device, parallel: config.Parallel) -> dict[str, Any
 
     from megatron_bai.model import build
     from megatron_bai.rl.session import Session
-    from megatron_bai.routing.replay import RoutingReplay
+    from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     replay = RoutingReplay(build.build_actor(config.Config(model=MODEL, parallel=parallel), device, train=False).chunks)
     group = parallel_state.get_model_parallel_group()

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from megatron_bai.routing.codec import Recording, token_hash
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
+from megatron_bai.routing.store.codec import Recording, token_hash
 
 SMALL = RouteSignature(moe_layers=3, num_experts=8, topk=2)
 

@@ -27,7 +27,7 @@ class Bench:
         from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.rl.batch import from_samples
         from megatron_bai.rl.engine import Engine
-        from megatron_bai.routing.replay import RoutingReplay
+        from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
         trainer = config.Trainer(clip_grad=1e9)
         self.settings = config.Config(model=MODEL, trainer=trainer, parallel=config.Parallel(recompute=recompute))
@@ -131,7 +131,7 @@ def forced(bench: Bench) -> dict[str, Any]:
 
 def partial(bench: Bench, again: Bench) -> dict[str, Any]:
     """Every third row has no recording: there the router chooses. `again` recomputes the same model."""
-    from megatron_bai.routing.queues import MicroRoutes
+    from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
     missing = bench.batch.routed & (torch.arange(LENGTH) % 3 == 1)
     live, counted = missing.T.flatten(), (bench.batch.routed & ~missing).T.flatten()
@@ -196,8 +196,8 @@ def failures(bench: Bench) -> dict[str, str]:
     """What is said when replay does not happen as it should, and whether a live pass works afterwards."""
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-    from megatron_bai.routing.binding import bind
-    from megatron_bai.routing.queues import MicroRoutes
+    from megatron_bai.routing.replay.replay_pass import MicroRoutes
+    from megatron_bai.routing.replay.router_binding import bind
 
     layers = list(bench.gpt.decoder.layers)
     force, record, ids = bench.replay.force, bench.replay.record, bench.routes.ids

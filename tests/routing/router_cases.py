@@ -70,8 +70,8 @@ class Alone(torch.nn.Module):
 
 def kind(changes: dict[str, Any]) -> dict[str, Any]:
     """A live pass, its replay, and a pass with random experts forced of which the last rows are padding."""
-    from megatron_bai.routing.queues import MicroRoutes
-    from megatron_bai.routing.replay import RoutingReplay
+    from megatron_bai.routing.replay.replay_pass import MicroRoutes
+    from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     model = Alone(**changes)
     replay = RoutingReplay([model])
@@ -107,8 +107,8 @@ def sparse_model(device: Any) -> dict[str, Any]:
 
     from megatron_bai.model.build import _block_spec
     from megatron_bai.routing.layout import fillers
-    from megatron_bai.routing.queues import MicroRoutes
-    from megatron_bai.routing.replay import RoutingReplay
+    from megatron_bai.routing.replay.replay_pass import MicroRoutes
+    from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     config = settings(moe_layer_freq=[0, 1, 1], mtp_num_layers=1)
     spec = _block_spec(config, transformer_engine=False, vp_stage=None)
@@ -137,7 +137,7 @@ def sparse_model(device: Any) -> dict[str, Any]:
 def checks() -> dict[str, Any]:
     """What `preflight` says about each setting that bypasses or breaks replay, and about those that only mislead."""
     from megatron_bai.errors import UserError
-    from megatron_bai.routing.preflight import preflight
+    from megatron_bai.routing.replay.preflight import preflight
 
     def said(**changes: Any) -> Any:
         config = settings()

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import SMALL, recording, routes, same
 
-from megatron_bai.routing import planes
-from megatron_bai.routing.codec import ENCODINGS, bound_bytes, cut, decode, encode, token_hash
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, ascending
-from megatron_bai.routing.sets import bound_bits, set_code
+from megatron_bai.routing.store import bit_planes
+from megatron_bai.routing.store.codec import ENCODINGS, bound_bytes, cut, decode, encode, token_hash
+from megatron_bai.routing.store.expert_set_code import bound_bits, set_code
 
 # Experts and top-k of models in use, and the corners of what is supported.
 MODELS = [(4, 2), (8, 2), (60, 4), (64, 6), (64, 8), (128, 4), (128, 8), (160, 8), (256, 8), (257, 8), (384, 8),
@@ -91,10 +91,10 @@ def _limbs(code) -> list[tuple[int, int]]:
 def test_planes_return_the_bits_they_were_given(bits: int, layers: int, count: int, seed: int) -> None:
     words = np.random.default_rng(seed).integers(0, 1 << bits, (layers, count))
     found = np.zeros_like(words)
-    for shift, width in planes.split(bits):
-        plane = np.zeros((layers, planes.size(count, width)), dtype=np.uint8)
-        planes.write(words, shift, width, plane)
-        planes.read(plane, shift, width, found)
+    for shift, width in bit_planes.split(bits):
+        plane = np.zeros((layers, bit_planes.size(count, width)), dtype=np.uint8)
+        bit_planes.write(words, shift, width, plane)
+        bit_planes.read(plane, shift, width, found)
     assert np.array_equal(found, words)
 
 

@@ -11,10 +11,10 @@ from recordings import SMALL, recording
 from megatron_bai import inspect as verb
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
-from megatron_bai.routing.codec import Recording, encode
-from megatron_bai.routing.inspect import content, entropy, overlap
 from megatron_bai.routing.routes import RouteSignature
-from megatron_bai.routing.store import RouteStore, StoreWriter
+from megatron_bai.routing.store.codec import Recording, encode
+from megatron_bai.routing.store.route_store import RouteStore, StoreWriter
+from megatron_bai.routing.store.store_stats import content, entropy, overlap
 
 Kept = dict[tuple[int, int], Recording]
 

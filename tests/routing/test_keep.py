@@ -9,9 +9,9 @@ from keep_worker import LAYOUTS, PACKED, STEPS
 from moe import MODEL, SIGNATURE
 from processes import TESTS, launch
 
-from megatron_bai.routing.codec import token_hash
 from megatron_bai.routing.routes import VersionSpan
-from megatron_bai.routing.store import RouteStore
+from megatron_bai.routing.store.codec import token_hash
+from megatron_bai.routing.store.route_store import RouteStore
 
 pytestmark = pytest.mark.distributed
 SAMPLES, MICRO = 16, 2

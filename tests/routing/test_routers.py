@@ -8,7 +8,7 @@ from routing.router_cases import EXPERTS, GROUPS, KINDS, TOPK
 from torch import Tensor
 
 from megatron_bai.errors import UserError
-from megatron_bai.routing import preflight
+from megatron_bai.routing.replay import preflight
 
 Facts = dict[str, Any]
 each_kind = pytest.mark.parametrize("kind", KINDS)

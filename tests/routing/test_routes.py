@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.routing.layout import assemble
-from megatron_bai.routing.queues import differing
+from megatron_bai.routing.replay.replay_pass import differing
 from megatron_bai.routing.routes import RouteSignature, check_ids
 
 SMALL = RouteSignature(moe_layers=3, num_experts=8, topk=2)

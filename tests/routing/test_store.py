@@ -13,8 +13,8 @@ from processes import TESTS
 from recordings import recording, same
 
 from megatron_bai.errors import UserError
-from megatron_bai.routing.codec import encode
-from megatron_bai.routing.store import Entry, RouteStore, StoreWriter, cut, is_store
+from megatron_bai.routing.store.codec import encode
+from megatron_bai.routing.store.route_store import Entry, RouteStore, StoreWriter, cut, is_store
 
 
 def fill(directory: Path, name: str = "a", step: int = 0, count: int = 5) -> list[Entry]:

@@ -23,8 +23,8 @@ from typing import Any
 
 from megatron_bai.checkpoint.atomic_dir import sync
 from megatron_bai.errors import UserError
-from megatron_bai.routing import codec
-from megatron_bai.routing.codec import Recording
+from megatron_bai.routing.store import codec
+from megatron_bai.routing.store.codec import Recording
 
 SUFFIX = ".routes"
 MAGIC = b"MBR\x01"  # the last byte is the version

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bai.errors import UserError
-from megatron_bai.routing.codec import Recording, bound_bytes
 from megatron_bai.routing.routes import RouteSignature, ascending, chunks
-from megatron_bai.routing.store import Entry, RouteStore
+from megatron_bai.routing.store.codec import Recording, bound_bytes
+from megatron_bai.routing.store.route_store import Entry, RouteStore
 
 _BARS = "·▁▂▃▄▅▆▇█"  # an expert that was never chosen is a dot
 _NAMED = 3  # experts named as the busiest of a layer, samples named as belonging to other tokens

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from megatron_bai.routing import preflight
-from megatron_bai.routing.binding import bind, moe_layers
-from megatron_bai.routing.queues import MicroRoutes, Pass
+from megatron_bai.routing.replay import preflight
+from megatron_bai.routing.replay.replay_pass import MicroRoutes, Pass
+from megatron_bai.routing.replay.router_binding import bind, moe_layers
 from megatron_bai.routing.routes import RouteSignature
 
 

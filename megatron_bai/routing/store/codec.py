@@ -21,7 +21,6 @@ from hashlib import blake2b
 
 import numpy as np
 
-from megatron_bai.routing import planes
 from megatron_bai.routing.routes import (
     RouteSignature,
     VersionSpan,
@@ -31,7 +30,8 @@ from megatron_bai.routing.routes import (
     check_range,
     chunks,
 )
-from megatron_bai.routing.sets import SetCode, bound_bits, set_code
+from megatron_bai.routing.store import bit_planes
+from megatron_bai.routing.store.expert_set_code import SetCode, bound_bits, set_code
 
 MAGIC = b"MBRT"
 VERSION = 1
@@ -280,8 +280,8 @@ def _checked(ids: np.ndarray, head: _Head) -> np.ndarray:
 def _plane_sizes(rows: int, code: SetCode) -> list[tuple[int, int, int, int]]:
     """(field, first bit, width, bytes a layer) of each plane."""
     words = -(-rows // code.group)
-    fields = [(field, *plane) for field, bits in enumerate(code.fields) for plane in planes.split(bits)]
-    return [(field, shift, width, planes.size(words, width)) for field, shift, width in fields]
+    fields = [(field, *plane) for field, bits in enumerate(code.fields) for plane in bit_planes.split(bits)]
+    return [(field, shift, width, bit_planes.size(words, width)) for field, shift, width in fields]
 
 
 def _plane_views(
@@ -304,7 +304,7 @@ def _pack(ids: np.ndarray, code: SetCode) -> np.ndarray:
         check_distinct(columns, "routes to encode")
         words = code.words(columns)
         for field, shift, width, plane in views:
-            planes.write(words[field], shift, width, plane[part])
+            bit_planes.write(words[field], shift, width, plane[part])
     return payload
 
 
@@ -315,7 +315,7 @@ def _unpack(payload: memoryview, rows: int, layers: int, code: SetCode) -> np.nd
         height = part.stop - part.start
         words = [np.zeros((height, -(-rows // code.group)), dtype=np.int64) for _ in code.fields]
         for field, shift, width, plane in views:
-            planes.read(plane[part], shift, width, words[field])
+            bit_planes.read(plane[part], shift, width, words[field])
         columns = code.columns(words, rows)
         for layer in range(height):
             ids[:, part.start + layer] = columns[:, layer].T
