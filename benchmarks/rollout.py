@@ -31,8 +31,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.reply import to_sample
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.parse_reply import to_sample
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.routing.routes import RouteSignature
 
 VOCAB, LAYERS, EXPERTS, TOPK = 512, 8, 32, 4

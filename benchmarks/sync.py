@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_bai.config import Rollout
-from megatron_bai.rollout import sync
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.group import OverGroup
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers import weight_sync
+from megatron_bai.rollout.servers.broadcast_transport import OverGroup
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.routing.routes import RouteSignature
 
 VOCAB, LAYERS, EXPERTS, TOPK = 512, 4, 16, 4
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _measure(root: Path, asked: argparse.Namespace) -> None:
     sources = [make(root / str(seed), seed, asked.mib) for seed in range(2)]
-    shapes = sync.tensor_shapes(sources[0])
+    shapes = weight_sync.tensor_shapes(sources[0])
     weights = [load_file(source / "model.safetensors") for source in sources]
     nbytes = sum(tensor.nbytes for tensor in weights[0].values())
     rollout, bucket = Rollout(max_total_tokens=1024, sync="tensors"), asked.bucket_mib << 20
@@ -76,18 +76,18 @@ def _measure(root: Path, asked: argparse.Namespace) -> None:
         client = RolloutClient(urls, rollout, signature, VOCAB, 256)
         expected = []
         for which, source in enumerate(sources):
-            sync.from_disk(urls, source, f"reference-{which}", shapes)
+            weight_sync.from_disk(urls, source, f"reference-{which}", shapes)
             expected.append(client.score(PROBE)[0])
-        http = sync.OverHttp(urls, [1])
+        http = weight_sync.OverHttp(urls, [1])
         with closing(OverGroup(urls, [1], "127.0.0.1", torch.device("cpu"))) as group:
             ways: dict[str, Callable[[int, str], None]] = {
                 "copy": lambda which, version: copy(weights[which]),
                 "file": lambda which, version: through_file(weights[which], root / "file"),
                 "disk": lambda which, version: through_disk(urls, weights[which], sources[which], version, shapes),
-                "tensors": lambda which, version: sync.from_tensors(
+                "tensors": lambda which, version: weight_sync.from_tensors(
                     urls, weights[which].items(), version, shapes, http, bucket
                 ),
-                "group": lambda which, version: sync.from_tensors(
+                "group": lambda which, version: weight_sync.from_tensors(
                     urls, weights[which].items(), version, shapes, group, bucket
                 ),
             }
@@ -118,11 +118,11 @@ def through_file(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def through_disk(
-    urls: list[str], weights: dict[str, torch.Tensor], directory: Path, version: str, shapes: sync.Shapes
+    urls: list[str], weights: dict[str, torch.Tensor], directory: Path, version: str, shapes: weight_sync.Shapes
 ) -> None:
     """As the trainer does: the file is new each time, the server reads it."""
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    sync.from_disk(urls, directory, version, shapes)
+    weight_sync.from_disk(urls, directory, version, shapes)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import megatron_checkpoint
 from megatron_bai.model.convert import convert
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 
 def run(settings: config.Config) -> None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from megatron_bai.rollout import control
-from megatron_bai.rollout.server import _environment, _free_port, last_error
+from megatron_bai.rollout.servers import control
+from megatron_bai.rollout.servers.sglang_server import _environment, _free_port, last_error
 from megatron_bai.utils.child_processes import die_with
 
 _HOST, _START_S = "127.0.0.1", 600.0
@@ -40,7 +40,7 @@ def rewards(model: Path, directory: Path) -> Iterator[str]:
     }  # fmt: skip
     flags = ["is-embedding", "disable-radix-cache", "disable-cuda-graph", "sleep-on-idle"]
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid()), *words]
+    command = [sys.executable, "-m", "megatron_bai.rollout.servers.server_main", "--parent", str(os.getpid()), *words]
     with _running([*command, *(f"--{flag}" for flag in flags)], port, directory / "reward-server.log") as url:
         yield url
 

@@ -7,7 +7,7 @@ Upstream: srt/entrypoints/engine.py `_set_envs_and_config` chooses multiprocessi
 context does not outlive a fork. On a CPU there is none, and nothing but imports has happened when workers are started.
 
 What it does: chooses fork. A worker asks the kernel to be killed with its parent before it does anything else, as those
-spawned do in `rollout/serve.py`.
+spawned do in `rollout/servers/server_main.py`.
 
 Can go: when upstream lets the method be chosen.
 """

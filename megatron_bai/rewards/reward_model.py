@@ -26,19 +26,20 @@ SENDS = ("text", "ids", "chat")
 
 @contextmanager
 def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Scorer]:
-    from megatron_bai.rollout import control, requests
+    from megatron_bai.rollout import http_client
+    from megatron_bai.rollout.servers import control
 
     url = settings.url.rstrip("/")
     if control.get(url, "/model_info").get("is_generation") is not False:
         raise UserError(f"reward.url={url} serves a model that generates: start SGLang on a reward model, --is-embedding")
     body = _body(settings)
-    limits = requests.Limits(
+    limits = http_client.Limits(
         settings.concurrency, settings.request_timeout_s, settings.retries, "reward.request_timeout_s"
     )
 
     def scores(items: list[Item]) -> list[Score]:
         asked = [(0, body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
-        found = requests.ask_all([url], "/classify", asked, limits, tolerated=len(asked))
+        found = http_client.ask_all([url], "/classify", asked, limits, tolerated=len(asked))
         return [
             Score(None, str(each)) if isinstance(each, UserError) else Score(each + checked(item))
             for each, item in zip(found, items, strict=True)

@@ -30,7 +30,7 @@ from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rl.inference import Inference
 from megatron_bai.rl.session import Session
-from megatron_bai.rollout import archive
+from megatron_bai.rollout import sample_file
 from megatron_bai.rollout.client import Wanted, sampling_seed
 from megatron_bai.rollout.sample import Sample, lost_sample
 
@@ -234,7 +234,7 @@ class Ahead:
         path.parent.mkdir(exist_ok=True)
         groups = [*self._ready, *self._groups]  # all begun, since a step samples before it ends; `read` counts on it
         samples = [(group.number, sample) for group in groups for sample in group.begun()]
-        archive.write(path, samples, self.session.signature)
+        sample_file.write(path, samples, self.session.signature)
 
     def read(self, directory: Path) -> None:
         """Continue with what `write` kept; after another number of replicas wrote it, with a share of all there is.
@@ -250,7 +250,7 @@ class Ahead:
         writers = session.data_size if files == [own] else len(files)
         ready, rest = [], []
         for file in files:
-            samples, chosen = archive.read(file, session.signature), self.trained // writers if self.begun else 0
+            samples, chosen = sample_file.read(file, session.signature), self.trained // writers if self.begun else 0
             groups = [self._group(samples[i : i + size]) for i in range(0, len(samples), size)]
             ready += groups[:chosen]
             rest += groups[chosen:]

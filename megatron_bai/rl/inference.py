@@ -18,13 +18,13 @@ from megatron_bai.model import hf_checkpoint
 from megatron_bai.rewards import rewarded
 from megatron_bai.rl.batch import padded_length
 from megatron_bai.rl.session import Session
-from megatron_bai.rollout import fleet, sync
 from megatron_bai.rollout.client import RolloutClient, Wanted
-from megatron_bai.rollout.fleet import Fleet, Servers
-from megatron_bai.rollout.group import OverGroup
-from megatron_bai.rollout.quantize import quantized
 from megatron_bai.rollout.sample import Sample, lost_sample
-from megatron_bai.rollout.sync import Carrier
+from megatron_bai.rollout.servers import fleet, weight_sync
+from megatron_bai.rollout.servers.broadcast_transport import OverGroup
+from megatron_bai.rollout.servers.fleet import Fleet, Servers
+from megatron_bai.rollout.servers.quantize import quantized
+from megatron_bai.rollout.servers.weight_sync import Carrier
 
 _PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived
 
@@ -208,7 +208,7 @@ class Inference:
         session = self._session
         directory = _export(session, self.version) if export else _weights(session, self.version)
         if session.lead:
-            sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
+            weight_sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
             if self._weights != self.version:
                 rmtree(_weights(session, self._weights), ignore_errors=True)
         self._weights = self.version
@@ -220,7 +220,7 @@ class Inference:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._carrier = self._carrier or self._connected()
             bucket = rollout.sync_bucket_mib << 20
-            sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._carrier, bucket)
+            weight_sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._carrier, bucket)
         else:
             for _ in tensors:  # takes part in the gathering, and has nothing to give
                 pass
@@ -229,7 +229,7 @@ class Inference:
         """What brings tensors to the servers as they are now."""
         servers, rollout, device = self._servers, self._session.settings.rollout, self._session.device.device
         if rollout.sync == "tensors":
-            return sync.OverHttp(servers.urls, servers.sizes)
+            return weight_sync.OverHttp(servers.urls, servers.sizes)
         return OverGroup(servers.urls, servers.sizes, rollout.sync_host, device)
 
     def close(self) -> None:

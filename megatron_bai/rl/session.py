@@ -27,9 +27,9 @@ from megatron_bai.rl import initial, objectives, schedule, staleness
 from megatron_bai.rl.critic import Critic
 from megatron_bai.rl.engine import Engine
 from megatron_bai.rl.objectives.objective import policy_settings
-from megatron_bai.rollout import access, fleet
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.servers import auth, fleet
 from megatron_bai.routing.missing import check_policy
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
@@ -100,7 +100,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     validate(settings)
     require_packages(settings)
     if settings.rollout.api_key_file:
-        access.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
+        auth.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
     device = backend.start(settings.backend)
     try:
         build.validate(settings.model, settings.parallel, dist.get_world_size())

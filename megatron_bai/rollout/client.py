@@ -9,10 +9,10 @@ import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.access import use_key
-from megatron_bai.rollout.reply import largest, to_sample, to_scores
-from megatron_bai.rollout.requests import Limits, Request, ask_all
+from megatron_bai.rollout.http_client import Limits, Request, ask_all
+from megatron_bai.rollout.parse_reply import largest, to_sample, to_scores
 from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.rollout.servers.auth import use_key
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 BIN = Path(sys.executable).parent
-SERVER = "megatron_bai.rollout.serve"
+SERVER = "megatron_bai.rollout.servers.server_main"
 _TIMEOUT_S = 500  # of one command, on a machine that does something else as well
 
 

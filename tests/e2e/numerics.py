@@ -25,8 +25,8 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.inference import Inference, serve
 from megatron_bai.rl.session import Session, open_session
-from megatron_bai.rollout import control
-from megatron_bai.rollout.quantize import FORMATS
+from megatron_bai.rollout.servers import control
+from megatron_bai.rollout.servers.quantize import FORMATS
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
 
 _PROMPTS, _GROUP = 8, 4

@@ -22,7 +22,7 @@ from processes import TESTS
 from megatron_bai.checkpoint import manifest
 from megatron_bai.config import Model, Rollout
 from megatron_bai.model import hf_checkpoint
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 

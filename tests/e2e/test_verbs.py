@@ -7,7 +7,7 @@ import pytest
 from command import SERVER, Result, succeeded
 from pipeline import Demo
 
-from megatron_bai.rollout import control
+from megatron_bai.rollout.servers import control
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]
 

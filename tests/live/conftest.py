@@ -8,8 +8,8 @@ import pytest
 from tiny import LENGTH, ROLLOUT, SIGNATURE, VOCAB, save_tiny
 
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.server import SGLangServer
-from megatron_bai.rollout.sync import from_disk, tensor_shapes
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
 
 
 @pytest.fixture(scope="session")

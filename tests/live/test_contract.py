@@ -26,10 +26,10 @@ from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item
 from megatron_bai.rewards.reward_model import _body
-from megatron_bai.rollout import control, fleet, sync, versions
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.group import OverGroup
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers import control, fleet, releases, weight_sync
+from megatron_bai.rollout.servers.broadcast_transport import OverGroup
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 pytestmark = pytest.mark.live
 # Asked of a reward model's server, which the tests of rewards start.
@@ -74,12 +74,12 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
         client = RolloutClient(servers.ask, replace(ROLLOUT, max_new_tokens=4), SIGNATURE, VOCAB, LENGTH)
         client.generate([[5, 6, 7]], 2, 0, STOP)
         client.score([[5, 6, 7]])
-        shapes, weights = sync.tensor_shapes(checkpoints["v0"]), load_file(checkpoints["v0"] / "model.safetensors")
-        sync.from_disk(servers.urls, checkpoints["v0"], "by-disk", shapes)
-        over_http = sync.OverHttp(servers.urls, servers.sizes)
-        sync.from_tensors(servers.urls, weights.items(), "by-http", shapes, over_http, 1 << 17)
+        shapes, weights = weight_sync.tensor_shapes(checkpoints["v0"]), load_file(checkpoints["v0"] / "model.safetensors")
+        weight_sync.from_disk(servers.urls, checkpoints["v0"], "by-disk", shapes)
+        over_http = weight_sync.OverHttp(servers.urls, servers.sizes)
+        weight_sync.from_tensors(servers.urls, weights.items(), "by-http", shapes, over_http, 1 << 17)
         with closing(OverGroup(servers.urls, servers.sizes, "127.0.0.1", torch.device("cpu"), 60)) as group:
-            sync.from_tensors(servers.urls, weights.items(), "by-group", shapes, group, 1 << 17)
+            weight_sync.from_tensors(servers.urls, weights.items(), "by-group", shapes, group, 1 << 17)
     return heard
 
 
@@ -125,8 +125,8 @@ def test_sampling_parameters_are_checked_by_sglang_itself(server: SGLangServer, 
 def test_what_is_read_of_a_server_is_what_it_says(said: list[Said]) -> None:
     """All that is looked up with a default: its absence would pass for an answer."""
     (info, *_) = [each.reply for each in said if each.path == "/server_info"]
-    assert {"version", "tp_size", "dp_size", *versions._NEEDED, *versions._SEEDED, *versions._BARRED} <= set(info)
-    assert info["version"] == versions.PINNED
+    assert {"version", "tp_size", "dp_size", *releases._NEEDED, *releases._SEEDED, *releases._BARRED} <= set(info)
+    assert info["version"] == releases.PINNED
     (model, *_) = [each.reply for each in said if each.path == "/model_info"]
     assert {"weight_version", "is_generation"} <= set(model)
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control, fleet, sync
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.fleet import Fleet
-from megatron_bai.rollout.group import OverGroup
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers import control, fleet, weight_sync
+from megatron_bai.rollout.servers.broadcast_transport import OverGroup
+from megatron_bai.rollout.servers.fleet import Fleet
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 pytestmark = pytest.mark.live
 PROBE = [list(range(2, 22))]
@@ -32,9 +32,9 @@ def both(server: SGLangServer, checkpoints: dict[str, Path], tmp_path_factory: p
 
 
 @pytest.fixture(params=["tensors", "group"])
-def carrier(request: pytest.FixtureRequest, both: Fleet) -> Iterator[sync.Carrier]:
+def carrier(request: pytest.FixtureRequest, both: Fleet) -> Iterator[weight_sync.Carrier]:
     if request.param == "tensors":
-        yield sync.OverHttp(both.urls, both.sizes)
+        yield weight_sync.OverHttp(both.urls, both.sizes)
         return
     with closing(OverGroup(both.urls, both.sizes, "127.0.0.1", torch.device("cpu"), timeout_s=60)) as group:
         yield group
@@ -49,25 +49,25 @@ def scores(url: str) -> np.ndarray:
 
 
 def test_weights_out_of_memory_are_those_on_disk(
-    both: Fleet, carrier: sync.Carrier, checkpoints: dict[str, Path]
+    both: Fleet, carrier: weight_sync.Carrier, checkpoints: dict[str, Path]
 ) -> None:
     """Bit for bit, in buckets of a few tensors; and no bucket is larger than asked for."""
     sent: list[int] = []
 
     class Seen:
-        def send(self, bucket: sync.Bucket) -> None:
+        def send(self, bucket: weight_sync.Bucket) -> None:
             sent.append(sum(tensor.nbytes for _, tensor in bucket))
             carrier.send(bucket)
 
     assert both.sizes == [1, 2]
-    shapes = sync.tensor_shapes(checkpoints["v0"])
+    shapes = weight_sync.tensor_shapes(checkpoints["v0"])
     for version in ("v1", "v0"):
-        sync.from_disk(both.urls, checkpoints[version], version, shapes)
+        weight_sync.from_disk(both.urls, checkpoints[version], version, shapes)
         expected = [scores(url) for url in both.urls]
         other = "v0" if version == "v1" else "v1"
-        sync.from_disk(both.urls, checkpoints[other], other, shapes)
+        weight_sync.from_disk(both.urls, checkpoints[other], other, shapes)
         assert all(np.abs(scores(url) - was).max() > 0.1 for url, was in zip(both.urls, expected))
-        sync.from_tensors(both.urls, weights(checkpoints, version).items(), f"{version}-again", shapes, Seen(), 1 << 16)
+        weight_sync.from_tensors(both.urls, weights(checkpoints, version).items(), f"{version}-again", shapes, Seen(), 1 << 16)
         for url, was in zip(both.urls, expected):
             np.testing.assert_array_equal(scores(url), was)
             assert control.weight_version(url) == f"{version}-again"
@@ -98,21 +98,21 @@ def test_servers_with_some_of_the_weights_stay_paused(
     both: Fleet, checkpoints: dict[str, Path], damage: Callable[[Weights], None], says: str
 ) -> None:
     """What SGLang itself would take without a word, or die of."""
-    shapes, named = sync.tensor_shapes(checkpoints["v1"]), weights(checkpoints, "v1")
+    shapes, named = weight_sync.tensor_shapes(checkpoints["v1"]), weights(checkpoints, "v1")
     damage(named)
     with pytest.raises(UserError, match=says):
-        sync.from_tensors(both.urls, named.items(), "v9", shapes, sync.OverHttp(both.urls, both.sizes), 1 << 16)
+        weight_sync.from_tensors(both.urls, named.items(), "v9", shapes, weight_sync.OverHttp(both.urls, both.sizes), 1 << 16)
     hurried = replace(ROLLOUT, request_timeout_s=1.0, retries=0)
     with pytest.raises(UserError, match="no answer within"):
         RolloutClient(both.urls[:1], hurried, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, STOP)
     for url in both.urls:  # a whole set of weights makes them good again
         control.post(url, "/end_weight_update", {})
-    sync.from_disk(both.urls, checkpoints["v0"], "v0", shapes)
+    weight_sync.from_disk(both.urls, checkpoints["v0"], "v0", shapes)
     assert RolloutClient(both.urls[:1], ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, STOP)
 
 
 def test_both_answer_alike_and_each_is_asked(both: Fleet, checkpoints: dict[str, Path], server: SGLangServer) -> None:
-    sync.from_disk(both.urls, checkpoints["v0"], "v0", sync.tensor_shapes(checkpoints["v0"]))
+    weight_sync.from_disk(both.urls, checkpoints["v0"], "v0", weight_sync.tensor_shapes(checkpoints["v0"]))
     before = server.log_path.read_text().count("POST /generate")
     found = [
         RolloutClient(urls, ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5, 6], [7], [9, 8]], 2, 3, STOP)

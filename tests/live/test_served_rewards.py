@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceC
 from megatron_bai import config, rewards
 from megatron_bai.data import Prompt, build_tokenizer
 from megatron_bai.rewards import Item
-from megatron_bai.rollout import control
-from megatron_bai.rollout.server import _environment
+from megatron_bai.rollout.servers import control
+from megatron_bai.rollout.servers.sglang_server import _environment
 
 pytestmark = pytest.mark.live
 TEMPLATE = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}{% endfor %}<eos>"
@@ -48,7 +48,7 @@ def url(checkpoint: Path) -> Iterator[str]:
     flags = ["--is-embedding", "--disable-radix-cache", "--disable-cuda-graph", "--sleep-on-idle"]
     sizes = ["--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "16"]
     where = ["--model-path", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    command = [sys.executable, "-m", "megatron_bai.rollout.serve", "--parent", str(os.getpid())]
+    command = [sys.executable, "-m", "megatron_bai.rollout.servers.server_main", "--parent", str(os.getpid())]
     log = checkpoint.parent / "server.log"
     with open(log, "wb") as out:
         server = subprocess.Popen(

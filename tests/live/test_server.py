@@ -18,11 +18,11 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB, save_tiny
 from transformers import Qwen3MoeForCausalLM
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
 from megatron_bai.rollout.client import RolloutClient, Wanted, sampling_seed
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.rollout.server import SGLangServer
-from megatron_bai.rollout.sync import from_disk, tensor_shapes
+from megatron_bai.rollout.servers import control
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
 
 pytestmark = pytest.mark.live
 MakeClient = Callable[..., RolloutClient]
@@ -283,7 +283,7 @@ def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Pat
             for process in family(parent.pid):
                 with suppress(psutil.NoSuchProcess):  # it ended since
                     own.append((process, " ".join(process.cmdline())))
-            server = [p for p, line in own if "-m megatron_bai.rollout.serve " in line or line.startswith("sglang::")]
+            server = [p for p, line in own if "-m megatron_bai.rollout.servers.server_main " in line or line.startswith("sglang::")]
         processes = family(parent.pid)
         parent.send_signal(signal.SIGKILL)
         parent.wait()

@@ -19,12 +19,12 @@ from fake_sglang import serve
 from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import access, control, fleet
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.fleet import Servers
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.rollout.server import SGLangServer
-from megatron_bai.rollout.sync import from_disk, tensor_shapes
+from megatron_bai.rollout.servers import auth, control, fleet
+from megatron_bai.rollout.servers.fleet import Servers
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
 
 pytestmark = pytest.mark.live
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13]]
@@ -135,13 +135,13 @@ def test_a_server_elsewhere_serves_nobody_without_the_key(servers: Servers) -> N
     for pickled in ("/update_weights_from_tensor", "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"):
         with pytest.raises(UserError, match=f"refused {pickled} with 404"):
             control.post(url, pickled, {"serialized_named_tensors": []})
-    access.use_key([url], "")
+    auth.use_key([url], "")
     for asking in ("/model_info", "/server_info", "/flush_cache", "/get_weights_by_name"):
         with pytest.raises(UserError, match=f"refused {asking} with 401"):
             control.get(url, asking)
     with pytest.raises(UserError, match="refused a request with 401"):
         client(url).generate([[5]], 1, 0, STOP)
-    access.use_key([url], path)
+    auth.use_key([url], path)
     assert control.weight_version(url) == "default"
     for process in processes(server):
         assert KEY not in " ".join(process.cmdline()) and KEY not in str(process.environ())

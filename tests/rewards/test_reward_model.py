@@ -13,14 +13,14 @@ from megatron_bai import config, rewards
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Item, Score
-from megatron_bai.rollout import requests
+from megatron_bai.rollout import http_client
 
 ITEM = Item(Prompt([3, 4], "1+2=", "3", ({"role": "user", "content": "1+2"},)), "three", [5, 6, 1])
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "_BACKOFF_S", 0.001)
+    monkeypatch.setattr(http_client, "_BACKOFF_S", 0.001)
 
 
 def scores(handler: Any, items: list[Item] = [ITEM], task: Any = None, **settings: Any) -> Any:

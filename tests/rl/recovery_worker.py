@@ -22,10 +22,10 @@ from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Score
 from megatron_bai.rl.inference import Inference
-from megatron_bai.rollout import requests
+from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.fleet import Fleet, Servers
-from megatron_bai.rollout.versions import PINNED
+from megatron_bai.rollout.servers.fleet import Fleet, Servers
+from megatron_bai.rollout.servers.releases import PINNED
 
 PROMPTS, SIZE, VERSION = 3, 4, 7
 
@@ -105,7 +105,7 @@ def asking(rank: int, prompts: list[Prompt], url: list, server: Server, rollout:
 
 
 def work(directory: Path, rank: int) -> None:
-    requests._BACKOFF_S = 0.001
+    http_client._BACKOFF_S = 0.001
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     found = {
         "whole": asked(rank, Server),

@@ -11,10 +11,10 @@ from fake_sglang import SIGNATURE, STOP, good_reply, serve
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import access, control, fleet
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.serve import keep_out_of_logs, own
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers import auth, control, fleet
+from megatron_bai.rollout.servers.server_main import keep_out_of_logs, own
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 KEY = "sesame-0123456789"
 
@@ -47,7 +47,7 @@ def test_every_request_carries_the_key_and_none_without_it_is_served(key_file: s
         assert client(url, api_key_file=key_file).generate([[2]], 1, 0, STOP)
         assert control.weight_version(url) == "v0"
         client(url)
-        assert access.headers(url) == {"Accept-Encoding": "identity"}
+        assert auth.headers(url) == {"Accept-Encoding": "identity"}
 
 
 def test_the_key_goes_to_its_server_alone(key_file: str) -> None:
@@ -113,7 +113,7 @@ def test_a_file_without_a_usable_key_is_named(content: bytes | None, mode: int, 
         path.write_bytes(content)
         path.chmod(mode)
     with pytest.raises(UserError, match=f"rollout.api_key_file={path} {named}") as caught:
-        access.read_key(str(path))
+        auth.read_key(str(path))
     assert "sesame" not in str(caught.value)
 
 

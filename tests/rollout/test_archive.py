@@ -8,7 +8,7 @@ import pytest
 from moe import SIGNATURE, samples
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import archive
+from megatron_bai.rollout import sample_file
 from megatron_bai.rollout.sample import PARTIAL, Sample, lost_sample
 from megatron_bai.routing.routes import VersionSpan
 
@@ -26,8 +26,8 @@ def made() -> list[tuple[int, Sample]]:
 
 
 def test_what_was_written_is_read(made: list[tuple[int, Sample]], tmp_path: Path) -> None:
-    archive.write(tmp_path / "a.npz", made, SIGNATURE)
-    for (number, wrote), (found, read) in zip(made, archive.read(tmp_path / "a.npz", SIGNATURE), strict=True):
+    sample_file.write(tmp_path / "a.npz", made, SIGNATURE)
+    for (number, wrote), (found, read) in zip(made, sample_file.read(tmp_path / "a.npz", SIGNATURE), strict=True):
         assert found == number
         for name, value in vars(wrote).items():
             if isinstance(value, np.ndarray):
@@ -38,13 +38,13 @@ def test_what_was_written_is_read(made: list[tuple[int, Sample]], tmp_path: Path
 
 
 def test_no_samples_are_none(tmp_path: Path) -> None:
-    archive.write(tmp_path / "a.npz", [], SIGNATURE)
-    assert archive.read(tmp_path / "a.npz", SIGNATURE) == []
+    sample_file.write(tmp_path / "a.npz", [], SIGNATURE)
+    assert sample_file.read(tmp_path / "a.npz", SIGNATURE) == []
 
 
 @pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded"])
 def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]], tmp_path: Path) -> None:
-    archive.write(tmp_path / "a.npz", made, SIGNATURE)
+    sample_file.write(tmp_path / "a.npz", made, SIGNATURE)
     arrays = dict(np.load(tmp_path / "a.npz"))
     np.savez(tmp_path / "short.npz", **(arrays | {name: arrays[name][:-1]}))
     del arrays[name]
@@ -53,4 +53,4 @@ def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]],
     np.savez(tmp_path / "object.npz", **(arrays | {name: np.array([{}, {}], dtype=object)}))
     for damaged in ("short", "without", "cut", "object", "gone"):
         with pytest.raises(UserError, match=f"{damaged}.npz"):
-            archive.read(tmp_path / f"{damaged}.npz", SIGNATURE)
+            sample_file.read(tmp_path / f"{damaged}.npz", SIGNATURE)

@@ -12,14 +12,14 @@ from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import requests
+from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient, Wanted, sampling_seed
 from megatron_bai.routing.routes import VersionSpan
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "_BACKOFF_S", 0.001)
+    monkeypatch.setattr(http_client, "_BACKOFF_S", 0.001)
 
 
 def client(*urls: str, first_server: int = 0, **settings: Any) -> RolloutClient:

@@ -8,7 +8,7 @@ from fake_sglang import serve
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import fleet
+from megatron_bai.rollout.servers import fleet
 
 GOOD = {"version": "0.5.21", "enable_return_routed_experts": True, "enable_deterministic_inference": True, "tp_size": 4}
 

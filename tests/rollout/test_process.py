@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import server as module
-from megatron_bai.rollout.serve import on_cpu
-from megatron_bai.rollout.server import SGLangServer, last_error
+from megatron_bai.rollout.servers import sglang_server as module
+from megatron_bai.rollout.servers.server_main import on_cpu
+from megatron_bai.rollout.servers.sglang_server import SGLangServer, last_error
 
 
 @pytest.fixture

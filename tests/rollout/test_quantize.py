@@ -6,8 +6,8 @@ import torch
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import fleet
-from megatron_bai.rollout.quantize import quantized
+from megatron_bai.rollout.servers import fleet
+from megatron_bai.rollout.servers.quantize import quantized
 
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply
 
-from megatron_bai.rollout.reply import decode_routes, to_sample, to_scores
+from megatron_bai.rollout.parse_reply import decode_routes, to_sample, to_scores
 from megatron_bai.rollout.sample import Sample, VersionSpan
 
 PROMPT = [7, 8, 9]

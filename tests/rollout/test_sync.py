@@ -10,7 +10,7 @@ from fake_sglang import serve
 from safetensors.numpy import save_file
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.sync import check_shapes, from_disk, tensor_shapes
+from megatron_bai.rollout.servers.weight_sync import check_shapes, from_disk, tensor_shapes
 
 
 class Server:

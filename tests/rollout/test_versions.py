@@ -9,7 +9,7 @@ from aiohttp import web
 from fake_sglang import serve
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import sync, versions
+from megatron_bai.rollout.servers import releases, weight_sync
 
 WEIGHTS = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
@@ -29,19 +29,19 @@ SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
 )
 def test_a_release_that_is_not_known_is_refused_with_the_reason(found: str | None, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        versions.known(found, "answers")
+        releases.known(found, "answers")
 
 
 def test_servers_of_ours_are_the_pinned_release() -> None:
-    versions.require_pinned(versions.PINNED, "is installed")
+    releases.require_pinned(releases.PINNED, "is installed")
     with pytest.raises(UserError, match="SGLang 0.5.20 is installed; this package needs sglang==0.5.21"):
-        versions.require_pinned("0.5.20", "is installed")
+        releases.require_pinned("0.5.20", "is installed")
 
 
 def test_the_pin_is_the_projects() -> None:
     from importlib.metadata import requires
 
-    assert any(line.startswith(f"sglang=={versions.PINNED}") for line in requires("megatron-bai"))
+    assert any(line.startswith(f"sglang=={releases.PINNED}") for line in requires("megatron-bai"))
 
 
 def answers(release: str, paths: list[str]) -> Callable[[web.Request, dict[str, Any]], Any]:
@@ -59,7 +59,7 @@ def test_each_server_of_a_fleet_is_told_what_its_release_understands() -> None:
     old: list[str] = []
     with serve(answers("0.5.21", new)) as one, serve(answers("0.5.20", old)) as other:
         urls = [one, other]
-        sync.from_tensors(urls, WEIGHTS.items(), "v1", SHAPES, sync.OverHttp(urls, [1, 1]), 1 << 20)
+        weight_sync.from_tensors(urls, WEIGHTS.items(), "v1", SHAPES, weight_sync.OverHttp(urls, [1, 1]), 1 << 20)
     shared = ["/server_info", "/pause_generation", "/flush_cache", "/update_weights_from_tensor",
               "/update_weight_version", "/flush_cache", "/continue_generation", "/model_info"]  # fmt: skip
     assert old == shared
@@ -69,5 +69,5 @@ def test_each_server_of_a_fleet_is_told_what_its_release_understands() -> None:
 def test_a_release_that_is_not_known_gets_no_weights() -> None:
     paths: list[str] = []
     with serve(answers("0.5.18", paths)) as url, pytest.raises(UserError, match="0.5.18 answers at http"):
-        sync.from_tensors([url], WEIGHTS.items(), "v1", SHAPES, sync.OverHttp([url], [1]), 1 << 20)
+        weight_sync.from_tensors([url], WEIGHTS.items(), "v1", SHAPES, weight_sync.OverHttp([url], [1]), 1 << 20)
     assert paths == ["/server_info"]

@@ -9,7 +9,7 @@ from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.access import headers
+from megatron_bai.rollout.servers.auth import headers
 from megatron_bai.utils.strict_json import parse
 
 _REPLY_BYTES = 64 << 20  # more than any server has to say of itself

@@ -11,7 +11,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
+from megatron_bai.rollout.servers import control
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m megatron_bai.rollout.serve [OWN…] ARGS`: SGLang's own server, on a CPU too.
+"""`python -m megatron_bai.rollout.servers.server_main [OWN…] ARGS`: SGLang's own server, on a CPU too.
 
 ARGS are SGLang's. OWN, which come first, are ours:
 
@@ -34,7 +34,7 @@ from typing import Any
 
 from megatron_bai import compat
 from megatron_bai.rollout import served_models
-from megatron_bai.rollout.access import read_key
+from megatron_bai.rollout.servers.auth import read_key
 from megatron_bai.utils.child_processes import die_with
 
 _TENSORS = "/update_weights_from_tensor"

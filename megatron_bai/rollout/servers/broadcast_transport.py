@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control
-from megatron_bai.rollout.sync import Bucket, each
+from megatron_bai.rollout.servers import control
+from megatron_bai.rollout.servers.weight_sync import Bucket, each
 
 _NAME = "megatron_bai_weights"
 

@@ -18,7 +18,7 @@ import psutil
 from megatron_bai.config import Rollout
 from megatron_bai.distributed.hosts import is_loopback, own_address
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import access, control, versions
+from megatron_bai.rollout.servers import auth, control, releases
 
 # Set by torchrun for the trainer, or by a proxied network: SGLang would take them for its own.
 _NOT_INHERITED = re.compile(
@@ -88,19 +88,19 @@ class SGLangServer:
         Raises:
             UserError: SGLang is absent or another release, the port is taken, or others reach it and it has no key.
         """
-        access.check(self.rollout)
+        auth.check(self.rollout)
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
-        versions.require_pinned(_installed(), "is installed")
+        releases.require_pinned(_installed(), "is installed")
         self.port = _free_port(self.rollout.host, self.port)
-        access.use_key([self.url], self.rollout.api_key_file)
+        auth.use_key([self.url], self.rollout.api_key_file)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         own = ["--parent", str(os.getpid())]
         if self.rollout.api_key_file:
             own += ["--key-file", os.path.abspath(self.rollout.api_key_file)]
         if self.rollout.sync == "tensors":
             own.append("--take-tensors")
-        command = [sys.executable, "-m", "megatron_bai.rollout.serve", *own, *self._arguments()]
+        command = [sys.executable, "-m", "megatron_bai.rollout.servers.server_main", *own, *self._arguments()]
         with open(self.log_path, "ab" if self._launched else "wb") as log:
             self._log_start, self._launched = log.tell(), True
             self._process = subprocess.Popen(
@@ -120,7 +120,7 @@ class SGLangServer:
         """
         try:
             self._wait_until_healthy()
-            versions.require_pinned(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
+            releases.require_pinned(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
         except BaseException:
             self.stop()
             raise

@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import control, versions
+from megatron_bai.rollout.servers import control, releases
 
 Shapes = dict[str, tuple[int, ...]]
 Bucket = list[tuple[str, torch.Tensor]]
@@ -137,7 +137,7 @@ def from_tensors(
             `version`.
     """
     missing = dict(expected)
-    with_session = [url for url, release in versions.releases(urls).items() if release.weight_session]
+    with_session = [url for url, release in releases.releases(urls).items() if release.weight_session]
     with _paused(urls, go_on=False):
         each(urls, _flush)
         each(with_session, lambda url: control.post(url, "/begin_weight_update", {}))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout import access, control, versions
-from megatron_bai.rollout.quantize import FORMATS
-from megatron_bai.rollout.server import SGLangServer
-from megatron_bai.rollout.sync import each
+from megatron_bai.rollout.servers import auth, control, releases
+from megatron_bai.rollout.servers.quantize import FORMATS
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.weight_sync import each
 
 SYNCS = ("disk", "tensors", "group")
 INCOMPLETE = ("keep", "drop")
@@ -125,7 +125,7 @@ def validate(rollout: Rollout) -> None:
         raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
     if len(set(rollout.urls)) < len(rollout.urls):
         raise UserError("rollout.urls names a server twice")
-    access.check(rollout)
+    auth.check(rollout)
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def running(rollout: Rollout) -> Servers:
         UserError: one does not answer, is another release, or was started without a flag that rollouts need.
     """
     urls = [url.rstrip("/") for url in rollout.urls]
-    access.use_key(urls, rollout.api_key_file)
+    auth.use_key(urls, rollout.api_key_file)
     sizes = each(urls, lambda url: _fit(url, rollout))
     ask = [rollout.router.rstrip("/")] if rollout.router else urls
     return Servers(Fleet(urls, sizes, ask), rollout)
@@ -172,5 +172,5 @@ def _fit(url: str, rollout: Rollout) -> int:
         UserError: as `running`.
     """
     info = control.get(url, "/server_info")
-    versions.check(url, info, rollout.deterministic)
+    releases.check(url, info, rollout.deterministic)
     return int(info.get("tp_size", 1))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 import aiohttp
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.access import headers
+from megatron_bai.rollout.servers.auth import headers
 from megatron_bai.utils.strict_json import parse
 
 T = TypeVar("T")
