@@ -47,8 +47,8 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     device = backend.start(config.Backend(kind="auto"))
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
-    from megatron_bai.rl.batch import from_samples
-    from megatron_bai.rl.engine import Engine
+    from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.policy.training_engine import Engine
     from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 

@@ -106,9 +106,10 @@ class Steps:
 def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     """Our trainer, with its server, under torchrun."""
     from megatron_bai.data import Task
-    from megatron_bai.rl import collect, trainer
+    from megatron_bai.rl import trainer
+    from megatron_bai.rl.experience import collector
 
-    steps, step, sampled = Steps(), trainer.Loop.step, collect.Collector.collect
+    steps, step, sampled = Steps(), trainer.Loop.step, collector.Collector.collect
     Task.reward = lambda self, prompt, response: reward_of(response)
 
     def collected(self: Any, *arguments: Any) -> Any:
@@ -121,7 +122,7 @@ def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
         steps.end({name[8:]: each for name, each in values.items() if name.startswith("seconds_")})
         return values
 
-    collect.Collector.collect, trainer.Loop.step = collected, stepped
+    collector.Collector.collect, trainer.Loop.step = collected, stepped
     trainer.train(settings_of(directory, work))
     return steps.report()
 
@@ -205,8 +206,8 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     ]})  # fmt: skip
     device = backend.start(settings.backend)
     from megatron_bai.rl import objectives
-    from megatron_bai.rl.batch import from_samples
-    from megatron_bai.rl.engine import Engine
+    from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.policy.training_engine import Engine
     from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 

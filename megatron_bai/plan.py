@@ -9,7 +9,8 @@ from megatron_bai import config
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
-from megatron_bai.rl import memory, objectives, packing, session
+from megatron_bai.rl import memory, objectives, session
+from megatron_bai.rl.batches import micro_batches
 from megatron_bai.rollout.client import longest_request
 
 GB = 1e9
@@ -54,7 +55,7 @@ def check(settings: Config) -> int:
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
     processes = cluster.processes or fewest
     build.validate(settings.model, parallel, processes)
-    packing.check_batches(settings, processes // (parallel.tensor * parallel.pipeline))
+    micro_batches.check_batches(settings, processes // (parallel.tensor * parallel.pipeline))
     row, longest = settings.trainer.tokens_per_micro_batch, longest_sample(settings)
     if 0 < row < longest:
         raise UserError(

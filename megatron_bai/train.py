@@ -9,9 +9,9 @@ def run(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    from megatron_bai.rl import objectives, supervised, trainer
+    from megatron_bai.rl import objectives, sft_trainer, trainer
 
     if objectives.check(settings.objective).rollouts:
         trainer.train(settings)
     else:
-        supervised.train(settings)
+        sft_trainer.train(settings)

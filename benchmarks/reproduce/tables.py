@@ -13,7 +13,7 @@ from studies import Study, all_studies
 
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.rundata import RunData, load_run
-from megatron_bai.rl.evaluate import interval
+from megatron_bai.rl.experience.evaluation import interval
 
 Runs = list[RunData]
 Cell = Callable[[Runs], str]

@@ -1,7 +1,7 @@
 """Rewards: what a response earns (docs/data.md). One file a kind; others come from outside with `register`.
 
 A reward that raises, hangs or is no finite number costs its sample and not the run: the sample has none, and
-`rl/collect.py` leaves it out.
+`rl/experience/collector.py` leaves it out.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Sizes are bytes; `tokens` are those of one micro-batch.
 from dataclasses import dataclass
 
 from megatron_bai.config import Model, Parallel
-from megatron_bai.rl.logprobs import WORK
+from megatron_bai.rl.policy.logprobs import WORK
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -121,7 +121,7 @@ def activations(model: Model, parallel: Parallel, stage: int, tokens: int, micro
 
 
 def logits(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
-    """Bytes on the last stage: the logits, their gradient, and the three float32 buffers of `rl/logprobs.py`."""
+    """Bytes on the last stage: the logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
     elements = tokens * model.vocab_size / parallel.tensor
     return 2 * elements * BYTES[dtype] + 3 * 4 * min(WORK, elements)
 

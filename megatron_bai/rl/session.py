@@ -23,10 +23,12 @@ from megatron_bai.model import build
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor import loggers, watch
 from megatron_bai.rewards import Scorer
-from megatron_bai.rl import initial, objectives, schedule, staleness
-from megatron_bai.rl.critic import Critic
-from megatron_bai.rl.engine import Engine
+from megatron_bai.rl import init_weights, objectives
+from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.objectives.objective import policy_settings
+from megatron_bai.rl.policy import lr_schedule
+from megatron_bai.rl.policy.critic import Critic
+from megatron_bai.rl.policy.training_engine import Engine
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import auth, fleet
@@ -107,7 +109,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         _check_processes(settings.cluster, dist.get_world_size())
         if several_machines():
             _require_shared(Path(settings.run.dir))
-        initial.prepare(settings)
+        init_weights.prepare(settings)
         with ExitStack() as stack:
             session = _open(settings, device)
             if session.leader and objectives.get(settings.objective.name).rollouts:
@@ -154,7 +156,7 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
-    tokenizer_dir = initial.fill(actor, settings)
+    tokenizer_dir = init_weights.fill(actor, settings)
     replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
     columns: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
@@ -189,7 +191,7 @@ def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
 def _load_tokenizer(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    initial.require_tokenizer(directory)
+    init_weights.require_tokenizer(directory)
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -206,8 +208,8 @@ def validate(settings: config.Config) -> None:
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
     check_policy(settings.replay.missing)
-    initial.validate(settings)
-    schedule.validate(settings)
+    init_weights.validate(settings)
+    lr_schedule.validate(settings)
     _check_store(settings)
     watch.validate(settings.monitor)
     loggers.validate(settings)
@@ -323,5 +325,5 @@ def fingerprint(settings: config.Config) -> str:
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed
-    described["init"] = initial.identity(settings)
+    described["init"] = init_weights.identity(settings)
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

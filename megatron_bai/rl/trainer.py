@@ -22,20 +22,20 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.monitor.watch import Monitor, demanded
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch
-from megatron_bai.rl.collect import Collector
-from megatron_bai.rl.engine import Scores
-from megatron_bai.rl.evaluate import evaluate
-from megatron_bai.rl.inference import Inference, serve
-from megatron_bai.rl.keep import RouteKeeper, keep_routes
+from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.micro_batches import Cut, check_batches, cut
+from megatron_bai.rl.checkpointing import Checkpoints, Part, Start, claim, saved
+from megatron_bai.rl.experience.collector import Collector
+from megatron_bai.rl.experience.evaluation import evaluate
+from megatron_bai.rl.experience.inference_engine import Inference, serve
+from megatron_bai.rl.experience.route_recorder import RouteKeeper, keep_routes
+from megatron_bai.rl.experience.staleness import Former, add_discrepancies
 from megatron_bai.rl.objectives.objective import policy_settings
-from megatron_bai.rl.packing import Cut, check_batches, cut
-from megatron_bai.rl.reference import Reference
-from megatron_bai.rl.resume import Checkpoints, Part, Start, claim, saved
-from megatron_bai.rl.schedule import set_rates
+from megatron_bai.rl.policy.lr_schedule import set_rates
+from megatron_bai.rl.policy.training_engine import Scores
+from megatron_bai.rl.policy.weight_copy import Reference
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, Asked, heed
-from megatron_bai.rl.staleness import Former, add_discrepancies
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")

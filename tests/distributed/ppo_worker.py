@@ -32,7 +32,7 @@ class Given:
         self.columns, self.rewards, self.synced = columns, np.zeros(SAMPLES), 0
 
     def collect(self, stats: Any, last: bool) -> tuple[list, Any]:
-        from megatron_bai.rl.batch import from_samples
+        from megatron_bai.rl.batches.batch import from_samples
 
         rollouts = [sample.of_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
         made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, columns=self.columns, rewards=self.rewards)
@@ -86,7 +86,7 @@ def faults(session: Any, directory: Path) -> dict[str, str]:
     """What is said about an actor's checkpoint in the place of a critic's, and the other way round."""
     from megatron_bai.errors import UserError
     from megatron_bai.model import megatron_checkpoint
-    from megatron_bai.rl.critic import Critic
+    from megatron_bai.rl.policy.critic import Critic
 
     def said(load: Any) -> str:
         try:

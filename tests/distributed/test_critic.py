@@ -14,7 +14,7 @@ from moe import MODEL, SIGNATURE
 from processes import Layouts
 
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch, from_samples
+from megatron_bai.rl.batches.batch import Batch, from_samples
 from megatron_bai.rl.objectives.ppo import critic_loss
 
 pytestmark = pytest.mark.distributed

@@ -24,7 +24,7 @@ from processes import Layouts
 
 from megatron_bai.config import Minirl
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import from_samples
+from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.objectives import minirl
 
 pytestmark = pytest.mark.distributed

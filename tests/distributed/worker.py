@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bai import config
 from megatron_bai.distributed import backend
-from megatron_bai.rl import schedule
+from megatron_bai.rl.policy import lr_schedule
 
 SAMPLES, LENGTH = 8, 24
 LEARNING_RATE = 1e-3
@@ -104,9 +104,9 @@ class Run:
 
         from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.monitor.stats import Stats
-        from megatron_bai.rl.batch import from_samples
-        from megatron_bai.rl.engine import Engine
-        from megatron_bai.rl.packing import cut
+        from megatron_bai.rl.batches.batch import from_samples
+        from megatron_bai.rl.batches.micro_batches import cut
+        from megatron_bai.rl.policy.training_engine import Engine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
         trainer = config.Trainer(
@@ -251,7 +251,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
         loads, saves: where a critic's checkpoint is, and where to leave one.
     """
     from megatron_bai.model import megatron_checkpoint, param_shards
-    from megatron_bai.rl.critic import Critic
+    from megatron_bai.rl.policy.critic import Critic
 
     run = Run(case, device)
     run.settings.objective = replace(PPO, critic_checkpoint=loads)
@@ -373,7 +373,7 @@ def vocabulary(precision: torch.dtype) -> dict[str, Any]:
     """Log-probabilities, entropy and their gradients in logits that are split over the tensor ranks."""
     from megatron.core import parallel_state
 
-    from megatron_bai.rl.logprobs import token_scores
+    from megatron_bai.rl.policy.logprobs import token_scores
 
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     generator = torch.Generator().manual_seed(3)
@@ -543,7 +543,7 @@ def scheduled(run: Run) -> tuple[dict[str, list[float]], dict[int, set[float]]]:
     for decay in ("constant", "linear", "cosine"):
         trainer = config.Trainer(learning_rate=LEARNING_RATE, warmup_updates=2, decay=decay, weight_decay=0.1)
         for update in range(6):
-            rate = schedule.set_rates(run.actor.optimizer, trainer, update, 6)
+            rate = lr_schedule.set_rates(run.actor.optimizer, trainer, update, 6)
             assert {group["lr"] for group in run.actor.optimizer.param_groups} == {rate}
             rates.setdefault(decay, []).append(rate)
     decays: dict[int, set[float]] = {}
@@ -579,7 +579,7 @@ def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
 
 
 def main() -> None:
-    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.engine")
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.policy.training_engine")
     for world in sorted({case.processes for case in CASES.values()}):  # a case loads what smaller worlds saved
         arguments = (world, free_port(), Path(sys.argv[1]))
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")

@@ -22,8 +22,8 @@ from megatron_bai.model import megatron_checkpoint, param_shards
 from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch, from_samples, padded_length
-from megatron_bai.rl.inference import Inference, serve
+from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.experience.inference_engine import Inference, serve
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.quantize import FORMATS

@@ -7,7 +7,7 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 
 

@@ -21,7 +21,7 @@ from megatron_bai.config import Config, Model, Rollout
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Score
-from megatron_bai.rl.inference import Inference
+from megatron_bai.rl.experience.inference_engine import Inference
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers.fleet import Fleet, Servers

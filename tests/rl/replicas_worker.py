@@ -24,8 +24,8 @@ from megatron_bai.data import Sums, build_tokenizer
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.collect import Collector
-from megatron_bai.rl.evaluate import evaluate
+from megatron_bai.rl.experience.collector import Collector
+from megatron_bai.rl.experience.evaluation import evaluate
 from megatron_bai.rollout.client import Wanted, sampling_seed
 from megatron_bai.rollout.sample import PARTIAL, Sample, lost_sample
 from megatron_bai.routing.routes import RouteSignature, VersionSpan

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.rl.advantages import (
+from megatron_bai.rl.batches.advantages import (
     at_the_end,
     comparable,
     explained_variance,

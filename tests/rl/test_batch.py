@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.rl.batch import Batch, blank, from_samples, from_supervised, padded_length
+from megatron_bai.rl.batches.batch import Batch, blank, from_samples, from_supervised, padded_length
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 

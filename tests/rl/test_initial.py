@@ -22,7 +22,7 @@ from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import journal
 from megatron_bai.merge.recipe.output_spec import Form
 from megatron_bai.merge.recipe.plan import plan
-from megatron_bai.rl import initial, session
+from megatron_bai.rl import init_weights, session
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def state(directory: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.distributed
 def test_what_is_merged_is_not_merged_again(started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = merging(started, tmp_path / "actor")
-    initial.prepare(settings)
+    init_weights.prepare(settings)
     before = state(tmp_path / "actor")
     assert capsys.readouterr().out.startswith("merged")
-    initial.prepare(settings)
+    init_weights.prepare(settings)
     assert state(tmp_path / "actor") == before and "nothing to do" in capsys.readouterr().out
 
 
@@ -90,13 +90,13 @@ def test_what_is_merged_is_not_merged_again(started: Path, tmp_path: Path, capsy
 def test_another_merge_in_its_place_is_refused_and_kept(
     started: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    initial.prepare(merging(started, tmp_path / "actor"))
+    init_weights.prepare(merging(started, tmp_path / "actor"))
     before = state(tmp_path / "actor")
     with pytest.raises(UserError, match=f"merge.output {tmp_path}/actor holds another merge, {named}: remove it"):
-        initial.prepare(merging(started, tmp_path / "actor", **changes))
+        init_weights.prepare(merging(started, tmp_path / "actor", **changes))
     assert state(tmp_path / "actor") == before and [path.name for path in tmp_path.iterdir()] == ["actor"]
     pipeline.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
-    initial.prepare(merging(started, tmp_path / "actor", **changes))
+    init_weights.prepare(merging(started, tmp_path / "actor", **changes))
 
 
 @pytest.mark.distributed
@@ -106,10 +106,10 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr(pipeline, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
-    assert in_child(kind, at, initial.prepare, settings) == -signal.SIGKILL
+    assert in_child(kind, at, init_weights.prepare, settings) == -signal.SIGKILL
     assert not actor.exists() and journal.names(atomic_dir.unfinished(actor))
     stage = atomic_dir.unfinished(actor).stat().st_ino
-    initial.prepare(settings)
+    init_weights.prepare(settings)
     assert actor.stat().st_ino == stage  # and not a new one
     assert equal(tensors(actor), tensors(started / "megatron" / "merged"))
     assert [path.name for path in tmp_path.iterdir()] == ["actor"]
@@ -120,12 +120,12 @@ def test_what_could_not_be_loaded_is_refused_before_it_is_merged(started: Path, 
     settings = merging(started, tmp_path / "actor")
     settings.model = dataclasses.replace(settings.model, rope_theta=1e6)
     with pytest.raises(UserError, match=r"pretrained has rope_theta 5000.0, the configured model.rope_theta is 1000000.0"):
-        initial.prepare(settings)
+        init_weights.prepare(settings)
     with pytest.raises(UserError, match="no checkpoint at .*/nowhere"):
-        initial.prepare(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
+        init_weights.prepare(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
     both = [str(started / "hf" / name) for name in SOURCES[1:]]
     with pytest.raises(UserError, match="convert"):
-        initial.prepare(merging(started, tmp_path / "actor", members=both))
+        init_weights.prepare(merging(started, tmp_path / "actor", members=both))
     assert list(tmp_path.iterdir()) == []
 
 

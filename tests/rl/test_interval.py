@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from megatron_bai.rl.evaluate import interval, student_quantile
+from megatron_bai.rl.experience.evaluation import interval, student_quantile
 
 # Two-sided 95 % and 99 % quantiles from printed tables.
 TABLE = {1: (12.706, 63.657), 2: (4.303, 9.925), 3: (3.182, 5.841), 9: (2.262, 3.250), 30: (2.042, 2.750)}

@@ -9,9 +9,9 @@ from moe import SIGNATURE, samples
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl import collect
-from megatron_bai.rl.batch import from_samples
-from megatron_bai.rl.reference import Reference
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.experience import collector
+from megatron_bai.rl.policy.weight_copy import Reference
 from megatron_bai.rollout.sample import lost_sample
 from megatron_bai.routing.missing import settle
 
@@ -34,7 +34,7 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
     settings = config.Config(objective=config.Minirl(**options))
-    counted = collect._counted(finished, REWARDS, np.ones(8, dtype=bool), 4, settings, stats)
+    counted = collector._counted(finished, REWARDS, np.ones(8, dtype=bool), 4, settings, stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
 
@@ -55,7 +55,7 @@ def test_samples_without_reward_are_left_out_alone_or_with_their_group(
     finished = [SimpleNamespace(finish="stop") for _ in range(12)]
     valid = np.array([True, False, True, True, *[True] * 4, False, False, True, False])
     settings = config.Config(objective=objective, rollout=config.Rollout(incomplete_groups=rule))
-    counted = collect._counted(finished, np.tile([0.0, 1, 0, 0], 3), valid, 4, settings, Stats())
+    counted = collector._counted(finished, np.tile([0.0, 1, 0, 0], 3), valid, 4, settings, Stats())
     assert np.nonzero(~counted)[0].tolist() == left_out
 
 

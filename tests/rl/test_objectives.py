@@ -13,8 +13,8 @@ from policies import dirty, drawn, loss, one_token
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.advantages import of_groups
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.advantages import of_groups
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.correction import KINDS
 

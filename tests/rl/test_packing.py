@@ -14,10 +14,10 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch, from_samples
+from megatron_bai.rl.batches.batch import Batch, from_samples
+from megatron_bai.rl.batches.micro_batches import cut, first_fit, pack
 from megatron_bai.rl.objectives import aggregate
-from megatron_bai.rl.packing import cut, first_fit, pack
-from megatron_bai.rl.passes import _thd
+from megatron_bai.rl.policy.forward_backward import _thd
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(20, 60))

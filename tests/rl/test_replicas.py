@@ -10,7 +10,7 @@ from processes import TESTS, launch
 
 from megatron_bai import config
 from megatron_bai.data import Sums, build_tokenizer
-from megatron_bai.rl.evaluate import interval
+from megatron_bai.rl.experience.evaluation import interval
 from megatron_bai.rollout.client import sampling_seed
 
 pytestmark = pytest.mark.distributed

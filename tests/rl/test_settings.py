@@ -9,7 +9,8 @@ from megatron_bai import config
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
-from megatron_bai.rl import schedule, session
+from megatron_bai.rl import session
+from megatron_bai.rl.policy import lr_schedule
 
 MODEL = {
     "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
@@ -191,7 +192,7 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_schedules_that_cannot_be_followed(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        schedule.validate(config.Config(trainer=config.Trainer(**changes)))
+        lr_schedule.validate(config.Config(trainer=config.Trainer(**changes)))
 
 
 def test_a_key_that_cannot_be_read_is_refused_before_anything_begins(tmp_path: Path) -> None:

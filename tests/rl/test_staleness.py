@@ -10,8 +10,9 @@ from moe import SIGNATURE, random_routes
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl import objectives, staleness
-from megatron_bai.rl.batch import Batch, from_samples
+from megatron_bai.rl import objectives
+from megatron_bai.rl.batches.batch import Batch, from_samples
+from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.objectives.terms import factorisation
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import VersionSpan

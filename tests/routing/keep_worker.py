@@ -54,7 +54,7 @@ class Rollouts:
 def run(layout: str, mode: str, rank: int, directory: Path) -> None:
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_bai.rl.keep import keep_routes
+    from megatron_bai.rl.experience.route_recorder import keep_routes
     from megatron_bai.rl.session import open_session
     from megatron_bai.rl.trainer import Loop
 

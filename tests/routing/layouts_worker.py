@@ -74,8 +74,8 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
 
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
-    from megatron_bai.rl.batch import from_samples
-    from megatron_bai.rl.engine import Engine
+    from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.policy.training_engine import Engine
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     layout, recompute, dispatcher, micros, mode = name
@@ -195,7 +195,7 @@ def rank_main(rank: int, world: int, port: int, target: Path) -> None:
 
 
 def main() -> None:
-    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.engine")
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.policy.training_engine")
     for world in sorted({layout.processes for layout in LAYOUTS.values()}):
         arguments = (world, free_port(), Path(sys.argv[1]))
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")

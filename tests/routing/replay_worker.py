@@ -25,8 +25,8 @@ class Bench:
 
     def __init__(self, device: backend.Device, recompute: str = "none"):
         from megatron_bai.model import build, megatron_checkpoint, param_shards
-        from megatron_bai.rl.batch import from_samples
-        from megatron_bai.rl.engine import Engine
+        from megatron_bai.rl.batches.batch import from_samples
+        from megatron_bai.rl.policy.training_engine import Engine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
         trainer = config.Trainer(clip_grad=1e9)

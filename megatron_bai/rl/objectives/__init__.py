@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import cispo, dapo, grpo, gspo, minirl, ppo, sequence, sft
 from megatron_bai.rl.objectives.aggregate import summed
 from megatron_bai.rl.objectives.checks import check_policy

@@ -13,7 +13,7 @@ Samples that do not count (`Batch.counted`) are in neither; an empty response is
 
 import torch
 
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import Mean, PerToken, Scalar
 from megatron_bai.rl.objectives.terms import lengths
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rl.advantages import ESTIMATORS as ADVANTAGES
+from megatron_bai.rl.batches.advantages import ESTIMATORS as ADVANTAGES
 from megatron_bai.rl.objectives.correction import KINDS
 from megatron_bai.rl.objectives.regularise import ESTIMATORS
 

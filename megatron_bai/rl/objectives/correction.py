@@ -6,7 +6,7 @@ is above C (masking), or take the whole response's weight, Π_t π_old/μ_old, a
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
 from megatron_bai.rl.objectives.terms import log_ratio, whole
 

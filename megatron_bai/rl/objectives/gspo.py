@@ -2,7 +2,7 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import check_clipped
 from megatron_bai.rl.objectives.correction import corrected
 from megatron_bai.rl.objectives.objective import Objective, PerToken

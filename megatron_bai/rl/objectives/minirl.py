@@ -2,7 +2,7 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import positive, unread, within
 from megatron_bai.rl.objectives.objective import Mean, Objective, PerToken
 from megatron_bai.rl.objectives.terms import add_clipped, beyond, log_ratio, per_token

@@ -8,7 +8,7 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 
 # Shapes: B samples, T positions; what belongs to token t + 1 stands at position t.
 PerToken = Annotated[torch.Tensor, "[B, T]"]

@@ -1,7 +1,7 @@
 """Proximal Policy Optimization with a critic (arXiv 1707.06347), as BAI's paper trains (arXiv 2509.00309).
 
 The actor's loss is GRPO's, eq. 7 of the paper, with an advantage for each token and one mean over all tokens. The
-advantages come from `advantages.gae`; `rl/critic.py` has the model that the critic's loss trains.
+advantages come from `advantages.gae`; `rl/policy/critic.py` has the model that the critic's loss trains.
 """
 
 import torch

@@ -9,7 +9,7 @@ The ratio of the policy to the one that sampled has two factors (arXiv 2512.0137
 import torch
 
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
 
 
@@ -71,7 +71,7 @@ def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
     """Both factors and their product, over response tokens.
 
     The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts
-    are stale (`rl/staleness.py`). Tokens for which that is not known are in the product alone.
+    are stale (`rl/experience/staleness.py`). Tokens for which that is not known are in the product alone.
 
     Returns:
         Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_bai.errors import UserError
 from megatron_bai.model.build import Actor
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.routing.layout import Packing
 
 Found = TypeVar("Found")

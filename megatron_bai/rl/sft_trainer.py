@@ -10,8 +10,8 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.monitor.progress import Progress
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch, from_supervised
-from megatron_bai.rl.schedule import set_rates
+from megatron_bai.rl.batches.batch import Batch, from_supervised
+from megatron_bai.rl.policy.lr_schedule import set_rates
 from megatron_bai.rl.session import Session, fingerprint, open_session
 
 

@@ -18,10 +18,10 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
-from megatron_bai.rl.engine import Engine
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import policy_settings
-from megatron_bai.rl.reference import Reference
+from megatron_bai.rl.policy.training_engine import Engine
+from megatron_bai.rl.policy.weight_copy import Reference
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.monitor.responses import add_responses
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl import staleness
-from megatron_bai.rl.advantages import comparable, of_groups, uniform
-from megatron_bai.rl.ahead import Ahead
-from megatron_bai.rl.batch import Batch, from_samples, padded_length
-from megatron_bai.rl.failures import count_failures, count_lost
-from megatron_bai.rl.inference import Inference
+from megatron_bai.rl.batches.advantages import comparable, of_groups, uniform
+from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.experience import staleness
+from megatron_bai.rl.experience.failed_samples import count_failures, count_lost
+from megatron_bai.rl.experience.inference_engine import Inference
+from megatron_bai.rl.experience.rollout_buffer import Ahead
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample

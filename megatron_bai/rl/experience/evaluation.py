@@ -6,8 +6,8 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.failures import count_failures
-from megatron_bai.rl.inference import Inference
+from megatron_bai.rl.experience.failed_samples import count_failures
+from megatron_bai.rl.experience.inference_engine import Inference
 from megatron_bai.rl.session import Session
 
 

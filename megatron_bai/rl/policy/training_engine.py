@@ -11,10 +11,10 @@ from megatron_bai import config
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batch import Batch, blank
-from megatron_bai.rl.logprobs import token_scores
+from megatron_bai.rl.batches.batch import Batch, blank
 from megatron_bai.rl.objectives import Objective, aggregate
-from megatron_bai.rl.passes import Passes
+from megatron_bai.rl.policy.forward_backward import Passes
+from megatron_bai.rl.policy.logprobs import token_scores
 from megatron_bai.routing.layout import Place, fillers
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.replay.routing_replay import RoutingReplay

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 from megatron_bai import config
 from megatron_bai.data import Prompt
 from megatron_bai.errors import UserError
-from megatron_bai.rl.inference import Inference
+from megatron_bai.rl.experience.inference_engine import Inference
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout import sample_file
 from megatron_bai.rollout.client import Wanted, sampling_seed

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes

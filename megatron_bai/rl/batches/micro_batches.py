@@ -15,7 +15,7 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.routing.layout import Packing
 
 Cut = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches

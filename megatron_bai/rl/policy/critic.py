@@ -11,12 +11,12 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.advantages import at_the_end, explained_variance, gae, whitened
-from megatron_bai.rl.batch import Batch
+from megatron_bai.rl.batches.advantages import at_the_end, explained_variance, gae, whitened
+from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.ppo import critic_loss
-from megatron_bai.rl.passes import Passes
-from megatron_bai.rl.schedule import set_rates
+from megatron_bai.rl.policy.forward_backward import Passes
+from megatron_bai.rl.policy.lr_schedule import set_rates
 
 
 class Critic:
