@@ -48,7 +48,7 @@ VERBS = {
     ),
     "plan": Verb(
         "Say what a training run will do and need of each GPU, without starting it.",
-        "megatron_bai.plan:run",
+        "megatron_bai.memory_plan.run_plan:run",
         _TRAINING + ("cluster", "rollout", "replay", "objective", "trainer", "monitor"),
         "megatron-bai plan experiment=qwen3_30b_minirl cluster=gpus_16 updates=n4",
     ),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bai import cli, config, plan
+from megatron_bai import cli, config
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
+from megatron_bai.memory_plan import run_plan
 
 DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
 CLUSTERS, UPDATES, REPLAY = ("gpus_8", "gpus_16", "gpus_32"), ("n1", "n2", "n4", "n8"), ("none", "r2", "r3")
@@ -26,7 +27,7 @@ def composed(*words: str) -> Config:
 
 
 def total(settings: Config) -> float:
-    return sum(plan.gpu_memory(settings, plan.check(settings)).values()) / plan.GB
+    return sum(run_plan.gpu_memory(settings, run_plan.check(settings)).values()) / run_plan.GB
 
 
 def test_every_experiment_composes() -> None:
@@ -41,7 +42,7 @@ def test_minirl_in_the_papers_settings(cluster: str, updates: str) -> None:
     """arXiv 2512.01374: mini-batches of 64 prompts × 16 responses, N = 1, 2, 4, 8; none, R2 and R3."""
     settings = composed(MINIRL, f"cluster={cluster}", f"updates={updates}")
     for settings.replay.mode in REPLAY:
-        trainer, objective, processes = settings.trainer, settings.objective, plan.check(settings)
+        trainer, objective, processes = settings.trainer, settings.objective, run_plan.check(settings)
         assert trainer.mini_batches == int(updates[1:]) and processes == int(cluster[5:])
         assert trainer.prompts_per_step == 64 * trainer.mini_batches and trainer.group_size == 16
         assert (objective.clip_low, objective.clip_high, objective.is_max) == (0.2, 0.27, 5.0)
@@ -61,7 +62,7 @@ def test_bai_in_the_papers_settings() -> None:
     for cluster in ("gpus_8", "gpus_16"):  # where two models do not fit, plan says so
         assert total(composed(BAI, f"cluster={cluster}")) > 80
         with pytest.raises(UserError, match="GB are needed of a GPU, and cluster.memory_gb is 80: .*parallel"):
-            plan.run(composed(BAI, f"cluster={cluster}"))
+            run_plan.run(composed(BAI, f"cluster={cluster}"))
 
 
 @pytest.mark.parametrize(
@@ -80,13 +81,13 @@ def test_bai_in_the_papers_settings() -> None:
 )
 def test_plan_refuses_by_name(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        plan.run(composed(MINIRL, *words))
+        run_plan.run(composed(MINIRL, *words))
 
 
 def test_plan_prints_what_the_docs_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.search(r"```\n(model  .*?)```", DOCS.read_text(), re.S).group(1)
     monkeypatch.setenv("COLUMNS", "160")
-    plan.run(composed(MINIRL))
+    run_plan.run(composed(MINIRL))
     printed = capsys.readouterr().out
     lines, expected = ([line.split() for line in text.splitlines() if line.strip()] for text in (printed, shown))
     assert lines == expected

@@ -8,7 +8,7 @@ import pytest
 from processes import TESTS, launch
 
 from megatron_bai.config import Model, Parallel
-from megatron_bai.rl import memory
+from megatron_bai.memory_plan import rank_memory
 
 LARGE = Model(
     num_layers=48, hidden_size=2048, num_attention_heads=32, num_query_groups=4, head_dim=128, num_experts=128,
@@ -43,7 +43,7 @@ def built() -> dict[str, Any]:
 
 def test_the_model_has_the_parameters_its_makers_publish() -> None:
     """30.5 billion in all, 3.3 billion of a token's, 29.9 billion beside the embeddings."""
-    whole = memory.parameters(LARGE)
+    whole = rank_memory.parameters(LARGE)
     beside = whole.total - 2 * LARGE.vocab_size * LARGE.hidden_size
     assert (round(whole.total / 1e9, 1), round(beside / 1e9, 1)) == (30.5, 29.9)
     assert whole.active(LARGE) / 1e9 == pytest.approx(3.3, abs=0.06)
@@ -53,7 +53,7 @@ def test_the_model_has_the_parameters_its_makers_publish() -> None:
 def test_parameters_of_a_rank_are_megatrons(case: str, built: dict[str, Any]) -> None:
     rank, processes, model, parallel, _, kind = CASES[case]
     stage = rank * parallel.pipeline // processes  # Megatron numbers the ranks of a stage one after the other
-    own = memory.parameters(model, parallel, stage, kind == "critic")
+    own = rank_memory.parameters(model, parallel, stage, kind == "critic")
     assert (own.dense, own.experts) == (built[case]["dense"], built[case]["experts"])
 
 
@@ -61,8 +61,8 @@ def test_parameters_of_a_rank_are_megatrons(case: str, built: dict[str, Any]) ->
 def test_bytes_in_training_are_megatrons(case: str, built: dict[str, Any]) -> None:
     """But for what pads Megatron's buffers to equal parts: less than 128 elements a rank and buffer."""
     rank, processes, model, parallel, dtype, _ = CASES[case]
-    own = memory.parameters(model, parallel, rank * parallel.pipeline // processes)
-    expected = memory.state(own, parallel, processes, dtype)
+    own = rank_memory.parameters(model, parallel, rank * parallel.pipeline // processes)
+    expected = rank_memory.state(own, parallel, processes, dtype)
     assert expected.weights == built[case]["weights"]
     for name in ("gradients", "optimizer"):
         assert built[case][name] == pytest.approx(getattr(expected, name), abs=2 * 128 * 12 * processes), name
@@ -70,15 +70,15 @@ def test_bytes_in_training_are_megatrons(case: str, built: dict[str, Any]) -> No
 
 def test_activations_of_a_layer_are_nearly_megatrons(built: dict[str, Any]) -> None:
     """Megatron-Core's layers for a CPU are not fused, and keep somewhat more than is counted."""
-    attention, moe, _ = memory.layer_activations(SMALL, Parallel(), 1, "float32")
+    attention, moe, _ = rank_memory.layer_activations(SMALL, Parallel(), 1, "float32")
     assert 1.0 <= built["layer"] / (attention + moe) <= 1.5
 
 
 def test_recomputation_and_stages_hold_what_they_say() -> None:
     def held(stage: int = 0, micros: int = 8, **layout: Any) -> float:
-        return memory.activations(LARGE, Parallel(**layout), stage, 4096, micros, "bfloat16")
+        return rank_memory.activations(LARGE, Parallel(**layout), stage, 4096, micros, "bfloat16")
 
-    attention, moe, entry = memory.layer_activations(LARGE, Parallel(), 4096, "bfloat16")
+    attention, moe, entry = rank_memory.layer_activations(LARGE, Parallel(), 4096, "bfloat16")
     assert held() == 48 * (attention + moe) + moe
     assert held(recompute="moe") == 48 * (attention + entry) + 2 * moe
     assert held(recompute="full") == 48 * entry + attention + 2 * moe

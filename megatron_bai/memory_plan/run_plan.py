@@ -8,8 +8,9 @@ from rich.table import Table
 from megatron_bai import config
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
+from megatron_bai.memory_plan import rank_memory
 from megatron_bai.model import build
-from megatron_bai.rl import memory, objectives, session
+from megatron_bai.rl import objectives, session
 from megatron_bai.rl.batches import micro_batches
 from megatron_bai.rollout.client import longest_request
 
@@ -89,7 +90,7 @@ def longest_sample(settings: Config) -> int:
 def batches(settings: Config, processes: int) -> dict[str, str]:
     """What is trained in which layout, and what a step consists of, as text by name."""
     parallel, trainer, rollout = settings.parallel, settings.trainer, settings.rollout
-    whole = memory.parameters(settings.model)
+    whole = rank_memory.parameters(settings.model)
     stages = parallel.pipeline
     replicas, holders = processes // (parallel.tensor * stages), processes // (parallel.expert * stages)
     prompts, group = trainer.prompts_per_step, trainer.group_size
@@ -124,15 +125,15 @@ def _of_rank(settings: Config, processes: int, stage: int) -> dict[str, float]:
     model, parallel, trainer, dtype = settings.model, settings.parallel, settings.trainer, settings.backend.dtype
     found: dict[str, float] = {}
     for name in ("actor", "critic") if isinstance(settings.objective, config.Ppo) else ("actor",):
-        own = memory.parameters(model, parallel, stage, critic=name == "critic")
-        found |= {f"{name}: {part}": size for part, size in vars(memory.state(own, parallel, processes, dtype)).items()}
+        own = rank_memory.parameters(model, parallel, stage, critic=name == "critic")
+        found |= {f"{name}: {part}": size for part, size in vars(rank_memory.state(own, parallel, processes, dtype)).items()}
     if isinstance(settings.objective, config.Policy) and settings.objective.kl_penalty:
-        found["reference: weights"] = memory.parameters(model, parallel, stage).total * memory.BYTES[dtype]
+        found["reference: weights"] = rank_memory.parameters(model, parallel, stage).total * rank_memory.BYTES[dtype]
     tokens = trainer.tokens_per_micro_batch or trainer.micro_batch_size * longest_sample(settings)
     micros = _micro_batches(settings, processes)
-    found["activations (estimate)"] = memory.activations(model, parallel, stage, tokens, micros, dtype)
+    found["activations (estimate)"] = rank_memory.activations(model, parallel, stage, tokens, micros, dtype)
     if stage == parallel.pipeline - 1:
-        found["logits"] = memory.logits(model, parallel, tokens, dtype)
+        found["logits"] = rank_memory.logits(model, parallel, tokens, dtype)
     return found | {"trainer's runtime (allowance)": RUNTIME}
 
 
@@ -147,7 +148,7 @@ def _micro_batches(settings: Config, processes: int) -> int:
 
 def _of_server(model: config.Model, rollout: config.Rollout) -> dict[str, float]:
     """A server's part of a GPU."""
-    weights, cache = memory.served(model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
+    weights, cache = rank_memory.served(model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
     return {"server: weights": weights, "server: keys and values": cache, "server's runtime (allowance)": RUNTIME}
 
 
