@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from megatron_bai import config
-from megatron_bai.monitor.alarm import Alarm
-from megatron_bai.monitor.rundata import load_run
-from megatron_bai.monitor.watch import Monitor
+from megatron_bai.monitor.detectors.alarm import Alarm
+from megatron_bai.monitor.detectors.run_monitor import Monitor
+from megatron_bai.monitor.report.run_data import load_run
 
 CURVES = Path(__file__).parent / "data" / "curves.json"
 MARKS = "<!-- calibration: written by benchmarks/detectors.py -->", "<!-- end of calibration -->"

@@ -72,7 +72,7 @@ VERBS = {
     ),
     "report": Verb(
         "Write one HTML page about runs, finished or in progress.",
-        "megatron_bai.monitor.report:run",
+        "megatron_bai.monitor.report.report:run",
         ("run", "report"),
         "megatron-bai report 'report.runs=[runs/demo,runs/other]' report.output=both.html",
     ),

@@ -16,7 +16,7 @@ import servers
 from studies import Study
 
 from megatron_bai.checkpoint import manifest
-from megatron_bai.monitor.rundata import load_run
+from megatron_bai.monitor.report.run_data import load_run
 from megatron_bai.monitor.summary import read_summary
 
 

@@ -12,7 +12,7 @@ from runner import is_done, run_dir
 from studies import Study, all_studies
 
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.rundata import RunData, load_run
+from megatron_bai.monitor.report.run_data import RunData, load_run
 from megatron_bai.rl.experience.evaluation import interval
 
 Runs = list[RunData]

@@ -26,7 +26,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import training_state
 from megatron_bai.model.async_save import Saving
 from megatron_bai.model.build import Actor
-from megatron_bai.monitor.report import flatten
+from megatron_bai.monitor.report.report import flatten
 from megatron_bai.monitor.summary import read_summary
 from megatron_bai.rl.session import Session
 

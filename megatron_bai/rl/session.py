@@ -21,7 +21,8 @@ from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.model.build import Actor
-from megatron_bai.monitor import loggers, watch
+from megatron_bai.monitor import loggers
+from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rewards import Scorer
 from megatron_bai.rl import init_weights, objectives
 from megatron_bai.rl.experience import staleness
@@ -211,7 +212,7 @@ def validate(settings: config.Config) -> None:
     init_weights.validate(settings)
     lr_schedule.validate(settings)
     _check_store(settings)
-    watch.validate(settings.monitor)
+    run_monitor.validate(settings.monitor)
     loggers.validate(settings)
     for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
         if getattr(trainer, name) < 1:

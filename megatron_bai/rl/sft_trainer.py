@@ -8,7 +8,7 @@ from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
-from megatron_bai.monitor.progress import Progress
+from megatron_bai.monitor.run_log import Progress
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_supervised
 from megatron_bai.rl.policy.lr_schedule import set_rates

@@ -12,15 +12,15 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import megatron_checkpoint
 from megatron_bai.model.build import Actor
-from megatron_bai.monitor import routes as router
-from megatron_bai.monitor.alarm import Alarm
-from megatron_bai.monitor.clock import Clock
-from megatron_bai.monitor.progress import Progress
-from megatron_bai.monitor.report import write_report
-from megatron_bai.monitor.responses import of_responses
+from megatron_bai.monitor.detectors.alarm import Alarm
+from megatron_bai.monitor.detectors.run_monitor import Monitor, demanded
+from megatron_bai.monitor.metrics import router_metrics as router
+from megatron_bai.monitor.metrics.response_metrics import of_responses
+from megatron_bai.monitor.report.report import write_report
+from megatron_bai.monitor.run_log import Progress
 from megatron_bai.monitor.stats import Stats
+from megatron_bai.monitor.step_timer import Clock
 from megatron_bai.monitor.summary import Summary, read_summary
-from megatron_bai.monitor.watch import Monitor, demanded
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.batches.micro_batches import Cut, check_batches, cut

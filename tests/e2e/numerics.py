@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from megatron_bai import config
 from megatron_bai.model import megatron_checkpoint, param_shards
-from megatron_bai.monitor.discrepancy import add_discrepancy
+from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length

@@ -12,8 +12,8 @@ import pytest
 from command import Result, succeeded
 from pipeline import STEPS, Demo
 
-from megatron_bai.monitor.charts import others
-from megatron_bai.monitor.rundata import load_run
+from megatron_bai.monitor.report.charts import others
+from megatron_bai.monitor.report.run_data import load_run
 from megatron_bai.routing.store.route_store import RouteStore
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed]

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.alarm import Alarm
-from megatron_bai.monitor.baseline import Track
-from megatron_bai.monitor.watch import DETECTORS, Monitor, validate
+from megatron_bai.monitor.detectors.alarm import Alarm
+from megatron_bai.monitor.detectors.metric_track import Track
+from megatron_bai.monitor.detectors.run_monitor import DETECTORS, Monitor, validate
 
 Record = dict[str, Any]
 

@@ -8,9 +8,9 @@ import pytest
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor import loggers
-from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.loggers import Loggers, validate
-from megatron_bai.monitor.progress import Progress
+from megatron_bai.monitor.run_log import Progress
 
 ALARM = Alarm(2, "entropy_collapse", "entropy", 7.0, "entropy fell", "read the paper", 1, "warn", {"level": 0.1})
 RECORDS = [

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
-from megatron_bai.monitor import report
-from megatron_bai.monitor.report import load_run, write_report
-from megatron_bai.monitor.rundata import names
+from megatron_bai.monitor.report import report
+from megatron_bai.monitor.report.report import load_run, write_report
+from megatron_bai.monitor.report.run_data import names
 
 
 def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", config: str = "", **summary: Any) -> Path:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.monitor.discrepancy import add_discrepancy
-from megatron_bai.monitor.responses import add_responses, of_responses
-from megatron_bai.monitor.routes import add_load, add_mismatch, of_load
+from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
+from megatron_bai.monitor.metrics.response_metrics import add_responses, of_responses
+from megatron_bai.monitor.metrics.router_metrics import add_load, add_mismatch, of_load
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 

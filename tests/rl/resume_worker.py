@@ -29,7 +29,7 @@ from processes import free_port, prepare
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.watch import DETECTORS
+from megatron_bai.monitor.detectors.run_monitor import DETECTORS
 from megatron_bai.rollout.client import Wanted
 from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.routing.routes import VersionSpan

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.progress import Progress
-from megatron_bai.monitor.report import flatten
+from megatron_bai.monitor.report.report import flatten
+from megatron_bai.monitor.run_log import Progress
 from megatron_bai.rl import checkpointing
 from megatron_bai.rl.session import validate
 from megatron_bai.rl.signals import STOPPED

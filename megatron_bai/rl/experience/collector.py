@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.monitor.responses import add_responses
+from megatron_bai.monitor.metrics.response_metrics import add_responses
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import comparable, of_groups, uniform
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length

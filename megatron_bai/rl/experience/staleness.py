@@ -16,7 +16,7 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.discrepancy import add_discrepancy
+from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import policy_settings

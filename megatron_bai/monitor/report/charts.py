@@ -7,9 +7,9 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from megatron_bai.monitor.page import Chart
-from megatron_bai.monitor.responses import COUNTS, REWARDS
-from megatron_bai.monitor.rundata import RunData, is_number
+from megatron_bai.monitor.metrics.response_metrics import COUNTS, REWARDS
+from megatron_bai.monitor.report.html_page import Chart
+from megatron_bai.monitor.report.run_data import RunData, is_number
 
 COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#c94f8f", "#8c6d4f")
 PHASES = ("rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval")

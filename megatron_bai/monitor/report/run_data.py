@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.detectors.alarm import Alarm
 
 
 @dataclass(frozen=True)

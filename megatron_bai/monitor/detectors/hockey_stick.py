@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from megatron_bai.monitor.alarm import Alarm
-from megatron_bai.monitor.baseline import Track
-from megatron_bai.monitor.responses import COUNTS, REWARDS
+from megatron_bai.monitor.detectors.alarm import Alarm
+from megatron_bai.monitor.detectors.metric_track import Track
+from megatron_bai.monitor.metrics.response_metrics import COUNTS, REWARDS
 
 DETECTOR = "reward_hockey_stick"
 _DROP_ADVICE = (

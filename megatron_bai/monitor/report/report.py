@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor import page
-from megatron_bai.monitor.charts import COLOURS, PHASES, SECTIONS, charts_of, others
-from megatron_bai.monitor.rundata import RunData, load_run, names
+from megatron_bai.monitor.report import html_page
+from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, charts_of, others
+from megatron_bai.monitor.report.run_data import RunData, load_run, names
 
 
 def run(config: Config) -> None:
@@ -30,22 +30,22 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
         raise UserError("there is no run to report: name run directories in report.runs")
     named = names(run_dirs)
     runs = [load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, named))]
-    charts: list[page.Chart] = []
+    charts: list[html_page.Chart] = []
     parts = [_headlines(runs), _alarm_section(runs)]
     parts += [_chart_section(title, intro, charts_of(title, runs), charts) for title, (intro, _) in SECTIONS.items()]
     parts.append(_chart_section("Other", "Metrics this report has no place for.", others(runs), charts))
     parts += [_merge_section(runs), _config_section(runs)]
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}")
-    partial.write_text(page.page("megatron-bai · " + ", ".join(named), "".join(parts), charts), encoding="utf-8")
+    partial.write_text(html_page.page("megatron-bai · " + ", ".join(named), "".join(parts), charts), encoding="utf-8")
     os.replace(partial, output)
 
 
-def _chart_section(title: str, intro: str, drawn: list[page.Chart], charts: list[page.Chart]) -> str:
+def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts: list[html_page.Chart]) -> str:
     """Append the charts to the page's list and give the HTML that places them; nothing for no chart."""
     if not drawn:
         return ""
-    figures = "".join(page.figure(len(charts) + i, chart) for i, chart in enumerate(drawn))
+    figures = "".join(html_page.figure(len(charts) + i, chart) for i, chart in enumerate(drawn))
     charts.extend(drawn)
     return f'<h2>{title}</h2><p>{intro}</p><div class="charts">{figures}</div>'
 
@@ -69,7 +69,7 @@ def _alarm_section(runs: list[RunData]) -> str:
             rows = [[str(a.step), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.action] for a in own]
             name = f"{escape(run.name)}: {escape(detector.replace('_', ' '))}"
             title = f'<h3><i style="background:{run.colour}"></i>{name}</h3>'
-            shown = page.table(["step", "evidence", "action"], rows, compare=False)
+            shown = html_page.table(["step", "evidence", "action"], rows, compare=False)
             cards.append(f'<div class="card prose">{title}{shown}<p>{escape(advice)}.</p></div>')
     return "<h2>Alarms</h2><p>Marked ▼ on the curves below.</p>" + "".join(cards) if cards else ""
 
@@ -99,7 +99,7 @@ def _headline(run: RunData) -> str:
     for label, group in (("Layout", layout), ("Versions", run.summary.get("versions"))):
         if isinstance(group, dict):
             items.append((label, " · ".join(f"{key} {value}" for key, value in flatten(group).items() if value)))
-    return page.facts(items, big)
+    return html_page.facts(items, big)
 
 
 def _merge_section(runs: list[RunData]) -> str:
@@ -110,8 +110,8 @@ def _merge_section(runs: list[RunData]) -> str:
         rows = [[str(s.get("path")), str(s.get("coefficient")), str(s.get("digest", ""))[:12]] for s in sources]
         recipe = flatten({key: run.provenance.get(key) for key in ("recipe", "created")})
         recipe.pop("recipe.terms", None)  # the table below
-        cards.append(f'<div class="card"><h3>{escape(run.name)}</h3>{page.facts(list(recipe.items()))}<br>')
-        cards.append(page.table(["checkpoint", "coefficient", "digest"], rows, compare=False) + "</div>")
+        cards.append(f'<div class="card"><h3>{escape(run.name)}</h3>{html_page.facts(list(recipe.items()))}<br>')
+        cards.append(html_page.table(["checkpoint", "coefficient", "digest"], rows, compare=False) + "</div>")
     return "<h2>Merge</h2><p>The weights that training started from.</p>" + "".join(cards) if cards else ""
 
 
@@ -123,8 +123,8 @@ def _config_section(runs: list[RunData]) -> str:
         return ""
     rows = [[key, *(one.get(key, "–") or "(empty)" for one in settings)] for key in keys]
     header, differing = ["setting", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1]
-    diff = f"<div class=card>{page.table(header, differing, compare=False)}</div>" if differing else ""
-    table = f"<div class=card>{page.table(header, rows)}</div>"
+    diff = f"<div class=card>{html_page.table(header, differing, compare=False)}</div>" if differing else ""
+    table = f"<div class=card>{html_page.table(header, rows)}</div>"
     everything = f"<details><summary>{len(keys)} settings</summary>{table}</details>"
     intro = ""
     if len(runs) > 1:

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.alarm import Alarm
+from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.loggers import Loggers
 
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bai.monitor.alarm import Alarm
-from megatron_bai.monitor.baseline import Track
+from megatron_bai.monitor.detectors.alarm import Alarm
+from megatron_bai.monitor.detectors.metric_track import Track
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from typing import Any
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor import hockey_stick
-from megatron_bai.monitor.alarm import ACTIONS, Alarm
-from megatron_bai.monitor.drift import Drift, Rule
-from megatron_bai.monitor.hockey_stick import HockeyStick
-from megatron_bai.monitor.responses import REWARDS, TOKENS
+from megatron_bai.monitor.detectors import hockey_stick
+from megatron_bai.monitor.detectors.alarm import ACTIONS, Alarm
+from megatron_bai.monitor.detectors.drift_detector import Drift, Rule
+from megatron_bai.monitor.detectors.hockey_stick import HockeyStick
+from megatron_bai.monitor.metrics.response_metrics import REWARDS, TOKENS
 
 _ADVICE = {
     "length_collapse": (
