@@ -1,0 +1,1 @@
+"""Read, write and check checkpoints of both formats: Megatron-Core's `torch_dist` and Hugging Face safetensors."""

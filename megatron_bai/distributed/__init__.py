@@ -1,0 +1,1 @@
+"""Say which device, which hosts and which group of ranks this process works with."""

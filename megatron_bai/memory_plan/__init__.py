@@ -1,0 +1,1 @@
+"""Compute what a run holds on each GPU, from settings alone."""

@@ -1,0 +1,1 @@
+"""Build the Megatron-Core model; load, save and convert its weights."""

@@ -1,0 +1,1 @@
+"""Measure a run, watch it for collapse, log it and report it."""

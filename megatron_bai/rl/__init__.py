@@ -1,0 +1,1 @@
+"""Train by reinforcement learning or supervision."""

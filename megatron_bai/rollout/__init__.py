@@ -1,0 +1,1 @@
+"""Ask SGLang servers for samples with log-probabilities and routes."""

@@ -1,0 +1,1 @@
+"""Record, replay, cut and store the experts that tokens are routed to."""

@@ -220,7 +220,7 @@ def test_a_clusters_signals_do_not_end_it(server: SGLangServer, client: MakeClie
 PARENT = """
 import time
 from megatron_bai.config import Rollout
-from megatron_bai.rollout.server import SGLangServer
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
 server = SGLangServer({model!r}, Rollout(), {log!r})
 server.start()
 print(server.url, flush=True)

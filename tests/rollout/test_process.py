@@ -111,7 +111,7 @@ def test_cpu_is_recognised_either_way(way: list[str]) -> None:
 
 DIES = """
 import time
-from megatron_bai.rollout.serve import die_with
+from megatron_bai.rollout.servers.server_main import die_with
 die_with({})
 print('armed', flush=True)
 time.sleep(60)

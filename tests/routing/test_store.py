@@ -152,8 +152,8 @@ def test_a_header_across_two_blocks_of_the_search_is_found(tmp_path: Path) -> No
 _WRITER = """
 import sys
 from recordings import recording
-from megatron_bai.routing.codec import encode
-from megatron_bai.routing.store import StoreWriter
+from megatron_bai.routing.store.codec import encode
+from megatron_bai.routing.store.route_store import StoreWriter
 with StoreWriter(sys.argv[1], "a") as writer:
     step = len(writer.entries)
     while True:

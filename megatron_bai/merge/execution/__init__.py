@@ -1,0 +1,1 @@
+"""Execute a planned merge: read, combine, write and verify in bounded memory."""

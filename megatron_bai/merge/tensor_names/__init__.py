@@ -1,0 +1,1 @@
+"""Tell what a saved tensor's name means: canonical names, renamed views, vocabulary, parameter groups."""

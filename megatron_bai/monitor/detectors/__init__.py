@@ -1,0 +1,1 @@
+"""Detect collapse in a run's metrics."""

@@ -1,0 +1,1 @@
+"""Compute the metrics of responses, routers and the discrepancy between the engines."""

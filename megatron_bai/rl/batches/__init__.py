@@ -1,0 +1,1 @@
+"""Turn samples into batches: advantages, padding, packing, micro-batches."""

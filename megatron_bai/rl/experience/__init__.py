@@ -1,0 +1,1 @@
+"""Collect what a step trains on: rollouts, rewards, routes, staleness, evaluation."""

@@ -1,0 +1,1 @@
+"""Start, supervise and update SGLang servers."""

@@ -1,0 +1,1 @@
+"""Keep routes on disk: the compact code, the files, and what `inspect` says of them."""
