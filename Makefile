@@ -63,4 +63,4 @@ test-parts:
 	$(BIN)/pytest $(addprefix --ignore=,$(RUNS) $(SERVERS) $(RANKS))
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build dist

@@ -5,6 +5,7 @@ import io
 import json
 import runpy
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def called(script: Path, words: list[str]) -> dict[str, str | int]:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             code = end.code
+        except Exception:
+            code = 1
+            traceback.print_exc()
     return {"code": code or 0, "out": out.getvalue(), "err": err.getvalue()}
 
 
