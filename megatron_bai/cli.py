@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bai import config, project_files, sweep
 from megatron_bai.errors import UserError, of_peer
+from megatron_bai.utils.imports import without_collections
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def _run(arguments: list[str]) -> None:
         return
     settings = _composed(rest)
     module, _, function = verb.function.partition(":")
-    run: Callable[[config.Config], None] = getattr(importlib.import_module(module), function)
+    with without_collections():
+        run: Callable[[config.Config], None] = getattr(importlib.import_module(module), function)
     run(settings)
 
 

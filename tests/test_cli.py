@@ -43,7 +43,10 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
         (["train", "foo.bar=1"], ["foo.bar"]),
         (["train", "--cfg", "job", "trainer.stepz=3"], ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
         (["train", "init.checkpoint=x"], ["init.checkpoint", "add init=checkpoint, which has it"]),
-        (["train", "objective=grpo", "objective.is_max=3"], ["add objective=minirl or objective=sequence, which has it"]),
+        (
+            ["train", "objective=grpo", "objective.is_max=3"],
+            ["add objective=minirl or objective=sequence, which has it"],
+        ),
         (["train", "init=merge", "merge.sweep=[0.1]"], ["merge.sweep"]),
         (["train", "init=none"], ["init/none"]),
         (["train", "trainer.steps=many"], ["trainer.steps", "many", "Integer"]),
@@ -80,6 +83,20 @@ def test_so_it_is_in_a_process_of_its_own(arguments: list[str], named: str, tmp_
     done = run(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert done.stderr.startswith("megatron-bai: error: ") and named in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["train", "--help"], ["doctor"], ["report", "report.runs=[nothing]"], ["train", "trainer.stepz=3"]],
+    ids=" ".join,
+)
+def test_what_needs_no_tensors_does_not_wait_for_torch(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    listed = re.findall(r"^import time:.*\| +(\w+)", run(*arguments, cwd=tmp_path).stderr, re.M)
+    assert "megatron_bai" in listed
+    assert not {"torch", "numpy", "transformers", "megatron", "sglang", "aiohttp", "numba"} & set(listed)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -4,16 +4,14 @@ from typing import Any
 
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.detectors.metric_track import Track
-from megatron_bai.monitor.metrics.response_metrics import COUNTS, REWARDS
+from megatron_bai.monitor.metrics.metric_names import COUNTS, REWARDS
 
 DETECTOR = "reward_hockey_stick"
 _DROP_ADVICE = (
     "arXiv 2509.00309 lays it to the reasoning checkpoint RL starts from and starts from a merge with the pretrained and "
     "instruction-tuned ones (BAI, balanced ratios) instead"
 )
-_RECOVERY_ADVICE = (
-    "the final reward does not show it (arXiv 2509.00309): compare lengths and held-out accuracy with a run from a merge"
-)
+_RECOVERY_ADVICE = "the final reward does not show it (arXiv 2509.00309): compare lengths and held-out accuracy with a run from a merge"
 
 
 class HockeyStick:
@@ -66,7 +64,9 @@ class HockeyStick:
         if self._sure < self.deviations:
             return []
         self._trough = at, level
-        evidence = f"{self._where} dropped by {depth:.3g}, from {self._peak[1]:.3g} (step {self._peak[0]}) to {level:.3g}"
+        evidence = (
+            f"{self._where} dropped by {depth:.3g}, from {self._peak[1]:.3g} (step {self._peak[0]}) to {level:.3g}"
+        )
         facts = {"depth": depth, "peak_step": self._peak[0], "peak": self._peak[1], "level": level}
         return [self._alarm(step, evidence, _DROP_ADVICE, facts)]
 

@@ -8,7 +8,7 @@ from megatron_bai.monitor.detectors import hockey_stick
 from megatron_bai.monitor.detectors.alarm import ACTIONS, Alarm
 from megatron_bai.monitor.detectors.drift_detector import Drift, Rule
 from megatron_bai.monitor.detectors.hockey_stick import HockeyStick
-from megatron_bai.monitor.metrics.response_metrics import REWARDS, TOKENS
+from megatron_bai.monitor.metrics.metric_names import REWARDS, TOKENS
 
 _ADVICE = {
     "length_collapse": (

@@ -2,10 +2,10 @@
 
 import torch
 
+from megatron_bai.monitor.metrics.metric_names import COUNTS, REWARDS, TOKENS
 from megatron_bai.monitor.stats import Stats, quantile
 
 QUANTILES = (0.1, 0.5, 0.9)
-REWARDS, COUNTS, TOKENS = "reward_by_length/", "responses_by_length/", "response_tokens"
 
 
 def add_responses(

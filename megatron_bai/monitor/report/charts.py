@@ -7,7 +7,7 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from megatron_bai.monitor.metrics.response_metrics import COUNTS, REWARDS
+from megatron_bai.monitor.metrics.metric_names import COUNTS, REWARDS
 from megatron_bai.monitor.report.html_page import Chart
 from megatron_bai.monitor.report.run_data import RunData, is_number
 
@@ -188,7 +188,9 @@ def _alarms(run: RunData, key: str) -> list[dict[str, Any]]:
             "x": [alarm.step for alarm in found],
             "y": [known[alarm.step] for alarm in found],
             "name": escape(f"alarm · {run.name}"),
-            "text": ["<br>".join(map(escape, wrap(f"{a.detector.replace('_', ' ')}: {a.evidence}", 44))) for a in found],
+            "text": [
+                "<br>".join(map(escape, wrap(f"{a.detector.replace('_', ' ')}: {a.evidence}", 44))) for a in found
+            ],
             "hovertemplate": "%{text}<extra></extra>",
             "mode": "markers",
             "marker": {"symbol": "triangle-down", "size": 13, "color": _ALARM},

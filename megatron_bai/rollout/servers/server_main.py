@@ -20,7 +20,6 @@ so every process leaves it out of what it logs. Paths that read pickles are take
 of one machine meet, which torch opens to every network, listens where it was told to.
 """
 
-import gc
 import logging
 import os
 import signal
@@ -36,6 +35,7 @@ from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.servers.auth import read_key
 from megatron_bai.utils.child_processes import die_with
+from megatron_bai.utils.imports import without_collections
 
 _TENSORS = "/update_weights_from_tensor"
 _PICKLED = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
@@ -80,16 +80,14 @@ def on_cpu(arguments: list[str]) -> bool:
 
 def main(given: Own) -> None:
     """Serve until told to stop."""
-    prepare(on_cpu(list(given.rest)))
-    from sglang.launch_server import run_server
-    from sglang.srt.entrypoints import http_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+    with without_collections():
+        prepare(on_cpu(list(given.rest)))
+        from sglang.launch_server import run_server
+        from sglang.srt.entrypoints import http_server
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
 
-    # Collecting garbage is a third of the time of so many imports, and little of what they leave is ever garbage.
-    gc.freeze()
-    gc.enable()
     load_plugins()
     shut = _PICKLED - ({_TENSORS} if given.take_tensors else set())
     routes = http_server.app.router.routes
@@ -164,5 +162,4 @@ def _meet_where_told() -> None:
 if __name__ == "__mp_main__":  # a worker
     prepare(on_cpu(list(enter().rest)))
 elif __name__ == "__main__":
-    gc.disable()
     main(enter())
