@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
@@ -160,7 +160,7 @@ def _composed(overrides: list[str]) -> config.Config:
         UserError: they make none.
     """
     with _one_line(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
-        return OmegaConf.to_object(hydra.compose("config", overrides=overrides))
+        return cast(config.Config, OmegaConf.to_object(hydra.compose("config", overrides=overrides)))
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def _other_choice(reason: str) -> str:
     """Which choices of a group have the setting that the one chosen lacks, if that is what is wrong."""
     key, kind = (re.findall(r"Key '(\w+)' not in '(\w+)'", reason) or [("", "")])[0]
     for group, field in config.Config.__dataclass_fields__.items():
-        family = _family(field.type)
+        family = _family(cast(type, field.type))
         if kind in [each.__name__ for each in family]:
             known = [each.name for each in family if key in each.__dataclass_fields__ and each.name != MISSING]
             return f"; add {' or '.join(f'{group}={name}' for name in known)}, which has it" if known else ""
@@ -239,7 +239,7 @@ def _settings(group: str) -> list[str]:
     return [line for kind in _family(getattr(config, group.capitalize())) for line in _described(group, kind)]
 
 
-def _family(kind: type) -> list[type]:
+def _family(kind: type[Any]) -> list[type[Any]]:
     """A class of `config.py` and its descendants there."""
     children = [child for child in kind.__subclasses__() if child.__module__ == config.__name__]
     return [kind, *(each for child in children for each in _family(child))]
@@ -247,8 +247,9 @@ def _family(kind: type) -> list[type]:
 
 def _described(group: str, kind: type) -> list[str]:
     """A class's own settings with type, default and the comment beside each."""
-    written = not kind.__doc__.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
-    lines = [f"{group}: {inspect.getdoc(kind).splitlines()[0]}" if written else f"{group}:"]
+    about = inspect.getdoc(kind) or ""
+    written = not about.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
+    lines = [f"{group}: {about.splitlines()[0]}" if written else f"{group}:"]
     for line in inspect.getsource(kind).splitlines():
         if found := re.match(r"    (\w+): ([\w\[\], |]+) = (.+?)(?:  # (.+))?$", line):
             key, typename, default, comment = found.groups()

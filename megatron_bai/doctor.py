@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_bai import compat, project_files
+from megatron_bai.compat.patch import Patch
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 
@@ -235,7 +236,7 @@ def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
         yield Finding("C compiler", "none", _WITHOUT, note)
 
 
-def _patches(known: Iterable[compat.Patch], machine: Machine) -> Iterator[Finding]:
+def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
     """Fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
     for patch in known:
         piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.found or '–'}"

@@ -80,7 +80,7 @@ def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     choices = [
         [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
         if each.is_sweep_override()
-        else [each.input_line]
+        else [str(each.input_line)]
         for each in parsed
     ]
     varied = [place for place, each in enumerate(parsed) if each.is_sweep_override()]

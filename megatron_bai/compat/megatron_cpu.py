@@ -60,18 +60,20 @@ def _devices() -> None:
     from torch.utils._device import _device_constructors
 
     _device_constructors()  # cached: `with torch.device(…)`, which transformers uses, must know the original functions
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    tensor.cuda = module.cuda = lambda self, *args, **kwargs: self
     typename = torch.Tensor.type
 
     def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = typename(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_
+    tensor.type = type_
     for kind in ("Float", "Half", "BFloat16", "Int", "Long", "Byte", "Double"):
         setattr(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
 
@@ -80,10 +82,11 @@ def _streams() -> None:
     """Nothing is asynchronous, so there is nothing to wait for."""
     import torch
 
-    torch.cuda.Stream = torch.cuda.Event = _Inert
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args: _Inert()
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args: None
+    cuda: Any = torch.cuda
+    cuda.Stream = cuda.Event = _Inert
+    cuda.current_stream = cuda.default_stream = lambda *args: _Inert()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.synchronize = cuda.empty_cache = lambda *args: None
 
 
 def _random_states() -> None:
@@ -91,9 +94,10 @@ def _random_states() -> None:
     import torch
     from megatron.core.tensor_parallel import random
 
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda: Any = torch.cuda
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
@@ -102,7 +106,8 @@ def _collectives() -> None:
     """gloo's all_to_all_single takes split sizes as ints only; Megatron hands it tensors' elements."""
     import torch
 
-    inner = torch.distributed.all_to_all_single
+    distributed: Any = torch.distributed
+    inner = distributed.all_to_all_single
 
     def ints(sizes: Any) -> list[int] | None:
         return None if sizes is None else [int(size) for size in sizes]
@@ -112,7 +117,7 @@ def _collectives() -> None:
     ) -> Any:
         return inner(output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs)
 
-    torch.distributed.all_to_all_single = all_to_all_single
+    distributed.all_to_all_single = all_to_all_single
 
 
 def _without_transformer_engine() -> None:

@@ -114,12 +114,12 @@ def batched(upstream: type) -> type:
 
     from megatron_bai.compat.numba_kernels import attend
 
-    class BatchedAttnBackend(upstream):
+    class BatchedAttnBackend(upstream):  # type: ignore[misc]  # SGLang's class is known at run time alone
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
-            self.forward_metadata = None  # groups, made by the first layer that needs them
+            self.forward_metadata: list[Group] | None = None  # groups, made by the first layer that needs them
 
-        def _run_sdpa_forward_decode(self, *batch: Any, **how: Any) -> "Tensor":
+        def _run_sdpa_forward_decode(self, *batch: Any, **how: Any) -> Any:
             query, output, keys, values, table, rows, lengths, _ = batch
             if not _plain(batch, how):
                 return super()._run_sdpa_forward_decode(*batch, **how)
@@ -127,21 +127,21 @@ def batched(upstream: type) -> type:
                 arrays = query.contiguous(), keys, values, table, rows.to(torch.int64), lengths.to(torch.int64)
                 attend(*(each.numpy() for each in arrays), how["scaling"], output.numpy())
             else:
-                self._group(table, rows, lengths, torch.ones_like(lengths))
-                decode(self.forward_metadata, query, output, keys, values, how["scaling"])
+                groups = self._group(table, rows, lengths, torch.ones_like(lengths))
+                decode(groups, query, output, keys, values, how["scaling"])
             return output
 
-        def _run_sdpa_forward_extend(self, *batch: Any, **how: Any) -> "Tensor":
+        def _run_sdpa_forward_extend(self, *batch: Any, **how: Any) -> Any:
             query, output, keys, values, table, rows, lengths, _, new, _ = batch
             if not (how["causal"] and _plain(batch, how)):
                 return super()._run_sdpa_forward_extend(*batch, **how)
-            self._group(table, rows, lengths, new)
-            extend(self.forward_metadata, query, output, keys, values, how["scaling"])
+            extend(self._group(table, rows, lengths, new), query, output, keys, values, how["scaling"])
             return output
 
-        def _group(self, table: "Tensor", rows: "Tensor", lengths: "Tensor", new: "Tensor") -> None:
+        def _group(self, table: "Tensor", rows: "Tensor", lengths: "Tensor", new: "Tensor") -> list[Group]:
             if self.forward_metadata is None:
                 self.forward_metadata = group(table, rows, lengths, new)
+            return self.forward_metadata
 
     return BatchedAttnBackend
 

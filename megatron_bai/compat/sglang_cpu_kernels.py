@@ -72,7 +72,8 @@ def murmur_hash32(seed: "Tensor", positions: "Tensor", columns: "Tensor") -> "Te
     h = h ^ 16  # bytes hashed
     h = _multiply(h ^ (h >> 16), 0x85EBCA6B)
     h = _multiply(h ^ (h >> 13), 0xC2B2AE35)
-    return (h ^ (h >> 16)).to(torch.uint32)
+    hashed: torch.Tensor = (h ^ (h >> 16)).to(torch.uint32)
+    return hashed
 
 
 def _mix(h: Any, key: Any) -> Any:
@@ -90,10 +91,13 @@ def _multiply(a: Any, b: int) -> Any:
     return ((a & 0xFFFF) * b + ((((a >> 16) * b) & 0xFFFF) << 16)) & _MASK
 
 
+_library: Any = None  # the operator lives as long as this object
+
+
 def _define_murmur_hash() -> None:
     import torch
 
-    global _library  # the operator lives as long as this object
+    global _library
     _library = torch.library.Library("sgl_kernel", "FRAGMENT")
     _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
     _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")

@@ -35,7 +35,8 @@ def install() -> None:
     import sglang  # noqa: F401  (it puts its own module object in transformers' place)
     import transformers
 
-    transformers.AutoImageProcessor = _ImageProcessors
+    offered: Any = transformers
+    offered.AutoImageProcessor = _ImageProcessors
 
 
 class _ImageProcessors:

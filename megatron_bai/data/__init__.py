@@ -49,6 +49,7 @@ def make_task(
     """The task that the settings choose. See `DatasetTask` for the arguments."""
     if isinstance(data, config.Arithmetic):
         return Sums(data, tokenizer)
+    assert isinstance(data, config.Dataset), "`check` refuses others"
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no end token (eos_token): a response would never end")
     if tokenizer.pad_token_id is None:

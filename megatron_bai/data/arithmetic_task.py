@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from random import Random
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -56,7 +57,8 @@ class Sums:
         return Prompt(self.tokenizer.encode(text), text, problem.answer)
 
     def _eval_problems(self, seed: int) -> list[Problem]:
-        rng, problems = Random(f"eval/{seed}"), {}
+        rng = Random(f"eval/{seed}")
+        problems: dict[Problem, None] = {}
         for _ in range(100 * self.data.eval_prompts):  # enough, unless the split is smaller than asked for
             if len(problems) == self.data.eval_prompts:
                 break
@@ -73,7 +75,7 @@ class Sums:
         *body, end = response_ids if len(response_ids) else [-1]
         if end != self.tokenizer.eos_token_id or not self._ordinary.issuperset(int(i) for i in body):
             return 0.0
-        return float(is_correct(prompt.answer, self.tokenizer.decode(body)))
+        return float(is_correct(prompt.answer, cast(str, self.tokenizer.decode(body))))
 
     def supervised(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Task.supervised`: whole documents packed into rows, attention over the whole row.

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -103,7 +103,7 @@ class DatasetTask:
         *body, end = map(int, response_ids) if len(response_ids) else [-1]
         if end != self.tokenizer.eos_token_id:
             return 0.0
-        found = answers.normalised(answers.final(self.tokenizer.decode(body)))
+        found = answers.normalised(answers.final(cast(str, self.tokenizer.decode(body))))
         return float(found != "" and found == answers.normalised(prompt.answer))
 
     def supervised(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +158,8 @@ class DatasetTask:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of prompts. A chat template writes the special tokens itself."""
-        return self.tokenizer(texts, add_special_tokens=not self.data.chat_template)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.data.chat_template)["input_ids"]
+        return ids
 
     def _text(self, row: dict[str, Any], where: str) -> str:
         """What the model reads."""
@@ -168,9 +169,10 @@ class DatasetTask:
                 raise UserError(f"{where}: {self.data.prompt!r} must be a text with data.chat_template=false")
             return text
         try:
-            return self.tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 self._messages(row, where), tokenize=False, add_generation_prompt=True, **self.data.template_options
             )
+            return cast(str, rendered)
         except UserError:
             raise
         except Exception as error:  # the template's own: Jinja's and whatever it raises

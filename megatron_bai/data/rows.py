@@ -103,10 +103,12 @@ class Table:
             raise UserError(f"{setting}={path} is no Parquet that can be read: {error}") from None
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        rows: int = self._table.num_rows
+        return rows
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self._table.slice(number, 1).to_pylist()[0]
+        row: dict[str, Any] = self._table.slice(number, 1).to_pylist()[0]
+        return row
 
     def where(self, number: int) -> str:
         return f"{self._path}: row {number + 1}"
@@ -130,7 +132,8 @@ class Saved:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self._rows[number]
+        row: dict[str, Any] = self._rows[number]
+        return row
 
     def where(self, number: int) -> str:
         return f"{self._path}: row {number + 1}"

@@ -37,7 +37,7 @@ def own_address() -> str:
         family, kind, _, _, place = socket.getaddrinfo(head, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:  # nothing is sent
             probe.connect(place)
-            address = probe.getsockname()[0]
+            address: str = probe.getsockname()[0]
     except OSError as error:
         raise UserError(f"no way from {socket.gethostname()} to {head}, where the run meets: {error}") from error
     if ipaddress.ip_address(place[0]).is_loopback:

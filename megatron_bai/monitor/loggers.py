@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ class TensorBoard:
     def __init__(self, directory: Path, settings: config.Config):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make = lambda step: SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+        self._make: Callable[[int], Any] = lambda step: SummaryWriter(str(directory / "tensorboard"), purge_step=step)
         self._writer: Any = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -97,7 +98,7 @@ class Mlflow:
         self._client.set_terminated(self._id)
 
 
-_KINDS = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
+_KINDS: dict[str, Callable[[Path, config.Config], Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
 
 
 class Loggers:

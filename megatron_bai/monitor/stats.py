@@ -7,6 +7,7 @@ exact: quantiles and entropies are taken from the whole tally, never averaged ov
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class Stats:
     def gathered(self, contributes: bool) -> "Stats":
         """The sum over the ranks that contribute, on every rank. Collective over the world."""
         mine = (dict(self._means), dict(self._weights), self._maxima, dict(self.tallies)) if contributes else None
-        everyone: list[tuple | None] = [None] * dist.get_world_size()
+        everyone: list[tuple[Any, ...] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         total = Stats()
         for found in everyone:

@@ -32,7 +32,8 @@ def read_summary(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "summary.json"
     try:
-        return json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
@@ -98,4 +98,4 @@ def _given(sample: Sample, score: Score) -> Sample:
 
 def _text(task: Task, sample: Sample) -> str:
     ids = sample.response.tolist()
-    return task.tokenizer.decode(ids[:-1] if ids and ids[-1] == task.tokenizer.eos_token_id else ids)
+    return cast(str, task.tokenizer.decode(ids[:-1] if ids and ids[-1] == task.tokenizer.eos_token_id else ids))

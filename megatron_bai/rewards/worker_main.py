@@ -25,7 +25,8 @@ def find(name: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise TypeError(f"{name} is a {type(found).__name__} and no function")
-    return found
+    function: Callable[..., Any] = found
+    return function
 
 
 def call(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Pool:
         Raises:
             UserError: a worker could not be started again.
         """
-        scores: list[Score | None] = [None] * len(arguments)
+        scores: dict[int, Score] = {}
         waiting = deque(range(len(arguments)))
         self._grow(min(self._limit, len(arguments)))
         while waiting or any(worker.item is not None for worker in self._workers):
@@ -78,7 +78,7 @@ class Pool:
                 if item is not None and score is not None:
                     scores[item] = score
             self._grow(min(self._limit, len(waiting) + sum(worker.item is not None for worker in self._workers)))
-        return scores
+        return [scores[item] for item in range(len(arguments))]
 
     def _until_ready(self) -> None:
         while not all(worker.ready for worker in self._workers):
@@ -91,16 +91,17 @@ class Pool:
 
     def _heard(self) -> "list[_Worker]":
         """Wait for workers that said something, ended, or ran out of time."""
-        busy = [worker for worker in self._workers if worker.deadline is not None]
+        busy = [(worker, worker.deadline) for worker in self._workers if worker.deadline is not None]
         with selectors.DefaultSelector() as selector:
-            for worker in busy:
+            for worker, _ in busy:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
-            until = min(worker.deadline for worker in busy) - time.monotonic()
+            until = min(deadline for _, deadline in busy) - time.monotonic()
             heard = [key.data for key, _ in selector.select(max(0.0, until))]
-        return heard + [worker for worker in busy if worker not in heard and time.monotonic() >= worker.deadline]
+        return heard + [worker for worker, end in busy if worker not in heard and time.monotonic() >= end]
 
     def _outcome(self, worker: "_Worker") -> Score | None:
         """What became of what the worker was at; None: it goes on. One that is no use any more is removed."""
+        assert worker.deadline is not None, "it is at something"
         started, late = worker.ready, time.monotonic() >= worker.deadline
         reply = worker.reply()
         if reply is None and not worker.ended and not late:
@@ -140,7 +141,8 @@ class _Worker:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # a Ctrl-C is the trainer's; and what it starts is killed with it
             )
-        self.stdout = self.process.stdout
+        assert self.process.stdin and self.process.stdout
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready, self.ended = False, False
         self.item: int | None = None
         self.deadline: float | None = time.monotonic() + _START_S
@@ -154,7 +156,7 @@ class _Worker:
 
     def _write(self, data: bytes) -> None:
         while data:
-            data = data[self.process.stdin.write(data) :]
+            data = data[self.stdin.write(data) :]
 
     def reply(self) -> dict[str, Any] | None:
         """The line it wrote, when it is whole."""
@@ -169,13 +171,14 @@ class _Worker:
             return None
         self._buffer = rest
         self.ready, self.item, self.deadline = True, None, None
-        return json.loads(line)
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def kill(self) -> None:
         """End it and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.stdin, self.stdout):
             with suppress(BrokenPipeError):
                 pipe.close()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -99,12 +99,10 @@ class RolloutClient:
         """
         members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
         wanted = [Wanted(index, ids, sampling_seed(seed, first + index, member)) for index, ids, member in members]
-        found = list(known) or [None] * len(members)
-        lacking = [place for place, each in enumerate(found) if not isinstance(each, Sample)]
+        lacking = [i for i in range(len(members)) if not known or not isinstance(known[i], Sample)]
         asked = self.sample([wanted[i] for i in lacking], stop_token_id, temperature, 0, version, tolerated)
-        for place, each in zip(lacking, asked, strict=True):
-            found[place] = each
-        return found
+        found = dict(zip(lacking, asked, strict=True))
+        return [found[i] if i in found else known[i] for i in range(len(members))]
 
     def sample(
         self,
@@ -150,7 +148,8 @@ class RolloutClient:
         for index, ids in enumerate(token_lists):
             self._check_ids(ids, 0, f"sequence {index}")
 
-        return self._run([self._scoring_request(list(ids)) for ids in token_lists], max(map(len, token_lists)))
+        requests = [self._scoring_request(list(ids)) for ids in token_lists]
+        return cast(list[np.ndarray], self._run(requests, max(map(len, token_lists))))  # a failure is raised
 
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
@@ -209,8 +208,8 @@ class RolloutClient:
         reply_bytes = largest(longest, self.signature)
         setting = "rollout.request_timeout_s"
         limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
-        requests = [(self.first_server + turn, *request) for turn, *request in requests]
-        found = ask_all(self.urls, "/generate", requests, limits, tolerated or 0)
+        turned = [(self.first_server + turn, body, read) for turn, body, read in requests]
+        found = ask_all(self.urls, "/generate", turned, limits, tolerated or 0)
         if tolerated is None:
             for each in found:
                 if isinstance(each, UserError):

@@ -62,7 +62,7 @@ def ask_all(
     return asyncio.run(run())
 
 
-async def _collected(asked: list[asyncio.Future], tolerated: int) -> list[Any]:
+async def _collected(asked: Sequence[asyncio.Future[Any]], tolerated: int) -> list[Any]:
     """Results or UserErrors, in order; what is not a UserError is raised."""
     failures: list[UserError] = []
     try:

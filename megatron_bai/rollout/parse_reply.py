@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bai.rollout.sample import Sample, VersionSpan
+from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.layout import fillers
 from megatron_bai.routing.missing import of_last_version
-from megatron_bai.routing.routes import RouteSignature, check_ids
+from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)

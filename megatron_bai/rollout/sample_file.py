@@ -24,7 +24,7 @@ def write(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSig
         OSError: the file cannot be written.
     """
     made = [sample for _, sample in samples]
-    arrays: dict[str, np.ndarray] = {
+    arrays: dict[str, Any] = {
         "about": np.frombuffer(json.dumps([_about(*each) for each in samples]).encode(), dtype=np.uint8),
         "tokens": _joined([sample.tokens for sample in made], np.int64),
         "logprobs": _joined([sample.logprobs for sample in made], np.float32),

@@ -72,9 +72,10 @@ class HockeyStick:
 
     def _falling(self, step: int, at: int, level: float) -> list[Alarm]:
         """Follow the trough, until the recovery."""
-        if level < self._trough[1]:
-            self._trough = at, level
         peak, trough = self._peak, self._trough
+        assert peak is not None and trough is not None, "a drop is under way"
+        if level < trough[1]:
+            self._trough = trough = at, level
         depth = peak[1] - trough[1]
         self._sure = max(self._sure, depth / self._track.error(floor=self.drop / 50))
         if level < trough[1] + self.recovery * depth:
@@ -92,6 +93,7 @@ class HockeyStick:
         return [alarm]
 
     def _alarm(self, step: int, evidence: str, advice: str, facts: dict[str, float]) -> Alarm:
+        assert self._peak is not None
         return Alarm(step, DETECTOR, self.metric, self._sure, evidence, advice, self._peak[0], self.action, facts)
 
     def state(self) -> dict[str, Any]:

@@ -42,13 +42,14 @@ class Track:
         steps = sorted(abs(after - before) for (_, before), (_, after) in pairwise(self._values))
         kept = steps[: max(1, int(len(steps) * _TRIM))]
         noise = sum(kept) / len(kept) / _TRIMMED_MEAN / 2**0.5 if kept else 0.0
-        independent = max(noise, floor) * _MEDIAN_ERROR * (2 / self.smooth) ** 0.5
+        independent: float = max(noise, floor) * _MEDIAN_ERROR * (2 / self.smooth) ** 0.5
         levels = [level for _, level in self.levels]
         changes = [after - before for before, after in zip(levels, levels[self.smooth :])]
         if not changes:
             return independent
         trend = median(changes)
-        return max(independent, _NORMAL * median(abs(change - trend) for change in changes))
+        correlated: float = _NORMAL * median(abs(change - trend) for change in changes)
+        return max(independent, correlated)
 
     def state(self) -> dict[str, Any]:
         """All it knows, JSON."""

@@ -56,7 +56,7 @@ class Monitor:
         for name in values:
             if name.startswith(REWARDS):
                 self._stick(name.removeprefix(REWARDS))
-        detectors = [*self._drifts, *self._sticks.values()]
+        detectors: list[Drift | HockeyStick] = [*self._drifts, *self._sticks.values()]
         alarms = [alarm for detector in detectors for alarm in detector.step(step, values)]
         return sorted(alarms, key=lambda alarm: -ACTIONS.index(alarm.action))
 

@@ -41,8 +41,10 @@ class OverGroup:
             listener = socket.create_server((host, 0))  # by itself the store would listen on all networks
         except OSError as error:
             raise UserError(f"rollout.sync_host={host} is no address of this machine: {error.strerror}") from None
-        port, own = listener.getsockname()[1], {"master_listen_fd": listener.detach(), "wait_for_workers": False}
-        self._store = dist.TCPStore(host, port, world, is_master=True, timeout=limit, **own)
+        port = listener.getsockname()[1]
+        self._store = dist.TCPStore(
+            host, port, world, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         offsets = {url: 1 + sum(sizes[:i]) for i, url in enumerate(self._urls)}
 
         def join(url: str) -> None:
@@ -78,7 +80,7 @@ class OverGroup:
         self._wait(self._group.broadcast(flat, 0), loading)
         loading.result()
 
-    def _wait(self, sending: Any, loading: Future) -> None:
+    def _wait(self, sending: Any, loading: Future[Any]) -> None:
         """Until the broadcast has ended, or a server has said why it takes no part in it."""
         while not sending.is_completed():
             if loading.done() and loading.exception():

@@ -32,7 +32,7 @@ def quantized(name: str, tensor: torch.Tensor, form: str) -> torch.Tensor:
         return ((values / scale).round() * scale).to(tensor.dtype)
     rows, columns = values.shape
     padded = F.pad(values, (0, -columns % _BLOCK, 0, -rows % _BLOCK))
-    blocks = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))  # [row block, 128, column block, 128]
+    blocks: torch.Tensor = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))  # [row block, 128, column block, 128]
     scale = _scale(blocks.abs().amax((1, 3), keepdim=True), 448.0)
     rounded = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(tensor.dtype)

@@ -146,7 +146,7 @@ def keep_out_of_logs(secret: str) -> None:
 def _meet_where_told() -> None:
     """Have torch's TCPStore, which listens on all networks, listen at its own address, or on loopback where that is all
     networks: the ranks of a server of ours are on one machine."""
-    rendezvous = import_module("torch.distributed.rendezvous")  # the package has a function of that name
+    rendezvous: Any = import_module("torch.distributed.rendezvous")  # the package has a function of that name
     store = rendezvous.TCPStore
 
     def listening(host_name: str, port: int, *args: Any, is_master: bool = False, **named: Any) -> Any:

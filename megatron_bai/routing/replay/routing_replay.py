@@ -119,6 +119,7 @@ class RoutingReplay:
         """Arm one router for one call."""
         from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
+        assert self._pass is not None, "the hooks are there for the length of a block"
         run, layer, handle = self._pass, router.layer_number - 1, router.router_replay
         if _in_backward():
             number = run.take(layer, backward=True)
@@ -140,6 +141,7 @@ class RoutingReplay:
 
     def _after(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Keep what the router chose, or prove that it chose what it was given; empty its queues."""
+        assert self._pass is not None
         run, layer, handle, chosen = self._pass, router.layer_number - 1, router.router_replay, output[1]
         backward, wanted = _in_backward(), handle.target_topk_idx
         if run.micros is None and not backward:
@@ -175,7 +177,8 @@ class RoutingReplay:
 
 
 def _dtype(signature: RouteSignature) -> torch.dtype:
-    return getattr(torch, signature.dtype.__name__)
+    dtype: torch.dtype = getattr(torch, signature.dtype.__name__)
+    return dtype
 
 
 def _in_backward() -> bool:
@@ -196,11 +199,15 @@ def _mixed(
     """`RouterReplay.get_replay_topk`, where rows of `live` keep the router's own choice."""
     own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
     handle.target_topk_idx = torch.where(live.to(own.device)[:, None], own, handle.target_topk_idx)
-    return type(handle).get_replay_topk(handle, scores, topk, num_groups, group_topk, default_compute_topk)
+    chosen: tuple[torch.Tensor, torch.Tensor] = type(handle).get_replay_topk(
+        handle, scores, topk, num_groups, group_topk, default_compute_topk
+    )
+    return chosen
 
 
 def _uncount(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
     """Take padding out of the load that moves the expert bias; Megatron counts it where gradients are enabled."""
+    assert micro.counted is not None
     padding = ~micro.counted if micro.live is None else ~(micro.counted | micro.live)
     if torch.is_grad_enabled():
         router.local_tokens_per_expert -= chosen[padding.to(chosen.device)].sum(dim=0)

@@ -66,7 +66,8 @@ class Recording:
     @property
     def sets(self) -> int:
         """(row, layer) pairs with a route."""
-        return int(self.valid.sum()) * self.ids.shape[1]
+        layers: int = self.ids.shape[1]
+        return int(self.valid.sum()) * layers
 
 
 def token_hash(tokens: np.ndarray) -> bytes:
@@ -211,7 +212,8 @@ class _Head:
 
 
 def _join(head: _Head, valid: np.ndarray, payload: np.ndarray) -> bytes:
-    parts = [bytes(head), np.packbits(valid, bitorder="little") if head.partial else b"", payload.reshape(-1)]
+    mask = np.packbits(valid, bitorder="little").data if head.partial else b""
+    parts = [bytes(head), mask, payload.reshape(-1).data]
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)

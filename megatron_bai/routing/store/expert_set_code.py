@@ -51,7 +51,7 @@ class SetCode:
         mask = (1 << LIMB) - 1
         self._shifts = shifts
         self._narrow = [row[-1].bit_length() <= _NARROW for row in starts]
-        self._starts = [np.array(row, dtype=np.int64) if fits else None for row, fits in zip(starts, self._narrow)]
+        self._starts = [np.array(row if fits else [], dtype=np.int64) for row, fits in zip(starts, self._narrow)]
         self._limbs = [
             (np.array([start & mask for start in row]), np.array([start >> LIMB for start in row])) for row in starts
         ]
@@ -107,10 +107,12 @@ class SetCode:
                     rest += np.minimum(high, 1 << (_NARROW - LIMB)) << LIMB
                     high = None
                 np.right_shift(rest, shift, out=index)
-            elif shift >= LIMB:
-                np.right_shift(high, shift - LIMB, out=index)
             else:
-                np.bitwise_or(high << (LIMB - shift), rest >> shift, out=index)
+                assert high is not None, "what is left has both words until it fits one"
+                if shift >= LIMB:
+                    np.right_shift(high, shift - LIMB, out=index)
+                else:
+                    np.bitwise_or(high << (LIMB - shift), rest >> shift, out=index)
             np.take(self._largest[i], index, out=columns[i - 1], mode="clip")
             if high is None:
                 rest -= np.take(self._starts[i], columns[i - 1], out=start, mode="clip")
@@ -137,14 +139,14 @@ class SetCode:
 
     def _table(self, row: list[int], shift: int) -> np.ndarray:
         """The largest element of a set, by the upper bits of its number."""
-        numbers = np.diff(np.array([start >> shift for start in row], dtype=np.int64))
-        return np.repeat(np.arange(self.experts, dtype=self.dtype), numbers)
+        upper = np.array([start >> shift for start in row], dtype=np.int64)
+        return np.repeat(np.arange(self.experts, dtype=self.dtype), upper[1:] - upper[:-1])
 
     def _beyond(self, low: np.ndarray, high: np.ndarray | None = None) -> bool:
         if not low.size:
             return False
         if high is None:
-            return int(low.max()) >= self.count**self.group
+            return bool(int(low.max()) >= self.count**self.group)
         top, bottom = self.count >> LIMB, self.count & ((1 << LIMB) - 1)
         return bool(((high > top) | ((high == top) & (low >= bottom))).any())
 

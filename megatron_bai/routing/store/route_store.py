@@ -103,6 +103,7 @@ class StoreWriter:
             UserError: another process writes to it, it is something else, or the directory cannot be written.
         """
         self.path = Path(directory) / f"{name}{SUFFIX}"
+        self.entries: list[Entry] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

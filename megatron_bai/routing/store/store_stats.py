@@ -105,7 +105,8 @@ def entropy(load: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = load / load.sum(axis=1, keepdims=True)
         nats = -np.where(load > 0, share * np.log(share), 0 * share).sum(axis=1)
-    return nats / math.log(load.shape[1]) if load.shape[1] > 1 else nats + 1
+    found: np.ndarray = nats / math.log(load.shape[1]) if load.shape[1] > 1 else nats + 1
+    return found
 
 
 def overlap(a: RouteStore, b: RouteStore) -> Overlap:
@@ -139,7 +140,8 @@ def overlap(a: RouteStore, b: RouteStore) -> Overlap:
 
 
 def _no_overlap(signature: RouteSignature) -> Overlap:
-    return Overlap(signature, *(np.zeros(signature.moe_layers, dtype=np.int64) for _ in range(3)))
+    rows, equal, common = (np.zeros(signature.moe_layers, dtype=np.int64) for _ in range(3))
+    return Overlap(signature, rows, equal, common)
 
 
 def _add_overlap(total: Overlap, a: Recording, b: Recording) -> None:
