@@ -20,6 +20,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from shutil import rmtree
 
@@ -70,8 +72,8 @@ COMMANDS = {
 KILLED = {"again": ("*/provenance.json", 1), "again-hf": ("*/manifest.json", 1)}
 
 
-def answering(directory: Path, seen=lambda version: None):
-    """The server that the commands' URL stands for; as a context manager it gives its own."""
+def answering(directory: Path, seen: Callable[[str], None] = lambda version: None) -> AbstractContextManager[str]:
+    """The server that the commands' URL stands for; gives its own."""
     return serve(Recorded(directory / "merged" / "tokenizer.json", LAYERS, EXPERTS, TOPK, VOCABULARY, seen))
 
 
@@ -93,11 +95,15 @@ def main(target: Path) -> None:
     (target / "README.md").write_text(_readme())
 
 
+def verb(directory: Path, words: Sequence[str], *how: str) -> subprocess.Popen:
+    """Start the command line in a directory; `how` goes to `timeless.py`. What it prints goes to stderr."""
+    command = [sys.executable, str(HERE / "timeless.py"), *how, *words]
+    return subprocess.Popen(command, cwd=directory, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=sys.stderr)
+
+
 def _start(target: Path, name: str, url: str, *how: str) -> subprocess.Popen:
     print(f"{name} …", file=sys.stderr)
-    words = [word.replace(URL, url) for word in COMMANDS[name]]
-    command = [sys.executable, str(HERE / "timeless.py"), *how, *words]
-    return subprocess.Popen(command, cwd=target, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return verb(target, [word.replace(URL, url) for word in COMMANDS[name]], *how)
 
 
 def _ended(process: subprocess.Popen, code: int) -> None:
@@ -133,7 +139,7 @@ def _split(directory: Path) -> None:
 
 
 def _readme() -> str:
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=_package())
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=package())
     kills = {"run": "killed in its third step"} | {
         name: f"killed before it opens file {count} of `{pattern}` to write"
         for name, (pattern, count) in KILLED.items()
@@ -161,7 +167,7 @@ def _readme() -> str:
     )
 
 
-def _package() -> Path:
+def package() -> Path:
     import megatron_bai
 
     return Path(megatron_bai.__file__).parent
