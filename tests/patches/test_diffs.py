@@ -1,0 +1,120 @@
+"""The diffs in `patches/`: each applies to the installed release, does what it is for without a fix at run time, and is
+missed where it is not applied; and the table in `patches/README.md` has them all."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import overlay
+import pytest
+
+from megatron_bai.compat import PATCHES
+
+HERE = Path(__file__).parent
+TESTS = HERE.parent
+DIFFS = [diff for name in overlay.MODULES for diff in overlay.diffs(name)]
+MISSED = {  # what the checks of a diff find without it
+    "sgl-kernel-imports": "No module named 'sgl_kernel'",
+    "torchvision": "[Tt]orchvision",
+    "host-memory": "Torch not compiled with CUDA enabled",
+    "worker-start-method": "workers start by spawn",
+    "seeded-sampling": "explicitly specified 'torch_native'|No supported accelerator|the sampler is compiled",
+    "batched-attention": "10 calls of SDPA for 10 sequences",
+    "grouped-experts": "products of one expert",
+    "topk-layer-id": "21 without a layer: .*mixtral",
+    "cpu-training": "Torch not compiled with CUDA enabled",
+    "expert-gradients": "weights of experts differ between tensor ranks",
+}
+
+
+def run(script: str, root: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run a script with a copy of a package before all others."""
+    path = os.pathsep.join(filter(None, [str(root), str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+        "SGLANG_USE_CPU_ENGINE": "1", "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
+    }  # fmt: skip
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+
+
+def ran(script: str, root: Path, *arguments: object) -> dict[str, Any]:
+    """What such a script prints."""
+    done = run(script, root, *arguments)
+    assert not done.returncode, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "distribution, script", [("sglang", "sglang_checks.py"), ("megatron-core", "megatron_checks.py")]
+)
+def test_a_patched_package_needs_no_fix_at_run_time(distribution: str, script: str, tmp_path: Path) -> None:
+    diffs = overlay.diffs(distribution)
+    found = ran(script, overlay.patched(tmp_path, distribution, diffs))
+    assert {name.split()[0] for name in found} == {diff.stem for diff in diffs}
+    assert not {name: error for name, error in found.items() if error}
+
+
+@pytest.mark.parametrize(
+    "distribution, script", [("sglang", "sglang_checks.py"), ("megatron-core", "megatron_checks.py")]
+)
+def test_every_diff_is_missed_where_it_is_not_applied(distribution: str, script: str, tmp_path: Path) -> None:
+    diffs = overlay.diffs(distribution)
+    found = ran(script, overlay.unpatched(tmp_path, distribution, diffs), "upstream")
+    assert {name.split()[0] for name in found} == {diff.stem for diff in diffs}
+    for name, error in found.items():
+        assert re.search(MISSED[name.split()[0]], error), f"{name}: {error or 'nothing is missed'}"
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.stem)
+def test_each_applies_alone_and_to_a_copy_only(diff: Path, tmp_path: Path) -> None:
+    distribution = diff.parent.name.rpartition("-")[0]
+    installed = overlay.site_packages(distribution)
+    before = {path: (installed / path).read_bytes() for path in overlay.touched(diff) if (installed / path).exists()}
+    overlay.patched(tmp_path, distribution, [diff])
+    assert all((tmp_path / path).read_bytes() != content for path, content in before.items())
+    assert all((installed / path).read_bytes() == content for path, content in before.items())
+
+
+def test_a_diff_for_other_lines_is_refused_by_name(tmp_path: Path) -> None:
+    (diff,) = (diff for diff in DIFFS if diff.stem == "host-memory")
+    overlay.unpatched(tmp_path, "sglang", [diff])
+    (path,) = (tmp_path / path for path in overlay.touched(diff))
+    path.write_text(path.read_text().replace('"npu": alloc_with_pin_memory', '"npu": another'))
+    with pytest.raises(AssertionError, match=r"sglang-0\.5\.21/host-memory\.patch does not apply"):
+        overlay.apply(tmp_path, diff)
+
+
+def test_another_release_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay, "version", lambda distribution: "9.9")
+    with pytest.raises(AssertionError, match=r"sglang 9\.9 is installed, but patches/ has sglang-0\.5\.21"):
+        overlay.diffs("sglang")
+
+
+def rows() -> list[list[str]]:
+    """Those of the README's tables."""
+    lines = (overlay.PATCHES / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| [`")]
+    assert cells
+    return cells
+
+
+def test_the_table_has_every_diff_and_no_other() -> None:
+    named = {re.match(r"\[`(.+?)`\]\((.+?)\)", row[0]).groups() for row in rows()}
+    files = {path.relative_to(overlay.PATCHES).as_posix() for path in overlay.PATCHES.rglob("*.patch")}
+    assert {target for _, target in named} == files
+    assert all(Path(target).stem == name for name, target in named)
+    assert all(len(row) == 6 and all(row) for row in rows())  # symptom, upstream, releases, its fix, when it can go
+
+
+def test_every_fix_at_run_time_has_a_diff_or_a_reason_for_none() -> None:
+    text = (overlay.PATCHES / "README.md").read_text()
+    fixes = {name for row in rows() for name in re.findall(r"`(\w+)`", row[4])}
+    reasons = dict(re.findall(r"^- `(\w+)`: (.+)$", text, re.MULTILINE))
+    names = {patch.name for patch in PATCHES}
+    assert fixes <= names | {"_mark_experts"} and reasons.keys() <= names
+    assert not names - fixes - reasons.keys() and not fixes & reasons.keys()
