@@ -105,7 +105,7 @@ class Steps:
 
 def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     """Our trainer, with its server, under torchrun."""
-    from megatron_bai.data import Task
+    from megatron_bai.data.task import Task
     from megatron_bai.rl import trainer
     from megatron_bai.rl.experience import collector
 
@@ -195,7 +195,6 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
 
     import numpy as np
 
-    from megatron_bai import config
     from megatron_bai.distributed import backend
     from megatron_bai.model import build, megatron_checkpoint, param_shards
 

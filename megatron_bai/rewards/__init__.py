@@ -19,7 +19,7 @@ from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
 from megatron_bai.rewards.sample_function import per_sample
 
 if TYPE_CHECKING:
-    from megatron_bai.data import Prompt, Task
+    from megatron_bai.data.task import Prompt, Task
     from megatron_bai.rollout.sample import Sample
 
 __all__ = ["Item", "Reward", "Score", "Scorer", "check", "open_rewards", "per_sample", "register", "require", "rewarded"]

@@ -11,7 +11,7 @@ from megatron_bai import config
 from megatron_bai.rewards.reward import Reward, Score, Scorer
 
 if TYPE_CHECKING:
-    from megatron_bai.data import Task
+    from megatron_bai.data.task import Task
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from megatron_bai import config
 
 if TYPE_CHECKING:  # they bring transformers, which a worker process does not need
-    from megatron_bai.data import Prompt, Task
+    from megatron_bai.data.task import Prompt, Task
 
 
 @dataclass(frozen=True)

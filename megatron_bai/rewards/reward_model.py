@@ -19,7 +19,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
 
 if TYPE_CHECKING:
-    from megatron_bai.data import Task
+    from megatron_bai.data.task import Task
 
 SENDS = ("text", "ids", "chat")
 

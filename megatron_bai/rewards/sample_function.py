@@ -15,7 +15,7 @@ from megatron_bai.rewards.reward import Item, Scorer
 from megatron_bai.rewards.worker_pool import Pool
 
 if TYPE_CHECKING:
-    from megatron_bai.data import Task
+    from megatron_bai.data.task import Task
 
 
 def per_sample(

@@ -13,7 +13,7 @@ from megatron_bai.rewards.reward import Reward, Scorer
 from megatron_bai.rewards.sample_function import check_limits, scoring
 
 if TYPE_CHECKING:
-    from megatron_bai.data import Task
+    from megatron_bai.data.task import Task
 
 
 def _open(settings: config.Function, task: Task, log: Path) -> AbstractContextManager[Scorer]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.checkpoint.formats import open_source
-from megatron_bai.data import build_tokenizer
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import joined, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline

@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_bai import config, rewards
-from megatron_bai import data as sources
-from megatron_bai.data import Task
+from megatron_bai.data import task_factory
+from megatron_bai.data.task import Task
 from megatron_bai.distributed import backend
 from megatron_bai.distributed.hosts import is_loopback, several_machines
 from megatron_bai.distributed.rank_group import joined
@@ -186,7 +186,7 @@ def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
     if learned:
         length = settings.supervised.length
     say = print if dist.get_rank() == 0 else (lambda line: None)
-    return sources.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, learned, say)
+    return task_factory.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, learned, say)
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -223,7 +223,7 @@ def validate(settings: config.Config) -> None:
         )
     rollouts = objectives.check(settings.objective).rollouts
     _check_packing(settings, rollouts)
-    sources.check(settings.data, not rollouts, config.initial_checkpoint(settings))
+    task_factory.check(settings.data, not rollouts, config.initial_checkpoint(settings))
     rewards.check(settings.reward)
     if not rollouts:
         if trainer.save_every:
@@ -322,7 +322,7 @@ def _check_store(settings: config.Config) -> None:
 def fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of what it starts from: equal means the same work."""
     described: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")}
-    described["data"] = sources.describe(settings.data)
+    described["data"] = task_factory.describe(settings.data)
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_bai import data
 from megatron_bai.config import Arithmetic, Dataset
-from megatron_bai.data import DatasetTask, build_tokenizer
+from megatron_bai.data import task_factory
+from megatron_bai.data.dataset_task import DatasetTask
 from megatron_bai.data.shuffle import at, permuted
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 
 TEMPLATE = (
@@ -219,14 +220,14 @@ def test_a_response_is_learned_after_its_prompt_and_a_row_holds_one_document(tas
 )
 def test_settings_that_cannot_be_meant_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        data.check(Dataset(**({"train": "t.jsonl"} | settings)), False, "actor")
+        task_factory.check(Dataset(**({"train": "t.jsonl"} | settings)), False, "actor")
 
 
 def test_what_a_run_lacks_is_refused_by_name(write, tokenizer) -> None:
     with pytest.raises(UserError, match="choose init=checkpoint or init=merge"):
-        data.check(Dataset(train="t.jsonl"), False, "")
+        task_factory.check(Dataset(train="t.jsonl"), False, "")
     with pytest.raises(UserError, match="data.response is empty"):
-        data.check(Dataset(train="t.jsonl", response=""), True, "actor")
+        task_factory.check(Dataset(train="t.jsonl", response=""), True, "actor")
     for name in ("absent.jsonl", __file__):
         with pytest.raises(UserError, match=f"data.train={name}"):
             DatasetTask(Dataset(train=name), tokenizer, 64)

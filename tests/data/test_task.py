@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data import Prompt, Sums, build_tokenizer
+from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.task import Prompt
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 
 VOCAB = 64

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data import build_tokenizer
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 
 TEXTS = (

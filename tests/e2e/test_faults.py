@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from command import SERVER, Command, Result, forked, succeeded
+from command import SERVER, Command, Result, forked
 from omegaconf import OmegaConf
 from pipeline import ONE_PROCESS, Demo
 from processes import TESTS

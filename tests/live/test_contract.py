@@ -22,7 +22,7 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 import megatron_bai
 from megatron_bai.config import RewardModel
-from megatron_bai.data import Prompt
+from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item
 from megatron_bai.rewards.reward_model import _body

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
 from megatron_bai import config, rewards
-from megatron_bai.data import Prompt, build_tokenizer
+from megatron_bai.data.task import Prompt
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.rewards import Item
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import _environment

@@ -54,8 +54,9 @@ def _import() -> None:
 
 def murmur_hash() -> None:
     """As the stand-in of the runtime fix, which a test of its own compares with the published algorithm."""
-    from megatron_bai.compat.sglang_cpu_kernels import murmur_hash32 as known
     from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32
+
+    from megatron_bai.compat.sglang_cpu_kernels import murmur_hash32 as known
 
     draw = torch.Generator().manual_seed(0)
     seeds = torch.randint(-(2**63), 2**63 - 1, (64,), generator=draw).view(torch.uint64)

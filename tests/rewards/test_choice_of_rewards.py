@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 from outside import DOCS, install
 
-from megatron_bai import config, data, rewards
-from megatron_bai.data import Prompt
+from megatron_bai import config, rewards
+from megatron_bai.data import task_factory
+from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Item, Score
 
@@ -43,7 +44,7 @@ def test_overrides_choose_and_set_data() -> None:
     assert chosen().data == config.Arithmetic() and chosen("experiment=demo").data == config.Arithmetic()
     found = chosen("data=dataset", "data.train=t.jsonl", "+data.template_options.enable_thinking=false").data
     assert found == config.Dataset(train="t.jsonl", template_options={"enable_thinking": False})
-    data.check(found, False, "actor")
+    task_factory.check(found, False, "actor")
 
 
 @pytest.mark.parametrize(

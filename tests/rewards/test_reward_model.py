@@ -10,7 +10,7 @@ from aiohttp import web
 from fake_sglang import serve
 
 from megatron_bai import config, rewards
-from megatron_bai.data import Prompt
+from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Item, Score
 from megatron_bai.rollout import http_client

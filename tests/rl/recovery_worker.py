@@ -18,7 +18,7 @@ from aiohttp import web
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 
 from megatron_bai.config import Config, Model, Rollout
-from megatron_bai.data import Prompt
+from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Score
 from megatron_bai.rl.experience.inference_engine import Inference

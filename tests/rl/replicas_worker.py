@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.data import Sums, build_tokenizer
+from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats

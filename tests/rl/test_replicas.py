@@ -9,7 +9,8 @@ import pytest
 from processes import TESTS, launch
 
 from megatron_bai import config
-from megatron_bai.data import Sums, build_tokenizer
+from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.rl.experience.evaluation import interval
 from megatron_bai.rollout.client import sampling_seed
 

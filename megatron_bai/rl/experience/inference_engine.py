@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bai.data import Prompt
+from megatron_bai.data.task import Prompt
 from megatron_bai.distributed.rank_group import joined
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint

@@ -26,7 +26,7 @@ from threading import Thread
 from typing import Any, TypeAlias
 
 from megatron_bai import config
-from megatron_bai.data import Prompt
+from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rl.experience.inference_engine import Inference
 from megatron_bai.rl.session import Session

@@ -1,0 +1,75 @@
+"""Where prompts and texts come from: the generated arithmetic task, or rows on local disk (docs/data.md)."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from megatron_bai import config
+from megatron_bai.data import arithmetic_text, dataset_task
+from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.dataset_task import DatasetTask
+from megatron_bai.data.task import Task
+from megatron_bai.errors import UserError
+
+_KINDS = {kind.name: kind for kind in (config.Arithmetic, config.Dataset)}
+
+
+def check(data: config.Data, learned: bool, init: str) -> None:
+    """Refuse settings that contradict each other, before any work.
+
+    Args:
+        learned: for supervised training.
+        init: the checkpoint that the run starts from.
+
+    Raises:
+        UserError: names the settings.
+    """
+    if data.name not in _KINDS:
+        raise UserError(f"data.name is {data.name!r}: choose one of {', '.join(_KINDS)}")
+    if type(data) is not _KINDS[data.name]:
+        raise UserError(f"data.name is {data.name!r}, but the settings are another's: choose with data={data.name}")
+    if isinstance(data, config.Arithmetic):
+        arithmetic_text.validate(data)
+        return
+    dataset_task.validate(data, learned)
+    if not init:
+        raise UserError("data=dataset takes the tokenizer of the initial checkpoint: choose init=checkpoint or init=merge")
+
+
+def make_task(
+    data: config.Data, tokenizer: PreTrainedTokenizerFast, longest: int, learned: bool, say: Callable[[str], None]
+) -> Task:
+    """The task that the settings choose. See `DatasetTask` for the arguments."""
+    if isinstance(data, config.Arithmetic):
+        return Sums(data, tokenizer)
+    assert isinstance(data, config.Dataset), "`check` refuses others"
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer names no end token (eos_token): a response would never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what stands in padding is never looked at
+    return DatasetTask(data, tokenizer, longest, learned, say)
+
+
+def describe(data: config.Data) -> dict[str, Any]:
+    """The settings, with the SHA-256 of files they name: equal means the same prompts and texts."""
+    described = asdict(data)
+    for name in ("train", "eval"):
+        if path := getattr(data, name, ""):
+            described[f"{name}_sha256"] = _digest(Path(path))
+    return described
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of the names and contents of all files of a directory."""
+    found = hashlib.sha256()
+    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if each.is_file():
+            found.update(str(each.relative_to(path)).encode() + b"\0")
+            with open(each, "rb") as file:
+                while block := file.read(1 << 20):
+                    found.update(block)
+    return found.hexdigest()
