@@ -13,6 +13,7 @@ import contextlib
 import functools
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch
 
 
@@ -143,7 +144,7 @@ def install() -> None:
 PATCH = Patch(
     name="megatron_cpu",
     distribution="megatron-core",
-    version="0.16.1",
+    version=releases.MEGATRON_CORE,
     scope="megatron-cpu",
     summary="Megatron-Core allocates, waits and draws random numbers on CUDA: it does not train on a CPU",
     install=install,

@@ -17,6 +17,7 @@ Can go: when upstream batches these loops.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch, after_import
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_batched_attention",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="torch_native attention runs sequence by sequence: most of a rollout's time",
     install=install,

@@ -18,6 +18,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _define_murmur_hash() -> None:
 PATCH = Patch(
     name="sglang_cpu_kernels",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="sgl_kernel has no CPU build on PyPI: SGLang does not start",
     install=install,

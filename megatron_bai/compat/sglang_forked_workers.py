@@ -17,6 +17,7 @@ import multiprocessing
 import threading
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch, after_import
 from megatron_bai.utils.child_processes import forks_die_with_us
 
@@ -43,7 +44,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_forked_workers",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="each process of a server imports everything again: seconds of each core at its start",
     install=install,

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch, after_import
 
 
@@ -79,7 +80,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_fused_norms",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="norms and rotations are dozens of small operators a layer: slow decoding on a CPU",
     install=install,

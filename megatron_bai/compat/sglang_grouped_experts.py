@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch, after_import
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_grouped_experts",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="experts run one by one in Python: slow decoding on a CPU",
     install=install,

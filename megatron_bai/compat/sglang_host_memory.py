@@ -11,6 +11,7 @@ Can go: when upstream's table has an entry for cpu.
 
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch
 
 
@@ -28,7 +29,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_host_memory",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="route capture pins its host buffer through CUDA: the scheduler dies on a CPU",
     install=install,

@@ -14,6 +14,7 @@ Can go: when upstream allows torch_native there and keeps Triton to devices that
 
 import os
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch
 
 
@@ -30,7 +31,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_seeded_sampling",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="seeds per sample are refused with the attention backend that runs on a CPU",
     install=install,

@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch
 
 
@@ -74,7 +75,7 @@ class _Finder(MetaPathFinder, Loader):
 PATCH = Patch(
     name="sglang_torchvision",
     distribution="sglang",
-    version="0.5.21",
+    version=releases.SGLANG,
     scope="sglang-cpu",
     summary="SGLang imports torchvision for every model, and PyPI's needs CUDA",
     install=install,

@@ -25,7 +25,7 @@ from megatron_bai.rl.experience.inference_engine import Inference
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers.fleet import Fleet, Servers
-from megatron_bai.rollout.servers.releases import PINNED
+from megatron_bai.compat.releases import SGLANG
 
 PROMPTS, SIZE, VERSION = 3, 4, 7
 
@@ -39,7 +39,7 @@ class Server:
     def __call__(self, request: web.Request, body: dict[str, Any]) -> Any:
         if request.path != "/generate":
             fit = {"enable_return_routed_experts": True, "enable_deterministic_inference": True}
-            return {"weight_version": str(self.version), "version": PINNED, **fit}
+            return {"weight_version": str(self.version), "version": SGLANG, **fit}
         prompt = body["input_ids"][0]
         self.asked.append(prompt)
         if prompt in self.broken:
@@ -76,8 +76,7 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> Inference:
 
 
 def asked(rank: int, make: Callable[[], Server], **rollout: Any) -> dict[str, Any]:
-    """One collective call of `sample`. Rank 0 has the server. Its prompts begin with 2, 3, 4, rank 1's with 12, 13, 14.
-    """
+    """One collective call of `sample`. Rank 0 has the server. Its prompts begin with 2, 3, 4, rank 1's with 12, 13, 14."""
     prompts = [Prompt([10 * rank + 2 + i, 5], "", "") for i in range(PROMPTS)]
     server = make()
     url = [None]

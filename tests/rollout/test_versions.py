@@ -1,6 +1,8 @@
 """Releases of SGLang: which are taken, what each is told differently, and why others are not."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +10,12 @@ import torch
 from aiohttp import web
 from fake_sglang import serve
 
+import megatron_bai
+from megatron_bai.compat.releases import MEGATRON_CORE, SERVERS, SGLANG
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import releases, weight_sync
 
+PACKAGE = Path(megatron_bai.__path__[0])
 WEIGHTS = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
 
@@ -33,7 +38,7 @@ def test_a_release_that_is_not_known_is_refused_with_the_reason(found: str | Non
 
 
 def test_servers_of_ours_are_the_pinned_release() -> None:
-    releases.require_pinned(releases.PINNED, "is installed")
+    releases.require_pinned(SGLANG, "is installed")
     with pytest.raises(UserError, match="SGLang 0.5.20 is installed; this package needs sglang==0.5.21"):
         releases.require_pinned("0.5.20", "is installed")
 
@@ -41,7 +46,18 @@ def test_servers_of_ours_are_the_pinned_release() -> None:
 def test_the_pin_is_the_projects() -> None:
     from importlib.metadata import requires
 
-    assert any(line.startswith(f"sglang=={releases.PINNED}") for line in requires("megatron-bai"))
+    pins = {line.split(";")[0].strip() for line in requires("megatron-bai") or []}
+    assert {f"sglang=={SGLANG}", f"megatron-core=={MEGATRON_CORE}"} <= pins
+
+
+def test_one_table_names_releases() -> None:
+    """A string that is one stands in no other module of the package; docstrings may tell of them."""
+    named: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in {*SERVERS, SGLANG, MEGATRON_CORE}:
+                named.setdefault(path.relative_to(PACKAGE).as_posix(), []).append(node.value)
+    assert named.keys() == {"compat/releases.py"}
 
 
 def answers(release: str, paths: list[str]) -> Callable[[web.Request, dict[str, Any]], Any]:

@@ -1,41 +1,15 @@
-"""Releases of SGLang: which ones this package talks to, and what each is told differently.
+"""Which running servers of SGLang are taken: by their release, and by how they were started.
 
-A server says which release it is (`/server_info`). One that is not in the table is refused by name, with the reason
-where it is known: nothing else would show that its routes are somebody else's, or that a field it was sent is ignored.
+A server says which release it is (`/server_info`). The table of them is `megatron_bai/compat/releases.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
-
+from megatron_bai.compat.releases import SERVERS, SGLANG, SGLangRelease, server_fault
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import control
 
-
-@dataclass(frozen=True)
-class Release:
-    """What is particular to one.
-
-    Attributes:
-        weight_session: tensors are taken only between /begin_weight_update and /end_weight_update.
-    """
-
-    weight_session: bool = True
-
-
-PINNED = "0.5.21"  # installed by this package, patched for a CPU, and the one that servers of a run's own must be
-KNOWN = {
-    "0.5.19": Release(weight_session=False),
-    "0.5.20": Release(weight_session=False),
-    "0.5.21": Release(),
-}
-# Of the releases before the version named, for those that look behind the times.
-_FAULTS = (
-    ("0.5.16", "its overlap schedule gives requests each other's routes (SGLang #34319)"),
-    ("0.5.19", "its replies do not say which weights a token was sampled with (weight_versions)"),
-)
 # Settings of a running server, by name, that rollouts need, and others under which routes were wrong or not tried.
 _NEEDED = {"enable_return_routed_experts": "--enable-return-routed-experts"}
 _SEEDED = {"enable_deterministic_inference": "--enable-deterministic-inference"}
@@ -52,31 +26,22 @@ def require_pinned(found: str | None, where: str) -> None:
     Raises:
         UserError: names both.
     """
-    if found != PINNED:
-        raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={PINNED}")
+    if found != SGLANG:
+        raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={SGLANG}")
 
 
-def known(found: str | None, where: str) -> Release:
+def known(found: str | None, where: str) -> SGLangRelease:
     """What is particular to a release.
 
     Raises:
         UserError: it is not in the table; names it and what is wrong with it.
     """
-    if found in KNOWN:
-        return KNOWN[found]
-    raise UserError(f"SGLang {found or '(none)'} {where}{_fault(found)}: use one of {', '.join(KNOWN)}")
+    if found in SERVERS:
+        return SERVERS[found]
+    raise UserError(f"SGLang {found or '(none)'} {where}{server_fault(found)}: use one of {', '.join(SERVERS)}")
 
 
-def _fault(found: str | None) -> str:
-    try:
-        version = Version(found or "")
-    except InvalidVersion:
-        return ", which is no release"
-    fault = next((fault for before, fault in _FAULTS if version < Version(before)), "no one has tried it")
-    return f", and {fault}"
-
-
-def releases(urls: Sequence[str]) -> dict[str, Release]:
+def releases(urls: Sequence[str]) -> dict[str, SGLangRelease]:
     """Of running servers, by URL.
 
     Raises:

@@ -7,9 +7,9 @@ Each entry is a setting of its `TransformerConfig`, read where the router's code
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.errors import UserError
 
-MEGATRON = "0.16.1"  # the release whose router these checks and `replay.py` were written for
 BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}  # load balancing that leaves the selection to top-k
 
 
@@ -23,10 +23,10 @@ def check_version() -> None:
         found = version("megatron-core").partition("+")[0]
     except PackageNotFoundError:
         found = "none"
-    if found != MEGATRON:
+    if found != releases.MEGATRON_CORE:
         raise UserError(
-            f"routing replay is written for megatron-core {MEGATRON}, but {found} is installed: install "
-            f"megatron-core=={MEGATRON}"
+            f"routing replay is written for megatron-core {releases.MEGATRON_CORE}, but {found} is installed: install "
+            f"megatron-core=={releases.MEGATRON_CORE}"
         )
 
 
