@@ -48,7 +48,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
-    from megatron_bai.rl.policy.training_engine import Engine
+    from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -59,7 +59,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     param_shards.init_random(actor.modules, MODEL, seed=0)
     megatron_checkpoint.finish_loading(actor)
     replay = RoutingReplay(actor.chunks)
-    engine = Engine(actor, replay, device.device, temperature=1.0)
+    engine = TrainingEngine(actor, replay, device.device, temperature=1.0)
     random, signature = np.random.default_rng(0), replay.signature
     rows = arguments.tokens - 1
     samples = [
@@ -83,7 +83,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
 
     def step(mode: str) -> tuple[float, float]:
         began = time.perf_counter(), time.process_time()
-        routes = [engine.routes_of(micro) for micro in micros] if mode == "r3" else None
+        routes = [engine.local_routes(micro) for micro in micros] if mode == "r3" else None
         scores = engine.score(micros, routes, record=mode == "r2")
         batch.old_logprobs.copy_(scores.logprobs)
         engine.update(micros, scores.recorded if mode == "r2" else routes, objective, settings.objective)

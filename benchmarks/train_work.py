@@ -109,7 +109,7 @@ def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     from megatron_bai.rl import trainer
     from megatron_bai.rl.experience import collector
 
-    steps, step, sampled = Steps(), trainer.Loop.step, collector.Collector.collect
+    steps, step, sampled = Steps(), trainer.TrainingLoop.step, collector.Collector.collect
     Task.reward = lambda self, prompt, response: reward_of(response)
 
     def collected(self: Any, *arguments: Any) -> Any:
@@ -122,7 +122,7 @@ def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
         steps.end({name[8:]: each for name, each in values.items() if name.startswith("seconds_")})
         return values
 
-    collector.Collector.collect, trainer.Loop.step = collected, stepped
+    collector.Collector.collect, trainer.TrainingLoop.step = collected, stepped
     trainer.train(settings_of(directory, work))
     return steps.report()
 
@@ -206,7 +206,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     device = backend.start(settings.backend)
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
-    from megatron_bai.rl.policy.training_engine import Engine
+    from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -215,7 +215,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     param_shards.init_random(actor.modules, settings.model, seed=0)
     megatron_checkpoint.finish_loading(actor)
     replay = RoutingReplay(actor.modules)
-    engine, random, signature = Engine(actor, replay, device.device, 1.0), np.random.default_rng(0), replay.signature
+    engine, random, signature = TrainingEngine(actor, replay, device.device, 1.0), np.random.default_rng(0), replay.signature
     length, prompt = work["tokens"], 16
     shape = length - 1, signature.moe_layers, signature.topk
     samples = [

@@ -11,7 +11,7 @@ Sizes are bytes; `tokens` are those of one micro-batch.
 from dataclasses import dataclass
 
 from megatron_bai.config import Model, Parallel
-from megatron_bai.rl.policy.logprobs import WORK
+from megatron_bai.rl.policy.logprobs import WORK_ELEMENTS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -123,7 +123,7 @@ def activations(model: Model, parallel: Parallel, stage: int, tokens: int, micro
 def logits(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
     """Bytes on the last stage: the logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
     elements = tokens * model.vocab_size / parallel.tensor
-    return 2 * elements * BYTES[dtype] + 3 * 4 * min(WORK, elements)
+    return 2 * elements * BYTES[dtype] + 3 * 4 * min(WORK_ELEMENTS, elements)
 
 
 def served(model: Model, tensor: int, cached_tokens: int, dtype: str) -> tuple[float, float]:

@@ -48,7 +48,7 @@ MAY_CHANGE = (
 _NAME = re.compile(r"step-(\d{5,})")
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """Something of a run that goes on where it was: what it says of itself is JSON, the same on every rank."""
 
     def state(self) -> dict[str, Any]: ...
@@ -57,7 +57,7 @@ class Part(Protocol):
 
 
 @runtime_checkable
-class Stored(Part, Protocol):
+class StatefulWithFiles(Stateful, Protocol):
     """A part that also has arrays, each rank its own: files of the checkpoint's directory."""
 
     def write(self, directory: Path) -> None: ...
@@ -66,14 +66,14 @@ class Stored(Part, Protocol):
 
 
 @dataclass
-class Start:
+class ResumePoint:
     """Where a run begins.
 
     Attributes:
         step: global steps that are done.
         version: of the weights, counted in syncs.
         checkpoint: to go on from; None for a run that begins at its beginning.
-        parts: what each `Part` said of itself.
+        parts: what each `Stateful` said of itself.
         generators: whether the random-number generators' states are of this layout.
         same_store: whether the records in `replay.store` are this run's.
         finished: there is nothing to do.
@@ -104,7 +104,7 @@ class Start:
             if not self.generators:
                 print("it was written in another layout: the random-number generators start anew")
 
-    def restore(self, parts: Mapping[str, Part]) -> None:
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Let each part go on where it was. Collective.
 
         Raises:
@@ -116,12 +116,12 @@ class Start:
             raise UserError(f"{self.checkpoint} has the state of {sorted(self.parts)}, the run needs {sorted(parts)}")
         for name, part in parts.items():
             part.restore(self.parts[name])
-            if isinstance(part, Stored):
+            if isinstance(part, StatefulWithFiles):
                 joined().together(partial(part.read, self.checkpoint))
 
 
 @contextmanager
-def claim(session: Session) -> Iterator[Start]:
+def open_run(session: Session) -> Iterator[ResumePoint]:
     """Where the run in `run.dir` stands, which nobody else runs until the block ends. Collective.
 
     Raises:
@@ -139,7 +139,7 @@ def checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def _find(session: Session, directory: Path) -> Start:
+def _find(session: Session, directory: Path) -> ResumePoint:
     settings, found = session.settings, checkpoints(directory)
     for path in (directory / "checkpoints").glob(".step-*"):  # what killed savings left
         rmtree(path) if path.is_dir() else path.unlink()
@@ -156,34 +156,34 @@ def _find(session: Session, directory: Path) -> Start:
     steps, step = settings.trainer.steps, info["step"]
     if step > steps:
         raise UserError(f"{directory} holds {step} steps of a run, more than trainer.steps={steps}: raise it")
-    if info["init"] != initial_weights(settings):
+    if info["init"] != initial_crcs(settings):
         source = config.initial_checkpoint(settings)
         raise UserError(f"the checkpoint {source} that init names is not what the run in {directory} started from")
-    return Start(
+    return ResumePoint(
         step=step,
         version=info["version"],
         checkpoint=found[-1],
         parts=info["parts"],
         generators=info["layout"] == _layout(session),
         same_store=_same_store(info["settings"], settings),
-        finished=complete and step == steps and _saved(settings),
+        finished=complete and step == steps and _results_exist(settings),
     )
 
 
-def _without(settings: config.Config, directory: Path, complete: bool) -> Start:
+def _without(settings: config.Config, directory: Path, complete: bool) -> ResumePoint:
     """A start where there is no checkpoint: nothing is lost unless the run was finished."""
     path = directory / "config.yaml"
     former = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
     same = not _changes(former, settings)
     if not complete:
-        return Start(same_store=same and _same_store(former, settings))
+        return ResumePoint(same_store=same and _same_store(former, settings))
     _refuse_changes(former, settings, directory)
-    if former["trainer.steps"] != str(settings.trainer.steps) or not _saved(settings):
+    if former["trainer.steps"] != str(settings.trainer.steps) or not _results_exist(settings):
         raise UserError(
             f"{directory} holds a finished run of {former['trainer.steps']} steps and no checkpoint to go on from "
             "(trainer.save_every was 0): choose another run.name"
         )
-    return Start(finished=True)
+    return ResumePoint(finished=True)
 
 
 def _same_store(former: dict[str, str], settings: config.Config) -> bool:
@@ -194,25 +194,25 @@ def _same_store(former: dict[str, str], settings: config.Config) -> bool:
     return settings.replay.store == own or relpath(settings.replay.store, settings.run.dir) == relpath(own, dir)
 
 
-def saved(settings: config.Config) -> dict[str, str]:
+def result_paths(settings: config.Config) -> dict[str, str]:
     """Where the run's results are to go, by model."""
     critic = settings.objective.critic_save if isinstance(settings.objective, config.Ppo) else ""
     return {name: path for name, path in (("actor", settings.trainer.save), ("critic", critic)) if path}
 
 
-def _saved(settings: config.Config) -> bool:
+def _results_exist(settings: config.Config) -> bool:
     """Whether the run's results are where they were asked for."""
-    return all(manifest.read(path) is not None for path in saved(settings).values())
+    return all(manifest.read(path) is not None for path in result_paths(settings).values())
 
 
-def described(settings: config.Config) -> dict[str, str]:
+def flatten_settings(settings: config.Config) -> dict[str, str]:
     """Every setting by its dotted name, as text."""
     return flatten(asdict(settings))
 
 
 def _changes(former: dict[str, str], settings: config.Config) -> list[str]:
     """What differs of that which must not, in words."""
-    now = described(settings)
+    now = flatten_settings(settings)
     names = [name for name in sorted(former.keys() | now.keys()) if not _may_change(name)]
     differing = [name for name in names if former.get(name) != now.get(name)]
     return [f"{name} was {former.get(name, 'unknown')}, is {now.get(name, 'unknown')}" for name in differing]
@@ -230,7 +230,7 @@ def _refuse_changes(former: dict[str, str], settings: config.Config, directory: 
         )
 
 
-def initial_weights(settings: config.Config) -> dict[str, int]:
+def initial_crcs(settings: config.Config) -> dict[str, int]:
     """The checksums of what the run starts from: the reference policy must be the same after a restart."""
     source = config.initial_checkpoint(settings)
     return manifest.noted_sums(source) if source else {}
@@ -247,10 +247,10 @@ def _unusable(path: Path, error: UserError) -> UserError:
     return UserError(f"{error}. The run cannot go on from {path}; without that directory it begins again {back}")
 
 
-class Checkpoints:
+class RunCheckpoints:
     """Writes them, and deletes all but the last `trainer.keep`."""
 
-    def __init__(self, session: Session, models: dict[str, Actor], parts: Mapping[str, Part]):
+    def __init__(self, session: Session, models: dict[str, Actor], parts: Mapping[str, Stateful]):
         """
         Args:
             models: by name; one is the `actor`.
@@ -285,9 +285,9 @@ class Checkpoints:
             "step": step,
             "version": version,
             "parts": {name: part.state() for name, part in self._parts.items()},
-            "settings": described(settings),
+            "settings": flatten_settings(settings),
             "layout": _layout(session),
-            "init": initial_weights(settings),
+            "init": initial_crcs(settings),
         }
         target = self._directory / "checkpoints" / f"step-{step:05}"
         background = settings.trainer.save_async
@@ -299,7 +299,7 @@ class Checkpoints:
 
     def _write_parts(self, directory: Path) -> None:
         for part in self._parts.values():
-            if isinstance(part, Stored):
+            if isinstance(part, StatefulWithFiles):
                 part.write(directory)
 
     def wait(self) -> None:
@@ -317,7 +317,7 @@ class Checkpoints:
             path.rename(atomic_dir.unfinished(path))
             atomic_dir.discard(path)
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "RunCheckpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

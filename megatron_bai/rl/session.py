@@ -29,7 +29,7 @@ from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rl.policy.critic import Critic
-from megatron_bai.rl.policy.training_engine import Engine
+from megatron_bai.rl.policy.training_engine import TrainingEngine
 from megatron_bai.rollout.client import longest_request
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import auth, fleet
@@ -46,11 +46,11 @@ class Session:
 
     Attributes:
         tokenizer_dir: holds the tokenizer's files, to copy beside every checkpoint.
-        data_rank, data_size: this rank's place among the data-parallel replicas.
-        leader: the rank that speaks for its replica to the outside.
-        lead: rank 0 of the world, which owns the server and the files.
+        dp_rank, dp_size: index of this rank's replica, and number of data-parallel replicas.
+        is_replica_leader: it sends its replica's requests to servers and rewards.
+        is_rank_0: of the world, which owns the servers and the files.
         model_group: the ranks of one replica (tensor × pipeline).
-        columns: the MoE layers, counted from 0, of each rank of the replica.
+        replica_moe_layers: the MoE layers, counted from 0, of each rank of the replica.
         critic: where the objective has one.
         scorer: gives rewards; a leader's, where the objective has rollouts.
     """
@@ -58,39 +58,39 @@ class Session:
     settings: config.Config
     device: backend.Device
     actor: Actor
-    engine: Engine
+    engine: TrainingEngine
     task: Task
     tokenizer_dir: Path
     signature: RouteSignature
-    data_rank: int
-    data_size: int
-    leader: bool
-    lead: bool
+    dp_rank: int
+    dp_size: int
+    is_replica_leader: bool
+    is_rank_0: bool
     model_group: Any
-    columns: list[list[int]]
+    replica_moe_layers: list[list[int]]
     critic: Critic | None = None
     scorer: Scorer | None = None
 
     @property
-    def contributes(self) -> bool:
+    def reports_stats(self) -> bool:
         """Whether this rank's statistics count: one rank of each replica's last stage."""
         return self.engine.last_stage and self.engine.tensor_rank == 0
 
-    def deliver(self, samples: list[Sample] | None) -> list[Sample]:
+    def send_to_replica(self, samples: list[Sample] | None) -> list[Sample]:
         """The leader's samples on every rank of its replica, each with the routes of that rank's own layers.
 
         One rank is served after another, so that the leader never holds more than one copy. Collective over the replica.
         """
-        if not self.leader:
+        if not self.is_replica_leader:
             box: list[Any] = [None]
             dist.recv_object_list(box, group=self.model_group, group_src=0)
             mine: list[Sample] = box[0]
             return mine
         assert samples is not None, "the leader has samples"
-        for rank, columns in enumerate(self.columns[1:], start=1):
+        for rank, columns in enumerate(self.replica_moe_layers[1:], start=1):
             cut = [sample.of_layers(columns) for sample in samples]
             dist.send_object_list([cut], group=self.model_group, group_dst=rank)
-        return [sample.of_layers(self.columns[0]) for sample in samples]
+        return [sample.of_layers(self.replica_moe_layers[0]) for sample in samples]
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         init_weights.prepare(settings)
         with ExitStack() as stack:
             session = _open(settings, device)
-            if session.leader and objectives.get(settings.objective.name).rollouts:
+            if session.is_replica_leader and objectives.get(settings.objective.name).rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_rewards(settings.reward, session.task, log))
             yield session
@@ -160,22 +160,22 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
     tokenizer_dir = init_weights.fill(actor, settings)
     replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
-    columns: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(columns, replay.columns, group=group)
+    replica_moe_layers: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(replica_moe_layers, replay.columns, group=group)
     return Session(
         settings=settings,
         device=device,
         actor=actor,
-        engine=Engine(actor, replay, device.device, settings.rollout.temperature),
+        engine=TrainingEngine(actor, replay, device.device, settings.rollout.temperature),
         task=_make_task(settings, tokenizer_dir),
         tokenizer_dir=tokenizer_dir,
         signature=replay.signature,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        leader=dist.get_rank(group) == 0,
-        lead=dist.get_rank() == 0,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        is_replica_leader=dist.get_rank(group) == 0,
+        is_rank_0=dist.get_rank() == 0,
         model_group=group,
-        columns=columns,
+        replica_moe_layers=replica_moe_layers,
         critic=Critic(actor, settings, device) if isinstance(settings.objective, config.Ppo) else None,
     )
 

@@ -10,8 +10,8 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.monitor.run_log import Progress
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, from_supervised
-from megatron_bai.rl.policy.lr_schedule import set_rates
+from megatron_bai.rl.batches.batch import Batch, from_sft
+from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 from megatron_bai.rl.session import Session, fingerprint, open_session
 
 
@@ -37,7 +37,7 @@ def train(settings: config.Config) -> None:
         _train(session)
         info = {"made_by": made_by, "data": asdict(settings.data), "steps": settings.trainer.steps}
         megatron_checkpoint.save(session.actor, target, session.tokenizer_dir, info)
-        if session.lead:
+        if session.is_rank_0:
             print(f"saved {target}")
 
 
@@ -45,14 +45,14 @@ def _train(session: Session) -> None:
     settings = session.settings
     objective = objectives.get(settings.objective.name)
     directory = Path(settings.run.dir) / f"{Path(settings.trainer.save).name}-log"
-    with Progress(directory, settings, settings.trainer.steps, active=session.lead) as progress:
+    with Progress(directory, settings, settings.trainer.steps, active=session.is_rank_0) as progress:
         for step in range(settings.trainer.steps):
             began = time.monotonic()
-            rate = set_rates(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
+            rate = set_learning_rate(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
             micros = _batch(session, step).split(settings.trainer.micro_batch_size)
             build.validate_micro_batches(settings.parallel, len(micros))
             stats, norm = session.engine.update(micros, None, objective, settings.objective)
-            values = stats.gathered(session.contributes).values()
+            values = stats.gathered(session.reports_stats).values()
             seconds = time.monotonic() - began
             progress.step(
                 {"step": step + 1, **values, "grad_norm": norm, "learning_rate": rate, "seconds_step": seconds},
@@ -63,7 +63,7 @@ def _train(session: Session) -> None:
 def _batch(session: Session, step: int) -> Batch:
     """This data-parallel rank's rows of a step's batch."""
     supervised = session.settings.supervised
-    rows, size = supervised.rows, session.data_size
+    rows, size = supervised.rows, session.dp_size
     micro = session.settings.trainer.micro_batch_size
     if rows % (size * micro):
         raise UserError(
@@ -71,5 +71,5 @@ def _batch(session: Session, step: int) -> Batch:
             f"({size})"
         )
     tokens, target = session.task.supervised(session.settings.run.seed, step, rows, supervised.length)
-    part = slice(session.data_rank * rows // size, (session.data_rank + 1) * rows // size)
-    return from_supervised(tokens[part], target[part].astype(bool))
+    part = slice(session.dp_rank * rows // size, (session.dp_rank + 1) * rows // size)
+    return from_sft(tokens[part], target[part].astype(bool))

@@ -18,14 +18,14 @@ STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
 
 
 @dataclass(frozen=True)
-class Asked:
+class SignalActions:
     """What all ranks have been asked since the last step: a checkpoint, and then an end."""
 
     save: bool
     stop: bool
 
 
-class Requests:
+class SignalRequests:
     """What this rank was asked. Counts rather than flags: one that comes while another is answered is not lost."""
 
     def __init__(self, grace_s: float):
@@ -33,13 +33,13 @@ class Requests:
         self._saves = self._answered = 0
         self._stop = False
 
-    def agreed(self, device: torch.device) -> Asked:
+    def agree(self, device: torch.device) -> SignalActions:
         """What any rank was asked since the last call. Collective over the world."""
         saves, self._answered = self._saves - self._answered, self._saves
         asked = torch.tensor([saves, int(self._stop)], device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         stop = bool(asked[1])
-        return Asked(save=bool(asked[0]) or stop, stop=stop)
+        return SignalActions(save=bool(asked[0]) or stop, stop=stop)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self._saves += 1
@@ -61,13 +61,13 @@ class Requests:
 
 
 @contextmanager
-def heed(grace_s: float) -> Iterator[Requests]:
+def handle_signals(grace_s: float) -> Iterator[SignalRequests]:
     """Note SIGUSR1 and SIGTERM while the block runs, in the process's main thread.
 
     Args:
         grace_s: `trainer.grace_s`. With 0, SIGTERM does what it did before.
     """
-    requests = Requests(grace_s)
+    requests = SignalRequests(grace_s)
     handlers = {signal.SIGUSR1: requests._save}
     if grace_s > 0:
         handlers |= {signal.SIGTERM: requests._end, signal.SIGALRM: requests._too_late}

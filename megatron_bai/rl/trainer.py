@@ -23,19 +23,19 @@ from megatron_bai.monitor.step_timer import Clock
 from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.batches.micro_batches import Cut, check_batches, cut
-from megatron_bai.rl.checkpointing import Checkpoints, Part, Start, claim, saved
+from megatron_bai.rl.batches.micro_batches import Cut, cut, validate_batches
+from megatron_bai.rl.checkpointing import ResumePoint, RunCheckpoints, Stateful, open_run, result_paths
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
-from megatron_bai.rl.experience.inference_engine import Inference, serve
-from megatron_bai.rl.experience.route_recorder import RouteKeeper, keep_routes
-from megatron_bai.rl.experience.staleness import Former, add_discrepancies
+from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
+from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
+from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
 from megatron_bai.rl.objectives.objective import policy_settings
-from megatron_bai.rl.policy.lr_schedule import set_rates
+from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 from megatron_bai.rl.policy.training_engine import Scores
-from megatron_bai.rl.policy.weight_copy import Reference
+from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rl.session import Session, open_session
-from megatron_bai.rl.signals import STOPPED, Asked, heed
+from megatron_bai.rl.signals import STOPPED, SignalActions, handle_signals
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 _SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
@@ -47,29 +47,29 @@ def train(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    with open_session(settings) as session, claim(_checked(session)) as start:
+    with open_session(settings) as session, open_run(_checked(session)) as start:
         if not start.finished:
             _run(session, start)
-        elif session.lead:
+        elif session.is_rank_0:
             print(f"{settings.run.dir} is complete: nothing to do")
 
 
-def _run(session: Session, start: Start) -> None:
+def _run(session: Session, start: ResumePoint) -> None:
     settings, directory = session.settings, Path(session.settings.run.dir)
     # of the weights the run began with, which the checkpoint's replace next
-    reference = Reference(session.actor) if policy_settings(settings.objective).kl_penalty else None
+    reference = WeightCopy(session.actor) if policy_settings(settings.objective).kl_penalty else None
     models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
     start.load(models)
-    with Progress(directory, settings, settings.trainer.steps, session.lead, start.step) as progress:
+    with Progress(directory, settings, settings.trainer.steps, session.is_rank_0, start.step) as progress:
         resumed = [*read_summary(directory).get("resumed", []), start.step] if start.checkpoint else []
         summary = Summary(settings, dist.get_world_size(), progress.records, resumed)
         version = start.version
         if start.step < settings.trainer.steps:
             version = _steps(session, start, models, reference, progress, summary)
     info = {"steps": settings.trainer.steps, "version": version}
-    for name, path in saved(settings).items():
+    for name, path in result_paths(settings).items():
         megatron_checkpoint.save(models[name], path, session.tokenizer_dir, info)
-    if session.lead:
+    if session.is_rank_0:
         summary.write(directory, complete=True)
         write_report([directory], directory / "report.html")
         print(f"wrote {directory / 'report.html'}")
@@ -77,34 +77,34 @@ def _run(session: Session, start: Start) -> None:
 
 def _steps(
     session: Session,
-    start: Start,
+    start: ResumePoint,
     models: dict[str, Actor],
-    reference: Reference | None,
+    reference: WeightCopy | None,
     progress: Progress,
     summary: Summary,
 ) -> int:
     """What is left to do. Returns the version of the weights."""
     with (
-        keep_routes(session, start.step, start.same_store) as keeper,
-        serve(session, start.version) as inference,
+        open_route_recorder(session, start.step, start.same_store) as keeper,
+        start_inference(session, start.version) as inference,
     ):
-        loop = Loop(session, inference, keeper, reference)
+        loop = TrainingLoop(session, inference, keeper, reference)
         start.restore(loop.parts)
         with (
-            Checkpoints(session, models, loop.parts) as checkpoints,
-            heed(session.settings.trainer.grace_s) as requests,
+            RunCheckpoints(session, models, loop.parts) as checkpoints,
+            handle_signals(session.settings.trainer.grace_s) as requests,
         ):
             for step in range(start.step, session.settings.trainer.steps):
                 values = loop.step(step)
                 progress.step(values, _SHOWN)
-                if session.lead:
+                if session.is_rank_0:
                     summary.step(values)
                     summary.write(session.settings.run.dir, complete=False)
-                _obey(values, requests.agreed(session.device.device), checkpoints, inference.version)
+                _obey(values, requests.agree(session.device.device), checkpoints, inference.version)
         return inference.version
 
 
-def _obey(values: dict[str, Any], asked: Asked, checkpoints: Checkpoints, version: int) -> None:
+def _obey(values: dict[str, Any], asked: SignalActions, checkpoints: RunCheckpoints, version: int) -> None:
     """Save if it is time to, or if an alarm or a signal asks for it; then end the run if that is asked. Collective.
 
     Raises:
@@ -125,11 +125,11 @@ def _obey(values: dict[str, Any], asked: Asked, checkpoints: Checkpoints, versio
 
 def _checked(session: Session) -> Session:
     """Refuse batches that do not divide evenly, before a server is started."""
-    check_batches(session.settings, session.data_size)
+    validate_batches(session.settings, session.dp_size)
     return session
 
 
-class Loop:
+class TrainingLoop:
     """One global step after another.
 
     Attributes:
@@ -139,9 +139,9 @@ class Loop:
     def __init__(
         self,
         session: Session,
-        inference: Inference,
-        keeper: RouteKeeper | None = None,
-        reference: Reference | None = None,
+        inference: InferenceEngine,
+        keeper: RouteRecorder | None = None,
+        reference: WeightCopy | None = None,
     ):
         from megatron.core import parallel_state
 
@@ -153,10 +153,10 @@ class Loop:
         assert bool(penalty) == bool(reference), "the penalty and its reference belong together"
         self.reference = reference
         measured = settings.rollout.overlap and settings.rollout.measure_sampled
-        self.former = Former(session.engine) if measured else None
+        self.former = PreviousWeights(session.engine) if measured else None
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
-        self.parts: dict[str, Part] = {"collector": self.collector, "monitor": self.monitor}
+        self.parts: dict[str, Stateful] = {"collector": self.collector, "monitor": self.monitor}
         self.warmup = session.critic.settings.critic_warmup if session.critic else 0
 
     def step(self, step: int) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Loop:
         if step >= self.warmup:
             with clock("update"):
                 learned |= self._update(step, minis, routes, stats)
-        rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.contributes else 0])
+        rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0])
         if self.settings.rollout.overlap:
             with clock("ahead"):
                 self.collector.settle()
@@ -205,13 +205,13 @@ class Loop:
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
             **learned,
             "sync_gap": self.inference.sync_gap,
-            **clock.report(self._sum([int(batch.routed.sum()) if self.session.contributes else 0])[0]),
+            **clock.report(self._sum([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
         return self._watched(values)
 
     def _values(self, stats: Stats, seen: Stats) -> dict[str, float]:
         """The step's statistics over the world. Collective."""
-        stats, seen = stats.gathered(self.session.contributes), seen.gathered(True)
+        stats, seen = stats.gathered(self.session.reports_stats), seen.gathered(True)
         lengths = of_responses(stats, self.settings.monitor.bucket)
         load = router.of_load(seen, self.session.signature.num_experts)
         return {**stats.values(), **lengths, **seen.values(), **load}
@@ -224,7 +224,7 @@ class Loop:
     def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats, seen: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
         engine, mode = self.session.engine, self.settings.replay.mode
-        inference = [engine.routes_of(micro) for micro in micros]
+        inference = [engine.local_routes(micro) for micro in micros]
         replayed = engine.score(micros, inference) if mode == "r3" else None
         live: Scores | None = None
         if mode != "r3" or self.settings.replay.measure_live:
@@ -260,7 +260,7 @@ class Loop:
         updates = (trainer.steps - self.warmup) * trainer.mini_batches
         remaining = iter(routes or ())
         for number, micros in enumerate(minis):
-            rate = set_rates(self.session.actor.optimizer, trainer, first + number, updates)
+            rate = set_learning_rate(self.session.actor.optimizer, trainer, first + number, updates)
             own = routes and list(islice(remaining, len(micros)))
             found, norm = engine.update(micros, own, self.objective, self.settings.objective)
             stats.add(found)

@@ -57,12 +57,12 @@ def settings(directory: Path, processes: int) -> config.Config:
 
 def work(directory: Path, processes: int) -> dict[str, Any]:
     from megatron_bai.rl.session import open_session
-    from megatron_bai.rl.trainer import Loop
+    from megatron_bai.rl.trainer import TrainingLoop
 
     found: dict[str, Any] = {"weights": [], "steps": []}
     with open_session(settings(directory, processes)) as session:
         given = Given(session.engine.replay.columns)
-        loop = Loop(session, given)
+        loop = TrainingLoop(session, given)
         loop.collector = given
 
         def weights() -> None:

@@ -106,7 +106,7 @@ class Run:
         from megatron_bai.monitor.stats import Stats
         from megatron_bai.rl.batches.batch import from_samples
         from megatron_bai.rl.batches.micro_batches import cut
-        from megatron_bai.rl.policy.training_engine import Engine
+        from megatron_bai.rl.policy.training_engine import TrainingEngine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
         trainer = config.Trainer(
@@ -122,7 +122,7 @@ class Run:
         megatron_checkpoint.finish_loading(self.actor)
         self.replay = RoutingReplay(self.actor.chunks)
         assert self.replay.signature == SIGNATURE
-        self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
+        self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature=1.0)
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
@@ -132,13 +132,13 @@ class Run:
         self.noise = torch.from_numpy(noise[own])[self.batch.number]
         self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.number]
         self.recorded: list = []
-        self.data_rank = rank
-        self.contributes = self.engine.last_stage and self.engine.tensor_rank == 0
+        self.dp_rank = rank
+        self.reports_stats = self.engine.last_stage and self.engine.tensor_rank == 0
 
     def routes(self, mode: str) -> list | None:
         if mode == "r2":
             return self.recorded
-        return [self.engine.routes_of(micro) for micro in self.micros] if mode == "r3" else None
+        return [self.engine.local_routes(micro) for micro in self.micros] if mode == "r3" else None
 
     def score(self, mode: str) -> dict[str, torch.Tensor]:
         """Log-probabilities and entropy of the whole batch, in the order of the problem; fills `old_logprobs`."""
@@ -149,7 +149,7 @@ class Run:
         if found.logprobs is not None:
             self.batch.old_logprobs.copy_(found.logprobs + self.noise)
             back = self.batch.number.argsort()
-            mine = (self.data_rank, found.logprobs[back], found.entropy[back]) if self.contributes else None
+            mine = (self.dp_rank, found.logprobs[back], found.entropy[back]) if self.reports_stats else None
         parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
         return {"logprobs": torch.cat([p[1] for p in parts]), "entropy": torch.cat([p[2] for p in parts])}
 
@@ -158,7 +158,7 @@ class Run:
 
         settings = settings or self.settings.objective
         stats, norm = self.engine.update(self.micros, self.routes(mode), objectives.get(settings.name), settings)
-        return stats.gathered(self.contributes).values() | {"grad_norm": norm}
+        return stats.gathered(self.reports_stats).values() | {"grad_norm": norm}
 
     def export(self, target: Path) -> None:
         from megatron_bai.model import hf_checkpoint
@@ -239,7 +239,7 @@ def step(case: Case, device: backend.Device, mode: str) -> dict[str, Any]:
     found["diverged"] = diverged(run.actor)
     found["layers"] = gathered(run.replay.layers)
     found["rows"] = sum(gathered(run.replay.rows))
-    found["routed"] = sum(int(part) for part in gathered(run.batch.routed.sum() if run.contributes else 0))
+    found["routed"] = sum(int(part) for part in gathered(run.batch.routed.sum() if run.reports_stats else 0))
     found["first"], found["gradient"] = gradient(case, device, mode)
     return found
 
@@ -268,15 +268,15 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     run.batch.counted.copy_(run.counted)
     run.micros = run.batch.split(case.micro)
     stats = critic.estimate(run.batch, run.micros)
-    found["statistics"] = stats.gathered(run.contributes).values()
+    found["statistics"] = stats.gathered(run.reports_stats).values()
     names = ("values", "returns", "advantages")
-    mine = (run.data_rank, [getattr(run.batch, name).clone() for name in names]) if run.contributes else None
+    mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None
     parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
     found |= {name: torch.cat(tensors) for name, tensors in zip(names, zip(*(part[1] for part in parts)))}
     run.batch.values += run.noise  # so that some values have left the old ones by more than the limit
     run.batch.leave_out()
     (stats, norms, _), found["gradient"] = measured(critic.model, lambda: critic.update([run.micros], 0))
-    found["update"] = stats.gathered(run.contributes).values() | {"grad_norm": norms[0]}
+    found["update"] = stats.gathered(run.reports_stats).values() | {"grad_norm": norms[0]}
     found["diverged"] = diverged(critic.model)
     found["actor"] = measured(run.actor, lambda: run.update("none", PPO))
     return found
@@ -373,7 +373,7 @@ def vocabulary(precision: torch.dtype) -> dict[str, Any]:
     """Log-probabilities, entropy and their gradients in logits that are split over the tensor ranks."""
     from megatron.core import parallel_state
 
-    from megatron_bai.rl.policy.logprobs import token_scores
+    from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
 
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     generator = torch.Generator().manual_seed(3)
@@ -386,16 +386,16 @@ def vocabulary(precision: torch.dtype) -> dict[str, Any]:
     part = logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
 
     def gradient(*slopes: torch.Tensor | None) -> torch.Tensor:
-        found = token_scores(part, targets, 0.7, work=8 * part.shape[-1])  # 45 tokens: the last of the parts is short
+        found = logprobs_and_entropy(part, targets, 0.7, work_elements=8 * part.shape[-1])  # 45 tokens: the last of the parts is short
         used = [(each, slope) for each, slope in zip(found, slopes) if slope is not None]
         (own,) = torch.autograd.grad(sum((each * slope).sum() for each, slope in used), part)
         return torch.cat(gathered(own), dim=-1)
 
-    found = token_scores(part, targets, 0.7, work=8 * part.shape[-1])
-    whole = token_scores(part, targets, 0.7)
+    found = logprobs_and_entropy(part, targets, 0.7, work_elements=8 * part.shape[-1])
+    whole = logprobs_and_entropy(part, targets, 0.7)
     tokens = 3 * targets.numel()  # sums of three kinds are kept of each
     with Allocations(tokens) as forward:
-        again = token_scores(part, targets, 0.7, work=8 * part.shape[-1])
+        again = logprobs_and_entropy(part, targets, 0.7, work_elements=8 * part.shape[-1])
     with Allocations(tokens) as backward:
         torch.autograd.grad((again[0] * slopes[0] + again[1] * slopes[1]).sum(), part)
     return {
@@ -543,7 +543,7 @@ def scheduled(run: Run) -> tuple[dict[str, list[float]], dict[int, set[float]]]:
     for decay in ("constant", "linear", "cosine"):
         trainer = config.Trainer(learning_rate=LEARNING_RATE, warmup_updates=2, decay=decay, weight_decay=0.1)
         for update in range(6):
-            rate = lr_schedule.set_rates(run.actor.optimizer, trainer, update, 6)
+            rate = lr_schedule.set_learning_rate(run.actor.optimizer, trainer, update, 6)
             assert {group["lr"] for group in run.actor.optimizer.param_groups} == {rate}
             rates.setdefault(decay, []).append(rate)
     decays: dict[int, set[float]] = {}

@@ -23,7 +23,7 @@ from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
-from megatron_bai.rl.experience.inference_engine import Inference, serve
+from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.quantize import FORMATS
@@ -32,7 +32,7 @@ from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
 _PROMPTS, _GROUP = 8, 4
 
 
-def measure(session: Session, inference: Inference) -> dict[str, Any]:
+def measure(session: Session, inference: InferenceEngine) -> dict[str, Any]:
     """Everything, in the order of a training step. Collective."""
     batch, fed = _rollout(session, inference)
     found: dict[str, Any] = {"version": control.weight_version(inference._servers.urls[0])}
@@ -55,7 +55,7 @@ def measure(session: Session, inference: Inference) -> dict[str, Any]:
     return found
 
 
-def _rollout(session: Session, inference: Inference, seed: int = 0) -> tuple[Batch, int]:
+def _rollout(session: Session, inference: InferenceEngine, seed: int = 0) -> tuple[Batch, int]:
     """A batch, and the tokens in it that were fed to the rollout model: all but each sample's last."""
     prompts = session.task.prompts("train", seed, 0, _PROMPTS)
     samples = inference.sample(prompts, _GROUP, seed)
@@ -80,13 +80,13 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
     }
 
 
-def _quantized(session: Session, inference: Inference, form: str) -> dict[str, float]:
+def _quantized(session: Session, inference: InferenceEngine, form: str) -> dict[str, float]:
     """The discrepancy from a server whose weights are rounded: without replay (`_live`) and with the server's routes."""
     session.settings.rollout.quantize, session.settings.rollout.sync_tolerance = form, 1.0
     inference.sync()
     batch, _ = _rollout(session, inference, seed=2)
     live = session.engine.score([batch], record=True)
-    replayed = session.engine.score([batch], [session.engine.routes_of(batch)])
+    replayed = session.engine.score([batch], [session.engine.local_routes(batch)])
     different, rows = _compare(session, batch, live.recorded[0])
     stats = Stats()
     for suffix, scores in (("_live", live), ("", replayed)):
@@ -96,16 +96,16 @@ def _quantized(session: Session, inference: Inference, form: str) -> dict[str, f
 
 def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, int]:
     """Of the (token, layer) routes the server recorded: how many differ from `ours`, and how many there are."""
-    theirs = session.engine.routes_of(batch)
+    theirs = session.engine.local_routes(batch)
     different = differing(ours.ids, theirs.ids)[theirs.counted]
     return _sum([int(different.sum()), different.numel()])
 
 
-def _score(session: Session, inference: Inference, batch: Batch) -> dict[str, Any]:
+def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[str, Any]:
     """The largest difference between the engines' log-probabilities of the batch's prompts, at temperature 1."""
     ours = session.engine.probe(batch.tokens)
     assert ours is not None
-    if not session.lead:
+    if not session.is_rank_0:
         return {"gap": None, "theirs": np.zeros(1)}
     lengths = batch.routed.sum(dim=1).tolist()  # of a sequence less its last token
     theirs = inference._client.score([row[: n + 1].tolist() for row, n in zip(batch.tokens, lengths)])
@@ -118,11 +118,11 @@ def _update(session: Session, batch: Batch) -> dict[str, Any]:
     """One optimizer step with the server's routes: which experts ran, and what reached the routers."""
     engine = session.engine
     live_different, _ = _compare(session, batch, engine.score([batch], record=True).recorded[0])
-    batch.old_logprobs.copy_(engine.score([batch], [engine.routes_of(batch)]).logprobs)
+    batch.old_logprobs.copy_(engine.score([batch], [engine.local_routes(batch)]).logprobs)
     replayed = engine.replay.rows
     with _experts_used(session, batch) as used:
         objective = objectives.get(session.settings.objective.name)
-        _, norm = engine.update([batch], [engine.routes_of(batch)], objective, session.settings.objective)
+        _, norm = engine.update([batch], [engine.local_routes(batch)], objective, session.settings.objective)
     rows, same = _sum([engine.replay.rows - replayed, sum(used)])
     routers = [
         (name, parameter.main_grad.abs().max().item())
@@ -149,7 +149,7 @@ def _experts_used(session: Session, batch: Batch) -> Iterator[list[int]]:
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    routes = session.engine.routes_of(batch)
+    routes = session.engine.local_routes(batch)
     theirs, routed = dict(zip(session.engine.replay.layers, routes.ids.long().unbind(dim=1))), routes.counted
     counts: list[int] = []
 
@@ -189,9 +189,9 @@ def main(result: Path, overrides: list[str]) -> None:
     config.register()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
         settings: Any = OmegaConf.to_object(hydra.compose("config", overrides=overrides))
-    with open_session(settings) as session, serve(session) as inference:
+    with open_session(settings) as session, start_inference(session) as inference:
         found = measure(session, inference)
-        if session.lead:
+        if session.is_rank_0:
             result.write_text(json.dumps(found))
 
 

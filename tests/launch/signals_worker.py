@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.errors import of_peer
-from megatron_bai.rl.signals import heed
+from megatron_bai.rl.signals import handle_signals
 
 CPU = torch.device("cpu")
 
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 def rank(number: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=2)
     found = []
-    with heed(grace_s=60) as requests:
+    with handle_signals(grace_s=60) as requests:
         for step, sign in enumerate([None, signal.SIGUSR1, None, signal.SIGTERM, None]):
             if sign and number == step // 2:  # rank 0 is asked in step 1, rank 1 in step 3
                 os.kill(os.getpid(), sign)
                 os.kill(os.getpid(), sign)  # Slurm and torchrun both send it
-            asked = requests.agreed(CPU)
+            asked = requests.agree(CPU)
             found.append([asked.save, asked.stop])
     (directory / f"{number}.json").write_text(json.dumps(found))
 
@@ -36,7 +36,7 @@ def rank(number: int, directory: Path) -> None:
 def late(number: int, directory: Path) -> None:
     """A step that goes on for longer than the grace period."""
     try:
-        with heed(grace_s=0.2):
+        with handle_signals(grace_s=0.2):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
     finally:

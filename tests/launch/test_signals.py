@@ -9,7 +9,7 @@ import pytest
 from processes import TESTS, launch
 
 from megatron_bai.errors import of_peer
-from megatron_bai.rl.signals import heed
+from megatron_bai.rl.signals import handle_signals
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def test_another_process_that_is_gone_or_silent_is_one_line(outcome: dict) -> No
 def test_no_grace_leaves_sigterm_alone_and_nothing_stays_behind() -> None:
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
     before = [signal.getsignal(number) for number in signals]
-    with heed(grace_s=0):
+    with handle_signals(grace_s=0):
         assert signal.getsignal(signal.SIGTERM) is before[0]
         os.kill(os.getpid(), signal.SIGUSR1)  # would end this process
-    with heed(grace_s=60):
+    with handle_signals(grace_s=60):
         assert signal.getsignal(signal.SIGTERM) is not before[0]
     assert [signal.getsignal(number) for number in signals] == before

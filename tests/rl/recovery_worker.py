@@ -21,7 +21,7 @@ from megatron_bai.config import Config, Model, Rollout
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Score
-from megatron_bai.rl.experience.inference_engine import Inference
+from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers.fleet import Fleet, Servers
@@ -51,13 +51,13 @@ class Server:
         return reply
 
 
-def inference(rank: int, url: str, server: Server, **rollout: Any) -> Inference:
+def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceEngine:
     """Of a replica, without a model."""
     settings = Config(model=Model(vocab_size=64), rollout=Rollout(max_new_tokens=NEW_TOKENS, retries=0, **rollout))
     task = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=STOP, decode=lambda ids: ""))
-    made = Inference.__new__(Inference)
+    made = InferenceEngine.__new__(InferenceEngine)
     made._session = SimpleNamespace(
-        settings=settings, leader=True, lead=rank == 0, task=task, signature=SIGNATURE, deliver=lambda samples: samples,
+        settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE, send_to_replica=lambda samples: samples,
         scorer=lambda items: [Score(1.0) for _ in items],
     )  # fmt: skip
     made._servers = Fleet([url], [1], [url])

@@ -48,7 +48,7 @@ def rewards_of(number: int) -> list[float | None]:
     return [1.0, 0.0, 0.0, float(number % 2)]
 
 
-class Engine:
+class FakeInference:
     """Stands for the server."""
 
     def __init__(self, mode: str = ""):
@@ -80,7 +80,7 @@ def tokenizer() -> Any:
     return build_tokenizer(config.Arithmetic(), 64)
 
 
-class Parts(Engine):
+class Parts(FakeInference):
     """Samples in parts: a token is a function of seed, place and version, the length of the seed."""
 
     def __init__(self, rollout: dict[str, Any], version: int = 0, fault: str = ""):
@@ -133,8 +133,8 @@ def session(replicas: int, rank: int, rollout: dict[str, Any] | None = None, **p
     settings.trainer = config.Trainer(prompts_per_step=PROMPTS, group_size=SIZE, eval_samples=3, eval_temperature=0.5)
     task = Sums(settings.data, tokenizer())
     signature = RouteSignature(1, 4, 1)
-    place = SimpleNamespace(data_rank=rank, data_size=replicas, leader=True, lead=rank == 0, task=task)
-    place.signature, place.deliver = signature, lambda samples: samples
+    place = SimpleNamespace(dp_rank=rank, dp_size=replicas, is_replica_leader=True, is_rank_0=rank == 0, task=task)
+    place.signature, place.send_to_replica = signature, lambda samples: samples
     return SimpleNamespace(**vars(place), settings=settings, device=SimpleNamespace(device=torch.device("cpu")))
 
 
@@ -142,7 +142,7 @@ def collected(
     replicas: int, rank: int, mode: str = "", rollout: dict[str, Any] | None = None, **policy: Any
 ) -> dict[str, Any]:
     """Groups of `STEPS` steps, by the numbers of their prompts."""
-    engine = Engine(mode)
+    engine = FakeInference(mode)
     here = session(replicas, rank, rollout, **policy)
     collector = Collector(here, engine)
     steps = []
@@ -216,7 +216,7 @@ def moved(directory: Path, replicas: int, rank: int) -> dict[str, Any]:
 
 
 def evaluated(replicas: int, rank: int, mode: str = "", other_reward: bool = False) -> dict[str, Any]:
-    here, stats, engine = session(replicas, rank), Stats(), Engine(mode)
+    here, stats, engine = session(replicas, rank), Stats(), FakeInference(mode)
     if other_reward:
         here.settings.reward, engine.tokenizer = config.Function(), here.task.tokenizer
     evaluate(here, engine, stats)

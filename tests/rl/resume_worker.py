@@ -159,14 +159,14 @@ def _rank(
         rollouts.seen = seen
         yield rollouts
 
-    class Limited(trainer.Checkpoints):
+    class Limited(trainer.RunCheckpoints):
         def save(self, step: int, version: int) -> None:
             self.wait()
             if step == 2 and limit:
                 fill(Path(what.run.dir) / "checkpoints", limit)
             super().save(step, version)
 
-    trainer.serve, trainer.Checkpoints, trainer.write_report = serve, Limited, lambda *_: None
+    trainer.start_inference, trainer.RunCheckpoints, trainer.write_report = serve, Limited, lambda *_: None
     with open(words / str(rank), "w", buffering=1) as out, redirect_stdout(out):
         try:
             trainer.train(what)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.rl.batches.batch import Batch, blank, from_samples, from_supervised, padded_length
+from megatron_bai.rl.batches.batch import Batch, blank, from_samples, from_sft, padded_length
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
@@ -117,7 +117,7 @@ def test_the_target_of_a_token_is_the_next_of_its_sample() -> None:
 def test_supervised_targets_move_to_the_position_that_predicts_them() -> None:
     tokens = np.arange(10).reshape(2, 5)
     target = np.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]], dtype=bool)
-    batch = from_supervised(tokens, target)
+    batch = from_sft(tokens, target)
     predicted = [int(batch.tokens[i, t + 1]) for i, t in zip(*np.nonzero(batch.mask.numpy()))]
     assert predicted == [1, 2, 9]  # the first token of a row is predicted by nothing
 

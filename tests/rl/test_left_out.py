@@ -11,7 +11,7 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.experience import collector
-from megatron_bai.rl.policy.weight_copy import Reference
+from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rollout.sample import lost_sample
 from megatron_bai.routing.missing import settle
 
@@ -90,7 +90,7 @@ def test_the_reference_keeps_the_first_weights_and_gives_the_actor_its_own_back(
     module = torch.nn.Linear(3, 4)
     flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     places = [parameter.data_ptr() for parameter in module.parameters()]
-    reference = Reference(SimpleNamespace(modules=[module]))
+    reference = WeightCopy(SimpleNamespace(modules=[module]))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1

@@ -231,13 +231,13 @@ def test_the_settings_a_run_writes_down_are_those_it_has(tmp_path: Path) -> None
     settings = config.Config(run=run, model=TINY, objective=config.Sequence(kl_penalty=1e-6), merge=merge)
     with Progress(tmp_path, settings, 1, active=True):
         pass
-    assert flatten(yaml.safe_load((tmp_path / "config.yaml").read_text())) == checkpointing.described(settings)
+    assert flatten(yaml.safe_load((tmp_path / "config.yaml").read_text())) == checkpointing.flatten_settings(settings)
 
 
 def test_every_setting_that_may_change_exists() -> None:
     choices = [config.Config(model=TINY), config.Config(objective=config.Ppo(), reward=config.Function(), model=TINY)]
     choices.append(config.Config(reward=config.RewardModel(), model=TINY))
-    names = {name for settings in choices for name in checkpointing.described(settings)}
+    names = {name for settings in choices for name in checkpointing.flatten_settings(settings)}
     for free in checkpointing.MAY_CHANGE:
         assert any(name == free or free.endswith(".") and name.startswith(free) for name in names), free
 

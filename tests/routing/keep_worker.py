@@ -54,9 +54,9 @@ class Rollouts:
 def run(layout: str, mode: str, rank: int, directory: Path) -> None:
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_bai.rl.experience.route_recorder import keep_routes
+    from megatron_bai.rl.experience.route_recorder import open_route_recorder
     from megatron_bai.rl.session import open_session
-    from megatron_bai.rl.trainer import Loop
+    from megatron_bai.rl.trainer import TrainingLoop
 
     name = f"{layout}-{mode}"
     settings = config.Config(
@@ -74,9 +74,9 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
             tokens_per_micro_batch=ROW if layout in PACKED else 0,
         ),
     )
-    with open_session(settings) as session, keep_routes(session) as keeper:
+    with open_session(settings) as session, open_route_recorder(session) as keeper:
         rollouts = Rollouts(session)
-        loop = Loop(session, rollouts, keeper)
+        loop = TrainingLoop(session, rollouts, keeper)
         maps: dict[int, list[torch.Tensor]] = {}
 
         def kept(router: TopKRouter, inputs: Any, output: tuple) -> None:
@@ -91,7 +91,7 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
         facts = {
             "maps": maps,
             "tensor_rank": session.engine.tensor_rank,
-            "data_rank": session.data_rank,
+            "dp_rank": session.dp_rank,
             "coverage": [values["route_coverage"] for values in steps],
             "values": steps,
             "sampled": [

@@ -75,7 +75,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
-    from megatron_bai.rl.policy.training_engine import Engine
+    from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     layout, recompute, dispatcher, micros, mode = name
@@ -86,7 +86,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(clip_grad=1e9))
     actor = build.build_actor(settings, device)
     replay = RoutingReplay(actor.chunks)
-    engine = Engine(actor, replay, device.device, temperature=1.0)
+    engine = TrainingEngine(actor, replay, device.device, temperature=1.0)
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rollouts = samples(SAMPLES, np.random.default_rng(3))[rank * SAMPLES // size : (rank + 1) * SAMPLES // size]
     rollouts = [sample.of_layers(replay.columns) for sample in rollouts]
@@ -94,7 +94,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     parts = batch.split(len(batch) // micros)
 
     param_shards.init_random(actor.modules, MODEL, seed=0)
-    inference = [engine.routes_of(part) for part in parts]
+    inference = [engine.local_routes(part) for part in parts]
     scores = engine.score(parts, inference if mode == "r3" else None, record=mode == "r2")
     routes = {"none": None, "r2": scores.recorded, "r3": inference}[mode]
     scored = replay.rows
@@ -107,18 +107,18 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
         BEFORE.append(state(actor.modules))
     stats, _ = engine.update(parts, routes, objectives.get("sft"), settings.objective)
     after = state(actor.modules)
-    contributes = engine.last_stage and engine.tensor_rank == 0
+    reports_stats = engine.last_stage and engine.tensor_rank == 0
     everyone = sorted(
-        (part for part in gathered((rank, scores.logprobs) if contributes else None) if part), key=lambda part: part[0]
+        (part for part in gathered((rank, scores.logprobs) if reports_stats else None) if part), key=lambda part: part[0]
     )
     return {
-        "loss": stats.gathered(contributes).values()["loss"],
+        "loss": stats.gathered(reports_stats).values()["loss"],
         "logprobs": torch.cat([part[1] for part in everyone]),
         "gradient": {key: (BEFORE[0][key].double() - after[key].double()) / SCALE for key in after},
         "scored": sum(gathered(scored)),
         "rows": sum(gathered(replay.rows - scored)),
         "recomputed": sum(gathered(replay.recomputed)),
-        "real": sum(gathered(int(batch.routed.sum()) if contributes else 0)),
+        "real": sum(gathered(int(batch.routed.sum()) if reports_stats else 0)),
         "held": sum(gathered(leftovers(actor.modules)), []),
     }
 
@@ -137,8 +137,8 @@ def delivery(device: backend.Device, parallel: config.Parallel) -> dict[str, Any
     dist.all_gather_object(columns, replay.columns, group=group)
     leader = dist.get_rank(group) == 0
     rollouts = samples(4, np.random.default_rng(parallel_state.get_data_parallel_rank()))
-    session = SimpleNamespace(leader=leader, columns=columns, model_group=group)
-    found = Session.deliver(session, rollouts if leader else None)  # others have nothing to begin with
+    session = SimpleNamespace(is_replica_leader=leader, replica_moe_layers=columns, model_group=group)
+    found = Session.send_to_replica(session, rollouts if leader else None)  # others have nothing to begin with
     right = [
         np.array_equal(own.tokens, whole.tokens) and np.array_equal(own.routes, whole.routes[:, replay.columns])
         for own, whole in zip(found, rollouts, strict=True)

@@ -26,7 +26,7 @@ class Bench:
     def __init__(self, device: backend.Device, recompute: str = "none"):
         from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.rl.batches.batch import from_samples
-        from megatron_bai.rl.policy.training_engine import Engine
+        from megatron_bai.rl.policy.training_engine import TrainingEngine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
         trainer = config.Trainer(clip_grad=1e9)
@@ -36,11 +36,11 @@ class Bench:
         megatron_checkpoint.finish_loading(self.actor)
         self.gpt = self.actor.modules[0]
         self.replay = RoutingReplay(self.actor.chunks)
-        self.engine = Engine(self.actor, self.replay, device.device, temperature=1.0)
+        self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature=1.0)
         random = np.random.default_rng(11)
         self.batch = from_samples(samples(6, random), random.normal(size=6), LENGTH, 0, self.replay.signature)
         self.cotangent = torch.from_numpy(random.normal(size=(6, LENGTH, MODEL.vocab_size)).astype(np.float32))
-        self.routes = self.engine.routes_of(self.batch)
+        self.routes = self.engine.local_routes(self.batch)
         self.routers = [layer.mlp.router for layer in self.gpt.decoder.layers]
         self.handles = [router.router_replay for router in self.routers]
         self.maps: dict[int, torch.Tensor] = {}
@@ -157,8 +157,8 @@ def partial(bench: Bench, again: Bench) -> dict[str, Any]:
 def orders(plain: Bench, again: Bench) -> dict[str, Any]:
     """Two micro-batches whose passes overlap, with every layer recomputed."""
     first, second = slice(0, 2), slice(2, 6)
-    routes = [plain.engine.routes_of(micro) for micro in (plain.batch.split(2)[0], plain.batch.split(2)[1])]
-    routes[1] = plain.engine.routes_of(plain.batch.ordered(second))
+    routes = [plain.engine.local_routes(micro) for micro in (plain.batch.split(2)[0], plain.batch.split(2)[1])]
+    routes[1] = plain.engine.local_routes(plain.batch.ordered(second))
     found: dict[str, Any] = {}
     for name, own in (("plain", plain), ("recomputed", again)):
         with own.replay.force(routes):
@@ -316,7 +316,7 @@ def first_update(device: backend.Device, mode: str) -> dict[str, Any]:
 def training_steps(device: backend.Device) -> dict[str, Any]:
     """A step of the trainer on rollouts of which some rows have no route, by policy: its metrics, or what it says."""
     from megatron_bai.errors import UserError
-    from megatron_bai.rl.trainer import Loop
+    from megatron_bai.rl.trainer import TrainingLoop
 
     rollouts = samples(8, np.random.default_rng(5))
     holes = [np.arange(len(sample.routes)) % 4 != 2 for sample in rollouts]
@@ -344,12 +344,12 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
         settings.replay = config.Replay(mode=mode, missing=policy)
         settings.trainer = config.Trainer(prompts_per_step=2, group_size=4, mini_batches=2, micro_batch_size=2)
         session = SimpleNamespace(
-            settings=settings, device=device, actor=bench.actor, engine=bench.engine, task=task, data_rank=0,
-            data_size=1, contributes=True, lead=True, leader=True, signature=bench.replay.signature,
+            settings=settings, device=device, actor=bench.actor, engine=bench.engine, task=task, dp_rank=0,
+            dp_size=1, reports_stats=True, is_rank_0=True, is_replica_leader=True, signature=bench.replay.signature,
             critic=None,
         )  # fmt: skip
         try:
-            found[f"{mode} {policy}"] = Loop(session, inference).step(0)
+            found[f"{mode} {policy}"] = TrainingLoop(session, inference).step(0)
         except UserError as error:
             found[f"{mode} {policy}"] = str(error)
     return found

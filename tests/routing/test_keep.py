@@ -49,7 +49,7 @@ def test_every_kept_route_is_what_the_router_did(directory: Path, layout: str, m
                 first = rank["tensor_rank"] * per_sample
                 for row, experts in enumerate(chosen):
                     s, b = divmod(row, MICRO)
-                    key = step, rank["data_rank"] * own + micro * MICRO + b
+                    key = step, rank["dp_rank"] * own + micro * MICRO + b
                     if first + s < len(kept[key].ids):
                         assert experts.nonzero()[:, 0].tolist() == kept[key].ids[first + s, layer].tolist()
                         seen[key][first + s, layer] = True
@@ -67,7 +67,7 @@ def test_a_recording_says_what_it_belongs_to(directory: Path, layout: str, mode:
     for rank in facts(directory, layout, mode):
         assert rank["coverage"] == [1.0] * STEPS
         for step, sampled in enumerate(rank["sampled"]):
-            for number, (tokens, routes) in enumerate(sampled, start=rank["data_rank"] * len(sampled)):
+            for number, (tokens, routes) in enumerate(sampled, start=rank["dp_rank"] * len(sampled)):
                 recording = kept[step, number]
                 assert recording.signature == SIGNATURE and recording.token_hash == token_hash(tokens.numpy())
                 assert recording.valid.all() and len(recording.ids) == len(tokens) - 1
@@ -102,7 +102,7 @@ def test_the_monitor_counts_the_routes_of_all_ranks_once(directory: Path, layout
         sampled = {}
         for rank in ranks:
             for number, (_, routes) in enumerate(rank["sampled"][step]):
-                sampled[rank["data_rank"] * len(rank["sampled"][step]) + number] = np.sort(routes.numpy(), axis=-1)
+                sampled[rank["dp_rank"] * len(rank["sampled"][step]) + number] = np.sort(routes.numpy(), axis=-1)
         given = np.concatenate([sampled[sample] for sample in range(SAMPLES)])
         differ = (given != used).any(axis=-1)
         assert found["route_mismatch"] == pytest.approx(differ.mean(), rel=1e-12)

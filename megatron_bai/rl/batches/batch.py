@@ -184,7 +184,7 @@ def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tenso
     return torch.bincount(prompts, mask.sum(1)).long()[prompts]
 
 
-def from_supervised(tokens: np.ndarray, target: np.ndarray) -> Batch:
+def from_sft(tokens: np.ndarray, target: np.ndarray) -> Batch:
     """A batch for supervised training.
 
     Args:

@@ -21,7 +21,7 @@ from megatron_bai.routing.layout import Packing
 Cut = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches
 
 
-def check_batches(settings: config.Config, replicas: int) -> None:
+def validate_batches(settings: config.Config, replicas: int) -> None:
     """Refuse batches that do not divide evenly among data-parallel replicas, updates and micro-batches.
 
     Raises:

@@ -15,8 +15,8 @@ from megatron_bai.rl.batches.advantages import comparable, of_groups, uniform
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.experience.failed_samples import count_failures, count_lost
-from megatron_bai.rl.experience.inference_engine import Inference
-from megatron_bai.rl.experience.rollout_buffer import Ahead
+from megatron_bai.rl.experience.inference_engine import InferenceEngine
+from megatron_bai.rl.experience.rollout_buffer import RolloutBuffer
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
@@ -26,12 +26,12 @@ from megatron_bai.routing.missing import settle
 class Collector:
     """Takes prompts from the stream in order, each replica its own."""
 
-    def __init__(self, session: Session, inference: Inference):
+    def __init__(self, session: Session, inference: InferenceEngine):
         self.session, self.inference, self.settings = session, inference, session.settings
-        self.prompts = self.settings.trainer.prompts_per_step // session.data_size  # of this replica, a step
+        self.prompts = self.settings.trainer.prompts_per_step // session.dp_size  # of this replica, a step
         self.taken = 0  # prompts of the stream, over all replicas: where the next step begins
         rollout = self.settings.rollout
-        self.ahead = Ahead(session, inference) if rollout.partial_tokens or rollout.overlap else None
+        self.ahead = RolloutBuffer(session, inference) if rollout.partial_tokens or rollout.overlap else None
 
     def state(self) -> dict[str, Any]:
         """Where it stands, the same on every rank: what a resumed run needs to continue, JSON."""
@@ -75,7 +75,7 @@ class Collector:
         """After a sync: what failed of a rollout that was begun before it is asked again. Collective.
 
         Raises:
-            UserError: as `Inference.recover`.
+            UserError: as `InferenceEngine.recover`.
         """
         if self.ahead:
             self.ahead.finish()
@@ -151,7 +151,7 @@ class Collector:
         """Groups for the next `count` prompts, of which every replica may want another number. Collective."""
         session, trainer, seed = self.session, self.settings.trainer, self.settings.run.seed
         wanted = self._of_replicas(count)
-        start = self.taken + sum(wanted[: session.data_rank])
+        start = self.taken + sum(wanted[: session.dp_rank])
         self.taken += sum(wanted)
         prompts = session.task.prompts("train", seed, start, count)
         samples = self.inference.sample(prompts, trainer.group_size, f"train/{seed}", first=start)
@@ -169,8 +169,8 @@ class Collector:
     def _of_replicas(self, value: int) -> list[int]:
         """Each replica's value, by its data-parallel rank. Collective."""
         session = self.session
-        values = torch.zeros(session.data_size, dtype=torch.int64, device=session.device.device)
-        values[session.data_rank] = value if session.leader else 0
+        values = torch.zeros(session.dp_size, dtype=torch.int64, device=session.device.device)
+        values[session.dp_rank] = value if session.is_replica_leader else 0
         dist.all_reduce(values)
         return values.tolist()
 

@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.experience.failed_samples import count_failures
-from megatron_bai.rl.experience.inference_engine import Inference
+from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rl.session import Session
 
 
-def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
+def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None:
     """Sample `trainer.eval_samples` responses to each held-out prompt, with the new weights. Collective.
 
     Adds `eval_accuracy` (avg@n: the mean over prompts of a prompt's mean reward) with the ends of its 95 % interval,
@@ -23,7 +23,7 @@ def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
     """
     settings, task = session.settings, session.task
     count, n, seed = task.eval_size, settings.trainer.eval_samples, settings.run.seed
-    start, end = (count * (session.data_rank + i) // session.data_size for i in (0, 1))
+    start, end = (count * (session.dp_rank + i) // session.dp_size for i in (0, 1))
     prompts = task.prompts("eval", seed, start, end - start)
     samples = inference.sample(prompts, n, f"eval/{seed}", start, settings.trainer.eval_temperature)
     count_failures(session, [sample.failure for sample in samples], "eval_failed", stats)
@@ -37,7 +37,7 @@ def evaluate(session: Session, inference: Inference, stats: Stats) -> None:
         stats.ratio("eval_length", len(sample.response), there)
         stats.ratio("eval_truncated", there and sample.finish != "stop", there)
     everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, rewards if session.leader else [])
+    dist.all_gather_object(everyone, rewards if session.is_replica_leader else [])
     known = [found for part in everyone for found in part if found]  # a prompt without any reward says nothing
     mean, half = interval(np.array([np.mean(found) for found in known]))
     values = {"eval_accuracy": mean, "eval_best": float(np.mean([max(found) for found in known]))}

@@ -17,7 +17,7 @@ def count_lost(session: Session, failures: list[str], stats: Stats) -> None:
         failures: of this replica's samples, why each is lost, "" for those that are not.
     """
     failed, total, first = _count(session, failures, "rollout_failed_fraction", stats)
-    if failed and session.lead:
+    if failed and session.is_rank_0:
         print(f"{failed} of {total} samples are lost and left out; first: {first}", file=sys.stderr)
 
 
@@ -35,7 +35,7 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
         return
     if failed == total:
         raise UserError(f"all {total} rewards of a step failed (reward={session.settings.reward.name}), first: {first}")
-    if session.lead:
+    if session.is_rank_0:
         print(f"{failed} of {total} rewards failed, their samples are left out; first: {first}", file=sys.stderr)
 
 
@@ -43,7 +43,7 @@ def _count(session: Session, failures: list[str], metric: str, stats: Stats) -> 
     """How many failed of how many, in all replicas, and one's reason. Collective."""
     reasons = list(filter(None, failures))
     stats.ratio(metric, len(reasons), len(failures))
-    mine = (len(reasons), len(failures), reasons[0] if reasons else "") if session.leader else (0, 0, "")
+    mine = (len(reasons), len(failures), reasons[0] if reasons else "") if session.is_replica_leader else (0, 0, "")
     everyone: list[tuple[int, int, str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     first = next((reason for _, _, reason in everyone if reason), "")

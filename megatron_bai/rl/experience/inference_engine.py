@@ -29,7 +29,7 @@ from megatron_bai.rollout.servers.weight_sync import Carrier
 _PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived
 
 
-class Inference:
+class InferenceEngine:
     """The servers of a run: rank 0 gives them weights, each replica's leader is a client.
 
     Attributes:
@@ -49,7 +49,7 @@ class Inference:
         self._carrier: Carrier | None = None
         self._given = False
         self._weights = version + 1  # the checkpoint below run.dir that a server can be started from
-        self._client = self._client_of(servers.ask, session.data_rank)
+        self._client = self._client_of(servers.ask, session.dp_rank)
         self._shapes = hf_checkpoint.shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
@@ -84,7 +84,7 @@ class Inference:
         found: list[Sample | UserError] = []
         tolerated = self.tolerated(len(prompts) * group_size)
         while True:
-            if session.leader:
+            if session.is_replica_leader:
                 end, version = session.task.tokenizer.eos_token_id, str(self.version)
                 asked = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
                 found = self._client.generate(*asked, version=version, tolerated=tolerated, known=found)
@@ -98,7 +98,7 @@ class Inference:
             else each
             for place, each in enumerate(found)
         ]
-        return session.deliver(self.reward(prompts, samples) if session.leader else None)
+        return session.send_to_replica(self.reward(prompts, samples) if session.is_replica_leader else None)
 
     def reward(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
         """The samples with their rewards. A leader's alone."""
@@ -183,7 +183,7 @@ class Inference:
         """
         if self._given:  # the first sync is to servers that were found or started a moment ago
             self._revived()
-        if self._session.lead:
+        if self._session.is_rank_0:
             assert self._supervised
             self._supervised.step()
         self.version += 1
@@ -207,7 +207,7 @@ class Inference:
     def _through_files(self, export: bool) -> None:
         session = self._session
         directory = _export(session, self.version) if export else _weights(session, self.version)
-        if session.lead:
+        if session.is_rank_0:
             weight_sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
             if self._weights != self.version:
                 rmtree(_weights(session, self._weights), ignore_errors=True)
@@ -216,7 +216,7 @@ class Inference:
     def _through_memory(self) -> None:
         session, rollout = self._session, self._session.settings.rollout
         tensors = hf_checkpoint.tensors(session.actor.modules, session.settings.model)
-        if session.lead:
+        if session.is_rank_0:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._carrier = self._carrier or self._connected()
             bucket = rollout.sync_bucket_mib << 20
@@ -249,12 +249,12 @@ class Inference:
             mask[row, : len(ids) - 1] = True
         ours = session.engine.probe(tokens)
         mean = torch.zeros(1, dtype=torch.float64)
-        if ours is not None and session.contributes and session.data_rank == 0:
+        if ours is not None and session.reports_stats and session.dp_rank == 0:
             mean[0] = ours.cpu()[mask].double().mean()
         mean = mean.to(session.device.device)
         dist.all_reduce(mean)  # one rank holds the value, the others zero
         gap = [0.0]
-        if session.lead:
+        if session.is_rank_0:
             asked = [self._client_of([url]).score(self._probe) for url in self._servers.urls]
             gap[0] = max(abs(float(mean) - float(np.concatenate(own).astype(np.float64).mean())) for own in asked)
         dist.broadcast_object_list(gap, src=0)
@@ -282,7 +282,7 @@ def _export(session: Session, version: int) -> Path:
 
 
 @contextmanager
-def serve(session: Session, version: int = 0) -> Iterator[Inference]:
+def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEngine]:
     """Have servers with the actor's weights; those started here are stopped however the block ends. Collective.
 
     Args:
@@ -296,7 +296,7 @@ def serve(session: Session, version: int = 0) -> Iterator[Inference]:
     with ExitStack() as stack:
         supervised: Servers | None = None
         found: list[Any] = [None]
-        if session.lead:
+        if session.is_rank_0:
             supervised = fleet.running(settings.rollout) if directory is None else stack.enter_context(
                 fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
             )
@@ -304,7 +304,7 @@ def serve(session: Session, version: int = 0) -> Iterator[Inference]:
             # what was sent is the servers' now; a run's result is `trainer.save`
             stack.callback(rmtree, _weights(session, version).parent, ignore_errors=True)
         dist.broadcast_object_list(found, src=0)
-        inference = Inference(session, found[0], version - 1, supervised)
+        inference = InferenceEngine(session, found[0], version - 1, supervised)
         stack.callback(inference.close)
         inference.sync()
         yield inference

@@ -12,7 +12,7 @@ they were when it began. The thread speaks to servers and rewards and to no othe
 servers get new weights, and so before anything is saved.
 
 A request that fails for good ends its round, and the rollout waits for all ranks, who look after the servers together
-(`Inference.recover`): at once, or, where it runs ahead, after the next sync, since the actor's weights are newer than the
+(`InferenceEngine.recover`): at once, or, where it runs ahead, after the next sync, since the actor's weights are newer than the
 servers' until then. What failed is asked again of servers that came back; otherwise it is lost, and its group goes on.
 """
 
@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 from megatron_bai import config
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
-from megatron_bai.rl.experience.inference_engine import Inference
+from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout import sample_file
 from megatron_bai.rollout.client import Wanted, sampling_seed
@@ -64,7 +64,7 @@ class Group:
 Place: TypeAlias = tuple[Group, int]  # a group and a member
 
 
-class Ahead:
+class RolloutBuffer:
     """The groups of a replica that its next steps train. Its leader has them; every rank knows where the stream stands.
 
     Attributes:
@@ -72,7 +72,7 @@ class Ahead:
         begun: the next step's rollout is.
     """
 
-    def __init__(self, session: Session, inference: Inference):
+    def __init__(self, session: Session, inference: InferenceEngine):
         trainer, self.rollout = session.settings.trainer, session.settings.rollout
         self.session, self.inference = session, inference
         self.trained, self.worked_on = trainer.prompts_per_step, in_progress(session.settings)
@@ -81,7 +81,7 @@ class Ahead:
         self._ready: list[Group] = []  # of the next step
         self._failed: list[tuple[Place, UserError]] = []  # of the rollout that was begun
         self._tolerated = 0  # how many more samples of it may be lost
-        self._thread = _Thread() if self.rollout.overlap and session.leader else None
+        self._thread = _Thread() if self.rollout.overlap and session.is_replica_leader else None
         self._work: Future[None] | None = None
 
     def take(self, last: bool) -> list[Sample]:
@@ -91,7 +91,7 @@ class Ahead:
             last: no step follows.
 
         Raises:
-            UserError: as `Inference.sample`.
+            UserError: as `InferenceEngine.sample`.
         """
         if not self.begun:
             self._begin()
@@ -101,7 +101,7 @@ class Ahead:
             replace(sample, prompt=place) for place, group in enumerate(self._ready) for sample in group.begun()
         ]
         self.begun, self._ready = False, []
-        delivered = self.session.deliver(samples if self.session.leader else None)
+        delivered = self.session.send_to_replica(samples if self.session.is_replica_leader else None)
         if self.rollout.overlap and not last:
             self._begin()
         return delivered
@@ -120,7 +120,7 @@ class Ahead:
         """Have the rollout whole that was begun before a sync, which brought servers that failed back. Collective.
 
         Raises:
-            UserError: as `Inference.recover`.
+            UserError: as `InferenceEngine.recover`.
         """
         if self.begun:
             if self._failed:
@@ -155,15 +155,15 @@ class Ahead:
     def _begin(self) -> None:
         """Take prompts, and have the next step's groups sampled."""
         session, settings = self.session, self.session.settings
-        fresh = (self.trained if self.taken else self.worked_on) // session.data_size
-        start = self.taken + session.data_rank * fresh
-        self.taken, self.begun = self.taken + session.data_size * fresh, True
-        if not session.leader:
+        fresh = (self.trained if self.taken else self.worked_on) // session.dp_size
+        start = self.taken + session.dp_rank * fresh
+        self.taken, self.begun = self.taken + session.dp_size * fresh, True
+        if not session.is_replica_leader:
             return
         prompts = session.task.prompts("train", settings.run.seed, start, fresh)
         blank: list[Sample | None] = [None] * settings.trainer.group_size
         self._groups += [Group(start + i, prompt, list(blank)) for i, prompt in enumerate(prompts)]
-        self._tolerated = self.inference.tolerated(self.trained // session.data_size * settings.trainer.group_size)
+        self._tolerated = self.inference.tolerated(self.trained // session.dp_size * settings.trainer.group_size)
         self._go_on(self._in_progress())
 
     def _go_on(self, places: list[Place]) -> None:
@@ -176,7 +176,7 @@ class Ahead:
 
     def _sample(self, places: list[Place]) -> None:
         """Rounds until enough groups are complete or a request failed. Runs in the thread where it overlaps."""
-        wanted = self.trained // self.session.data_size
+        wanted = self.trained // self.session.dp_size
         if places:
             self._round(places)
         while not self._failed and sum(group.complete for group in self._groups) < wanted:
@@ -227,10 +227,10 @@ class Ahead:
         Raises:
             OSError: it cannot be written.
         """
-        if not self.session.leader:
+        if not self.session.is_replica_leader:
             return
         assert self._work is None and not self._failed, "a rollout is being sampled while it is saved"
-        path = _file(directory, self.session.data_rank, self.session.data_size)
+        path = _file(directory, self.session.dp_rank, self.session.dp_size)
         path.parent.mkdir(exist_ok=True)
         groups = [*self._ready, *self._groups]  # all begun, since a step samples before it ends; `read` counts on it
         samples = [(group.number, sample) for group in groups for sample in group.begun()]
@@ -243,21 +243,21 @@ class Ahead:
             UserError: it is not there, or damaged.
         """
         session, size = self.session, self.session.settings.trainer.group_size
-        if not session.leader:
+        if not session.is_replica_leader:
             return
-        own = _file(directory, session.data_rank, session.data_size)
+        own = _file(directory, session.dp_rank, session.dp_size)
         files = [own] if own.is_file() else sorted((directory / _FILES).glob("*.npz"))
-        writers = session.data_size if files == [own] else len(files)
+        writers = session.dp_size if files == [own] else len(files)
         ready, rest = [], []
         for file in files:
             samples, chosen = sample_file.read(file, session.signature), self.trained // writers if self.begun else 0
             groups = [self._group(samples[i : i + size]) for i in range(0, len(samples), size)]
             ready += groups[:chosen]
             rest += groups[chosen:]
-        step = self.trained // session.data_size if self.begun else 0
+        step = self.trained // session.dp_size if self.begun else 0
         if files != [own]:
             ready, rest = (sorted(each, key=lambda group: group.number) for each in (ready, rest))
-            ready, rest = (each[session.data_rank :: session.data_size] for each in (ready, rest))
+            ready, rest = (each[session.dp_rank :: session.dp_size] for each in (ready, rest))
         if len(ready) != step or len(ready) + len(rest) != self._held():
             raise UserError(f"{directory / _FILES} holds {len(ready)} groups, the next step needs {step}: restore it")
         self._ready, self._groups = ready, rest
@@ -270,7 +270,7 @@ class Ahead:
     def _held(self) -> int:
         """Groups a replica has between two steps."""
         waiting = self.worked_on - self.trained + (self.trained if self.begun else 0)
-        return waiting // self.session.data_size if self.taken else 0
+        return waiting // self.session.dp_size if self.taken else 0
 
 
 def _file(directory: Path, rank: int, size: int) -> Path:

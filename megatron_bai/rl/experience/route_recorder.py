@@ -19,7 +19,7 @@ from megatron_bai.routing.store.codec import Recording, encode, token_hash
 from megatron_bai.routing.store.route_store import RouteStore, StoreWriter, cut, is_store
 
 
-class RouteKeeper:
+class RouteRecorder:
     """The leader of each replica writes the routes of its samples to a file of its own, once a step."""
 
     def __init__(self, session: Session, step: int = 0, same_run: bool = False):
@@ -35,9 +35,9 @@ class RouteKeeper:
         self.session, self.settings = session, session.settings.replay
         self._writer: StoreWriter | None = None
         joined().first(lambda: _prepare(self.settings.store, step if same_run else None))
-        if not session.leader:
+        if not session.is_replica_leader:
             return
-        self._writer = StoreWriter(self.settings.store, f"replica-{session.data_rank:05}")
+        self._writer = StoreWriter(self.settings.store, f"replica-{session.dp_rank:05}")
 
     def keep(
         self, step: int, version: int, samples: list[Sample], micros: list[Batch], routes: list[MicroRoutes]
@@ -75,7 +75,7 @@ class RouteKeeper:
                     token_hash=token_hash(sample.tokens),
                 )
                 envelope = encode(recording, self.settings.store_encoding)
-                self._writer.append(step, self.session.data_rank * len(samples) + number, self.settings.mode, envelope)
+                self._writer.append(step, self.session.dp_rank * len(samples) + number, self.settings.mode, envelope)
         if self._writer:
             assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once, if it has any"
             self._writer.sync()
@@ -91,7 +91,7 @@ class RouteKeeper:
         place = torch.arange(fed.numel()).reshape(fed.shape)
         tokens = session.engine.place.rows(place).numpy()  # where each of this rank's rows belongs
         ids, columns = own.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
-        parts: list[Any] | None = [None] * dist.get_world_size(session.model_group) if session.leader else None
+        parts: list[Any] | None = [None] * dist.get_world_size(session.model_group) if session.is_replica_leader else None
         dist.gather_object((tokens, columns, ids), parts, group=session.model_group, group_dst=0)
         if parts is None:
             return None
@@ -122,16 +122,16 @@ def _prepare(directory: str, step: int | None) -> None:
 
 
 @contextmanager
-def keep_routes(session: Session, step: int = 0, same_run: bool = False) -> Iterator[RouteKeeper | None]:
+def open_route_recorder(session: Session, step: int = 0, same_run: bool = False) -> Iterator[RouteRecorder | None]:
     """A keeper where `replay.store` asks for one. Collective.
 
     Raises:
-        UserError: as `RouteKeeper`.
+        UserError: as `RouteRecorder`.
     """
     if not session.settings.replay.store:
         yield None
         return
-    keeper = RouteKeeper(session, step, same_run)
+    keeper = RouteRecorder(session, step, same_run)
     try:
         yield keeper
     finally:

@@ -20,8 +20,8 @@ from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import policy_settings
-from megatron_bai.rl.policy.training_engine import Engine
-from megatron_bai.rl.policy.weight_copy import Reference
+from megatron_bai.rl.policy.training_engine import TrainingEngine
+from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
@@ -51,12 +51,12 @@ def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None,
         stats.mean("stale_masked", ages > limit)
 
 
-class Former:
+class PreviousWeights:
     """The weights of the step before, which sampled what was rolled out ahead: one more model in each rank's memory."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: TrainingEngine):
         self._engine = engine
-        self._kept: Reference | None = None
+        self._kept: WeightCopy | None = None
 
     @property
     def known(self) -> bool:
@@ -66,12 +66,12 @@ class Former:
     def keep(self) -> None:
         """Keep the actor's weights as they are, in place of the former ones."""
         if self._kept is None:
-            self._kept = Reference(self._engine.actor)
+            self._kept = WeightCopy(self._engine.actor)
         else:
             self._kept.renew()
 
     def score(self, micros: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
-        """`[B, T]` log-probabilities under them, with routes as in `Engine.score`; None on ranks that have none and
+        """`[B, T]` log-probabilities under them, with routes as in `TrainingEngine.score`; None on ranks that have none and
         while there are no such weights. Collective."""
         if self._kept is None:
             return None

@@ -15,8 +15,8 @@ from megatron_bai.rl.batches.advantages import at_the_end, explained_variance, g
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.ppo import critic_loss
-from megatron_bai.rl.policy.forward_backward import Passes
-from megatron_bai.rl.policy.lr_schedule import set_rates
+from megatron_bai.rl.policy.forward_backward import ForwardBackward
+from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 
 
 class Critic:
@@ -47,7 +47,7 @@ class Critic:
             _load(self.model, self.settings.critic_checkpoint)
         else:
             copy_body(actor, self.model)
-        self.passes = Passes(self.model, device.device)
+        self.passes = ForwardBackward(self.model, device.device)
         self._last_stage = parallel_state.is_pipeline_last_stage()
         self._data_group, self._device = parallel_state.get_data_parallel_group(), device.device
 
@@ -104,7 +104,7 @@ class Critic:
             return losses.sum()
 
         for number, micros in enumerate(minis):
-            rate = set_rates(self.model.optimizer, self._trainer, first + number, self._updates)
+            rate = set_learning_rate(self.model.optimizer, self._trainer, first + number, self._updates)
             norms.append(self.passes.update(micros, loss, aggregate.count(micros, "token_mean")))
         return stats, norms, rate
 

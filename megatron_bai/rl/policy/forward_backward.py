@@ -16,7 +16,7 @@ from megatron_bai.routing.layout import Packing
 Found = TypeVar("Found")
 
 
-class Passes:
+class ForwardBackward:
     """A model with what its passes need.
 
     Attributes:
@@ -28,7 +28,7 @@ class Passes:
 
         self.model, self.device = model, device
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self._data_size = parallel_state.get_data_parallel_world_size()
+        self._dp_size = parallel_state.get_data_parallel_world_size()
         self._data_group = parallel_state.get_data_parallel_group()
 
     def forward(self, micros: list[Batch], collect: Callable[[torch.Tensor, Batch], Found]) -> list[Found]:
@@ -72,7 +72,7 @@ class Passes:
         def scaled(output: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
             # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
             # that the gradient is that of the sum over the whole mini-batch divided by its count.
-            return loss(output, micro) * (len(micros) * self._data_size / count), {}
+            return loss(output, micro) * (len(micros) * self._dp_size / count), {}
 
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()

@@ -6,22 +6,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WORK = 1 << 24  # elements of the vocabulary's rows in work at a time: 64 MiB a buffer, of which there are three
+WORK_ELEMENTS = 1 << 24  # elements of the vocabulary's rows in work at a time: 64 MiB a buffer, of which there are three
 
 
-def token_scores(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, work: int = WORK
+def logprobs_and_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, work_elements: int = WORK_ELEMENTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log π of each target, and the entropy of the distribution it was drawn from, at the sampling temperature.
 
     With z the logits over the temperature and p = exp(z) / Z: log π(v) = z_v − log Z and H = log Z − Σ_v p_v z_v, in
     nats. Differentiable; two collectives over tensor ranks in the forward pass, none in the backward pass. Beside the
-    logits, and their gradient, it needs memory for three buffers of `work` elements, however many tokens there are.
+    logits, and their gradient, it needs memory for three buffers of `work_elements`, however many tokens there are.
 
     Args:
         logits: `[…, V/tp]`, this rank's part of the vocabulary, of any float dtype; kept as they are.
         targets: `[…]` int64 global ids; where one is negative both results are 0.
-        work: elements computed with at a time, at least a token's.
+        work_elements: elements computed with at a time, at least a token's.
 
     Returns:
         Twice `[…]` float32 (float64 for logits in it), the same on every tensor rank.
@@ -29,14 +29,14 @@ def token_scores(
     from megatron.core import parallel_state as state
 
     rank, group = state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_group()
-    apply: Any = _Scores.apply  # torch gives it no type
+    apply: Any = _LogprobsAndEntropy.apply  # torch gives it no type
     scores: tuple[torch.Tensor, torch.Tensor] = apply(
-        logits, targets - rank * logits.shape[-1], targets < 0, temperature, work, group
+        logits, targets - rank * logits.shape[-1], targets < 0, temperature, work_elements, group
     )
     return scores
 
 
-class _Scores(torch.autograd.Function):
+class _LogprobsAndEntropy(torch.autograd.Function):
     """∂ log π(v)/∂z_u = [u = v] − p_u and ∂H/∂z_u = −p_u (log p_u + H): the backward pass needs log Z and H of each
     token, and no other rank. log Z is kept as the largest z and the rest, whose sum would round."""
 
@@ -47,14 +47,14 @@ class _Scores(torch.autograd.Function):
         local: torch.Tensor,
         nothing: torch.Tensor,
         temperature: float,
-        work: int,
+        work_elements: int,
         group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         flat, local = logits.flatten(0, -2), local.flatten()
         top = flat.amax(-1).to(_precise(logits)).div_(temperature)  # dividing keeps the order: these are the largest z
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         sums = top.new_empty(3, len(top))  # of the weights exp(z), of weight · z, and the target's z
-        for part in _parts(flat, work):
+        for part in _parts(flat, work_elements):
             z = _scaled(flat[part], temperature, top[part])
             column, own = _own(local[part], flat.shape[1])
             sums[2, part] = z.gather(1, column)[:, 0] * own
@@ -64,7 +64,7 @@ class _Scores(torch.autograd.Function):
         dist.all_reduce(sums, group=group)
         rest = sums[0].log()
         nats = rest - sums[1] / sums[0]
-        ctx.temperature, ctx.work = temperature, work
+        ctx.temperature, ctx.work_elements = temperature, work_elements
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, local, nothing, top, rest, nats)
         logprobs, shape = sums[2] - rest, logits.shape[:-1]
@@ -79,7 +79,7 @@ class _Scores(torch.autograd.Function):
             torch.zeros_like(top) if given is None else (given.masked_fill(nothing, 0) / ctx.temperature).flatten()
             for given in (slope, nats_slope)
         )
-        for part in _parts(flat, ctx.work):
+        for part in _parts(flat, ctx.work_elements):
             z = _scaled(flat[part], ctx.temperature, top[part]).sub_(rest[part, None])  # log p
             p = z.exp()
             if nats_slope is None:
@@ -92,9 +92,9 @@ class _Scores(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def _parts(flat: torch.Tensor, work: int) -> Iterator[slice]:
-    """Consecutive tokens, as many at a time as `work` elements hold."""
-    step = max(1, work // flat.shape[1])
+def _parts(flat: torch.Tensor, work_elements: int) -> Iterator[slice]:
+    """Consecutive tokens, as many at a time as `work_elements` allows."""
+    step = max(1, work_elements // flat.shape[1])
     return (slice(start, start + step) for start in range(0, len(flat), step))
 
 

@@ -31,7 +31,7 @@ def validate(settings: config.Config) -> None:
         )
 
 
-def set_rates(optimizer: Any, trainer: config.Trainer, update: int, updates: int) -> float:
+def set_learning_rate(optimizer: Any, trainer: config.Trainer, update: int, updates: int) -> float:
     """Set what an update's number alone decides, so that nothing of it is in a checkpoint.
 
     Weights of one dimension (norms) and biases do not decay: Megatron-Core marks their groups, and it is its scheduler

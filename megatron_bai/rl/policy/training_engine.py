@@ -13,8 +13,8 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, blank
 from megatron_bai.rl.objectives import Objective, aggregate
-from megatron_bai.rl.policy.forward_backward import Passes
-from megatron_bai.rl.policy.logprobs import token_scores
+from megatron_bai.rl.policy.forward_backward import ForwardBackward
+from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
 from megatron_bai.routing.layout import Place, fillers
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
@@ -36,19 +36,19 @@ class Scores:
     recorded: list[MicroRoutes]
 
 
-class Engine:
+class TrainingEngine:
     """The actor with what its passes need."""
 
     def __init__(self, actor: Actor, replay: RoutingReplay, device: torch.device, temperature: float):
         from megatron.core import parallel_state
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
-        self.passes = Passes(actor, device)
+        self.passes = ForwardBackward(actor, device)
         self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
         self.last_stage: bool = parallel_state.is_pipeline_last_stage()
         self.place = Place.here(actor.transformer_config)
 
-    def routes_of(self, micro: Batch) -> MicroRoutes:
+    def local_routes(self, micro: Batch) -> MicroRoutes:
         """The inference engine's routes of a micro-batch, cut to this rank's tokens."""
         tail = micro.packing.tail if micro.packing else 0
         spread = torch.from_numpy(fillers(tail, self.replay.signature, self.replay.columns))
@@ -128,5 +128,5 @@ class Engine:
 
 def _scored(logits: torch.Tensor, micro: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropy of a micro-batch, `[B, T]` each, with gradient: 0 where no token follows."""
-    logprobs, nats = token_scores(logits, micro.pack(micro.targets, filling=-1), temperature)
+    logprobs, nats = logprobs_and_entropy(logits, micro.pack(micro.targets, filling=-1), temperature)
     return micro.unpack(logprobs), micro.unpack(nats)

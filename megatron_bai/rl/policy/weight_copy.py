@@ -8,7 +8,7 @@ import torch
 from megatron_bai.model.build import Actor
 
 
-class Reference:
+class WeightCopy:
     """A copy of the actor's weights as they are now, one more model in memory on each rank."""
 
     def __init__(self, actor: Actor):
