@@ -60,6 +60,6 @@ class Layouts:
 
     directory: Path
 
-    @functools.cache
+    @functools.cache  # noqa: B019, there is one for a whole session of tests
     def __getitem__(self, case: str) -> dict[str, Any]:
         return torch.load(self.directory / f"{case}.pt")

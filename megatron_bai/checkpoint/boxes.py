@@ -23,19 +23,19 @@ def split(offsets: tuple[int, ...], sizes: tuple[int, ...], limit: int) -> Itera
 def overlap(a: Box, b: Box) -> Box | None:
     """What two boxes have in common, or None."""
     low = tuple(map(max, a[0], b[0]))
-    sizes = tuple(min(o + s, p + t) - lo for o, s, p, t, lo in zip(*a, *b, low))
+    sizes = tuple(min(o + s, p + t) - lo for o, s, p, t, lo in zip(*a, *b, low, strict=True))
     return (low, sizes) if min(sizes, default=1) > 0 else None
 
 
 def within(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
     """The slices that select `box` of a tensor whose element [0, …, 0] is at `offsets`."""
-    return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets))
+    return tuple(slice(low - o, low - o + size) for low, size, o in zip(*box, offsets, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)  # thousands of chunks have a few shapes
 def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of a strided box, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides)) if min(sizes, default=1) else 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if min(sizes, default=1) else 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -47,4 +47,4 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def is_row_major(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements of a strided box lie one after another, in its own order."""
     usual = row_major(sizes)
-    return strides == usual or all(size == 1 or a == b for size, a, b in zip(sizes, strides, usual))
+    return strides == usual or all(size == 1 or a == b for size, a, b in zip(sizes, strides, usual, strict=True))

@@ -169,7 +169,7 @@ class SafeTensorsTarget(Target):
         if file_bytes:
             shares = _fill(tensors, file_bytes)
             names = [f"model-{i + 1:05}-of-{len(shares):05}{SUFFIX}" for i in range(len(shares))]
-            files = dict(zip(names if len(shares) > 1 else [SINGLE], shares))
+            files = dict(zip(names if len(shares) > 1 else [SINGLE], shares, strict=False))
             self._indexed = len(files) > 1
         else:
             files = {name: [] for name in base.metadata}
@@ -260,7 +260,7 @@ class _InPlaceWriter(Writer):
         (noted, shape), (file, start) = self._shapes[key], self._places[key]
         strides = row_major(shape)
         assert dtype == noted and span(sizes, strides) == math.prod(sizes)
-        start += sum(o * s for o, s in zip(offsets, strides)) * dtype.itemsize
+        start += sum(o * s for o, s in zip(offsets, strides, strict=True)) * dtype.itemsize
         if file not in self._files:
             self._files[file] = os.open(self._directory / file, os.O_WRONLY)
         return Item(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)

@@ -86,12 +86,12 @@ class Entry:
     @cached_property
     def _grid(self) -> list[list[int]] | None:
         """Where chunks begin along each dimension, or None unless they are a grid that covers the tensor."""
-        starts = [sorted(set(column)) for column in zip(*(c.offsets for c in self.chunks))]
+        starts = [sorted(set(column)) for column in zip(*(c.offsets for c in self.chunks), strict=True)]
         regular = len(self._by_offsets) == len(self.chunks) == math.prod(map(len, starts))
-        ends = [dict(zip(column, [*column[1:], end])) for column, end in zip(starts, self.shape)]
+        ends = [dict(zip(column, [*column[1:], end], strict=True)) for column, end in zip(starts, self.shape, strict=False)]
         for chunk in self.chunks if regular else ():
-            reach = tuple(end[o] for end, o in zip(ends, chunk.offsets))
-            regular = regular and reach == tuple(map(sum, zip(chunk.offsets, chunk.sizes)))
+            reach = tuple(end[o] for end, o in zip(ends, chunk.offsets, strict=True))
+            regular = regular and reach == tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True)))
         return starts if regular else None
 
     def is_covered(self) -> bool:
@@ -99,7 +99,7 @@ class Entry:
         if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
             return not any(self.chunks[0].offsets)
         inside = all(
-            0 <= o and o + s <= n for chunk in self.chunks for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape)
+            0 <= o and o + s <= n for chunk in self.chunks for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape, strict=True)
         )
         if not inside or sum(math.prod(chunk.sizes) for chunk in self.chunks) != math.prod(self.shape):
             return False
@@ -118,14 +118,14 @@ class Entry:
         if self._grid is not None:  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
             cells = [
                 starts[max(bisect.bisect_right(starts, low) - 1, 0) : bisect.bisect_left(starts, low + size)]
-                for starts, low, size in zip(self._grid, offsets, sizes)
+                for starts, low, size in zip(self._grid, offsets, sizes, strict=True)
             ]
             candidates = (self._by_offsets[cell] for cell in itertools.product(*cells))
         for chunk in candidates:
             low = tuple(map(max, offsets, chunk.offsets))
             size = tuple(
                 min(o + s, co + cs) - lo
-                for o, s, co, cs, lo in zip(offsets, sizes, chunk.offsets, chunk.sizes, low)
+                for o, s, co, cs, lo in zip(offsets, sizes, chunk.offsets, chunk.sizes, low, strict=True)
             )
             if min(size, default=1) > 0:
                 yield chunk, (low, size)
@@ -361,7 +361,7 @@ class Source(ABC):
                 digest.update(f"{c.offsets} {c.sizes} {crcs[c.file, c.start]:08x}\n".encode())
         return digest.hexdigest()
 
-    def _prove_files(self, crcs: dict[Place, int]) -> None:
+    def _prove_files(self, crcs: dict[Place, int]) -> None:  # noqa: B027, not every format has something to compare
         """Compare what the records make up with the manifest, for a format that has no checksums of its own."""
 
     def close(self) -> None:
@@ -410,4 +410,4 @@ def _first_byte(chunk: Chunk, record: Record, offsets: tuple[int, ...], item: in
     """Of a record, where the element at `offsets` begins."""
     if offsets == chunk.offsets:
         return record.first
-    return record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides)) * item
+    return record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides, strict=True)) * item

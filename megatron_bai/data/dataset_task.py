@@ -139,7 +139,7 @@ class DatasetTask:
                 more.append(len(self._response(row, where)) if self._learned else 0)
                 if not self._learned:
                     self._answer(row, where)
-            for number, key, ids, rest in zip(numbers, keys, self._encode(texts), more):
+            for number, key, ids, rest in zip(numbers, keys, self._encode(texts), more, strict=True):
                 if len(ids) + rest > limit:
                     left_out += 1
                 else:

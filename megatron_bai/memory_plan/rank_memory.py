@@ -37,12 +37,13 @@ class Parameters:
         return self.dense + self.experts * model.moe_topk / model.num_experts
 
 
-def parameters(model: Model, parallel: Parallel = Parallel(), stage: int = 0, critic: bool = False) -> Parameters:
+def parameters(model: Model, parallel: Parallel | None = None, stage: int = 0, critic: bool = False) -> Parameters:
     """Of a rank of a pipeline stage; of the whole model without `parallel`.
 
     Args:
         critic: with a value head for an output layer.
     """
+    parallel = parallel or Parallel()
     h, d, t = model.hidden_size, model.head_dim, parallel.tensor
     layers = model.num_layers // parallel.pipeline
     heads, groups = model.num_attention_heads, model.num_query_groups

@@ -142,7 +142,7 @@ def prepare(
     group: Ranks,
     piece: int = PIECE_BYTES,
     unit: int = UNIT_BYTES,
-    form: Form = Form(),
+    form: Form | None = None,
 ) -> Plan:
     """Open every source on every rank and plan. The jobs differ in what is swept only. `stack` closes the sources."""
 
@@ -226,7 +226,7 @@ def _write(
     checked, cut = 0, work.cut()
 
     def stage() -> list[Path]:
-        return [journal.stage(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks)]
+        return [journal.stage(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks, strict=True)]
 
     directories = group.first(stage, jobs[0].target)
     group.first(lambda: check_space(work, directories))
@@ -239,7 +239,7 @@ def _write(
         norms = executor.execute(work, directories, group, advance, threads)
     digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
     prints = []
-    for k, (job, directory) in enumerate(zip(jobs, directories)):
+    for k, (job, directory) in enumerate(zip(jobs, directories, strict=True)):
         note = functools.partial(write_provenance, directory, job.recipe, work, digests, k, norms[k])
         prints.append(group.first(note, directory))
         if check != "none":

@@ -50,7 +50,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # Megatron-Core has
             return _attend(query, key, value)
         parts = packed_seq_params.cu_seqlens_q.diff().tolist()
         assert sum(parts) == len(query), f"sequences of {sum(parts)} tokens in a row of {len(query)}"
-        rows = zip(*(each.unsqueeze(1).split(parts) for each in (query, key, value)))
+        rows = zip(*(each.unsqueeze(1).split(parts) for each in (query, key, value)), strict=True)
         return torch.cat([_attend(*row) for row in rows]).squeeze(1)
 
 

@@ -178,7 +178,7 @@ def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Pat
         kind = hf_mapping.kind_of(shard.key)
         names = kind.names(shard.index)
         tensors = [reader.tensor(name) for name in names]
-        for name, tensor, part in zip(names, tensors, kind.split(torch.empty(shard.shape, device="meta"), model)):
+        for name, tensor, part in zip(names, tensors, kind.split(torch.empty(shard.shape, device="meta"), model), strict=True):
             if tensor.shape != part.shape:
                 shapes = tuple(tensor.shape), tuple(part.shape)
                 raise UserError(f"{directory}: {name} has shape {shapes[0]}, the model needs {shapes[1]}")
@@ -197,7 +197,7 @@ def tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tuple[str,
     for key, index, tensor in gather(modules):
         kind = hf_mapping.kind_of(key)
         if dist.get_rank() == 0:
-            yield from zip(kind.names(index), kind.split(tensor, model))
+            yield from zip(kind.names(index), kind.split(tensor, model), strict=True)
         else:
             yield from ((name, tensor) for name in kind.names(index))
 
@@ -211,7 +211,7 @@ def shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int,
     for (key, index), shape in (item for own in everyone for item in own.items()):
         kind = hf_mapping.kind_of(key)
         parts = kind.split(torch.empty(shape, device="meta"), model)
-        found |= {name: tuple(part.shape) for name, part in zip(kind.names(index), parts)}
+        found |= {name: tuple(part.shape) for name, part in zip(kind.names(index), parts, strict=True)}
     return found
 
 

@@ -43,7 +43,7 @@ class Kind:
 
     def names(self, index: tuple[int, ...]) -> list[str]:
         """Hugging Face names of the slice at `index`."""
-        return [name.format(**dict(zip(("layer", "expert"), index))) for name in self.hf]
+        return [name.format(**dict(zip(("layer", "expert"), index, strict=False))) for name in self.hf]
 
 
 def _merge_qkv(tensors: Tensors, model: Model) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Shard:
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """This piece of `whole`, which has shape `self.shape`."""
-        for axis, (start, size) in enumerate(zip(self.offset, self.data.shape)):
+        for axis, (start, size) in enumerate(zip(self.offset, self.data.shape, strict=True)):
             whole = whole.narrow(axis, start, size)
         return whole
 
@@ -133,10 +133,10 @@ def _collect(whole: torch.Tensor, owner: int, data: torch.Tensor | None, piece: 
     if rank == owner:
         assert data is not None
         if rank == 0:
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))].copy_(data.detach())
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(data.detach())
         else:
             dist.send(data.detach().contiguous(), dst=0)
     elif rank == 0:
         received = torch.empty(shape, dtype=whole.dtype, device=whole.device)
         dist.recv(received, src=owner)
-        whole[tuple(slice(o, o + n) for o, n in zip(offset, shape))].copy_(received)
+        whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(received)

@@ -50,7 +50,7 @@ class Stats:
     def tally(self, name: str, values: torch.Tensor) -> None:
         """Count the elements of an integer tensor of any shape."""
         seen, counts = values.unique(return_counts=True)
-        self.tallies[name].update(dict(zip(seen.tolist(), counts.tolist())))
+        self.tallies[name].update(dict(zip(seen.tolist(), counts.tolist(), strict=True)))
 
     def add(self, other: "Stats") -> "Stats":
         for name, (numerator, denominator) in other._means.items():
@@ -83,7 +83,7 @@ class Stats:
         return means | sizes | self._maxima
 
     def _add_weights(self, name: str, sums: Sequence[float]) -> None:
-        self._weights[name] = [mine + theirs for mine, theirs in zip(self._weights[name], sums)]
+        self._weights[name] = [mine + theirs for mine, theirs in zip(self._weights[name], sums, strict=True)]
 
 
 def quantile(counts: Counter[int], share: float) -> int:

@@ -105,7 +105,7 @@ def _routes(
     rows = prompt + output - 1
     if encoded is None:
         return fillers(rows, signature), np.zeros(rows, dtype=bool)
-    changes = [span.start for span, before in zip(spans, (None, *spans)) if not before or span.version != before.version]
+    changes = [span.start for span, before in zip(spans, (None, *spans), strict=False) if not before or span.version != before.version]
     recorded = of_last_version(rows, prompt, changes) & (np.arange(rows) >= start)
     routes = decode_routes(encoded, rows - start, signature)
     if start:

@@ -90,4 +90,4 @@ def _parts(array: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
     if sum(lengths) != len(array):
         raise ValueError(f"{len(array)} rows for {sum(lengths)}")
     ends = np.cumsum(lengths)
-    return [array[end - length : end] for length, end in zip(lengths, ends)]
+    return [array[end - length : end] for length, end in zip(lengths, ends, strict=True)]

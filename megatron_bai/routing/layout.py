@@ -63,7 +63,7 @@ def _zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
     """Positions, in sequences side by side, that one context-parallel rank holds."""
     starts = np.cumsum([0, *lengths])
     held = []
-    for start, length in zip(starts, lengths):
+    for start, length in zip(starts, lengths, strict=False):
         chunk = length // (2 * ranks)
         assert chunk * 2 * ranks == length, f"length {length} is not a multiple of 2 × {ranks} context-parallel ranks"
         for number in (rank, 2 * ranks - 1 - rank):

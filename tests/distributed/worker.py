@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def packed(case: Case, device: backend.Device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mode in ("none", "r2", "r3"):
         run = Run(case, device)
-        scores, (first, whole) = run.score(mode), measured(run.actor, lambda: run.update(mode))
+        scores, (first, whole) = run.score(mode), measured(run.actor, partial(run.update, mode))
         found[mode] = {"scores": scores, "first": first, "gradient": whole, "rows": sum(gathered(run.replay.rows))}
     found["held"] = gathered([len(micro) for micro in run.micros])
     found["fed"] = gathered({tuple(micro.pack(micro.tokens).shape) for micro in run.micros})
@@ -511,7 +512,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     shapes = {"mlp.gate": (8, 47), "mlp.experts.5.up_proj": (39, 48), "self_attn.k_proj": (33, 48)}
     for name, shape in shapes.items():
         path = reshaped(name, shape)
-        found[name] = said(lambda: hf_checkpoint.import_hf(run.actor.modules, MODEL, path))
+        found[name] = said(partial(hf_checkpoint.import_hf, run.actor.modules, MODEL, path))
     cut, unfinished, other = damaged("cut"), damaged("unfinished"), damaged("other")
     largest = max(cut.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
@@ -521,7 +522,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     sealed(other)
     places = {"cut": cut, "unfinished": unfinished, "other": other, "hf": good / "hf", "nowhere": directory / "nowhere"}
     for name, path in places.items():
-        found[name] = said(lambda: megatron_checkpoint.load(run.actor, path))
+        found[name] = said(partial(megatron_checkpoint.load, run.actor, path))
     found["good"] = said(lambda: megatron_checkpoint.load(run.actor, good / "megatron"))
     return found
 

@@ -120,7 +120,7 @@ def main() -> None:
         paths = []
         for seed, (metadata, rows, local_names) in enumerate(spellings):
             model = gpt(rows, dense, local_names, device)
-            fill([model], lambda shard: value(shard, seed))
+            fill([model], lambda shard, seed=seed: value(shard, seed))
             paths.append(directory / name / str(seed))
             save(paths[-1], model, metadata)
         base, *members = map(str, paths)

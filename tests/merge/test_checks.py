@@ -48,7 +48,7 @@ def test_parts_that_overlap_or_leave_gaps_prove_nothing():
     for parts in ([part(0, 600), part(400, 1024)], [part(0, 500), part(524, 1024)], [part(0, 624), part(0, 400)]):
         checks, asked = Checks(), []
         assert all(checks.add(PLACE, p, len(DATA)) is None for p in parts)
-        checks.settle([PLACE], Ranks(), lambda place, crc, touched: asked.append((crc, touched)) or 1)
+        checks.settle([PLACE], Ranks(), lambda place, crc, touched, asked=asked: asked.append((crc, touched)) or 1)
         assert asked == [(None, True)], "the record must be read again"
 
 

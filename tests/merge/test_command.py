@@ -191,7 +191,7 @@ def peer_with_an_error(rank: int, store: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for error in (UserError("a bad checkpoint"), OSError("a bug")):
 
-        def work():
+        def work(error=error):
             if rank == 1:
                 raise error
 

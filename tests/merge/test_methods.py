@@ -299,7 +299,7 @@ def test_verify_sees_a_wrong_choice_of_elements(three, monkeypatch):
     for method in ("ties", "dare"):
         right = METHODS[method].combine
 
-        def shifted(self, values, weights, part, found):
+        def shifted(self, values, weights, part, found, right=right):
             return right(self, values, weights, part, found).roll(1)
 
         monkeypatch.setattr(METHODS[method], "combine", shifted)

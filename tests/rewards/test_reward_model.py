@@ -1,5 +1,6 @@
 """A reward model behind HTTP: what is sent, what is believed, what a fault costs. The server's faults are made up."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client, "_BACKOFF_S", 0.001)
 
 
-def scores(handler: Any, items: list[Item] = [ITEM], task: Any = None, **settings: Any) -> Any:
+def scores(handler: Any, items: Sequence[Item] = (ITEM,), task: Any = None, **settings: Any) -> Any:
     """The scores under a server that answers /classify with `handler(body, call)`, and what it was sent."""
     bodies: list[dict[str, Any]] = []
 
@@ -38,7 +39,7 @@ def scores(handler: Any, items: list[Item] = [ITEM], task: Any = None, **setting
     with serve(answer) as url, ExitStack() as stack:
         chosen = config.RewardModel(url=url, **({"retries": 1} | settings))
         scorer = stack.enter_context(rewards.open_rewards(chosen, task, Path("unused")))
-        return scorer(items), bodies
+        return scorer(list(items)), bodies
 
 
 def reply(*outputs: Any) -> dict[str, Any]:

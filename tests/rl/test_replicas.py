@@ -186,7 +186,7 @@ def test_parts_of_a_sample_keep_what_they_were_sampled_with(case: str, found: An
     for rank in found[2]:
         for number, step in enumerate(rank[case]["steps"]):
             groups = np.repeat(numbers(step), SIZE)
-            for place, (_, prompt, response, finish, _, spans, logprobs, routes) in enumerate(step["samples"]):
+            for place, (_, _, response, finish, _, spans, logprobs, routes) in enumerate(step["samples"]):
                 seed = sampling_seed("train/0", int(groups[place]), place % SIZE)
                 assert response == [2 + (seed + place) % 50 for place in range(1 + seed % LONGEST)]
                 assert finish == "stop" and [span[1] for span in spans] == [0, *(span[2] for span in spans[:-1])]

@@ -42,7 +42,7 @@ def test_loads_are_counted_over_rows_with_a_route(tmp_path: Path) -> None:
         for layer, experts in enumerate(row)
         for expert in experts
     )
-    assert {(l, e): n for l, load in enumerate(found.load.tolist()) for e, n in enumerate(load) if n} == counted
+    assert {(layer, e): n for layer, load in enumerate(found.load.tolist()) for e, n in enumerate(load) if n} == counted
     assert found.records == 8 and found.rows == sum(len(one.ids) for one in kept.values())
     assert found.valid == sum(int(one.valid.sum()) for one in kept.values()) < found.rows
     assert sum(found.versions.values()) == found.rows and found.encoded > found.bound > 0

@@ -131,9 +131,9 @@ def _write_unit(
             work = functools.partial(_merge_batch, plan, memory, advance)
             for squares in stack.enter_context(closing(run(work, _batches(unit, writers)))):
                 for key, found in squares:
-                    for result, square in zip(done, found):
+                    for result, square in zip(done, found, strict=True):
                         result.squares[key] = result.squares.get(key, 0.0) + square
-            for result, writer in zip(done, writers):
+            for result, writer in zip(done, writers, strict=True):
                 result.written = writer.written
     except OSError as error:
         raise _unwritable(directories, error) from None
@@ -143,7 +143,7 @@ def _write_unit(
 def _note(directories: Sequence[Path], unit: str, results: Sequence[UnitResult]) -> None:
     """Have a unit of every sum on disk, and remember that it is."""
     try:
-        for directory, result in zip(directories, results):
+        for directory, result in zip(directories, results, strict=True):
             journal.note(directory, unit, result)
     except OSError as error:
         raise _unwritable(directories, error) from None

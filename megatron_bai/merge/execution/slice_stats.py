@@ -39,7 +39,7 @@ def to_measure(plan: Plan) -> tuple[Slice, ...]:
     """The slices whose measures the plan's recipes need."""
     found: dict[str, list[tuple[Region, Part]]] = defaultdict(list)
     for region in chain(*plan.regions.values()) if plan.recipes[0].passes else ():
-        if region.fate is Fate.MERGED and any(r.needs(row[region.name]) for r, row in zip(plan.recipes, plan.sums)):
+        if region.fate is Fate.MERGED and any(r.needs(row[region.name]) for r, row in zip(plan.recipes, plan.sums, strict=True)):
             for part in slices(region):
                 if part.count:
                     found[part.name].append((region, part))
@@ -68,7 +68,7 @@ def measured(
         mine = share(todo, ranks)
         with pool(threads) as run:
             measures = run(lambda each: _measure(plan, each, advance), mine)
-            return {each.name: measure for each, measure in zip(mine, measures)}
+            return {each.name: measure for each, measure in zip(mine, measures, strict=True)}
 
     found = {name: measure for part in ranks.together(work) for name, measure in part.items()}
     assert len(found) == len(todo), "every slice was measured once"

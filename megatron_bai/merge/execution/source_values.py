@@ -36,7 +36,7 @@ def require_finite(plan: Plan, region: Region, box: Box) -> None:
     for source in plan.inputs:
         finite = source.read(region.key, *box).isfinite()
         if not finite.all():
-            at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0]))
+            at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0], strict=True))
             raise Unfit(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
 
 

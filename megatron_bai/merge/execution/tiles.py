@@ -141,7 +141,7 @@ class _Compiled:
         done: int = self._kernel.stream(
             memory.places, memory.crcs, 2 * count, rows, coefficients, self._squares, memory.values, memory.out
         )
-        for file, crc in zip(files, memory.crcs.tolist()):
+        for file, crc in zip(files, memory.crcs.tolist(), strict=True):
             file.advance(done, crc)
         for item in self._items:
             if item.left == 0:
@@ -201,7 +201,7 @@ def _combined(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
     values = read_all(plan, region, box, used(plan, {region.name})).view(len(plan.inputs), -1)
     part = Part(region.output, box)
     measure = plan.measure(part)
-    for recipe, row in zip(plan.recipes, plan.sums):
+    for recipe, row in zip(plan.recipes, plan.sums, strict=True):
         yield _round(plan, region, box, recipe.combine(values, row[region.name], part, measure), scratch)
 
 

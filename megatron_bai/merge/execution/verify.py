@@ -88,6 +88,6 @@ def _compare(plan: Plan, which: int, output: Source, region: Region, box: Box) -
         bound = exact.abs() * kind.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + subnormal
         wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
     if wrong.any():
-        at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0]))
+        at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0], strict=True))
         what = f"is not what merge.method={recipe.method} makes of its sources"
         raise Unfit(f"{output.path}: {key} at {at} {what}: merge again")

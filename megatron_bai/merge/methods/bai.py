@@ -53,6 +53,6 @@ class Bai(Averaged):
         alpha, weights = pick(self.alpha_for, key, layer, self.alpha), self.weights_of(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: alpha}
-        for member, weight in zip(self.members, weights):
+        for member, weight in zip(self.members, weights, strict=True):
             coefficients[member] = coefficients.get(member, 0.0) + (1 - alpha) * weight / total
         return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())

@@ -47,6 +47,6 @@ class Linear(Averaged):
         weights = self.weights_of(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: 0.0} if self.pretrained else {}
-        for member, weight in zip(self.members, weights):
+        for member, weight in zip(self.members, weights, strict=True):
             coefficients[member] = coefficients.get(member, 0.0) + weight / total
         return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())

@@ -64,7 +64,7 @@ class Slerp(Recipe):
         """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
         rows: tuple[list[float], ...] = ([], [], [])
         for *_, a, b in blocks():
-            for row, product in zip(rows, (a * a, b * b, a * b)):
+            for row, product in zip(rows, (a * a, b * b, a * b), strict=True):
                 row += product.sum(-1).view(-1).tolist()
         aa, bb, ab = map(math.fsum, rows)
         if not all(map(math.isfinite, (aa, bb, ab))):

@@ -69,6 +69,6 @@ class TaskArithmetic(Summed):
         """The merge as one weighted sum; a checkpoint named twice appears once."""
         weights = self.weights_of(key, layer)
         coefficients = {self.pretrained: 1 - self.scale * math.fsum(weights)}
-        for member, weight in zip(self.members, weights):
+        for member, weight in zip(self.members, weights, strict=True):
             coefficients[member] = coefficients.get(member, 0.0) + self.scale * weight
         return tuple(Term(source, coefficient) for source, coefficient in coefficients.items())

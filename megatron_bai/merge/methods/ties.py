@@ -70,8 +70,8 @@ class Ties(TaskVectors):
         found = [_kth(counts, rank) for counts in high]
         uppers = torch.tensor([upper for upper, _ in found], dtype=torch.int32).unsqueeze(1)
         low = _count(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, 1 << LOW))
-        lowers = [_kth(counts, left)[0] for counts, (_, left) in zip(low, found)]
-        bits = [upper << LOW | lower for (upper, _), lower in zip(found, lowers)]
+        lowers = [_kth(counts, left)[0] for counts, (_, left) in zip(low, found, strict=True)]
+        bits = [upper << LOW | lower for (upper, _), lower in zip(found, lowers, strict=True)]
         return tuple(torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist())
 
     def combine(
@@ -103,7 +103,7 @@ class Ties(TaskVectors):
     def _trimmed(self, values: torch.Tensor, measure: Measure | None) -> torch.Tensor:
         """τ̂ of every member, float64 [members, elements]."""
         vectors = values[1:] - values[0]
-        for vector, threshold in zip(vectors, measure or ()):
+        for vector, threshold in zip(vectors, measure or (), strict=False):
             vector.mul_(vector.float().abs_() >= threshold)
         return vectors
 
@@ -124,7 +124,7 @@ def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Ten
         numbers = bucket(magnitudes.view(torch.int32))
         if counts is None:
             counts = torch.zeros(len(numbers), 1 << bits, dtype=torch.int64)
-        for row, member in zip(counts, numbers):
+        for row, member in zip(counts, numbers, strict=True):
             row += torch.bincount(member, minlength=row.numel())[: 1 << bits]
     assert counts is not None, "a slice has elements"
     return counts

@@ -114,7 +114,7 @@ class Plan:
     def coefficients(self, region: Region, box: Box) -> list[tuple[float, ...]]:
         """For each sum, the coefficients of `inputs` in one of the `tiles`."""
         measure = self.measure(Part(region.output, box))
-        return [recipe.coefficients(row[region.name], measure) for recipe, row in zip(self.recipes, self.sums)]
+        return [recipe.coefficients(row[region.name], measure) for recipe, row in zip(self.recipes, self.sums, strict=True)]
 
     def cut(self) -> str:
         """A hash of how the work is cut, which depends on the settings as well as on the checkpoints."""
@@ -127,7 +127,7 @@ def plan(
     sources: dict[str, Source],
     piece_bytes: int = PIECE_BYTES,
     unit_bytes: int = UNIT_BYTES,
-    form: Form = Form(),
+    form: Form | None = None,
 ) -> Plan:
     """Decide every tensor's fate and cut the work.
 
@@ -147,6 +147,7 @@ def plan(
     kept = {name: _model_tensors(sources[name]) for name in names}
     if not kept[names[0]]:
         raise UserError(f"{base.path} holds no model tensors")
+    form = form or Form()
     if form.chunk_bytes and base.whole:
         raise UserError(f"merge.chunk_mib is for torch_dist: {base.path} holds every tensor in one piece, give 0")
     for name in names[1:]:
@@ -256,8 +257,8 @@ def _cut(
         units.append(Unit(f"__{len(units)}_0", tuple(pieces), tuple(objects), size))
         pieces, objects, size = [], [], 0
 
-    for key, parts in cut.items():
-        for region, box in _pieces(parts, base.tensors[key].chunks, piece_bytes, chunk_bytes):
+    for key, own in cut.items():
+        for region, box in _pieces(own, base.tensors[key].chunks, piece_bytes, chunk_bytes):
             nbytes = math.prod(box[1]) * region.dtype.itemsize
             if size + nbytes > unit_bytes and (pieces or objects):
                 finish()

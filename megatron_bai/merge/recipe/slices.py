@@ -47,7 +47,7 @@ class Part:
         place, axes = self.output.place, slice_axes(self.output)
         low = place.to_canonical(*self.box)[0][len(place.axes) :]  # the second half of a slice begins behind the first
         numbers = torch.zeros((), dtype=torch.int64)
-        for first, size, stride in zip(low, self.box[1][axes:], row_major(self.output.shape[axes:])):
+        for first, size, stride in zip(low, self.box[1][axes:], row_major(self.output.shape[axes:]), strict=True):
             numbers = numbers.unsqueeze(-1) + torch.arange(first, first + size) * stride
         return numbers.reshape(-1)
 
@@ -56,7 +56,7 @@ def parts(output: Output, box: Box, limit: int) -> Iterator[Box]:
     """Cut a box into boxes of at most `limit` elements, each inside one slice."""
     axes = slice_axes(output)
     offsets, sizes = box
-    for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes]))):
+    for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes], strict=True))):
         yield from split((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:]), limit)
 
 
@@ -64,5 +64,5 @@ def slices(region: Region) -> Iterator[Part]:
     """Every slice of a region, whole."""
     axes = slice_axes(region.output)
     offsets, sizes = region.box
-    for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes]))):
+    for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes], strict=True))):
         yield Part(region.output, ((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:])))

@@ -57,13 +57,13 @@ class Place:
     def to_canonical(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
         """A box of the native tensor in canonical coordinates."""
         lead = len(self.origin) - len(offsets)
-        low = tuple(o + n for o, n in zip(self.origin, (0,) * lead + offsets))
+        low = tuple(o + n for o, n in zip(self.origin, (0,) * lead + offsets, strict=True))
         return low, (1,) * lead + sizes
 
     def to_native(self, box: Box, ndim: int) -> Box:
         """A box inside this one in coordinates of the native tensor, which has `ndim` axes."""
         lead = len(self.origin) - ndim
-        return tuple(low - o for low, o in zip(box[0][lead:], self.origin[lead:])), box[1][lead:]
+        return tuple(low - o for low, o in zip(box[0][lead:], self.origin[lead:], strict=True)), box[1][lead:]
 
     @property
     def layers(self) -> range | None:

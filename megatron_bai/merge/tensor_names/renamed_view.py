@@ -76,12 +76,12 @@ class Chart:
 
 
 def _entry(chunks: list[Chunk]) -> Entry:
-    reach = _reach([tuple(map(sum, zip(c.offsets, c.sizes))) for c in chunks])
+    reach = _reach([tuple(map(sum, zip(c.offsets, c.sizes, strict=True))) for c in chunks])
     return Entry(chunks[0].file, torch.uint8, reach, tuple(chunks))
 
 
 def _reach(ends: list[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(map(max, zip(*ends))) if len({len(end) for end in ends}) == 1 else ends[0]
+    return tuple(map(max, zip(*ends, strict=True))) if len({len(end) for end in ends}) == 1 else ends[0]
 
 
 class View:
@@ -186,7 +186,7 @@ def _require_counts(base: Chart, chart: Chart) -> None:
     places = {at.name: (key, at.axes) for key, at in base.places.items() if at.name in chart.shapes}
     for what in (LAYER, EXPERT):
         for name, (_, axes) in places.items():
-            for axis, m, n in zip(axes, base.shapes[name], chart.shapes[name]):
+            for axis, m, n in zip(axes, base.shapes[name], chart.shapes[name], strict=False):
                 if axis == what and m != n:
                     raise UserError(f"{where} number of {what} of {name} ({m} and {n}): they cannot be merged")
     for name, (key, axes) in places.items():

@@ -44,7 +44,7 @@ class Track:
         noise = sum(kept) / len(kept) / _TRIMMED_MEAN / 2**0.5 if kept else 0.0
         independent: float = max(noise, floor) * _MEDIAN_ERROR * (2 / self.smooth) ** 0.5
         levels = [level for _, level in self.levels]
-        changes = [after - before for before, after in zip(levels, levels[self.smooth :])]
+        changes = [after - before for before, after in zip(levels, levels[self.smooth :], strict=False)]
         if not changes:
             return independent
         trend = median(changes)

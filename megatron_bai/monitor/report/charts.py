@@ -155,7 +155,7 @@ def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> 
     traces, marks = [], []
     keys = {key: label for key, label in keys.items() if any(v is not None for run in runs for v in run.series(key)[1])}
     for run in runs:
-        for dash, (key, label) in zip(_DASHES, keys.items()):
+        for dash, (key, label) in zip(_DASHES, keys.items(), strict=False):
             steps, values = run.series(key)
             if not any(v is not None for v in values):
                 continue
@@ -179,7 +179,7 @@ def _line(steps: list[int], values: list[float | None], name: str, colour: str, 
 
 def _alarms(run: RunData, key: str) -> list[dict[str, Any]]:
     """A trace that marks the alarms of a metric on its curve; nothing for none."""
-    known = dict(zip(*run.series(key)))
+    known = dict(zip(*run.series(key), strict=True))
     found = [alarm for alarm in run.alarms() if alarm.metric == key and known.get(alarm.step) is not None]
     if not found:
         return []
@@ -216,7 +216,7 @@ def _map(run: RunData, prefix: str, title: str) -> Chart | None:
     keys = run.family(prefix)
     if len(keys) < 2:
         return None
-    series = {key: dict(zip(*run.series(key))) for key in keys}
+    series = {key: dict(zip(*run.series(key), strict=True)) for key in keys}
     steps = sorted({step for of_layer in series.values() for step in of_layer})
     trace = {
         "type": "heatmap",
@@ -232,10 +232,10 @@ def _map(run: RunData, prefix: str, title: str) -> Chart | None:
 
 def _phases(run: RunData) -> Chart | None:
     """Stacked seconds of one run's steps; what the named phases leave of a step is `rest`."""
-    spent = {phase: dict(zip(*run.series(f"seconds_{phase}"))) for phase in PHASES}
+    spent = {phase: dict(zip(*run.series(f"seconds_{phase}"), strict=True)) for phase in PHASES}
     spent["rest"] = {
         step: max(0.0, (seconds or 0.0) - sum(of_phase.get(step) or 0.0 for of_phase in spent.values()))
-        for step, seconds in zip(*run.series("seconds_step"))
+        for step, seconds in zip(*run.series("seconds_step"), strict=True)
     }
     bars = [
         {
@@ -245,7 +245,7 @@ def _phases(run: RunData) -> Chart | None:
             "type": "bar",
             "marker": {"color": colour},
         }
-        for (phase, seconds), colour in zip(spent.items(), (*COLOURS, "#9aa0a8"))
+        for (phase, seconds), colour in zip(spent.items(), (*COLOURS, "#9aa0a8"), strict=False)
         if seconds
     ]
     title = f"Seconds per step: {run.name}"

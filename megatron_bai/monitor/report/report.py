@@ -29,7 +29,7 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     if not run_dirs:
         raise UserError("there is no run to report: name run directories in report.runs")
     named = names(run_dirs)
-    runs = [load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, named))]
+    runs = [load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, named, strict=True))]
     charts: list[html_page.Chart] = []
     parts = [_headlines(runs), _alarm_section(runs)]
     parts += [_chart_section(title, intro, charts_of(title, runs), charts) for title, (intro, _) in SECTIONS.items()]

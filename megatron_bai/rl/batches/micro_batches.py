@@ -93,7 +93,7 @@ def _packed(batch: Batch, settings: config.Config, device: torch.device) -> tupl
         )
     parallel = settings.parallel
     multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # which the interleaved schedule needs
-    for rows, count in zip(minis, counts):
+    for rows, count in zip(minis, counts, strict=True):
         rows += [[] for _ in range(-(-count // multiple) * multiple - len(rows))]
     batch = batch.ordered([number * size + own for number, rows in enumerate(minis) for held in rows for own in held])
     return batch, [

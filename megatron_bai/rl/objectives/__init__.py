@@ -5,7 +5,6 @@ factorisation of π_θ/μ_old is measured, a penalty and a bonus are added, and 
 whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does not depend on how the batch was cut.
 """
 
-import torch
 from hydra.core.config_store import ConfigStore
 
 from megatron_bai import config

@@ -70,10 +70,10 @@ class TrainingEngine:
         with self.replay.record() if record else self._forcing(routes) as found:
             outputs = self.passes.forward(micros, partial(_scored, temperature=self.temperature))
         fed = [self.place.rows(micro.pack(micro.routed | micro.missing)).to(self.device) for micro in micros]
-        recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed)]
+        recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed, strict=False)]
         if not self.last_stage:
             return Scores(None, None, recorded)
-        logprobs, nats = map(torch.cat, zip(*outputs))
+        logprobs, nats = map(torch.cat, zip(*outputs, strict=True))
         return Scores(logprobs, nats, recorded)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ class WeightCopy:
     @torch.no_grad()
     def renew(self) -> None:
         """Be a copy of the weights as they are now."""
-        for parameter, kept in zip(self._parameters(), self._weights):
+        for parameter, kept in zip(self._parameters(), self._weights, strict=True):
             kept.copy_(parameter)
 
     @contextmanager
@@ -36,7 +36,7 @@ class WeightCopy:
     @torch.no_grad()
     def _exchange(self) -> None:
         """In place, since Megatron's parameters are views of its buffers; one parameter's memory at a time."""
-        for parameter, kept in zip(self._parameters(), self._weights):
+        for parameter, kept in zip(self._parameters(), self._weights, strict=True):
             own = parameter.clone()
             parameter.copy_(kept)
             kept.copy_(own)

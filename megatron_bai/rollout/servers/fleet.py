@@ -64,7 +64,7 @@ class Servers:
             UserError: that was once too often (`rollout.restarts`), or one does not come back.
         """
         found = each(self.fleet.urls, lambda url: self._wrong(url, version))
-        wrong = {url: why for url, why in zip(self.fleet.urls, found) if why}
+        wrong = {url: why for url, why in zip(self.fleet.urls, found, strict=True) if why}
         for url, why in wrong.items():
             self._revived += 1
             if self._revived > self._rollout.restarts:
@@ -149,7 +149,7 @@ def started(model_dir: Path, rollout: Rollout, logs: Path, device: str) -> Itera
         for server in servers:
             server.wait()
         urls = [server.url for server in servers]
-        yield Servers(Fleet(urls, [rollout.tensor] * len(urls), urls), rollout, dict(zip(urls, servers)))
+        yield Servers(Fleet(urls, [rollout.tensor] * len(urls), urls), rollout, dict(zip(urls, servers, strict=True)))
 
 
 def running(rollout: Rollout) -> Servers:

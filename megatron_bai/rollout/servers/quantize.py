@@ -6,7 +6,7 @@ and routers stay as they are, as in the quantised checkpoints of Qwen3.
 """
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812, the name that torch code has for it
 
 FORMATS = ("fp8", "int8")
 _BLOCK = 128  # of fp8: one scale for this many rows and columns (DeepSeek-V3, arXiv 2412.19437, section 3.3)

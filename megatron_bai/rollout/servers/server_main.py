@@ -28,6 +28,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -75,7 +76,7 @@ def own(arguments: list[str]) -> Own:
 
 def on_cpu(arguments: list[str]) -> bool:
     """Whether SGLang's arguments ask for the CPU."""
-    return "--device=cpu" in arguments or ("--device", "cpu") in zip(arguments, arguments[1:])
+    return "--device=cpu" in arguments or ("--device", "cpu") in pairwise(arguments)
 
 
 def main(given: Own) -> None:

@@ -171,7 +171,7 @@ def _buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[
 
 
 def _prove(urls: Sequence[str], version: str) -> None:
-    for url, found in zip(urls, each(urls, control.weight_version)):
+    for url, found in zip(urls, each(urls, control.weight_version), strict=True):
         if found != version:
             raise UserError(f"SGLang at {url} reports weights {found!r} after an update to {version!r}")
 

@@ -92,7 +92,7 @@ def _warnings(config: Any) -> list[str]:
     coefficients = config.moe_aux_loss_coeff
     coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
     found = []
-    if any(kind != "none" and value for kind, value in zip(_balancing(config), coefficients)):
+    if any(kind != "none" and value for kind, value in zip(_balancing(config), coefficients, strict=False)):
         found.append(
             "moe_aux_loss_coeff > 0: the auxiliary loss balances the experts that the live router would choose, not "
             "those replayed"

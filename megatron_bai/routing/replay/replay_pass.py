@@ -111,7 +111,7 @@ class Pass:
         """What the routers chose, by micro-batch."""
         if not self.queue:
             return []
-        return [MicroRoutes(torch.stack(ids, dim=1)) for ids in zip(*self.queue.values())]
+        return [MicroRoutes(torch.stack(ids, dim=1)) for ids in zip(*self.queue.values(), strict=True)]
 
 
 def _sample(hidden: torch.Tensor) -> torch.Tensor:

@@ -51,12 +51,12 @@ class SetCode:
         mask = (1 << LIMB) - 1
         self._shifts = shifts
         self._narrow = [row[-1].bit_length() <= _NARROW for row in starts]
-        self._starts = [np.array(row if fits else [], dtype=np.int64) for row, fits in zip(starts, self._narrow)]
+        self._starts = [np.array(row if fits else [], dtype=np.int64) for row, fits in zip(starts, self._narrow, strict=True)]
         self._limbs = [
             (np.array([start & mask for start in row]), np.array([start >> LIMB for start in row])) for row in starts
         ]
         self.dtype = np.uint8 if experts <= 256 else np.int16
-        self._largest = [self._table(row, shift) for row, shift in zip(starts, shifts)]
+        self._largest = [self._table(row, shift) for row, shift in zip(starts, shifts, strict=True)]
 
     @property
     def fields(self) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ class SetCode:
         sums = [np.zeros(shape, dtype=np.int64) for _ in self.fields]
         start = np.empty(shape, dtype=np.int64)
         for i, column in enumerate(columns, 1):
-            for table, total in zip(self._limbs[i] if self.wide else (self._starts[i],), sums):
+            for table, total in zip(self._limbs[i] if self.wide else (self._starts[i],), sums, strict=True):
                 total += np.take(table, column, out=start, mode="clip")
         if self.wide:
             sums[1] += sums[0] >> LIMB

@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ class RouteStore:
                 self.entries += entries
                 self.damage += damage
             self.entries.sort()
-            for a, b in zip(self.entries, self.entries[1:]):
+            for a, b in pairwise(self.entries):
                 if (a.step, a.sample) == (b.step, b.sample):
                     raise UserError(f"two recordings of one sample: {a} and {b}. Several runs wrote to this directory")
         except OSError as error:

@@ -193,7 +193,7 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
     _print_damage(console, store)
     columns = ("layer", "entropy", "max/mean", "min/mean", "unused", "busiest (share of choices)")
     table = Table(*columns, title="load of the experts", title_justify="left")
-    for layer, (load, even) in enumerate(zip(found.load, entropy(found.load))):
+    for layer, (load, even) in enumerate(zip(found.load, entropy(found.load), strict=True)):
         mean = load.mean()
         if not mean:
             table.add_row(str(layer), *["–"] * 5)
@@ -220,7 +220,7 @@ def _print_overlap(console: Console, a: RouteStore, b: RouteStore) -> None:
         named = ", ".join(f"step {step} sample {sample}" for step, sample in found.other_tokens[:_NAMED])
         console.print(f"{len(found.other_tokens):,} samples are of other tokens and not compared: {named}")
     table = Table("layer", "rows", "same set", "|A ∩ B| / k", title=f"overlap with {b.directory}", title_justify="left")
-    sums = zip(found.rows, found.equal, found.common)
+    sums = zip(found.rows, found.equal, found.common, strict=True)
     for name, rows, equal, common in [
         *((str(layer), *values) for layer, values in enumerate(sums)),
         ("all", found.rows.sum(), found.equal.sum(), found.common.sum()),
