@@ -49,6 +49,7 @@ def test_it_starts_from_the_merge_that_is_there_already(trained: Result, demo: D
     assert "nothing to do, the output holds this merge: 12 tensors" in trained.out
 
 
+@pytest.mark.long
 def test_merged_on_the_fly_by_two_ranks_it_starts_from_the_same_weights(demo: Demo, tmp_path: Path) -> None:
     unmoved = ["objective=sft", "trainer.steps=1", "trainer.learning_rate=0", f"trainer.save={tmp_path}/saved"]
     members = f"merge.members=[{demo.directory}/instruct,{demo.directory}/reasoning]"
@@ -88,8 +89,8 @@ def test_every_step_replays_all_routes_with_the_newest_weights(summary: dict[str
 
 
 def test_rewards_move_the_weights(summary: dict[str, Any]) -> None:
-    learning = [step for step in summary["steps"] if step["reward_std"] > 0]
-    assert learning and all(step["grad_norm"] > 0 for step in learning)
+    """There is a gradient just where the rewards of a group differ; whether they do is up to what was learned."""
+    assert [step["grad_norm"] > 0 for step in summary["steps"]] == [step["reward_std"] > 0 for step in summary["steps"]]
 
 
 class Links(HTMLParser):
@@ -143,6 +144,7 @@ def test_the_routes_of_every_step_are_kept_and_described(demo: Demo, summary: di
     assert refused.code and "holds routes of another run" in refused.complaints[0] and not refused.tracebacks
 
 
+@pytest.mark.long
 def test_a_second_run_reuses_every_checkpoint(demo: Demo, trained: Result) -> None:
     def state() -> dict[str, tuple[int, int]]:
         files = [path for path in demo.directory.rglob("*") if path.is_file()]
