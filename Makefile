@@ -1,6 +1,7 @@
 # make demo   create .venv, install, train three tiny checkpoints, merge them, and run RL from the result
-# make test   create .venv, install, run every test
 # make lint   create .venv, install, check style, types and sizes
+# make test   create .venv, install, run the tests that every change must pass (12 minutes on two cores)
+# make test-long   the others: more layouts, faults, clusters, the studies in short (30 minutes)
 # ARGS adds Hydra overrides to the demo: make demo ARGS="run.name=demo-1 run.seed=1"
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo lint test test-runs test-servers test-ranks test-parts clean
+.PHONY: install demo lint test test-long clean
 
 install: $(VENV)/installed
 
@@ -30,7 +31,7 @@ $(VENV)/installed-lint: $(VENV)/installed-test requirements/lint.lock
 	touch $@
 
 # torchrun would set it too, with a warning; and threads of several programs would spin while they wait for each other.
-demo test: export OMP_NUM_THREADS = 1
+demo test test-long: export OMP_NUM_THREADS = 1
 demo: install
 	$(BIN)/megatron-bai train experiment=demo_pretrained $(ARGS)
 	$(BIN)/megatron-bai train experiment=demo_instruct $(ARGS)
@@ -45,22 +46,14 @@ lint: $(VENV)/installed-lint
 	$(BIN)/python tools/code_limits.py
 	$(BIN)/mypy
 
+# Pure code first: its failures end the target within 90 s. Then four workers, as processes wait for one another more than
+# they compute. tests/conftest.py says which tests go to one worker, tests/README.md which are in which tier.
 test: $(VENV)/installed-test
-	$(MAKE) --jobs=4 test-runs test-servers test-ranks test-parts
+	$(BIN)/pytest -n 2 -m "not long and not (live or distributed)"
+	$(BIN)/pytest -n 4 -m "not long and (live or distributed)"
 
-# At once, as their processes often wait for one another: whole runs, servers, ranks of the trainer, whose directories
-# share a fixture; and all else.
-RUNS := tests/e2e
-SERVERS := tests/launch tests/live
-RANKS := tests/distributed tests/model tests/rl tests/routing
-test-runs:
-	$(BIN)/pytest $(RUNS)
-test-servers:
-	$(BIN)/pytest $(SERVERS)
-test-ranks:
-	$(BIN)/pytest $(RANKS)
-test-parts:
-	$(BIN)/pytest $(addprefix --ignore=,$(RUNS) $(SERVERS) $(RANKS))
+test-long: $(VENV)/installed-test
+	$(BIN)/pytest -n 4 -m long
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -3,15 +3,69 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faults_table
 import hypothesis
 import pytest
+from distributed.worker import QUICK
 from processes import TESTS, Layouts, launch
+from tiers import wants_long
 
 # No time limit on a machine that is busy; the same examples every time, so that a failure can be had again.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
+
+# Fixtures of a session that take long to make, and the files whose tests share them: these go to one worker of pytest-xdist.
+SHARED = {
+    "demo": [
+        "e2e/test_pipeline.py",
+        "e2e/test_verbs.py",
+        "e2e/test_readme.py",
+        "e2e/test_faults.py",
+        "e2e/test_numerics.py",
+    ],
+    "nodes": ["launch/test_torchrun.py", "launch/test_machines.py", "launch/test_elastic.py", "launch/test_slurm.py"],
+    "layouts": [
+        *(f"distributed/test_{name}.py" for name in ("layouts", "packed", "critic")),
+        "model/test_conversion.py",
+    ],
+    "server": [f"live/test_{name}.py" for name in ("contract", "server", "server_faults", "fleet", "served_rewards")],
+    "facts": ["routing/test_replay.py", "routing/test_routers.py"],
+}
+GROUPS = {f"tests/{file}": name for name, files in SHARED.items() for file in files}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put pure code first, then what takes longest, so that no worker is left with it at the end."""
+
+    def place(item: pytest.Item) -> tuple[int, int, str]:
+        file = item.nodeid.partition("::")[0]
+        of_session = {
+            name for name, found in item._fixtureinfo.name2fixturedefs.items() if found[-1].scope == "session"
+        }
+        if file not in GROUPS and (shared := of_session & SHARED.keys()):
+            raise pytest.UsageError(f"{file} uses the fixture {min(shared)}: name it in SHARED of tests/conftest.py")
+        slow = any(item.iter_markers("live")) or any(item.iter_markers("distributed"))
+        number = list(SHARED).index(GROUPS[file]) if file in GROUPS else len(SHARED)
+        return slow, number, file
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole files, and all files that share a fixture, in the order above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return GROUPS.get(file, file)
+
+    config.option.loadscopereorder = False
+    return ByFixture(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,8 +89,8 @@ def fault(pytestconfig: pytest.Config) -> Callable[[str, str, str, float | None]
 
 
 @pytest.fixture(scope="session")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
-    """All cases of `distributed/worker.py`."""
+def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    """The cases of `distributed/worker.py` that the chosen tests are about."""
     directory = tmp_path_factory.mktemp("layouts")
-    launch(TESTS / "distributed" / "worker.py", directory)
+    launch(TESTS / "distributed" / "worker.py", directory, *(() if wants_long(request.session, "layouts") else QUICK))
     return Layouts(directory)

@@ -81,6 +81,8 @@ def test_torchrun_is_not_wrapped_around_a_sweep(started: list[list[str]], monkey
         multirun("train", "--multirun", "run.seed=0,1")
 
 
+@pytest.mark.live
+@pytest.mark.long
 def test_a_sweep_of_real_runs(tmp_path: Path) -> None:
     """The first job's layout does not fit its one process; the second trains on two and leaves a checkpoint."""
     words = ["objective=sft", "cluster.processes=1,2", "parallel.expert=2", "trainer.steps=1", "supervised.rows=2"]

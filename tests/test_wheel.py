@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_bai import __version__, cli
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What `plan` says of experiments that it is not for.

@@ -10,6 +10,8 @@ import pytest
 
 TOLERANCE = {"torch.float32": 1e-6, "torch.bfloat16": 8e-3}  # of values about 1
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def cases() -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_bai.routing.store.route_store import RouteStore, StoreWriter
 
+pytestmark = pytest.mark.distributed
+
 HEADS = sorted((TESTS / "data").glob("head-*"))
 NEVER = 1_000_000_000  # seconds: when files were changed that no one has changed since
 TAKEN_UP = "taken-up"  # a file in what an interrupted merge left: it is gone if the merge begins anew

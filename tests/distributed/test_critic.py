@@ -9,9 +9,10 @@ import pytest
 import reference
 import torch
 from distributed.test_layouts import each_other, relative
-from distributed.worker import CASES, LEFT_OUT, LENGTH, PPO, REWARDS, SAMPLES, problem
+from distributed.worker import CASES, LEFT_OUT, LENGTH, PPO, QUICK, REWARDS, SAMPLES, problem
 from moe import MODEL, SIGNATURE
 from processes import Layouts
+from tiers import tiered
 
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.distributed
 NAMES = ("values", "returns", "advantages")
 
 
+@pytest.mark.long
 def test_a_critic_starts_with_the_actors_weights_and_values_of_0(layouts: Layouts) -> None:
     """Of the layouts that are given no checkpoint."""
     actor = {name: tensor.float() for name, tensor in reference.load(layouts.directory / "one" / "hf").items()}
@@ -31,7 +33,7 @@ def test_a_critic_starts_with_the_actors_weights_and_values_of_0(layouts: Layout
         assert all(torch.equal(start[name], actor[name]) for name in start)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].loads])
+@pytest.mark.parametrize("case", tiered([case for case in CASES if CASES[case].loads], QUICK))
 def test_a_critics_checkpoint_loads_in_another_layout(case: str, layouts: Layouts) -> None:
     start, saved = layouts[case]["ppo"]["start"], layouts[CASES[case].loads]["ppo"]["weights"]
     assert start.keys() == saved.keys() and start["score.weight"].any()
@@ -57,7 +59,7 @@ def test_the_gradients_of_critic_and_actor_are_the_same(case: str, layouts: Layo
         assert gap <= 2e-5, name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_the_norm_reported_is_that_of_the_critics_whole_gradient(case: str, layouts: Layouts) -> None:
     found = layouts[case]["ppo"]
     whole = torch.cat([gradient.flatten() for gradient in found["gradient"].values()])

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from distributed.worker import CASES, LEARNING_RATE, LEFT_OUT, LENGTH, OBJECTIVES, SAMPLES, UPDATES, problem
+from distributed.worker import CASES, LEARNING_RATE, LEFT_OUT, LENGTH, OBJECTIVES, QUICK, SAMPLES, UPDATES, problem
 from moe import MODEL, SIGNATURE
 from processes import Layouts
+from tiers import tiered
 
 from megatron_bai.config import Minirl
 from megatron_bai.rl import objectives
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.distributed
 MODES = ("none", "r3")
 OTHERS = [name for name in CASES if name != "one"]
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_other = pytest.mark.parametrize("case", OTHERS)
+each_other = pytest.mark.parametrize("case", tiered(OTHERS, QUICK))
 
 
 def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -68,7 +69,7 @@ def test_every_gradient_is_the_same(case: str, mode: str, layouts: Layouts) -> N
 
 
 @each_mode
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_the_norm_reported_is_that_of_the_whole_gradient(case: str, mode: str, layouts: Layouts) -> None:
     found = layouts[case][mode]
     whole = torch.cat([gradient.flatten() for gradient in found["gradient"].values()])
@@ -98,7 +99,7 @@ def test_parameters_stay_the_same_over_several_updates(case: str, mode: str, lay
 
 
 @each_mode
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_replicas_hold_the_same_bits_after_training(case: str, mode: str, layouts: Layouts) -> None:
     assert layouts[case][mode]["diverged"] == []
 
@@ -166,7 +167,7 @@ def test_replayed_and_live_routing_are_different_problems(layouts: Layouts) -> N
     assert all(gradient.any() for gradient in layouts["one"]["r3"]["gradient"].values())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_every_row_that_should_be_replayed_was_counted_once(case: str, layouts: Layouts) -> None:
     routed = sum(len(sample.routes) for sample in problem()[0])
     found = layouts[case]["r3"]
@@ -175,7 +176,7 @@ def test_every_row_that_should_be_replayed_was_counted_once(case: str, layouts: 
     assert layouts[case]["none"]["rows"] == 0
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_each_rank_binds_the_layers_of_its_stage(case: str, layouts: Layouts) -> None:
     stages = CASES[case].parallel.pipeline
     per = MODEL.num_layers // stages
@@ -184,6 +185,7 @@ def test_each_rank_binds_the_layers_of_its_stage(case: str, layouts: Layouts) ->
     assert bound == sorted(wanted * (CASES[case].processes // stages))
 
 
+@pytest.mark.long
 def test_the_dispatcher_is_the_one_asked_for(layouts: Layouts) -> None:
     assert "AlltoAll" in layouts["tp2_ep2"]["dispatcher"]
     assert "AllGather" in layouts["tp2_ep2_allgather"]["dispatcher"]
@@ -245,7 +247,7 @@ def test_statistics_are_summed_over_the_ranks_that_contribute(layouts: Layouts) 
     assert found["own"] == {"mean": 0.0, "top": 0.0}
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.loads])
+@pytest.mark.parametrize("case", tiered([name for name, case in CASES.items() if case.loads], QUICK))
 def test_rates_follow_their_schedule_and_norms_do_not_decay(case: str, layouts: Layouts) -> None:
     wave = [(1 + math.cos(math.pi * part / 4)) / 2 for part in (1, 2, 3, 4)]
     wanted = {"constant": [1, 1, 1, 1], "linear": [0.75, 0.5, 0.25, 0], "cosine": wave}

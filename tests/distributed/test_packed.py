@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from distributed.test_layouts import relative
-from distributed.worker import LENGTH, PACKED, SAMPLES, problem
+from distributed.worker import LENGTH, PACKED, QUICK, SAMPLES, problem
 from moe import MODEL
 from processes import Layouts
+from tiers import tiered
 
 pytestmark = pytest.mark.distributed
 MODES = ("none", "r2", "r3")
 LENGTHS = [len(sample.tokens) for sample in problem()[0]]
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_case = pytest.mark.parametrize("case", PACKED)
+each_case = pytest.mark.parametrize("case", tiered(PACKED, QUICK))
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_every_row_that_should_be_replayed_is_counted_once(case: str, layouts: L
     assert [layouts[case][mode]["rows"] for mode in MODES] == [0, rows, 2 * rows]
 
 
+@pytest.mark.long
 def test_rows_are_full_uneven_and_empty(layouts: Layouts) -> None:
     held = {case: layouts[case]["held"] for case in PACKED}
     assert held["one_row128"] == [[8]] and held["one_row24"] == [[1, 2, 1, 2, 2]]  # the first is exactly full
@@ -75,6 +77,7 @@ def test_rows_are_full_uneven_and_empty(layouts: Layouts) -> None:
     assert layouts["one"]["packed"]["fed"] == [{(SAMPLES, LENGTH)}]
 
 
+@pytest.mark.long
 def test_what_is_another_samples_changes_no_bit(layouts: Layouts) -> None:
     """With the experts forced. Where the router decides, as many tokens may no longer go to an expert, whose matrices'
     products then round otherwise."""
@@ -84,7 +87,7 @@ def test_what_is_another_samples_changes_no_bit(layouts: Layouts) -> None:
     assert all(each["others"] <= 1e-5 for each in found["none"])
 
 
-@pytest.mark.parametrize("case", ["one", *PACKED])
+@pytest.mark.parametrize("case", tiered(["one", *PACKED], QUICK))
 def test_positions_begin_with_each_sample(case: str, layouts: Layouts) -> None:
     found = layouts[case]["packed"] if case == "one" else layouts[case]
     assert all(found["turned"])

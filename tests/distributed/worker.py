@@ -90,6 +90,9 @@ PACKED = {
     "ep2_pp2_row24": Case(4, _layout(expert=2, pipeline=2), row=24),
 }
 
+# Those of `make test`; all of them are `make test-long`'s.
+QUICK = ("one", "tp2", "tp2_ep2", "one_row24", "tp2_ep2_row42")
+
 
 def problem() -> tuple[list, np.ndarray, np.ndarray]:
     """Rollouts, their advantages, and how far `old_logprobs` lie from the current policy's: enough to be clipped."""
@@ -559,15 +562,15 @@ def join(rank: int, world: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
-    """One rank of one world: every case of this size."""
+def rank_main(rank: int, world: int, port: int, directory: Path, chosen: dict[str, Case]) -> None:
+    """One rank of one world: every chosen case of this size."""
     join(rank, world, port)
     device = backend.start(config.Backend(kind="cpu", timeout_s=300))
     from megatron.core import parallel_state
 
     from megatron_bai.model import build
 
-    for name, case in (CASES | PACKED).items():
+    for name, case in chosen.items():
         if case.processes != world:
             continue
         build.validate(MODEL, case.parallel, world)
@@ -581,8 +584,10 @@ def rank_main(rank: int, world: int, port: int, directory: Path) -> None:
 
 def main() -> None:
     prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.policy.training_engine")
-    for world in sorted({case.processes for case in CASES.values()}):  # a case loads what smaller worlds saved
-        arguments = (world, free_port(), Path(sys.argv[1]))
+    names = sys.argv[2:]
+    chosen = {name: case for name, case in (CASES | PACKED).items() if not names or name in names}
+    for world in sorted({case.processes for case in chosen.values()}):  # a case loads what smaller worlds saved
+        arguments = (world, free_port(), Path(sys.argv[1]), chosen)
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")
 
 

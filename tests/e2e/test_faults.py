@@ -24,7 +24,7 @@ from megatron_bai.config import Model, Rollout
 from megatron_bai.model import hf_checkpoint
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
-pytestmark = [pytest.mark.live, pytest.mark.distributed]
+pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.long]
 
 KEY = "sesame-0123456789"
 Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`

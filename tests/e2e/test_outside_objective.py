@@ -7,7 +7,7 @@ import pytest
 from command import megatron_bai, succeeded
 from outside import install
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.long]
 
 
 def test_it_trains_with_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command import SERVER, succeeded, torchrun
 
-pytestmark = [pytest.mark.live, pytest.mark.distributed]
+pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.long]
 STEPS = 4
 
 

@@ -36,6 +36,7 @@ def test_a_report_shows_two_runs(demo: Demo, trained: Result, tmp_path: Path) ->
     assert f"wrote {output}" in result.out and "other run · with replay" in page and "run · with replay" in page
 
 
+@pytest.mark.long
 def test_serve_answers_until_ctrl_c(demo: Demo) -> None:
     command = demo.verb("serve", "serve", f"serve.checkpoint={demo.actor}", "rollout.deterministic=false")
     url = command.until(lambda: "Ctrl-C stops it" in command.said()).said().split(" at ")[1].split()[0]

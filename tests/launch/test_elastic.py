@@ -13,7 +13,7 @@ from netnodes import Node
 
 from megatron_bai.checkpoint import manifest
 
-pytestmark = [pytest.mark.live, pytest.mark.distributed]
+pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.long]
 
 SILENCE_S = 15
 SILENT = f"error.*: another process of the run .* \\(it did not answer within {SILENCE_S} s, backend.timeout_s\\)"

@@ -19,16 +19,22 @@ def found(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) ->
     return json.loads((directory / "found.json").read_text())
 
 
+@pytest.mark.distributed
+@pytest.mark.long
 def test_its_address_is_the_one_it_reaches_the_others_by(found: dict) -> None:
     assert (found["alone"], found["address"], found["name"]) == ("127.0.0.1", "10.77.0.2", "10.77.0.2")
     assert found["interface"] == "eth0"
 
 
+@pytest.mark.distributed
+@pytest.mark.long
 def test_a_meeting_place_that_others_cannot_reach_is_refused(found: dict) -> None:
     assert found["own name"].startswith("error: node2 knows node2, where the run meets, as 127.0.1.1, which other")
     assert found["nowhere"].startswith("error: no way from node2 to 192.0.2.1, where the run meets")
 
 
+@pytest.mark.distributed
+@pytest.mark.long
 def test_a_run_directory_that_is_not_shared_is_refused_on_all_ranks(found: dict) -> None:
     both, own = found["shared"]
     assert both is None and own.startswith("error: node2 does not see what rank 0 writes to run.dir=")

@@ -19,16 +19,19 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads((directory / "found.json").read_text())
 
 
+@pytest.mark.distributed
 def test_what_one_rank_is_asked_all_do_after_the_same_step(outcome: dict) -> None:
     nothing, save, stop = [False, False], [True, False], [True, True]
     assert outcome["found"][0] == outcome["found"][1] == [nothing, save, nothing, stop, stop]
     assert outcome["codes"][:2] == [0, 0]
 
 
+@pytest.mark.distributed
 def test_a_step_that_does_not_end_in_time_is_given_up(outcome: dict) -> None:
     assert (outcome["codes"][2], outcome["found"][2]) == (128 + signal.SIGTERM, "unwound")
 
 
+@pytest.mark.distributed
 def test_another_process_that_is_gone_or_silent_is_one_line(outcome: dict) -> None:
     gone, silent = outcome["found"][3], outcome["found"][5]
     known = r"another process of the run ended or cannot be reached \((.*)\): see its log\. The same command goes on .*"

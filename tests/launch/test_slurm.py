@@ -11,7 +11,7 @@ from slurmd import Slurm
 
 from megatron_bai.checkpoint import manifest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def test_ranks_write_files_and_rank_0_is_shown(reference: Run) -> None:
     assert reference.shown == ["".join(f"[0] {line}\n" for line in own["0"].splitlines())]
 
 
+@pytest.mark.long
 def test_two_machines_compute_what_one_does(reference: Run, nodes: tuple[Node, Node], tmp_path: Path) -> None:
     found = launched(tmp_path, nodes, "--nodes", 2, "--head", "node1:29600", "--processes", 1, *TRAIN, ranked=True)
     assert len(found.steps) == 4 and found.steps == reference.steps  # every bit of every loss and gradient norm

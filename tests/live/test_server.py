@@ -259,6 +259,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not left
 
 
+@pytest.mark.long
 def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with trainer(checkpoints["v0"], tmp_path / "log") as parent:
         assert parent.stdout is not None
@@ -274,6 +275,7 @@ def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tm
         client.generate([[5]], 1, 0, STOP)
 
 
+@pytest.mark.long
 def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with trainer(checkpoints["v0"], tmp_path / "log") as parent:
         server: list[psutil.Process] = []

@@ -26,7 +26,7 @@ from megatron_bai.rollout.servers.fleet import Servers
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.long]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13]]
 KEY = "sesame-0123456789"
 Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`

@@ -31,6 +31,7 @@ def test_megatrons_checkpoints_merge_and_the_result_loads_in_other_layouts(tmp_p
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_megatrons_own_spellings_merge_and_the_result_loads(tmp_path):
     """Stacked, by layer and singleton keys, both names of the norm, padded vocabularies, dense layers first."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -18,6 +18,8 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint
 from megatron_bai.model.build import Actor
 
+pytestmark = pytest.mark.distributed
+
 
 class Hostile:
     def __init__(self, path: Path):

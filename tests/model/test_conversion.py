@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from distributed.worker import CASES
+from distributed.worker import CASES, QUICK
 from moe import MODEL
 from processes import Layouts
 from safetensors.torch import load_file
+from tiers import tiered
 
 from megatron_bai.checkpoint import manifest
 from megatron_bai.checkpoint.formats import open_source
@@ -54,27 +55,28 @@ def test_fresh_weights_are_drawn_as_the_configuration_says(layouts: Layouts) -> 
     assert all((tensor == 1).all() for name, tensor in tensors.items() if tensor.dim() == 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
 def test_fresh_weights_and_their_export_are_the_same_in_every_layout(case: str, layouts: Layouts) -> None:
     same(layouts.directory / case / "hf", layouts.directory / "one" / "hf")
 
 
-@pytest.mark.parametrize("case", ["one", *LOADING])
+@pytest.mark.parametrize("case", tiered(["one", *LOADING], QUICK))
 def test_what_is_imported_is_exported_bit_for_bit(case: str, layouts: Layouts) -> None:
     same(layouts.directory / case / "imported", layouts.directory / "one" / "hf")
 
 
-@pytest.mark.parametrize("case", LOADING)
+@pytest.mark.parametrize("case", tiered(LOADING, QUICK))
 def test_a_megatron_checkpoint_loads_in_another_layout_bit_for_bit(case: str, layouts: Layouts) -> None:
     same(layouts.directory / case / "loaded", layouts.directory / "one" / "hf")
     assert layouts[case]["info"] == {"by": CASES[case].loads}
 
 
-@pytest.mark.parametrize("case", LOADING)
+@pytest.mark.parametrize("case", tiered(LOADING, QUICK))
 def test_the_optimizers_own_copy_follows_what_was_loaded(case: str, layouts: Layouts) -> None:
     assert layouts[case]["optimizer_follows"]
 
 
+@pytest.mark.long
 def test_megatron_checkpoints_hold_the_same_tensors_whatever_layout_saved_them(layouts: Layouts) -> None:
     wanted = tensors_of(layouts.directory / "one" / "megatron")
     assert {name.rpartition(".")[2] for name in wanted} == {"weight", "layer_norm_weight"}
@@ -90,7 +92,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_verb_converts_there_and_back_bit_for_bit(layouts: Layouts, tmp_path: Path) -> None:
-    saved = layouts.directory / "ep2_pp2" / "megatron"
+    saved = layouts.directory / "tp2_ep2" / "megatron"
     for source, target, kind in ((saved, "hf", "hf"), (tmp_path / "hf", "back", "megatron")):
         overrides = [f"convert.source={source}", f"convert.target={tmp_path / target}", f"convert.to={kind}"]
         command = [sys.executable, "-m", "megatron_bai", "convert", *overrides, "backend.kind=cpu"]

@@ -49,6 +49,7 @@ def test_the_model_has_the_parameters_its_makers_publish() -> None:
     assert whole.active(LARGE) / 1e9 == pytest.approx(3.3, abs=0.06)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", [name for name, asked in CASES.items() if asked[5] != "layer"])
 def test_parameters_of_a_rank_are_megatrons(case: str, built: dict[str, Any]) -> None:
     rank, processes, model, parallel, _, kind = CASES[case]
@@ -57,6 +58,7 @@ def test_parameters_of_a_rank_are_megatrons(case: str, built: dict[str, Any]) ->
     assert (own.dense, own.experts) == (built[case]["dense"], built[case]["experts"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", [name for name, asked in CASES.items() if asked[5] == "whole"])
 def test_bytes_in_training_are_megatrons(case: str, built: dict[str, Any]) -> None:
     """But for what pads Megatron's buffers to equal parts: less than 128 elements a rank and buffer."""
@@ -68,6 +70,7 @@ def test_bytes_in_training_are_megatrons(case: str, built: dict[str, Any]) -> No
         assert built[case][name] == pytest.approx(getattr(expected, name), abs=2 * 128 * 12 * processes), name
 
 
+@pytest.mark.distributed
 def test_activations_of_a_layer_are_nearly_megatrons(built: dict[str, Any]) -> None:
     """Megatron-Core's layers for a CPU are not fused, and keep somewhat more than is counted."""
     attention, moe, _ = rank_memory.layer_activations(SMALL, Parallel(), 1, "float32")

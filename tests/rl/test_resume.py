@@ -27,7 +27,7 @@ from megatron_bai.rl.session import validate
 from megatron_bai.rl.signals import STOPPED
 from megatron_bai.routing.store.route_store import RouteStore
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 RATE = config.Trainer().learning_rate
 TINY = config.Model(*[1] * 10)
 Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`

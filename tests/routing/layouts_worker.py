@@ -1,4 +1,4 @@
-"""Run as a script: R2 and R3 in every layout, with and without recomputation. Argument: a file to leave the facts in.
+"""Run as a script: R2 and R3 in every layout, with and without recomputation. Arguments: a file to leave the facts in, layouts (else all).
 
 Each run scores a batch with one set of weights and takes one gradient with another, so that recorded routes are not
 those the router would choose. Ranks are forked from one process that has imported Megatron-Core.
@@ -48,6 +48,8 @@ LAYOUTS = {
     "ep4": Layout(4, {"expert": 4}, variants=FEWER),
     "pp2_ep2": Layout(4, {"pipeline": 2, "expert": 2}, variants=FEWER),
 }
+
+QUICK = ("one", "tp2_ep2")  # those of `make test`; all of them are `make test-long`'s
 
 BEFORE: list[dict[tuple, torch.Tensor]] = []  # the weights that the gradient is taken at: the same in every run
 
@@ -172,8 +174,8 @@ def leftovers(modules: list[torch.nn.Module]) -> list[str]:
     return held
 
 
-def rank_main(rank: int, world: int, port: int, target: Path) -> None:
-    """One rank of one world, through all layouts of this size."""
+def rank_main(rank: int, world: int, port: int, target: Path, layouts: dict[str, Layout]) -> None:
+    """One rank of one world, through its layouts of this size."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = backend.start(config.Backend(kind="cpu", timeout_s=120))
@@ -182,7 +184,7 @@ def rank_main(rank: int, world: int, port: int, target: Path) -> None:
     from megatron_bai.model import build
 
     facts = {}
-    for layout, chosen in LAYOUTS.items():
+    for layout, chosen in layouts.items():
         if chosen.processes == world:
             parallel = config.Parallel(**chosen.sizes, sequence="tensor" in chosen.sizes)
             build.init_parallel(parallel, seed=0)
@@ -196,8 +198,10 @@ def rank_main(rank: int, world: int, port: int, target: Path) -> None:
 
 def main() -> None:
     prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.policy.training_engine")
-    for world in sorted({layout.processes for layout in LAYOUTS.values()}):
-        arguments = (world, free_port(), Path(sys.argv[1]))
+    names = sys.argv[2:] or LAYOUTS
+    chosen = {name: layout for name, layout in LAYOUTS.items() if name in names}
+    for world in sorted({layout.processes for layout in chosen.values()}):
+        arguments = (world, free_port(), Path(sys.argv[1]), chosen)
         torch.multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="fork")
 
 

@@ -2,12 +2,14 @@
 
 import re
 
+import pytest
 from processes import TESTS, launch
 from routing.docs_worker import MICROS, STEPS
 
 PAGE = (TESTS.parent / "docs" / "replay.md").read_text()
 
 
+@pytest.mark.distributed
 def test_the_example_runs_and_every_row_is_proven() -> None:
     lines = [line.split() for line in launch(TESTS / "routing" / "docs_worker.py").splitlines() if line[:1].isdigit()]
     assert len(lines) == STEPS

@@ -8,6 +8,8 @@ import torch
 from moe import MODEL
 from routing.replay_worker import LENGTH
 
+pytestmark = pytest.mark.distributed
+
 Facts = dict[str, Any]
 
 

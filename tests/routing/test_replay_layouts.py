@@ -10,20 +10,22 @@ import pytest
 import torch
 from moe import MODEL
 from processes import TESTS, launch
-from routing.layouts_worker import LAYOUTS, REFERENCE, SAMPLES, Name, runs
+from routing.layouts_worker import LAYOUTS, QUICK, REFERENCE, SAMPLES, Name, runs
+from tiers import tiered, wants_long
 
 from megatron_bai.routing.layout import stage_layers
 
 pytestmark = pytest.mark.distributed
 Facts = dict[Name | str, dict[str, Any]]
 ALL = [name for layout in LAYOUTS for name in runs(layout)]
+NOW = [name for name in ALL if name[0] in QUICK]
 FORCED = [name for name in ALL if name[4] != "none"]
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Facts:
     path = tmp_path_factory.mktemp("layouts") / "facts"
-    launch(TESTS / "routing" / "layouts_worker.py", path)
+    launch(TESTS / "routing" / "layouts_worker.py", path, *(() if wants_long(request.session, "facts") else QUICK))
     found: Facts = {}
     for part in sorted(path.parent.glob("facts.*")):
         found |= torch.load(part)
@@ -34,7 +36,7 @@ def identify(name: Name) -> str:
     return "-".join(map(str, name))
 
 
-@pytest.mark.parametrize("name", ALL, ids=identify)
+@pytest.mark.parametrize("name", tiered(ALL, NOW), ids=identify)
 def test_loss_scores_and_gradients_are_those_of_one_process(name: Name, facts: Facts) -> None:
     found, one = facts[name], facts[REFERENCE[name[4]]]
     assert found["loss"] == pytest.approx(one["loss"], rel=3e-6)
@@ -45,7 +47,7 @@ def test_loss_scores_and_gradients_are_those_of_one_process(name: Name, facts: F
         assert gap <= 2e-5, (key, float(gap))
 
 
-@pytest.mark.parametrize("name", FORCED, ids=identify)
+@pytest.mark.parametrize("name", tiered(FORCED, NOW), ids=identify)
 def test_every_row_is_forced_once_and_recomputed_once_and_nothing_is_left(name: Name, facts: Facts) -> None:
     _, recompute, _, _, mode = name
     found, rows = facts[name], facts[name]["real"] * MODEL.num_layers
@@ -55,7 +57,7 @@ def test_every_row_is_forced_once_and_recomputed_once_and_nothing_is_left(name: 
     assert found["held"] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiered(LAYOUTS, QUICK))
 def test_each_rank_binds_the_layers_of_its_chunks(layout: str, facts: Facts) -> None:
     chosen = LAYOUTS[layout]
     stages, chunks = chosen.sizes.get("pipeline", 1), chosen.sizes.get("virtual_pipeline", 1)
@@ -63,7 +65,7 @@ def test_each_rank_binds_the_layers_of_its_chunks(layout: str, facts: Facts) -> 
     assert sorted(facts[layout]["bound"]) == sorted(wanted * (chosen.processes // stages))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiered(LAYOUTS, QUICK))
 def test_each_rank_receives_its_replicas_samples_with_the_routes_of_its_own_layers(layout: str, facts: Facts) -> None:
     chosen, found = LAYOUTS[layout], facts[layout]
     assert found["right"] == [True] * chosen.processes

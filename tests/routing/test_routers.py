@@ -10,6 +10,8 @@ from torch import Tensor
 from megatron_bai.errors import UserError
 from megatron_bai.routing.replay import preflight
 
+pytestmark = pytest.mark.distributed
+
 Facts = dict[str, Any]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
