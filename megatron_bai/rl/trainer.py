@@ -23,7 +23,7 @@ from megatron_bai.monitor.step_timer import Clock
 from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.batches.micro_batches import Cut, cut, validate_batches
+from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches, validate_batches
 from megatron_bai.rl.checkpointing import ResumePoint, RunCheckpoints, Stateful, open_run, result_paths
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
@@ -166,7 +166,7 @@ class TrainingLoop:
         version = self.inference.version
         with clock("rollout"):
             samples, batch = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
-        batch, minis = cut(batch, self.settings, stats, self.session.device.device)
+        batch, minis = make_mini_batches(batch, self.settings, stats, self.session.device.device)
         micros = sum(minis, [])
         rows_before, expected = self.session.engine.replay.rows, self._rows_expected(step, batch)
         with clock("old_logprob"):
@@ -178,7 +178,7 @@ class TrainingLoop:
         if self.session.critic:
             with clock("values"):
                 stats.add(self.session.critic.estimate(batch, micros))
-        batch.leave_out()
+        batch.drop_excluded()
         learned: dict[str, Any] = {}
         if self.session.critic:
             with clock("update_critic"):
@@ -252,7 +252,7 @@ class TrainingLoop:
         return None if mode == "none" else used
 
     def _update(
-        self, step: int, minis: Cut, routes: list[MicroRoutes] | None, stats: Stats
+        self, step: int, minis: MiniBatches, routes: list[MicroRoutes] | None, stats: Stats
     ) -> dict[str, float]:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
@@ -267,7 +267,7 @@ class TrainingLoop:
             norms.append(norm)
         return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}
 
-    def _update_critic(self, step: int, minis: Cut, stats: Stats) -> dict[str, float]:
+    def _update_critic(self, step: int, minis: MiniBatches, stats: Stats) -> dict[str, float]:
         """N optimizer steps of the critic, on the same mini-batches."""
         assert self.session.critic
         found, norms, rate = self.session.critic.update(minis, step * self.settings.trainer.mini_batches)

@@ -70,7 +70,7 @@ def test_the_norm_reported_is_that_of_the_critics_whole_gradient(case: str, layo
 def batch() -> tuple[Batch, torch.Tensor]:
     rollouts, _, noise = problem()
     counted = np.array([sample not in LEFT_OUT for sample in range(SAMPLES)])
-    made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, counted=counted, rewards=REWARDS)
+    made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, in_loss=counted, rewards=REWARDS)
     return made, torch.from_numpy(noise)
 
 
@@ -98,7 +98,7 @@ def test_a_critics_update_is_that_of_plain_torch(layouts: Layouts) -> None:
     returns, advantages = estimate(values.detach().numpy(), mask)
     for name, wanted in zip(NAMES, (values.detach().numpy(), returns, advantages)):
         np.testing.assert_allclose(found[name].numpy(), wanted, rtol=0, atol=1e-5)
-    made.leave_out()
+    made.drop_excluded()
     old = values.detach() + noise
     losses, stats = critic_loss(values, old, torch.from_numpy(returns), made.mask, PPO.value_clip)
     (losses.sum() / made.mask.sum()).backward()
@@ -121,7 +121,7 @@ def test_an_actors_update_with_advantages_of_tokens_is_that_of_plain_torch(layou
     )
     made.old_logprobs = logprobs.detach() + noise
     made.advantages = layouts["one"]["ppo"]["advantages"].double()
-    made.leave_out()
+    made.drop_excluded()
     total, _ = objectives.total(objectives.get("ppo"), PPO, logprobs, made)
     loss = total / made.mask.sum()
     loss.backward()

@@ -109,7 +109,7 @@ class Run:
         from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.monitor.stats import Stats
         from megatron_bai.rl.batches.batch import from_samples
-        from megatron_bai.rl.batches.micro_batches import cut
+        from megatron_bai.rl.batches.micro_batches import make_mini_batches
         from megatron_bai.rl.policy.training_engine import TrainingEngine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -132,9 +132,9 @@ class Run:
         rollouts, advantages, noise = problem()
         mine = [sample.of_layers(self.replay.columns) for sample in rollouts[own]]
         batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
-        self.batch, (self.micros,) = cut(batch, self.settings, Stats())
-        self.noise = torch.from_numpy(noise[own])[self.batch.number]
-        self.counted = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.number]
+        self.batch, (self.micros,) = make_mini_batches(batch, self.settings, Stats())
+        self.noise = torch.from_numpy(noise[own])[self.batch.sample_index]
+        self.in_loss = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.sample_index]
         self.recorded: list = []
         self.dp_rank = rank
         self.reports_stats = self.engine.last_stage and self.engine.tensor_rank == 0
@@ -152,7 +152,7 @@ class Run:
         mine = None
         if found.logprobs is not None:
             self.batch.old_logprobs.copy_(found.logprobs + self.noise)
-            back = self.batch.number.argsort()
+            back = self.batch.sample_index.argsort()
             mine = (self.dp_rank, found.logprobs[back], found.entropy[back]) if self.reports_stats else None
         parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
         return {"logprobs": torch.cat([p[1] for p in parts]), "entropy": torch.cat([p[2] for p in parts])}
@@ -217,8 +217,8 @@ def gradient(
     run.score(mode)
     if objective:
         run.batch.reference_logprobs.copy_(run.batch.old_logprobs + run.noise)
-        run.batch.counted.copy_(run.counted)
-        run.batch.leave_out()
+        run.batch.in_loss.copy_(run.in_loss)
+        run.batch.drop_excluded()
     return measured(run.actor, lambda: run.update(mode, OBJECTIVES.get(objective)))
 
 
@@ -269,7 +269,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     run.score("none")
     run.batch.rewards.copy_(torch.from_numpy(REWARDS)[run.own])
     run.batch.advantages = torch.zeros(run.batch.mask.shape)
-    run.batch.counted.copy_(run.counted)
+    run.batch.in_loss.copy_(run.in_loss)
     run.micros = run.batch.split(case.micro)
     stats = critic.estimate(run.batch, run.micros)
     found["statistics"] = stats.gathered(run.reports_stats).values()
@@ -278,7 +278,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
     found |= {name: torch.cat(tensors) for name, tensors in zip(names, zip(*(part[1] for part in parts)))}
     run.batch.values += run.noise  # so that some values have left the old ones by more than the limit
-    run.batch.leave_out()
+    run.batch.drop_excluded()
     (stats, norms, _), found["gradient"] = measured(critic.model, lambda: critic.update([run.micros], 0))
     found["update"] = stats.gathered(run.reports_stats).values() | {"grad_norm": norms[0]}
     found["diverged"] = diverged(critic.model)

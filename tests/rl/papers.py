@@ -16,7 +16,7 @@ Answer = tuple[float, np.ndarray]
 
 def responses(case: Case) -> list[tuple[int, list[int]]]:
     """(sample, positions of its tokens) of the samples that count, empty responses included."""
-    return [(i, np.nonzero(case.mask[i])[0].tolist()) for i in np.nonzero(case.counted)[0].tolist()]
+    return [(i, np.nonzero(case.mask[i])[0].tolist()) for i in np.nonzero(case.in_loss)[0].tolist()]
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -77,12 +77,12 @@ def sequence(case: Case, settings: config.Sequence) -> Answer:
 def denominators(case: Case, how: str) -> Callable[[int, list[int]], float]:
     """What a token of a response is divided by."""
     counted = responses(case)
-    prompts = {case.prompts[i] for i, _ in counted}
-    tokens = {q: sum(len(own) for i, own in counted if case.prompts[i] == q) for q in prompts}
+    prompts = {case.prompt_index[i] for i, _ in counted}
+    tokens = {q: sum(len(own) for i, own in counted if case.prompt_index[i] == q) for q in prompts}
     return {
         "sample": lambda i, own: len(own) * len(counted),
         "batch": lambda i, own: sum(tokens.values()),
-        "prompt": lambda i, own: tokens[case.prompts[i]] * len(prompts),
+        "prompt": lambda i, own: tokens[case.prompt_index[i]] * len(prompts),
     }[how]
 
 

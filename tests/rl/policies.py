@@ -21,8 +21,8 @@ class Case:
     reference: np.ndarray
     advantages: np.ndarray
     mask: np.ndarray
-    prompts: np.ndarray
-    counted: np.ndarray
+    prompt_index: np.ndarray
+    in_loss: np.ndarray
 
     def batch(self) -> Batch:
         """With what objectives read, in the precision of the arrays; samples that do not count are out of the mask."""
@@ -36,11 +36,11 @@ class Case:
             routes=nothing,
             routed=torch.from_numpy(self.mask),
             reference_logprobs=torch.from_numpy(self.reference),
-            prompts=torch.from_numpy(self.prompts),
-            prompt_tokens=torch.zeros(len(self.prompts), dtype=torch.int64),
-            counted=torch.from_numpy(self.counted),
+            prompt_index=torch.from_numpy(self.prompt_index),
+            prompt_tokens=torch.zeros(len(self.prompt_index), dtype=torch.int64),
+            in_loss=torch.from_numpy(self.in_loss),
         )
-        batch.leave_out()
+        batch.drop_excluded()
         return batch
 
 

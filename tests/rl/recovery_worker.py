@@ -17,6 +17,7 @@ import torch.distributed as dist
 from aiohttp import web
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 
+from megatron_bai.compat.releases import SGLANG
 from megatron_bai.config import Config, Model, Rollout
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
@@ -25,7 +26,6 @@ from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers.fleet import Fleet, Servers
-from megatron_bai.compat.releases import SGLANG
 
 PROMPTS, SIZE, VERSION = 3, 4, 7
 

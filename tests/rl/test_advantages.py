@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.rl.batches.advantages import (
-    at_the_end,
-    comparable,
+    at_last_token,
     explained_variance,
     gae,
+    group_advantages,
     group_centred,
     group_normalised,
+    has_peer,
+    in_uniform_group,
     leave_one_out,
-    of_groups,
-    uniform,
-    whitened,
+    whiten,
 )
 
 rewards_of_6 = st.lists(st.floats(-1e3, 1e3), min_size=6, max_size=6)
@@ -61,18 +61,18 @@ def test_leave_one_out_compares_with_the_others(rewards: list[float], size: int)
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, 1e6 / 3])
 def test_equal_rewards_give_no_advantage(reward: float) -> None:
     for name in ("centred", "normalised", "leave_one_out"):
-        assert np.abs(of_groups(np.full(6, reward), 3, name)).max() <= 1e-3 * 1e-6 * max(1.0, reward)
+        assert np.abs(group_advantages(np.full(6, reward), 3, name)).max() <= 1e-3 * 1e-6 * max(1.0, reward)
 
 
 def test_each_name_is_its_estimator() -> None:
     rewards = np.array([1.0, 0, 0, 1, 1, 0])
-    found = {name: of_groups(rewards, 3, name) for name in ("centred", "normalised", "leave_one_out")}
+    found = {name: group_advantages(rewards, 3, name) for name in ("centred", "normalised", "leave_one_out")}
     assert found["centred"][0] == pytest.approx(2 / 3) and found["leave_one_out"][0] == pytest.approx(1)
     assert found["normalised"][0] == pytest.approx(2 / 3 / 3**-0.5, rel=1e-5)
 
 
 def test_uniform_groups_are_those_whose_rewards_are_all_equal() -> None:
-    assert uniform(np.array([0.7, 0.7, 0, 1, 1, 1]), 2).tolist() == [True, True, False, False, True, True]
+    assert in_uniform_group(np.array([0.7, 0.7, 0, 1, 1, 1]), 2).tolist() == [True, True, False, False, True, True]
 
 
 @given(
@@ -110,7 +110,7 @@ def test_gae_without_decay_is_the_return_less_the_value() -> None:
 
 def test_a_reward_belongs_to_the_last_token_of_its_response() -> None:
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    found = at_the_end(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    found = at_last_token(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
     assert found.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4]]
 
 
@@ -137,9 +137,9 @@ def test_whitening_is_over_all_elements_that_count_on_all_ranks() -> None:
     mask[4:] = False  # a rank on which nothing counts
     wanted = np.where(mask, (values - values[mask].mean()) / (values[mask].std() + 1e-8), 0)
     tensors = torch.from_numpy(np.where(mask, values, np.nan)), torch.from_numpy(mask)
-    found = over_ranks(whitened, *zip(*(each.split([3, 1, 2]) for each in tensors)))
+    found = over_ranks(whiten, *zip(*(each.split([3, 1, 2]) for each in tensors)))
     np.testing.assert_allclose(torch.cat(found), wanted, rtol=1e-12, atol=1e-14)
-    same = over_ranks(whitened, (torch.full((1, 4), 0.7), torch.ones(1, 4, dtype=torch.bool)))
+    same = over_ranks(whiten, (torch.full((1, 4), 0.7), torch.ones(1, 4, dtype=torch.bool)))
     assert not same[0].any()  # nothing to prefer, and no 0/0
 
 
@@ -162,11 +162,11 @@ def test_a_sample_without_reward_is_in_no_mean_and_no_deviation() -> None:
     rewards = np.array([1.0, nan, 0.0, 0.5, nan, 3.0, nan, nan])
     valid = ~np.isnan(rewards)
     nothing = [0.0] * 4
-    assert of_groups(rewards, 4, "centred", valid).tolist() == [0.5, 0, -0.5, 0, *nothing]
-    assert of_groups(rewards, 4, "leave_one_out", valid).tolist() == [0.75, 0, -0.75, 0, *nothing]
+    assert group_advantages(rewards, 4, "centred", valid).tolist() == [0.5, 0, -0.5, 0, *nothing]
+    assert group_advantages(rewards, 4, "leave_one_out", valid).tolist() == [0.75, 0, -0.75, 0, *nothing]
     wanted = [0.5 / (0.5 + 1e-6), 0, -0.5 / (0.5 + 1e-6), 0, *nothing]  # the deviation of 1, 0 and 0.5 is 0.5
-    assert of_groups(rewards, 4, "normalised", valid).tolist() == pytest.approx(wanted, abs=1e-15)
-    assert comparable(valid, 4).tolist() == [True, False, True, True, False, False, False, False]
+    assert group_advantages(rewards, 4, "normalised", valid).tolist() == pytest.approx(wanted, abs=1e-15)
+    assert has_peer(valid, 4).tolist() == [True, False, True, True, False, False, False, False]
 
 
 @given(
@@ -178,13 +178,13 @@ def test_advantages_are_those_of_the_group_without_what_has_no_reward(
     samples: list[tuple[float, bool]], size: int, estimator: str
 ) -> None:
     rewards, valid = np.array([reward for reward, _ in samples]), np.array([has for _, has in samples])
-    found = of_groups(np.where(valid, rewards, np.nan), size, estimator, valid)
+    found = group_advantages(np.where(valid, rewards, np.nan), size, estimator, valid)
     for start in range(0, 6, size):
         inside = np.arange(start, start + size)
         known = inside[valid[inside]]
         assert not found[np.setdiff1d(inside, known)].any()
         if len(known) > 1:
-            alone = of_groups(rewards[known], len(known), estimator)
+            alone = group_advantages(rewards[known], len(known), estimator)
             assert found[known] == pytest.approx(alone, rel=1e-9, abs=1e-9)
         else:
             assert not found[known].any()
@@ -192,4 +192,4 @@ def test_advantages_are_those_of_the_group_without_what_has_no_reward(
 
 def test_a_group_is_uniform_when_the_rewards_it_has_are_equal() -> None:
     rewards = np.array([1.0, np.nan, 1.0, 1, np.nan, 0, np.nan, np.nan, np.nan])
-    assert uniform(rewards, 3, ~np.isnan(rewards)).tolist() == [True] * 3 + [False] * 3 + [True] * 3
+    assert in_uniform_group(rewards, 3, ~np.isnan(rewards)).tolist() == [True] * 3 + [False] * 3 + [True] * 3

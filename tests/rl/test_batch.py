@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.rl.batches.batch import Batch, blank, from_samples, from_sft, padded_length
+from megatron_bai.rl.batches.batch import Batch, empty_batch, from_samples, from_sft, padded_length
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
@@ -97,11 +97,11 @@ def test_parts_are_consecutive_and_filling_one_fills_the_whole() -> None:
 
 def test_a_part_may_be_empty_and_samples_keep_their_numbers_in_another_order() -> None:
     samples = [sample(total, 2, seed) for seed, total in enumerate((6, 3, 5))]
-    batch = from_samples(samples, np.arange(3.0), 6, PAD, SIGNATURE).ordered([2, 0, 1])
-    assert batch.number.tolist() == [2, 0, 1] and batch.advantages.tolist() == [2, 0, 1]
+    batch = from_samples(samples, np.arange(3.0), 6, PAD, SIGNATURE).reorder([2, 0, 1])
+    assert batch.sample_index.tolist() == [2, 0, 1] and batch.advantages.tolist() == [2, 0, 1]
     assert batch.lengths.tolist() == [5, 6, 3]
     none, first, rest = batch.split([0, 1, 2])
-    assert len(none) == 0 and none.routes.shape == (0, 6, 3, 2) and rest.number.tolist() == [0, 1]
+    assert len(none) == 0 and none.routes.shape == (0, 6, 3, 2) and rest.sample_index.tolist() == [0, 1]
     first.old_logprobs.fill_(-3.0)
     assert batch.old_logprobs[0].eq(-3).all() and not batch.old_logprobs[1:].any()
 
@@ -111,7 +111,7 @@ def test_the_target_of_a_token_is_the_next_of_its_sample() -> None:
     (a, b), tokens = batch.targets.tolist(), batch.tokens.tolist()
     assert a == [*tokens[0][1:4], -1, -1] and b == [tokens[1][1], -1, -1, -1, -1]
     assert (batch.targets[batch.mask] >= 0).all()  # what the loss counts has one
-    assert blank(batch.tokens).targets[:, -1].tolist() == [-1, -1]
+    assert empty_batch(batch.tokens).targets[:, -1].tolist() == [-1, -1]
 
 
 def test_supervised_targets_move_to_the_position_that_predicts_them() -> None:
@@ -123,7 +123,7 @@ def test_supervised_targets_move_to_the_position_that_predicts_them() -> None:
 
 
 def test_a_blank_batch_has_nothing_to_learn() -> None:
-    batch = blank(torch.zeros(2, 3, dtype=torch.int64))
+    batch = empty_batch(torch.zeros(2, 3, dtype=torch.int64))
     assert not batch.mask.any() and not batch.routed.any() and [len(p) for p in batch.split(1)] == [1, 1]
 
 

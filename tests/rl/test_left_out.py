@@ -62,7 +62,7 @@ def test_samples_without_reward_are_left_out_alone_or_with_their_group(
 def test_a_lost_sample_is_padding_to_everything_but_its_group() -> None:
     there = samples(3, np.random.default_rng(0))
     gone = lost_sample(there[0].prompt, there[0].tokens[: there[0].prompt_length], SIGNATURE, "no server")
-    batch = from_samples([*there, gone], REWARDS[:4], 24, 0, SIGNATURE, counted=np.array([True, True, True, False]))
+    batch = from_samples([*there, gone], REWARDS[:4], 24, 0, SIGNATURE, in_loss=np.array([True, True, True, False]))
     alone = from_samples(there, REWARDS[:3], 24, 0, SIGNATURE)
     assert not (batch.mask[3].any() or batch.routed[3].any() or batch.missing[3].any())
     assert batch.lengths[3] == there[0].prompt_length and (batch.targets[3] >= 0).sum() == batch.lengths[3] - 1
@@ -74,13 +74,13 @@ def test_a_lost_sample_is_padding_to_everything_but_its_group() -> None:
 def test_what_is_left_out_is_in_no_count_but_is_still_measured_before() -> None:
     rollouts = samples(8, np.random.default_rng(0))
     counted = np.array([i not in (3, 6) for i in range(8)])
-    batch = from_samples(rollouts, REWARDS, 24, 0, SIGNATURE, counted=counted)
+    batch = from_samples(rollouts, REWARDS, 24, 0, SIGNATURE, in_loss=counted)
     lengths = [len(sample.response) for sample in rollouts]
     assert batch.mask.sum(1).tolist() == lengths
-    assert batch.prompts.tolist() == [0] * 4 + [1] * 4
+    assert batch.prompt_index.tolist() == [0] * 4 + [1] * 4
     assert batch.prompt_tokens.tolist() == [sum(lengths[:4])] * 4 + [sum(lengths[4:])] * 4
     parts = batch.split(3)
-    batch.leave_out()
+    batch.drop_excluded()
     kept = [length * bool(count) for length, count in zip(lengths, counted)]
     assert torch.cat([part.mask.sum(1) for part in parts]).tolist() == kept  # parts are views
     assert batch.prompt_tokens.tolist() == [sum(kept[:4])] * 4 + [sum(kept[4:])] * 4

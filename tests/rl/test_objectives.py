@@ -13,7 +13,7 @@ from policies import dirty, drawn, loss, one_token
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.advantages import of_groups
+from megatron_bai.rl.batches.advantages import group_advantages
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.correction import KINDS
@@ -66,11 +66,11 @@ def test_value_and_gradient_are_the_papers(
 @each
 def test_samples_that_do_not_count_are_as_if_they_were_not_there(settings: config.Objective) -> None:
     case = drawn(9, 6, 5, 0.3)
-    some = replace(case, counted=np.array([1, 1, 0, 0, 0, 0, 1, 0, 1], dtype=bool))
+    some = replace(case, in_loss=np.array([1, 1, 0, 0, 0, 0, 1, 0, 1], dtype=bool))
     found = loss(settings, some)
     same(found, papers.FORMULAS[type(settings)](some, settings))
-    assert found[1].any() and not found[1][~some.counted].any()
-    rest = replace(case, **{key: value[some.counted] for key, value in vars(case).items()})
+    assert found[1].any() and not found[1][~some.in_loss].any()
+    rest = replace(case, **{key: value[some.in_loss] for key, value in vars(case).items()})
     assert loss(settings, rest)[0] == pytest.approx(found[0], rel=1e-12)
 
 
@@ -102,7 +102,7 @@ def test_nothing_to_learn_gives_nothing(settings: config.Objective) -> None:
     empty = replace(case, mask=np.zeros_like(case.mask))
     value, gradient, metrics = loss(settings, empty)
     assert value == 0 and not gradient.any() and metrics == {}
-    value, gradient, _ = loss(settings, replace(case, counted=np.zeros_like(case.counted)))
+    value, gradient, _ = loss(settings, replace(case, in_loss=np.zeros_like(case.in_loss)))
     assert value == 0 and not gradient.any()
 
 
@@ -110,7 +110,7 @@ def test_nothing_to_learn_gives_nothing(settings: config.Objective) -> None:
 @pytest.mark.parametrize("estimator", ["centred", "normalised", "leave_one_out"])
 def test_groups_with_equal_rewards_give_no_gradient(settings: config.Objective, estimator: str) -> None:
     for reward in (0.0, 1.0, 0.7):
-        case = replace(drawn(6, 5, 1, 0.5), advantages=of_groups(np.full(6, reward), 3, estimator))
+        case = replace(drawn(6, 5, 1, 0.5), advantages=group_advantages(np.full(6, reward), 3, estimator))
         value, gradient, _ = loss(settings, case)
         assert abs(value) <= 1e-8 and np.abs(gradient).max() <= 1e-8
 
@@ -201,7 +201,7 @@ def test_float32_log_probabilities_stay_close_to_the_formulas() -> None:
 
 
 def test_a_prompts_tokens_and_the_count_of_prompts_follow_what_counts() -> None:
-    case = replace(drawn(6, 5, 1, 0.1), counted=np.array([1, 1, 0, 0, 0, 0], dtype=bool))
+    case = replace(drawn(6, 5, 1, 0.1), in_loss=np.array([1, 1, 0, 0, 0, 0], dtype=bool))
     micros = case.batch().split(4)
     counts = {how: aggregate.count(micros, how) for how in ("sample_sum", "sample_mean", "token_mean", "prompt_mean")}
     assert counts == {"sample_sum": 2, "sample_mean": 2, "token_mean": int(case.mask[:2].sum()), "prompt_mean": 1}

@@ -15,7 +15,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples
-from megatron_bai.rl.batches.micro_batches import cut, first_fit, pack
+from megatron_bai.rl.batches.micro_batches import first_fit, make_mini_batches, pack_rows
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.policy.forward_backward import _thd
 
@@ -54,12 +54,12 @@ def settings(row: int, **parallel: int) -> config.Config:
 
 def test_mini_batches_keep_their_samples_and_their_order(world: None) -> None:
     whole, stats = drawn(), Stats()
-    batch, minis = cut(whole, settings(24), stats)
-    held = [sorted(number for micro in mini for number in micro.number.tolist()) for mini in minis]
+    batch, minis = make_mini_batches(whole, settings(24), stats)
+    held = [sorted(number for micro in mini for number in micro.sample_index.tolist()) for mini in minis]
     assert held == [[0, 1, 2, 3], [4, 5, 6, 7]]
     micros = [micro for mini in minis for micro in mini]
-    assert torch.cat([micro.number for micro in micros]).tolist() == batch.number.tolist()
-    assert torch.equal(batch.tokens, whole.tokens[batch.number]) and torch.equal(batch.mask, whole.mask[batch.number])
+    assert torch.cat([micro.sample_index for micro in micros]).tolist() == batch.sample_index.tolist()
+    assert torch.equal(batch.tokens, whole.tokens[batch.sample_index]) and torch.equal(batch.mask, whole.mask[batch.sample_index])
     micros[-1].old_logprobs.fill_(-1.0)
     assert batch.old_logprobs[-len(micros[-1]) :].eq(-1).all()  # views
     padding = 1 - int(whole.lengths.sum()) / (24 * len(micros))
@@ -68,19 +68,19 @@ def test_mini_batches_keep_their_samples_and_their_order(world: None) -> None:
 
 def test_samples_are_counted_where_tokens_are_not(world: None) -> None:
     whole, stats = drawn(), Stats()
-    batch, minis = cut(whole, settings(0), stats)
+    batch, minis = make_mini_batches(whole, settings(0), stats)
     assert batch is whole and [[len(micro) for micro in mini] for mini in minis] == [[2, 2], [2, 2]]
     assert stats.values() == {"padding_fraction": pytest.approx(1 - int(whole.lengths.sum()) / (8 * 24))}
 
 
 def test_an_interleaved_schedule_gets_a_row_a_stage(world: None) -> None:
-    _, minis = cut(drawn(), settings(24, pipeline=2, virtual_pipeline=2), Stats())
+    _, minis = make_mini_batches(drawn(), settings(24, pipeline=2, virtual_pipeline=2), Stats())
     assert all(len(mini) % 2 == 0 for mini in minis) and any(len(micro) == 0 for mini in minis for micro in mini)
 
 
 def test_a_sample_longer_than_a_row_is_refused_by_name(world: None) -> None:
     with pytest.raises(UserError, match=r"sample of 24 tokens .*tokens_per_micro_batch \(23\).*max_new_tokens"):
-        cut(drawn(), settings(23), Stats())
+        make_mini_batches(drawn(), settings(23), Stats())
 
 
 OBJECTIVES = (config.Sft, config.Minirl, config.Sequence, config.Grpo, config.Dapo, config.Cispo, config.Gspo)
@@ -88,7 +88,7 @@ OBJECTIVES = (config.Sft, config.Minirl, config.Sequence, config.Grpo, config.Da
 
 @pytest.mark.parametrize("chosen", [kind() for kind in OBJECTIVES], ids=lambda chosen: chosen.name)
 def test_an_empty_row_adds_nothing_to_any_objective(chosen: config.Objective) -> None:
-    empty, full = pack(drawn(), [0, 8], 128)
+    empty, full = pack_rows(drawn(), [0, 8], 128)
     objective = objectives.get(chosen.name)
     fed = torch.randn(1, 128, requires_grad=True)
     total, stats = objectives.total(objective, chosen, empty.unpack(fed), empty, empty.unpack(fed))
@@ -99,7 +99,7 @@ def test_an_empty_row_adds_nothing_to_any_objective(chosen: config.Objective) ->
 
 
 def test_attention_is_told_where_samples_begin_and_that_the_rest_is_one_more() -> None:
-    (micro,) = pack(drawn(), [8], 128)
+    (micro,) = pack_rows(drawn(), [8], 128)
     found = _thd(micro.packing, torch.device("cpu"))
     assert found.qkv_format == "thd" and found.cu_seqlens_q.dtype is torch.int32
     assert found.cu_seqlens_q.tolist() == np.cumsum([0, 7, 4, 18, 10, 7, 24, 16, 18, 24]).tolist()

@@ -40,8 +40,8 @@ def batch_of(limit: int | None = None) -> tuple[Batch, Stats, list[list[int]]]:
 def test_ages_lie_where_tokens_are_predicted() -> None:
     batch, stats, ages = batch_of()
     for row, own in enumerate(ages):
-        assert batch.age[row, batch.mask[row]].tolist() == own
-    assert not batch.age[~batch.mask].any()
+        assert batch.version_age[row, batch.mask[row]].tolist() == own
+    assert not batch.version_age[~batch.mask].any()
     every = sum(ages, [])
     assert stats.values() == pytest.approx(
         {"stale_fraction": np.mean(np.array(every) > 0), "version_age_mean": np.mean(every), "version_age_max": 2}
@@ -53,7 +53,7 @@ def test_tokens_that_are_too_old_leave_the_mask(limit: int) -> None:
     batch, stats, ages = batch_of(limit)
     assert batch.mask.sum(1).tolist() == [sum(age <= limit for age in own) for own in ages]
     assert stats.values()["stale_masked"] == pytest.approx(np.mean(np.array(sum(ages, [])) > limit))
-    batch.leave_out()
+    batch.drop_excluded()
     assert batch.prompt_tokens.tolist() == batch.mask.sum(1).tolist()
 
 
@@ -96,7 +96,7 @@ def test_the_two_factors_are_of_the_weights_that_sampled(kept: bool) -> None:
 
 def test_fresh_rollouts_have_the_metrics_they_always_had() -> None:
     batch, _, _ = batch_of()
-    batch.age.zero_()
+    batch.version_age.zero_()
     stats = Stats()
     staleness.add_discrepancies(stats, batch, None, batch.old_logprobs)
     assert torch.equal(batch.sampled_logprobs, batch.old_logprobs)

@@ -158,7 +158,7 @@ def orders(plain: Bench, again: Bench) -> dict[str, Any]:
     """Two micro-batches whose passes overlap, with every layer recomputed."""
     first, second = slice(0, 2), slice(2, 6)
     routes = [plain.engine.local_routes(micro) for micro in (plain.batch.split(2)[0], plain.batch.split(2)[1])]
-    routes[1] = plain.engine.local_routes(plain.batch.ordered(second))
+    routes[1] = plain.engine.local_routes(plain.batch.reorder(second))
     found: dict[str, Any] = {}
     for name, own in (("plain", plain), ("recomputed", again)):
         with own.replay.force(routes):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-Total = Callable[[torch.Tensor], torch.Tensor]  # a tensor's sum over the data-parallel ranks
+SumOverRanks = Callable[[torch.Tensor], torch.Tensor]  # a tensor's sum over the data-parallel ranks
 
 ESTIMATORS = ("centred", "normalised", "leave_one_out")
 
@@ -21,8 +21,8 @@ def group_centred(rewards: np.ndarray, group_size: int, valid: np.ndarray | None
     Returns:
         `[groups · group_size]` float64.
     """
-    groups, has, count = _grouped(rewards, group_size, valid)
-    advantages: np.ndarray = _centred(groups, has, count) * _compared(has, count)
+    groups, valid, count = _grouped(rewards, group_size, valid)
+    advantages: np.ndarray = _centred(groups, valid, count) * _compared(valid, count)
     return advantages.reshape(-1)
 
 
@@ -34,41 +34,41 @@ def group_normalised(
     The deviation has n − 1 in its denominator, n being the samples with a reward, as in the implementations; the paper
     does not say.
     """
-    groups, has, count = _grouped(rewards, group_size, valid)
-    centred = _centred(groups, has, count)
+    groups, valid, count = _grouped(rewards, group_size, valid)
+    centred = _centred(groups, valid, count)
     deviation = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    advantages: np.ndarray = centred / (deviation + epsilon) * _compared(has, count)
+    advantages: np.ndarray = centred / (deviation + epsilon) * _compared(valid, count)
     return advantages.reshape(-1)
 
 
 def leave_one_out(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
     """A = R − mean of the *other* samples' R in the group (RLOO, arXiv 2402.14740): the baseline is unbiased."""
-    groups, has, count = _grouped(rewards, group_size, valid)
+    groups, valid, count = _grouped(rewards, group_size, valid)
     others = count / np.maximum(count - 1, 1)
-    advantages: np.ndarray = _centred(groups, has, count) * others * _compared(has, count)
+    advantages: np.ndarray = _centred(groups, valid, count) * others * _compared(valid, count)
     return advantages.reshape(-1)
 
 
-def of_groups(rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None) -> np.ndarray:
+def group_advantages(rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None) -> np.ndarray:
     """Advantages by the estimator's name, one of `ESTIMATORS`. Shapes as in `group_centred`."""
     return {"centred": group_centred, "normalised": group_normalised, "leave_one_out": leave_one_out}[estimator](
         rewards, group_size, valid
     )
 
 
-def uniform(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
+def in_uniform_group(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
     """`[groups · group_size]` bool: the rewards in the sample's group are all equal, from which there is nothing to
     learn."""
-    groups, has, _ = _grouped(rewards, group_size, valid)
-    lowest = np.where(has, groups, np.inf).min(axis=1)
-    highest = np.where(has, groups, -np.inf).max(axis=1)
+    groups, valid, _ = _grouped(rewards, group_size, valid)
+    lowest = np.where(valid, groups, np.inf).min(axis=1)
+    highest = np.where(valid, groups, -np.inf).max(axis=1)
     return np.repeat(lowest >= highest, group_size)
 
 
-def comparable(valid: np.ndarray, group_size: int) -> np.ndarray:
+def has_peer(valid: np.ndarray, group_size: int) -> np.ndarray:
     """`[groups · group_size]` bool: the sample has a reward, and so has another one of its group."""
-    has = valid.reshape(-1, group_size)
-    return _compared(has, has.sum(axis=1, keepdims=True)).reshape(-1)
+    valid = valid.reshape(-1, group_size)
+    return _compared(valid, valid.sum(axis=1, keepdims=True)).reshape(-1)
 
 
 def _grouped(
@@ -76,16 +76,16 @@ def _grouped(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`[groups, group_size]` rewards, 0 where there is none; which there are; `[groups, 1]` how many."""
     groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
-    has = np.ones(groups.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).reshape(groups.shape)
-    return np.where(has, groups, 0.0), has, has.sum(axis=1, keepdims=True)
+    valid = np.ones(groups.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).reshape(groups.shape)
+    return np.where(valid, groups, 0.0), valid, valid.sum(axis=1, keepdims=True)
 
 
-def _centred(groups: np.ndarray, has: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return np.where(has, groups - groups.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+def _centred(groups: np.ndarray, valid: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.where(valid, groups - groups.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
 
 
-def _compared(has: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return has & (count > 1)
+def _compared(valid: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return valid & (count > 1)
 
 
 @torch.no_grad()
@@ -107,53 +107,53 @@ def gae(
     """
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     advantages = torch.zeros_like(values)
-    following = ahead = torch.zeros_like(values[:, 0])  # A and V of the next token
+    next_advantage = next_value = torch.zeros_like(values[:, 0])  # A and V of the next token
     for t in reversed(range(values.shape[1])):
         here = mask[:, t]
-        advantage = rewards[:, t] + gamma * ahead - values[:, t] + gamma * lam * following
-        following, ahead = advantage.where(here, following), values[:, t].where(here, ahead)
+        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
+        next_advantage, next_value = advantage.where(here, next_advantage), values[:, t].where(here, next_value)
         advantages[:, t] = advantage * here
     return advantages, advantages + values
 
 
-def at_the_end(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def at_last_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Rewards of responses `[B]` at the last token of each in `mask`, `[B, T]`; 0 elsewhere."""
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return rewards[:, None] * last
 
 
-def whitened(values: torch.Tensor, mask: torch.Tensor, total: Total) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, sum_over_ranks: SumOverRanks) -> torch.Tensor:
     """(x − mean) / (deviation + 1e-8) over the elements in `mask` of all ranks; 0 outside it.
 
     Args:
         values, mask: `[B, T]`, this rank's.
-        total: as `moments` has it.
+        sum_over_ranks: as `moments` has it.
     """
-    mean, variance = moments(values[mask], total)
+    mean, variance = moments(values[mask], sum_over_ranks)
     return ((values - mean) / (variance.sqrt() + 1e-8)).to(values.dtype).masked_fill(~mask, 0.0)
 
 
-def moments(values: torch.Tensor, total: Total) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(values: torch.Tensor, sum_over_ranks: SumOverRanks) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance, `[]` float64, over the elements of all ranks: 0 over none. Two passes, so that neither depends
     on how the elements lie on the ranks by more than rounding.
 
     Args:
-        total: sums a float64 tensor over the ranks. Called twice.
+        sum_over_ranks: sums a float64 tensor over the ranks. Called twice.
     """
     values = values.double()
-    count, summed = total(values.new_tensor([values.numel(), values.sum()]))
+    count, summed = sum_over_ranks(values.new_tensor([values.numel(), values.sum()]))
     mean = summed / count.clamp(min=1)
-    return mean, total((values - mean).square().sum()) / count.clamp(min=1)
+    return mean, sum_over_ranks((values - mean).square().sum()) / count.clamp(min=1)
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, total: Total) -> float | None:
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, sum_over_ranks: SumOverRanks) -> float | None:
     """1 − Var(R − V)/Var(R) over the elements of all ranks: 1 for values that are the returns, 0 for a constant, below
     0 for worse. None where all returns are equal, to rounding in float32.
 
     Args:
         values, returns: V and R, `[n]` each.
-        total: as `moments` has it.
+        sum_over_ranks: as `moments` has it.
     """
-    _, left = moments(returns - values, total)
-    mean, whole = moments(returns, total)
+    _, left = moments(returns - values, sum_over_ranks)
+    mean, whole = moments(returns, sum_over_ranks)
     return float(1 - left / whole) if whole > 1e-12 * mean.square() else None

@@ -27,20 +27,20 @@ class Batch:
         old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
         sampled_logprobs: `[B, T]` float32, of the training engine with the weights that sampled the token
             (`staleness.py`); `old_logprobs` where they are the step's, NaN where it has them no longer.
-        age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside the mask.
+        version_age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside the mask.
         advantages: `[B]` float32, one a sample; `[B, T]`, one a token, where a critic fills them.
         routes: `[B, T, layers, topk]` experts of input token t in this rank's MoE layers, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
         reference_logprobs: `[B, T]` float32, of the reference policy; 0 where the objective has no use for it.
-        counted: `[B]` bool, false for samples that the loss leaves out (`leave_out`).
-        prompts: `[B]` int64, which of this replica's prompts the sample answers.
+        in_loss: `[B]` bool, false for samples that the loss leaves out (`drop_excluded`).
+        prompt_index: `[B]` int64, which of this replica's prompts the sample answers.
         prompt_tokens: `[B]` int64, tokens in `mask` of all samples of that prompt.
         missing: `[B, T]` bool, tokens it was fed whose route is not known. What is in neither is padding.
         rewards: `[B]` float32.
         values: `[B, T]` float32, the critic's before the step's first update; 0 without a critic.
         returns: `[B, T]` float32, the critic's targets; likewise.
         lengths: `[B]` int64, tokens of each sample; T unless said.
-        number: `[B]` int64, which of this replica's samples it is, whatever their order here.
+        sample_index: `[B]` int64, which of this replica's samples it is, whatever their order here.
         packing: how the samples lie in the one row that a model is fed; None: as they lie here.
     """
 
@@ -52,16 +52,16 @@ class Batch:
     routes: torch.Tensor
     routed: torch.Tensor
     reference_logprobs: torch.Tensor
-    counted: torch.Tensor
-    prompts: torch.Tensor
+    in_loss: torch.Tensor
+    prompt_index: torch.Tensor
     prompt_tokens: torch.Tensor
     missing: torch.Tensor = _UNSAID  # none, unless said
     rewards: torch.Tensor = _UNSAID  # these three 0, unless said
     values: torch.Tensor = _UNSAID
     returns: torch.Tensor = _UNSAID
     lengths: torch.Tensor = _UNSAID
-    number: torch.Tensor = _UNSAID
-    age: torch.Tensor = _UNSAID  # 0, unless said
+    sample_index: torch.Tensor = _UNSAID
+    version_age: torch.Tensor = _UNSAID  # 0, unless said
     sampled_logprobs: torch.Tensor = _UNSAID  # as old_logprobs, unless said
     packing: Packing | None = None
 
@@ -75,10 +75,10 @@ class Batch:
             self.values, self.returns = torch.zeros_like(self.infer_logprobs), torch.zeros_like(self.infer_logprobs)
         if self.lengths is None:
             self.lengths = torch.full((b,), length)
-        if self.number is None:
-            self.number = torch.arange(b)
-        if self.age is None:
-            self.age = torch.zeros_like(self.tokens)
+        if self.sample_index is None:
+            self.sample_index = torch.arange(b)
+        if self.version_age is None:
+            self.version_age = torch.zeros_like(self.tokens)
         if self.sampled_logprobs is None:
             self.sampled_logprobs = self.old_logprobs.clone()
 
@@ -93,17 +93,17 @@ class Batch:
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors()}
         return replace(self, **moved)
 
-    def leave_out(self) -> None:
+    def drop_excluded(self) -> None:
         """Take the samples that do not count out of `mask` and of `prompt_tokens`, in place."""
-        self.mask &= self.counted[:, None]
-        self.prompt_tokens.copy_(_tokens_of_prompts(self.mask, self.prompts))
+        self.mask &= self.in_loss[:, None]
+        self.prompt_tokens.copy_(_tokens_of_prompts(self.mask, self.prompt_index))
 
     def split(self, sizes: int | list[int]) -> list["Batch"]:
         """Consecutive parts of `sizes` samples; views, so that filling a part fills the whole."""
         names, tensors = zip(*self._tensors(), strict=True)
         return [Batch(**dict(zip(names, part, strict=True))) for part in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)]
 
-    def ordered(self, order: list[int]) -> "Batch":
+    def reorder(self, order: list[int]) -> "Batch":
         """The samples in another order: a copy."""
         permuted: dict[str, Any] = {name: tensor[order] for name, tensor in self._tensors()}
         return Batch(**permuted)
@@ -135,7 +135,7 @@ def from_samples(
     length: int,
     pad_id: int,
     signature: RouteSignature,
-    counted: np.ndarray | None = None,
+    in_loss: np.ndarray | None = None,
     columns: Sequence[int] | None = None,
     rewards: np.ndarray | None = None,
 ) -> Batch:
@@ -144,7 +144,7 @@ def from_samples(
     Args:
         advantages: `[B]`, one a sample; None leaves 0, one a token, for a critic to fill.
         length: T, at least the longest sample.
-        counted: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.leave_out`.
+        in_loss: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.drop_excluded`.
         columns: MoE layers, counted from 0, whose routes the samples hold; None: all.
         rewards: `[B]`; None: 0.
     """
@@ -160,7 +160,7 @@ def from_samples(
         logprobs[i, predicted] = sample.logprobs
     recorded = [sample.recorded for sample in samples]
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
-    prompts = torch.tensor([sample.prompt for sample in samples])
+    prompt_index = torch.tensor([sample.prompt for sample in samples])
     return Batch(
         tokens=torch.from_numpy(tokens),
         mask=torch.from_numpy(mask),
@@ -170,33 +170,33 @@ def from_samples(
         routes=torch.from_numpy(routes),
         routed=torch.from_numpy(routed),
         reference_logprobs=torch.zeros(b, length),
-        counted=torch.ones(b, dtype=torch.bool) if counted is None else torch.from_numpy(counted),
-        prompts=prompts,
-        prompt_tokens=_tokens_of_prompts(torch.from_numpy(mask), prompts),
+        in_loss=torch.ones(b, dtype=torch.bool) if in_loss is None else torch.from_numpy(in_loss),
+        prompt_index=prompt_index,
+        prompt_tokens=_tokens_of_prompts(torch.from_numpy(mask), prompt_index),
         missing=torch.from_numpy(missing),
         rewards=torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32)),
         lengths=torch.tensor([len(sample.tokens) for sample in samples]),
     )
 
 
-def _tokens_of_prompts(mask: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+def _tokens_of_prompts(mask: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
     """`[B]` int64: tokens in the mask of all samples of each sample's prompt."""
-    return torch.bincount(prompts, mask.sum(1)).long()[prompts]
+    return torch.bincount(prompt_index, mask.sum(1)).long()[prompt_index]
 
 
-def from_sft(tokens: np.ndarray, target: np.ndarray) -> Batch:
+def from_sft(tokens: np.ndarray, target_mask: np.ndarray) -> Batch:
     """A batch for supervised training.
 
     Args:
         tokens: `[B, T]` int64.
-        target: `[B, T]` bool, true where token t is to be learned.
+        target_mask: `[B, T]` bool, true where token t is to be learned.
     """
-    batch = blank(torch.from_numpy(tokens))
-    batch.mask[:, :-1] = torch.from_numpy(target)[:, 1:]
+    batch = empty_batch(torch.from_numpy(tokens))
+    batch.mask[:, :-1] = torch.from_numpy(target_mask)[:, 1:]
     return batch
 
 
-def blank(tokens: torch.Tensor) -> Batch:
+def empty_batch(tokens: torch.Tensor) -> Batch:
     """A batch of `[B, T]` tokens with nothing to learn and no routes."""
     b, length = tokens.shape
     nothing, never = torch.zeros(b, length), torch.zeros(b, length, dtype=torch.bool)

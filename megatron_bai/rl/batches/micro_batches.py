@@ -1,4 +1,4 @@
-"""The cut of a step's samples into micro-batches: of so many samples, or of so many tokens.
+"""The split of a step's samples into micro-batches: of so many samples, or of so many tokens.
 
 Counted in samples (`trainer.micro_batch_size`), a micro-batch is padded to the longest sample anywhere in the step.
 Counted in tokens (`trainer.tokens_per_micro_batch`), it is one row of that length that holds as many samples side by
@@ -18,7 +18,7 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.routing.layout import Packing
 
-Cut = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches
+MiniBatches = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches
 
 
 def validate_batches(settings: config.Config, replicas: int) -> None:
@@ -50,10 +50,10 @@ def validate_batches(settings: config.Config, replicas: int) -> None:
     build.validate_micro_batches(settings.parallel, samples // trainer.micro_batch_size)
 
 
-def cut(
+def make_mini_batches(
     batch: Batch, settings: config.Config, stats: Stats, device: torch.device = torch.device("cpu")
-) -> tuple[Batch, Cut]:
-    """Cut this rank's samples of a step into consecutive mini-batches, and those into micro-batches. Collective.
+) -> tuple[Batch, MiniBatches]:
+    """Split this rank's samples of a step into consecutive mini-batches, and those into micro-batches. Collective.
 
     Packing changes the order of the samples of a mini-batch. That is done once a step: R2's routes are recorded and
     replayed in the same rows. Adds `padding_fraction`, the share of what the model is fed that is no sample's token.
@@ -69,7 +69,7 @@ def cut(
     """
     trainer = settings.trainer
     if trainer.tokens_per_micro_batch:
-        batch, minis = _packed(batch, settings, device)
+        batch, minis = _pack_mini_batches(batch, settings, device)
     else:
         size = len(batch) // trainer.mini_batches
         minis = [mini.split(trainer.micro_batch_size) for mini in batch.split(size)]
@@ -78,7 +78,7 @@ def cut(
     return batch, minis
 
 
-def _packed(batch: Batch, settings: config.Config, device: torch.device) -> tuple[Batch, Cut]:
+def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.device) -> tuple[Batch, MiniBatches]:
     """Mini-batches of packed rows, in number the most that any rank needs."""
     trainer, size = settings.trainer, len(batch) // settings.trainer.mini_batches
     row, lengths = trainer.tokens_per_micro_batch, batch.lengths.tolist()
@@ -95,9 +95,9 @@ def _packed(batch: Batch, settings: config.Config, device: torch.device) -> tupl
     multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # which the interleaved schedule needs
     for rows, count in zip(minis, counts, strict=True):
         rows += [[] for _ in range(-(-count // multiple) * multiple - len(rows))]
-    batch = batch.ordered([number * size + own for number, rows in enumerate(minis) for held in rows for own in held])
+    batch = batch.reorder([number * size + own for number, rows in enumerate(minis) for held in rows for own in held])
     return batch, [
-        pack(mini, [len(held) for held in rows], row) for mini, rows in zip(batch.split(size), minis, strict=True)
+        pack_rows(mini, [len(held) for held in rows], row) for mini, rows in zip(batch.split(size), minis, strict=True)
     ]
 
 
@@ -121,7 +121,7 @@ def first_fit(lengths: list[int], row: int) -> list[list[int]]:
     return rows
 
 
-def pack(batch: Batch, sizes: list[int], row: int) -> list[Batch]:
+def pack_rows(batch: Batch, sizes: list[int], row: int) -> list[Batch]:
     """Consecutive parts of `sizes` samples, views of the batch, each in one row of `row` tokens. A part may be empty.
 
     No context parallelism: the row alone must be a multiple of what it is split by, not each sample.

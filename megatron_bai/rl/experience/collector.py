@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.monitor.metrics.response_metrics import add_responses
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.advantages import comparable, of_groups, uniform
+from megatron_bai.rl.batches.advantages import group_advantages, has_peer, in_uniform_group
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
 from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.experience.failed_samples import count_failures, count_lost
@@ -93,7 +93,7 @@ class Collector:
         samples = self._taken_ahead(last, stats) if self.ahead else self._groups(stats)
         rewards, valid = rewards_of(samples)
         critic = isinstance(objective, config.Ppo)  # which has an advantage for each token, later
-        advantages = None if critic else of_groups(rewards, size, objective.advantage, valid)
+        advantages = None if critic else group_advantages(rewards, size, objective.advantage, valid)
         counted = _counted(samples, rewards, valid, size, self.settings, stats)
         batch = self._batch(samples, rewards, advantages, counted)
         if self.ahead:
@@ -195,7 +195,7 @@ def _idle(samples: list[Sample], group_size: int, incomplete: str) -> np.ndarray
     """`[groups]` bool: nothing can be learned from the group, its rewards are all equal or fewer than two, or it lacks
     some and is dropped for it."""
     rewards, valid = rewards_of(samples)
-    counts = comparable(valid, group_size) & ~uniform(rewards, group_size, valid) & _kept(valid, group_size, incomplete)
+    counts = has_peer(valid, group_size) & ~in_uniform_group(rewards, group_size, valid) & _kept(valid, group_size, incomplete)
     idle: np.ndarray = ~counts.reshape(-1, group_size).any(axis=1)
     return idle
 
@@ -217,10 +217,10 @@ def _counted(
     """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
     objective = policy_settings(settings.objective)
     critic = isinstance(objective, config.Ppo)  # compares a sample with its value and not with others
-    counted = valid.copy() if critic else comparable(valid, group_size)
+    counted = valid.copy() if critic else has_peer(valid, group_size)
     counted &= _kept(valid, group_size, settings.rollout.incomplete_groups)
     if objective.drop_uniform_groups:
-        counted &= ~uniform(rewards, group_size, valid)
+        counted &= ~in_uniform_group(rewards, group_size, valid)
     if objective.mask_overlong:
         counted &= [sample.finish == "stop" for sample in samples]
     stats.mean("left_out_fraction", torch.from_numpy(~counted))

@@ -47,7 +47,7 @@ class RouteRecorder:
         Args:
             version: of the training engine's weights, which chose R2's routes.
             samples: of this replica, in the order they were sampled in.
-            micros: the batch in parts, which hold the samples in any order (`Batch.number`).
+            micros: the batch in parts, which hold the samples in any order (`Batch.sample_index`).
             routes: replayed in each of them on this rank.
 
         Raises:
@@ -60,7 +60,7 @@ class RouteRecorder:
                 continue
             # R2 replays the trainer's own routes, which lack none.
             known = micro.routed if self.settings.mode == "r3" else micro.routed | micro.missing
-            for number, ids, routed in zip(micro.number.tolist(), whole, known.numpy(), strict=True):
+            for number, ids, routed in zip(micro.sample_index.tolist(), whole, known.numpy(), strict=True):
                 sample = samples[number]
                 kept.append(number)
                 if sample.lost:

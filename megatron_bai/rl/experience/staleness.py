@@ -27,7 +27,7 @@ from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 
 def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:
-    """Fill `batch.age`, and take tokens older than `limit` out of the mask, in place.
+    """Fill `batch.version_age`, and take tokens older than `limit` out of the mask, in place.
 
     Adds `stale_fraction`, the share of response tokens of an age over 0; `version_age_mean` and `version_age_max`, over
     response tokens; with a limit `stale_masked`, the share taken out.
@@ -41,13 +41,13 @@ def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None,
         for span in sample.spans:
             age, shift = version - int(span.version), sample.prompt_length - 1
             assert age >= 0, f"a token of version {span.version} in the step of version {version}"
-            batch.age[row, span.start + shift : span.end + shift] = age
-    ages = batch.age[batch.mask]
+            batch.version_age[row, span.start + shift : span.end + shift] = age
+    ages = batch.version_age[batch.mask]
     stats.mean("stale_fraction", ages > 0)
     stats.mean("version_age_mean", ages)
     stats.max("version_age_max", ages)
     if limit is not None:
-        batch.mask &= batch.age <= limit
+        batch.mask &= batch.version_age <= limit
         stats.mean("stale_masked", ages > limit)
 
 
@@ -89,7 +89,7 @@ def add_discrepancies(stats: Stats, batch: Batch, former: torch.Tensor | None, l
         former: log-probabilities under the weights of the step before.
         live: under the step's, without replay.
     """
-    old, age = batch.old_logprobs, batch.age
+    old, age = batch.old_logprobs, batch.version_age
     gone = torch.full_like(old, float("nan"))
     one = gone if former is None else former.cpu()
     batch.sampled_logprobs.copy_(torch.where(age == 0, old, torch.where(age == 1, one, gone)))

@@ -8,7 +8,7 @@ With ℓ the loss of token t of response i, y its length, over all micro-batches
     prompt_mean   (1/prompts) Σ_i Σ_t ℓ / (tokens of all responses to i's prompt)     DAPO as in its paper
 
 A micro-batch gives its part of the sum (`summed`); the engine divides by `count`, summed over data-parallel ranks.
-Samples that do not count (`Batch.counted`) are in neither; an empty response is a sample without tokens.
+Samples that do not count (`Batch.in_loss`) are in neither; an empty response is a sample without tokens.
 """
 
 import torch
@@ -32,5 +32,5 @@ def count(micros: list[Batch], mean: Mean) -> int:
     if mean == "token_mean":
         return sum(int(micro.mask.sum()) for micro in micros)
     if mean == "prompt_mean":
-        return len(torch.cat([micro.prompts[micro.counted] for micro in micros]).unique())
-    return sum(int(micro.counted.sum()) for micro in micros)
+        return len(torch.cat([micro.prompt_index[micro.in_loss] for micro in micros]).unique())
+    return sum(int(micro.in_loss.sum()) for micro in micros)

@@ -11,7 +11,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.advantages import at_the_end, explained_variance, gae, whitened
+from megatron_bai.rl.batches.advantages import at_last_token, explained_variance, gae, whiten
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.ppo import critic_loss
@@ -69,10 +69,10 @@ class Critic:
         if not self._last_stage:
             return stats
         batch.values.copy_(torch.cat(found))
-        rewards = at_the_end(batch.rewards, batch.mask)
+        rewards = at_last_token(batch.rewards, batch.mask)
         advantages, returns = gae(rewards, batch.values, batch.mask, self.settings.gamma, self.settings.lam)
-        counted = batch.mask & batch.counted[:, None]
-        batch.advantages.copy_(whitened(advantages, counted, self._total) if self.settings.whiten else advantages)
+        counted = batch.mask & batch.in_loss[:, None]
+        batch.advantages.copy_(whiten(advantages, counted, self._total) if self.settings.whiten else advantages)
         batch.returns.copy_(returns)
         stats.mean("value_mean", batch.values[counted])
         stats.mean("return_mean", returns[counted])

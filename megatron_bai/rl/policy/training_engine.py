@@ -11,7 +11,7 @@ from megatron_bai import config
 from megatron_bai.model.build import Actor
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, blank
+from megatron_bai.rl.batches.batch import Batch, empty_batch
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.rl.policy.forward_backward import ForwardBackward
 from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
@@ -88,7 +88,7 @@ class TrainingEngine:
         """
         # An interleaved schedule needs a micro-batch a stage.
         stages = self.passes.stages
-        micros = blank(tokens).split(-(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens))
+        micros = empty_batch(tokens).split(-(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens))
         outputs = self.passes.forward(micros, partial(_scored, temperature=1.0))
         return torch.cat([logprobs for logprobs, _ in outputs]) if self.last_stage else None
 
