@@ -77,7 +77,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     advantages = random.normal(size=arguments.samples)
     batch = from_samples(samples, advantages, arguments.tokens, 0, signature)
     micros = batch.split(arguments.micro)
-    for micro, own in zip(micros, engine.score(micros, record=True).recorded):
+    for micro, own in zip(micros, engine.score(micros, record=True).routes):
         micro.routes.copy_(own.ids.unflatten(0, (arguments.tokens, -1)).transpose(0, 1))
     objective = objectives.get("minirl")
 
@@ -86,7 +86,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
         routes = [engine.local_routes(micro) for micro in micros] if mode == "r3" else None
         scores = engine.score(micros, routes, record=mode == "r2")
         batch.old_logprobs.copy_(scores.logprobs)
-        engine.update(micros, scores.recorded if mode == "r2" else routes, objective, settings.objective)
+        engine.update(micros, scores.routes if mode == "r2" else routes, objective, settings.objective)
         if device.kind == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began[0], time.process_time() - began[1]

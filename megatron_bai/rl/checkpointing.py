@@ -51,18 +51,18 @@ _NAME = re.compile(r"step-(\d{5,})")
 class Stateful(Protocol):
     """Something of a run that goes on where it was: what it says of itself is JSON, the same on every rank."""
 
-    def state(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @runtime_checkable
 class StatefulWithFiles(Stateful, Protocol):
     """A part that also has arrays, each rank its own: files of the checkpoint's directory."""
 
-    def write(self, directory: Path) -> None: ...
+    def save_files(self, directory: Path) -> None: ...
 
-    def read(self, directory: Path) -> None: ...
+    def load_files(self, directory: Path) -> None: ...
 
 
 @dataclass
@@ -73,21 +73,21 @@ class ResumePoint:
         step: global steps that are done.
         version: of the weights, counted in syncs.
         checkpoint: to go on from; None for a run that begins at its beginning.
-        parts: what each `Stateful` said of itself.
-        generators: whether the random-number generators' states are of this layout.
+        states: what each `Stateful` said of itself.
+        restore_rng: whether the random-number generators' states are of this layout.
         same_store: whether the records in `replay.store` are this run's.
-        finished: there is nothing to do.
+        is_finished: there is nothing to do.
     """
 
     step: int = 0
     version: int = 0
     checkpoint: Path | None = None
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    generators: bool = False
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    restore_rng: bool = False
     same_store: bool = False
-    finished: bool = False
+    is_finished: bool = False
 
-    def load(self, models: dict[str, Actor]) -> None:
+    def load_models(self, models: dict[str, Actor]) -> None:
         """Give the models the checkpoint's state, where there is one. Collective.
 
         Raises:
@@ -96,15 +96,15 @@ class ResumePoint:
         if self.checkpoint is None:
             return
         try:
-            training_state.load(models, self.checkpoint, self.generators)
+            training_state.load(models, self.checkpoint, self.restore_rng)
         except UserError as error:
-            raise _unusable(self.checkpoint, error) from None
+            raise _unusable_error(self.checkpoint, error) from None
         if dist.get_rank() == 0:
             print(f"going on from {self.checkpoint}, after step {self.step}")
-            if not self.generators:
+            if not self.restore_rng:
                 print("it was written in another layout: the random-number generators start anew")
 
-    def restore(self, parts: Mapping[str, Stateful]) -> None:
+    def load_states(self, stateful: Mapping[str, Stateful]) -> None:
         """Let each part go on where it was. Collective.
 
         Raises:
@@ -112,12 +112,12 @@ class ResumePoint:
         """
         if self.checkpoint is None:
             return
-        if parts.keys() != self.parts.keys():
-            raise UserError(f"{self.checkpoint} has the state of {sorted(self.parts)}, the run needs {sorted(parts)}")
-        for name, part in parts.items():
-            part.restore(self.parts[name])
-            if isinstance(part, StatefulWithFiles):
-                joined().together(partial(part.read, self.checkpoint))
+        if stateful.keys() != self.states.keys():
+            raise UserError(f"{self.checkpoint} has the state of {sorted(self.states)}, the run needs {sorted(stateful)}")
+        for name, item in stateful.items():
+            item.load_state_dict(self.states[name])
+            if isinstance(item, StatefulWithFiles):
+                joined().together(partial(item.load_files, self.checkpoint))
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def open_run(session: Session) -> Iterator[ResumePoint]:
     group, directory = joined(), Path(session.settings.run.dir)
     with ExitStack() as stack:
         group.first(lambda: stack.enter_context(atomic_dir.lock(directory)))
-        yield group.first(lambda: _find(session, directory))
+        yield group.first(lambda: _find_resume_point(session, directory))
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -139,17 +139,17 @@ def checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def _find(session: Session, directory: Path) -> ResumePoint:
+def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
     settings, found = session.settings, checkpoints(directory)
     for path in (directory / "checkpoints").glob(".step-*"):  # what killed savings left
         rmtree(path) if path.is_dir() else path.unlink()
     complete = read_summary(directory).get("complete") is True
     if not found:
-        return _without(settings, directory, complete)
+        return _start_without_checkpoint(settings, directory, complete)
     try:
         info = manifest.require(found[-1])
     except UserError as error:
-        raise _unusable(found[-1], error) from None
+        raise _unusable_error(found[-1], error) from None
     if "settings" not in info:
         raise UserError(f"{found[-1]} was not written to go on from: move it away")
     _refuse_changes(info["settings"], settings, directory)
@@ -163,18 +163,18 @@ def _find(session: Session, directory: Path) -> ResumePoint:
         step=step,
         version=info["version"],
         checkpoint=found[-1],
-        parts=info["parts"],
-        generators=info["layout"] == _layout(session),
+        states=info["parts"],
+        restore_rng=info["layout"] == _rng_layout(session),
         same_store=_same_store(info["settings"], settings),
-        finished=complete and step == steps and _results_exist(settings),
+        is_finished=complete and step == steps and _results_exist(settings),
     )
 
 
-def _without(settings: config.Config, directory: Path, complete: bool) -> ResumePoint:
+def _start_without_checkpoint(settings: config.Config, directory: Path, complete: bool) -> ResumePoint:
     """A start where there is no checkpoint: nothing is lost unless the run was finished."""
     path = directory / "config.yaml"
     former = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
-    same = not _changes(former, settings)
+    same = not _list_changes(former, settings)
     if not complete:
         return ResumePoint(same_store=same and _same_store(former, settings))
     _refuse_changes(former, settings, directory)
@@ -183,7 +183,7 @@ def _without(settings: config.Config, directory: Path, complete: bool) -> Resume
             f"{directory} holds a finished run of {former['trainer.steps']} steps and no checkpoint to go on from "
             "(trainer.save_every was 0): choose another run.name"
         )
-    return ResumePoint(finished=True)
+    return ResumePoint(is_finished=True)
 
 
 def _same_store(former: dict[str, str], settings: config.Config) -> bool:
@@ -210,7 +210,7 @@ def flatten_settings(settings: config.Config) -> dict[str, str]:
     return flatten(asdict(settings))
 
 
-def _changes(former: dict[str, str], settings: config.Config) -> list[str]:
+def _list_changes(former: dict[str, str], settings: config.Config) -> list[str]:
     """What differs of that which must not, in words."""
     now = flatten_settings(settings)
     names = [name for name in sorted(former.keys() | now.keys()) if not _may_change(name)]
@@ -223,7 +223,7 @@ def _may_change(name: str) -> bool:
 
 
 def _refuse_changes(former: dict[str, str], settings: config.Config, directory: Path) -> None:
-    if changes := _changes(former, settings):
+    if changes := _list_changes(former, settings):
         raise UserError(
             f"{directory} holds a run with other settings ({'; '.join(changes)}): set them back, or choose another "
             "run.name"
@@ -236,12 +236,12 @@ def initial_crcs(settings: config.Config) -> dict[str, int]:
     return manifest.noted_sums(source) if source else {}
 
 
-def _layout(session: Session) -> dict[str, Any]:
+def _rng_layout(session: Session) -> dict[str, Any]:
     """What the states of random-number generators belong to."""
     return asdict(session.settings.parallel) | {"processes": dist.get_world_size(), "device": session.device.kind}
 
 
-def _unusable(path: Path, error: UserError) -> UserError:
+def _unusable_error(path: Path, error: UserError) -> UserError:
     former = [other for other in checkpoints(path.parent.parent) if other != path]
     back = f"from {former[-1].name}" if former else "at its beginning"
     return UserError(f"{error}. The run cannot go on from {path}; without that directory it begins again {back}")
@@ -250,30 +250,30 @@ def _unusable(path: Path, error: UserError) -> UserError:
 class RunCheckpoints:
     """Writes them, and deletes all but the last `trainer.keep`."""
 
-    def __init__(self, session: Session, models: dict[str, Actor], parts: Mapping[str, Stateful]):
+    def __init__(self, session: Session, models: dict[str, Actor], stateful: Mapping[str, Stateful]):
         """
         Args:
             models: by name; one is the `actor`.
-            parts: what else goes on where it was.
+            stateful: what else goes on where it was.
         """
-        self._session, self._models, self._parts = session, models, parts
+        self._session, self._models, self._stateful = session, models, stateful
         self._directory = Path(session.settings.run.dir)
         self._saving: Saving | None = None
 
-    def after(self, step: int, version: int, asked: bool = False) -> None:
+    def save_if_due(self, step: int, version: int, asked: bool = False) -> None:
         """Save if it is time to, or `asked` for; called after every step, counted from 1. Collective.
 
         Raises:
             UserError: it cannot be written; the former ones are as they were.
         """
         trainer = self._session.settings.trainer
-        self._settle(wait=False)
+        self._finalize_pending(wait=False)
         due = trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps)
         if due or asked:
             self.save(step, version)
 
     def save(self, step: int, version: int) -> None:
-        """Save now; with `trainer.save_async` it counts once `after` or `wait` has found it written. Collective.
+        """Save now; with `trainer.save_async` it counts once `save_if_due` or `wait` has found it written. Collective.
 
         While a critic warms up nothing is saved: the actor's optimizer, which has taken no step, has no state.
         """
@@ -284,34 +284,34 @@ class RunCheckpoints:
         info = {
             "step": step,
             "version": version,
-            "parts": {name: part.state() for name, part in self._parts.items()},
+            "parts": {name: item.state_dict() for name, item in self._stateful.items()},
             "settings": flatten_settings(settings),
-            "layout": _layout(session),
+            "layout": _rng_layout(session),
             "init": initial_crcs(settings),
         }
         target = self._directory / "checkpoints" / f"step-{step:05}"
         background = settings.trainer.save_async
         self._saving = training_state.save(
-            self._models, target, session.tokenizer_dir, info, background, self._write_parts
+            self._models, target, session.tokenizer_dir, info, background, self._save_files
         )
         if not background:
             self.wait()
 
-    def _write_parts(self, directory: Path) -> None:
-        for part in self._parts.values():
-            if isinstance(part, StatefulWithFiles):
-                part.write(directory)
+    def _save_files(self, directory: Path) -> None:
+        for item in self._stateful.values():
+            if isinstance(item, StatefulWithFiles):
+                item.save_files(directory)
 
     def wait(self) -> None:
         """Return once the last one counts. Collective."""
-        self._settle(wait=True)
+        self._finalize_pending(wait=True)
 
-    def _settle(self, wait: bool) -> None:
+    def _finalize_pending(self, wait: bool) -> None:
         if self._saving and self._saving.finish(wait):
             self._saving = None
-            joined().first(self._prune, self._directory)
+            joined().first(self._delete_old, self._directory)
 
-    def _prune(self) -> None:
+    def _delete_old(self) -> None:
         """A directory that is being deleted has a name that no one reads."""
         for path in checkpoints(self._directory)[: -self._session.settings.trainer.keep]:
             path.rename(atomic_dir.unfinished(path))

@@ -38,7 +38,7 @@ from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, SignalActions, handle_signals
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
-_SHOWN = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
+_PRINTED_METRICS = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
 
 
 def train(settings: config.Config) -> None:
@@ -47,25 +47,25 @@ def train(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    with open_session(settings) as session, open_run(_checked(session)) as start:
-        if not start.finished:
-            _run(session, start)
+    with open_session(settings) as session, open_run(_validated(session)) as start:
+        if not start.is_finished:
+            _run_training(session, start)
         elif session.is_rank_0:
             print(f"{settings.run.dir} is complete: nothing to do")
 
 
-def _run(session: Session, start: ResumePoint) -> None:
+def _run_training(session: Session, start: ResumePoint) -> None:
     settings, directory = session.settings, Path(session.settings.run.dir)
     # of the weights the run began with, which the checkpoint's replace next
     reference = WeightCopy(session.actor) if policy_settings(settings.objective).kl_penalty else None
     models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
-    start.load(models)
+    start.load_models(models)
     with Progress(directory, settings, settings.trainer.steps, session.is_rank_0, start.step) as progress:
         resumed = [*read_summary(directory).get("resumed", []), start.step] if start.checkpoint else []
         summary = Summary(settings, dist.get_world_size(), progress.records, resumed)
         version = start.version
         if start.step < settings.trainer.steps:
-            version = _steps(session, start, models, reference, progress, summary)
+            version = _run_steps(session, start, models, reference, progress, summary)
     info = {"steps": settings.trainer.steps, "version": version}
     for name, path in result_paths(settings).items():
         megatron_checkpoint.save(models[name], path, session.tokenizer_dir, info)
@@ -75,7 +75,7 @@ def _run(session: Session, start: ResumePoint) -> None:
         print(f"wrote {directory / 'report.html'}")
 
 
-def _steps(
+def _run_steps(
     session: Session,
     start: ResumePoint,
     models: dict[str, Actor],
@@ -85,26 +85,26 @@ def _steps(
 ) -> int:
     """What is left to do. Returns the version of the weights."""
     with (
-        open_route_recorder(session, start.step, start.same_store) as keeper,
+        open_route_recorder(session, start.step, start.same_store) as route_recorder,
         start_inference(session, start.version) as inference,
     ):
-        loop = TrainingLoop(session, inference, keeper, reference)
-        start.restore(loop.parts)
+        loop = TrainingLoop(session, inference, route_recorder, reference)
+        start.load_states(loop.stateful)
         with (
-            RunCheckpoints(session, models, loop.parts) as checkpoints,
+            RunCheckpoints(session, models, loop.stateful) as checkpoints,
             handle_signals(session.settings.trainer.grace_s) as requests,
         ):
             for step in range(start.step, session.settings.trainer.steps):
                 values = loop.step(step)
-                progress.step(values, _SHOWN)
+                progress.step(values, _PRINTED_METRICS)
                 if session.is_rank_0:
                     summary.step(values)
                     summary.write(session.settings.run.dir, complete=False)
-                _obey(values, requests.agree(session.device.device), checkpoints, inference.version)
+                _act_on_requests(values, requests.agree(session.device.device), checkpoints, inference.version)
         return inference.version
 
 
-def _obey(values: dict[str, Any], asked: SignalActions, checkpoints: RunCheckpoints, version: int) -> None:
+def _act_on_requests(values: dict[str, Any], asked: SignalActions, checkpoints: RunCheckpoints, version: int) -> None:
     """Save if it is time to, or if an alarm or a signal asks for it; then end the run if that is asked. Collective.
 
     Raises:
@@ -112,7 +112,7 @@ def _obey(values: dict[str, Any], asked: SignalActions, checkpoints: RunCheckpoi
         SystemExit: a signal does, likewise.
     """
     step, action = values["step"], demanded(values)
-    checkpoints.after(step, version, asked.save or action != "warn")
+    checkpoints.save_if_due(step, version, asked.save or action != "warn")
     if action == "stop":
         checkpoints.wait()
         raise UserError(f"stopped by an alarm at step {step}, which is saved: {Alarm(**values['alarms'][0])}")
@@ -123,7 +123,7 @@ def _obey(values: dict[str, Any], asked: SignalActions, checkpoints: RunCheckpoi
         raise SystemExit(STOPPED)
 
 
-def _checked(session: Session) -> Session:
+def _validated(session: Session) -> Session:
     """Refuse batches that do not divide evenly, before a server is started."""
     validate_batches(session.settings, session.dp_size)
     return session
@@ -133,19 +133,19 @@ class TrainingLoop:
     """One global step after another.
 
     Attributes:
-        parts: what goes on where it was when the run is resumed.
+        stateful: what goes on where it was when the run is resumed.
     """
 
     def __init__(
         self,
         session: Session,
         inference: InferenceEngine,
-        keeper: RouteRecorder | None = None,
+        route_recorder: RouteRecorder | None = None,
         reference: WeightCopy | None = None,
     ):
         from megatron.core import parallel_state
 
-        self.session, self.inference, self.keeper = session, inference, keeper
+        self.session, self.inference, self.route_recorder = session, inference, route_recorder
         self.collector = Collector(session, inference)
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
@@ -153,10 +153,10 @@ class TrainingLoop:
         assert bool(penalty) == bool(reference), "the penalty and its reference belong together"
         self.reference = reference
         measured = settings.rollout.overlap and settings.rollout.measure_sampled
-        self.former = PreviousWeights(session.engine) if measured else None
+        self.previous_weights = PreviousWeights(session.engine) if measured else None
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
-        self.parts: dict[str, Stateful] = {"collector": self.collector, "monitor": self.monitor}
+        self.stateful: dict[str, Stateful] = {"collector": self.collector, "monitor": self.monitor}
         self.warmup = session.critic.settings.critic_warmup if session.critic else 0
 
     def step(self, step: int) -> dict[str, Any]:
@@ -168,16 +168,16 @@ class TrainingLoop:
             samples, batch = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
         batch, minis = make_mini_batches(batch, self.settings, stats, self.session.device.device)
         micros = sum(minis, [])
-        rows_before, expected = self.session.engine.replay.rows, self._rows_expected(step, batch)
+        rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, batch)
         with clock("old_logprob"):
-            routes = self._score_old(batch, micros, stats, seen)
-        if self.keeper:
+            routes = self._score_old_policy(batch, micros, stats, seen)
+        if self.route_recorder:
             assert routes is not None, "a store belongs to a replay"
             with clock("store"):
-                self.keeper.keep(step, version, samples, micros, routes)
+                self.route_recorder.record_step(step, version, samples, micros, routes)
         if self.session.critic:
             with clock("values"):
-                stats.add(self.session.critic.estimate(batch, micros))
+                stats.add(self.session.critic.estimate_values(batch, micros))
         batch.drop_excluded()
         learned: dict[str, Any] = {}
         if self.session.critic:
@@ -186,14 +186,14 @@ class TrainingLoop:
         if step >= self.warmup:
             with clock("update"):
                 learned |= self._update(step, minis, routes, stats)
-        rows = self._sum([self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0])
+        rows = self._sum_over_ranks([self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0])
         if self.settings.rollout.overlap:
             with clock("ahead"):
-                self.collector.settle()
+                self.collector.wait()
         with clock("sync"):
             self.inference.sync()
         if self.settings.rollout.overlap:
-            self.collector.finish()
+            self.collector.finish_next()
         every = self.settings.trainer.eval_every
         if every and ((step + 1) % every == 0 or step == 0):
             with clock("eval"):
@@ -201,27 +201,27 @@ class TrainingLoop:
         values = {
             "step": step + 1,
             "weight_version": version,
-            **self._values(stats, seen),
+            **self._gather_metrics(stats, seen),
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
             **learned,
             "sync_gap": self.inference.sync_gap,
-            **clock.report(self._sum([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
+            **clock.report(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
-        return self._watched(values)
+        return self._with_alarms(values)
 
-    def _values(self, stats: Stats, seen: Stats) -> dict[str, float]:
+    def _gather_metrics(self, stats: Stats, seen: Stats) -> dict[str, float]:
         """The step's statistics over the world. Collective."""
         stats, seen = stats.gathered(self.session.reports_stats), seen.gathered(True)
         lengths = of_responses(stats, self.settings.monitor.bucket)
         load = router.of_load(seen, self.session.signature.num_experts)
         return {**stats.values(), **lengths, **seen.values(), **load}
 
-    def _watched(self, values: dict[str, Any]) -> dict[str, Any]:
+    def _with_alarms(self, values: dict[str, Any]) -> dict[str, Any]:
         """The step's metrics with `alarms`, where there are any; every rank finds the same."""
         alarms = self.monitor.step(values)
         return values | ({"alarms": [alarm.json() for alarm in alarms]} if alarms else {})
 
-    def _score_old(self, batch: Batch, micros: list[Batch], stats: Stats, seen: Stats) -> list[MicroRoutes] | None:
+    def _score_old_policy(self, batch: Batch, micros: list[Batch], stats: Stats, seen: Stats) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
         engine, mode = self.session.engine, self.settings.replay.mode
         inference = [engine.local_routes(micro) for micro in micros]
@@ -229,25 +229,25 @@ class TrainingLoop:
         live: Scores | None = None
         if mode != "r3" or self.settings.replay.measure_live:
             live = engine.score(micros, record=True)
-            router.add_mismatch(seen, inference, live.recorded, engine.replay.columns, self.stages)
+            router.add_mismatch(seen, inference, live.routes, engine.replay.columns, self.stages)
         old = replayed or live
         assert old, "replayed with r3, live with the other modes"
-        former = None
-        if self.former:
-            former = self.former.score(micros, inference if mode == "r3" else None)
-            self.former.keep()
+        previous = None
+        if self.previous_weights:
+            previous = self.previous_weights.score(micros, inference if mode == "r3" else None)
+            self.previous_weights.capture()
         if engine.last_stage:
             assert old.logprobs is not None and old.entropy is not None
             batch.old_logprobs.copy_(old.logprobs)
-            add_discrepancies(stats, batch, former, None if live is None else live.logprobs)
+            add_discrepancies(stats, batch, previous, None if live is None else live.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
         if self.reference:
-            with self.reference():  # its own router decides: the reference is one distribution for the whole run
+            with self.reference.swapped_in():  # its own router decides: the reference is one distribution for the whole run
                 reference = engine.score(micros).logprobs
             if engine.last_stage:
                 assert reference is not None
                 batch.reference_logprobs.copy_(reference)
-        used = inference if mode == "r3" else old.recorded
+        used = inference if mode == "r3" else old.routes
         router.add_load(seen, used, engine.replay.columns)
         return None if mode == "none" else used
 
@@ -274,16 +274,16 @@ class TrainingLoop:
         stats.add(found)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
 
-    def _rows_expected(self, step: int, batch: Batch) -> int:
+    def _expected_replay_rows(self, step: int, batch: Batch) -> int:
         """(token, layer) rows that are to be replayed for this replica in the step, which has not begun to score."""
         rows = int(batch.routed.sum())
         fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes, which lack none
         updated = step >= self.warmup
-        scored = 2 if self.former and self.former.known else 1
+        scored = 2 if self.previous_weights and self.previous_weights.available else 1
         per_layer = {"none": 0, "r2": updated * fed, "r3": (scored + updated) * rows}[self.settings.replay.mode]
         return per_layer * self.session.signature.moe_layers
 
-    def _sum(self, values: list[int]) -> list[int]:
+    def _sum_over_ranks(self, values: list[int]) -> list[int]:
         """Sums over the world. Collective."""
         tensor = torch.tensor(values, dtype=torch.int64, device=self.session.device.device)
         dist.all_reduce(tensor)

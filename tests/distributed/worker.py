@@ -148,7 +148,7 @@ class Run:
         """Log-probabilities and entropy of the whole batch, in the order of the problem; fills `old_logprobs`."""
         record = mode == "r2"
         found = self.engine.score(self.micros, None if record else self.routes(mode), record)
-        self.recorded = found.recorded
+        self.recorded = found.routes
         mine = None
         if found.logprobs is not None:
             self.batch.old_logprobs.copy_(found.logprobs + self.noise)
@@ -271,7 +271,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     run.batch.advantages = torch.zeros(run.batch.mask.shape)
     run.batch.in_loss.copy_(run.in_loss)
     run.micros = run.batch.split(case.micro)
-    stats = critic.estimate(run.batch, run.micros)
+    stats = critic.estimate_values(run.batch, run.micros)
     found["statistics"] = stats.gathered(run.reports_stats).values()
     names = ("values", "returns", "advantages")
     mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None
@@ -304,7 +304,7 @@ def packed(case: Case, device: backend.Device) -> dict[str, Any]:
 
 def logits_alive(run: Run) -> list[int]:
     """How many micro-batches' logits there are each time that one has been scored."""
-    forward, seen, alive = run.engine.passes.forward, [], []
+    forward, seen, alive = run.engine.forward_backward.forward, [], []
 
     def watched(micros: list, collect: Callable) -> list:
         def noted(logits: torch.Tensor, micro: Any) -> Any:
@@ -314,9 +314,9 @@ def logits_alive(run: Run) -> list[int]:
 
         return forward(micros, noted)
 
-    run.engine.passes.forward = watched
+    run.engine.forward_backward.forward = watched
     run.engine.score(run.micros)
-    run.engine.passes.forward = forward
+    run.engine.forward_backward.forward = forward
     return alive
 
 

@@ -69,7 +69,7 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
     """Megatron's own forward, and one with the server's routes, beside what SGLang said when it sampled."""
     scores = session.engine.score([batch], record=True)
     forced = session.engine.score([batch], [session.engine.routes_of(batch)])
-    different, rows = _compare(session, batch, scores.recorded[0])
+    different, rows = _compare(session, batch, scores.routes[0])
     live, replayed = ((each.logprobs - batch.infer_logprobs)[batch.mask].abs() for each in (scores, forced))
     return {
         "logprobs": float(live.max()),
@@ -88,7 +88,7 @@ def _quantized(session: Session, inference: InferenceEngine, form: str) -> dict[
     batch, _ = _rollout(session, inference, seed=2)
     live = session.engine.score([batch], record=True)
     replayed = session.engine.score([batch], [session.engine.local_routes(batch)])
-    different, rows = _compare(session, batch, live.recorded[0])
+    different, rows = _compare(session, batch, live.routes[0])
     stats = Stats()
     for suffix, scores in (("_live", live), ("", replayed)):
         add_discrepancy(stats, suffix, scores.logprobs, batch.infer_logprobs, batch.mask)
@@ -107,7 +107,7 @@ def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[s
 
     Not all of them: where two experts are almost tied, rounding may choose another, and the tokens after it see that.
     """
-    ours = session.engine.probe(batch.tokens)
+    ours = session.engine.score_probe(batch.tokens)
     assert ours is not None
     if not session.is_rank_0:
         return {"gap": None, "theirs": np.zeros(1)}
@@ -121,7 +121,7 @@ def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[s
 def _update(session: Session, batch: Batch) -> dict[str, Any]:
     """One optimizer step with the server's routes: which experts ran, and what reached the routers."""
     engine = session.engine
-    live_different, _ = _compare(session, batch, engine.score([batch], record=True).recorded[0])
+    live_different, _ = _compare(session, batch, engine.score([batch], record=True).routes[0])
     batch.old_logprobs.copy_(engine.score([batch], [engine.local_routes(batch)]).logprobs)
     replayed = engine.replay.rows
     with _experts_used(session, batch) as used:

@@ -163,10 +163,10 @@ def test_a_restored_monitor_goes_on_as_if_never_stopped(cut: int) -> None:
     told = [[alarm.json() for alarm in whole.step(record)] for record in records]
     assert sum(map(bool, told)) >= 4
     before = [[alarm.json() for alarm in first.step(record)] for record in records[:cut]]
-    second.restore(json.loads(json.dumps(first.state())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     after = [[alarm.json() for alarm in second.step(record)] for record in records[cut:]]
     assert before + after == told
-    assert second.state() == whole.state()
+    assert second.state_dict() == whole.state_dict()
 
 
 def test_the_noise_is_that_of_the_series_whatever_its_trend() -> None:

@@ -61,9 +61,9 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
         scorer=lambda items: [Score(1.0) for _ in items],
     )  # fmt: skip
     made._servers = Fleet([url], [1], [url])
-    made._supervised = Servers(made._servers, settings.rollout) if rank == 0 else None
+    made._fleet = Servers(made._servers, settings.rollout) if rank == 0 else None
     made._client = RolloutClient([url], settings.rollout, SIGNATURE, 64, 64)
-    made.version, made._weights, made._carrier = VERSION, VERSION, None
+    made.version, made._disk_version, made._transport = VERSION, VERSION, None
 
     def give(again: bool = False) -> None:
         assert again
@@ -71,7 +71,7 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
             server.version = VERSION
         dist.barrier()
 
-    made._give = give
+    made._push_weights = give
     return made
 
 

@@ -88,7 +88,7 @@ class Parts(FakeInference):
         self.budget, self.fault, self.failing = rollout.get("partial_tokens", LONGEST), fault, set(fault and FAILING)
         self.version, self.rounds, self.threads, self.recovered = version, [], set(), []
 
-    def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample | UserError]:
+    def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample | UserError]:
         self.threads.add(threading.current_thread().name)
         self.rounds.append(len(wanted))
         fails, self.failing = self.version in self.failing, self.failing - {self.version}
@@ -96,13 +96,13 @@ class Parts(FakeInference):
             fails = True  # once more after the sync
         return [UserError("no server") if fails and each.seed % 3 == 0 else self._part(each) for each in wanted]
 
-    def tolerated(self, samples: int) -> int:
+    def max_failures(self, samples: int) -> int:
         return samples
 
-    def failed(self, failures: list[UserError]) -> bool:
+    def any_failed(self, failures: list[UserError]) -> bool:
         return any(joined().together(lambda: bool(failures)))
 
-    def recover(self, failures: list[UserError], tolerated: int) -> bool:
+    def recover(self, failures: list[UserError], max_failures: int) -> bool:
         self.recovered.append([self.version, threading.current_thread().name])
         return self.fault == "back"
 
@@ -121,7 +121,7 @@ class Parts(FakeInference):
         part = Sample(each.prompt, np.array([*ids, *response]), len(ids), logprobs, routes, spans, finish)
         return former.followed_by(part) if former else part
 
-    def reward(self, prompts: list[Any], samples: list[Sample]) -> list[Sample]:
+    def add_rewards(self, prompts: list[Any], samples: list[Sample]) -> list[Sample]:
         given = [replace(sample, reward=float(len(sample.response) % 2)) for sample in samples]
         return [was if was.lost else sample for was, sample in zip(samples, given)]
 
@@ -149,7 +149,7 @@ def collected(
     for _ in range(STEPS):
         asked, stats = len(engine.asked), Stats()
         try:
-            samples = collector._groups(stats)
+            samples = collector._sample_groups(stats)
         except UserError as error:
             return {"error": str(error)}
         assert [sample.prompt for sample in samples] == list(np.repeat(range(PROMPTS // replicas), SIZE))
@@ -157,7 +157,7 @@ def collected(
         groups = [texts[here.task.tokenizer.decode(s.tokens[: s.prompt_length])] for s in samples[::SIZE]]
         assert [s.reward for s in samples[::SIZE]] == [rewards_of(g)[0] for g in groups] or mode not in ("", "lost")
         values = stats.gathered(True).values()
-        steps.append({"groups": groups, "asked": engine.asked[asked:], "values": values, **collector.state()})
+        steps.append({"groups": groups, "asked": engine.asked[asked:], "values": values, **collector.state_dict()})
     return {"steps": steps}
 
 
@@ -178,13 +178,13 @@ def ahead(directory: Path, replicas: int, rank: int, fault: str = "", **rollout:
         if rank == 0:
             (kept / str(step)).mkdir(parents=True)
         dist.barrier()
-        states.append(collector.state())
-        collector.write(kept / str(step))
+        states.append(collector.state_dict())
+        collector.save_files(kept / str(step))
         steps.append(_ahead_step(here, collector, engine, step))
     again, other = Parts(rollout, LATER // 2, fault), session(replicas, rank, rollout)
     collector = Collector(other, again)
-    collector.restore(states[LATER // 2])
-    collector.read(kept / str(LATER // 2))
+    collector.load_state_dict(states[LATER // 2])
+    collector.load_files(kept / str(LATER // 2))
     repeated = [_ahead_step(other, collector, again, step) for step in range(LATER // 2, LATER)]
     more = {"threads": sorted(engine.threads), "recovered": engine.recovered}
     return {"steps": steps, "repeated": repeated, "states": states, **more}
@@ -192,14 +192,14 @@ def ahead(directory: Path, replicas: int, rank: int, fault: str = "", **rollout:
 
 def _ahead_step(here: Any, collector: Collector, engine: Parts, step: int) -> dict[str, Any]:
     stats, rounds = Stats(), len(engine.rounds)
-    samples = collector._taken_ahead(step == LATER - 1, stats)
-    collector.settle()
+    samples = collector._from_buffer(step == LATER - 1, stats)
+    collector.wait()
     engine.version += 1
-    collector.finish()
-    held = collector.ahead._groups + collector.ahead._ready
+    collector.finish_next()
+    held = collector.buffer._groups + collector.buffer._next_groups
     return {
-        "samples": told(samples, here.task), "rounds": engine.rounds[rounds:], **collector.state(),
-        "held": [group.number for group in held], "values": stats.gathered(True).values(),
+        "samples": told(samples, here.task), "rounds": engine.rounds[rounds:], **collector.state_dict(),
+        "held": [group.prompt_index for group in held], "values": stats.gathered(True).values(),
     }  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def moved(directory: Path, replicas: int, rank: int) -> dict[str, Any]:
     here = session(replicas, rank, rollout)
     collector = Collector(here, engine)
     written = directory / "kept-partial_tokens-overlap-1" / str(LATER // 2)
-    collector.restore({"taken": 2 * PROMPTS + (LATER // 2) * PROMPTS, "begun": True})
-    collector.read(written)
+    collector.load_state_dict({"taken": 2 * PROMPTS + (LATER // 2) * PROMPTS, "begun": True})
+    collector.load_files(written)
     return {"steps": [_ahead_step(here, collector, engine, step) for step in range(LATER // 2, LATER)]}
 
 

@@ -71,15 +71,15 @@ class Rollouts:
         routes, reward = random_routes(len(tokens) - 1, random), float(number % 2)
         return Sample(place, tokens, len(prompt.ids), logprobs, routes, spans, "stop", reward=reward)
 
-    def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample]:
+    def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample]:
         """Parts of samples, of `rollout.partial_tokens` each."""
         self.seen(self.version)
         return [self._part(each) for each in wanted]
 
-    def tolerated(self, samples: int) -> int:
+    def max_failures(self, samples: int) -> int:
         return 0
 
-    def failed(self, failures: list) -> bool:
+    def any_failed(self, failures: list) -> bool:
         return False
 
     def _part(self, wanted: Wanted) -> Sample:
@@ -94,7 +94,7 @@ class Rollouts:
         part = Sample(wanted.prompt, tokens, len(ids), logprobs, routes, spans, finish)
         return former.followed_by(part) if former else part
 
-    def reward(self, prompts: list, samples: list[Sample]) -> list[Sample]:
+    def add_rewards(self, prompts: list, samples: list[Sample]) -> list[Sample]:
         return [replace(sample, reward=float(sample.tokens[-1] % 2)) for sample in samples]
 
     def sync(self) -> None:

@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from megatron_bai.rl.experience.evaluation import interval, student_quantile
+from megatron_bai.rl.experience.evaluation import confidence_interval, student_quantile
 
 # Two-sided 95 % and 99 % quantiles from printed tables.
 TABLE = {1: (12.706, 63.657), 2: (4.303, 9.925), 3: (3.182, 5.841), 9: (2.262, 3.250), 30: (2.042, 2.750)}
@@ -27,10 +27,10 @@ def test_the_quantile_in_closed_form() -> None:
 
 
 def test_the_interval_by_hand() -> None:
-    mean, half = interval(np.array([0.0, 0.5, 1.0]))
+    mean, half = confidence_interval(np.array([0.0, 0.5, 1.0]))
     assert (mean, half) == (0.5, pytest.approx(4.302652729749464 * 0.5 / math.sqrt(3)))
-    assert interval(np.array([0.25])) == (0.25, None)
-    assert interval(np.ones(5)) == (1.0, 0.0)
+    assert confidence_interval(np.array([0.25])) == (0.25, None)
+    assert confidence_interval(np.ones(5)) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("problems", [5, 40])
@@ -44,7 +44,7 @@ def test_it_covers_the_truth_as_often_as_it_says(problems: int) -> None:
     means = random.binomial(8, difficulty) / 8
     held = naive = 0
     for each in means:
-        mean, half = interval(each)
+        mean, half = confidence_interval(each)
         held += abs(mean - 0.5) <= half
         naive += abs(mean - 0.5) <= 1.96 * math.sqrt(mean * (1 - mean) / (8 * problems))
     assert 0.935 <= held / 4000 <= 0.965

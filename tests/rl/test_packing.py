@@ -17,7 +17,7 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples
 from megatron_bai.rl.batches.micro_batches import first_fit, make_mini_batches, pack_rows
 from megatron_bai.rl.objectives import aggregate
-from megatron_bai.rl.policy.forward_backward import _thd
+from megatron_bai.rl.policy.forward_backward import _packed_seq_params
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(20, 60))
@@ -100,7 +100,7 @@ def test_an_empty_row_adds_nothing_to_any_objective(chosen: config.Objective) ->
 
 def test_attention_is_told_where_samples_begin_and_that_the_rest_is_one_more() -> None:
     (micro,) = pack_rows(drawn(), [8], 128)
-    found = _thd(micro.packing, torch.device("cpu"))
+    found = _packed_seq_params(micro.packing, torch.device("cpu"))
     assert found.qkv_format == "thd" and found.cu_seqlens_q.dtype is torch.int32
     assert found.cu_seqlens_q.tolist() == np.cumsum([0, 7, 4, 18, 10, 7, 24, 16, 18, 24]).tolist()
     assert found.cu_seqlens_kv is found.cu_seqlens_q and found.max_seqlen_q == found.max_seqlen_kv == 24

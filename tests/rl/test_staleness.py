@@ -32,7 +32,7 @@ def batch_of(limit: int | None = None) -> tuple[Batch, Stats, list[list[int]]]:
         samples.append(Sample(prompt, tokens, prompt + 2, logprobs, routes, spans, "stop"))
         ages.append([VERSION - int(version) for version, count in parts for _ in range(count)])
     batch, stats = from_samples(samples, np.ones(len(samples)), 12, 0, SIGNATURE), Stats()
-    staleness.settle(batch, samples, VERSION, limit, stats)
+    staleness.apply_max_staleness(batch, samples, VERSION, limit, stats)
     batch.old_logprobs.copy_(torch.from_numpy(random.normal(-2, 1, batch.tokens.shape)))
     return batch, stats, ages
 
@@ -61,7 +61,7 @@ def test_a_token_from_the_future_is_a_bug() -> None:
     sample = Sample(0, np.arange(4), 2, np.zeros(2, np.float32), random_routes(3, np.random.default_rng(0)),
                     (VersionSpan("8", 0, 2),), "stop")  # fmt: skip
     with pytest.raises(AssertionError, match="of version 8 in the step of version 7"):
-        staleness.settle(from_samples([sample], np.ones(1), 4, 0, SIGNATURE), [sample], VERSION, None, Stats())
+        staleness.apply_max_staleness(from_samples([sample], np.ones(1), 4, 0, SIGNATURE), [sample], VERSION, None, Stats())
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -98,7 +98,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     param_shards.init_random(actor.modules, MODEL, seed=0)
     inference = [engine.local_routes(part) for part in parts]
     scores = engine.score(parts, inference if mode == "r3" else None, record=mode == "r2")
-    routes = {"none": None, "r2": scores.recorded, "r3": inference}[mode]
+    routes = {"none": None, "r2": scores.routes, "r3": inference}[mode]
     scored = replay.rows
 
     param_shards.init_random(actor.modules, MODEL, seed=1)

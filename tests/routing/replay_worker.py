@@ -307,7 +307,7 @@ def first_update(device: backend.Device, mode: str) -> dict[str, Any]:
     micros = bench.batch.split(3)
     scores = bench.engine.score(micros, record=True)
     bench.batch.old_logprobs.copy_(scores.logprobs)
-    routes = scores.recorded if mode == "r2" else None
+    routes = scores.routes if mode == "r2" else None
     stats, norm = bench.engine.update(micros, routes, objectives.get("minirl"), bench.settings.objective)
     state = b"".join(p.detach().numpy().tobytes() for p in bench.gpt.parameters())
     return {"stats": stats.values(), "norm": norm, "weights": hashlib.sha256(state).hexdigest()}

@@ -86,10 +86,10 @@ class Drift:
         facts = {"baseline": base, "level": level}
         return Alarm(step, rule.detector, rule.metric, sure, evidence, rule.advice, since, rule.action, facts)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All it knows, JSON."""
-        return {"track": self._track.state(), "alarmed": self._alarmed}
+        return {"track": self._track.state_dict(), "alarmed": self._alarmed}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._track.restore(state["track"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._track.load_state_dict(state["track"])
         self._alarmed = state["alarmed"]

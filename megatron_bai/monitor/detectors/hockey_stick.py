@@ -96,13 +96,13 @@ class HockeyStick:
         assert self._peak is not None
         return Alarm(step, DETECTOR, self.metric, self._sure, evidence, advice, self._peak[0], self.action, facts)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All it knows, JSON."""
         pair = {"peak": self._peak, "trough": self._trough}
         found = {name: None if value is None else list(value) for name, value in pair.items()}
-        return {"track": self._track.state(), "pool": list(self._pool), "sure": self._sure, **found}
+        return {"track": self._track.state_dict(), "pool": list(self._pool), "sure": self._sure, **found}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._track.restore(state["track"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._track.load_state_dict(state["track"])
         self._pool, self._sure = list(state["pool"]), state["sure"]
         self._peak, self._trough = (None if state[k] is None else tuple(state[k]) for k in ("peak", "trough"))

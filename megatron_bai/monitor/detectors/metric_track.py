@@ -51,11 +51,11 @@ class Track:
         correlated: float = _NORMAL * median(abs(change - trend) for change in changes)
         return max(independent, correlated)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All it knows, JSON."""
         return {"values": [list(pair) for pair in self._values], "levels": [list(pair) for pair in self.levels]}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._values.clear()
         self._values.extend((step, value) for step, value in state["values"])
         self.levels.clear()

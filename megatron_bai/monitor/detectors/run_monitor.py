@@ -70,19 +70,19 @@ class Monitor:
             )  # fmt: skip
         return self._sticks[low]
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that the detectors know, the same on every rank, JSON: a restored monitor goes on as if never stopped."""
-        drifts = {f"{d.rule.detector} {d.rule.metric}": d.state() for d in self._drifts}
-        sticks = {low: stick.state() for low, stick in self._sticks.items()}
+        drifts = {f"{d.rule.detector} {d.rule.metric}": d.state_dict() for d in self._drifts}
+        sticks = {low: stick.state_dict() for low, stick in self._sticks.items()}
         return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": sticks}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. A detector that is not in it starts afresh; so do buckets of another width."""
         for drift in self._drifts:
             if own := state["drifts"].get(f"{drift.rule.detector} {drift.rule.metric}"):
-                drift.restore(own)
+                drift.load_state_dict(own)
         for low, own in state["sticks"].items() if state["bucket"] == self.settings.bucket else ():
-            self._stick(low).restore(own)
+            self._stick(low).load_state_dict(own)
 
 
 def demanded(values: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
     """Sample `trainer.eval_samples` responses to each held-out prompt, with the new weights. Collective.
 
     Adds `eval_accuracy` (avg@n: the mean over prompts of a prompt's mean reward) with the ends of its 95 % interval,
-    `eval_accuracy_low` and `eval_accuracy_high` (`interval`); `eval_best`, the mean over prompts of the best reward
+    `eval_accuracy_low` and `eval_accuracy_high` (`confidence_interval`); `eval_best`, the mean over prompts of the best reward
     (pass@n where rewards are 0 and 1); `eval_length`, the mean length of responses in tokens, `eval_truncated`, the share
     cut off, and `eval_failed`, the share without a reward, samples that were lost among them. Where training pays another
     reward than the data's own check, `eval_exact` is the share of samples that this check finds right, of prompts that
@@ -39,7 +39,7 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
     everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, rewards if session.is_replica_leader else [])
     known = [found for part in everyone for found in part if found]  # a prompt without any reward says nothing
-    mean, half = interval(np.array([np.mean(found) for found in known]))
+    mean, half = confidence_interval(np.array([np.mean(found) for found in known]))
     values = {"eval_accuracy": mean, "eval_best": float(np.mean([max(found) for found in known]))}
     if half is not None:
         values |= {"eval_accuracy_low": mean - half, "eval_accuracy_high": mean + half}
@@ -47,7 +47,7 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
         stats.ratio(name, value, 1)
 
 
-def interval(means: np.ndarray, confidence: float = 0.95) -> tuple[float, float | None]:
+def confidence_interval(means: np.ndarray, confidence: float = 0.95) -> tuple[float, float | None]:
     """The mean over problems, and half the width of its confidence interval.
 
     Problems are drawn; the samples to one are not independent of each other, so each problem is one observation a_i, its

@@ -16,7 +16,7 @@ def count_lost(session: Session, failures: list[str], stats: Stats) -> None:
     Args:
         failures: of this replica's samples, why each is lost, "" for those that are not.
     """
-    failed, total, first = _count(session, failures, "rollout_failed_fraction", stats)
+    failed, total, first = _count_over_replicas(session, failures, "rollout_failed_fraction", stats)
     if failed and session.is_rank_0:
         print(f"{failed} of {total} samples are lost and left out; first: {first}", file=sys.stderr)
 
@@ -30,7 +30,7 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
     Raises:
         UserError: no sample of any replica has one.
     """
-    failed, total, first = _count(session, failures, metric, stats)
+    failed, total, first = _count_over_replicas(session, failures, metric, stats)
     if not failed:
         return
     if failed == total:
@@ -39,7 +39,7 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
         print(f"{failed} of {total} rewards failed, their samples are left out; first: {first}", file=sys.stderr)
 
 
-def _count(session: Session, failures: list[str], metric: str, stats: Stats) -> tuple[int, int, str]:
+def _count_over_replicas(session: Session, failures: list[str], metric: str, stats: Stats) -> tuple[int, int, str]:
     """How many failed of how many, in all replicas, and one's reason. Collective."""
     reasons = list(filter(None, failures))
     stats.ratio(metric, len(reasons), len(failures))

@@ -45,18 +45,18 @@ class InferenceEngine:
             supervised: the same servers as rank 0 has them, on rank 0.
         """
         settings = session.settings
-        self._session, self._servers, self._supervised = session, servers, supervised
-        self._carrier: Carrier | None = None
-        self._given = False
-        self._weights = version + 1  # the checkpoint below run.dir that a server can be started from
-        self._client = self._client_of(servers.ask, session.dp_rank)
+        self._session, self._servers, self._fleet = session, servers, supervised
+        self._transport: Carrier | None = None
+        self._has_pushed = False
+        self._disk_version = version + 1  # the checkpoint below run.dir that a server can be started from
+        self._client = self._make_client(servers.ask, session.dp_rank)
         self._shapes = hf_checkpoint.shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
         self.version = version
         self.sync_gap = float("nan")
 
-    def _client_of(self, urls: list[str], first: int = 0) -> RolloutClient:
+    def _make_client(self, urls: list[str], first: int = 0) -> RolloutClient:
         model, rollout = self._session.settings.model, self._session.settings.rollout
         signature = self._session.signature
         return RolloutClient(urls, rollout, signature, model.vocab_size, model.max_position_embeddings, first)
@@ -82,15 +82,15 @@ class InferenceEngine:
         """
         session = self._session
         found: list[Sample | UserError] = []
-        tolerated = self.tolerated(len(prompts) * group_size)
+        max_failures = self.max_failures(len(prompts) * group_size)
         while True:
             if session.is_replica_leader:
                 end, version = session.task.tokenizer.eos_token_id, str(self.version)
                 asked = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
-                found = self._client.generate(*asked, version=version, tolerated=tolerated, known=found)
+                found = self._client.generate(*asked, version=version, tolerated=max_failures, known=found)
                 self._refuse_aborted(found)
             failures = [each for each in found if isinstance(each, UserError)]
-            if not self.failed(failures) or not self.recover(failures, tolerated):
+            if not self.any_failed(failures) or not self.recover(failures, max_failures):
                 break
         samples = [
             lost_sample(place // group_size, prompts[place // group_size].ids, session.signature, str(each))
@@ -98,25 +98,25 @@ class InferenceEngine:
             else each
             for place, each in enumerate(found)
         ]
-        return session.send_to_replica(self.reward(prompts, samples) if session.is_replica_leader else None)
+        return session.send_to_replica(self.add_rewards(prompts, samples) if session.is_replica_leader else None)
 
-    def reward(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
+    def add_rewards(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
         """The samples with their rewards. A leader's alone."""
         assert self._session.scorer
         return rewarded(self._session.scorer, self._session.task, prompts, samples)
 
-    def advance(self, wanted: list[Wanted], tolerated: int) -> list[Sample | UserError]:
+    def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample | UserError]:
         """One go of samples, by `rollout.partial_tokens`, without rewards. A leader's alone: it asks no other rank.
 
         Args:
-            tolerated: how many may fail: why they did is in their place (`RolloutClient.generate`).
+            max_failures: how many may fail: why they did is in their place (`RolloutClient.generate`).
 
         Raises:
             UserError: a server aborted a sample.
         """
         session = self._session
         end, budget = session.task.tokenizer.eos_token_id, session.settings.rollout.partial_tokens
-        found = self._client.sample(wanted, end, budget=budget, version=str(self.version), tolerated=tolerated)
+        found = self._client.sample(wanted, end, budget=budget, version=str(self.version), tolerated=max_failures)
         self._refuse_aborted(found)
         return found
 
@@ -125,11 +125,11 @@ class InferenceEngine:
             where = ", ".join(self._servers.ask)
             raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
 
-    def tolerated(self, samples: int) -> int:
+    def max_failures(self, samples: int) -> int:
         """How many of so many samples of a replica may be lost."""
         return int(self._session.settings.rollout.max_failed_fraction * samples)
 
-    def failed(self, failures: list[UserError]) -> bool:
+    def any_failed(self, failures: list[UserError]) -> bool:
         """Whether samples of any replica failed. Collective.
 
         Args:
@@ -137,38 +137,38 @@ class InferenceEngine:
         """
         return any(joined().together(lambda: bool(failures)))
 
-    def recover(self, failures: list[UserError], tolerated: int) -> bool:
+    def recover(self, failures: list[UserError], max_failures: int) -> bool:
         """Whether servers had failed and are back, with the weights in use, which the actor must still have: what failed
         is worth asking again. Collective.
 
         Args:
-            failures: as in `failed`.
-            tolerated: how many there may be.
+            failures: as in `any_failed`.
+            max_failures: how many there may be.
 
         Raises:
             UserError: there are more in some replica, and no server to bring back; or one failed too often.
         """
-        if self._revived():
-            self._give(again=True)
+        if self._recover_servers():
+            self._push_weights(again=True)
             return True
-        joined().together(lambda: self._tolerate(failures, tolerated))
+        joined().together(lambda: self._require_few_failures(failures, max_failures))
         return False
 
-    def _tolerate(self, failures: list[UserError], tolerated: int) -> None:
-        if len(failures) > tolerated:
+    def _require_few_failures(self, failures: list[UserError], max_failures: int) -> None:
+        if len(failures) > max_failures:
             bound = self._session.settings.rollout.max_failed_fraction
             raise UserError(
                 f"{len(failures)} samples of a replica failed, more than rollout.max_failed_fraction={bound:g} allows; "
                 f"first: {failures[0]}"
             )
 
-    def _revived(self) -> bool:
+    def _recover_servers(self) -> bool:
         """`Servers.revive` on rank 0. Collective."""
-        checkpoint, version = _weights(self._session, self._weights), str(self.version)
+        checkpoint, version = _weights_dir(self._session, self._disk_version), str(self.version)
 
         def revive() -> list[str]:
-            assert self._supervised
-            return self._supervised.revive(checkpoint, version)
+            assert self._fleet
+            return self._fleet.revive(checkpoint, version)
 
         if not joined().first(revive):
             return False
@@ -181,15 +181,15 @@ class InferenceEngine:
         Raises:
             UserError: a server refused, or its log-probabilities are not those of the new weights.
         """
-        if self._given:  # the first sync is to servers that were found or started a moment ago
-            self._revived()
+        if self._has_pushed:  # the first sync is to servers that were found or started a moment ago
+            self._recover_servers()
         if self._session.is_rank_0:
-            assert self._supervised
-            self._supervised.step()
+            assert self._fleet
+            self._fleet.step()
         self.version += 1
-        self._give()
+        self._push_weights()
 
-    def _give(self, again: bool = False) -> None:
+    def _push_weights(self, again: bool = False) -> None:
         """The actor's weights, as `version`, to all servers. Collective.
 
         Args:
@@ -201,31 +201,31 @@ class InferenceEngine:
         else:
             self._through_memory()
         dist.barrier()
-        self._prove()
-        self._given = True
+        self._check_probe()
+        self._has_pushed = True
 
     def _through_files(self, export: bool) -> None:
         session = self._session
-        directory = _export(session, self.version) if export else _weights(session, self.version)
+        directory = _export_weights(session, self.version) if export else _weights_dir(session, self.version)
         if session.is_rank_0:
             weight_sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
-            if self._weights != self.version:
-                rmtree(_weights(session, self._weights), ignore_errors=True)
-        self._weights = self.version
+            if self._disk_version != self.version:
+                rmtree(_weights_dir(session, self._disk_version), ignore_errors=True)
+        self._disk_version = self.version
 
     def _through_memory(self) -> None:
         session, rollout = self._session, self._session.settings.rollout
         tensors = hf_checkpoint.tensors(session.actor.modules, session.settings.model)
         if session.is_rank_0:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
-            self._carrier = self._carrier or self._connected()
+            self._transport = self._transport or self._make_transport()
             bucket = rollout.sync_bucket_mib << 20
-            weight_sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._carrier, bucket)
+            weight_sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket)
         else:
             for _ in tensors:  # takes part in the gathering, and has nothing to give
                 pass
 
-    def _connected(self) -> Carrier:
+    def _make_transport(self) -> Carrier:
         """What brings tensors to the servers as they are now."""
         servers, rollout, device = self._servers, self._session.settings.rollout, self._session.device.device
         if rollout.sync == "tensors":
@@ -234,11 +234,11 @@ class InferenceEngine:
 
     def close(self) -> None:
         """Leave the process group shared with the servers, where there is one."""
-        if isinstance(self._carrier, OverGroup):
-            self._carrier.close()
-        self._carrier = None
+        if isinstance(self._transport, OverGroup):
+            self._transport.close()
+        self._transport = None
 
-    def _prove(self) -> None:
+    def _check_probe(self) -> None:
         """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks each server."""
         session = self._session
         length = padded_length(max(map(len, self._probe)), session.engine.place.multiple)
@@ -247,7 +247,7 @@ class InferenceEngine:
         for row, ids in enumerate(self._probe):
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids) - 1] = True
-        ours = session.engine.probe(tokens)
+        ours = session.engine.score_probe(tokens)
         mean = torch.zeros(1, dtype=torch.float64)
         if ours is not None and session.reports_stats and session.dp_rank == 0:
             mean[0] = ours.cpu()[mask].double().mean()
@@ -255,7 +255,7 @@ class InferenceEngine:
         dist.all_reduce(mean)  # one rank holds the value, the others zero
         gap = [0.0]
         if session.is_rank_0:
-            asked = [self._client_of([url]).score(self._probe) for url in self._servers.urls]
+            asked = [self._make_client([url]).score(self._probe) for url in self._servers.urls]
             gap[0] = max(abs(float(mean) - float(np.concatenate(own).astype(np.float64).mean())) for own in asked)
         dist.broadcast_object_list(gap, src=0)
         self.sync_gap = gap[0]
@@ -267,12 +267,12 @@ class InferenceEngine:
             )
 
 
-def _weights(session: Session, version: int) -> Path:
+def _weights_dir(session: Session, version: int) -> Path:
     return Path(session.settings.run.dir) / "weights" / str(version)
 
 
-def _export(session: Session, version: int) -> Path:
-    directory = _weights(session, version)
+def _export_weights(session: Session, version: int) -> Path:
+    directory = _weights_dir(session, version)
     settings = session.settings
     change = partial(quantized, form=settings.rollout.quantize)
     hf_checkpoint.export_hf(
@@ -292,7 +292,7 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
         UserError: a server did not start, or one that runs already cannot be used.
     """
     settings = session.settings
-    directory = None if settings.rollout.urls else _export(session, version)
+    directory = None if settings.rollout.urls else _export_weights(session, version)
     with ExitStack() as stack:
         supervised: Servers | None = None
         found: list[Any] = [None]
@@ -302,7 +302,7 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
             )
             found[0] = supervised.fleet
             # what was sent is the servers' now; a run's result is `trainer.save`
-            stack.callback(rmtree, _weights(session, version).parent, ignore_errors=True)
+            stack.callback(rmtree, _weights_dir(session, version).parent, ignore_errors=True)
         dist.broadcast_object_list(found, src=0)
         inference = InferenceEngine(session, found[0], version - 1, supervised)
         stack.callback(inference.close)

@@ -34,12 +34,12 @@ class RouteRecorder:
         """
         self.session, self.settings = session, session.settings.replay
         self._writer: StoreWriter | None = None
-        joined().first(lambda: _prepare(self.settings.store, step if same_run else None))
+        joined().first(lambda: _prepare_store(self.settings.store, step if same_run else None))
         if not session.is_replica_leader:
             return
         self._writer = StoreWriter(self.settings.store, f"replica-{session.dp_rank:05}")
 
-    def keep(
+    def record_step(
         self, step: int, version: int, samples: list[Sample], micros: list[Batch], routes: list[MicroRoutes]
     ) -> None:
         """Write the routes of a step, as the engine was given them. Collective over the replica.
@@ -55,7 +55,7 @@ class RouteRecorder:
         """
         kept: list[int] = []
         for micro, own in zip(micros, routes, strict=True):
-            whole = self._gathered(micro, own)
+            whole = self._gather_routes(micro, own)
             if self._writer is None or whole is None:
                 continue
             # R2 replays the trainer's own routes, which lack none.
@@ -80,7 +80,7 @@ class RouteRecorder:
             assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once, if it has any"
             self._writer.sync()
 
-    def _gathered(self, micro: Batch, own: MicroRoutes) -> np.ndarray | None:
+    def _gather_routes(self, micro: Batch, own: MicroRoutes) -> np.ndarray | None:
         """`[B, T, moe_layers, topk]` of a micro-batch on the leader, None elsewhere, from what each rank replayed.
 
         Raises:
@@ -107,7 +107,7 @@ class RouteRecorder:
             self._writer.close()
 
 
-def _prepare(directory: str, step: int | None) -> None:
+def _prepare_store(directory: str, step: int | None) -> None:
     """Cut a store of the same run to the steps before `step`; refuse one of another run."""
     if not is_store(directory):
         return
@@ -131,8 +131,8 @@ def open_route_recorder(session: Session, step: int = 0, same_run: bool = False)
     if not session.settings.replay.store:
         yield None
         return
-    keeper = RouteRecorder(session, step, same_run)
+    recorder = RouteRecorder(session, step, same_run)
     try:
-        yield keeper
+        yield recorder
     finally:
-        keeper.close()
+        recorder.close()

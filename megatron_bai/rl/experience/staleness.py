@@ -26,7 +26,7 @@ from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 
-def settle(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:
+def apply_max_staleness(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:
     """Fill `batch.version_age`, and take tokens older than `limit` out of the mask, in place.
 
     Adds `stale_fraction`, the share of response tokens of an age over 0; `version_age_mean` and `version_age_max`, over
@@ -56,42 +56,42 @@ class PreviousWeights:
 
     def __init__(self, engine: TrainingEngine):
         self._engine = engine
-        self._kept: WeightCopy | None = None
+        self._copy: WeightCopy | None = None
 
     @property
-    def known(self) -> bool:
+    def available(self) -> bool:
         """False in the first step after a start."""
-        return self._kept is not None
+        return self._copy is not None
 
-    def keep(self) -> None:
+    def capture(self) -> None:
         """Keep the actor's weights as they are, in place of the former ones."""
-        if self._kept is None:
-            self._kept = WeightCopy(self._engine.actor)
+        if self._copy is None:
+            self._copy = WeightCopy(self._engine.actor)
         else:
-            self._kept.renew()
+            self._copy.refresh()
 
     def score(self, micros: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
         """`[B, T]` log-probabilities under them, with routes as in `TrainingEngine.score`; None on ranks that have none and
         while there are no such weights. Collective."""
-        if self._kept is None:
+        if self._copy is None:
             return None
-        with self._kept():
+        with self._copy.swapped_in():
             return self._engine.score(micros, routes).logprobs
 
 
-def add_discrepancies(stats: Stats, batch: Batch, former: torch.Tensor | None, live: torch.Tensor | None) -> None:
+def add_discrepancies(stats: Stats, batch: Batch, previous: torch.Tensor | None, live: torch.Tensor | None) -> None:
     """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines of tokens for which they are known.
 
     Those of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those of
     the live router, `_live`, are of tokens of age 0.
 
     Args:
-        former: log-probabilities under the weights of the step before.
+        previous: log-probabilities under the weights of the step before.
         live: under the step's, without replay.
     """
     old, age = batch.old_logprobs, batch.version_age
     gone = torch.full_like(old, float("nan"))
-    one = gone if former is None else former.cpu()
+    one = gone if previous is None else previous.cpu()
     batch.sampled_logprobs.copy_(torch.where(age == 0, old, torch.where(age == 1, one, gone)))
     known = batch.mask & ~batch.sampled_logprobs.isnan()
     add_discrepancy(stats, "", batch.sampled_logprobs, batch.infer_logprobs, known)

@@ -40,19 +40,19 @@ class Critic:
         assert isinstance(settings.objective, config.Ppo)
         self.settings = settings.objective
         rate = self.settings.critic_learning_rate
-        self._trainer = settings.trainer if rate is None else _with_rate(settings.trainer, rate)
+        self._trainer = settings.trainer if rate is None else _with_learning_rate(settings.trainer, rate)
         self._updates = self._trainer.steps * self._trainer.mini_batches
         self.model = build.build_critic(replace(settings, trainer=self._trainer), device)
         if self.settings.critic_checkpoint:
             _load(self.model, self.settings.critic_checkpoint)
         else:
-            copy_body(actor, self.model)
-        self.passes = ForwardBackward(self.model, device.device)
+            copy_backbone(actor, self.model)
+        self.forward_backward = ForwardBackward(self.model, device.device)
         self._last_stage = parallel_state.is_pipeline_last_stage()
         self._data_group, self._device = parallel_state.get_data_parallel_group(), device.device
 
     @torch.no_grad()
-    def estimate(self, batch: Batch, micros: list[Batch]) -> Stats:
+    def estimate_values(self, batch: Batch, micros: list[Batch]) -> Stats:
         """Fill `values`, `returns` and `advantages` of the batch from its rewards. Collective.
 
         The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it). Only ranks of the last
@@ -64,7 +64,7 @@ class Critic:
         Returns:
             On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens that count.
         """
-        found = self.passes.forward(micros, lambda output, micro: micro.unpack(output[..., 0]))
+        found = self.forward_backward.forward(micros, lambda output, micro: micro.unpack(output[..., 0]))
         stats = Stats()
         if not self._last_stage:
             return stats
@@ -105,7 +105,7 @@ class Critic:
 
         for number, micros in enumerate(minis):
             rate = set_learning_rate(self.model.optimizer, self._trainer, first + number, self._updates)
-            norms.append(self.passes.update(micros, loss, aggregate.count(micros, "token_mean")))
+            norms.append(self.forward_backward.update(micros, loss, aggregate.count(micros, "token_mean")))
         return stats, norms, rate
 
     def _total(self, values: torch.Tensor) -> torch.Tensor:
@@ -114,12 +114,12 @@ class Critic:
         return values.cpu()
 
 
-def _with_rate(trainer: config.Trainer, rate: float) -> config.Trainer:
+def _with_learning_rate(trainer: config.Trainer, rate: float) -> config.Trainer:
     return replace(trainer, learning_rate=rate, min_learning_rate=min(rate, trainer.min_learning_rate))
 
 
 @torch.no_grad()
-def copy_body(actor: Actor, critic: Actor) -> None:
+def copy_backbone(actor: Actor, critic: Actor) -> None:
     """Give the critic the actor's weights but for the head, which becomes 0: the first advantages are the rewards."""
     for theirs, ours in zip(actor.modules, critic.modules, strict=True):
         given = dict(theirs.named_parameters())

@@ -13,7 +13,7 @@ from megatron_bai.model.build import Actor
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.routing.layout import Packing
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class ForwardBackward:
@@ -31,7 +31,7 @@ class ForwardBackward:
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._data_group = parallel_state.get_data_parallel_group()
 
-    def forward(self, micros: list[Batch], collect: Callable[[torch.Tensor, Batch], Found]) -> list[Found]:
+    def forward(self, micros: list[Batch], collect: Callable[[torch.Tensor, Batch], Result]) -> list[Result]:
         """What `collect(output, micro)` makes of the model's output for each micro-batch. Collective.
 
         Args:
@@ -42,24 +42,24 @@ class ForwardBackward:
             One entry a micro-batch on ranks of the last stage, nothing elsewhere.
         """
 
-        def found(output: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> Found:
+        def call(output: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> Result:
             return collect(output, micro)
 
-        return self._run(micros, found, forward_only=True)
+        return self._run_schedule(micros, call, forward_only=True)
 
     def update(
         self,
         micros: list[Batch],
         loss: Callable[[torch.Tensor, Batch], torch.Tensor],
-        mine: int,
-        around: AbstractContextManager[object] | None = None,
+        local_count: int,
+        context: AbstractContextManager[object] | None = None,
     ) -> float:
-        """One optimizer step on Σ loss(output, micro) over all micro-batches and ranks, divided by Σ `mine`. Collective.
+        """One optimizer step on Σ loss(output, micro) over all micro-batches and ranks, divided by Σ `local_count`. Collective.
 
         Args:
             loss: a scalar sum, called on ranks of the last stage with what `collect` is called with in `forward`.
-            mine: this data-parallel rank's part of the denominator.
-            around: entered for the passes, where it is given; what it finds wrong at its end, it finds before the weights change.
+            local_count: this data-parallel rank's part of the denominator.
+            context: entered for the passes, where it is given; what it finds wrong at its end, it finds before the weights change.
 
         Returns:
             The gradient's norm before clipping.
@@ -67,7 +67,7 @@ class ForwardBackward:
         Raises:
             UserError: the gradient is not finite; the weights are of no use any more, checkpoints are intact.
         """
-        count = self._global(mine)
+        count = self._global_count(local_count)
 
         def scaled(output: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
             # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
@@ -77,20 +77,20 @@ class ForwardBackward:
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.model.optimizer.zero_grad()
-        with around or nullcontext():
-            self._run(micros, scaled, forward_only=False)
+        with context or nullcontext():
+            self._run_schedule(micros, scaled, forward_only=False)
         success, norm, _ = self.model.optimizer.step()
         if not success or norm != norm or norm == float("inf"):
             raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
         return float(norm)
 
-    def _global(self, mine: int) -> int:
+    def _global_count(self, local_count: int) -> int:
         """The mini-batch's denominator: this rank's summed over all data-parallel ranks, at least 1."""
-        count = torch.tensor([mine], dtype=torch.int64, device=self.device)  # exact
+        count = torch.tensor([local_count], dtype=torch.int64, device=self.device)  # exact
         dist.all_reduce(count, group=self._data_group)
         return max(int(count), 1)
 
-    def _run(self, micros: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
+    def _run_schedule(self, micros: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over the micro-batches."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -98,7 +98,7 @@ class ForwardBackward:
 
         def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro = next(queue).to(self.device)
-            return self._fed(model, micro), partial(collect, micro=micro)
+            return self._forward_chunk(model, micro), partial(collect, micro=micro)
 
         rows, length = micros[0].pack(micros[0].tokens).shape
         outputs: list[Any] = get_forward_backward_func()(
@@ -114,18 +114,18 @@ class ForwardBackward:
         assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
 
-    def _fed(self, model: Any, micro: Batch) -> torch.Tensor:
+    def _forward_chunk(self, model: Any, micro: Batch) -> torch.Tensor:
         """A chunk's output for a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
         tokens, packing = micro.pack(micro.tokens), micro.packing
         if packing is None:
             output: torch.Tensor = model(tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None)
             return output
         positions = packing.positions.to(self.device)  # Megatron restarts the rotary ones with each sequence by itself
-        output = model(tokens, positions[None], None, packed_seq_params=_thd(packing, self.device))
+        output = model(tokens, positions[None], None, packed_seq_params=_packed_seq_params(packing, self.device))
         return output
 
 
-def _thd(packing: Packing, device: torch.device) -> Any:
+def _packed_seq_params(packing: Packing, device: torch.device) -> Any:
     """Megatron's description of a packed row."""
     from megatron.core.packed_seq_params import PackedSeqParams
 

@@ -28,12 +28,12 @@ class Scores:
         logprobs: `[B, T]` float32, log π of the next token, 0 where the sample has none; None on ranks without the
             pipeline's last stage.
         entropy: `[B, T]` float32 nats, likewise.
-        recorded: routes of each micro-batch on this rank, when they were recorded.
+        routes: routes of each micro-batch on this rank, when they were recorded.
     """
 
     logprobs: torch.Tensor | None
     entropy: torch.Tensor | None
-    recorded: list[MicroRoutes]
+    routes: list[MicroRoutes]
 
 
 class TrainingEngine:
@@ -43,7 +43,7 @@ class TrainingEngine:
         from megatron.core import parallel_state
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
-        self.passes = ForwardBackward(actor, device)
+        self.forward_backward = ForwardBackward(actor, device)
         self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
         self.last_stage: bool = parallel_state.is_pipeline_last_stage()
         self.place = Place.here(actor.transformer_config)
@@ -67,8 +67,8 @@ class TrainingEngine:
             record: keep the routers' own choices instead of forcing any.
         """
 
-        with self.replay.record() if record else self._forcing(routes) as found:
-            outputs = self.passes.forward(micros, partial(_scored, temperature=self.temperature))
+        with self.replay.record() if record else self._replaying(routes) as found:
+            outputs = self.forward_backward.forward(micros, partial(_logprobs_and_entropy, temperature=self.temperature))
         fed = [self.place.rows(micro.pack(micro.routed | micro.missing)).to(self.device) for micro in micros]
         recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed, strict=False)]
         if not self.last_stage:
@@ -77,7 +77,7 @@ class TrainingEngine:
         return Scores(logprobs, nats, recorded)
 
     @torch.no_grad()
-    def probe(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def score_probe(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Log-probabilities of tokens at temperature 1, with live routing. Collective.
 
         Args:
@@ -87,9 +87,9 @@ class TrainingEngine:
             `[B, T]` float32 on ranks of the last stage, position t that of token t + 1; None elsewhere.
         """
         # An interleaved schedule needs a micro-batch a stage.
-        stages = self.passes.stages
+        stages = self.forward_backward.stages
         micros = empty_batch(tokens).split(-(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens))
-        outputs = self.passes.forward(micros, partial(_scored, temperature=1.0))
+        outputs = self.forward_backward.forward(micros, partial(_logprobs_and_entropy, temperature=1.0))
         return torch.cat([logprobs for logprobs, _ in outputs]) if self.last_stage else None
 
     def update(
@@ -114,19 +114,19 @@ class TrainingEngine:
             stats.ratio("loss", 0.0, mine)
 
         def loss(logits: torch.Tensor, micro: Batch) -> torch.Tensor:
-            logprobs, nats = _scored(logits, micro, self.temperature)
+            logprobs, nats = _logprobs_and_entropy(logits, micro, self.temperature)
             total, found = objectives.total(objective, settings, logprobs, micro, nats)
             found.ratio("loss", float(total.detach()), 0)
             stats.add(found)
             return total
 
-        return stats, self.passes.update(micros, loss, mine, self._forcing(routes))
+        return stats, self.forward_backward.update(micros, loss, mine, self._replaying(routes))
 
-    def _forcing(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
+    def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
         return nullcontext() if routes is None else self.replay.force(routes)
 
 
-def _scored(logits: torch.Tensor, micro: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _logprobs_and_entropy(logits: torch.Tensor, micro: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropy of a micro-batch, `[B, T]` each, with gradient: 0 where no token follows."""
     logprobs, nats = logprobs_and_entropy(logits, micro.pack(micro.targets, filling=-1), temperature)
     return micro.unpack(logprobs), micro.unpack(nats)

@@ -19,24 +19,24 @@ class WeightCopy:
         return [parameter for module in self._actor.modules for parameter in module.parameters()]
 
     @torch.no_grad()
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Be a copy of the weights as they are now."""
-        for parameter, kept in zip(self._parameters(), self._weights, strict=True):
-            kept.copy_(parameter)
+        for parameter, copied in zip(self._parameters(), self._weights, strict=True):
+            copied.copy_(parameter)
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within the block the actor has the reference's weights; after it its own, bit for bit."""
-        self._exchange()
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         """In place, since Megatron's parameters are views of its buffers; one parameter's memory at a time."""
-        for parameter, kept in zip(self._parameters(), self._weights, strict=True):
-            own = parameter.clone()
-            parameter.copy_(kept)
-            kept.copy_(own)
+        for parameter, copied in zip(self._parameters(), self._weights, strict=True):
+            current = parameter.clone()
+            parameter.copy_(copied)
+            copied.copy_(current)
