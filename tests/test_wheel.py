@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
-from megatron_bai import __version__, cli
+from megatron_bai import __version__
+from megatron_bai.cli.verbs import VERBS
 
 pytestmark = pytest.mark.distributed
 
@@ -108,7 +109,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installa
     environment["PYTHONPATH"] = f"{site}:{dependencies(tmp_path_factory.mktemp('dependencies'))}"
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     empty = tmp_path_factory.mktemp("empty")
-    lines = [[], *([verb, "--help"] for verb in cli.VERBS), ["doctor"], merge(tmp_path_factory.mktemp("merge"))]
+    lines = [[], *([verb, "--help"] for verb in VERBS), ["doctor"], merge(tmp_path_factory.mktemp("merge"))]
     lines += [["plan", f"experiment={name}"] for name in EXPERIMENTS]
     # -S: without the .pth of an editable installation; -P: without the directory of the script.
     done = subprocess.run(
@@ -177,10 +178,10 @@ def test_the_command_says_where_experiments_and_scripts_are(installed: Installat
     assert str(installed.site / "megatron_bai" / "launch") in found["out"]
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(installed: Installation, verb: str) -> None:
     found = installed.results[verb, "--help"]
-    assert (found["code"], found["err"]) == (0, "") and cli.VERBS[verb].summary in found["out"]
+    assert (found["code"], found["err"]) == (0, "") and VERBS[verb].summary in found["out"]
 
 
 def test_doctor_finds_all_requirements(installed: Installation) -> None:

@@ -11,23 +11,6 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build, hf_checkpoint, megatron_checkpoint
 
 
-def run(settings: config.Config) -> None:
-    """Convert `convert.source` into `convert.target`.
-
-    Raises:
-        UserError: a missing or unusable source, an unknown format, or a target that exists.
-    """
-    job = settings.convert
-    if not job.source or not job.target:
-        raise UserError("convert.source and convert.target must both be given")
-    if job.to not in ("hf", "megatron"):
-        raise UserError(f"convert.to is {job.to!r}: choose hf or megatron")
-    if Path(job.target).exists():
-        raise UserError(f"{job.target} exists: remove it or choose another convert.target")
-    convert(settings, job.source, job.target, job.to)
-    print(f"wrote {job.target}")
-
-
 def convert(settings: config.Config, source: str | Path, target: str | Path, to: str) -> None:
     """Load a checkpoint of either format and write it in format `to` (`hf` or `megatron`).
 

@@ -19,7 +19,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from test_command import spoil
 
-from megatron_bai import cli
+from megatron_bai.cli import entry_point
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
@@ -432,10 +432,10 @@ def test_the_command_line(three, tmp_path, method, capsys, monkeypatch):
     words += [f"merge.method={method}", f"merge.members=[{','.join(settings.members)}]"]
     words += [f"merge.output={settings.output}", f"run.dir={tmp_path}"]
     words += [f"merge.pretrained={settings.pretrained}"] if settings.pretrained else []
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(entry_point.signal, "signal", lambda *args: None)
     for more in (["merge.dry_run=true"], []):
         monkeypatch.setattr(sys, "argv", ["megatron-bai", "merge", *words, *more])
-        cli.main()
+        entry_point.main()
         said = capsys.readouterr().out
         assert (f"{settings.output}: {method}, " in said) == bool(more) != Path(settings.output).exists()
     assert same(checkpoints.read(Path(settings.output)), run(settings, output=str(tmp_path / "again")))

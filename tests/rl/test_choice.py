@@ -12,7 +12,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from outside import install
 
-from megatron_bai import cli, config
+from megatron_bai import config
+from megatron_bai.cli import entry_point
+from megatron_bai.cli.help_text import verb_help
+from megatron_bai.cli.verbs import VERBS
 from megatron_bai.errors import UserError
 from megatron_bai.rl import objectives
 from megatron_bai.rl.objectives import Objective, minirl
@@ -109,9 +112,9 @@ def test_what_contradicts_itself_or_is_never_read_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["megatron-bai", "train", *overrides])
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(entry_point.signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        entry_point.main()
     out, err = capfd.readouterr()
     assert (end.value.code, out, len(err.splitlines())) == (2, "", 1)
     assert all(part in err for part in named), err
@@ -119,7 +122,7 @@ def test_what_contradicts_itself_or_is_never_read_is_refused_by_name(
 
 
 def test_help_has_the_settings_of_every_objective() -> None:
-    text = cli._help("train", cli.VERBS["train"])
+    text = verb_help("train", VERBS["train"])
     for kind in (module.OBJECTIVE.settings for module in objectives._BUILT_IN):
         assert f'objective.name="{kind.name}"' in text
     assert "objective.is_max=inf" in text and text.count("objective.kl_penalty=") == 1

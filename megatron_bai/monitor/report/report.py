@@ -5,19 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.report import html_page
 from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, charts_of, others
 from megatron_bai.monitor.report.run_data import RunData, load_run, names
-
-
-def run(config: Config) -> None:
-    """The verb `report`: `report.runs` (or this run) into `report.output` (or `report.html` in the first run)."""
-    run_dirs = [Path(name) for name in config.report.runs or [config.run.dir]]
-    output = Path(config.report.output) if config.report.output else run_dirs[0] / "report.html"
-    write_report(run_dirs, output)
-    print(f"wrote {output}")
 
 
 def write_report(run_dirs: list[Path], output: Path) -> None:

@@ -44,7 +44,7 @@ class Job:
     processes: int
 
 
-def run(verb: str, words: Sequence[str], compose: Callable[[list[str]], Config]) -> None:
+def run_multirun(verb: str, words: Sequence[str], compose: Callable[[list[str]], Config]) -> None:
     """Do every job of a command line.
 
     Args:

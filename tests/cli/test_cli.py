@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_bai import cli, config
+from megatron_bai import config
+from megatron_bai.cli import compose, entry_point
+from megatron_bai.cli.help_text import verb_help
+from megatron_bai.cli.verbs import VERBS
+from megatron_bai.errors import UserError
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -25,9 +29,9 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     def call(*arguments: str) -> int:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["megatron-bai", *arguments])
-        monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+        monkeypatch.setattr(entry_point.signal, "signal", lambda *args: None)
         try:
-            cli.main()
+            entry_point.main()
         except SystemExit as end:
             return end.code
         return 0
@@ -99,25 +103,25 @@ def test_what_needs_no_tensors_does_not_wait_for_torch(
     assert not {"torch", "numpy", "transformers", "megatron", "sglang", "aiohttp", "numba"} & set(listed)
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_names_what_a_verb_does_and_every_setting_it_reads(verb: str) -> None:
-    text = cli._help(verb, cli.VERBS[verb])
-    assert cli.VERBS[verb].summary in text and cli.VERBS[verb].example in text
-    for group in cli.VERBS[verb].groups:
+    text = verb_help(verb, VERBS[verb])
+    assert VERBS[verb].summary in text and VERBS[verb].example in text
+    for group in VERBS[verb].groups:
         for name in getattr(config, group.capitalize()).__dataclass_fields__:
             assert re.search(rf"^  {group}\.{name}(=|  \()", text, re.M), name
 
 
 def test_help_is_printed_whatever_else_is_asked(tmp_path: Path) -> None:
     done = run("train", "no.such=1", "--help", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.rstrip() == cli._help("train", cli.VERBS["train"])
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.rstrip() == verb_help("train", VERBS["train"])
     overview = run(cwd=tmp_path)
-    assert overview.returncode == 0 and all(verb.summary in overview.stdout for verb in cli.VERBS.values())
+    assert overview.returncode == 0 and all(verb.summary in overview.stdout for verb in VERBS.values())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_verbs_code_exists_and_every_group_is_read_by_a_verb() -> None:
-    read = {group for verb in cli.VERBS.values() for group in verb.groups}
+    read = {group for verb in VERBS.values() for group in verb.groups}
     assert read == set(config.Config.__dataclass_fields__)
 
 
@@ -128,7 +132,7 @@ def test_the_whole_configuration_can_be_printed(tmp_path: Path) -> None:
     printed = yaml.safe_load(done.stdout)
     config.register()
     assert printed["trainer"]["steps"] == 3 and printed["cluster"]["processes"] == 16
-    settings = asdict(cli._composed(["experiment=qwen3_30b_minirl", "trainer.steps=3"]))
+    settings = asdict(compose.compose(["experiment=qwen3_30b_minirl", "trainer.steps=3"]))
     assert {name: set(printed[name]) for name in printed} == {name: set(settings[name]) for name in settings}
 
 
@@ -139,17 +143,17 @@ def test_a_reason_is_the_first_line_with_its_cause_and_no_advice() -> None:
         except ValueError as cause:
             raise RuntimeError("Could not override 'a.x'.\nTo append, use +a.x=1") from cause
     except RuntimeError as error:
-        assert cli._reason(error) == "Could not override 'a.x'. (Key 'x' is not in struct)"
-    assert cli._reason(KeyError()) == "KeyError"
+        assert compose.summarize_hydra_error(error) == "Could not override 'a.x'. (Key 'x' is not in struct)"
+    assert compose.summarize_hydra_error(KeyError()) == "KeyError"
     outer = RuntimeError("Key 'x' is missing")
     outer.__cause__ = ValueError("Key 'x' is missing")
-    assert cli._reason(outer) == "Key 'x' is missing"  # said once
+    assert compose.summarize_hydra_error(outer) == "Key 'x' is missing"  # said once
 
 
 def test_a_later_rank_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
-    cli._complain(cli.UserError("a\n b"))
+    monkeypatch.setattr(entry_point.time, "sleep", lambda seconds: None)
+    entry_point._print_error(UserError("a\n b"))
     assert capsys.readouterr().err == "megatron-bai: error [rank 3]: a b\n"
 
 
@@ -157,8 +161,8 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def interrupted(arguments: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", interrupted)
-    monkeypatch.setattr(cli.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(entry_point, "_dispatch", interrupted)
+    monkeypatch.setattr(entry_point.signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        entry_point.main()
     assert end.value.code == 130 and capsys.readouterr().err == "megatron-bai: interrupted\n"

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bai import cli, config
+from megatron_bai import config
+from megatron_bai.cli import compose, plan
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.memory_plan import run_plan
 
-DOCS = Path(__file__).parents[1] / "docs" / "presets.md"
+DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
 CLUSTERS, UPDATES, REPLAY = ("gpus_8", "gpus_16", "gpus_32"), ("n1", "n2", "n4", "n8"), ("none", "r2", "r3")
 MINIRL = "experiment=qwen3_30b_minirl"
 BAI = "experiment=qwen3_30b_bai_ppo"
@@ -23,7 +24,7 @@ def registered() -> None:
 
 
 def composed(*words: str) -> Config:
-    return cli._composed(list(words))
+    return compose.compose(list(words))
 
 
 def total(settings: Config) -> float:
@@ -62,7 +63,7 @@ def test_bai_in_the_papers_settings() -> None:
     for cluster in ("gpus_8", "gpus_16"):  # where two models do not fit, plan says so
         assert total(composed(BAI, f"cluster={cluster}")) > 80
         with pytest.raises(UserError, match="GB are needed of a GPU, and cluster.memory_gb is 80: .*parallel"):
-            run_plan.run(composed(BAI, f"cluster={cluster}"))
+            plan.run(composed(BAI, f"cluster={cluster}"))
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_bai_in_the_papers_settings() -> None:
 )
 def test_plan_refuses_by_name(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        run_plan.run(composed(MINIRL, *words))
+        plan.run(composed(MINIRL, *words))
 
 
 def test_plan_prints_what_the_docs_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.search(r"```\n(model  .*?)```", DOCS.read_text(), re.S).group(1)
     monkeypatch.setenv("COLUMNS", "160")
-    run_plan.run(composed(MINIRL))
+    plan.run(composed(MINIRL))
     printed = capsys.readouterr().out
     lines, expected = ([line.split() for line in text.splitlines() if line.strip()] for text in (printed, shown))
     assert lines == expected

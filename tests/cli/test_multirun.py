@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bai import cli, sweep
+from megatron_bai.cli import compose, entry_point, multirun
 from megatron_bai.errors import UserError
 
 
@@ -21,39 +21,39 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         commands.append(command[1:])
         return 7 if len(commands) == 2 else 0
 
-    monkeypatch.setattr(sweep, "_ended", ended)
+    monkeypatch.setattr(multirun, "_ended", ended)
     return commands
 
 
-def multirun(verb: str, *words: str) -> None:
-    cli._run([verb, *words])
+def run_jobs(verb: str, *words: str) -> None:
+    entry_point._dispatch([verb, *words])
 
 
 def test_jobs_are_all_combinations_and_a_failure_is_named_at_the_end(
     started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=r"1 of 4 jobs failed: replay.mode=none,run.seed=1 \(exit code 7\)$"):
-        multirun("train", "experiment=demo", "--multirun", "replay.mode=none,r3", "run.seed=0,1")
+        run_jobs("train", "experiment=demo", "--multirun", "replay.mode=none,r3", "run.seed=0,1")
     name = "replay.mode=r3,run.seed=1"
     assert started[-1] == ["-m", "megatron_bai", "train", "experiment=demo", "replay.mode=r3", "run.seed=1",
                            f"run.dir='runs/demo/{name}'"]  # fmt: skip
     assert len({command[-1] for command in started}) == 4
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "[1/4] replay.mode=none,run.seed=0" and lines[-1] == "3 of 4 jobs succeeded"
-    settings = cli._composed(started[-1][3:])  # what a job is told is what was composed, quotes and all
+    settings = compose.compose(started[-1][3:])  # what a job is told is what was composed, quotes and all
     assert settings.run.dir == f"runs/demo/{name}" and settings.merge.output == f"runs/demo/{name}/actor"
 
 
 def test_a_job_of_several_processes_is_started_by_torchrun(started: list[list[str]]) -> None:
     with pytest.raises(UserError, match="1 of 2"):
-        multirun("train", "-m", "cluster.processes=2,1", "parallel.expert=1")
+        run_jobs("train", "-m", "cluster.processes=2,1", "parallel.expert=1")
     assert started[0][:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert started[1][:3] == ["-m", "megatron_bai", "train"]
 
 
 def test_choices_ranges_and_what_paths_cannot_hold(started: list[list[str]]) -> None:
     words = ["+data.template_options.a=choice('x/y','z')", "trainer.steps=range(1,3)"]
-    names = [name for name, _ in sweep.combinations(words)]
+    names = [name for name, _ in multirun.combinations(words)]
     assert names == [f"data.template_options.a={a},trainer.steps={n}" for a in ("x_y", "z") for n in (1, 2)]
 
 
@@ -71,14 +71,14 @@ def test_choices_ranges_and_what_paths_cannot_hold(started: list[list[str]]) -> 
 )
 def test_what_cannot_be_is_refused_before_a_job_starts(words: list[str], says: str, started: list[list[str]]) -> None:
     with pytest.raises(UserError, match=says):
-        multirun(*words)
+        run_jobs(*words)
     assert started == []
 
 
 def test_torchrun_is_not_wrapped_around_a_sweep(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="leave out torchrun and set cluster.processes"):
-        multirun("train", "--multirun", "run.seed=0,1")
+        run_jobs("train", "--multirun", "run.seed=0,1")
 
 
 @pytest.mark.live

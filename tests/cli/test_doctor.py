@@ -7,7 +7,8 @@ from importlib import metadata
 
 import pytest
 
-from megatron_bai import doctor, project_files
+from megatron_bai import project_files
+from megatron_bai.cli import doctor
 from megatron_bai.compat import Patch
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
@@ -123,7 +124,7 @@ def test_not_installed(monkeypatch):
 
 def test_imports_nothing_heavy():
     code = (
-        "import sys; from megatron_bai import doctor; list(doctor.examine('auto', doctor.Machine.look()));"
+        "import sys; from megatron_bai.cli import doctor; list(doctor.examine('auto', doctor.Machine.look()));"
         "sys.exit(', '.join({'torch', 'transformers', 'sglang', 'megatron.core'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,0 +1,36 @@
+"""The verb `plan`: what a training run will do and need, from its settings alone."""
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_bai.config import Config
+from megatron_bai.errors import UserError
+from megatron_bai.memory_plan.run_plan import GB, batches, check, gpu_memory
+
+
+def run(settings: Config) -> None:
+    """Print the batches and the memory of the fullest GPU.
+
+    Raises:
+        UserError: settings that contradict each other, or more memory than `cluster.memory_gb`.
+    """
+    processes = check(settings)
+    held = gpu_memory(settings, processes)
+    console = Console(highlight=False)
+    for title, rows in (("", batches(settings, processes)), ("GPU memory", _shown(held))):
+        table = Table(title=title or None, box=None, pad_edge=False, show_header=False, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+        console.print()
+    total, limit = sum(held.values()) / GB, settings.cluster.memory_gb
+    if total > limit:
+        raise UserError(
+            f"{total:.1f} GB are needed of a GPU, and cluster.memory_gb is {limit:g}: more processes, more of "
+            "parallel.expert or parallel.pipeline, parallel.recompute=full, fewer trainer.tokens_per_micro_batch or "
+            "rollout.max_total_tokens, or servers elsewhere (rollout.urls) make it less"
+        )
+
+
+def _shown(found: dict[str, float]) -> dict[str, str]:
+    return {name: f"{size / GB:7.2f} GB" for name, size in (found | {"total": sum(found.values())}).items()}

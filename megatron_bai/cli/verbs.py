@@ -1,0 +1,66 @@
+"""The verbs: what each does, where its code is, and which groups of settings it reads."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb does, where its code is, and which setting groups it reads."""
+
+    summary: str
+    function: str  # module:function taking the Config; imported when the verb runs
+    groups: tuple[str, ...]
+    example: str
+
+
+_TRAINING = ("run", "backend", "model", "parallel", "data", "reward", "init", "merge")
+VERBS = {
+    "merge": Verb(
+        "Merge checkpoints into the one that RL starts from, by BAI or another method.",
+        "megatron_bai.cli.merge:run",
+        ("merge",),
+        "megatron-bai merge merge.pretrained=a 'merge.members=[b,c]' 'merge.weights=[.5,.5]' merge.output=d",
+    ),
+    "train": Verb(
+        "Train: reinforcement learning, or supervised with objective=sft. Start several processes with torchrun.",
+        "megatron_bai.cli.train:run",
+        _TRAINING + ("cluster", "rollout", "replay", "objective", "supervised", "trainer", "monitor"),
+        "torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo",
+    ),
+    "plan": Verb(
+        "Say what a training run will do and need of each GPU, without starting it.",
+        "megatron_bai.cli.plan:run",
+        _TRAINING + ("cluster", "rollout", "replay", "objective", "trainer", "monitor"),
+        "megatron-bai plan experiment=qwen3_30b_minirl cluster=gpus_16 updates=n4",
+    ),
+    "serve": Verb(
+        "Serve a checkpoint with SGLang until interrupted.",
+        "megatron_bai.cli.serve:run",
+        ("run", "backend", "serve", "rollout"),
+        "megatron-bai serve serve.checkpoint=runs/demo/actor",
+    ),
+    "convert": Verb(
+        "Convert a checkpoint between Megatron torch_dist and Hugging Face safetensors.",
+        "megatron_bai.cli.convert:run",
+        ("backend", "convert"),
+        "megatron-bai convert convert.source=runs/demo/actor convert.target=actor-hf convert.to=hf",
+    ),
+    "inspect": Verb(
+        "Describe a checkpoint or a store of routes, or compare two.",
+        "megatron_bai.cli.inspect_verb:run",
+        ("inspect",),
+        "megatron-bai inspect inspect.path=runs/demo/actor",
+    ),
+    "report": Verb(
+        "Write one HTML page about runs, finished or in progress.",
+        "megatron_bai.cli.report:run",
+        ("run", "report"),
+        "megatron-bai report 'report.runs=[runs/demo,runs/other]' report.output=both.html",
+    ),
+    "doctor": Verb(
+        "Say what this machine has, and what each missing piece disables.",
+        "megatron_bai.cli.doctor:run",
+        (),
+        "megatron-bai doctor",
+    ),
+}
