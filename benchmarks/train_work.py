@@ -32,7 +32,7 @@ def settings_of(directory: Path, work: dict[str, Any]) -> Any:
 
     from megatron_bai import config
 
-    config.register()
+    config.register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
         words = [f"run.dir={directory}/{work['name']}", "backend.kind=cpu", *work["overrides"]]
         return OmegaConf.to_object(compose("config", overrides=words))

@@ -20,7 +20,10 @@ def compose(overrides: list[str]) -> config.Config:
     Raises:
         UserError: they make none.
     """
-    with hydra_errors_as_user_errors(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
+    with (
+        hydra_errors_as_user_errors(),
+        hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())),
+    ):
         return cast(config.Config, OmegaConf.to_object(hydra.compose("config", overrides=overrides)))
 
 
@@ -56,6 +59,6 @@ def _suggest_choice(reason: str) -> str:
 
 
 def config_subclasses(kind: type[Any]) -> list[type[Any]]:
-    """A class of `config.py` and its descendants there."""
-    children = [child for child in kind.__subclasses__() if child.__module__ == config.__name__]
+    """A class of `config/` and its descendants there."""
+    children = [child for child in kind.__subclasses__() if child.__module__.startswith(f"{config.__name__}.")]
     return [kind, *(each for child in children for each in config_subclasses(child))]

@@ -47,7 +47,9 @@ def main() -> None:
             _wait_for_rank_0()
             raise
         if _print_error(lost) == 0:
-            time.sleep(_RANK_0_HEAD_START_S + 1)  # torchrun ends the others with this one: let the one that failed say why
+            time.sleep(
+                _RANK_0_HEAD_START_S + 1
+            )  # torchrun ends the others with this one: let the one that failed say why
         sys.exit(2)
 
 
@@ -62,7 +64,7 @@ def _dispatch(arguments: list[str]) -> None:
     if "--help" in rest or "-h" in rest:
         print(verb_help(name, verb))
         return
-    config.register()
+    config.register_schema()
     overrides = [word for word in rest if word not in _MULTIRUN_FLAGS]
     if overrides != rest:
         with hydra_errors_as_user_errors():

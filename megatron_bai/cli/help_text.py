@@ -20,11 +20,17 @@ _DEFAULT_TEXT = {
 def overview() -> str:
     lines = [f"  {name:8} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
-        ["usage: megatron-bai VERB [experiment=NAME] [group.key=value …]", "", *lines, "",
-         f"Experiments: {project_files.conf_dir() / 'experiment'}",
-         f"Scripts that start runs on many machines and under Slurm: {project_files.launch_dir()}", "",
-         "`megatron-bai VERB --help` lists a verb's settings, `megatron-bai VERB --cfg job` prints the whole configuration,",
-         "`--multirun` sweeps over comma-separated values."]
+        [
+            "usage: megatron-bai VERB [experiment=NAME] [group.key=value …]",
+            "",
+            *lines,
+            "",
+            f"Experiments: {project_files.conf_dir() / 'experiment'}",
+            f"Scripts that start runs on many machines and under Slurm: {project_files.launch_dir()}",
+            "",
+            "`megatron-bai VERB --help` lists a verb's settings, `megatron-bai VERB --cfg job` prints the whole configuration,",
+            "`--multirun` sweeps over comma-separated values.",
+        ]
     )
 
 
@@ -37,8 +43,12 @@ def verb_help(name: str, verb: Verb) -> str:
 
 
 def _group_settings(group: str) -> list[str]:
-    """A group's settings, and those of each choice of it, as `config.py` has them."""
-    return [line for kind in config_subclasses(getattr(config, group.capitalize())) for line in _format_settings(group, kind)]
+    """A group's settings, and those of each choice of it, as `config/` has them."""
+    return [
+        line
+        for kind in config_subclasses(getattr(config, group.capitalize()))
+        for line in _format_settings(group, kind)
+    ]
 
 
 def _format_settings(group: str, kind: type) -> list[str]:
@@ -49,5 +59,7 @@ def _format_settings(group: str, kind: type) -> list[str]:
     for line in inspect.getsource(kind).splitlines():
         if found := re.match(r"    (\w+): ([\w\[\], |]+) = (.+?)(?:  # (.+))?$", line):
             key, typename, default, comment = found.groups()
-            lines.append(f"  {group}.{key}={_DEFAULT_TEXT.get(default, default)}  ({typename}) {comment or ''}".rstrip())
+            lines.append(
+                f"  {group}.{key}={_DEFAULT_TEXT.get(default, default)}  ({typename}) {comment or ''}".rstrip()
+            )
     return lines

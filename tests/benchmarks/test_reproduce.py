@@ -24,7 +24,7 @@ STUDIES = all_studies(Path("/study"))
 
 
 def settings_of(study: str, variant: str, updates: int) -> Any:
-    config.register()
+    config.register_schema()
     words = STUDIES[study].overrides(variant, 1, updates, Path("/study/run"))
     judge = ["reward.url=http://127.0.0.1:20000"] if STUDIES[study].judged else []
     with initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):

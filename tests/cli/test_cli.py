@@ -130,7 +130,7 @@ def test_the_whole_configuration_can_be_printed(tmp_path: Path) -> None:
     done = run("train", "experiment=qwen3_30b_minirl", "trainer.steps=3", "--cfg", "job", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
     printed = yaml.safe_load(done.stdout)
-    config.register()
+    config.register_schema()
     assert printed["trainer"]["steps"] == 3 and printed["cluster"]["processes"] == 16
     settings = asdict(compose.compose(["experiment=qwen3_30b_minirl", "trainer.steps=3"]))
     assert {name: set(printed[name]) for name in printed} == {name: set(settings[name]) for name in settings}

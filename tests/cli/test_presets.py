@@ -20,7 +20,7 @@ BAI = "experiment=qwen3_30b_bai_ppo"
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
-    config.register()
+    config.register_schema()
 
 
 def composed(*words: str) -> Config:

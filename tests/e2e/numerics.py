@@ -190,7 +190,7 @@ def _sum(values: list[int]) -> list[int]:
 
 
 def main(result: Path, overrides: list[str]) -> None:
-    config.register()
+    config.register_schema()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
         settings: Any = OmegaConf.to_object(hydra.compose("config", overrides=overrides))
     with open_session(settings) as session, start_inference(session) as inference:

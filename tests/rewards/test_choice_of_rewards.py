@@ -18,7 +18,7 @@ from megatron_bai.rewards import Item, Score
 
 def chosen(*overrides: str) -> config.Config:
     """The settings as `train` gets them."""
-    config.register()
+    config.register_schema()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
         return OmegaConf.to_object(hydra.compose("config", overrides=list(overrides)))
 
@@ -83,7 +83,7 @@ def test_the_documented_package_brings_its_reward(tmp_path: Path, monkeypatch: p
 import sys
 from pathlib import Path
 from megatron_bai import config, rewards
-config.register()
+config.register_schema()
 from types import SimpleNamespace as Prompt
 settings = rewards._REGISTRY["contains"].settings(bonus=0.5, workers=1)
 with rewards.open_rewards(settings, None, Path("reward.log")) as scorer:

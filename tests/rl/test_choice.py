@@ -23,7 +23,7 @@ from megatron_bai.rl.objectives import Objective, minirl
 
 def chosen(*overrides: str) -> config.Objective:
     """The objective's settings as `train` gets them."""
-    config.register()
+    config.register_schema()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
         return OmegaConf.to_object(hydra.compose("config", overrides=list(overrides))).objective
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from recordings import SMALL, recording
 
-from megatron_bai import inspect as verb
+from megatron_bai.cli import inspect_verb as verb
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
 from megatron_bai.routing.routes import RouteSignature

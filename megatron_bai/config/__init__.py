@@ -1,0 +1,77 @@
+"""Every setting of every verb, typed. Hydra fills these from `conf/` and the command line.
+
+One tree serves all verbs, so that one experiment file describes a whole run: what is trained, merged, served and
+updated. An unknown key is refused by Hydra; what contradicts another setting is refused by `validate`, by name.
+
+One file a group; everything is importable from here.
+"""
+
+from megatron_bai.config.data import Arithmetic, Data, Dataset
+from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
+from megatron_bai.config.monitor import Monitor
+from megatron_bai.config.objectives import (
+    Cispo,
+    Corrected,
+    Dapo,
+    Grpo,
+    Gspo,
+    Minirl,
+    Objective,
+    Policy,
+    Ppo,
+    Sequence,
+    Sft,
+)
+from megatron_bai.config.rewards import Exact, Function, MathVerify, PerSample, Reward, RewardModel
+from megatron_bai.config.rollout import Replay, Rollout
+from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
+from megatron_bai.config.schema import Config, initial_checkpoint, register_schema
+from megatron_bai.config.trainer import Supervised, Trainer
+from megatron_bai.config.verbs import Convert, Inspect, Report, Serve
+from megatron_bai.project_files import conf_dir
+
+__all__ = [
+    "Arithmetic",
+    "Backend",
+    "CheckpointInit",
+    "Cispo",
+    "Cluster",
+    "Config",
+    "Convert",
+    "Corrected",
+    "Dapo",
+    "Data",
+    "Dataset",
+    "Exact",
+    "Function",
+    "Grpo",
+    "Gspo",
+    "Init",
+    "Inspect",
+    "MathVerify",
+    "Merge",
+    "MergeInit",
+    "Minirl",
+    "Model",
+    "Monitor",
+    "Objective",
+    "Parallel",
+    "PerSample",
+    "Policy",
+    "Ppo",
+    "RandomInit",
+    "Replay",
+    "Report",
+    "Reward",
+    "RewardModel",
+    "Rollout",
+    "Run",
+    "Sequence",
+    "Serve",
+    "Sft",
+    "Supervised",
+    "Trainer",
+    "conf_dir",
+    "initial_checkpoint",
+    "register_schema",
+]

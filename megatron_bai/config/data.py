@@ -1,0 +1,42 @@
+"""Settings of the data: `data=NAME` chooses a source (docs/data.md)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Data:
+    """What is asked and taught: `data=NAME` chooses a source with its own settings (docs/data.md)."""
+
+    name: str = MISSING  # set by the choice
+    eval_prompts: int = 64  # held out: never trained on
+
+
+@dataclass
+class Arithmetic(Data):
+    """The generated arithmetic task (sums of several numbers), its styles of text and the tokenizer trained on them."""
+
+    name: str = "arithmetic"
+    style: str = "reasoning"  # of supervised text: pretrained (mixed), instruct (short), reasoning, checked (longest)
+    min_terms: int = 3  # numbers in one problem
+    max_terms: int = 5
+    max_number: int = 9  # numbers are 1 … max_number
+
+
+@dataclass
+class Dataset(Data):
+    """Rows on local disk: a .jsonl or .parquet file, or a directory that `datasets.save_to_disk` wrote."""
+
+    name: str = "dataset"
+    train: str = ""  # the rows trained on
+    eval: str = ""  # the rows evaluated on, which are taken out of train; empty holds some of train out
+    hold_out: float = 0.05  # the share of prompts that a hash holds out where data.eval is empty
+    prompt: str = "prompt"  # column: a text, which becomes a user's message, or a list of chat messages
+    answer: str = "answer"  # column: what the reward compares with; empty where it needs none
+    response: str = "response"  # column of objective=sft: what is learned
+    system: str = ""  # the system message of prompts that have none
+    chat_template: bool = True  # the tokenizer's; false takes the prompts, which must be texts, as they are
+    template_options: dict[str, Any] = field(default_factory=dict)  # +data.template_options.enable_thinking=false
+    max_prompt_tokens: int = 1024  # rows whose prompt is longer are left out

@@ -1,0 +1,119 @@
+"""Settings of objectives: `objective=NAME` chooses one (docs/objectives.md)."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Objective:
+    """What training maximises: `objective=NAME` chooses one with its own settings (docs/objectives.md)."""
+
+    name: str = MISSING  # set by the choice
+
+
+@dataclass
+class Sft(Objective):
+    """Cross-entropy of given text."""
+
+    name: str = "sft"
+
+
+@dataclass
+class Policy(Objective):
+    """Of every objective that learns from rollouts."""
+
+    advantage: str = "normalised"  # R − group mean: centred; over the group's deviation: normalised; or leave_one_out
+    entropy_bonus: float = 0.0  # weight of the policy's entropy, in the loss of every token
+    kl_penalty: float = 0.0  # weight of the KL divergence from the run's initial weights, likewise
+    kl_estimator: str = "k3"  # k1, k2 or k3
+    drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere
+    refill_rounds: int = 0  # how often a step asks new prompts in place of dropped groups, until none lack (DAPO)
+    mask_overlong: bool = False  # responses cut off at the token limit count nowhere but in their group's mean reward
+
+
+@dataclass
+class Minirl(Policy):
+    """MiniRL (arXiv 2512.01374, eq. 7) and its ablations."""
+
+    name: str = "minirl"
+    advantage: str = "centred"
+    clip_low: float = 0.2  # M_t drops a token with A < 0 once its ratio is under 1 − clip_low
+    clip_high: float = 0.27  # … with A > 0 once it is over 1 + clip_high
+    is_max: float = 5.0  # the token weight π_θ/μ_old is truncated here; inf: never
+    clip: bool = True  # false: M_t = 1
+    train_infer_is: bool = True  # false: the token weight is π_θ/π_old
+    length_norm: bool = False  # true: 1/|y|
+
+
+@dataclass
+class Sequence(Policy):
+    """The sequence-level objective that MiniRL approximates (arXiv 2512.01374)."""
+
+    name: str = "sequence"
+    advantage: str = "centred"
+    is_max: float = float("inf")  # the response's weight π_θ(y)/μ_old(y) is truncated here
+
+
+@dataclass
+class Corrected(Policy):
+    """Of every objective with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
+
+    correction: str = "none"  # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
+    correction_max: float = 2.0  # C: a weight above it becomes C (truncate) or 0 (mask)
+
+
+@dataclass
+class Grpo(Corrected):
+    """GRPO (arXiv 2402.03300); a clip_high above clip_low is clip-higher."""
+
+    name: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+
+@dataclass
+class Dapo(Corrected):
+    """GRPO's loss as DAPO averages it, over tokens (arXiv 2503.14476)."""
+
+    name: str = "dapo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    token_mean: str = "batch"  # over the mini-batch's tokens, or prompt: over each prompt's, then over prompts
+
+
+@dataclass
+class Cispo(Corrected):
+    """CISPO (arXiv 2506.13585): the ratio is clipped, no token is dropped."""
+
+    name: str = "cispo"
+    clip_low: float = 1.0  # 1: no lower limit, as in the paper
+    clip_high: float = 0.27  # the paper gives no value; this is MiniRL's
+    token_mean: str = "batch"  # or prompt
+
+
+@dataclass
+class Gspo(Corrected):
+    """GSPO (arXiv 2507.18071): the ratio is the response's, per token."""
+
+    name: str = "gspo"
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+
+@dataclass
+class Ppo(Corrected):
+    """PPO with a critic (arXiv 1707.06347), as BAI's paper trains (arXiv 2509.00309)."""
+
+    name: str = "ppo"
+    advantage: str = "gae"  # of each token, from the critic's values (arXiv 1506.02438); nothing else
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    gamma: float = 1.0  # what a reward one token later is worth
+    lam: float = 0.95  # λ of GAE: 1 trusts the rewards alone, 0 the critic
+    whiten: bool = False  # advantages less their mean and over their deviation, of all tokens of the step
+    value_clip: float = 0.2  # a value gains nothing by moving further than this in a step; inf: no limit
+    critic_learning_rate: float | None = None  # trainer.learning_rate unless given, as in BAI's paper
+    critic_warmup: int = 0  # steps at the start that update the critic alone
+    critic_checkpoint: str = ""  # a critic to start from, as critic_save wrote it; empty: the actor's weights, values 0
+    critic_save: str = ""  # where the final critic goes; empty keeps none

@@ -1,0 +1,28 @@
+"""Settings that one verb alone reads."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Serve:
+    checkpoint: str = ""  # a Hugging Face or Megatron checkpoint; empty serves merge.output
+
+
+@dataclass
+class Convert:
+    source: str = ""
+    target: str = ""
+    to: str = "hf"  # hf or megatron
+
+
+@dataclass
+class Inspect:
+    path: str = ""  # a checkpoint, or a directory that replay.store named
+    other: str = ""  # a second one of the same kind to compare with
+    verify: bool = True  # read every byte against the checksums; false trusts sizes, which is quick
+
+
+@dataclass
+class Report:
+    runs: list[str] = field(default_factory=list)  # run directories; empty reports run.dir
+    output: str = ""  # empty writes report.html into the first run
