@@ -14,4 +14,4 @@ def run(settings: config.Config) -> None:
     if objectives.check(settings.objective).rollouts:
         trainer.train(settings)
     else:
-        sft_trainer.train(settings)
+        sft_trainer.train_sft(settings)

@@ -24,7 +24,7 @@ def check(settings: Config) -> int:
     """
     if not objectives.check(settings.objective).rollouts:
         raise UserError("plan is for reinforcement learning: choose another objective than sft")
-    session.validate(settings)
+    session.validate_settings(settings)
     parallel, cluster, rollout = settings.parallel, settings.cluster, settings.rollout
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
     processes = cluster.processes or fewest

@@ -113,7 +113,9 @@ class ResumePoint:
         if self.checkpoint is None:
             return
         if stateful.keys() != self.states.keys():
-            raise UserError(f"{self.checkpoint} has the state of {sorted(self.states)}, the run needs {sorted(stateful)}")
+            raise UserError(
+                f"{self.checkpoint} has the state of {sorted(self.states)}, the run needs {sorted(stateful)}"
+            )
         for name, item in stateful.items():
             item.load_state_dict(self.states[name])
             if isinstance(item, StatefulWithFiles):

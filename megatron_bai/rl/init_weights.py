@@ -19,7 +19,7 @@ from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
 from megatron_bai.model.build import Actor
 
 
-def validate(settings: config.Config) -> None:
+def validate_init(settings: config.Config) -> None:
     """Refuse what `init` cannot start from, by name, before any work starts.
 
     Raises:
@@ -39,7 +39,7 @@ def validate(settings: config.Config) -> None:
         raise UserError(f"trainer.save and merge.output are both {target}: the merge would be written over")
 
 
-def prepare(settings: config.Config) -> None:
+def run_init_merge(settings: config.Config) -> None:
     """Do the merge that `init=merge` asks for; the ranks share it, and nothing is done that is done already. Collective.
 
     Raises:
@@ -62,8 +62,8 @@ def _check_base(base: Path, model: config.Model) -> None:
     require_tokenizer(base)
 
 
-def fill(actor: Actor, settings: config.Config) -> Path:
-    """Give the actor its first weights. Collective; `prepare` was called.
+def load_initial_weights(actor: Actor, settings: config.Config) -> Path:
+    """Give the actor its first weights. Collective; `run_init_merge` was called.
 
     Returns:
         The directory of its tokenizer.
@@ -96,7 +96,7 @@ def require_tokenizer(directory: Path) -> None:
         raise UserError(f"{directory} holds no tokenizer.json: copy the model's tokenizer files there")
 
 
-def identity(settings: config.Config) -> Any:
+def weights_fingerprint(settings: config.Config) -> Any:
     """What determines the first weights beside `run.seed`, as JSON: equal means the same ones.
 
     Raises:

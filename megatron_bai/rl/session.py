@@ -100,7 +100,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     Raises:
         UserError: settings that contradict each other or the machine, or a checkpoint or a merge that cannot be used.
     """
-    validate(settings)
+    validate_settings(settings)
     require_packages(settings)
     if settings.rollout.api_key_file:
         auth.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
@@ -109,10 +109,10 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         build.validate(settings.model, settings.parallel, dist.get_world_size())
         _check_processes(settings.cluster, dist.get_world_size())
         if several_machines():
-            _require_shared(Path(settings.run.dir))
-        init_weights.prepare(settings)
+            _require_shared_dir(Path(settings.run.dir))
+        init_weights.run_init_merge(settings)
         with ExitStack() as stack:
-            session = _open(settings, device)
+            session = _build_session(settings, device)
             if session.is_replica_leader and objectives.get(settings.objective.name).rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_rewards(settings.reward, session.task, log))
@@ -129,7 +129,7 @@ def _check_processes(cluster: config.Cluster, world: int) -> None:
         )
 
 
-def _require_shared(directory: Path) -> None:
+def _require_shared_dir(directory: Path) -> None:
     """Refuse a `run.dir` that only some machines see: each would keep its part of every checkpoint to itself."""
     group = joined()
 
@@ -152,12 +152,12 @@ def _require_shared(directory: Path) -> None:
             mark.rmdir()
 
 
-def _open(settings: config.Config, device: backend.Device) -> Session:
+def _build_session(settings: config.Config, device: backend.Device) -> Session:
     build.init_parallel(settings.parallel, settings.run.seed, settings.backend.timeout_s)
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
-    tokenizer_dir = init_weights.fill(actor, settings)
+    tokenizer_dir = init_weights.load_initial_weights(actor, settings)
     replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
     replica_moe_layers: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
@@ -181,12 +181,12 @@ def _open(settings: config.Config, device: backend.Device) -> Session:
 
 
 def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
-    learned = not objectives.get(settings.objective.name).rollouts
+    supervised = not objectives.get(settings.objective.name).rollouts
     length = longest_request(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
-    if learned:
+    if supervised:
         length = settings.supervised.length
-    say = print if dist.get_rank() == 0 else (lambda line: None)
-    return task_factory.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, learned, say)
+    log = print if dist.get_rank() == 0 else (lambda line: None)
+    return task_factory.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, supervised, log)
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -199,7 +199,7 @@ def _load_tokenizer(directory: Path) -> Any:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from None
 
 
-def validate(settings: config.Config) -> None:
+def validate_settings(settings: config.Config) -> None:
     """Refuse what contradicts itself, by name, before any work starts.
 
     Raises:
@@ -209,7 +209,7 @@ def validate(settings: config.Config) -> None:
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
     check_policy(settings.replay.missing)
-    init_weights.validate(settings)
+    init_weights.validate_init(settings)
     lr_schedule.validate(settings)
     _check_store(settings)
     run_monitor.validate(settings.monitor)
@@ -291,7 +291,9 @@ def _check_packing(settings: config.Config, rollouts: bool) -> None:
     if row < 0:
         raise UserError(f"trainer.tokens_per_micro_batch is {row}: it must be at least 1, or 0 to count samples")
     if not rollouts:
-        raise UserError("trainer.tokens_per_micro_batch is for rollouts: supervised.length is the length of packed rows")
+        raise UserError(
+            "trainer.tokens_per_micro_batch is for rollouts: supervised.length is the length of packed rows"
+        )
     if row % parallel.tensor:
         raise UserError(
             f"trainer.tokens_per_micro_batch ({row}) is not a multiple of parallel.tensor ({parallel.tensor}), whose "
@@ -319,12 +321,14 @@ def _check_store(settings: config.Config) -> None:
         )
 
 
-def fingerprint(settings: config.Config) -> str:
+def sft_fingerprint(settings: config.Config) -> str:
     """A digest of what determines a supervised checkpoint, and of what it starts from: equal means the same work."""
-    described: dict[str, Any] = {name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")}
+    described: dict[str, Any] = {
+        name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")
+    }
     described["data"] = task_factory.describe(settings.data)
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed
-    described["init"] = init_weights.identity(settings)
+    described["init"] = init_weights.weights_fingerprint(settings)
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,10 +12,10 @@ from megatron_bai.monitor.run_log import Progress
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_sft
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
-from megatron_bai.rl.session import Session, fingerprint, open_session
+from megatron_bai.rl.session import Session, open_session, sft_fingerprint
 
 
-def train(settings: config.Config) -> None:
+def train_sft(settings: config.Config) -> None:
     """Train on the data's text and save to `trainer.save`.
 
     A complete checkpoint made with the same settings is left as it is; one made with others is not overwritten.
@@ -26,7 +26,7 @@ def train(settings: config.Config) -> None:
     target = settings.trainer.save
     if not target:
         raise UserError("trainer.save is empty: say where the checkpoint goes")
-    made_by = fingerprint(settings)
+    made_by = sft_fingerprint(settings)
     done = manifest.read(target)
     if done is not None:
         if done.get("made_by") != made_by:
@@ -34,14 +34,14 @@ def train(settings: config.Config) -> None:
         print(f"{target} is complete: nothing to do")
         return
     with open_session(settings) as session:
-        _train(session)
+        _run_steps(session)
         info = {"made_by": made_by, "data": asdict(settings.data), "steps": settings.trainer.steps}
         megatron_checkpoint.save(session.actor, target, session.tokenizer_dir, info)
         if session.is_rank_0:
             print(f"saved {target}")
 
 
-def _train(session: Session) -> None:
+def _run_steps(session: Session) -> None:
     settings = session.settings
     objective = objectives.get(settings.objective.name)
     directory = Path(settings.run.dir) / f"{Path(settings.trainer.save).name}-log"
@@ -49,9 +49,9 @@ def _train(session: Session) -> None:
         for step in range(settings.trainer.steps):
             began = time.monotonic()
             rate = set_learning_rate(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
-            micros = _batch(session, step).split(settings.trainer.micro_batch_size)
-            build.validate_micro_batches(settings.parallel, len(micros))
-            stats, norm = session.engine.update(micros, None, objective, settings.objective)
+            micro_batches = _sft_batch(session, step).split(settings.trainer.micro_batch_size)
+            build.validate_micro_batches(settings.parallel, len(micro_batches))
+            stats, norm = session.engine.update(micro_batches, None, objective, settings.objective)
             values = stats.gathered(session.reports_stats).values()
             seconds = time.monotonic() - began
             progress.step(
@@ -60,14 +60,14 @@ def _train(session: Session) -> None:
             )
 
 
-def _batch(session: Session, step: int) -> Batch:
+def _sft_batch(session: Session, step: int) -> Batch:
     """This data-parallel rank's rows of a step's batch."""
     supervised = session.settings.supervised
     rows, size = supervised.rows, session.dp_size
-    micro = session.settings.trainer.micro_batch_size
-    if rows % (size * micro):
+    micro_batch_size = session.settings.trainer.micro_batch_size
+    if rows % (size * micro_batch_size):
         raise UserError(
-            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro}) × data-parallel ranks "
+            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro_batch_size}) × data-parallel ranks "
             f"({size})"
         )
     tokens, target = session.task.supervised(session.settings.run.seed, step, rows, supervised.length)

@@ -41,16 +41,16 @@ class SignalRequests:
         stop = bool(asked[1])
         return SignalActions(save=bool(asked[0]) or stop, stop=stop)
 
-    def _save(self, number: int, frame: FrameType | None) -> None:
+    def _on_save_requested(self, number: int, frame: FrameType | None) -> None:
         self._saves += 1
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
+    def _on_stop_requested(self, number: int, frame: FrameType | None) -> None:
         """Once: Slurm tells a rank and torchrun, which tells the rank again."""
         if not self._stop:
             self._stop = True
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
-    def _too_late(self, number: int, frame: FrameType | None) -> None:
+    def _on_grace_expired(self, number: int, frame: FrameType | None) -> None:
         """Unwinds like an exception, so that the server is stopped and files are closed."""
         print(
             f"megatron-bai: stopped within a step, {self._grace_s:g} s after SIGTERM (trainer.grace_s): it is not saved",
@@ -68,13 +68,13 @@ def handle_signals(grace_s: float) -> Iterator[SignalRequests]:
         grace_s: `trainer.grace_s`. With 0, SIGTERM does what it did before.
     """
     requests = SignalRequests(grace_s)
-    handlers = {signal.SIGUSR1: requests._save}
+    handlers = {signal.SIGUSR1: requests._on_save_requested}
     if grace_s > 0:
-        handlers |= {signal.SIGTERM: requests._end, signal.SIGALRM: requests._too_late}
-    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers |= {signal.SIGTERM: requests._on_stop_requested, signal.SIGALRM: requests._on_grace_expired}
+    previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield requests
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in former.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -38,7 +38,15 @@ from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, SignalActions, handle_signals
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
-_PRINTED_METRICS = ("reward_mean", "eval_accuracy", "response_length_mean", "kl_k3", "kl_k3_live", "grad_norm", "seconds_step")
+_PRINTED_METRICS = (
+    "reward_mean",
+    "eval_accuracy",
+    "response_length_mean",
+    "kl_k3",
+    "kl_k3_live",
+    "grad_norm",
+    "seconds_step",
+)
 
 
 def train(settings: config.Config) -> None:
@@ -162,31 +170,33 @@ class TrainingLoop:
     def step(self, step: int) -> dict[str, Any]:
         """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
         clock = Clock()
-        stats, seen = Stats(), Stats()  # of this replica; of what this rank's routers saw
+        stats, router_stats = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
         with clock("rollout"):
             samples, batch = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
-        batch, minis = make_mini_batches(batch, self.settings, stats, self.session.device.device)
-        micros = sum(minis, [])
+        batch, mini_batches = make_mini_batches(batch, self.settings, stats, self.session.device.device)
+        micro_batches = sum(mini_batches, [])
         rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, batch)
         with clock("old_logprob"):
-            routes = self._score_old_policy(batch, micros, stats, seen)
+            routes = self._score_old_policy(batch, micro_batches, stats, router_stats)
         if self.route_recorder:
             assert routes is not None, "a store belongs to a replay"
             with clock("store"):
-                self.route_recorder.record_step(step, version, samples, micros, routes)
+                self.route_recorder.record_step(step, version, samples, micro_batches, routes)
         if self.session.critic:
             with clock("values"):
-                stats.add(self.session.critic.estimate_values(batch, micros))
+                stats.add(self.session.critic.estimate_values(batch, micro_batches))
         batch.drop_excluded()
-        learned: dict[str, Any] = {}
+        update_metrics: dict[str, Any] = {}
         if self.session.critic:
             with clock("update_critic"):
-                learned |= self._update_critic(step, minis, stats)
+                update_metrics |= self._update_critic(step, mini_batches, stats)
         if step >= self.warmup:
             with clock("update"):
-                learned |= self._update(step, minis, routes, stats)
-        rows = self._sum_over_ranks([self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0])
+                update_metrics |= self._update(step, mini_batches, routes, stats)
+        rows = self._sum_over_ranks(
+            [self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0]
+        )
         if self.settings.rollout.overlap:
             with clock("ahead"):
                 self.collector.wait()
@@ -201,76 +211,80 @@ class TrainingLoop:
         values = {
             "step": step + 1,
             "weight_version": version,
-            **self._gather_metrics(stats, seen),
+            **self._gather_metrics(stats, router_stats),
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
-            **learned,
+            **update_metrics,
             "sync_gap": self.inference.sync_gap,
             **clock.report(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
         return self._with_alarms(values)
 
-    def _gather_metrics(self, stats: Stats, seen: Stats) -> dict[str, float]:
+    def _gather_metrics(self, stats: Stats, router_stats: Stats) -> dict[str, float]:
         """The step's statistics over the world. Collective."""
-        stats, seen = stats.gathered(self.session.reports_stats), seen.gathered(True)
+        stats, router_stats = stats.gathered(self.session.reports_stats), router_stats.gathered(True)
         lengths = of_responses(stats, self.settings.monitor.bucket)
-        load = router.of_load(seen, self.session.signature.num_experts)
-        return {**stats.values(), **lengths, **seen.values(), **load}
+        load = router.of_load(router_stats, self.session.signature.num_experts)
+        return {**stats.values(), **lengths, **router_stats.values(), **load}
 
     def _with_alarms(self, values: dict[str, Any]) -> dict[str, Any]:
         """The step's metrics with `alarms`, where there are any; every rank finds the same."""
         alarms = self.monitor.step(values)
         return values | ({"alarms": [alarm.json() for alarm in alarms]} if alarms else {})
 
-    def _score_old_policy(self, batch: Batch, micros: list[Batch], stats: Stats, seen: Stats) -> list[MicroRoutes] | None:
+    def _score_old_policy(
+        self, batch: Batch, micro_batches: list[Batch], stats: Stats, router_stats: Stats
+    ) -> list[MicroRoutes] | None:
         """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
         engine, mode = self.session.engine, self.settings.replay.mode
-        inference = [engine.local_routes(micro) for micro in micros]
-        replayed = engine.score(micros, inference) if mode == "r3" else None
-        live: Scores | None = None
+        inference = [engine.local_routes(micro_batch) for micro_batch in micro_batches]
+        replayed = engine.score(micro_batches, inference) if mode == "r3" else None
+        live_scores: Scores | None = None
         if mode != "r3" or self.settings.replay.measure_live:
-            live = engine.score(micros, record=True)
-            router.add_mismatch(seen, inference, live.routes, engine.replay.columns, self.stages)
-        old = replayed or live
+            live_scores = engine.score(micro_batches, record=True)
+            router.add_mismatch(router_stats, inference, live_scores.routes, engine.replay.columns, self.stages)
+        old = replayed or live_scores
         assert old, "replayed with r3, live with the other modes"
         previous = None
         if self.previous_weights:
-            previous = self.previous_weights.score(micros, inference if mode == "r3" else None)
+            previous = self.previous_weights.score(micro_batches, inference if mode == "r3" else None)
             self.previous_weights.capture()
         if engine.last_stage:
             assert old.logprobs is not None and old.entropy is not None
             batch.old_logprobs.copy_(old.logprobs)
-            add_discrepancies(stats, batch, previous, None if live is None else live.logprobs)
+            add_discrepancies(stats, batch, previous, None if live_scores is None else live_scores.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
         if self.reference:
-            with self.reference.swapped_in():  # its own router decides: the reference is one distribution for the whole run
-                reference = engine.score(micros).logprobs
+            with (
+                self.reference.swapped_in()
+            ):  # its own router decides: the reference is one distribution for the whole run
+                reference = engine.score(micro_batches).logprobs
             if engine.last_stage:
                 assert reference is not None
                 batch.reference_logprobs.copy_(reference)
         used = inference if mode == "r3" else old.routes
-        router.add_load(seen, used, engine.replay.columns)
+        router.add_load(router_stats, used, engine.replay.columns)
         return None if mode == "none" else used
 
     def _update(
-        self, step: int, minis: MiniBatches, routes: list[MicroRoutes] | None, stats: Stats
+        self, step: int, mini_batches: MiniBatches, routes: list[MicroRoutes] | None, stats: Stats
     ) -> dict[str, float]:
         """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
         trainer, engine = self.settings.trainer, self.session.engine
         norms, rate, first = [], 0.0, (step - self.warmup) * trainer.mini_batches
         updates = (trainer.steps - self.warmup) * trainer.mini_batches
         remaining = iter(routes or ())
-        for number, micros in enumerate(minis):
+        for number, micro_batches in enumerate(mini_batches):
             rate = set_learning_rate(self.session.actor.optimizer, trainer, first + number, updates)
-            own = routes and list(islice(remaining, len(micros)))
-            found, norm = engine.update(micros, own, self.objective, self.settings.objective)
+            own = routes and list(islice(remaining, len(micro_batches)))
+            found, norm = engine.update(micro_batches, own, self.objective, self.settings.objective)
             stats.add(found)
             norms.append(norm)
         return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}
 
-    def _update_critic(self, step: int, minis: MiniBatches, stats: Stats) -> dict[str, float]:
+    def _update_critic(self, step: int, mini_batches: MiniBatches, stats: Stats) -> dict[str, float]:
         """N optimizer steps of the critic, on the same mini-batches."""
         assert self.session.critic
-        found, norms, rate = self.session.critic.update(minis, step * self.settings.trainer.mini_batches)
+        found, norms, rate = self.session.critic.update(mini_batches, step * self.settings.trainer.mini_batches)
         stats.add(found)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
 

@@ -122,7 +122,7 @@ def test_an_actors_update_with_advantages_of_tokens_is_that_of_plain_torch(layou
     made.old_logprobs = logprobs.detach() + noise
     made.advantages = layouts["one"]["ppo"]["advantages"].double()
     made.drop_excluded()
-    total, _ = objectives.total(objectives.get("ppo"), PPO, logprobs, made)
+    total, _ = objectives.batch_loss(objectives.get("ppo"), PPO, logprobs, made)
     loss = total / made.mask.sum()
     loss.backward()
     assert statistics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-7)

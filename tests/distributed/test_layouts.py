@@ -153,7 +153,7 @@ def test_other_objectives_gradients_are_those_of_plain_torch(objective: str, lay
     batch.drop_excluded()
     settings = OBJECTIVES[objective]
     entropy = torch.distributions.Categorical(logits=scores).entropy()
-    total, _ = objectives.total(objectives.get(settings.name), settings, logprobs, batch, entropy)
+    total, _ = objectives.batch_loss(objectives.get(settings.name), settings, logprobs, batch, entropy)
     loss = total / (6 if objective == "sample_mean" else 2)
     loss.backward()
     assert statistics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)

@@ -66,7 +66,7 @@ def measured(settings: config.Policy, distance: float, infer: Tensor = OLD) -> t
         advantages=(REWARD * probability).numpy(),  # the expectation's weights: an objective is linear in A
         mask=np.ones(RESPONSES.shape, dtype=bool), prompt_index=np.zeros(81, dtype=int), in_loss=np.ones(81, dtype=bool),
     )  # fmt: skip
-    total, _ = objectives.total(objectives.get(settings.name), settings, logprobs, case.batch())
+    total, _ = objectives.batch_loss(objectives.get(settings.name), settings, logprobs, case.batch())
     (-total).backward()
     return -float(total.detach()), torch.cat([p.grad.flatten() for p in MODEL.parameters()])
 

@@ -70,10 +70,10 @@ def state(directory: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.distributed
 def test_what_is_merged_is_not_merged_again(started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = merging(started, tmp_path / "actor")
-    init_weights.prepare(settings)
+    init_weights.run_init_merge(settings)
     before = state(tmp_path / "actor")
     assert capsys.readouterr().out.startswith("merged")
-    init_weights.prepare(settings)
+    init_weights.run_init_merge(settings)
     assert state(tmp_path / "actor") == before and "nothing to do" in capsys.readouterr().out
 
 
@@ -90,13 +90,13 @@ def test_what_is_merged_is_not_merged_again(started: Path, tmp_path: Path, capsy
 def test_another_merge_in_its_place_is_refused_and_kept(
     started: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
-    init_weights.prepare(merging(started, tmp_path / "actor"))
+    init_weights.run_init_merge(merging(started, tmp_path / "actor"))
     before = state(tmp_path / "actor")
     with pytest.raises(UserError, match=f"merge.output {tmp_path}/actor holds another merge, {named}: remove it"):
-        init_weights.prepare(merging(started, tmp_path / "actor", **changes))
+        init_weights.run_init_merge(merging(started, tmp_path / "actor", **changes))
     assert state(tmp_path / "actor") == before and [path.name for path in tmp_path.iterdir()] == ["actor"]
     pipeline.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
-    init_weights.prepare(merging(started, tmp_path / "actor", **changes))
+    init_weights.run_init_merge(merging(started, tmp_path / "actor", **changes))
 
 
 @pytest.mark.distributed
@@ -106,10 +106,10 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr(pipeline, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
-    assert in_child(kind, at, init_weights.prepare, settings) == -signal.SIGKILL
+    assert in_child(kind, at, init_weights.run_init_merge, settings) == -signal.SIGKILL
     assert not actor.exists() and journal.names(atomic_dir.unfinished(actor))
     stage = atomic_dir.unfinished(actor).stat().st_ino
-    init_weights.prepare(settings)
+    init_weights.run_init_merge(settings)
     assert actor.stat().st_ino == stage  # and not a new one
     assert equal(tensors(actor), tensors(started / "megatron" / "merged"))
     assert [path.name for path in tmp_path.iterdir()] == ["actor"]
@@ -120,19 +120,19 @@ def test_what_could_not_be_loaded_is_refused_before_it_is_merged(started: Path, 
     settings = merging(started, tmp_path / "actor")
     settings.model = dataclasses.replace(settings.model, rope_theta=1e6)
     with pytest.raises(UserError, match=r"pretrained has rope_theta 5000.0, the configured model.rope_theta is 1000000.0"):
-        init_weights.prepare(settings)
+        init_weights.run_init_merge(settings)
     with pytest.raises(UserError, match="no checkpoint at .*/nowhere"):
-        init_weights.prepare(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
+        init_weights.run_init_merge(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
     both = [str(started / "hf" / name) for name in SOURCES[1:]]
     with pytest.raises(UserError, match="convert"):
-        init_weights.prepare(merging(started, tmp_path / "actor", members=both))
+        init_weights.run_init_merge(merging(started, tmp_path / "actor", members=both))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.distributed
 def test_a_supervised_checkpoint_is_known_by_the_recipe_it_started_from(started: Path, tmp_path: Path) -> None:
     def mark(**changes: Any) -> str:
-        return session.fingerprint(merging(started, tmp_path / "actor", **changes))
+        return session.sft_fingerprint(merging(started, tmp_path / "actor", **changes))
 
     assert mark() == mark(output=str(tmp_path / "elsewhere"), threads=1)
     others = [mark(alpha=0.4), mark(dtype="bfloat16"), mark(members=[str(started / "megatron" / SOURCES[1])] * 2)]
@@ -140,4 +140,4 @@ def test_a_supervised_checkpoint_is_known_by_the_recipe_it_started_from(started:
     from_checkpoint = merging(started, tmp_path / "actor")
     from_checkpoint.init = config.CheckpointInit(checkpoint=str(started / "megatron" / "merged"))
     from_checkpoint.merge = config.Merge()
-    assert session.fingerprint(from_checkpoint) not in (mark(), *others)
+    assert session.sft_fingerprint(from_checkpoint) not in (mark(), *others)

@@ -16,7 +16,7 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.advantages import group_advantages
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
-from megatron_bai.rl.objectives.correction import KINDS
+from megatron_bai.rl.objectives.correction import CORRECTIONS
 
 SETTINGS = [
     config.Minirl(),
@@ -28,7 +28,7 @@ SETTINGS = [
     config.Sequence(is_max=1.5),
     config.Grpo(),
     config.Grpo(clip_high=0.28),
-    *(config.Grpo(correction=kind, correction_max=1.1) for kind in KINDS[1:]),
+    *(config.Grpo(correction=kind, correction_max=1.1) for kind in CORRECTIONS[1:]),
     config.Dapo(),
     config.Dapo(token_mean="prompt"),
     config.Dapo(token_mean="prompt", correction="token_truncate"),
@@ -203,7 +203,7 @@ def test_float32_log_probabilities_stay_close_to_the_formulas() -> None:
 def test_a_prompts_tokens_and_the_count_of_prompts_follow_what_counts() -> None:
     case = replace(drawn(6, 5, 1, 0.1), in_loss=np.array([1, 1, 0, 0, 0, 0], dtype=bool))
     micros = case.batch().split(4)
-    counts = {how: aggregate.count(micros, how) for how in ("sample_sum", "sample_mean", "token_mean", "prompt_mean")}
+    counts = {how: aggregate.loss_denominator(micros, how) for how in ("sample_sum", "sample_mean", "token_mean", "prompt_mean")}
     assert counts == {"sample_sum": 2, "sample_mean": 2, "token_mean": int(case.mask[:2].sum()), "prompt_mean": 1}
 
 
@@ -214,4 +214,4 @@ def test_losses_of_the_wrong_shape_are_caught() -> None:
     broken = objectives.Objective(reduced, config.Minirl, lambda settings: "token_mean")
     case = drawn(3, 4, 0, 0.1)
     with pytest.raises(AssertionError, match="one a token"):
-        objectives.total(broken, config.Minirl(), torch.from_numpy(case.new), case.batch())
+        objectives.batch_loss(broken, config.Minirl(), torch.from_numpy(case.new), case.batch())

@@ -91,11 +91,11 @@ def test_an_empty_row_adds_nothing_to_any_objective(chosen: config.Objective) ->
     empty, full = pack_rows(drawn(), [0, 8], 128)
     objective = objectives.get(chosen.name)
     fed = torch.randn(1, 128, requires_grad=True)
-    total, stats = objectives.total(objective, chosen, empty.unpack(fed), empty, empty.unpack(fed))
+    total, stats = objectives.batch_loss(objective, chosen, empty.unpack(fed), empty, empty.unpack(fed))
     (gradient,) = torch.autograd.grad(total, fed)
     assert total == 0 and not gradient.any() and stats.values() == {}
     mean = objective.mean(chosen)
-    assert aggregate.count([empty, full], mean) == aggregate.count([full], mean) > 0
+    assert aggregate.loss_denominator([empty, full], mean) == aggregate.loss_denominator([full], mean) > 0
 
 
 def test_attention_is_told_where_samples_begin_and_that_the_rest_is_one_more() -> None:

@@ -33,7 +33,7 @@ def changed(**values: Any) -> config.Config:
 
 
 def test_the_defaults_are_valid() -> None:
-    session.validate(changed())
+    session.validate_settings(changed())
     build.validate(changed().model, config.Parallel(), world=1)
 
 
@@ -87,7 +87,7 @@ def test_the_defaults_are_valid() -> None:
 )
 def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        session.validate(changed(**values))
+        session.validate_settings(changed(**values))
     assert all(part in str(error.value) for part in named), error.value
 
 
@@ -102,7 +102,7 @@ def test_a_package_that_is_missing_is_named_before_any_work(
     monkeypatch.setattr(backend, "start", lambda *args: pytest.fail("the run was started"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("megatron_bai.monitor.loggers.find_spec", lambda name: None)
-    session.validate(changed(**values))
+    session.validate_settings(changed(**values))
     with pytest.raises(UserError, match=named), session.open_session(changed(**values)):
         pass
 
@@ -115,13 +115,13 @@ def test_supervised_training_needs_no_rewards_package(monkeypatch: pytest.Monkey
 def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
     settings = changed(trainer__group_size=1, trainer__mini_batches=3)
     settings.objective = config.Sft()
-    session.validate(settings)
+    session.validate_settings(settings)
 
 
 def test_a_critic_needs_no_groups() -> None:
     settings = changed(trainer__group_size=1)
     settings.objective = config.Ppo()
-    session.validate(settings)
+    session.validate_settings(settings)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +198,6 @@ def test_schedules_that_cannot_be_followed(changes: dict[str, Any], said: str) -
 def test_a_key_that_cannot_be_read_is_refused_before_anything_begins(tmp_path: Path) -> None:
     """Unlike `validate`, which plans and presets go through where no key is."""
     settings = changed(rollout__host="0.0.0.0", rollout__api_key_file=str(tmp_path / "key"))
-    session.validate(settings)
+    session.validate_settings(settings)
     with pytest.raises(UserError, match="rollout.api_key_file=.*/key cannot be read"), session.open_session(settings):
         raise AssertionError

@@ -13,7 +13,7 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples
 from megatron_bai.rl.experience import staleness
-from megatron_bai.rl.objectives.terms import factorisation
+from megatron_bai.rl.objectives.terms import ratio_metrics
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import VersionSpan
 
@@ -72,7 +72,7 @@ def test_the_two_factors_are_of_the_weights_that_sampled(kept: bool) -> None:
     new = batch.old_logprobs + 0.1
     stats = Stats()
     staleness.add_discrepancies(stats, batch, former if kept else None, None)
-    found = stats.values() | factorisation(new, batch).values()
+    found = stats.values() | ratio_metrics(new, batch).values()
     infer, old = batch.infer_logprobs.double().numpy(), batch.old_logprobs.double().numpy()
     between = {0: old, 1: former.double().numpy()} if kept else {0: old}
     logs, moved, weights, stale = [], [], [], []

@@ -49,7 +49,9 @@ def leave_one_out(rewards: np.ndarray, group_size: int, valid: np.ndarray | None
     return advantages.reshape(-1)
 
 
-def group_advantages(rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None) -> np.ndarray:
+def group_advantages(
+    rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None
+) -> np.ndarray:
     """Advantages by the estimator's name, one of `ESTIMATORS`. Shapes as in `group_centred`."""
     return {"centred": group_centred, "normalised": group_normalised, "leave_one_out": leave_one_out}[estimator](
         rewards, group_size, valid

@@ -101,7 +101,10 @@ class Batch:
     def split(self, sizes: int | list[int]) -> list["Batch"]:
         """Consecutive parts of `sizes` samples; views, so that filling a part fills the whole."""
         names, tensors = zip(*self._tensors(), strict=True)
-        return [Batch(**dict(zip(names, part, strict=True))) for part in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)]
+        return [
+            Batch(**dict(zip(names, part, strict=True)))
+            for part in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
+        ]
 
     def reorder(self, order: list[int]) -> "Batch":
         """The samples in another order: a copy."""

@@ -69,21 +69,21 @@ def make_mini_batches(
     """
     trainer = settings.trainer
     if trainer.tokens_per_micro_batch:
-        batch, minis = _pack_mini_batches(batch, settings, device)
+        batch, mini_batches = _pack_mini_batches(batch, settings, device)
     else:
         size = len(batch) // trainer.mini_batches
-        minis = [mini.split(trainer.micro_batch_size) for mini in batch.split(size)]
-    fed = sum(micro.pack(micro.tokens).numel() for mini in minis for micro in mini)
+        mini_batches = [mini_batch.split(trainer.micro_batch_size) for mini_batch in batch.split(size)]
+    fed = sum(micro_batch.pack(micro_batch.tokens).numel() for mini_batch in mini_batches for micro_batch in mini_batch)
     stats.ratio("padding_fraction", fed - int(batch.lengths.sum()), fed)
-    return batch, minis
+    return batch, mini_batches
 
 
 def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.device) -> tuple[Batch, MiniBatches]:
     """Mini-batches of packed rows, in number the most that any rank needs."""
     trainer, size = settings.trainer, len(batch) // settings.trainer.mini_batches
     row, lengths = trainer.tokens_per_micro_batch, batch.lengths.tolist()
-    minis = [first_fit(lengths[start : start + size], row) for start in range(0, len(batch), size)]
-    most = torch.tensor([max(lengths), *map(len, minis)], device=device)
+    mini_batches = [first_fit(lengths[start : start + size], row) for start in range(0, len(batch), size)]
+    most = torch.tensor([max(lengths), *map(len, mini_batches)], device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     longest, *counts = most.tolist()
     if longest > row:
@@ -93,11 +93,14 @@ def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.devi
         )
     parallel = settings.parallel
     multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # which the interleaved schedule needs
-    for rows, count in zip(minis, counts, strict=True):
+    for rows, count in zip(mini_batches, counts, strict=True):
         rows += [[] for _ in range(-(-count // multiple) * multiple - len(rows))]
-    batch = batch.reorder([number * size + own for number, rows in enumerate(minis) for held in rows for own in held])
+    batch = batch.reorder(
+        [number * size + own for number, rows in enumerate(mini_batches) for held in rows for own in held]
+    )
     return batch, [
-        pack_rows(mini, [len(held) for held in rows], row) for mini, rows in zip(batch.split(size), minis, strict=True)
+        pack_rows(mini_batch, [len(held) for held in rows], row)
+        for mini_batch, rows in zip(batch.split(size), mini_batches, strict=True)
     ]
 
 

@@ -97,7 +97,9 @@ class Collector:
         counted = _samples_in_loss(samples, rewards, valid, size, self.settings, stats)
         batch = self._make_batch(samples, rewards, advantages, counted)
         if self.buffer:
-            staleness.apply_max_staleness(batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats)
+            staleness.apply_max_staleness(
+                batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats
+            )
         if self.settings.replay.mode == "r3":
             batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
             stats.ratio("route_missing", found.rows, found.fed)
@@ -195,7 +197,11 @@ def _uninformative_groups(samples: list[Sample], group_size: int, incomplete: st
     """`[groups]` bool: nothing can be learned from the group, its rewards are all equal or fewer than two, or it lacks
     some and is dropped for it."""
     rewards, valid = rewards_and_mask(samples)
-    counts = has_peer(valid, group_size) & ~in_uniform_group(rewards, group_size, valid) & _in_complete_group(valid, group_size, incomplete)
+    counts = (
+        has_peer(valid, group_size)
+        & ~in_uniform_group(rewards, group_size, valid)
+        & _in_complete_group(valid, group_size, incomplete)
+    )
     idle: np.ndarray = ~counts.reshape(-1, group_size).any(axis=1)
     return idle
 

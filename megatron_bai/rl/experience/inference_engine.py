@@ -220,7 +220,9 @@ class InferenceEngine:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._transport = self._transport or self._make_transport()
             bucket = rollout.sync_bucket_mib << 20
-            weight_sync.from_tensors(self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket)
+            weight_sync.from_tensors(
+                self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket
+            )
         else:
             for _ in tensors:  # takes part in the gathering, and has nothing to give
                 pass
@@ -297,8 +299,12 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
         supervised: Servers | None = None
         found: list[Any] = [None]
         if session.is_rank_0:
-            supervised = fleet.running(settings.rollout) if directory is None else stack.enter_context(
-                fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
+            supervised = (
+                fleet.running(settings.rollout)
+                if directory is None
+                else stack.enter_context(
+                    fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
+                )
             )
             found[0] = supervised.fleet
             # what was sent is the servers' now; a run's result is `trainer.save`

@@ -98,7 +98,9 @@ class RolloutBuffer:
             self._complete_next()
         assert self._work is None and not self._failed, "`finish_next` comes after a sync, and before this"
         samples = [
-            replace(sample, prompt=place) for place, group in enumerate(self._next_groups) for sample in group.started_samples()
+            replace(sample, prompt=place)
+            for place, group in enumerate(self._next_groups)
+            for sample in group.started_samples()
         ]
         self.next_started, self._next_groups = False, []
         delivered = self.session.send_to_replica(samples if self.session.is_replica_leader else None)
@@ -163,7 +165,9 @@ class RolloutBuffer:
         prompts = session.task.prompts("train", settings.run.seed, start, fresh)
         blank: list[Sample | None] = [None] * settings.trainer.group_size
         self._groups += [SampleGroup(start + i, prompt, list(blank)) for i, prompt in enumerate(prompts)]
-        self._max_failures = self.inference.max_failures(self.groups_per_step // session.dp_size * settings.trainer.group_size)
+        self._max_failures = self.inference.max_failures(
+            self.groups_per_step // session.dp_size * settings.trainer.group_size
+        )
         self._start_sampling(self._incomplete_slots())
 
     def _start_sampling(self, places: list[SampleSlot]) -> None:
@@ -232,7 +236,10 @@ class RolloutBuffer:
         assert self._work is None and not self._failed, "a rollout is being sampled while it is saved"
         path = _file(directory, self.session.dp_rank, self.session.dp_size)
         path.parent.mkdir(exist_ok=True)
-        groups = [*self._next_groups, *self._groups]  # all begun, since a step samples before it ends; `load_files` counts on it
+        groups = [
+            *self._next_groups,
+            *self._groups,
+        ]  # all begun, since a step samples before it ends; `load_files` counts on it
         samples = [(group.prompt_index, sample) for group in groups for sample in group.started_samples()]
         sample_file.write(path, samples, self.session.signature)
 
@@ -250,7 +257,10 @@ class RolloutBuffer:
         writers = session.dp_size if files == [own] else len(files)
         ready, rest = [], []
         for file in files:
-            samples, chosen = sample_file.read(file, session.signature), self.groups_per_step // writers if self.next_started else 0
+            samples, chosen = (
+                sample_file.read(file, session.signature),
+                self.groups_per_step // writers if self.next_started else 0,
+            )
             groups = [self._group(samples[i : i + size]) for i in range(0, len(samples), size)]
             ready += groups[:chosen]
             rest += groups[chosen:]

@@ -40,27 +40,27 @@ class RouteRecorder:
         self._writer = StoreWriter(self.settings.store, f"replica-{session.dp_rank:05}")
 
     def record_step(
-        self, step: int, version: int, samples: list[Sample], micros: list[Batch], routes: list[MicroRoutes]
+        self, step: int, version: int, samples: list[Sample], micro_batches: list[Batch], routes: list[MicroRoutes]
     ) -> None:
         """Write the routes of a step, as the engine was given them. Collective over the replica.
 
         Args:
             version: of the training engine's weights, which chose R2's routes.
             samples: of this replica, in the order they were sampled in.
-            micros: the batch in parts, which hold the samples in any order (`Batch.sample_index`).
+            micro_batches: the batch in parts, which hold the samples in any order (`Batch.sample_index`).
             routes: replayed in each of them on this rank.
 
         Raises:
             UserError: they cannot be written.
         """
         kept: list[int] = []
-        for micro, own in zip(micros, routes, strict=True):
-            whole = self._gather_routes(micro, own)
+        for micro_batch, own in zip(micro_batches, routes, strict=True):
+            whole = self._gather_routes(micro_batch, own)
             if self._writer is None or whole is None:
                 continue
             # R2 replays the trainer's own routes, which lack none.
-            known = micro.routed if self.settings.mode == "r3" else micro.routed | micro.missing
-            for number, ids, routed in zip(micro.sample_index.tolist(), whole, known.numpy(), strict=True):
+            known = micro_batch.routed if self.settings.mode == "r3" else micro_batch.routed | micro_batch.missing
+            for number, ids, routed in zip(micro_batch.sample_index.tolist(), whole, known.numpy(), strict=True):
                 sample = samples[number]
                 kept.append(number)
                 if sample.lost:
@@ -80,18 +80,20 @@ class RouteRecorder:
             assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once, if it has any"
             self._writer.sync()
 
-    def _gather_routes(self, micro: Batch, own: MicroRoutes) -> np.ndarray | None:
+    def _gather_routes(self, micro_batch: Batch, own: MicroRoutes) -> np.ndarray | None:
         """`[B, T, moe_layers, topk]` of a micro-batch on the leader, None elsewhere, from what each rank replayed.
 
         Raises:
             RuntimeError: the ranks together do not hold a route of every token in every layer.
         """
         session, signature = self.session, self.session.signature
-        fed = micro.pack(micro.tokens)
+        fed = micro_batch.pack(micro_batch.tokens)
         place = torch.arange(fed.numel()).reshape(fed.shape)
         tokens = session.engine.place.rows(place).numpy()  # where each of this rank's rows belongs
         ids, columns = own.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
-        parts: list[Any] | None = [None] * dist.get_world_size(session.model_group) if session.is_replica_leader else None
+        parts: list[Any] | None = (
+            [None] * dist.get_world_size(session.model_group) if session.is_replica_leader else None
+        )
         dist.gather_object((tokens, columns, ids), parts, group=session.model_group, group_dst=0)
         if parts is None:
             return None
@@ -100,7 +102,9 @@ class RouteRecorder:
             whole[np.ix_(rows, layers)] = replayed
         if (whole < 0).any():
             raise RuntimeError("the ranks of a replica do not replay a route of every token in every layer")
-        return micro.unpack(torch.from_numpy(whole.astype(signature.dtype)).view(*fed.shape, *whole.shape[1:])).numpy()
+        return micro_batch.unpack(
+            torch.from_numpy(whole.astype(signature.dtype)).view(*fed.shape, *whole.shape[1:])
+        ).numpy()
 
     def close(self) -> None:
         if self._writer:

@@ -70,13 +70,13 @@ class PreviousWeights:
         else:
             self._copy.refresh()
 
-    def score(self, micros: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
+    def score(self, micro_batches: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
         """`[B, T]` log-probabilities under them, with routes as in `TrainingEngine.score`; None on ranks that have none and
         while there are no such weights. Collective."""
         if self._copy is None:
             return None
         with self._copy.swapped_in():
-            return self._engine.score(micros, routes).logprobs
+            return self._engine.score(micro_batches, routes).logprobs
 
 
 def add_discrepancies(stats: Stats, batch: Batch, previous: torch.Tensor | None, live: torch.Tensor | None) -> None:

@@ -12,13 +12,13 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import cispo, dapo, grpo, gspo, minirl, ppo, sequence, sft
-from megatron_bai.rl.objectives.aggregate import summed
-from megatron_bai.rl.objectives.checks import check_policy
+from megatron_bai.rl.objectives.aggregate import loss_numerator
+from megatron_bai.rl.objectives.checks import validate_policy
 from megatron_bai.rl.objectives.objective import Objective, PerToken, Scalar
-from megatron_bai.rl.objectives.regularise import regularised
-from megatron_bai.rl.objectives.terms import factorisation
+from megatron_bai.rl.objectives.regularise import add_regularisation
+from megatron_bai.rl.objectives.terms import ratio_metrics
 
-__all__ = ["Objective", "check", "get", "register", "total"]
+__all__ = ["Objective", "batch_loss", "check", "get", "register", "total"]
 
 _BUILT_IN = (sft, minirl, sequence, grpo, dapo, cispo, gspo, ppo)
 _REGISTRY: dict[str, Objective] = {module.OBJECTIVE.settings.name: module.OBJECTIVE for module in _BUILT_IN}
@@ -62,19 +62,19 @@ def check(settings: config.Objective) -> Objective:
             f"objective={settings.name}"
         )
     if isinstance(settings, config.Policy):
-        check_policy(settings)
+        validate_policy(settings)
     objective.check(settings)
     return objective
 
 
-def total(
+def batch_loss(
     objective: Objective,
     settings: config.Objective,
     logprobs: PerToken,
     batch: Batch,
     entropy: PerToken | None = None,
 ) -> tuple[Scalar, Stats]:
-    """The batch's share of the loss: a sum, to be divided by `aggregate.count` of the whole mini-batch.
+    """The batch's share of the loss: a sum, to be divided by `aggregate.loss_denominator` of the whole mini-batch.
 
     Args:
         logprobs: log π_θ, with gradient.
@@ -82,12 +82,15 @@ def total(
 
     Returns:
         The sum over the batch, and its metrics: the objective's own and, learning from rollouts, those of
-        `terms.factorisation` and `regularise.regularised`.
+        `terms.ratio_metrics` and `regularise.add_regularisation`.
     """
     losses, stats = objective.loss(logprobs, batch, settings)
     assert losses.shape == batch.mask.shape, f"{settings.name} gave losses {tuple(losses.shape)}: one a token is needed"
     if objective.rollouts:
-        stats.add(factorisation(logprobs, batch))
+        stats.add(ratio_metrics(logprobs, batch))
     if isinstance(settings, config.Policy):
-        losses = regularised(losses, settings, logprobs, batch, entropy, stats)
-    return summed(losses.masked_fill(~batch.mask, 0.0), batch, objective.mean(settings)), stats
+        losses = add_regularisation(losses, settings, logprobs, batch, entropy, stats)
+    return loss_numerator(losses.masked_fill(~batch.mask, 0.0), batch, objective.mean(settings)), stats
+
+
+total = batch_loss  # its documented name

@@ -7,7 +7,7 @@ With ℓ the loss of token t of response i, y its length, over all micro-batches
     token_mean    (1/tokens)  Σ_i Σ_t ℓ            DAPO over the mini-batch
     prompt_mean   (1/prompts) Σ_i Σ_t ℓ / (tokens of all responses to i's prompt)     DAPO as in its paper
 
-A micro-batch gives its part of the sum (`summed`); the engine divides by `count`, summed over data-parallel ranks.
+A micro-batch gives its part of the sum (`loss_numerator`); the engine divides by `loss_denominator`, summed over data-parallel ranks.
 Samples that do not count (`Batch.in_loss`) are in neither; an empty response is a sample without tokens.
 """
 
@@ -15,22 +15,22 @@ import torch
 
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import Mean, PerToken, Scalar
-from megatron_bai.rl.objectives.terms import lengths
+from megatron_bai.rl.objectives.terms import response_lengths
 
 
-def summed(losses: PerToken, batch: Batch, mean: Mean) -> Scalar:
+def loss_numerator(losses: PerToken, batch: Batch, mean: Mean) -> Scalar:
     """The numerator over a micro-batch. `losses` are 0 outside the mask."""
     if mean == "sample_mean":
-        losses = losses / lengths(batch.mask)
+        losses = losses / response_lengths(batch.mask)
     elif mean == "prompt_mean":
         losses = losses / batch.prompt_tokens[:, None].clamp(min=1)
     return losses.sum()
 
 
-def count(micros: list[Batch], mean: Mean) -> int:
+def loss_denominator(micro_batches: list[Batch], mean: Mean) -> int:
     """The denominator over a rank's part of the mini-batch, which holds whole groups."""
     if mean == "token_mean":
-        return sum(int(micro.mask.sum()) for micro in micros)
+        return sum(int(micro_batch.mask.sum()) for micro_batch in micro_batches)
     if mean == "prompt_mean":
-        return len(torch.cat([micro.prompt_index[micro.in_loss] for micro in micros]).unique())
-    return sum(int(micro.in_loss.sum()) for micro in micros)
+        return len(torch.cat([micro_batch.prompt_index[micro_batch.in_loss] for micro_batch in micro_batches]).unique())
+    return sum(int(micro_batch.in_loss.sum()) for micro_batch in micro_batches)

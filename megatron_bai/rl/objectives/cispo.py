@@ -3,11 +3,11 @@
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import check_clipped
-from megatron_bai.rl.objectives.correction import corrected
-from megatron_bai.rl.objectives.dapo import mean
+from megatron_bai.rl.objectives.checks import validate_clipping
+from megatron_bai.rl.objectives.correction import apply_correction
+from megatron_bai.rl.objectives.dapo import token_mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clipped, log_ratio, per_token
+from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, log_ratio
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerToken, Stats]:
@@ -26,10 +26,10 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerT
     ratio = log_ratio(logprobs.detach(), batch.old_logprobs, mask).exp()
     weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     stats = Stats()
-    advantages = per_token(batch.advantages)
-    add_clipped(stats, weight != ratio, advantages, mask)
+    advantages = broadcast_advantages(batch.advantages)
+    add_clip_fractions(stats, weight != ratio, advantages, mask)
     losses = -weight * advantages * logprobs.masked_fill(~mask, 0.0)
-    return corrected(losses, batch, settings, stats), stats
+    return apply_correction(losses, batch, settings, stats), stats
 
 
-OBJECTIVE = Objective(loss, config.Cispo, mean, check_clipped)
+OBJECTIVE = Objective(loss, config.Cispo, token_mean, validate_clipping)

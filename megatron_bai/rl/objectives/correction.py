@@ -8,33 +8,35 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
-from megatron_bai.rl.objectives.terms import log_ratio, whole
+from megatron_bai.rl.objectives.terms import log_ratio, sequence_log_ratio
 
-KINDS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
-def weights(old: PerToken, infer: PerToken, mask: PerToken, kind: str, limit: float) -> tuple[PerToken, PerToken]:
+def correction_weights(
+    old: PerToken, infer: PerToken, mask: PerToken, correction: str, limit: float
+) -> tuple[PerToken, PerToken]:
     """Importance weights w = π_old/μ_old, without gradient.
 
     Args:
         old, infer: log π_old and log μ_old.
-        kind: one of `KINDS` but none.
+        correction: one of `CORRECTIONS` but none.
         limit: C.
 
     Returns:
         min(w, C), or w where w ≤ C and else 0; and where w > C (bool).
     """
     logs = log_ratio(old, infer, mask)
-    weight = (whole(logs) if kind.startswith("sequence") else logs).exp()
+    weight = (sequence_log_ratio(logs) if correction.startswith("sequence") else logs).exp()
     over = weight > limit
-    return weight.masked_fill(over, limit if kind.endswith("truncate") else 0.0), over
+    return weight.masked_fill(over, limit if correction.endswith("truncate") else 0.0), over
 
 
-def corrected(losses: PerToken, batch: Batch, settings: config.Corrected, stats: Stats) -> PerToken:
+def apply_correction(losses: PerToken, batch: Batch, settings: config.Corrected, stats: Stats) -> PerToken:
     """The losses times their weights; adds `corrected_fraction`, the share of tokens whose weight is above C."""
     if settings.correction == "none":
         return losses
-    weight, over = weights(
+    weight, over = correction_weights(
         batch.old_logprobs, batch.infer_logprobs, batch.mask, settings.correction, settings.correction_max
     )
     stats.mean("corrected_fraction", over[batch.mask])

@@ -3,10 +3,10 @@
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import check_clipped
-from megatron_bai.rl.objectives.correction import corrected
+from megatron_bai.rl.objectives.checks import validate_clipping
+from megatron_bai.rl.objectives.correction import apply_correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clipped, clipped_surrogate, log_ratio, per_token
+from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, clipped_surrogate, log_ratio
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo | config.Ppo) -> tuple[PerToken, Stats]:
@@ -23,11 +23,11 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo |
         Losses, and `clip_fraction`, the share of tokens whose gradient the limit removes, also by sign of A.
     """
     logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
-    advantages = per_token(batch.advantages)
+    advantages = broadcast_advantages(batch.advantages)
     losses, clipped = clipped_surrogate(logs, advantages, settings.clip_low, settings.clip_high)
     stats = Stats()
-    add_clipped(stats, clipped, advantages, batch.mask)
-    return corrected(losses, batch, settings, stats), stats
+    add_clip_fractions(stats, clipped, advantages, batch.mask)
+    return apply_correction(losses, batch, settings, stats), stats
 
 
-OBJECTIVE = Objective(loss, config.Grpo, mean=lambda settings: "sample_mean", check=check_clipped)
+OBJECTIVE = Objective(loss, config.Grpo, mean=lambda settings: "sample_mean", check=validate_clipping)

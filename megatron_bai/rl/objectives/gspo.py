@@ -3,10 +3,17 @@
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import check_clipped
-from megatron_bai.rl.objectives.correction import corrected
+from megatron_bai.rl.objectives.checks import validate_clipping
+from megatron_bai.rl.objectives.correction import apply_correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clipped, clipped_surrogate, lengths, log_ratio, per_token, whole
+from megatron_bai.rl.objectives.terms import (
+    add_clip_fractions,
+    broadcast_advantages,
+    clipped_surrogate,
+    log_ratio,
+    response_lengths,
+    sequence_log_ratio,
+)
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerToken, Stats]:
@@ -21,12 +28,12 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerTo
         sign of A.
     """
     mask = batch.mask
-    logs = whole(log_ratio(logprobs, batch.old_logprobs, mask)) / lengths(mask)
-    advantages = per_token(batch.advantages)
+    logs = sequence_log_ratio(log_ratio(logprobs, batch.old_logprobs, mask)) / response_lengths(mask)
+    advantages = broadcast_advantages(batch.advantages)
     losses, clipped = clipped_surrogate(logs, advantages, settings.clip_low, settings.clip_high)
     stats = Stats()
-    add_clipped(stats, clipped, advantages, mask)
-    return corrected(losses, batch, settings, stats), stats
+    add_clip_fractions(stats, clipped, advantages, mask)
+    return apply_correction(losses, batch, settings, stats), stats
 
 
-OBJECTIVE = Objective(loss, config.Gspo, mean=lambda settings: "sample_mean", check=check_clipped)
+OBJECTIVE = Objective(loss, config.Gspo, mean=lambda settings: "sample_mean", check=validate_clipping)

@@ -3,9 +3,9 @@
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import positive, unread, within
+from megatron_bai.rl.objectives.checks import refuse_unused, require_positive, require_range
 from megatron_bai.rl.objectives.objective import Mean, Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clipped, beyond, log_ratio, per_token
+from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, log_ratio, outside_trust_region
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[PerToken, Stats]:
@@ -23,16 +23,16 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
     Returns:
         Losses, and `clip_fraction`, the share of tokens with M_t = 0, also by sign of A.
     """
-    mask, advantages = batch.mask, per_token(batch.advantages)
-    live = logprobs.detach()
-    ratio = log_ratio(live, batch.old_logprobs, mask).exp()
-    weight = log_ratio(live, batch.infer_logprobs, mask).exp() if settings.train_infer_is else ratio
+    mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
+    detached_logprobs = logprobs.detach()
+    ratio = log_ratio(detached_logprobs, batch.old_logprobs, mask).exp()
+    weight = log_ratio(detached_logprobs, batch.infer_logprobs, mask).exp() if settings.train_infer_is else ratio
     coefficient = weight.clamp(max=settings.is_max) * advantages
     stats = Stats()
     if settings.clip:
-        clipped = beyond(ratio, advantages, settings.clip_low, settings.clip_high)
+        clipped = outside_trust_region(ratio, advantages, settings.clip_low, settings.clip_high)
         coefficient = coefficient.masked_fill(clipped, 0.0)
-        add_clipped(stats, clipped, advantages, mask)
+        add_clip_fractions(stats, clipped, advantages, mask)
     return -coefficient * logprobs.masked_fill(~mask, 0.0), stats
 
 
@@ -41,11 +41,11 @@ def mean(settings: config.Minirl) -> Mean:
 
 
 def check(settings: config.Minirl) -> None:
-    within(settings, "clip_low", 0, 1)
-    within(settings, "clip_high", 0)
-    positive(settings, "is_max")
+    require_range(settings, "clip_low", 0, 1)
+    require_range(settings, "clip_high", 0)
+    require_positive(settings, "is_max")
     if not settings.clip:
-        unread(settings, ["clip_low", "clip_high"], "objective.clip=false")
+        refuse_unused(settings, ["clip_low", "clip_high"], "objective.clip=false")
 
 
 OBJECTIVE = Objective(loss, config.Minirl, mean, check)

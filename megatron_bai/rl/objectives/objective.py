@@ -19,7 +19,7 @@ Scalar = Annotated[torch.Tensor, "[]"]
 Mean = Literal["sample_sum", "sample_mean", "token_mean", "prompt_mean"]
 
 
-def _nothing(settings: Any) -> None:
+def _accept_all(settings: Any) -> None:
     """Refuses nothing."""
 
 
@@ -46,5 +46,5 @@ class Objective:
     loss: Callable[[PerToken, Batch, Any], tuple[PerToken, Stats]]
     settings: type[config.Objective]
     mean: Callable[[Any], Mean]
-    check: Callable[[Any], None] = _nothing
+    check: Callable[[Any], None] = _accept_all
     rollouts: bool = True

@@ -6,7 +6,7 @@ from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
 from megatron_bai.rl.objectives.terms import log_ratio
 
-ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl_estimate(new: PerToken, reference: PerToken, mask: PerToken, kind: str) -> PerToken:
@@ -24,7 +24,7 @@ def kl_estimate(new: PerToken, reference: PerToken, mask: PerToken, kind: str) -
     return x.square() / 2 if kind == "k2" else x.expm1() - x
 
 
-def regularised(
+def add_regularisation(
     losses: PerToken,
     settings: config.Policy,
     logprobs: PerToken,

@@ -5,9 +5,9 @@ import torch
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import positive
+from megatron_bai.rl.objectives.checks import require_positive
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import log_ratio, per_token, whole
+from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, sequence_log_ratio
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[PerToken, Stats]:
@@ -23,18 +23,20 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[P
         Losses, and the response's weight before truncation: `sequence_weight_mean` and `sequence_weight_max`, over
         tokens. Its spread grows exponentially with the length, which is why token-level objectives exist.
     """
-    logs = whole(log_ratio(logprobs, batch.infer_logprobs, batch.mask))
+    logs = sequence_log_ratio(log_ratio(logprobs, batch.infer_logprobs, batch.mask))
     weight = logs.detach().exp()
     stats = Stats()
     stats.mean("sequence_weight_mean", weight[batch.mask])
     stats.max("sequence_weight_max", weight[batch.mask])
     # Without truncation an overflowing weight stays finite here, so that 0 · weight is 0; the engine refuses the rest.
-    coefficient = weight.clamp(max=min(settings.is_max, torch.finfo(weight.dtype).max)) * per_token(batch.advantages)
+    coefficient = weight.clamp(max=min(settings.is_max, torch.finfo(weight.dtype).max)) * broadcast_advantages(
+        batch.advantages
+    )
     return -coefficient * (1 + logs - logs.detach()), stats
 
 
 def check(settings: config.Sequence) -> None:
-    positive(settings, "is_max")
+    require_positive(settings, "is_max")
 
 
 OBJECTIVE = Objective(loss, config.Sequence, mean=lambda settings: "sample_mean", check=check)

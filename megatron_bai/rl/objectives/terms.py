@@ -18,22 +18,22 @@ def log_ratio(new: PerToken, old: PerToken, mask: PerToken) -> PerToken:
     return (new - old).masked_fill(~mask, 0.0)
 
 
-def whole(logs: PerToken) -> PerToken:
+def sequence_log_ratio(logs: PerToken) -> PerToken:
     """The log-ratio of the response, the sum over its tokens, at each of its tokens."""
     return logs.sum(1, keepdim=True).expand_as(logs)
 
 
-def lengths(mask: PerToken) -> torch.Tensor:
+def response_lengths(mask: PerToken) -> torch.Tensor:
     """`[B, 1]` tokens of each response, at least 1."""
     return mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def per_token(advantages: torch.Tensor) -> torch.Tensor:
+def broadcast_advantages(advantages: torch.Tensor) -> torch.Tensor:
     """Advantages of samples `[B]` or of tokens `[B, T]`, in a shape that goes with `[B, T]`."""
     return advantages[:, None] if advantages.dim() == 1 else advantages
 
 
-def beyond(ratio: PerToken, advantages: torch.Tensor, low: float, high: float) -> PerToken:
+def outside_trust_region(ratio: PerToken, advantages: torch.Tensor, low: float, high: float) -> PerToken:
     """Where a ratio has left the trust region on the side its advantage pushes to: r > 1 + high with A > 0, or
     r < 1 − low with A < 0. Bool."""
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
@@ -51,10 +51,10 @@ def clipped_surrogate(logs: PerToken, advantages: torch.Tensor, low: float, high
     """
     ratio = logs.exp()
     losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    return losses, beyond(ratio.detach(), advantages, low, high)
+    return losses, outside_trust_region(ratio.detach(), advantages, low, high)
 
 
-def add_clipped(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask: PerToken) -> None:
+def add_clip_fractions(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask: PerToken) -> None:
     """Add `clip_fraction`, the share of response tokens in `clipped`, and its two parts by the sign of the advantage,
     `clip_fraction_positive` and `clip_fraction_negative`, as shares of all response tokens, too.
 
@@ -67,7 +67,7 @@ def add_clipped(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask:
     stats.mean("clip_fraction_negative", (clipped & (advantages < 0))[mask])
 
 
-def factorisation(logprobs: PerToken, batch: Batch) -> Stats:
+def ratio_metrics(logprobs: PerToken, batch: Batch) -> Stats:
     """Both factors and their product, over response tokens.
 
     The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts

@@ -52,19 +52,21 @@ class Critic:
         self._data_group, self._device = parallel_state.get_data_parallel_group(), device.device
 
     @torch.no_grad()
-    def estimate_values(self, batch: Batch, micros: list[Batch]) -> Stats:
+    def estimate_values(self, batch: Batch, micro_batches: list[Batch]) -> Stats:
         """Fill `values`, `returns` and `advantages` of the batch from its rewards. Collective.
 
         The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it). Only ranks of the last
         stage, which alone compute losses, fill them.
 
         Args:
-            micros: `batch` in micro-batches, as many on every data-parallel rank.
+            micro_batches: `batch` in micro-batches, as many on every data-parallel rank.
 
         Returns:
             On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens that count.
         """
-        found = self.forward_backward.forward(micros, lambda output, micro: micro.unpack(output[..., 0]))
+        found = self.forward_backward.forward(
+            micro_batches, lambda output, micro_batch: micro_batch.unpack(output[..., 0])
+        )
         stats = Stats()
         if not self._last_stage:
             return stats
@@ -81,11 +83,11 @@ class Critic:
             stats.ratio("explained_variance", explained, 1)
         return stats
 
-    def update(self, minis: list[list[Batch]], first: int) -> tuple[Stats, list[float], float]:
+    def update(self, mini_batches: list[list[Batch]], first: int) -> tuple[Stats, list[float], float]:
         """One optimizer step on each mini-batch, with `ppo.critic_loss` as a mean over its tokens. Collective.
 
         Args:
-            minis: micro-batches of each mini-batch.
+            mini_batches: micro-batches of each mini-batch.
             first: number of the first of these updates in the run, for the learning rate's schedule.
 
         Returns:
@@ -96,16 +98,24 @@ class Critic:
         """
         stats, norms, rate = Stats(), [], 0.0
 
-        def loss(output: torch.Tensor, micro: Batch) -> torch.Tensor:
+        def loss(output: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
             losses, found = critic_loss(
-                micro.unpack(output[..., 0]), micro.values, micro.returns, micro.mask, self.settings.value_clip
+                micro_batch.unpack(output[..., 0]),
+                micro_batch.values,
+                micro_batch.returns,
+                micro_batch.mask,
+                self.settings.value_clip,
             )
             stats.add(found)
             return losses.sum()
 
-        for number, micros in enumerate(minis):
+        for number, micro_batches in enumerate(mini_batches):
             rate = set_learning_rate(self.model.optimizer, self._trainer, first + number, self._updates)
-            norms.append(self.forward_backward.update(micros, loss, aggregate.count(micros, "token_mean")))
+            norms.append(
+                self.forward_backward.update(
+                    micro_batches, loss, aggregate.loss_denominator(micro_batches, "token_mean")
+                )
+            )
         return stats, norms, rate
 
     def _total(self, values: torch.Tensor) -> torch.Tensor:

@@ -31,30 +31,30 @@ class ForwardBackward:
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._data_group = parallel_state.get_data_parallel_group()
 
-    def forward(self, micros: list[Batch], collect: Callable[[torch.Tensor, Batch], Result]) -> list[Result]:
-        """What `collect(output, micro)` makes of the model's output for each micro-batch. Collective.
+    def forward(self, micro_batches: list[Batch], collect: Callable[[torch.Tensor, Batch], Result]) -> list[Result]:
+        """What `collect(output, micro_batch)` makes of the model's output for each micro-batch. Collective.
 
         Args:
-            micros: padded to one shape, or packed into rows of one length.
+            micro_batches: padded to one shape, or packed into rows of one length.
             collect: its `output` is `[B, T, …]`, of a packed micro-batch `[1, row, …]`; see `Batch.pack` and `unpack`.
 
         Returns:
             One entry a micro-batch on ranks of the last stage, nothing elsewhere.
         """
 
-        def call(output: torch.Tensor, non_loss_data: bool = True, *, micro: Batch) -> Result:
-            return collect(output, micro)
+        def call(output: torch.Tensor, non_loss_data: bool = True, *, micro_batch: Batch) -> Result:
+            return collect(output, micro_batch)
 
-        return self._run_schedule(micros, call, forward_only=True)
+        return self._run_schedule(micro_batches, call, forward_only=True)
 
     def update(
         self,
-        micros: list[Batch],
+        micro_batches: list[Batch],
         loss: Callable[[torch.Tensor, Batch], torch.Tensor],
         local_count: int,
         context: AbstractContextManager[object] | None = None,
     ) -> float:
-        """One optimizer step on Σ loss(output, micro) over all micro-batches and ranks, divided by Σ `local_count`. Collective.
+        """One optimizer step on Σ loss(output, micro_batch) over all micro-batches and ranks, divided by Σ `local_count`. Collective.
 
         Args:
             loss: a scalar sum, called on ranks of the last stage with what `collect` is called with in `forward`.
@@ -69,16 +69,16 @@ class ForwardBackward:
         """
         count = self._global_count(local_count)
 
-        def scaled(output: torch.Tensor, *, micro: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        def scaled(output: torch.Tensor, *, micro_batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
             # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
             # that the gradient is that of the sum over the whole mini-batch divided by its count.
-            return loss(output, micro) * (len(micros) * self._dp_size / count), {}
+            return loss(output, micro_batch) * (len(micro_batches) * self._dp_size / count), {}
 
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.model.optimizer.zero_grad()
         with context or nullcontext():
-            self._run_schedule(micros, scaled, forward_only=False)
+            self._run_schedule(micro_batches, scaled, forward_only=False)
         success, norm, _ = self.model.optimizer.step()
         if not success or norm != norm or norm == float("inf"):
             raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
@@ -90,22 +90,22 @@ class ForwardBackward:
         dist.all_reduce(count, group=self._data_group)
         return max(int(count), 1)
 
-    def _run_schedule(self, micros: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
+    def _run_schedule(self, micro_batches: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over the micro-batches."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        queues = [iter(micros) for _ in self.model.chunks]
+        queues = [iter(micro_batches) for _ in self.model.chunks]
 
         def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro = next(queue).to(self.device)
-            return self._forward_chunk(model, micro), partial(collect, micro=micro)
+            micro_batch = next(queue).to(self.device)
+            return self._forward_chunk(model, micro_batch), partial(collect, micro_batch=micro_batch)
 
-        rows, length = micros[0].pack(micros[0].tokens).shape
+        rows, length = micro_batches[0].pack(micro_batches[0].tokens).shape
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=queues,
             model=self.model.chunks,
-            num_microbatches=len(micros),
+            num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=rows,
             forward_only=forward_only,
@@ -114,11 +114,13 @@ class ForwardBackward:
         assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
 
-    def _forward_chunk(self, model: Any, micro: Batch) -> torch.Tensor:
+    def _forward_chunk(self, model: Any, micro_batch: Batch) -> torch.Tensor:
         """A chunk's output for a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
-        tokens, packing = micro.pack(micro.tokens), micro.packing
+        tokens, packing = micro_batch.pack(micro_batch.tokens), micro_batch.packing
         if packing is None:
-            output: torch.Tensor = model(tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None)
+            output: torch.Tensor = model(
+                tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None
+            )
             return output
         positions = packing.positions.to(self.device)  # Megatron restarts the rotary ones with each sequence by itself
         output = model(tokens, positions[None], None, packed_seq_params=_packed_seq_params(packing, self.device))

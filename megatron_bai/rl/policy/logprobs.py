@@ -6,7 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WORK_ELEMENTS = 1 << 24  # elements of the vocabulary's rows in work at a time: 64 MiB a buffer, of which there are three
+WORK_ELEMENTS = (
+    1 << 24
+)  # elements of the vocabulary's rows in work at a time: 64 MiB a buffer, of which there are three
 
 
 def logprobs_and_entropy(
@@ -63,16 +65,16 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             sums[1, part] = weights.mul_(z).sum(-1)
         dist.all_reduce(sums, group=group)
         rest = sums[0].log()
-        nats = rest - sums[1] / sums[0]
+        entropy = rest - sums[1] / sums[0]
         ctx.temperature, ctx.work_elements = temperature, work_elements
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, local, nothing, top, rest, nats)
+        ctx.save_for_backward(logits, local, nothing, top, rest, entropy)
         logprobs, shape = sums[2] - rest, logits.shape[:-1]
-        return logprobs.view(shape).masked_fill(nothing, 0), nats.view(shape).masked_fill(nothing, 0)
+        return logprobs.view(shape).masked_fill(nothing, 0), entropy.view(shape).masked_fill(nothing, 0)
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor | None, nats_slope: torch.Tensor | None) -> tuple[Any, ...]:
-        logits, local, nothing, top, rest, nats = ctx.saved_tensors
+        logits, local, nothing, top, rest, entropy = ctx.saved_tensors
         gradient, flat = torch.empty_like(logits), logits.flatten(0, -2)
         rows = gradient.view(flat.shape)
         outer, inner = (
@@ -85,7 +87,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             if nats_slope is None:
                 p.mul_(-outer[part, None])
             else:
-                p.mul_(z.add_(nats[part, None]).mul_(inner[part, None]).add_(outer[part, None]).neg_())
+                p.mul_(z.add_(entropy[part, None]).mul_(inner[part, None]).add_(outer[part, None]).neg_())
             column, own = _own(local[part], flat.shape[1])
             p.scatter_add_(1, column, (outer[part] * own)[:, None])
             rows[part] = p

@@ -48,33 +48,42 @@ class TrainingEngine:
         self.last_stage: bool = parallel_state.is_pipeline_last_stage()
         self.place = Place.here(actor.transformer_config)
 
-    def local_routes(self, micro: Batch) -> MicroRoutes:
+    def local_routes(self, micro_batch: Batch) -> MicroRoutes:
         """The inference engine's routes of a micro-batch, cut to this rank's tokens."""
-        tail = micro.packing.tail if micro.packing else 0
+        tail = micro_batch.packing.tail if micro_batch.packing else 0
         spread = torch.from_numpy(fillers(tail, self.replay.signature, self.replay.columns))
-        ids = self.place.rows(micro.pack(micro.routes, spread))
-        routed, missing = (self.place.rows(micro.pack(rows)) for rows in (micro.routed, micro.missing))
+        ids = self.place.rows(micro_batch.pack(micro_batch.routes, spread))
+        routed, missing = (
+            self.place.rows(micro_batch.pack(rows)) for rows in (micro_batch.routed, micro_batch.missing)
+        )
         live = missing.to(self.device) if missing.any() else None
         return MicroRoutes(ids.to(self.device), routed.to(self.device), live)
 
     @torch.no_grad()
-    def score(self, micros: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False) -> Scores:
+    def score(
+        self, micro_batches: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False
+    ) -> Scores:
         """Log-probabilities and entropy under the current weights. Collective.
 
         Args:
-            micros: micro-batches that the model is fed in one shape, as many on every data-parallel rank.
+            micro_batches: micro-batches that the model is fed in one shape, as many on every data-parallel rank.
             routes: experts to force, one entry a micro-batch; None lets the routers choose.
             record: keep the routers' own choices instead of forcing any.
         """
 
         with self.replay.record() if record else self._replaying(routes) as found:
-            outputs = self.forward_backward.forward(micros, partial(_logprobs_and_entropy, temperature=self.temperature))
-        fed = [self.place.rows(micro.pack(micro.routed | micro.missing)).to(self.device) for micro in micros]
+            outputs = self.forward_backward.forward(
+                micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature)
+            )
+        fed = [
+            self.place.rows(micro_batch.pack(micro_batch.routed | micro_batch.missing)).to(self.device)
+            for micro_batch in micro_batches
+        ]
         recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed, strict=False)]
         if not self.last_stage:
             return Scores(None, None, recorded)
-        logprobs, nats = map(torch.cat, zip(*outputs, strict=True))
-        return Scores(logprobs, nats, recorded)
+        logprobs, entropy = map(torch.cat, zip(*outputs, strict=True))
+        return Scores(logprobs, entropy, recorded)
 
     @torch.no_grad()
     def score_probe(self, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -88,13 +97,15 @@ class TrainingEngine:
         """
         # An interleaved schedule needs a micro-batch a stage.
         stages = self.forward_backward.stages
-        micros = empty_batch(tokens).split(-(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens))
-        outputs = self.forward_backward.forward(micros, partial(_logprobs_and_entropy, temperature=1.0))
+        micro_batches = empty_batch(tokens).split(
+            -(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens)
+        )
+        outputs = self.forward_backward.forward(micro_batches, partial(_logprobs_and_entropy, temperature=1.0))
         return torch.cat([logprobs for logprobs, _ in outputs]) if self.last_stage else None
 
     def update(
         self,
-        micros: list[Batch],
+        micro_batches: list[Batch],
         routes: list[MicroRoutes] | None,
         objective: Objective,
         settings: config.Objective,
@@ -108,25 +119,27 @@ class TrainingEngine:
         Raises:
             UserError: the gradient is not finite; the weights are of no use any more, checkpoints are intact.
         """
-        mine = aggregate.count(micros, objective.mean(settings))
+        mine = aggregate.loss_denominator(micro_batches, objective.mean(settings))
         stats = Stats()
         if self.last_stage:
             stats.ratio("loss", 0.0, mine)
 
-        def loss(logits: torch.Tensor, micro: Batch) -> torch.Tensor:
-            logprobs, nats = _logprobs_and_entropy(logits, micro, self.temperature)
-            total, found = objectives.total(objective, settings, logprobs, micro, nats)
+        def loss(logits: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
+            logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature)
+            total, found = objectives.batch_loss(objective, settings, logprobs, micro_batch, entropy)
             found.ratio("loss", float(total.detach()), 0)
             stats.add(found)
             return total
 
-        return stats, self.forward_backward.update(micros, loss, mine, self._replaying(routes))
+        return stats, self.forward_backward.update(micro_batches, loss, mine, self._replaying(routes))
 
     def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
         return nullcontext() if routes is None else self.replay.force(routes)
 
 
-def _logprobs_and_entropy(logits: torch.Tensor, micro: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _logprobs_and_entropy(
+    logits: torch.Tensor, micro_batch: Batch, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropy of a micro-batch, `[B, T]` each, with gradient: 0 where no token follows."""
-    logprobs, nats = logprobs_and_entropy(logits, micro.pack(micro.targets, filling=-1), temperature)
-    return micro.unpack(logprobs), micro.unpack(nats)
+    logprobs, entropy = logprobs_and_entropy(logits, micro_batch.pack(micro_batch.targets, filling=-1), temperature)
+    return micro_batch.unpack(logprobs), micro_batch.unpack(entropy)
