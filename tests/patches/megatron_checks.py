@@ -26,20 +26,20 @@ from megatron_bai.model import build, megatron_checkpoint, param_shards
 SAMPLES, LENGTH, SCALE = 4, 16, 1e3
 
 
-def updates(rank: int, world: int, port: int, theirs: Any) -> None:
-    """Train one step at TP `world`, the experts whole on every rank, and send what was added to each expert's weights
-    (or why there is nothing to send)."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+def work(asked: Callable[[int], Any], rank: int, size: int, port: int, theirs: Any) -> None:
+    """Be one rank of a world: send what was found, or why there is nothing to send."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        theirs.send(_step(world))
+        theirs.send(asked(size))
     except BaseException as error:
         theirs.send(f"{type(error).__name__}: {error}")
     finally:
         os._exit(0)
 
 
-def _step(world: int) -> dict[str, Any]:
+def step(world: int) -> dict[str, Any]:
+    """Train one step at TP `world`, the experts whole on every rank: what was added to each expert's weights."""
     device = backend.start(config.Backend(kind="cpu", timeout_s=120))
     settings = config.Config(
         model=MODEL,
@@ -75,8 +75,8 @@ def _step(world: int) -> dict[str, Any]:
     return moved | {"norm": float(norm)}
 
 
-def world(size: int) -> list[dict[str, Any]]:
-    """What each rank of a world has to say.
+def world(size: int, asked: Callable[[int], Any]) -> list[Any]:
+    """What each rank of a world finds.
 
     Raises:
         RuntimeError: what went wrong on the first rank where something did.
@@ -85,7 +85,7 @@ def world(size: int) -> list[dict[str, Any]]:
     ends, ranks = [], []
     for rank in range(size):
         ours, theirs = fork.Pipe(duplex=False)
-        ranks.append(fork.Process(target=updates, args=(rank, size, port, theirs), daemon=True))
+        ranks.append(fork.Process(target=work, args=(asked, rank, size, port, theirs), daemon=True))
         ranks[-1].start()
         theirs.close()
         ends.append(ours)
@@ -99,7 +99,7 @@ def world(size: int) -> list[dict[str, Any]]:
 
 @functools.cache
 def alone() -> dict[str, Any]:
-    return world(1)[0]
+    return world(1, step)[0]
 
 
 def trains() -> None:
@@ -110,7 +110,7 @@ def trains() -> None:
 
 def experts_agree() -> None:
     """Two tensor ranks, with half of a sequence each and all experts, update them as one rank does."""
-    known, ranks = alone(), world(2)
+    known, ranks = alone(), world(2, step)
     apart = [name for name in known if name != "norm" and not np.array_equal(ranks[0][name], ranks[1][name])]
     assert not apart, f"{len(apart)} of {len(known) - 1} weights of experts differ between tensor ranks"
     largest = max(float(np.abs(known[name]).max()) for name in known if name != "norm")
@@ -119,9 +119,49 @@ def experts_agree() -> None:
     assert abs(ranks[0]["norm"] / known["norm"] - 1) < 1e-4
 
 
+def latent(size: int) -> None:
+    """A model with multi-latent attention, whose values have heads of another size than its keys, learns; and this
+    attention is torch's."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    backend.start(config.Backend(kind="cpu", timeout_s=120))
+    build.init_parallel(config.Parallel(), seed=0)
+    settings = MLATransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, normalization="RMSNorm",
+        q_lora_rank=16, kv_lora_rank=12, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=6, qk_layernorm=True,
+        rope_type="rope", add_bias_linear=False, attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True,
+        apply_rope_fusion=False, masked_softmax_fusion=False, bias_dropout_fusion=False, persist_layer_norm=False,
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=True, normalization="RMSNorm")
+    model = GPTModel(settings, spec, vocab_size=64, max_sequence_length=64, position_embedding_type="rope")
+    model(torch.arange(20).view(2, 10), torch.arange(10).expand(2, -1), None).square().sum().backward()
+    assert all(each.grad is not None and each.grad.any() for each in model.parameters())
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(10, 2, 4, dim, generator=draw) for dim in (12, 12, 6))
+    found = model.decoder.layers[0].self_attention.core_attention(query, key, value, None)
+    heads = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+    known = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+    assert (found - known.permute(2, 0, 1, 3).flatten(2)).abs().max() < 1e-5
+
+
+def latent_attention() -> None:
+    world(1, latent)
+
+
+def transformer_engine_is_absent() -> None:
+    from importlib.util import find_spec
+
+    from megatron.core.transformer import multi_latent_attention
+
+    assert multi_latent_attention.HAVE_TE == bool(find_spec("transformer_engine")), "taken for present"
+
+
 CHECKS: dict[str, dict[str, Callable[[], None]]] = {
     "cpu-training": {"trains": trains},
     "expert-gradients": {"agree": experts_agree},
+    "mla-local-spec": {"model": latent_attention, "absent": transformer_engine_is_absent},
 }
 
 
