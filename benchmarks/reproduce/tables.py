@@ -1,6 +1,6 @@
 """Tables of stored runs: a row a variant, its seeds' mean with a 95 % interval, beside what the paper reports.
 
-The interval is Student's over seeds (`rl.evaluate.interval`): none for one seed, wide for two.
+The interval is Student's over seeds (`rl.experience.evaluation.confidence_interval`): none for one seed, wide for two.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from studies import Study, all_studies
 
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.report.run_data import RunData, load_run
-from megatron_bai.rl.experience.evaluation import interval
+from megatron_bai.rl.experience.evaluation import confidence_interval
 
 Runs = list[RunData]
 Cell = Callable[[Runs], str]
@@ -29,7 +29,7 @@ def mean(value: Callable[[RunData], float | None]) -> Cell:
         found = [v for v in map(value, runs) if v is not None]
         if not found:
             return "–"
-        middle, half = interval(np.array(found))
+        middle, half = confidence_interval(np.array(found))
         return number(middle) + (f" ± {number(half)}" if half is not None else "")
 
     return cell

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
+from megatron_bai.utils.flatten import flatten
 
 # Credentials in an address, and the prefixes by which Hugging Face, OpenAI-like services, W&B and GitHub mark theirs.
 _SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(hf_|sk-|wandb_v1_|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
@@ -53,7 +54,7 @@ class Wandb:
         try:
             self._run = wandb.init(
                 project=settings.monitor.wandb, name=settings.run.name, group=settings.run.name, dir=str(directory),
-                mode=settings.monitor.wandb_mode, config=_flat(settings), settings=quiet,
+                mode=settings.monitor.wandb_mode, config=flatten(asdict(settings)), settings=quiet,
             )  # fmt: skip
         except Exception as error:  # of W&B, which has no narrower class for a missing key and an unreachable server
             where = f"monitor.wandb={settings.monitor.wandb}"
@@ -80,7 +81,7 @@ class Mlflow:
             found = self._client.get_experiment_by_name(settings.monitor.mlflow)
             experiment = found.experiment_id if found else self._client.create_experiment(settings.monitor.mlflow)
             self._id = self._client.create_run(experiment, run_name=settings.run.name).info.run_id
-            params = [Param(name, value[:500]) for name, value in _flat(settings).items()]
+            params = [Param(name, value[:500]) for name, value in flatten(asdict(settings)).items()]
             for begin in range(0, len(params), 100):  # as many as MLflow takes at once
                 self._client.log_batch(self._id, params=params[begin : begin + 100])
         except Exception as error:  # likewise
@@ -144,7 +145,7 @@ def validate(settings: config.Config) -> None:
     monitor = settings.monitor
     if monitor.wandb_mode not in ("online", "offline"):
         raise UserError(f"monitor.wandb_mode is {monitor.wandb_mode!r}: choose online or offline")
-    for name, value in _flat(settings).items():
+    for name, value in flatten(asdict(settings)).items():
         if _SECRET.search(value):
             raise UserError(
                 f"{name} holds a secret, and settings are written to the run's files: leave it to the environment "
@@ -161,14 +162,3 @@ def require(monitor: config.Monitor) -> None:
     for name in ("wandb", "mlflow"):
         if getattr(monitor, name) and find_spec(name) is None:
             raise UserError(f"monitor.{name} is set, but {name} is not installed: pip install {name}, or leave it empty")
-
-
-def _flat(settings: config.Config) -> dict[str, str]:
-    """Every setting by dotted name, as text."""
-
-    def walk(prefix: str, value: Any) -> dict[str, str]:
-        if not isinstance(value, dict):
-            return {prefix: str(value)}
-        return {name: text for key, each in value.items() for name, text in walk(f"{prefix}.{key}", each).items()}
-
-    return {name: text for group, value in asdict(settings).items() for name, text in walk(group, value).items()}

@@ -26,9 +26,9 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import training_state
 from megatron_bai.model.async_save import Saving
 from megatron_bai.model.build import Actor
-from megatron_bai.monitor.report.report import flatten
 from megatron_bai.monitor.summary import read_summary
 from megatron_bai.rl.session import Session
+from megatron_bai.utils.flatten import flatten
 
 # Settings that a run may change where it goes on: those that change no number, or only its rounding, and how long the
 # run is. A name that ends in a dot stands for its group.
@@ -207,14 +207,9 @@ def _results_exist(settings: config.Config) -> bool:
     return all(manifest.read(path) is not None for path in result_paths(settings).values())
 
 
-def flatten_settings(settings: config.Config) -> dict[str, str]:
-    """Every setting by its dotted name, as text."""
-    return flatten(asdict(settings))
-
-
 def _list_changes(former: dict[str, str], settings: config.Config) -> list[str]:
     """What differs of that which must not, in words."""
-    now = flatten_settings(settings)
+    now = flatten(asdict(settings))
     names = [name for name in sorted(former.keys() | now.keys()) if not _may_change(name)]
     differing = [name for name in names if former.get(name) != now.get(name)]
     return [f"{name} was {former.get(name, 'unknown')}, is {now.get(name, 'unknown')}" for name in differing]
@@ -287,7 +282,7 @@ class RunCheckpoints:
             "step": step,
             "version": version,
             "parts": {name: item.state_dict() for name, item in self._stateful.items()},
-            "settings": flatten_settings(settings),
+            "settings": flatten(asdict(settings)),
             "layout": _rng_layout(session),
             "init": initial_crcs(settings),
         }

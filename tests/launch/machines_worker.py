@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_bai.distributed import hosts
 from megatron_bai.errors import UserError
-from megatron_bai.rl.session import _require_shared
+from megatron_bai.rl.session import _require_shared_dir
 
 _CLONE_NEWNS = 0x00020000  # linux/sched.h
 
@@ -30,7 +30,7 @@ def shared(rank: int, directory: Path) -> object:
     """One of two ranks; a part of the tree is the second one's own."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    return [said(_require_shared, directory / "both"), said(_require_shared, directory / "own")]
+    return [said(_require_shared_dir, directory / "both"), said(_require_shared, directory / "own")]
 
 
 def second(directory: Path) -> None:

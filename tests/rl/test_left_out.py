@@ -34,7 +34,7 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
     settings = config.Config(objective=config.Minirl(**options))
-    counted = collector._counted(finished, REWARDS, np.ones(8, dtype=bool), 4, settings, stats)
+    counted = collector._samples_in_loss(finished, REWARDS, np.ones(8, dtype=bool), 4, settings, stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
 
@@ -55,7 +55,7 @@ def test_samples_without_reward_are_left_out_alone_or_with_their_group(
     finished = [SimpleNamespace(finish="stop") for _ in range(12)]
     valid = np.array([True, False, True, True, *[True] * 4, False, False, True, False])
     settings = config.Config(objective=objective, rollout=config.Rollout(incomplete_groups=rule))
-    counted = collector._counted(finished, np.tile([0.0, 1, 0, 0], 3), valid, 4, settings, Stats())
+    counted = collector._samples_in_loss(finished, np.tile([0.0, 1, 0, 0], 3), valid, 4, settings, Stats())
     assert np.nonzero(~counted)[0].tolist() == left_out
 
 

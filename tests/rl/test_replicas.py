@@ -11,7 +11,7 @@ from processes import TESTS, launch
 from megatron_bai import config
 from megatron_bai.data.arithmetic_task import Sums
 from megatron_bai.data.tokenizer import build_tokenizer
-from megatron_bai.rl.experience.evaluation import interval
+from megatron_bai.rl.experience.evaluation import confidence_interval
 from megatron_bai.rollout.client import sampling_seed
 
 pytestmark = pytest.mark.distributed
@@ -117,7 +117,7 @@ def test_groups_that_lost_a_sample_are_asked_anew_where_they_are_dropped(found: 
 def test_evaluation_is_the_mean_over_problems_with_its_interval(found: Any, replicas: int) -> None:
     cycle = {0: [1.0, 0.0], 3: [1, 0, 0], 6: [1, 0, 0], 9: [1, 0, 0]}  # of three samples those with a reward
     rewards = [cycle.get(n, [float(n % 2)] * 3) for n in range(10)]
-    mean, half = interval(np.array([np.mean(each) for each in rewards]))
+    mean, half = confidence_interval(np.array([np.mean(each) for each in rewards]))
     for rank in found[replicas]:
         values = rank["evaluated"]["values"]
         assert values["eval_accuracy"] == pytest.approx(mean, abs=1e-12)

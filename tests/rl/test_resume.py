@@ -6,6 +6,7 @@ and gradient norm 3e-7 relative, of moments 6e-7 of their tensor's largest, of w
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.report.report import flatten
 from megatron_bai.monitor.run_log import Progress
 from megatron_bai.rl import checkpointing
-from megatron_bai.rl.session import validate
+from megatron_bai.rl.session import validate_settings
 from megatron_bai.rl.signals import STOPPED
 from megatron_bai.routing.store.route_store import RouteStore
+from megatron_bai.utils.flatten import flatten
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long]
 RATE = config.Trainer().learning_rate
@@ -231,13 +232,13 @@ def test_the_settings_a_run_writes_down_are_those_it_has(tmp_path: Path) -> None
     settings = config.Config(run=run, model=TINY, objective=config.Sequence(kl_penalty=1e-6), merge=merge)
     with Progress(tmp_path, settings, 1, active=True):
         pass
-    assert flatten(yaml.safe_load((tmp_path / "config.yaml").read_text())) == checkpointing.flatten_settings(settings)
+    assert flatten(yaml.safe_load((tmp_path / "config.yaml").read_text())) == flatten(asdict(settings))
 
 
 def test_every_setting_that_may_change_exists() -> None:
     choices = [config.Config(model=TINY), config.Config(objective=config.Ppo(), reward=config.Function(), model=TINY)]
     choices.append(config.Config(reward=config.RewardModel(), model=TINY))
-    names = {name for settings in choices for name in checkpointing.flatten_settings(settings)}
+    names = {name for settings in choices for name in flatten(asdict(settings))}
     for free in checkpointing.MAY_CHANGE:
         assert any(name == free or free.endswith(".") and name.startswith(free) for name in names), free
 
@@ -245,13 +246,13 @@ def test_every_setting_that_may_change_exists() -> None:
 @pytest.mark.parametrize("wrong", [{"save_every": -1}, {"keep": 0}])
 def test_settings_of_checkpoints_are_checked(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="trainer.save_every is .* and trainer.keep"):
-        validate(config.Config(model=TINY, trainer=config.Trainer(**wrong)))
+        validate_settings(config.Config(model=TINY, trainer=config.Trainer(**wrong)))
 
 
 def test_supervised_training_has_nothing_to_go_on_from() -> None:
     settings = config.Config(model=TINY, objective=config.Sft(), trainer=config.Trainer(save_every=1))
     with pytest.raises(UserError, match="trainer.save_every is for reinforcement learning"):
-        validate(settings)
+        validate_settings(settings)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "other"])

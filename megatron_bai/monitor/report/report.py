@@ -9,6 +9,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.report import html_page
 from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, charts_of, others
 from megatron_bai.monitor.report.run_data import RunData, load_run, names
+from megatron_bai.utils.flatten import flatten
 
 
 def write_report(run_dirs: list[Path], output: Path) -> None:
@@ -121,14 +122,3 @@ def _config_section(runs: list[RunData]) -> str:
     if len(runs) > 1:
         intro = f"<p>The runs differ in {len(differing)} settings.</p>" if differing else "<p>The runs do not differ.</p>"
     return f"<h2>Configuration</h2>{intro}{diff}{everything}"
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves of nested mappings by dotted key, as text."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "" if value is None else str(value)
-    return flat
