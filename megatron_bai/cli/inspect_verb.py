@@ -21,6 +21,6 @@ def run(settings: config.Config) -> None:
 
         describe(path, other)
         return
-    from megatron_bai.merge.compare import inspect
+    from megatron_bai.merge.compare import inspect_checkpoint
 
-    inspect(settings)
+    inspect_checkpoint(settings)

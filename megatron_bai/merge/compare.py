@@ -16,10 +16,10 @@ from megatron_bai.checkpoint.reader import Entry, Scratch, Source
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution.output_dir import PROVENANCE
-from megatron_bai.merge.execution.thread_pool import one_thread
+from megatron_bai.merge.execution.thread_pool import single_torch_thread
 from megatron_bai.merge.execution.tiles import TILE
-from megatron_bai.merge.recipe.recipe import ABOUT, summary
-from megatron_bai.merge.tensor_names.param_groups import group_of
+from megatron_bai.merge.recipe.recipe import NON_SETTINGS, format_settings
+from megatron_bai.merge.tensor_names.param_groups import param_group
 from megatron_bai.utils.strict_json import parse
 
 
@@ -51,16 +51,16 @@ class Distance:
         return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else math.nan
 
 
-def compare(a: Source, b: Source) -> dict[str, Distance]:
+def compare_checkpoints(a: Source, b: Source) -> dict[str, Distance]:
     """The distance of two checkpoints in each parameter group, over the tensors both hold with one shape.
 
     Reads both once, in tiles; the two may be sharded differently.
     """
     groups: dict[str, Distance] = defaultdict(Distance)
-    with one_thread():
+    with single_torch_thread():
         for key in sorted(a.tensors.keys() & b.tensors.keys()):
             if a.tensors[key].shape == b.tensors[key].shape:
-                _add(groups[group_of(key)], a, b, a.tensors[key])
+                _add(groups[param_group(key)], a, b, a.tensors[key])
     return dict(groups)
 
 
@@ -82,7 +82,7 @@ def _add(group: Distance, a: Source, b: Source, entry: Entry) -> None:
         group.differing.append(entry.key)
 
 
-def inspect(config: Config) -> None:
+def inspect_checkpoint(config: Config) -> None:
     """Print what `inspect.path` holds and, with `inspect.other`, how it differs from that checkpoint.
 
     Raises:
@@ -94,17 +94,17 @@ def inspect(config: Config) -> None:
     scratch = Scratch()
     with open_source(config.inspect.path, scratch) as source:
         if config.inspect.verify:
-            _check(console, source)
+            _verify(console, source)
         _print_content(console, source)
         _print_provenance(console, source.path)
         if config.inspect.other:
             with open_source(config.inspect.other, scratch) as other:
                 if config.inspect.verify:
-                    _check(console, other)
+                    _verify(console, other)
                 _print_comparison(console, source, other)
 
 
-def _check(console: Console, source: Source) -> None:
+def _verify(console: Console, source: Source) -> None:
     """Read all of a checkpoint against whatever checksums it has: its manifest's, or else its format's."""
     if manifest.verify(source.path):
         console.print(f"{source.path}: every file is what was written")
@@ -119,7 +119,7 @@ def _print_content(console: Console, source: Source) -> None:
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     dtypes: dict[str, set[str]] = defaultdict(set)
     for entry in source.tensors.values():
-        for name in (group_of(entry.key), "all"):
+        for name in (param_group(entry.key), "all"):
             rows[name].update(tensors=1, elements=math.prod(entry.shape), bytes=entry.nbytes)
             dtypes[name].add(str(entry.dtype).removeprefix("torch."))
     rows["all"] = rows.pop("all", Counter())  # last
@@ -141,10 +141,10 @@ def _print_provenance(console: Console, path: Path) -> None:
 
 def _print_note(console: Console, note: dict[str, Any]) -> None:
     recipe, versions = note["recipe"], note["versions"]
-    settings = {name: value for name, value in recipe.items() if name not in ABOUT}
+    settings = {name: value for name, value in recipe.items() if name not in NON_SETTINGS}
     console.print(
         f"merged {note['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"
-        f" {recipe['method']}: {summary(settings)}; fingerprint {note['fingerprint'][:16]}"
+        f" {recipe['method']}: {format_settings(settings)}; fingerprint {note['fingerprint'][:16]}"
     )
     for name, values in settings.items():
         for pattern, value in values.items() if name.endswith("_for") else ():
@@ -163,7 +163,7 @@ def _print_comparison(console: Console, a: Source, b: Source) -> None:
         if a.tensors[key].shape != b.tensors[key].shape:
             console.print(f"different shapes: {key} {a.tensors[key].shape} and {b.tensors[key].shape}")
     table = Table("group", "tensors", "differing", "‖a − b‖", "‖a − b‖/‖a‖", "cosine", title=f"a − b, b = {b.path}")
-    groups = compare(a, b)
+    groups = compare_checkpoints(a, b)
     for name, d in groups.items():
         numbers = (f"{d.distance:.6g}", f"{d.relative:.6g}", f"{d.cosine:.8f}")
         table.add_row(name, str(d.tensors), str(len(d.differing)), *numbers)

@@ -23,31 +23,31 @@ from megatron_bai.distributed.rank_group import Ranks, cores_per_rank, ranks
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.execution import executor, journal
 from megatron_bai.merge.execution.output_dir import (
+    bytes_left,
     check_space,
     check_target,
-    difference,
+    describe_difference,
     fingerprint,
-    is_current,
-    left_to_write,
+    is_up_to_date,
     write_provenance,
 )
-from megatron_bai.merge.execution.slice_stats import measured, to_measure
-from megatron_bai.merge.execution.thread_pool import no_collector
+from megatron_bai.merge.execution.slice_stats import slices_to_measure, with_slice_stats
+from megatron_bai.merge.execution.thread_pool import gc_disabled
 from megatron_bai.merge.execution.tiles import SMALL_TILE, TILE
-from megatron_bai.merge.execution.verify import verify
-from megatron_bai.merge.methods import recipes_of
-from megatron_bai.merge.recipe.output_spec import Form, form_of
-from megatron_bai.merge.recipe.plan import PIECE_BYTES, UNIT_BYTES, Plan, plan
+from megatron_bai.merge.execution.verify import verify_result
+from megatron_bai.merge.methods import make_recipes
+from megatron_bai.merge.recipe.output_spec import OutputSpec, make_output_spec
+from megatron_bai.merge.recipe.plan import ITEM_BYTES, UNIT_BYTES, Plan, make_plan
 from megatron_bai.merge.recipe.recipe import Recipe
 from megatron_bai.merge.recipe.regions import Fate
-from megatron_bai.merge.tensor_names.param_groups import fits
-from megatron_bai.merge.tensor_names.renamed_view import View
+from megatron_bai.merge.tensor_names.param_groups import matches
+from megatron_bai.merge.tensor_names.renamed_view import RenamedView
 
 VERIFY = ("none", "sample", "all")
 
 
 @dataclass(frozen=True)
-class Job:
+class MergeJob:
     """A merge to do: the recipe, and the directory that is to hold its result."""
 
     recipe: Recipe
@@ -61,10 +61,10 @@ def run(config: Config) -> None:
         UserError: a setting, a source or a target does not allow the merge; the target is as it was.
     """
     with ranks() as group:
-        carry_out(config.merge, group)
+        run_merge(config.merge, group)
 
 
-def carry_out(settings: Merge, group: Ranks, replace: bool = True) -> None:
+def run_merge(settings: Merge, group: Ranks, replace: bool = True) -> None:
     """Merge as the settings say, and print one line about it. Every rank calls it.
 
     Args:
@@ -74,16 +74,16 @@ def carry_out(settings: Merge, group: Ranks, replace: bool = True) -> None:
         UserError: as `run`.
     """
     started = time.monotonic()
-    jobs = jobs_of(settings)
+    jobs = make_jobs(settings)
     if settings.verify not in VERIFY:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
-    form, threads = form_of(settings), threads_of(settings, jobs, cores_per_rank())
-    with no_collector(), ExitStack() as stack:
-        work = prepare(jobs, stack, group, PIECE_BYTES, form=form)
+    output_spec, threads = make_output_spec(settings), choose_threads(settings, jobs, cores_per_rank())
+    with gc_disabled(), ExitStack() as stack:
+        work = open_and_plan(jobs, stack, group, ITEM_BYTES, output_spec=output_spec)
         if settings.dry_run:
-            group.first(lambda: describe(work, jobs))
+            group.first(lambda: print_plan(work, jobs))
             return
-        written, checked = merge(work, jobs, group, settings.verify, threads, replace)
+        written, checked = execute_jobs(work, jobs, group, settings.verify, threads, replace)
     if group.rank == 0:
         what = "merged" if written else "nothing to do, the output holds this merge:"
         size = f"{len(work.outputs):,} tensors, {work.bytes_written:,} bytes"
@@ -92,7 +92,7 @@ def carry_out(settings: Merge, group: Ranks, replace: bool = True) -> None:
         print(f"{what} {size}{times} in {time.monotonic() - started:.1f} s{verified}: {settings.output}")
 
 
-def jobs_of(settings: Merge) -> list[Job]:
+def make_jobs(settings: Merge) -> list[MergeJob]:
     """The merges that the settings ask for: one, or one for each value of a sweep.
 
     Paths are resolved, so that a checkpoint named in two ways counts as one.
@@ -102,17 +102,17 @@ def jobs_of(settings: Merge) -> list[Job]:
     members = [os.path.realpath(m) if m else "" for m in settings.members]
     pretrained = os.path.realpath(settings.pretrained) if settings.pretrained else ""
     output = Path(os.path.abspath(settings.output))
-    recipes = recipes_of(dataclasses.replace(settings, members=members, pretrained=pretrained))
-    return [Job(recipe, output / name) for name, recipe in recipes.items()]
+    recipes = make_recipes(dataclasses.replace(settings, members=members, pretrained=pretrained))
+    return [MergeJob(recipe, output / name) for name, recipe in recipes.items()]
 
 
-def threads_of(settings: Merge, jobs: Sequence[Job], most: int) -> int:
+def choose_threads(settings: Merge, jobs: Sequence[MergeJob], most: int) -> int:
     """How many threads a rank has: `merge.threads`, or as many as `merge.memory_mib` has room for, `most` at most.
 
     Raises:
         UserError: there is no room for them, or for one.
     """
-    each = thread_bytes(jobs)
+    each = buffer_bytes_per_thread(jobs)
     room, least = (settings.memory_mib << 20) // each, settings.threads or 1
     if room < least:
         needed, plural = math.ceil(least * each / 2**20), "s" if least > 1 else ""
@@ -122,7 +122,7 @@ def threads_of(settings: Merge, jobs: Sequence[Job], most: int) -> int:
     return settings.threads or min(room, most)
 
 
-def thread_bytes(jobs: Sequence[Job]) -> int:
+def buffer_bytes_per_thread(jobs: Sequence[MergeJob]) -> int:
     """The buffers of one thread.
 
     It reads a span, and a tile that it puts together from several tensors, and holds tiles of all sources or of the
@@ -136,13 +136,13 @@ def thread_bytes(jobs: Sequence[Job]) -> int:
     return size
 
 
-def prepare(
-    jobs: Sequence[Job],
+def open_and_plan(
+    jobs: Sequence[MergeJob],
     stack: ExitStack,
     group: Ranks,
-    piece: int = PIECE_BYTES,
-    unit: int = UNIT_BYTES,
-    form: Form | None = None,
+    item_bytes: int = ITEM_BYTES,
+    unit_bytes: int = UNIT_BYTES,
+    output_spec: OutputSpec | None = None,
 ) -> Plan:
     """Open every source on every rank and plan. The jobs differ in what is swept only. `stack` closes the sources."""
 
@@ -151,15 +151,15 @@ def prepare(
         recipes = [job.recipe for job in jobs]
         paths = [term.source for term in recipes[0].terms()]
         sources = {path: stack.enter_context(open_source(path, scratch)) for path in paths}
-        return plan(recipes, sources, piece, unit, form)
+        return make_plan(recipes, sources, item_bytes, unit_bytes, output_spec)
 
     plans: list[Plan] = []
     group.together(lambda: plans.append(work()))
     return plans[0]
 
 
-def merge(
-    work: Plan, jobs: Sequence[Job], group: Ranks, check: str = "sample", threads: int = 1, replace: bool = True
+def execute_jobs(
+    work: Plan, jobs: Sequence[MergeJob], group: Ranks, check: str = "sample", threads: int = 1, replace: bool = True
 ) -> tuple[int, int]:
     """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
 
@@ -181,38 +181,38 @@ def merge(
     identities = group.first(lambda: {str(source.path): source.identity() for source in work.inputs})
     marks = group.first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
     with ExitStack() as stack:
-        is_to_do = functools.partial(_is_to_do, work, stack, replace)
+        is_to_do = functools.partial(_needs_writing, work, stack, replace)
         todo = group.first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job, marks[k])])
         if not todo:
             return 0, 0
         jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
-        sums, recipes = tuple(work.sums[k] for k in todo), tuple(work.recipes[k] for k in todo)
-        work = dataclasses.replace(work, sums=sums, recipes=recipes)
+        weights, recipes = tuple(work.input_weights[k] for k in todo), tuple(work.recipes[k] for k in todo)
+        work = dataclasses.replace(work, input_weights=weights, recipes=recipes)
         try:
             return len(jobs), _write(work, jobs, marks, group, check, threads)
         except Exception as error:
             if group.rank == 0:
-                _keep_what_is_finished(work, [atomic_dir.unfinished(job.target) for job in jobs], error)
+                _handle_failure(work, [atomic_dir.unfinished(job.target) for job in jobs], error)
             raise
 
 
-def _is_to_do(work: Plan, stack: ExitStack, replace: bool, job: Job, mark: str) -> bool:
+def _needs_writing(work: Plan, stack: ExitStack, replace: bool, job: MergeJob, mark: str) -> bool:
     """Whether the job's target must be written, which then nobody else may until `stack` is closed."""
     target = job.target
     resumable = (atomic_dir.unfinished(target) / journal.DIRECTORY).is_dir()
-    if is_current(target, mark) and (resumable or not atomic_dir.has_remains(target)):
+    if is_up_to_date(target, mark) and (resumable or not atomic_dir.has_remains(target)):
         return False
     check_target(target, work)
     stack.enter_context(atomic_dir.lock(target))
-    if is_current(target, mark):
+    if is_up_to_date(target, mark):
         atomic_dir.discard(target)  # a merge was killed after it had put its result in place
         return False
     if not replace and manifest.read(target) is not None:
         raise UserError(
-            f"merge.output {target} holds another merge, {difference(target, job.recipe)}: remove it, choose another "
+            f"merge.output {target} holds another merge, {describe_difference(target, job.recipe)}: remove it, choose another "
             "merge.output, or replace it with the verb merge"
         )
-    if is_current(atomic_dir.unfinished(target), mark):  # … just before
+    if is_up_to_date(atomic_dir.unfinished(target), mark):  # … just before
         shutil.rmtree(atomic_dir.unfinished(target) / journal.DIRECTORY, ignore_errors=True)
         atomic_dir.place(target)
         return False
@@ -220,23 +220,23 @@ def _is_to_do(work: Plan, stack: ExitStack, replace: bool, job: Job, mark: str) 
 
 
 def _write(
-    work: Plan, jobs: Sequence[Job], marks: Sequence[str], group: Ranks, check: str, threads: int
+    work: Plan, jobs: Sequence[MergeJob], marks: Sequence[str], group: Ranks, check: str, threads: int
 ) -> int:
     """Write, prove, check and seal every target; returns how many elements were compared."""
-    checked, cut = 0, work.cut()
+    checked, cut = 0, work.layout_hash()
 
     def stage() -> list[Path]:
-        return [journal.stage(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks, strict=True)]
+        return [journal.open_staging_dir(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks, strict=True)]
 
     directories = group.first(stage, jobs[0].target)
     group.first(lambda: check_space(work, directories))
-    slices = to_measure(work)
-    total = work.recipes[0].passes * len(work.inputs) * sum(s.nbytes for s in executor.share(slices, group))
-    with _progress("measuring", total, group) as advance:
-        work = measured(work, slices, group, advance, threads)
-    share = sum(unit.nbytes for unit in executor.share(work.units, group)) / max(work.bytes_written, 1)
-    with _progress("merging", int(work.bytes_read * share), group) as advance:
-        norms = executor.execute(work, directories, group, advance, threads)
+    slices = slices_to_measure(work)
+    total = work.recipes[0].stats_passes * len(work.inputs) * sum(s.nbytes for s in executor.assign_to_rank(slices, group))
+    with _progress("measuring", total, group) as on_bytes_read:
+        work = with_slice_stats(work, slices, group, on_bytes_read, threads)
+    share = sum(unit.nbytes for unit in executor.assign_to_rank(work.units, group)) / max(work.bytes_written, 1)
+    with _progress("merging", int(work.bytes_read * share), group) as on_bytes_read:
+        norms = executor.execute_plan(work, directories, group, on_bytes_read, threads)
     digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
     prints = []
     for k, (job, directory) in enumerate(zip(jobs, directories, strict=True)):
@@ -244,12 +244,12 @@ def _write(
         prints.append(group.first(note, directory))
         if check != "none":
             with open_source(directory) as written:
-                checked += verify(work, k, written, group, everything=check == "all")
+                checked += verify_result(work, k, written, group, check_all=check == "all")
 
     def seal(k: int) -> None:
         info = manifest.read(work.base.path) or {}
         about = {**info, "merge": {"fingerprint": prints[k], "mark": marks[k]}}
-        sums = journal.checksums(directories[k])
+        sums = journal.file_crcs(directories[k])
         manifest.seal(directories[k], jobs[k].target, about, sums, journal.DIRECTORY)
 
     for k, directory in enumerate(directories):
@@ -257,14 +257,14 @@ def _write(
     return checked
 
 
-def _keep_what_is_finished(work: Plan, stages: Sequence[Path], error: Exception) -> None:
+def _handle_failure(work: Plan, stages: Sequence[Path], error: Exception) -> None:
     """After an error: delete what nothing can go on from, or say what is kept and what is missing.
 
     Raises:
         UserError: in place of one: it, and how to go on.
     """
     stages = [stage for stage in stages if stage.is_dir()]  # of a sweep some may be in place
-    left = left_to_write(work, stages)
+    left = bytes_left(work, stages)
     kept = work.bytes_written * len(stages) - left
     if isinstance(error, Unfit) or not kept:
         for stage in stages:
@@ -289,20 +289,20 @@ def _progress(what: str, total: int, group: Ranks) -> Iterator[Callable[[int], N
         yield lambda count: bar.advance(task, count)
 
 
-def describe(work: Plan, jobs: Sequence[Job]) -> None:
+def print_plan(work: Plan, jobs: Sequence[MergeJob]) -> None:
     """Print the plan; nothing of a tensor has been read."""
     for job in jobs:
-        print(f"{job.target}: {job.recipe.method}, {job.recipe.summary()}")
+        print(f"{job.target}: {job.recipe.method}, {job.recipe.summarize()}")
         for term in job.recipe.terms():
             print(f"    {term.coefficient:.9g} × {term.source}")
         for region in chain(*work.regions.values()):
             if region.fate is Fate.KEPT:
                 print(f"    {region.name}: kept as in {work.base.path}")
-            elif any(fits(pattern, region.key, region.layer) for pattern in job.recipe.patterns):
+            elif any(matches(pattern, region.key, region.layer) for pattern in job.recipe.patterns):
                 terms = job.recipe.terms(region.key, region.layer)
                 print(f"    {region.name}: {', '.join(f'{term.coefficient:.9g}' for term in terms)}")
     for source in work.inputs:
-        if isinstance(source, View):
+        if isinstance(source, RenamedView):
             print(f"read under other names or shapes: {source.path}")
     for path, reasons in work.dropped.items():
         for reason, keys in reasons.items():

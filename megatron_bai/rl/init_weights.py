@@ -14,7 +14,7 @@ from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import joined, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
-from megatron_bai.merge.recipe.output_spec import form_of
+from megatron_bai.merge.recipe.output_spec import make_output_spec
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
 from megatron_bai.model.build import Actor
 
@@ -34,7 +34,7 @@ def validate_init(settings: config.Config) -> None:
         raise UserError("merge.dry_run=true merges nothing that init=merge could start from: use the verb merge for it")
     if merge.sweep:
         raise UserError("merge.sweep gives several outputs, init=merge starts from one: set merge.alpha (or its like)")
-    target = pipeline.jobs_of(merge)[0].target
+    target = pipeline.make_jobs(merge)[0].target
     if settings.trainer.save and Path(settings.trainer.save).resolve() == target.resolve():
         raise UserError(f"trainer.save and merge.output are both {target}: the merge would be written over")
 
@@ -48,10 +48,10 @@ def run_init_merge(settings: config.Config) -> None:
     """
     if not isinstance(settings.init, config.MergeInit):
         return
-    base = pipeline.jobs_of(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
+    base = pipeline.make_jobs(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
     joined().first(lambda: _check_base(Path(base), settings.model))
     with ranks() as group:
-        pipeline.carry_out(settings.merge, group, replace=False)
+        pipeline.run_merge(settings.merge, group, replace=False)
 
 
 def _check_base(base: Path, model: config.Model) -> None:
@@ -103,10 +103,10 @@ def weights_fingerprint(settings: config.Config) -> Any:
         UserError: a checkpoint that they come from cannot be used.
     """
     if isinstance(settings.init, config.MergeInit):
-        recipe = pipeline.jobs_of(settings.merge)[0].recipe
+        recipe = pipeline.make_jobs(settings.merge)[0].recipe
         with ExitStack() as stack:
             sources = [stack.enter_context(open_source(term.source)).identity() for term in recipe.terms()]
-        form = str(dataclasses.astuple(form_of(settings.merge)))
+        form = str(dataclasses.astuple(make_output_spec(settings.merge)))
         return [recipe.method, recipe.settings, [term.coefficient for term in recipe.terms()], sources, form]
     source = config.initial_checkpoint(settings)
     return manifest.require(source) if source else None

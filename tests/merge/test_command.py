@@ -23,8 +23,8 @@ from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import bf16_kernel, executor, tiles
-from megatron_bai.merge.execution.verify import verify
-from megatron_bai.merge.recipe.plan import Unit
+from megatron_bai.merge.execution.verify import verify_result
+from megatron_bai.merge.recipe.plan import WorkUnit
 from megatron_bai.merge.recipe.regions import Fate
 
 
@@ -111,7 +111,7 @@ def test_members_layouts_do_not_matter(three, tmp_path):
 def test_tiles_do_not_matter(three, tmp_path, monkeypatch, tile):
     expected = run(three)
     monkeypatch.setattr(tiles, "TILE", tile)
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pipeline, "ITEM_BYTES", 64)
     merged = run(three, output=str(tmp_path / "tiled"))
     assert all(torch.equal(merged[key], value) for key, value in expected.items())
 
@@ -132,11 +132,11 @@ def test_what_the_compiled_stream_leaves_is_done_by_the_tile(three, tmp_path, mo
 
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    jobs = pipeline.jobs_of(settings)
+    jobs = pipeline.make_jobs(settings)
     with ranks() as group, ExitStack() as stack:
-        work = pipeline.prepare(jobs, stack, group, unit=512)
-        assert len(work.units) > 4 and executor.share(work.units, group), "every rank has something to do"
-        pipeline.merge(work, jobs, group, "all")
+        work = pipeline.open_and_plan(jobs, stack, group, unit_bytes=512)
+        assert len(work.units) > 4 and executor.assign_to_rank(work.units, group), "every rank has something to do"
+        pipeline.execute_jobs(work, jobs, group, "all")
     dist.destroy_process_group()
 
 
@@ -160,11 +160,11 @@ def test_any_number_of_ranks_writes_the_same_bytes(three, tmp_path, size):
 
 
 def test_ranks_share_the_units():
-    units = tuple(Unit(f"__{i}_0", (), (), nbytes) for i, nbytes in enumerate((5, 3, 9, 1, 1, 4)))
+    units = tuple(WorkUnit(f"__{i}_0", (), (), nbytes) for i, nbytes in enumerate((5, 3, 9, 1, 1, 4)))
     for size in (1, 2, 3, 8):
-        shares = [executor.share(units, Ranks(rank, size)) for rank in range(size)]
+        shares = [executor.assign_to_rank(units, Ranks(rank, size)) for rank in range(size)]
         assert sorted(u.name for share in shares for u in share) == sorted(u.name for u in units)
-    assert max(sum(u.nbytes for u in executor.share(units, Ranks(rank, 2))) for rank in range(2)) <= 12
+    assert max(sum(u.nbytes for u in executor.assign_to_rank(units, Ranks(rank, 2))) for rank in range(2)) <= 12
 
 
 @pytest.mark.distributed
@@ -497,13 +497,13 @@ def killed_at(settings: Merge, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "first tile":
-        tiles.merge = die
+        tiles.merge_item = die
     elif moment == "index":
         torch_dist.write_index = die
     elif moment == "provenance":
         pipeline.write_provenance = die
     elif moment == "verify":
-        pipeline.verify = die
+        pipeline.verify_result = die
     elif moment == "seal":
         manifest.seal = die
     elif moment == "manifest":
@@ -547,9 +547,9 @@ def merge_in_small_units(settings: Merge, die_after: int | None = None, counted:
         return write_unit(plan, unit, *rest)
 
     executor._write_unit = write
-    jobs = pipeline.jobs_of(settings)
+    jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.merge(pipeline.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, Ranks(), unit_bytes=512), jobs, Ranks(), "all")
     if counted:
         counted.write_text(json.dumps(units))
 
@@ -602,32 +602,32 @@ def test_verify_sees_what_was_changed(three, everything):
     run(three)
     out = checkpoints.read(Path(three.output))
     key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
-    jobs = pipeline.jobs_of(three)
+    jobs = pipeline.make_jobs(three)
     for scale, wrong in ((1.0, False), (1 + 2**-7, True)):
         changed = out | {key: (out[key].float() * scale).bfloat16()}
         path = checkpoints.write(Path(three.output + f"-{scale}"), changed, checkpoints.rows)
         with ExitStack() as stack, TorchDist(path) as output:
-            work = pipeline.prepare(jobs, stack, Ranks())
+            work = pipeline.open_and_plan(jobs, stack, Ranks())
             if wrong:
                 with pytest.raises(UserError, match=f"{key} at .* is not what merge.method=bai makes"):
-                    verify(work, 0, output, Ranks(), everything)
+                    verify_result(work, 0, output, Ranks(), everything)
             else:
-                assert verify(work, 0, output, Ranks(), everything) > 0
+                assert verify_result(work, 0, output, Ranks(), everything) > 0
 
 
 def test_verify_all_compares_every_element_and_a_sample_every_tensor(three):
-    jobs = pipeline.jobs_of(three)
+    jobs = pipeline.make_jobs(three)
     run(three)
     with ExitStack() as stack, TorchDist(three.output) as output:
-        work = pipeline.prepare(jobs, stack, Ranks())
+        work = pipeline.open_and_plan(jobs, stack, Ranks())
         total = sum(torch.Size(o.shape).numel() for o in work.outputs.values())
-        assert verify(work, 0, output, Ranks(), True) == total
-        assert 0 < verify(work, 0, output, Ranks(), False) < total
+        assert verify_result(work, 0, output, Ranks(), True) == total
+        assert 0 < verify_result(work, 0, output, Ranks(), False) < total
 
 
 def spoil(monkeypatch, factor: float) -> None:
     """Let everything that is merged be wrong by this factor."""
-    right = tiles._way
+    right = tiles._tile_merger
 
     def wrong(plan, region, *rest):
         way, limit = right(plan, region, *rest)
@@ -640,8 +640,8 @@ def spoil(monkeypatch, factor: float) -> None:
 
         return spoiled, limit
 
-    monkeypatch.setattr(tiles, "_way", wrong)
-    monkeypatch.setattr(tiles, "_is_compiled", lambda *_: False)
+    monkeypatch.setattr(tiles, "_tile_merger", wrong)
+    monkeypatch.setattr(tiles, "_is_bf16_sum", lambda *_: False)
 
 
 def test_a_wrong_output_is_not_sealed(three, monkeypatch):

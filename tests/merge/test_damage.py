@@ -15,7 +15,7 @@ from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
-from megatron_bai.merge.compare import inspect
+from megatron_bai.merge.compare import inspect_checkpoint
 
 
 @pytest.fixture(scope="module", params=["torch_dist", "safetensors"])
@@ -68,7 +68,7 @@ def test_with_a_manifest_all_damage_is_named(checkpoint: Path, damage: tuple) ->
         if bad.rstrip() == good.rstrip():
             return  # nothing changed but the manifest's last line end
         with pytest.raises(UserError) as caught:
-            inspect(Config(inspect=Inspect(path=str(checkpoint))))
+            inspect_checkpoint(Config(inspect=Inspect(path=str(checkpoint))))
         assert "\n" not in str(caught.value)
     finally:
         file.write_bytes(good)

@@ -20,7 +20,7 @@ from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
-from megatron_bai.merge.pipeline import jobs_of, threads_of
+from megatron_bai.merge.pipeline import choose_threads, make_jobs
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -237,7 +237,7 @@ def test_quantised_tensors_are_refused(tmp_path, dtype):
 
 def test_chunks_are_cut_anew(tmp_path, monkeypatch):
     paths = write_three(tmp_path, [spellings.stacked, spellings.by_layer, spellings.singleton])
-    monkeypatch.setattr(pipeline, "form_of", lambda s: dataclasses.replace(pipeline.Form(), chunk_bytes=128, file_bytes=512))
+    monkeypatch.setattr(pipeline, "make_output_spec", lambda s: dataclasses.replace(pipeline.OutputSpec(), chunk_bytes=128, file_bytes=512))
     pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), spellings.stacked(reference()))
     with TorchDist(tmp_path / "out") as out, TorchDist(paths[0]) as base:
@@ -277,7 +277,7 @@ def test_safetensors_have_no_chunks(tmp_path):
 
 
 def in_files(monkeypatch, file_bytes: int) -> None:
-    monkeypatch.setattr(pipeline, "form_of", lambda s: pipeline.Form(torch.float32, file_bytes=file_bytes))
+    monkeypatch.setattr(pipeline, "make_output_spec", lambda s: pipeline.OutputSpec(torch.float32, file_bytes=file_bytes))
 
 
 @pytest.mark.parametrize("file_bytes", [300, 2000, 1 << 20])
@@ -308,9 +308,9 @@ def test_safetensors_files_of_a_chosen_size(tmp_path, monkeypatch, file_bytes):
 
 def test_safetensors_in_other_files_go_on_after_a_kill(tmp_path, monkeypatch):
     paths = write_three(tmp_path, [spellings.hf, spellings.hf_fused, spellings.hf])
-    prepare = pipeline.prepare
-    form = pipeline.Form(torch.float32, file_bytes=700)
-    monkeypatch.setattr(pipeline, "prepare", lambda *a, **k: prepare(*a, **{**k, "form": form}))
+    prepare = pipeline.open_and_plan
+    form = pipeline.OutputSpec(torch.float32, file_bytes=700)
+    monkeypatch.setattr(pipeline, "open_and_plan", lambda *a, **k: prepare(*a, **{**k, "output_spec": form}))
     broken, unbroken = settings(paths, tmp_path / "broken"), settings(paths, tmp_path / "unbroken")
     assert in_child(merge_in_small_units, unbroken) == 0
     assert in_child(merge_in_small_units, broken, 3) == -9
@@ -331,8 +331,8 @@ def test_another_form_is_another_merge(tmp_path, capsys, changes):
 def test_as_many_threads_as_the_memory_has_room_for(tmp_path):
     three = settings(["base", "a", "b"], tmp_path / "out")
     wide = settings(["base", "a", "b"], tmp_path / "out", sweep=[0.1, 0.2, 0.5, 0.7, 0.9], alpha=None)
-    assert threads_of(wide, jobs_of(wide), most=8) == 8, "the default memory has room for a sweep on any machine"
+    assert choose_threads(wide, make_jobs(wide), most=8) == 8, "the default memory has room for a sweep on any machine"
     tight = dataclasses.replace(three, memory_mib=100)
-    assert threads_of(tight, jobs_of(three), most=8) == 2
+    assert choose_threads(tight, make_jobs(three), most=8) == 2
     with pytest.raises(UserError, match="merge.memory_mib is 39: at least 40 are needed with 1 thread$"):
-        threads_of(dataclasses.replace(three, memory_mib=39), jobs_of(three), most=8)
+        choose_threads(dataclasses.replace(three, memory_mib=39), make_jobs(three), most=8)

@@ -10,8 +10,8 @@ from megatron_bai.checkpoint.torch_dist import TorchDist
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
-from megatron_bai.merge.compare import compare, inspect
-from megatron_bai.merge.tensor_names.param_groups import group_of
+from megatron_bai.merge.compare import compare_checkpoints, inspect_checkpoint
+from megatron_bai.merge.tensor_names.param_groups import param_group
 
 
 def test_distance_and_cosine_of_each_group(tmp_path):
@@ -22,7 +22,7 @@ def test_distance_and_cosine_of_each_group(tmp_path):
         tmp_path / "b", b, checkpoints.columns
     )
     with TorchDist(paths[0]) as first, TorchDist(paths[1]) as second:
-        groups = compare(first, second)
+        groups = compare_checkpoints(first, second)
     experts = [key for key in a if "experts.experts" in key]
     x, y = (torch.cat([t[key].double().flatten() for key in experts]) for t in (a, b))
     found = groups["experts"]
@@ -59,40 +59,40 @@ def test_distance_and_cosine_of_each_group(tmp_path):
     ],
 )
 def test_groups(key, group):
-    assert group_of(key) == group
+    assert param_group(key) == group
 
 
 def test_inspect_prints_content_provenance_and_differences(three, capsys):
     pipeline.run(Config(merge=three))
-    inspect(Config(inspect=Inspect(path=three.output, other=three.pretrained)))
+    inspect_checkpoint(Config(inspect=Inspect(path=three.output, other=three.pretrained)))
     text = capsys.readouterr().out
     assert "bai: weights 0.25 0.75, alpha 0.6;" in text and f"0.6 × {three.pretrained}" in text
     assert "1 entries not used: optimizer or random-number state" in text
     assert "8 of 9 tensors differ" in text and "decoder.table" not in text.split("tensors differ")[1]
-    inspect(Config(inspect=Inspect(path=three.output, other=three.output)))
+    inspect_checkpoint(Config(inspect=Inspect(path=three.output, other=three.output)))
     assert "0 of 9 tensors differ" in capsys.readouterr().out
-    inspect(Config(inspect=Inspect(path=three.pretrained)))
+    inspect_checkpoint(Config(inspect=Inspect(path=three.pretrained)))
     assert "not the output of a merge" in capsys.readouterr().out
 
 
 def test_inspect_names_what_only_one_has(three, tmp_path, capsys):
     other = checkpoints.write(tmp_path / "other", {"mtp.w": torch.ones(2), "decoder.scale": torch.ones(3)})
-    inspect(Config(inspect=dataclasses.replace(Inspect(), path=three.pretrained, other=str(other))))
+    inspect_checkpoint(Config(inspect=dataclasses.replace(Inspect(), path=three.pretrained, other=str(other))))
     text = capsys.readouterr().out.replace("\n", " ")
     assert "1 tensors, mtp.w" in text and "different shapes: decoder.scale () and (3,)" in text
 
 
 def test_damage_is_named(three):
     with pytest.raises(UserError, match="inspect.path is empty"):
-        inspect(Config())
+        inspect_checkpoint(Config())
     pipeline.run(Config(merge=three))
     manifest = json.loads(Path(three.output, "manifest.json").read_text())
     text = Path(three.output, "provenance.json").read_text()
     Path(three.output, "provenance.json").write_text("{" * len(text))
     assert manifest["files"]["provenance.json"]["bytes"] == len(text.encode())
     with pytest.raises(UserError, match="provenance.json is not what was written"):
-        inspect(Config(inspect=Inspect(path=three.output)))
+        inspect_checkpoint(Config(inspect=Inspect(path=three.output)))
     for text in ("{", "[]", "{}", '{"recipe": 3}', "[" * 100_000):
         Path(three.pretrained, "provenance.json").write_text(text)
         with pytest.raises(UserError, match="provenance.json is damaged"):
-            inspect(Config(inspect=Inspect(path=three.pretrained)))
+            inspect_checkpoint(Config(inspect=Inspect(path=three.pretrained)))

@@ -69,7 +69,7 @@ def test_every_bfloat16_is_itself():
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()].unsqueeze(0).contiguous()
     merged, largest, _ = run(every, [1.0])
-    assert same(merged, every[0]) and largest <= bf16_kernel.LARGEST, "the largest finite one is no overflow"
+    assert same(merged, every[0]) and largest <= bf16_kernel.MAX_FINITE_BITS, "the largest finite one is no overflow"
 
 
 def test_ties_go_to_even():
@@ -89,16 +89,16 @@ def test_the_order_is_that_of_the_rows():
 def test_nan_and_infinity_are_seen_wherever_they_are(bad, source, at):
     values = torch.ones(3, 3000).bfloat16()
     values[source, at] = bad
-    assert run(values, [0.5, 0.25, 0.25])[1] > bf16_kernel.LARGEST
+    assert run(values, [0.5, 0.25, 0.25])[1] > bf16_kernel.MAX_FINITE_BITS
     rows = [i for i in range(3) if i != source]
-    assert run(values, [0.5, 0.5], rows)[1] <= bf16_kernel.LARGEST, "a source without a part in the sum cannot spoil it"
+    assert run(values, [0.5, 0.5], rows)[1] <= bf16_kernel.MAX_FINITE_BITS, "a source without a part in the sum cannot spoil it"
 
 
 def test_what_is_rounded_to_infinity_is_seen():
     most = torch.finfo(torch.bfloat16).max
     for above, finite in ((2.0**119, False), (2.0**118, True)):  # half the last place, and a quarter
         merged, largest, _ = run(torch.tensor([[most], [above]]).bfloat16(), [1.0, 1.0])
-        assert bool(merged.isfinite()) == finite == (largest <= bf16_kernel.LARGEST)
+        assert bool(merged.isfinite()) == finite == (largest <= bf16_kernel.MAX_FINITE_BITS)
 
 
 def test_only_what_is_asked_for_is_written():

@@ -100,7 +100,7 @@ def test_only_unfinished_work_is_done_again(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(manifest.atomic_dir, "place", die)
     assert in_child(merge_in_small_units, settings) == -signal.SIGKILL
     monkeypatch.undo()
-    monkeypatch.setattr(executor, "execute", die)
+    monkeypatch.setattr(executor, "execute_plan", die)
     assert in_child(merge_in_small_units, settings) == 0
     assert manifest.require(settings.output) and manifest.verify(settings.output)
 

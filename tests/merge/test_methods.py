@@ -24,15 +24,15 @@ from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.distributed.rank_group import Ranks, ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
-from megatron_bai.merge.compare import inspect
+from megatron_bai.merge.compare import inspect_checkpoint
 from megatron_bai.merge.execution import executor, slice_stats, tiles
 from megatron_bai.merge.execution.output_dir import model_card
-from megatron_bai.merge.methods import METHODS, recipes_of
-from megatron_bai.merge.methods.dare import keeps
+from megatron_bai.merge.methods import METHODS, make_recipes
+from megatron_bai.merge.methods.dare import keep_mask
 from megatron_bai.merge.methods.slerp import Slerp
 from megatron_bai.merge.methods.ties import Ties
-from megatron_bai.merge.recipe.regions import Output, regions
-from megatron_bai.merge.recipe.slices import Part, slice_axes, slices
+from megatron_bai.merge.recipe.regions import OutputTensor, split_into_regions
+from megatron_bai.merge.recipe.slices import SliceBox, iter_slices, num_slice_axes
 
 SETTINGS: dict[str, dict] = {
     "bai": {"weights": [0.25, 0.75], "alpha": 0.6},
@@ -110,8 +110,8 @@ def test_fp32_is_the_nearest_too(tmp_path, each):
 def test_tiles_do_not_matter(each, tmp_path, monkeypatch, tile, piece):
     expected = run(each)
     monkeypatch.setattr(tiles, "TILE", tile)
-    monkeypatch.setattr(slice_stats, "BLOCK", 20 * tile)
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", piece)
+    monkeypatch.setattr(slice_stats, "READ_ELEMENTS", 20 * tile)
+    monkeypatch.setattr(pipeline, "ITEM_BYTES", piece)
     assert same(run(each, output=str(tmp_path / "tiled")), expected)
 
 
@@ -128,12 +128,12 @@ def test_layouts_do_not_matter(each, tmp_path):
 
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    jobs = pipeline.jobs_of(settings)
+    jobs = pipeline.make_jobs(settings)
     with ranks() as group, ExitStack() as stack:
-        work = pipeline.prepare(jobs, stack, group, unit=512)
-        assert len(work.units) > 4 and executor.share(work.units, group), "every rank has something to do"
-        assert not work.recipes[0].passes or executor.share(slice_stats.to_measure(work), group)
-        pipeline.merge(work, jobs, group, "all")
+        work = pipeline.open_and_plan(jobs, stack, group, unit_bytes=512)
+        assert len(work.units) > 4 and executor.assign_to_rank(work.units, group), "every rank has something to do"
+        assert not work.recipes[0].stats_passes or executor.assign_to_rank(slice_stats.slices_to_measure(work), group)
+        pipeline.execute_jobs(work, jobs, group, "all")
     dist.destroy_process_group()
 
 
@@ -197,17 +197,17 @@ def test_stacking_does_not_matter(each, tmp_path, apart):
     ],
 )
 def test_what_one_layer_or_expert_owns(key, shape, count, first):
-    output = Output(key, torch.float32, shape, merged=True)
-    found = [part for region in regions(output, (), None) for part in slices(region)]
-    assert slice_axes(output) == count and len(found) == math.prod(shape[:count])
-    assert found[0].name == first.format("decoder.layers.mlp.experts.experts.linear_fc1.weight")
-    assert len({part.name for part in found}) == len(found)
-    assert torch.equal(found[-1].elements(), torch.arange(math.prod(shape[count:])))
+    output = OutputTensor(key, torch.float32, shape, merged=True)
+    found = [part for region in split_into_regions(output, (), None) for part in iter_slices(region)]
+    assert num_slice_axes(output) == count and len(found) == math.prod(shape[:count])
+    assert found[0].slice_name == first.format("decoder.layers.mlp.experts.experts.linear_fc1.weight")
+    assert len({part.slice_name for part in found}) == len(found)
+    assert torch.equal(found[-1].element_indices(), torch.arange(math.prod(shape[count:])))
 
 
 def test_elements_are_numbered_in_their_slice():
-    part = Part(Output("decoder.layers.mlp.linear_fc2.weight", torch.float32, (3, 4, 5), True), ((1, 2, 1), (1, 2, 3)))
-    assert part.elements().tolist() == [11, 12, 13, 16, 17, 18]
+    part = SliceBox(OutputTensor("decoder.layers.mlp.linear_fc2.weight", torch.float32, (3, 4, 5), True), ((1, 2, 1), (1, 2, 3)))
+    assert part.element_indices().tolist() == [11, 12, 13, 16, 17, 18]
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_elements_are_numbered_in_their_slice():
 )
 def test_halves_of_a_parameter_are_numbered_one_after_the_other(key):
     first = key.replace("_v", "_w").replace("up_proj", "gate_proj")
-    halves = [Part(Output(name, torch.float32, (4, 5), True), ((0, 0), (4, 5))) for name in (first, key)]
-    assert halves[0].name == halves[1].name
-    assert torch.cat([half.elements() for half in halves]).tolist() == list(range(40))
+    halves = [SliceBox(OutputTensor(name, torch.float32, (4, 5), True), ((0, 0), (4, 5))) for name in (first, key)]
+    assert halves[0].slice_name == halves[1].slice_name
+    assert torch.cat([half.element_indices() for half in halves]).tolist() == list(range(40))
 
 
 # Killed, repeated, damaged.
@@ -241,9 +241,9 @@ def killed(settings: Merge, moment: str) -> None:
             return write(plan, unit, *rest)
 
         executor._write_unit = some
-    jobs = pipeline.jobs_of(settings)
+    jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.merge(pipeline.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, Ranks(), unit_bytes=512), jobs, Ranks(), "all")
 
 
 @pytest.mark.parametrize("moment", ["measuring", "writing"])
@@ -257,9 +257,9 @@ def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, method, moment):
     assert child.exitcode == -signal.SIGKILL and not Path(settings.output).exists()
     noted = list(Path(settings.output).parent.glob(".out.unfinished/.journal/*.json"))
     assert len(noted) in ((0,) if moment == "measuring" else (1, 2)), "the last is flushed behind"
-    jobs = pipeline.jobs_of(settings)
+    jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.merge(pipeline.prepare(jobs, stack, Ranks(), unit=512), jobs, Ranks(), "all")
+        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, Ranks(), unit_bytes=512), jobs, Ranks(), "all")
     assert same(checkpoints.read(Path(settings.output)), expected)
 
 
@@ -394,7 +394,7 @@ def test_every_field_of_a_method_is_a_setting():
 
 
 def test_what_is_left_out_has_the_papers_value():
-    ties = recipes_of(Merge(method="ties", pretrained="a", members=["b", "c"]))[""]
+    ties = make_recipes(Merge(method="ties", pretrained="a", members=["b", "c"]))[""]
     assert isinstance(ties, Ties) and (ties.density, ties.scale, ties.weights) == (0.2, 1.0, (1.0, 1.0))
 
 
@@ -440,7 +440,7 @@ def test_the_command_line(three, tmp_path, method, capsys, monkeypatch):
         assert (f"{settings.output}: {method}, " in said) == bool(more) != Path(settings.output).exists()
     assert same(checkpoints.read(Path(settings.output)), run(settings, output=str(tmp_path / "again")))
     capsys.readouterr()
-    inspect(Config(inspect=Inspect(path=settings.output)))
+    inspect_checkpoint(Config(inspect=Inspect(path=settings.output)))
     recipe = checkpoints.provenance(Path(settings.output))["recipe"]
     assert f" {method}: " in capsys.readouterr().out and recipe["method"] == method
     used = {name: value for name, value in SETTINGS[method].items() if name != "pretrained"}
@@ -453,7 +453,7 @@ def test_the_command_line(three, tmp_path, method, capsys, monkeypatch):
 def coefficients(a: torch.Tensor, b: torch.Tensor, t: float) -> tuple[float, ...]:
     recipe = Slerp("", ("a", "b"), t=t)
     blocks = torch.stack([a, b]).double()
-    return recipe.coefficients((1 - t, t), recipe.measure(lambda: iter([blocks]), "w", a.numel()))
+    return recipe.coefficients((1 - t, t), recipe.measure_slice(lambda: iter([blocks]), "w", a.numel()))
 
 
 def test_slerp_without_an_angle_is_the_straight_line():
@@ -500,7 +500,7 @@ def test_the_threshold_is_the_kth_largest(numbers, percent, block):
     tau = torch.tensor(numbers, dtype=torch.float64)
     recipe = Ties("base", ("a",), density=percent / 100)
     whole = torch.stack([torch.zeros_like(tau), tau])
-    [found] = recipe.measure(lambda: iter(whole.split(block, dim=1)), "w", len(numbers))
+    [found] = recipe.measure_slice(lambda: iter(whole.split(block, dim=1)), "w", len(numbers))
     rank = max(percent * len(numbers) // 100, 1)
     assert found == tau.abs().float().sort(descending=True).values[rank - 1]
 
@@ -510,18 +510,18 @@ def test_the_density_is_the_decimal_that_was_written():
     tau = torch.arange(1.0, 101.0, dtype=torch.float64)
     recipe = Ties("base", ("a",), density=0.29)
     whole = torch.stack([torch.zeros_like(tau), tau])
-    assert recipe.measure(lambda: iter([whole]), "w", 100) == (72.0,)
+    assert recipe.measure_slice(lambda: iter([whole]), "w", 100) == (72.0,)
 
 
 def combine(recipe, base, *members, weights=None, part=None, found=None) -> list[float]:
     values = torch.tensor([base, *members], dtype=torch.float64)
     size = (values.shape[1],)
-    part = part or Part(Output("w", torch.float32, size, merged=True), ((0,), size))
-    if found is None and recipe.passes:
-        found = recipe.measure(lambda: iter([values]), "w", values.shape[1])
+    part = part or SliceBox(OutputTensor("w", torch.float32, size, merged=True), ((0,), size))
+    if found is None and recipe.stats_passes:
+        found = recipe.measure_slice(lambda: iter([values]), "w", values.shape[1])
     row = (1.0, *(weights or [1.0] * len(members)))
     merged = recipe.combine(values, row, part, found)
-    exact, size = recipe.check(values, row, part, found)
+    exact, size = recipe.reference_values(values, row, part, found)
     assert ((merged - exact).abs() <= 1e-14 * size).all()
     return merged.tolist()
 
@@ -554,7 +554,7 @@ def test_ties_of_one_member_at_full_density_is_the_member(three):
 
 def test_dare_is_uniform_and_expects_the_task_vector():
     n, rate = 1 << 20, 0.9
-    stay = keeps(0, 1, "w", torch.arange(n), rate)
+    stay = keep_mask(0, 1, "w", torch.arange(n), rate)
     deviation = math.sqrt(rate * (1 - rate) / n)
     assert abs(float(stay.double().mean()) - (1 - rate)) < 4 * deviation
     parts = stay.view(1024, 1024).double().sum(1)  # each 1024 elements a binomial: χ² of their deviations
@@ -569,11 +569,11 @@ def test_dare_is_uniform_and_expects_the_task_vector():
 def test_dare_is_independent_between_seeds_members_slices_and_neighbours():
     n, rate = 1 << 18, 0.5
     elements = torch.arange(n)
-    one = keeps(0, 1, "w 0", elements, rate)
+    one = keep_mask(0, 1, "w 0", elements, rate)
     others = {
-        "seed": keeps(1, 1, "w 0", elements, rate),
-        "member": keeps(0, 2, "w 0", elements, rate),
-        "slice": keeps(0, 1, "w 1", elements, rate),
+        "seed": keep_mask(1, 1, "w 0", elements, rate),
+        "member": keep_mask(0, 2, "w 0", elements, rate),
+        "slice": keep_mask(0, 1, "w 1", elements, rate),
         "neighbour": one.roll(1),
         "row": one.roll(4096),
     }
@@ -586,7 +586,7 @@ def test_dare_s_mask_is_the_hash_in_whole_numbers():
     elements = torch.tensor([0, 1, 2, 1000, 2**31, 2**40, 2**62])
     for seed, number, name, rate in ((0, 1, "w", 0.5), (-3, 2, "layers.w 4 5", 0.9), (2**40, 1, "", 0.1)):
         expected = [references.kept(seed, number, name, int(i), rate) for i in elements]
-        assert keeps(seed, number, name, elements, rate).tolist() == expected
+        assert keep_mask(seed, number, name, elements, rate).tolist() == expected
 
 
 def test_dare_leaves_dropped_elements_bitwise_and_drops_the_share(three):
@@ -621,7 +621,7 @@ def test_methods_meet_where_they_should(three, tmp_path):
 
 
 def test_the_model_card_names_the_method():
-    recipe = recipes_of(Merge(method="dare", pretrained="a", members=["b"], drop_rate=0.9, seed=3))[""]
+    recipe = make_recipes(Merge(method="dare", pretrained="a", members=["b"], drop_rate=0.9, seed=3))[""]
     card = model_card(recipe)
     assert "by DARE (arXiv 2311.03099) with weights 1, scale 1, drop_rate 0.9, seed 3;" in card
     assert "| Checkpoint | Weight |" in card and "| b | 1 |" in card

@@ -17,7 +17,7 @@ from megatron_bai.checkpoint.hf_files import SafeTensors
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
-from megatron_bai.merge.compare import inspect
+from megatron_bai.merge.compare import inspect_checkpoint
 
 
 def model(seed: int) -> checkpoints.Tensors:
@@ -132,7 +132,7 @@ def test_hf_and_megatron_are_not_mixed(hf, tmp_path):
 
 def test_hf_inspect(hf, capsys):
     pipeline.run(Config(merge=hf))
-    inspect(Config(inspect=Inspect(path=hf.output, other=hf.pretrained)))
+    inspect_checkpoint(Config(inspect=Inspect(path=hf.output, other=hf.pretrained)))
     text = capsys.readouterr().out
     assert "13 of 13 tensors differ" in text and "experts" in text
 

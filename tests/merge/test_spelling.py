@@ -13,8 +13,8 @@ from test_command import content, in_child, merge_in_small_units, peer, refused
 from megatron_bai.config import Config, Merge
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import tiles
-from megatron_bai.merge.tensor_names.canonical_names import place
-from megatron_bai.merge.tensor_names.param_groups import fits
+from megatron_bai.merge.tensor_names.canonical_names import canonical_box
+from megatron_bai.merge.tensor_names.param_groups import matches
 
 COEFFICIENTS = [0.6, 0.4 * 0.25, 0.4 * 0.75]
 LAYOUTS = [checkpoints.whole, checkpoints.rows, checkpoints.columns]
@@ -179,7 +179,7 @@ def test_provenance_and_plan_name_the_parts_of_a_tensor(tmp_path, capsys):
     ],
 )
 def test_patterns(pattern, key, layer, found):
-    assert fits(pattern, key, layer) == found
+    assert matches(pattern, key, layer) == found
 
 
 @pytest.mark.parametrize(
@@ -276,13 +276,13 @@ def test_a_norm_under_both_names_is_refused(tmp_path):
     ],
 )  # fmt: skip
 def test_places(key, shape, name, origin):
-    found = place(key, shape)
+    found = canonical_box(key, shape)
     assert (found.name, found.origin) == (key if name == "=" else name, origin)
 
 
 def test_layers_of_multi_token_prediction_are_counted_apart():
-    assert place("mtp.layers.0.eh_proj.weight", (6, 12)).layers is None
-    assert place("decoder.layers.mlp.router.weight", (3, 4, 6)).layers == range(3)
+    assert canonical_box("mtp.layers.0.eh_proj.weight", (6, 12)).layers is None
+    assert canonical_box("decoder.layers.mlp.router.weight", (3, 4, 6)).layers == range(3)
 
 
 @pytest.mark.parametrize("fused", [0, 1])

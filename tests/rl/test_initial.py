@@ -20,8 +20,8 @@ from megatron_bai.checkpoint.formats import open_source
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import journal
-from megatron_bai.merge.recipe.output_spec import Form
-from megatron_bai.merge.recipe.plan import plan
+from megatron_bai.merge.recipe.output_spec import OutputSpec
+from megatron_bai.merge.recipe.plan import make_plan
 from megatron_bai.rl import init_weights, session
 
 
@@ -104,7 +104,7 @@ def test_another_merge_in_its_place_is_refused_and_kept(
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     started: Path, tmp_path: Path, kind: Callable, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "plan", lambda recipes, sources, *_: plan(recipes, sources, 1 << 14, 1 << 16, Form()))
+    monkeypatch.setattr(pipeline, "make_plan", lambda recipes, sources, *_: make_plan(recipes, sources, 1 << 14, 1 << 16, OutputSpec()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
     assert in_child(kind, at, init_weights.run_init_merge, settings) == -signal.SIGKILL
     assert not actor.exists() and journal.names(atomic_dir.unfinished(actor))

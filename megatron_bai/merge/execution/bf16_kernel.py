@@ -22,7 +22,7 @@ from zlib_ng import zlib_ng
 from megatron_bai.utils.numba_jit import compiled
 
 BLOCK = 1024  # elements whose sums and squares are in the first cache: 12 KiB
-LARGEST = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16
+MAX_FINITE_BITS = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16
 
 _SIGNATURE = types.Tuple((types.uint32, types.float64))(
     types.uint16[:, ::1], types.int64[::1], types.float32[::1], types.uint16[::1]
@@ -44,7 +44,7 @@ def _weighted_sum(
         out: bfloat16 bits [elements], which are written.
 
     Returns:
-        the bits of the largest magnitude before rounding (over `LARGEST`: `out` holds an Inf or NaN), and the sum of
+        the bits of the largest magnitude before rounding (over `MAX_FINITE_BITS`: `out` holds an Inf or NaN), and the sum of
         the squares before rounding, which does not depend on the machine.
     """
     sums = np.empty(BLOCK, np.float32)
@@ -104,19 +104,19 @@ _STREAM = types.int64(
 
 
 def _stream(
-    places: npt.NDArray[np.int64],
+    file_offsets: npt.NDArray[np.int64],
     crcs: npt.NDArray[np.uint32],
-    length: int,
+    num_bytes: int,
     rows: npt.NDArray[np.int64],
     coefficients: npt.NDArray[np.float32],
     squares: npt.NDArray[np.float64],
     values: npt.NDArray[np.uint16],
     out: npt.NDArray[np.uint16],
 ) -> int:
-    """Merge `length` bytes of every source into as many of every sum, as `weighted_sum` does, until something is wrong.
+    """Merge `num_bytes` bytes of every source into as many of every sum, as `weighted_sum` does, until something is wrong.
 
     Args:
-        places: int64 [sources + sums, 2], of each the descriptor of its file and the byte to begin at.
+        file_offsets: int64 [sources + sums, 2], of each the descriptor of its file and the byte to begin at.
         crcs: uint32 [sources + sums], the CRC-32s of what came before in each, which become those with these bytes.
         rows: int64 [sums, 1 + sources], how many sources each sum has, and which.
         coefficients: float32 [sums, sources], of those in `rows`.
@@ -125,28 +125,28 @@ def _stream(
         out: bfloat16 bits [tile], likewise.
 
     Returns:
-        how many bytes are done: fewer than `length` where a file could not be read or written, or a sum is not finite.
+        how many bytes are done: fewer than `num_bytes` where a file could not be read or written, or a sum is not finite.
     """
     sources, sums = len(values), len(rows)
-    new_crcs, more = np.empty_like(crcs), np.empty(sums)
+    new_crcs, tile_squares = np.empty_like(crcs), np.empty(sums)
     done = 0
-    while done < length:
-        count = min(out.size, (length - done) // 2)
+    while done < num_bytes:
+        count = min(out.size, (num_bytes - done) // 2)
         size = count * 2
         for i in range(sources):
             at = values[i].ctypes.data
-            if _pread(places[i, 0], at, size, places[i, 1] + done) != size:
+            if _pread(file_offsets[i, 0], at, size, file_offsets[i, 1] + done) != size:
                 return done
             new_crcs[i] = _crc32(crcs[i], at, size)
         for k in range(sums):
             terms = rows[k, 0]
-            largest, more[k] = weighted_sum(values, rows[k, 1 : 1 + terms], coefficients[k, :terms], out[:count])
+            largest, tile_squares[k] = weighted_sum(values, rows[k, 1 : 1 + terms], coefficients[k, :terms], out[:count])
             at, file = out.ctypes.data, sources + k
-            if largest > LARGEST or _pwrite(places[file, 0], at, size, places[file, 1] + done) != size:
+            if largest > MAX_FINITE_BITS or _pwrite(file_offsets[file, 0], at, size, file_offsets[file, 1] + done) != size:
                 return done
             new_crcs[file] = _crc32(crcs[file], at, size)
         crcs[:] = new_crcs
-        squares += more
+        squares += tile_squares
         done += size
     return done
 

@@ -16,14 +16,14 @@ from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import journal, tiles
 from megatron_bai.merge.execution.journal import UnitResult
-from megatron_bai.merge.execution.thread_pool import Map, one_behind, pool
-from megatron_bai.merge.recipe.plan import Plan, Unit
+from megatron_bai.merge.execution.thread_pool import OrderedMap, background_writer, thread_map
+from megatron_bai.merge.recipe.plan import Plan, WorkUnit
 from megatron_bai.merge.recipe.regions import Fate, Region
 
 BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: each is a turn of the lock for three threads
 
 
-class Sized(Protocol):
+class HasBytes(Protocol):
     """A portion of work."""
 
     @property
@@ -33,19 +33,19 @@ class Sized(Protocol):
     def nbytes(self) -> int: ...
 
 
-W = TypeVar("W", bound=Sized)
+T = TypeVar("T", bound=HasBytes)
 
 
-def execute(
-    plan: Plan, directories: Sequence[Path], ranks: Ranks, advance: Callable[[int], None], threads: int = 1
+def execute_plan(
+    plan: Plan, directories: Sequence[Path], ranks: Ranks, on_bytes_read: Callable[[int], None], threads: int = 1
 ) -> list[dict[str, float]]:
     """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
 
     Units that the directories' journals have, and whose items are as they were written, are not written again.
 
     Args:
-        directories: one for each sum, from `journal.stage`.
-        advance: told the number of input bytes whenever some have been merged, by any thread.
+        directories: one for each sum, from `journal.open_staging_dir`.
+        on_bytes_read: told the number of input bytes whenever some have been merged, by any thread.
         threads: of this rank, that merge.
 
     Returns:
@@ -56,24 +56,24 @@ def execute(
         UserError: a source cannot be read, or the disk is full; the units finished until then count.
     """
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]
-    target = plan.base.target(outputs, plan.form.file_bytes)
+    target = plan.base.target(outputs, plan.output_spec.file_bytes)
 
     def begin() -> None:
         for directory in directories:
             target.begin(directory)
 
     def found() -> dict[str, list[UnitResult]]:
-        notes = [journal.finished(directory, ranks.rank, ranks.size) for directory in directories]
+        notes = [journal.read_finished(directory, ranks.rank, ranks.size) for directory in directories]
         return {name: [n[name] for n in notes] for name in notes[0] if all(name in n for n in notes)}
 
     def work() -> dict[str, list[UnitResult]]:
-        units = share(tuple(unit for unit in plan.units if unit.name not in done), ranks)
-        memory = tiles.Memory(len(plan.inputs), len(plan.sums))
+        units = assign_to_rank(tuple(unit for unit in plan.units if unit.name not in done), ranks)
+        buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
         found = {}
-        with one_behind() as note, pool(threads) as run:  # the disk takes in one unit while the next is made
+        with background_writer() as note, thread_map(threads) as run:  # the disk takes in one unit while the next is made
             for unit in units:
-                found[unit.name] = results = _write_unit(plan, unit, target, directories, run, memory, advance)
-                note(functools.partial(_note, directories, unit.name, results))
+                found[unit.name] = results = _write_unit(plan, unit, target, directories, run, buffers, on_bytes_read)
+                note(functools.partial(_record_unit, directories, unit.name, results))
         return found
 
     ranks.first(begin, directories[0])
@@ -98,7 +98,7 @@ def _norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:
     return {key: math.sqrt(value) for key, value in squares.items()}
 
 
-def share(units: Sequence[W], ranks: Ranks) -> list[W]:
+def assign_to_rank(units: Sequence[T], ranks: Ranks) -> list[T]:
     """This rank's portions of the work: the largest first, each to the rank with the fewest bytes so far."""
     loads = [0] * ranks.size
     mine = []
@@ -112,15 +112,15 @@ def share(units: Sequence[W], ranks: Ranks) -> list[W]:
 
 def _write_unit(
     plan: Plan,
-    unit: Unit,
+    unit: WorkUnit,
     target: Target,
     directories: Sequence[Path],
-    run: Map,
-    memory: tiles.Memory,
-    advance: Callable[[int], None],
+    run: OrderedMap,
+    buffers: tiles.ThreadBuffers,
+    on_bytes_read: Callable[[int], None],
 ) -> list[UnitResult]:
     """Write one unit of every sum: this thread says where its pieces go, those of `run` merge and write them."""
-    done = [UnitResult() for _ in plan.sums]
+    done = [UnitResult() for _ in plan.input_weights]
     try:
         with ExitStack() as stack:
             writers = [stack.enter_context(target.unit(directory, unit.name)) for directory in directories]
@@ -128,40 +128,40 @@ def _write_unit(
                 data = plan.base.read_object(key)
                 for writer in writers:
                     writer.blob(key, data)
-            work = functools.partial(_merge_batch, plan, memory, advance)
-            for squares in stack.enter_context(closing(run(work, _batches(unit, writers)))):
+            work = functools.partial(_merge_batch, plan, buffers, on_bytes_read)
+            for squares in stack.enter_context(closing(run(work, _batch_items(unit, writers)))):
                 for key, found in squares:
                     for result, square in zip(done, found, strict=True):
                         result.squares[key] = result.squares.get(key, 0.0) + square
             for result, writer in zip(done, writers, strict=True):
                 result.written = writer.written
     except OSError as error:
-        raise _unwritable(directories, error) from None
+        raise _write_error(directories, error) from None
     return done
 
 
-def _note(directories: Sequence[Path], unit: str, results: Sequence[UnitResult]) -> None:
+def _record_unit(directories: Sequence[Path], unit: str, results: Sequence[UnitResult]) -> None:
     """Have a unit of every sum on disk, and remember that it is."""
     try:
         for directory, result in zip(directories, results, strict=True):
-            journal.note(directory, unit, result)
+            journal.record_unit(directory, unit, result)
     except OSError as error:
-        raise _unwritable(directories, error) from None
+        raise _write_error(directories, error) from None
 
 
-def _unwritable(directories: Sequence[Path], error: OSError) -> UserError:
+def _write_error(directories: Sequence[Path], error: OSError) -> UserError:
     return UserError(f"{directories[0]} cannot be written: {error.strerror}")
 
 
-Piece = tuple[Region, Box, list[Item]]
+ItemToMerge = tuple[Region, Box, list[Item]]
 """A box to merge, and where it goes for each sum."""
 
 
-def _batches(unit: Unit, writers: Sequence[Writer]) -> Iterator[list[Piece]]:
+def _batch_items(unit: WorkUnit, writers: Sequence[Writer]) -> Iterator[list[ItemToMerge]]:
     """A unit's pieces in order, many small ones together: a thread has no time for one expert's bias."""
-    batch: list[Piece] = []
+    batch: list[ItemToMerge] = []
     size = 0
-    for region, box in unit.pieces:
+    for region, box in unit.items:
         nbytes = math.prod(box[1]) * region.dtype.itemsize
         if batch and size + nbytes > BATCH_BYTES:
             yield batch
@@ -173,17 +173,17 @@ def _batches(unit: Unit, writers: Sequence[Writer]) -> Iterator[list[Piece]]:
 
 
 def _merge_batch(
-    plan: Plan, memory: tiles.Memory, advance: Callable[[int], None], batch: list[Piece]
+    plan: Plan, buffers: tiles.ThreadBuffers, on_bytes_read: Callable[[int], None], batch: list[ItemToMerge]
 ) -> list[tuple[str, list[float]]]:
     """Merge and write some pieces; returns, of those that are merged, the key and each sum's sum of squares."""
     squares = []
     read = 0
     for region, box, items in batch:
-        found = tiles.merge(plan, region, box, items, memory)
+        found = tiles.merge_item(plan, region, box, items, buffers)
         if region.fate is Fate.MERGED:
             squares.append((region.key, found))
         read += math.prod(box[1]) * sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)
-    advance(read)
+    on_bytes_read(read)
     return squares
 
 

@@ -29,7 +29,7 @@ class UnitResult:
     squares: dict[str, float] = field(default_factory=dict)
 
 
-def stage(target: Path, mark: str) -> Path:
+def open_staging_dir(target: Path, mark: str) -> Path:
     """The directory to write `target` into: the one a merge with this mark left behind, or an empty one."""
     path = atomic_dir.unfinished(target)
     try:
@@ -43,24 +43,24 @@ def stage(target: Path, mark: str) -> Path:
     return path
 
 
-def finished(directory: Path, rank: int = 0, size: int = 1) -> dict[str, UnitResult]:
+def read_finished(directory: Path, rank: int = 0, size: int = 1) -> dict[str, UnitResult]:
     """The units that are on disk, by name; `size` processes share the reading."""
-    notes = sorted(_notes(directory), key=lambda note: note[0])[rank::size]
+    notes = sorted(_read_records(directory), key=lambda note: note[0])[rank::size]
     return {name: unit for name, unit in notes if all(_is_there(directory, item) for item in unit.written)}
 
 
-def names(directory: Path) -> set[str]:
+def finished_names(directory: Path) -> set[str]:
     """The units that were noted; that they are on disk is not looked at."""
-    return {name for name, _ in _notes(directory)}
+    return {name for name, _ in _read_records(directory)}
 
 
-def checksums(directory: Path) -> dict[str, int]:
+def file_crcs(directory: Path) -> dict[str, int]:
     """The CRC-32 of every file that units were written into, put together from their items'.
 
     What lies between the items, such as a header, is read.
     """
     items: dict[str, list[Written]] = defaultdict(list)
-    for _, unit in _notes(directory):
+    for _, unit in _read_records(directory):
         for item in unit.written:
             items[item.file].append(item)
     return {name: _checksum(directory / name, found) for name, found in items.items()}
@@ -89,7 +89,7 @@ def _is_there(directory: Path, item: Written) -> bool:
         return False
 
 
-def _notes(directory: Path) -> Iterator[tuple[str, UnitResult]]:
+def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
     """Every readable note, with the unit's name."""
     for file in (directory / DIRECTORY).glob("*.json"):
         text, _, crc = file.read_text().rpartition("\n")
@@ -102,7 +102,7 @@ def _notes(directory: Path) -> Iterator[tuple[str, UnitResult]]:
         yield file.stem, UnitResult(written, noted["squares"])
 
 
-def note(directory: Path, unit: str, result: UnitResult) -> None:
+def record_unit(directory: Path, unit: str, result: UnitResult) -> None:
     """Remember a unit, after its data; both survive a power cut."""
     for name in {item.file for item in result.written}:
         atomic_dir.sync(directory / name)

@@ -18,11 +18,11 @@ from megatron_bai.checkpoint.hf_files import SafeTensors
 from megatron_bai.checkpoint.reader import Source
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import journal
-from megatron_bai.merge.recipe.output_spec import config_with
+from megatron_bai.merge.recipe.output_spec import config_with_dtype
 from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.recipe import Recipe
 from megatron_bai.merge.recipe.regions import Fate, Region
-from megatron_bai.merge.tensor_names.param_groups import fits
+from megatron_bai.merge.tensor_names.param_groups import matches
 
 PROVENANCE = "provenance.json"
 CONFIG = "config.json"
@@ -36,14 +36,14 @@ def carried_files(base: Source) -> list[Path]:
     return [path for path in base.other_files() if path.as_posix() not in replaced]
 
 
-def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
+def fingerprint(plan: Plan, result_index: int, sources: dict[str, str]) -> str:
     """A hash of everything an output depends on, whatever the paths are called.
 
     Args:
-        which: the number of the plan's sum.
+        result_index: the number of the plan's sum.
         sources: by path, what stands for each source's tensors: `identity` before reading, `prove`'s hash after.
     """
-    base, rows = plan.base, plan.sums[which]
+    base, rows = plan.base, plan.input_weights[result_index]
     used = [i for i in range(len(plan.inputs)) if any(row[i] != 0 for row in rows.values())]
     what = {
         "revision": REVISION,
@@ -54,10 +54,10 @@ def fingerprint(plan: Plan, which: int, sources: dict[str, str]) -> str:
             for parts in plan.regions.values()
             for r in parts
         ],
-        "recipe": plan.recipes[which].identity(),
-        "places": used if plan.recipes[which].elementwise else None,
-        "kept": sources[str(base.path)] if plan.keeps else None,
-        "form": dataclasses.astuple(dataclasses.replace(plan.form, dtype=None)),
+        "recipe": plan.recipes[result_index].fingerprint_fields(),
+        "places": used if plan.recipes[result_index].elementwise else None,
+        "kept": sources[str(base.path)] if plan.has_kept_rows else None,
+        "form": dataclasses.astuple(dataclasses.replace(plan.output_spec, dtype=None)),
         "objects": [
             (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
         ],
@@ -82,9 +82,9 @@ def check_target(target: Path, plan: Plan) -> None:
         raise UserError(f"merge.output {target} exists and is no merge's output: choose another directory")
 
 
-def left_to_write(plan: Plan, stages: Sequence[Path]) -> int:
+def bytes_left(plan: Plan, stages: Sequence[Path]) -> int:
     """The bytes of all units that unfinished outputs lack."""
-    finished = [journal.names(stage) for stage in stages]
+    finished = [journal.finished_names(stage) for stage in stages]
     return sum(unit.nbytes for unit in plan.units for names in finished if unit.name not in names)
 
 
@@ -95,12 +95,12 @@ def check_space(plan: Plan, stages: Sequence[Path]) -> None:
         UserError: the disk is too small.
     """
     place = stages[0].parent
-    needed, free = left_to_write(plan, stages), shutil.disk_usage(place).free
+    needed, free = bytes_left(plan, stages), shutil.disk_usage(place).free
     if free < needed:
         raise UserError(f"{place} has {free:,} bytes free, the merge needs {needed:,}: make room first")
 
 
-def is_current(target: Path, mark: str) -> bool:
+def is_up_to_date(target: Path, mark: str) -> bool:
     """Whether `target` is complete and was written by a merge with this mark."""
     try:
         info = manifest.read(target)
@@ -109,7 +109,7 @@ def is_current(target: Path, mark: str) -> bool:
     return info is not None and info.get("merge", {}).get("mark") == mark
 
 
-def difference(target: Path, recipe: Recipe) -> str:
+def describe_difference(target: Path, recipe: Recipe) -> str:
     """What the merge at `target` did otherwise than this recipe, in a few words, by its provenance."""
     try:
         noted = json.loads((target / PROVENANCE).read_text())["recipe"]
@@ -123,13 +123,13 @@ def difference(target: Path, recipe: Recipe) -> str:
 
 
 def write_provenance(
-    stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], which: int, norms: dict[str, float]
+    stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], result_index: int, norms: dict[str, float]
 ) -> str:
     """Copy the carried files and write `provenance.json`: everything one needs to check or repeat the merge.
 
     Args:
         digests: of the tensors of every source that was read, by path.
-        which: the number of the plan's sum.
+        result_index: the number of the plan's sum.
 
     Returns:
         the output's fingerprint.
@@ -137,15 +137,15 @@ def write_provenance(
     for path in carried_files(plan.base):
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.path / path, stage / path)
-    if plan.form.dtype is not None and (stage / CONFIG).is_file():
-        (stage / CONFIG).write_text(config_with((stage / CONFIG).read_text(), plan.form.dtype))
+    if plan.output_spec.dtype is not None and (stage / CONFIG).is_file():
+        (stage / CONFIG).write_text(config_with_dtype((stage / CONFIG).read_text(), plan.output_spec.dtype))
     coefficients = {term.source: term.coefficient for term in recipe.terms()}
     sources = [
         {"path": path, "coefficient": coefficient, "digest": digests.get(path), "dropped": plan.dropped[path]}
         for path, coefficient in coefficients.items()
         if path in digests or path == str(plan.base.path)  # of a base with coefficient 0, only the layout was used
     ]
-    mark = fingerprint(plan, which, digests)
+    mark = fingerprint(plan, result_index, digests)
     tensors: dict[str, Any] = {}
     for o in plan.outputs.values():
         about = {"dtype": str(o.dtype).removeprefix("torch."), "shape": o.shape}
@@ -177,7 +177,7 @@ def _about(region: Region, recipe: Recipe) -> dict[str, Any]:
     about: dict[str, Any] = {"fate": region.fate.value}
     if region.box[1] != region.output.shape:
         about["rows"] = [region.box[0][0], region.box[0][0] + region.box[1][0]]
-    if region.fate is Fate.MERGED and any(fits(pattern, region.key, region.layer) for pattern in recipe.patterns):
+    if region.fate is Fate.MERGED and any(matches(pattern, region.key, region.layer) for pattern in recipe.patterns):
         about["coefficients"] = [term.coefficient for term in recipe.terms(region.key, region.layer)]
     return about
 
@@ -195,10 +195,10 @@ def model_card(recipe: Recipe) -> str:
             *(f"- {json.dumps(name)}" for name in names),
             "---",
             "",
-            f"Merged from {len(names)} checkpoints by {recipe.title} with {recipe.summary()}; made with megatron_bai"
+            f"Merged from {len(names)} checkpoints by {recipe.title} with {recipe.summarize()}; made with megatron_bai"
             f" {megatron_bai.__version__}. See `{PROVENANCE}`.",
             "",
-            f"| Checkpoint | {'Weight' if recipe.passes or recipe.elementwise else 'Coefficient'} |",
+            f"| Checkpoint | {'Weight' if recipe.stats_passes or recipe.elementwise else 'Coefficient'} |",
             "|---|---|",
             *rows,
             "",

@@ -12,12 +12,12 @@ from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Region
 
 
-def used(plan: Plan, names: Collection[str]) -> list[int]:
+def inputs_with_weight(plan: Plan, names: Collection[str]) -> list[int]:
     """The inputs that have a weight in one of the regions, in any sum."""
-    return [i for i in range(len(plan.inputs)) if any(row[name][i] != 0 for row in plan.sums for name in names)]
+    return [i for i in range(len(plan.inputs)) if any(row[name][i] != 0 for row in plan.input_weights for name in names)]
 
 
-def read_all(plan: Plan, region: Region, box: Box, inputs: Collection[int]) -> torch.Tensor:
+def read_inputs(plan: Plan, region: Region, box: Box, inputs: Collection[int]) -> torch.Tensor:
     """The inputs' values, float64 [inputs, *sizes of the box]; 0 for those not among `inputs`, which are not read.
 
     Raises:
@@ -40,7 +40,7 @@ def require_finite(plan: Plan, region: Region, box: Box) -> None:
             raise Unfit(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
 
 
-def refuse(plan: Plan, region: Region, box: Box) -> NoReturn:
+def raise_not_finite(plan: Plan, region: Region, box: Box) -> NoReturn:
     """Say why the sums of a box are not finite.
 
     Raises:

@@ -9,20 +9,20 @@ from typing import Protocol, TypeVar
 
 import torch
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-class Map(Protocol):
+class OrderedMap(Protocol):
     """The results of `work(item)` in the order of `items`, made while they are asked for, until it is closed."""
 
     def __call__(
-        self, work: Callable[[Item], Result], items: Iterable[Item], /
-    ) -> Generator[Result, None, None]: ...
+        self, work: Callable[[T], R], items: Iterable[T], /
+    ) -> Generator[R, None, None]: ...
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_torch_thread() -> Iterator[None]:
     """Tiles are too small for OpenMP, which is slower than one thread as soon as another process wants the core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def no_collector() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """The index of many chunks is many objects, all in use to the end. To search them for cycles, in which a merge leaves
     some 200, took Python a third of the time of one of small chunks."""
     enabled = gc.isenabled()
@@ -46,7 +46,7 @@ def no_collector() -> Iterator[None]:
 
 
 @contextmanager
-def one_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+def background_writer() -> Iterator[Callable[[Callable[[], None]], None]]:
     """Has calls done by a thread beside this one, in their order, at most one behind: a call waits for that before.
 
     Raises:
@@ -66,17 +66,17 @@ def one_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 @contextmanager
-def pool(threads: int) -> Iterator[Map]:
+def thread_map(threads: int) -> Iterator[OrderedMap]:
     """A `map` over `threads` threads, which let go of Python's lock while they read, check, add and write.
 
     They are at most an item each ahead of the caller. Once a map is closed, nothing of it is running.
     """
 
-    def alone(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+    def alone(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
         yield from map(work, items)
 
-    def threaded(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-        waiting: deque[Future[Result]] = deque()
+    def threaded(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+        waiting: deque[Future[R]] = deque()
         try:
             for item in items:
                 waiting.append(executor.submit(work, item))
@@ -87,7 +87,7 @@ def pool(threads: int) -> Iterator[Map]:
         finally:
             wait([future for future in waiting if not future.cancel()])
 
-    with one_thread():
+    with single_torch_thread():
         if threads == 1:  # it would only take turns with the caller
             yield alone
             return

@@ -21,10 +21,10 @@ from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.checkpoint.reader import Scratch, Stream
 from megatron_bai.checkpoint.writer import Item
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.execution.source_values import read_all, refuse, used
+from megatron_bai.merge.execution.source_values import inputs_with_weight, raise_not_finite, read_inputs
 from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Fate, Region
-from megatron_bai.merge.recipe.slices import Part
+from megatron_bai.merge.recipe.slices import SliceBox
 
 TILE = 1 << 17  # elements: large enough that Python is not what takes the time, small enough for the cache
 SMALL_TILE = 1 << 16  # for methods that hold a tile of every source in float64, and more
@@ -32,25 +32,25 @@ SMALL_TILE = 1 << 16  # for methods that hold a tile of every source in float64,
 Coefficients = tuple[np.ndarray, np.ndarray]
 """Of each sum how many inputs it has and which, int64 [sums, 1 + inputs], and their factors, float32 [sums, inputs]."""
 
-Merged = Iterator[tuple[memoryview, float]]
+TileResults = Iterator[tuple[memoryview, float]]
 """For each of the plan's sums, a tile's bytes, valid until the next is asked for, and the sum of its squares."""
 
 
-class Memory(Scratch):
+class ThreadBuffers(Scratch):
     """What a thread merges in. Of this, only what is used is ever backed by memory."""
 
     def __init__(self, inputs: int, sums: int) -> None:
         super().__init__()
         self.values = np.empty((inputs, TILE), np.uint16)
-        self.rows = [row.data.cast("B") for row in self.values]
+        self.value_bytes = [row.data.cast("B") for row in self.values]
         self.out = np.empty(TILE, np.uint16)
         self.out_bytes = self.out.data.cast("B")
-        self.places = np.empty((inputs + sums, 2), np.int64)
+        self.file_offsets = np.empty((inputs + sums, 2), np.int64)
         self.crcs = np.empty(inputs + sums, np.uint32)
         self.coefficients: dict[str, Coefficients] = {}  # by region
 
 
-def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory: Memory) -> list[float]:
+def merge_item(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory: ThreadBuffers) -> list[float]:
     """Merge a box of a tensor into one item for each of the plan's sums.
 
     Returns:
@@ -60,37 +60,37 @@ def merge(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory:
         Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
         UserError: a source cannot be read.
     """
-    if _is_compiled(plan, region):
-        return _Compiled(plan, region, items, memory).merge(piece)
+    if _is_bf16_sum(plan, region):
+        return _Bf16Merger(plan, region, items, memory).merge(piece)
     squares = [0.0] * len(items)
-    way, limit = _way(plan, region, memory)
+    merge_tile, limit = _tile_merger(plan, region, memory)
     for box in plan.tiles(region, piece, limit):
-        for k, (data, square) in enumerate(way(box)):
+        for k, (data, square) in enumerate(merge_tile(box)):
             items[k].write(data)
             squares[k] += square
     return squares
 
 
-def _way(plan: Plan, region: Region, memory: Memory) -> tuple[Callable[[Box], Merged], int]:
+def _tile_merger(plan: Plan, region: Region, memory: ThreadBuffers) -> tuple[Callable[[Box], TileResults], int]:
     """How torch merges the tiles of a region, and how many elements one may have."""
     if region.fate is not Fate.MERGED:
-        return lambda box: _copied(plan, region, box, memory), TILE
+        return lambda box: _copy_tile(plan, region, box, memory), TILE
     if plan.recipes[0].elementwise:
-        return lambda box: _combined(plan, region, box, memory), SMALL_TILE
-    return lambda box: _summed(plan, region, box, memory), TILE
+        return lambda box: _merge_elementwise(plan, region, box, memory), SMALL_TILE
+    return lambda box: _merge_weighted_sum(plan, region, box, memory), TILE
 
 
-def _is_compiled(plan: Plan, region: Region) -> bool:
+def _is_bf16_sum(plan: Plan, region: Region) -> bool:
     """Whether a region is a weighted sum of bfloat16 values."""
     if region.fate is not Fate.MERGED or plan.recipes[0].elementwise or region.dtype != torch.bfloat16:
         return False
     return all(source.tensors[region.key].dtype == torch.bfloat16 for source in plan.inputs)
 
 
-class _Compiled:
+class _Bf16Merger:
     """Weighted sums of bfloat16 values, by `kernel`."""
 
-    def __init__(self, plan: Plan, region: Region, items: Sequence[Item], memory: Memory):
+    def __init__(self, plan: Plan, region: Region, items: Sequence[Item], memory: ThreadBuffers):
         from megatron_bai.merge.execution import (
             bf16_kernel,  # which takes half a second where nothing of this kind is merged
         )
@@ -99,25 +99,25 @@ class _Compiled:
         self._squares = np.zeros(len(items))
 
     def merge(self, piece: Box) -> list[float]:
-        """As `tiles.merge`. A piece that lies in one record of every source is streamed."""
+        """As `merge_item`. A piece that lies in one record of every source is streamed."""
         self._streams = [source.stream(self._region.key, *piece) for source in self._plan.inputs]
         count = math.prod(piece[1])
-        straight = self._kernel.stream is not None and count > 0 and None not in self._streams
-        for box in self._plan.tiles(self._region, piece, count if straight else TILE):
+        can_stream = self._kernel.stream is not None and count > 0 and None not in self._streams
+        for box in self._plan.tiles(self._region, piece, count if can_stream else TILE):
             rows, coefficients = self._coefficients(box)
             left = math.prod(box[1])
-            while straight and left:
+            while can_stream and left:
                 left -= self._stream(left, rows, coefficients)
                 if left:
                     left -= self._tile(box, min(left, TILE), rows, coefficients)
-            if not straight:
+            if not can_stream:
                 self._tile(box, left, rows, coefficients)
         return self._squares.tolist()
 
     def _coefficients(self, box: Box) -> Coefficients:
         """Of the sums of a box, in which the recipe does not tell elements apart."""
         known = self._memory.coefficients
-        if self._plan.measures or self._region.name not in known:
+        if self._plan.slice_stats or self._region.name not in known:
             sums = self._plan.coefficients(self._region, box)
             rows = np.zeros((len(sums), 1 + len(self._plan.inputs)), np.int64)
             numbers = np.zeros((len(sums), len(self._plan.inputs)), np.float32)
@@ -135,11 +135,11 @@ class _Compiled:
         for item in self._items:
             if item.at == item.start:
                 item.write(b"")  # its head
-        memory.places[:] = [(file.descriptor, file.at) for file in files]
+        memory.file_offsets[:] = [(file.descriptor, file.at) for file in files]
         memory.crcs[:] = [file.crc for file in files]
         assert self._kernel.stream is not None
         done: int = self._kernel.stream(
-            memory.places, memory.crcs, 2 * count, rows, coefficients, self._squares, memory.values, memory.out
+            memory.file_offsets, memory.crcs, 2 * count, rows, coefficients, self._squares, memory.values, memory.out
         )
         for file, crc in zip(files, memory.crcs.tolist(), strict=True):
             file.advance(done, crc)
@@ -153,7 +153,7 @@ class _Compiled:
         memory = self._memory
         for i, stream in enumerate(self._streams):
             if stream is not None:
-                stream.readinto(memory.rows[i][: count * 2])
+                stream.readinto(memory.value_bytes[i][: count * 2])
             else:
                 values = torch.from_numpy(memory.values[i, :count]).view(torch.bfloat16).view(box[1])
                 values.copy_(self._plan.inputs[i].read(self._region.key, *box))
@@ -162,25 +162,25 @@ class _Compiled:
             largest, squares = self._kernel.weighted_sum(
                 memory.values, rows[k, 1 : 1 + terms], coefficients[k, :terms], memory.out[:count]
             )
-            if largest > self._kernel.LARGEST:
-                refuse(self._plan, self._region, box)
+            if largest > self._kernel.MAX_FINITE_BITS:
+                raise_not_finite(self._plan, self._region, box)
             item.write(memory.out_bytes[: count * 2])
             self._squares[k] += squares
         return count
 
 
-def _summed(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
+def _merge_weighted_sum(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileResults:
     """Weighted sums of any values, by torch."""
     for total in weighted_sums(plan, region, box, scratch):
-        yield _round(plan, region, box, total, scratch)
+        yield _round_tile(plan, region, box, total, scratch)
 
 
 def weighted_sums(plan: Plan, region: Region, box: Box, scratch: Scratch) -> list[torch.Tensor]:
     """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
     dtype = torch.float64 if region.dtype.itemsize > 2 else torch.float32
     size = math.prod(box[1]) * dtype.itemsize
-    term, *totals = (scratch.take(f"sum {k}", size).view(dtype) for k in range(1 + len(plan.sums)))
-    begun = [False] * len(totals)
+    term, *totals = (scratch.take(f"sum {k}", size).view(dtype) for k in range(1 + len(plan.input_weights)))
+    started = [False] * len(totals)
     coefficients = plan.coefficients(region, box)
     for i, source in enumerate(plan.inputs):
         values = source.read(region.key, *box).reshape(-1)
@@ -188,36 +188,36 @@ def weighted_sums(plan: Plan, region: Region, box: Box, scratch: Scratch) -> lis
             coefficient = coefficients[k][i]
             if coefficient == 0:
                 continue  # as if this sum did not know the source: adding 0 would turn -0 into 0
-            if begun[k]:
+            if started[k]:
                 total.add_(term.copy_(values).mul_(coefficient))
             else:
                 total.copy_(values).mul_(coefficient)
-                begun[k] = True
+                started[k] = True
     return totals
 
 
-def _combined(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
+def _merge_elementwise(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileResults:
     """The values of an elementwise method, in float64 until they are rounded."""
-    values = read_all(plan, region, box, used(plan, {region.name})).view(len(plan.inputs), -1)
-    part = Part(region.output, box)
-    measure = plan.measure(part)
-    for recipe, row in zip(plan.recipes, plan.sums, strict=True):
-        yield _round(plan, region, box, recipe.combine(values, row[region.name], part, measure), scratch)
+    values = read_inputs(plan, region, box, inputs_with_weight(plan, {region.name})).view(len(plan.inputs), -1)
+    part = SliceBox(region.output, box)
+    stats = plan.stats_of(part)
+    for recipe, row in zip(plan.recipes, plan.input_weights, strict=True):
+        yield _round_tile(plan, region, box, recipe.combine(values, row[region.name], part, stats), scratch)
 
 
-def _round(plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: Scratch) -> tuple[memoryview, float]:
+def _round_tile(plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: Scratch) -> tuple[memoryview, float]:
     """Round finished sums."""
-    tile = _take(region, total.numel(), scratch).copy_(total)
+    tile = _tile_buffer(region, total.numel(), scratch).copy_(total)
     norm = float(torch.linalg.vector_norm(total))
     if not norm <= torch.finfo(region.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
         if not tile.isfinite().all():
-            refuse(plan, region, box)
+            raise_not_finite(plan, region, box)
         norm = float(torch.linalg.vector_norm(total, dtype=torch.float64))
     return _bytes(tile), norm**2
 
 
-def _copied(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
-    tile = _take(region, math.prod(box[1]), scratch)
+def _copy_tile(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileResults:
+    tile = _tile_buffer(region, math.prod(box[1]), scratch)
     tile.copy_(plan.base.read(region.key, *box).reshape(-1))
     for source in plan.inputs if region.fate is Fate.EQUAL else ():
         if not torch.equal(source.read(region.key, *box).reshape(-1), tile):
@@ -225,11 +225,11 @@ def _copied(plan: Plan, region: Region, box: Box, scratch: Scratch) -> Merged:
                 f"{source.path} and {plan.base.path} differ in {region.key}, which is {region.dtype}: only floating"
                 " point tensors can be merged"
             )
-    for _ in plan.sums:
+    for _ in plan.input_weights:
         yield _bytes(tile), 0.0
 
 
-def _take(region: Region, count: int, scratch: Scratch) -> torch.Tensor:
+def _tile_buffer(region: Region, count: int, scratch: Scratch) -> torch.Tensor:
     return scratch.take("tile", count * region.dtype.itemsize).view(region.dtype)
 
 

@@ -11,27 +11,27 @@ from megatron_bai.checkpoint.boxes import Box, split
 from megatron_bai.checkpoint.reader import Source
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import Unfit
-from megatron_bai.merge.execution.source_values import read_all
-from megatron_bai.merge.execution.thread_pool import one_thread
+from megatron_bai.merge.execution.source_values import read_inputs
+from megatron_bai.merge.execution.thread_pool import single_torch_thread
 from megatron_bai.merge.execution.tiles import TILE
 from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Fate, Region
-from megatron_bai.merge.recipe.slices import Part
+from megatron_bai.merge.recipe.slices import SliceBox
 
 SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at least one
 SAMPLE = 1 << 12  # elements that are compared of a sampled tile
 
 
-def verify(plan: Plan, which: int, output: Source, ranks: Ranks, everything: bool) -> int:
+def verify_result(plan: Plan, result_index: int, output: Source, ranks: Ranks, check_all: bool) -> int:
     """Compare `output` with the method's formula in float64; every rank calls it.
 
     Let x be the exact value. The written one may differ from x by one rounding to the output's dtype, |x|·ε/2, and by
     that of the accumulation, (n + 1)·ε_acc·Σ|summand| for n sources. (ε is `torch.finfo(…).eps`.)
 
     Args:
-        which: the number of the plan's sum.
+        result_index: the number of the plan's sum.
         output: the written checkpoint.
-        everything: compare every element; else a sample, the same on every run.
+        check_all: compare every element; else a sample, the same on every run.
 
     Returns:
         how many elements were compared, over all ranks.
@@ -42,23 +42,23 @@ def verify(plan: Plan, which: int, output: Source, ranks: Ranks, everything: boo
 
     def work() -> int:
         compared = 0
-        with one_thread():
-            for region, box in list(_tiles(plan, everything))[ranks.rank :: ranks.size]:
-                _compare(plan, which, output, region, box)
+        with single_torch_thread():
+            for region, box in list(_tiles_to_check(plan, check_all))[ranks.rank :: ranks.size]:
+                _compare_tile(plan, result_index, output, region, box)
                 compared += math.prod(box[1])
         return compared
 
     return sum(ranks.together(work))
 
 
-def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Region, Box]]:
+def _tiles_to_check(plan: Plan, check_all: bool) -> Iterator[tuple[Region, Box]]:
     """Along the items that were written; of a sample every region has some."""
     pieces: dict[str, list[tuple[Region, Box]]] = defaultdict(list)
     for unit in plan.units:
-        for region, box in unit.pieces:
+        for region, box in unit.items:
             pieces[region.name] += ((region, tile) for tile in plan.tiles(region, box, TILE))
     for name, tiles in pieces.items():
-        if not everything:  # a different place in each region: the name's hash says where
+        if not check_all:  # a different place in each region: the name's hash says where
             place = crc32.of(name.encode())
             parts = [
                 (region, list(split(*box, SAMPLE)))
@@ -68,24 +68,24 @@ def _tiles(plan: Plan, everything: bool) -> Iterator[tuple[Region, Box]]:
         yield from tiles
 
 
-def _compare(plan: Plan, which: int, output: Source, region: Region, box: Box) -> None:
-    key, found, recipe = region.key, output.tensors.get(region.key), plan.recipes[which]
+def _compare_tile(plan: Plan, result_index: int, output: Source, region: Region, box: Box) -> None:
+    key, found, recipe = region.key, output.tensors.get(region.key), plan.recipes[result_index]
     if found is None or (found.dtype, found.shape) != (region.dtype, region.output.shape):
         raise Unfit(f"{output.path} lacks {key} as {region.dtype} {region.output.shape}: merge again")
     written = output.read(key, *box).clone()
     if region.fate is not Fate.MERGED:
-        right = plan.base.read(key, *box).to(region.dtype)
-        wrong = (written != right) & ~(written.isnan() & right.isnan())  # padding may hold anything
+        expected = plan.base.read(key, *box).to(region.dtype)
+        wrong = (written != expected) & ~(written.isnan() & expected.isnan())  # padding may hold anything
     else:
-        part = Part(region.output, box)
-        weights = plan.sums[which][region.name]
-        values = read_all(plan, region, box, [i for i, weight in enumerate(weights) if weight != 0])
-        checked = recipe.check(values.view(len(weights), -1), weights, part, plan.measure(part))
+        part = SliceBox(region.output, box)
+        weights = plan.input_weights[result_index][region.name]
+        values = read_inputs(plan, region, box, [i for i, weight in enumerate(weights) if weight != 0])
+        checked = recipe.reference_values(values.view(len(weights), -1), weights, part, plan.stats_of(part))
         exact, magnitude = (each.view(box[1]) for each in checked)
-        kind = torch.finfo(region.dtype)
+        out_info = torch.finfo(region.dtype)
         accumulator = torch.finfo(torch.float64 if region.dtype.itemsize > 2 else torch.float32)
-        subnormal = kind.smallest_normal * kind.eps
-        bound = exact.abs() * kind.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + subnormal
+        subnormal = out_info.smallest_normal * out_info.eps
+        bound = exact.abs() * out_info.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + subnormal
         wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
     if wrong.any():
         at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0], strict=True))

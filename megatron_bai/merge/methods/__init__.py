@@ -19,7 +19,7 @@ METHODS: dict[str, type[Recipe]] = {m.method: m for m in (Bai, Linear, TaskArith
 UNSET: tuple[Any, ...] = (None, "", [], {})  # with False: that is, not 0
 
 
-def recipes_of(settings: Merge) -> dict[str, Recipe]:
+def make_recipes(settings: Merge) -> dict[str, Recipe]:
     """The recipe under the name "", or one for each value of `merge.sweep`, such as `alpha-0.1`.
 
     Raises:
@@ -28,20 +28,20 @@ def recipes_of(settings: Merge) -> dict[str, Recipe]:
     if settings.method not in METHODS:
         raise UserError(f"merge.method is {settings.method!r}: choose one of {', '.join(METHODS)}")
     method = METHODS[settings.method]
-    sweep, given = list(settings.sweep), _given(settings, method)
-    if sweep and not method.swept:
+    sweep, given = list(settings.sweep), _given_settings(settings, method)
+    if sweep and not method.sweep_setting:
         raise UserError(f"merge.method={method.method} does not use merge.sweep: leave it out")
     if len(set(sweep)) != len(sweep):
         raise UserError(f"merge.sweep {sweep} names a value twice: give each once")
-    every = {f"{method.swept}-{value!r}": given | {method.swept: value} for value in sweep} or {"": given}
-    return {name: _build(method, values) for name, values in every.items()}
+    every = {f"{method.sweep_setting}-{value!r}": given | {method.sweep_setting: value} for value in sweep} or {"": given}
+    return {name: _build_recipe(method, values) for name, values in every.items()}
 
 
-def _given(settings: Merge, method: type[Recipe]) -> dict[str, Any]:
+def _given_settings(settings: Merge, method: type[Recipe]) -> dict[str, Any]:
     """The settings of methods that are given; None and what is empty count as not given."""
     known = {field.name for each in METHODS.values() for field in dataclasses.fields(each)}
     values = {name: getattr(settings, name) for name in sorted(known)}
-    given = {name: _frozen(value) for name, value in values.items() if value is not False and value not in UNSET}
+    given = {name: _freeze(value) for name, value in values.items() if value is not False and value not in UNSET}
     used = {field.name for field in dataclasses.fields(method)}
     unused = [f"merge.{name}" for name in given if name not in used]
     if unused:
@@ -49,14 +49,14 @@ def _given(settings: Merge, method: type[Recipe]) -> dict[str, Any]:
     return given
 
 
-def _frozen(value: Any) -> Any:
+def _freeze(value: Any) -> Any:
     """Lists as tuples, and mappings as pairs."""
     if isinstance(value, dict):
-        return tuple((key, _frozen(each)) for key, each in value.items())
+        return tuple((key, _freeze(each)) for key, each in value.items())
     return tuple(value) if isinstance(value, list) else value
 
 
-def _build(method: type[Recipe], values: dict[str, Any]) -> Recipe:
+def _build_recipe(method: type[Recipe], values: dict[str, Any]) -> Recipe:
     missing = [
         field.name
         for field in dataclasses.fields(method)

@@ -15,25 +15,25 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_bai.merge.methods.linear import Averaged
-from megatron_bai.merge.recipe.recipe import Term, pick, require_pretrained, require_unit
+from megatron_bai.merge.methods.linear import AveragingMethod
+from megatron_bai.merge.recipe.recipe import Term, first_match, require_fraction, require_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bai(Averaged):
+class Bai(AveragingMethod):
     """A two-stage merge.
 
     Args:
         pretrained: the base checkpoint; it also gives the output its layout and its non-tensor state.
         members: the checkpoints of stage 1.
-        weights, weights_for, normalize: as in `Averaged`.
+        weights, weights_for, normalize: as in `AveragingMethod`.
         alpha: the weight of `pretrained` in stage 2, in [0, 1].
         alpha_for: (pattern, alpha) pairs, as `weights_for`.
     """
 
     method: ClassVar[str] = "bai"
     title: ClassVar[str] = "Balanced Actor Initialization (arXiv 2509.00309)"
-    swept: ClassVar[str] = "alpha"
+    sweep_setting: ClassVar[str] = "alpha"
 
     alpha: float = 0.5
     alpha_for: tuple[tuple[str, float], ...] = ()
@@ -41,16 +41,16 @@ class Bai(Averaged):
     def __post_init__(self) -> None:
         require_pretrained(self)
         super().__post_init__()
-        require_unit("merge.alpha", self.alpha)
+        require_fraction("merge.alpha", self.alpha)
         for pattern, alpha in self.alpha_for:
-            require_unit(f"merge.alpha_for[{pattern}]", alpha)
+            require_fraction(f"merge.alpha_for[{pattern}]", alpha)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The merge as one weighted sum; a checkpoint named twice appears once.
 
         Coefficients are float64 and sum to 1 within its rounding: what the weights' sum lacks to 1 is divided out.
         """
-        alpha, weights = pick(self.alpha_for, key, layer, self.alpha), self.weights_of(key, layer)
+        alpha, weights = first_match(self.alpha_for, key, layer, self.alpha), self.weights_for_tensor(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: alpha}
         for member, weight in zip(self.members, weights, strict=True):

@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.recipe.recipe import TOLERANCE, Term, Weighted, listed, require_positive_sum
+from megatron_bai.merge.recipe.recipe import (
+    WEIGHT_SUM_TOLERANCE,
+    Term,
+    WeightedMethod,
+    format_numbers,
+    require_positive_sum,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averaged(Weighted):
+class AveragingMethod(WeightedMethod):
     """A method whose weights are those of an average: they sum to 1.
 
     Args:
@@ -20,18 +26,18 @@ class Averaged(Weighted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, weights in self.all_weights():
+        for name, weights in self.all_weight_settings():
             if self.normalize:
                 require_positive_sum(name, weights)
-            elif abs(math.fsum(weights) - 1) > TOLERANCE:
+            elif abs(math.fsum(weights) - 1) > WEIGHT_SUM_TOLERANCE:
                 raise UserError(
-                    f"{name} [{listed(weights)}] sum to {math.fsum(weights):.8g}: they must sum to 1, or"
+                    f"{name} [{format_numbers(weights)}] sum to {math.fsum(weights):.8g}: they must sum to 1, or"
                     " merge.normalize=true divides by their sum"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Averaged):
+class Linear(AveragingMethod):
     """A weighted average of the members.
 
     Args:
@@ -44,7 +50,7 @@ class Linear(Averaged):
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The members' weights, brought to the sum 1; a checkpoint named twice appears once."""
-        weights = self.weights_of(key, layer)
+        weights = self.weights_for_tensor(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: 0.0} if self.pretrained else {}
         for member, weight in zip(self.members, weights, strict=True):

@@ -4,7 +4,7 @@
     M = sin((1 − t)·θ) / sin θ · a + sin(t·θ) / sin θ · b
 
 The vectors enter as they are, not scaled to unit length. One pass measures ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ of every slice;
-after it the merge is a weighted sum. Where sin θ is below `PARALLEL`, or a vector is zero, there is no arc to follow
+after it the merge is a weighted sum. Where sin θ is below `MIN_SIN_ANGLE`, or a vector is zero, there is no arc to follow
 and the coefficients are those of the straight line, 1 − t and t; for small angles the two are the same to θ².
 """
 
@@ -16,10 +16,18 @@ from typing import ClassVar
 import torch
 
 from megatron_bai.errors import Unfit, UserError
-from megatron_bai.merge.recipe.recipe import Blocks, Measure, Recipe, Term, pick, require_distinct, require_unit
-from megatron_bai.merge.recipe.slices import Part
+from megatron_bai.merge.recipe.recipe import (
+    ReadBlocks,
+    Recipe,
+    SliceStats,
+    Term,
+    first_match,
+    require_distinct,
+    require_fraction,
+)
+from megatron_bai.merge.recipe.slices import SliceBox
 
-PARALLEL = 1e-6
+MIN_SIN_ANGLE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +44,8 @@ class Slerp(Recipe):
 
     method: ClassVar[str] = "slerp"
     title: ClassVar[str] = "spherical linear interpolation"
-    swept: ClassVar[str] = "t"
-    passes: ClassVar[int] = 1
+    sweep_setting: ClassVar[str] = "t"
+    stats_passes: ClassVar[int] = 1
 
     t: float
     t_for: tuple[tuple[str, float], ...] = ()
@@ -47,20 +55,20 @@ class Slerp(Recipe):
         if len(self.members) != 2:
             raise UserError(f"merge.members has {len(self.members)} entries: merge.method=slerp is between two")
         require_distinct(self)
-        require_unit("merge.t", self.t)
+        require_fraction("merge.t", self.t)
         for pattern, t in self.t_for:
-            require_unit(f"merge.t_for[{pattern}]", t)
+            require_fraction(f"merge.t_for[{pattern}]", t)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """1 − t and t, which are the coefficients of vectors at no angle."""
-        t = pick(self.t_for, key, layer, self.t)
+        t = first_match(self.t_for, key, layer, self.t)
         layout = (Term(self.pretrained, 0.0),) if self.pretrained else ()
         return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
 
-    def needs(self, weights: Sequence[float]) -> bool:
+    def needs_stats(self, weights: Sequence[float]) -> bool:
         return len(weights) > 1 and 0 not in weights[-2:]  # the pretrained may stand before them, with weight 0
 
-    def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
+    def measure_slice(self, blocks: ReadBlocks, name: str, count: int) -> SliceStats:
         """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
         rows: tuple[list[float], ...] = ([], [], [])
         for *_, a, b in blocks():
@@ -71,28 +79,28 @@ class Slerp(Recipe):
             raise Unfit(f"{name}: the squares of its values are beyond float64: they must not be merged")
         return aa, bb, ab
 
-    def coefficients(self, weights: tuple[float, ...], measure: Measure | None) -> tuple[float, ...]:
-        if measure is None or not self.needs(weights):
+    def coefficients(self, weights: tuple[float, ...], stats: SliceStats | None) -> tuple[float, ...]:
+        if stats is None or not self.needs_stats(weights):
             return weights
-        angle = _angle(measure)
-        if math.sin(angle) < PARALLEL:
+        angle = _angle(stats)
+        if math.sin(angle) < MIN_SIN_ANGLE:
             return weights
         return tuple(math.sin(weight * angle) / math.sin(angle) for weight in weights)  # of weight 0 stays 0
 
-    def check(
-        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    def reference_values(
+        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ."""
-        if measure is None or not self.needs(weights) or math.sin(_angle(measure)) < PARALLEL:
-            return super().check(values, weights, part, None)
-        (*_, a, b), angle, t = values, _angle(measure), weights[-1]
-        along, across = math.cos(t * angle), math.sin(t * angle) / math.sin(angle)
-        size = (abs(along) + abs(across * math.cos(angle))) * a.abs() + abs(across) * b.abs()
-        return along * a + across * (b - math.cos(angle) * a), size
+        if stats is None or not self.needs_stats(weights) or math.sin(_angle(stats)) < MIN_SIN_ANGLE:
+            return super().reference_values(values, weights, part, None)
+        (*_, a, b), angle, t = values, _angle(stats), weights[-1]
+        cos_part, sin_part = math.cos(t * angle), math.sin(t * angle) / math.sin(angle)
+        size = (abs(cos_part) + abs(sin_part * math.cos(angle))) * a.abs() + abs(sin_part) * b.abs()
+        return cos_part * a + sin_part * (b - math.cos(angle) * a), size
 
 
-def _angle(measure: Measure) -> float:
+def _angle(stats: SliceStats) -> float:
     """θ in [0, π]; 0 where a vector is zero."""
-    aa, bb, ab = measure
+    aa, bb, ab = stats
     length = math.sqrt(aa) * math.sqrt(bb)
     return math.acos(max(-1.0, min(1.0, ab / length))) if length else 0.0

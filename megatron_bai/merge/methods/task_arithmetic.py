@@ -10,11 +10,17 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_bai.merge.recipe.recipe import Term, Weighted, require_finite, require_positive_sum, require_pretrained
+from megatron_bai.merge.recipe.recipe import (
+    Term,
+    WeightedMethod,
+    require_finite,
+    require_positive_sum,
+    require_pretrained,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskVectors(Weighted):
+class TaskVectorMethod(WeightedMethod):
     """A method that adds weighted task vectors to the pretrained checkpoint.
 
     Args:
@@ -24,7 +30,7 @@ class TaskVectors(Weighted):
         scale: λ.
     """
 
-    swept: ClassVar[str] = "scale"
+    sweep_setting: ClassVar[str] = "scale"
 
     scale: float = 1.0
 
@@ -36,11 +42,11 @@ class TaskVectors(Weighted):
         require_finite("merge.scale", self.scale)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_of(key, layer)))
+        return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_for_tensor(key, layer)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summed(TaskVectors):
+class SummedTaskVectors(TaskVectorMethod):
     """A method in which the weighted task vectors are added up.
 
     Args:
@@ -51,23 +57,23 @@ class Summed(TaskVectors):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, weights in self.all_weights() if self.normalize else ():
+        for name, weights in self.all_weight_settings() if self.normalize else ():
             require_positive_sum(name, weights)
 
-    def weights_of(self, key: str | None, layer: int | None) -> tuple[float, ...]:
-        weights = super().weights_of(key, layer)
+    def weights_for_tensor(self, key: str | None, layer: int | None) -> tuple[float, ...]:
+        weights = super().weights_for_tensor(key, layer)
         total = math.fsum(weights)
         return tuple(w / total for w in weights) if self.normalize else weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskArithmetic(Summed):
+class TaskArithmetic(SummedTaskVectors):
     method: ClassVar[str] = "task_arithmetic"
     title: ClassVar[str] = "task arithmetic (arXiv 2212.04089)"
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
         """The merge as one weighted sum; a checkpoint named twice appears once."""
-        weights = self.weights_of(key, layer)
+        weights = self.weights_for_tensor(key, layer)
         coefficients = {self.pretrained: 1 - self.scale * math.fsum(weights)}
         for member, weight in zip(self.members, weights, strict=True):
             coefficients[member] = coefficients.get(member, 0.0) + self.scale * weight

@@ -24,15 +24,15 @@ from typing import ClassVar
 import torch
 
 from megatron_bai.errors import UserError
-from megatron_bai.merge.methods.task_arithmetic import TaskVectors
-from megatron_bai.merge.recipe.recipe import Blocks, Measure, listed, require_distinct
-from megatron_bai.merge.recipe.slices import Part
+from megatron_bai.merge.methods.task_arithmetic import TaskVectorMethod
+from megatron_bai.merge.recipe.recipe import ReadBlocks, SliceStats, format_numbers, require_distinct
+from megatron_bai.merge.recipe.slices import SliceBox
 
 LOW = 15  # bits that the second pass counts; the sign is 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ties(TaskVectors):
+class Ties(TaskVectorMethod):
     """Task vectors trimmed, and averaged where they agree with the elected sign.
 
     Args:
@@ -42,7 +42,7 @@ class Ties(TaskVectors):
 
     method: ClassVar[str] = "ties"
     title: ClassVar[str] = "TIES (arXiv 2306.01708)"
-    passes: ClassVar[int] = 2
+    stats_passes: ClassVar[int] = 2
     elementwise: ClassVar[bool] = True
 
     density: float = 0.2
@@ -52,45 +52,45 @@ class Ties(TaskVectors):
         require_distinct(self)
         if not 0 < self.density <= 1:
             raise UserError(f"merge.density is {self.density:g}: it lies between 0 and 1, and is not 0")
-        for name, weights in self.all_weights():
+        for name, weights in self.all_weight_settings():
             if min(weights) < 0:
-                raise UserError(f"{name} [{listed(weights)}] holds a negative weight: TIES averages")
+                raise UserError(f"{name} [{format_numbers(weights)}] holds a negative weight: TIES averages")
 
-    def identity(self) -> dict[str, object]:
+    def fingerprint_fields(self) -> dict[str, object]:
         return {"method": self.method, "scale": self.scale, "density": self.density}
 
-    def needs(self, weights: Sequence[float]) -> bool:
+    def needs_stats(self, weights: Sequence[float]) -> bool:
         return self.density < 1
 
-    def measure(self, blocks: Blocks, name: str, count: int) -> Measure:
+    def measure_slice(self, blocks: ReadBlocks, name: str, count: int) -> SliceStats:
         """Each member's threshold: the k-th largest |τ|."""
         # the density as it was written: 0.29 · 100 in float64 is less than 29
         rank = max(math.floor(Fraction(repr(self.density)) * count), 1)
-        high = _count(blocks, 31 - LOW, lambda bits: bits >> LOW)
-        found = [_kth(counts, rank) for counts in high]
+        high = _histogram(blocks, 31 - LOW, lambda bits: bits >> LOW)
+        found = [_kth_largest(counts, rank) for counts in high]
         uppers = torch.tensor([upper for upper, _ in found], dtype=torch.int32).unsqueeze(1)
-        low = _count(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, 1 << LOW))
-        lowers = [_kth(counts, left)[0] for counts, (_, left) in zip(low, found, strict=True)]
+        low = _histogram(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, 1 << LOW))
+        lowers = [_kth_largest(counts, left)[0] for counts, (_, left) in zip(low, found, strict=True)]
         bits = [upper << LOW | lower for (upper, _), lower in zip(found, lowers, strict=True)]
         return tuple(torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist())
 
     def combine(
-        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
     ) -> torch.Tensor:
         base = values[0]
         shares = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
-        weighted = self._trimmed(values, measure).mul_(shares)
-        sign = _total(weighted).sign_()
+        weighted = self._trim(values, stats).mul_(shares)
+        sign = _ordered_sum(weighted).sign_()
         agreeing = weighted.mul_(sign).clamp_(min=0)  # |w · τ̂| of those that agree
-        step = _total(agreeing).mul_(sign)
-        step.div_(_total((agreeing > 0) * shares).clamp_(min=torch.finfo(torch.float64).tiny)).mul_(self.scale)
+        step = _ordered_sum(agreeing).mul_(sign)
+        step.div_(_ordered_sum((agreeing > 0) * shares).clamp_(min=torch.finfo(torch.float64).tiny)).mul_(self.scale)
         return torch.where(step == 0, base, base + step)
 
-    def check(
-        self, values: torch.Tensor, weights: Sequence[float], part: Part, measure: Measure | None
+    def reference_values(
+        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From the two camps: the mass and the mean of the positive values, and those of the negative ones."""
-        base, trimmed = values[0], self._trimmed(values, measure)
+        base, trimmed = values[0], self._trim(values, stats)
         shares = torch.tensor(weights[1:], dtype=torch.float64)
         up, down = shares @ trimmed.clamp(min=0), shares @ -trimmed.clamp(max=0)
         mean_up = up / (shares @ (trimmed > 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
@@ -100,15 +100,15 @@ class Ties(TaskVectors):
         size = base.abs() + step.abs()
         return base + step, size.masked_fill(near & (up > 0), math.inf)
 
-    def _trimmed(self, values: torch.Tensor, measure: Measure | None) -> torch.Tensor:
+    def _trim(self, values: torch.Tensor, stats: SliceStats | None) -> torch.Tensor:
         """τ̂ of every member, float64 [members, elements]."""
         vectors = values[1:] - values[0]
-        for vector, threshold in zip(vectors, measure or (), strict=False):
+        for vector, threshold in zip(vectors, stats or (), strict=False):
             vector.mul_(vector.float().abs_() >= threshold)
         return vectors
 
 
-def _total(rows: torch.Tensor) -> torch.Tensor:
+def _ordered_sum(rows: torch.Tensor) -> torch.Tensor:
     """Their sum, one after another: `sum` is free to choose another order for another number of columns."""
     total = rows[0].clone()
     for row in rows[1:]:
@@ -116,7 +116,7 @@ def _total(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _histogram(blocks: ReadBlocks, bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """How often each bucket is met in the bits of each member's |τ|: int64 [members, 2**bits]; others do not count."""
     counts: torch.Tensor | None = None
     for values in blocks():
@@ -130,7 +130,7 @@ def _count(blocks: Blocks, bits: int, bucket: Callable[[torch.Tensor], torch.Ten
     return counts
 
 
-def _kth(counts: torch.Tensor, rank: int) -> tuple[int, int]:
+def _kth_largest(counts: torch.Tensor, rank: int) -> tuple[int, int]:
     """The bucket that holds the `rank`-th largest, and its rank in there."""
     above = counts.flip(0).cumsum(0)  # how many lie in a bucket and those over it, the uppermost first
     place = int(torch.searchsorted(above, rank))

@@ -9,14 +9,14 @@ import torch
 from megatron_bai.checkpoint.reader import Entry
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge.tensor_names.param_groups import group_of
+from megatron_bai.merge.tensor_names.param_groups import param_group
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # of the router, which both engines keep in float32
+ROUTER_BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # of the router, which both engines keep in float32
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputSpec:
     """How the output is to be written; the defaults take everything from the pretrained checkpoint.
 
     Attributes:
@@ -32,7 +32,7 @@ class Form:
     file_bytes: int = 0
 
 
-def form_of(settings: Merge) -> Form:
+def make_output_spec(settings: Merge) -> OutputSpec:
     """The form that the settings ask for.
 
     Raises:
@@ -49,7 +49,7 @@ def form_of(settings: Merge) -> Form:
             " file, so a file must not be smaller"
         )
     dtype = DTYPES.get(settings.dtype)
-    return Form(dtype, settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20)
+    return OutputSpec(dtype, settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20)
 
 
 def output_dtypes(tensors: dict[str, Entry], wanted: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -59,15 +59,15 @@ def output_dtypes(tensors: dict[str, Entry], wanted: torch.dtype | None) -> dict
     router's weights in float32, and for the router's bias.
     """
     floating = {key: entry.dtype for key, entry in tensors.items() if entry.dtype.is_floating_point}
-    embeddings = [dtype.itemsize for key, dtype in floating.items() if group_of(key) == "embeddings"]
+    embeddings = [dtype.itemsize for key, dtype in floating.items() if param_group(key) == "embeddings"]
     usual = min(embeddings or [dtype.itemsize for dtype in floating.values()], default=0)
     dtypes = {key: entry.dtype for key, entry in tensors.items()}
     if wanted is not None:
-        dtypes |= {k: wanted for k, dtype in floating.items() if dtype.itemsize <= usual and not BIAS.search(k)}
+        dtypes |= {k: wanted for k, dtype in floating.items() if dtype.itemsize <= usual and not ROUTER_BIAS.search(k)}
     return dtypes
 
 
-def config_with(text: str, dtype: torch.dtype) -> str:
+def config_with_dtype(text: str, dtype: torch.dtype) -> str:
     """A `config.json` that names the dtype the tensors are in: transformers loads them in what it says."""
     config = json.loads(text)
     for part in (config, config.get("text_config") or {}):

@@ -1,6 +1,6 @@
 """What a merge will do, decided from the checkpoints' indexes before any tensor is read.
 
-Every tensor of every source gets one fate, and `plan` asserts that none is left over:
+Every tensor of every source gets one fate, and `make_plan` asserts that none is left over:
 
     merged    floating point, by the recipe's method
     equal     anything else (token tables, counters): must be the same in all sources, and is copied
@@ -9,9 +9,9 @@ Every tensor of every source gets one fate, and `plan` asserts that none is left
 
 The output has the names, shapes and objects of the pretrained checkpoint, the *base*:
 
-- Members that name or stack tensors otherwise are read through a `View`; together they must hold exactly the base's
+- Members that name or stack tensors otherwise are read through a `RenamedView`; together they must hold exactly the base's
   elements. Other numbers of layers or experts and missing or additional tensors are refused by name.
-- The vocabulary's first rows, as many as there are tokens, are merged. How many that is, `vocabulary.true_size` says.
+- The vocabulary's first rows, as many as there are tokens, are merged. How many that is, `vocabulary.unpadded_vocab_size` says.
 - Tied embeddings: where all are tied there is one tensor. A tied member of an untied base gives its embedding for the
   output layer. An untied member of a tied base is refused.
 - The router's bias (`expert_bias`) and, where the base has them in float32, the router's weights are merged like the
@@ -36,25 +36,25 @@ import torch
 from megatron_bai.checkpoint.boxes import Box, overlap, split
 from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source
 from megatron_bai.errors import UserError
-from megatron_bai.merge.recipe.output_spec import Form, output_dtypes
-from megatron_bai.merge.recipe.recipe import Measure, Recipe
-from megatron_bai.merge.recipe.regions import Fate, Output, Region, regions
-from megatron_bai.merge.recipe.slices import Part, parts
-from megatron_bai.merge.tensor_names.param_groups import fits
-from megatron_bai.merge.tensor_names.renamed_view import Chart, View, respell, some
-from megatron_bai.merge.tensor_names.vocabulary import true_size
+from megatron_bai.merge.recipe.output_spec import OutputSpec, output_dtypes
+from megatron_bai.merge.recipe.recipe import Recipe, SliceStats
+from megatron_bai.merge.recipe.regions import Fate, OutputTensor, Region, split_into_regions
+from megatron_bai.merge.recipe.slices import SliceBox, split_by_slice
+from megatron_bai.merge.tensor_names.param_groups import matches
+from megatron_bai.merge.tensor_names.renamed_view import CanonicalIndex, RenamedView, format_names, rename_to_base
+from megatron_bai.merge.tensor_names.vocabulary import unpadded_vocab_size
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
-PIECE_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor
-STATE = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
+ITEM_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor
+OPTIMIZER_STATE_KEY = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """The content of one output file."""
 
     name: str
-    pieces: tuple[tuple[Region, Box], ...]
+    items: tuple[tuple[Region, Box], ...]
     objects: tuple[str, ...]
     nbytes: int
 
@@ -67,27 +67,27 @@ class Plan:
         base: the pretrained checkpoint.
         inputs: the checkpoints that are read, under the base's names; those that no sum needs are not among them.
         recipes: for each checkpoint to write, the method.
-        sums: likewise, the weights of `inputs` in each merged region, by its name.
+        input_weights: likewise, the weights of `inputs` in each merged region, by its name.
         outputs: every tensor to write, by key.
         regions: of every tensor, by its key.
-        form: what the output looks like besides.
+        output_spec: what the output looks like besides.
         dropped: for each source's path, the tensors and objects that do not enter, by reason.
-        measures: what the method's first passes found, by slice.
+        slice_stats: what the method's first passes found, by slice.
     """
 
     base: Source
-    inputs: tuple[Source | View, ...]
-    sums: tuple[dict[str, tuple[float, ...]], ...]
-    outputs: dict[str, Output]
+    inputs: tuple[Source | RenamedView, ...]
+    input_weights: tuple[dict[str, tuple[float, ...]], ...]
+    outputs: dict[str, OutputTensor]
     regions: dict[str, tuple[Region, ...]]
-    units: tuple[Unit, ...]
+    units: tuple[WorkUnit, ...]
     dropped: dict[str, dict[str, list[str]]]
-    form: Form
+    output_spec: OutputSpec
     recipes: tuple[Recipe, ...]
-    measures: Mapping[str, Measure] = field(default_factory=dict)
+    slice_stats: Mapping[str, SliceStats] = field(default_factory=dict)
 
     @property
-    def keeps(self) -> bool:
+    def has_kept_rows(self) -> bool:
         """Whether anything is kept as the base has it, which is then among the inputs."""
         return any(region.fate is Fate.KEPT for each in self.regions.values() for region in each)
 
@@ -103,40 +103,40 @@ class Plan:
     def tiles(self, region: Region, box: Box, limit: int) -> Iterator[Box]:
         """Cut a box into boxes of at most `limit` elements, each in one slice where the method distinguishes them."""
         recipe = self.recipes[0]
-        if region.fate is Fate.MERGED and (recipe.passes or recipe.elementwise):
-            return parts(region.output, box, limit)
+        if region.fate is Fate.MERGED and (recipe.stats_passes or recipe.elementwise):
+            return split_by_slice(region.output, box, limit)
         return split(*box, limit)
 
-    def measure(self, part: Part) -> Measure | None:
+    def stats_of(self, part: SliceBox) -> SliceStats | None:
         """What was measured of the slice that `part` lies in."""
-        return self.measures.get(part.name) if self.measures else None
+        return self.slice_stats.get(part.slice_name) if self.slice_stats else None
 
     def coefficients(self, region: Region, box: Box) -> list[tuple[float, ...]]:
         """For each sum, the coefficients of `inputs` in one of the `tiles`."""
-        measure = self.measure(Part(region.output, box))
-        return [recipe.coefficients(row[region.name], measure) for recipe, row in zip(self.recipes, self.sums, strict=True)]
+        stats = self.stats_of(SliceBox(region.output, box))
+        return [recipe.coefficients(row[region.name], stats) for recipe, row in zip(self.recipes, self.input_weights, strict=True)]
 
-    def cut(self) -> str:
+    def layout_hash(self) -> str:
         """A hash of how the work is cut, which depends on the settings as well as on the checkpoints."""
-        names = [(unit.name, unit.objects, [(r.name, box) for r, box in unit.pieces]) for unit in self.units]
+        names = [(unit.name, unit.objects, [(r.name, box) for r, box in unit.items]) for unit in self.units]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
-def plan(
+def make_plan(
     recipes: Sequence[Recipe],
     sources: dict[str, Source],
-    piece_bytes: int = PIECE_BYTES,
+    item_bytes: int = ITEM_BYTES,
     unit_bytes: int = UNIT_BYTES,
-    form: Form | None = None,
+    output_spec: OutputSpec | None = None,
 ) -> Plan:
     """Decide every tensor's fate and cut the work.
 
     Args:
         recipes: one for each checkpoint to write, over the same sources.
         sources: the opened checkpoint of every term.
-        piece_bytes: the largest item of the output, which one thread merges.
+        item_bytes: the largest item of the output, which one thread merges.
         unit_bytes: the size that output files are filled to, unless the form says another.
-        form: of the output.
+        output_spec: of the output.
 
     Raises:
         UserError: the sources do not hold the same weights in the same dtypes, the form does not fit them, or a
@@ -147,84 +147,84 @@ def plan(
     kept = {name: _model_tensors(sources[name]) for name in names}
     if not kept[names[0]]:
         raise UserError(f"{base.path} holds no model tensors")
-    form = form or Form()
-    if form.chunk_bytes and base.whole:
+    output_spec = output_spec or OutputSpec()
+    if output_spec.chunk_bytes and base.whole:
         raise UserError(f"merge.chunk_mib is for torch_dist: {base.path} holds every tensor in one piece, give 0")
     for name in names[1:]:
         if type(base) is not type(sources[name]):
             raise UserError(f"{base.path} and {name} are in two formats: bring them into one with `convert`")
     used = {sources[name].path: kept[name] for name in names}
-    rows = true_size(used, form.vocab_size)
-    chart, scratch = Chart(base.path, kept[names[0]], rows), Scratch()
-    inputs = {name: respell(sources[name], kept[name], chart, rows, scratch) for name in names[1:]}
-    _require_dtypes(base, inputs.values(), kept[names[0]], any_float=form.dtype is not None)
-    dtypes = output_dtypes(kept[names[0]], form.dtype)
+    rows = unpadded_vocab_size(used, output_spec.vocab_size)
+    chart, scratch = CanonicalIndex(base.path, kept[names[0]], rows), Scratch()
+    inputs = {name: rename_to_base(sources[name], kept[name], chart, rows, scratch) for name in names[1:]}
+    _require_dtypes(base, inputs.values(), kept[names[0]], any_float=output_spec.dtype is not None)
+    dtypes = output_dtypes(kept[names[0]], output_spec.dtype)
     outputs = {
-        key: Output(key, dtypes[key], entry.shape, merged=entry.dtype.is_floating_point)
+        key: OutputTensor(key, dtypes[key], entry.shape, merged=entry.dtype.is_floating_point)
         for key, entry in kept[names[0]].items()
     }
-    cut = {key: regions(output, recipes[0].patterns, rows) for key, output in outputs.items()}
-    objects = [key for key in base.objects if not STATE.search(key)]
-    dropped = {str(source.path): _dropped(source, source is base) for source in sources.values()}
+    cut = {key: split_into_regions(output, recipes[0].patterns, rows) for key, output in outputs.items()}
+    objects = [key for key in base.objects if not OPTIMIZER_STATE_KEY.search(key)]
+    dropped = {str(source.path): _dropped_keys(source, source is base) for source in sources.values()}
     for source in sources.values():
         fates = [*used[source.path], *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
         assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
     merged = [region for each in cut.values() for region in each if region.fate is Fate.MERGED]
     keeps = any(region.fate is Fate.KEPT for each in cut.values() for region in each)
-    needed, sums = _sums(recipes, merged, {names[0]} if keeps else set())
-    units = _cut(base, cut, objects, piece_bytes, form.file_bytes or unit_bytes, form.chunk_bytes)
+    needed, weights = _input_weights(recipes, merged, {names[0]} if keeps else set())
+    units = _make_units(base, cut, objects, item_bytes, output_spec.file_bytes or unit_bytes, output_spec.chunk_bytes)
     read = tuple(inputs.get(name, base) for name in needed)
-    return Plan(base, read, sums, outputs, cut, units, dropped, form, tuple(recipes))
+    return Plan(base, read, weights, outputs, cut, units, dropped, output_spec, tuple(recipes))
 
 
-def _sums(
+def _input_weights(
     recipes: Sequence[Recipe], merged: list[Region], also: set[str]
 ) -> tuple[list[str], tuple[dict[str, tuple[float, ...]], ...]]:
     """The sources that any region of any recipe needs and those in `also`, and their coefficients for each recipe and
     region."""
     for pattern in recipes[0].patterns:
-        if not any(fits(pattern, region.key, region.layer) for region in merged):
-            raise UserError(f"the pattern {pattern!r} of {_setting_of(recipes[0], pattern)} fits no tensor")
+        if not any(matches(pattern, region.key, region.layer) for region in merged):
+            raise UserError(f"the pattern {pattern!r} of {_setting_with_pattern(recipes[0], pattern)} fits no tensor")
     all_terms = [{region.name: recipe.terms(region.key, region.layer) for region in merged} for recipe in recipes]
     needed = {term.source for terms in all_terms for row in terms.values() for term in row if term.coefficient != 0}
     needed |= also
     if recipes[0].elementwise:  # its `combine` knows the sources by their places
         needed.update(term.source for term in recipes[0].terms())
     inputs = [term.source for term in recipes[0].terms() if term.source in needed]
-    sums = tuple(
+    weights = tuple(
         {name: tuple(term.coefficient for term in row if term.source in needed) for name, row in terms.items()}
         for terms in all_terms
     )
-    return inputs, sums
+    return inputs, weights
 
 
-def _setting_of(recipe: Recipe, pattern: str) -> str:
+def _setting_with_pattern(recipe: Recipe, pattern: str) -> str:
     """Where a pattern was given."""
     named = {name: value for name, value in recipe.settings.items() if name.endswith("_for")}
     return next(f"merge.{name}" for name, value in named.items() if pattern in dict(value))
 
 
 def _model_tensors(source: Source) -> dict[str, Entry]:
-    return {key: entry for key, entry in source.tensors.items() if not STATE.search(key)}
+    return {key: entry for key, entry in source.tensors.items() if not OPTIMIZER_STATE_KEY.search(key)}
 
 
-def _dropped(source: Source, is_base: bool) -> dict[str, list[str]]:
+def _dropped_keys(source: Source, is_base: bool) -> dict[str, list[str]]:
     """What of a source does not enter, by reason."""
-    reasons = {"optimizer or random-number state": [k for k in (*source.tensors, *source.objects) if STATE.search(k)]}
+    reasons = {"optimizer or random-number state": [k for k in (*source.tensors, *source.objects) if OPTIMIZER_STATE_KEY.search(k)]}
     if not is_base:
         reasons["objects are taken from the pretrained checkpoint"] = [
-            key for key in source.objects if not STATE.search(key)
+            key for key in source.objects if not OPTIMIZER_STATE_KEY.search(key)
         ]
     return {reason: keys for reason, keys in reasons.items() if keys}
 
 
 def _require_dtypes(
-    base: Source, others: Iterable[Source | View], tensors: dict[str, Entry], any_float: bool
+    base: Source, others: Iterable[Source | RenamedView], tensors: dict[str, Entry], any_float: bool
 ) -> None:
     """A tensor has one dtype in all sources; `any_float`: or several, all floating point of 16 bits or more."""
     small = [key for key, entry in tensors.items() if entry.dtype.is_floating_point and entry.dtype.itemsize < 2]
     if small:
-        raise UserError(f"{base.path} holds quantised tensors ({some(small)}): merge checkpoints of 16 bits or more")
+        raise UserError(f"{base.path} holds quantised tensors ({format_names(small)}): merge checkpoints of 16 bits or more")
     for other in others:
         pairs = {key: (entry.dtype, other.tensors[key].dtype) for key, entry in tensors.items()}
         differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -233,47 +233,47 @@ def _require_dtypes(
             differing = {key: pair for key, pair in differing.items() if not set(pair) <= set(floats)}
         if differing:
             floating = all(dtype.is_floating_point for pair in differing.values() for dtype in pair)
-            listed = some(f"{key} ({a} and {b})" for key, (a, b) in differing.items())
+            listed = format_names(f"{key} ({a} and {b})" for key, (a, b) in differing.items())
             advice = ": choose the output's with merge.dtype" if floating else ""
             raise UserError(f"{base.path} and {other.path} differ in the dtype of {listed}{advice}")
 
 
-def _cut(
+def _make_units(
     base: Source,
     cut: dict[str, tuple[Region, ...]],
     objects: list[str],
-    piece_bytes: int,
+    item_bytes: int,
     unit_bytes: int,
     chunk_bytes: int,
-) -> tuple[Unit, ...]:
+) -> tuple[WorkUnit, ...]:
     """Pieces of regions along the base's chunks, or as large as `chunk_bytes` says, packed into units in the base's
     order; the objects go first."""
-    units: list[Unit] = []
-    pieces: list[tuple[Region, Box]] = []
+    units: list[WorkUnit] = []
+    items: list[tuple[Region, Box]] = []
     size = sum(base.objects[key].length for key in objects)
 
     def finish() -> None:
-        nonlocal pieces, objects, size
-        units.append(Unit(f"__{len(units)}_0", tuple(pieces), tuple(objects), size))
-        pieces, objects, size = [], [], 0
+        nonlocal items, objects, size
+        units.append(WorkUnit(f"__{len(units)}_0", tuple(items), tuple(objects), size))
+        items, objects, size = [], [], 0
 
     for key, own in cut.items():
-        for region, box in _pieces(own, base.tensors[key].chunks, piece_bytes, chunk_bytes):
+        for region, box in _split_into_items(own, base.tensors[key].chunks, item_bytes, chunk_bytes):
             nbytes = math.prod(box[1]) * region.dtype.itemsize
-            if size + nbytes > unit_bytes and (pieces or objects):
+            if size + nbytes > unit_bytes and (items or objects):
                 finish()
-            pieces.append((region, box))
+            items.append((region, box))
             size += nbytes
     finish()
     return tuple(units)
 
 
-def _pieces(
-    parts: tuple[Region, ...], chunks: tuple[Chunk, ...], piece_bytes: int, chunk_bytes: int
+def _split_into_items(
+    parts: tuple[Region, ...], chunks: tuple[Chunk, ...], item_bytes: int, chunk_bytes: int
 ) -> Iterator[tuple[Region, Box]]:
     """The items of one tensor. None is in two regions."""
     for region in parts:
-        limit = (chunk_bytes or piece_bytes) // region.dtype.itemsize
+        limit = (chunk_bytes or item_bytes) // region.dtype.itemsize
         if chunk_bytes:
             boxes: Iterable[Box] = [region.box]
         else:

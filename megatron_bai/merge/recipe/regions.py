@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 
 from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.merge.tensor_names.canonical_names import Place, place
-from megatron_bai.merge.tensor_names.param_groups import fits, layers_of
-from megatron_bai.merge.tensor_names.vocabulary import is_vocabulary
+from megatron_bai.merge.tensor_names.canonical_names import CanonicalBox, canonical_box
+from megatron_bai.merge.tensor_names.param_groups import matches, parse_layers
+from megatron_bai.merge.tensor_names.vocabulary import is_vocab_tensor
 
 
 class Fate(Enum):
@@ -26,7 +26,7 @@ class Fate(Enum):
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputTensor:
     """A tensor to write; `merged` or else equal in all sources."""
 
     key: str
@@ -35,9 +35,9 @@ class Output:
     merged: bool
 
     @cached_property
-    def place(self) -> Place:
+    def canonical(self) -> CanonicalBox:
         """What it is, whatever it is called."""
-        return place(self.key, self.shape)
+        return canonical_box(self.key, self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +53,7 @@ class Region:
         layer: one of the decoder layers in it, all of which fit the same patterns; None where it belongs to none.
     """
 
-    output: Output
+    output: OutputTensor
     box: Box
     name: str
     fate: Fate
@@ -68,7 +68,7 @@ class Region:
         return self.output.dtype
 
 
-def regions(output: Output, patterns: Sequence[str], rows: int | None) -> tuple[Region, ...]:
+def split_into_regions(output: OutputTensor, patterns: Sequence[str], rows: int | None) -> tuple[Region, ...]:
     """Cut a tensor into regions, in order.
 
     Args:
@@ -76,28 +76,28 @@ def regions(output: Output, patterns: Sequence[str], rows: int | None) -> tuple[
         rows: of the vocabulary's tensors, those that mean a token; None: all.
     """
     key, shape = output.key, output.shape
-    layers = output.place.layers
-    stacked = layers is not None and len(output.place.sizes) == len(shape)
+    layers = output.canonical.layers
+    stacked = layers is not None and len(output.canonical.sizes) == len(shape)
     if not output.merged:
-        return (_part(output, None, Fate.EQUAL, None),)
-    if rows is not None and is_vocabulary(key) and rows < shape[0]:
+        return (_make_region(output, None, Fate.EQUAL, None),)
+    if rows is not None and is_vocab_tensor(key) and rows < shape[0]:
         return (
-            _part(output, range(rows), Fate.MERGED, None),
-            _part(output, range(rows, shape[0]), Fate.KEPT, None),
+            _make_region(output, range(rows), Fate.MERGED, None),
+            _make_region(output, range(rows, shape[0]), Fate.KEPT, None),
         )
     if layers is None or not stacked:
-        return (_part(output, None, Fate.MERGED, None if layers is None else layers[0]),)
+        return (_make_region(output, None, Fate.MERGED, None if layers is None else layers[0]),)
     cuts = {layers.start, layers.stop}
     for pattern in patterns:
-        chosen = layers_of(pattern)
-        if chosen is not None and fits(pattern, key, chosen.start):
+        chosen = parse_layers(pattern)
+        if chosen is not None and matches(pattern, key, chosen.start):
             cuts |= {chosen.start, chosen.stop} & set(layers)
     if len(cuts) <= 2:
-        return (_part(output, None, Fate.MERGED, layers.start),)
-    return tuple(_part(output, range(a, b), Fate.MERGED, a) for a, b in pairwise(sorted(cuts)))
+        return (_make_region(output, None, Fate.MERGED, layers.start),)
+    return tuple(_make_region(output, range(a, b), Fate.MERGED, a) for a, b in pairwise(sorted(cuts)))
 
 
-def _part(output: Output, rows: range | None, fate: Fate, layer: int | None) -> Region:
+def _make_region(output: OutputTensor, rows: range | None, fate: Fate, layer: int | None) -> Region:
     """Rows of a tensor, or all of it."""
     zeros = (0,) * len(output.shape)
     if rows is None:

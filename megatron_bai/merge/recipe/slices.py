@@ -15,36 +15,36 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bai.checkpoint.boxes import Box, row_major, split
-from megatron_bai.merge.recipe.regions import Output, Region
+from megatron_bai.merge.recipe.regions import OutputTensor, Region
 
 
-def slice_axes(output: Output) -> int:
+def num_slice_axes(output: OutputTensor) -> int:
     """How many of a tensor's leading axes count layers and experts."""
-    in_name = len(output.place.origin) - len(output.shape)
-    return len(output.place.axes) - in_name
+    in_name = len(output.canonical.origin) - len(output.shape)
+    return len(output.canonical.axes) - in_name
 
 
 @dataclass(frozen=True)
-class Part:
+class SliceBox:
     """A box of a tensor inside one slice."""
 
-    output: Output
+    output: OutputTensor
     box: Box
 
     @property
-    def count(self) -> int:
+    def num_elements(self) -> int:
         """Of its elements."""
         return math.prod(self.box[1])
 
     @property
-    def name(self) -> str:
+    def slice_name(self) -> str:
         """The slice's name, the same in any spelling: its parameter, layer and expert."""
-        place = self.output.place
+        place = self.output.canonical
         return " ".join([place.name, *map(str, place.to_canonical(*self.box)[0][: len(place.axes)])])
 
-    def elements(self) -> torch.Tensor:
+    def element_indices(self) -> torch.Tensor:
         """int64 [count]: the number of each element in its slice, in row-major order."""
-        place, axes = self.output.place, slice_axes(self.output)
+        place, axes = self.output.canonical, num_slice_axes(self.output)
         low = place.to_canonical(*self.box)[0][len(place.axes) :]  # the second half of a slice begins behind the first
         numbers = torch.zeros((), dtype=torch.int64)
         for first, size, stride in zip(low, self.box[1][axes:], row_major(self.output.shape[axes:]), strict=True):
@@ -52,17 +52,17 @@ class Part:
         return numbers.reshape(-1)
 
 
-def parts(output: Output, box: Box, limit: int) -> Iterator[Box]:
+def split_by_slice(output: OutputTensor, box: Box, limit: int) -> Iterator[Box]:
     """Cut a box into boxes of at most `limit` elements, each inside one slice."""
-    axes = slice_axes(output)
+    axes = num_slice_axes(output)
     offsets, sizes = box
     for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes], strict=True))):
         yield from split((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:]), limit)
 
 
-def slices(region: Region) -> Iterator[Part]:
+def iter_slices(region: Region) -> Iterator[SliceBox]:
     """Every slice of a region, whole."""
-    axes = slice_axes(region.output)
+    axes = num_slice_axes(region.output)
     offsets, sizes = region.box
     for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes], strict=True))):
-        yield Part(region.output, ((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:])))
+        yield SliceBox(region.output, ((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:])))

@@ -1,7 +1,7 @@
 """What a tensor's name means: the same weight is saved under many names, cut and stacked in many ways.
 
 A *canonical* tensor holds one kind of parameter of the whole model: its layers are stacked on the first axis, the
-experts of a layer on the next, gate and up projection one after the other on the rows. `place` says which box of which
+experts of a layer on the next, gate and up projection one after the other on the rows. `canonical_box` says which box of which
 canonical tensor a checkpoint's own (*native*) tensor is. With L layers, E experts, I rows of gate and H columns:
 
     Megatron-Core 0.16, all canonical `decoder.layers.mlp.experts.experts.linear_fc1.weight` [L, E, 2I, H]
@@ -39,7 +39,7 @@ _FUSED_NORMS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CanonicalBox:
     """A native tensor as a box of a canonical one; all in elements.
 
     Attributes:
@@ -73,7 +73,7 @@ class Place:
         return range(self.origin[0], self.origin[0] + self.sizes[0])
 
 
-def place(key: str, shape: tuple[int, ...]) -> Place:
+def canonical_box(key: str, shape: tuple[int, ...]) -> CanonicalBox:
     """What the tensor called `key` is. A name that follows no rule is canonical itself."""
     name, half = key, None
     axes: tuple[str, ...] = ()
@@ -96,4 +96,4 @@ def place(key: str, shape: tuple[int, ...]) -> Place:
     origin = [*index, *(0 for _ in shape)]
     if half and len(origin) > len(axes):
         origin[len(axes)] = shape[len(axes) - len(index)]  # the rows of `up` follow as many of `gate`
-    return Place(name, axes, tuple(origin), (1,) * len(index) + shape)
+    return CanonicalBox(name, axes, tuple(origin), (1,) * len(index) + shape)

@@ -13,21 +13,21 @@ GROUPS = {
     "dense MLP": r"\bmlp\.",
 }
 
-RANGE = re.compile(r"^layers\.(\d+)(?:-(\d+))?(?:/|$)")  # in front of a pattern, or alone
+LAYER_RANGE = re.compile(r"^layers\.(\d+)(?:-(\d+))?(?:/|$)")  # in front of a pattern, or alone
 
 
-def group_of(key: str) -> str:
+def param_group(key: str) -> str:
     """The group of a tensor, or `other`."""
     return next((name for name, pattern in GROUPS.items() if re.search(pattern, key)), "other")
 
 
-def layers_of(pattern: str) -> range | None:
+def parse_layers(pattern: str) -> range | None:
     """The layers that a pattern is about, or None: all, and tensors that belong to no layer."""
-    found = RANGE.match(pattern)
+    found = LAYER_RANGE.match(pattern)
     return range(int(found[1]), int(found[2] or found[1]) + 1) if found else None
 
 
-def fits(pattern: str, key: str, layer: int | None = None) -> bool:
+def matches(pattern: str, key: str, layer: int | None = None) -> bool:
     """Whether a pattern is about a tensor, or about one decoder layer of it.
 
     A pattern is the name of a group, or a regular expression that has a match in the tensor's name. `layers.3` or
@@ -40,7 +40,7 @@ def fits(pattern: str, key: str, layer: int | None = None) -> bool:
     Raises:
         re.error: it is no regular expression.
     """
-    layers = layers_of(pattern)
-    rest = RANGE.sub("", pattern, count=1) if layers is not None else pattern
-    found = group_of(key) == rest if rest in GROUPS else re.search(rest, key) is not None
+    layers = parse_layers(pattern)
+    rest = LAYER_RANGE.sub("", pattern, count=1) if layers is not None else pattern
+    found = param_group(key) == rest if rest in GROUPS else re.search(rest, key) is not None
     return found and (layers is None or layer in layers)

@@ -1,7 +1,7 @@
 """A checkpoint seen under another one's names and shapes, so that the engine need not know how each was saved.
 
-A `Chart` files a checkpoint's tensors by the boxes they are of canonical tensors (`spelling`). Two checkpoints hold the
-same weights if their charts cover the same elements, each once; where one names or stacks them otherwise, a `View`
+A `CanonicalIndex` files a checkpoint's tensors by the boxes they are of canonical tensors (`spelling`). Two checkpoints hold the
+same weights if their charts cover the same elements, each once; where one names or stacks them otherwise, a `RenamedView`
 reads a region of it by going from the pretrained checkpoint's coordinates to canonical ones and on to its own.
 """
 
@@ -17,11 +17,11 @@ from megatron_bai.checkpoint.boxes import Box, within
 from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source, Stream
 from megatron_bai.distributed.rank_group import Ranks
 from megatron_bai.errors import UserError
-from megatron_bai.merge.tensor_names.canonical_names import EXPERT, LAYER, place
-from megatron_bai.merge.tensor_names.vocabulary import EMBEDDING, OUTPUT, is_vocabulary, notes
+from megatron_bai.merge.tensor_names.canonical_names import EXPERT, LAYER, canonical_box
+from megatron_bai.merge.tensor_names.vocabulary import EMBEDDING, OUTPUT, is_vocab_tensor, read_vocab_info
 
 
-class Chart:
+class CanonicalIndex:
     """Where a checkpoint's tensors lie in the canonical ones.
 
     Args:
@@ -35,34 +35,34 @@ class Chart:
     def __init__(self, path: Path, tensors: dict[str, Entry], rows: int | None):
         self.path = path
         self.tensors = tensors
-        self.places = {key: place(key, entry.shape) for key, entry in tensors.items()}
+        self.canonical_boxes = {key: canonical_box(key, entry.shape) for key, entry in tensors.items()}
         self.boxes: dict[str, Box] = {}
         # One entry for each canonical tensor, or for each of its layers where those are apart: a chunk is a tensor.
         found: dict[tuple[str, int | None], list[Chunk]] = defaultdict(list)
-        for key, at in self.places.items():
+        for key, at in self.canonical_boxes.items():
             sizes = at.sizes
-            if rows is not None and sizes and is_vocabulary(key):
+            if rows is not None and sizes and is_vocab_tensor(key):
                 sizes = (min(sizes[0], rows), *sizes[1:])
             self.boxes[key] = at.origin, sizes
             apart = at.axes[:1] == (LAYER,) and len(at.sizes) > len(tensors[key].shape)
             found[at.name, at.origin[0] if apart else None].append(Chunk(at.origin, sizes, key, 0, 0))
-        self._entries = {at: _entry(chunks) for at, chunks in found.items()}
+        self._entries = {at: _index_chunks(chunks) for at, chunks in found.items()}
         self._apart = {name for name, layer in found if layer is not None}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for (name, _), entry in self._entries.items():
-            self.shapes[name] = _reach([entry.shape, self.shapes.get(name, entry.shape)])
-        for key, at in self.places.items():
-            held = list(self.parts(at.name, self.boxes[key]))
+            self.shapes[name] = _max_extent([entry.shape, self.shapes.get(name, entry.shape)])
+        for key, at in self.canonical_boxes.items():
+            held = list(self.overlapping(at.name, self.boxes[key]))
             if len(held) > 1:
                 other = next(k for k, _ in held if k != key)
                 raise UserError(f"{path}: {key} and {other} hold the same weights: remove one of them")
 
-    def add(self, name: str, key: str) -> None:
+    def add_alias(self, name: str, key: str) -> None:
         """Let the tensor `key` be the canonical tensor `name` as well."""
-        self._entries[name, None] = _entry([Chunk(*self.boxes[key], key, 0, 0)])
+        self._entries[name, None] = _index_chunks([Chunk(*self.boxes[key], key, 0, 0)])
         self.shapes[name] = self._entries[name, None].shape
 
-    def parts(self, name: str, box: Box) -> Iterator[tuple[str, Box]]:
+    def overlapping(self, name: str, box: Box) -> Iterator[tuple[str, Box]]:
         """The tensors that hold elements of a box of a canonical tensor, each with the box it holds of it."""
         layers = range(box[0][0], box[0][0] + box[1][0]) if name in self._apart else ()
         for layer in (None, *layers):
@@ -70,21 +70,21 @@ class Chart:
             if entry is not None:
                 yield from ((chunk.file, part) for chunk, part in entry.overlapping(*box))
 
-    def holds(self, name: str, box: Box) -> int:
+    def count_elements(self, name: str, box: Box) -> int:
         """How many elements of a box there are."""
-        return sum(math.prod(sizes) for _, (_, sizes) in self.parts(name, box))
+        return sum(math.prod(sizes) for _, (_, sizes) in self.overlapping(name, box))
 
 
-def _entry(chunks: list[Chunk]) -> Entry:
-    reach = _reach([tuple(map(sum, zip(c.offsets, c.sizes, strict=True))) for c in chunks])
+def _index_chunks(chunks: list[Chunk]) -> Entry:
+    reach = _max_extent([tuple(map(sum, zip(c.offsets, c.sizes, strict=True))) for c in chunks])
     return Entry(chunks[0].file, torch.uint8, reach, tuple(chunks))
 
 
-def _reach(ends: list[tuple[int, ...]]) -> tuple[int, ...]:
+def _max_extent(ends: list[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(map(max, zip(*ends, strict=True))) if len({len(end) for end in ends}) == 1 else ends[0]
 
 
-class View:
+class RenamedView:
     """A source under the names and shapes of another; it has what the engine asks of a `Source`.
 
     Attributes:
@@ -92,12 +92,12 @@ class View:
         tensors: by the other's key, with the other's shape and the source's dtype; without chunks.
     """
 
-    def __init__(self, source: Source, chart: Chart, base: Chart, scratch: Scratch):
+    def __init__(self, source: Source, chart: CanonicalIndex, base: CanonicalIndex, scratch: Scratch):
         self.path = source.path
         self.tensors: dict[str, Entry] = {}
         self._source, self._chart, self._base, self._scratch = source, chart, base, scratch
         for key, entry in base.tensors.items():
-            dtypes = {chart.tensors[name].dtype for name, _ in chart.parts(base.places[key].name, base.boxes[key])}
+            dtypes = {chart.tensors[name].dtype for name, _ in chart.overlapping(base.canonical_boxes[key].name, base.boxes[key])}
             dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else entry.dtype
             self.tensors[key] = Entry(key, dtype, entry.shape, ())
 
@@ -106,9 +106,9 @@ class View:
 
         What lies in one tensor of the source is not copied, what is scattered over several is copied once.
         """
-        at = self._base.places[key]
+        at = self._base.canonical_boxes[key]
         low, extent = at.to_canonical(offsets, sizes)
-        parts = list(self._chart.parts(at.name, (low, extent)))
+        parts = list(self._chart.overlapping(at.name, (low, extent)))
         assert sum(math.prod(part[1]) for _, part in parts) == math.prod(sizes), f"{self.path}: {key} {offsets} {sizes}"
         if len(parts) == 1:
             return self._read(*parts[0]).view(sizes)
@@ -120,8 +120,8 @@ class View:
 
     def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Stream | None:
         """As `Source.stream`; None where several tensors of the source hold the region."""
-        at = self._base.places[key]
-        parts = list(self._chart.parts(at.name, at.to_canonical(offsets, sizes)))
+        at = self._base.canonical_boxes[key]
+        parts = list(self._chart.overlapping(at.name, at.to_canonical(offsets, sizes)))
         return self._source.stream(parts[0][0], *self._native(*parts[0])) if len(parts) == 1 else None
 
     def _read(self, name: str, box: Box) -> torch.Tensor:
@@ -130,7 +130,7 @@ class View:
 
     def _native(self, name: str, box: Box) -> Box:
         """A box of a canonical tensor as one of the source's tensor `name`."""
-        return self._chart.places[name].to_native(box, len(self._chart.tensors[name].shape))
+        return self._chart.canonical_boxes[name].to_native(box, len(self._chart.tensors[name].shape))
 
     def identity(self) -> str:
         return self._source.identity()
@@ -140,30 +140,30 @@ class View:
         return self._source.prove(self._chart.tensors, ranks)
 
 
-def respell(
-    source: Source, tensors: dict[str, Entry], base: Chart, rows: int | None, scratch: Scratch
-) -> Source | View:
+def rename_to_base(
+    source: Source, tensors: dict[str, Entry], base: CanonicalIndex, rows: int | None, scratch: Scratch
+) -> Source | RenamedView:
     """A source under the names of the pretrained checkpoint: itself where it has them anyway.
 
     Args:
         tensors: of the source, those to merge.
         base: the pretrained checkpoint's chart.
-        rows: as for `Chart`.
+        rows: as for `CanonicalIndex`.
 
     Raises:
         UserError: the two do not hold the same elements; what is missing or has another shape is named.
     """
     if {k: e.shape for k, e in tensors.items()} == {k: e.shape for k, e in base.tensors.items()}:
         return source
-    chart = Chart(source.path, tensors, rows)
-    _tie(chart, base)
+    chart = CanonicalIndex(source.path, tensors, rows)
+    _tie_output_layer(chart, base)
     _require_counts(base, chart)
     for one, other in ((base, chart), (chart, base)):
         _require_covered(one, other)
-    return View(source, chart, base, scratch)
+    return RenamedView(source, chart, base, scratch)
 
 
-def _tie(chart: Chart, base: Chart) -> None:
+def _tie_output_layer(chart: CanonicalIndex, base: CanonicalIndex) -> None:
     """A tied model has no output layer of its own: where the pretrained has one, it is the embedding.
 
     Raises:
@@ -175,15 +175,15 @@ def _tie(chart: Chart, base: Chart) -> None:
             f"{base.path} has tied embeddings and {chart.path} has not: one tensor cannot hold {outputs[0][0]} as well;"
             " take the untied one as merge.pretrained"
         )
-    embedding = next((key for key in chart.tensors if EMBEDDING.search(key) and is_vocabulary(key)), None)
-    if outputs[1] and not outputs[0] and embedding and notes(chart.path).tied is not False:
-        chart.add(outputs[1][0], embedding)
+    embedding = next((key for key in chart.tensors if EMBEDDING.search(key) and is_vocab_tensor(key)), None)
+    if outputs[1] and not outputs[0] and embedding and read_vocab_info(chart.path).tied is not False:
+        chart.add_alias(outputs[1][0], embedding)
 
 
-def _require_counts(base: Chart, chart: Chart) -> None:
+def _require_counts(base: CanonicalIndex, chart: CanonicalIndex) -> None:
     """Layers, experts and then other sizes agree, of what both have."""
     where = f"{base.path} and {chart.path} differ in the"
-    places = {at.name: (key, at.axes) for key, at in base.places.items() if at.name in chart.shapes}
+    places = {at.name: (key, at.axes) for key, at in base.canonical_boxes.items() if at.name in chart.shapes}
     for what in (LAYER, EXPERT):
         for name, (_, axes) in places.items():
             for axis, m, n in zip(axes, base.shapes[name], chart.shapes[name], strict=False):
@@ -195,20 +195,20 @@ def _require_counts(base: Chart, chart: Chart) -> None:
             raise UserError(f"{where} shape of {key} ({a} and {b})")
 
 
-def _require_covered(one: Chart, other: Chart) -> None:
+def _require_covered(one: CanonicalIndex, other: CanonicalIndex) -> None:
     """Every element of the one is in the other."""
     missing = []
-    for key, at in one.places.items():
-        held, wanted = other.holds(at.name, one.boxes[key]), math.prod(one.boxes[key][1])
+    for key, at in one.canonical_boxes.items():
+        held, wanted = other.count_elements(at.name, one.boxes[key]), math.prod(one.boxes[key][1])
         if held == 0 and wanted or at.name not in other.shapes:
             missing.append(key)
         elif held != wanted:
             raise UserError(f"{other.path} holds {held} of the {wanted} elements of {key} of {one.path}")
     if missing:
-        raise UserError(f"{other.path} lacks {some(missing)} of {one.path}: they are not the same architecture")
+        raise UserError(f"{other.path} lacks {format_names(missing)} of {one.path}: they are not the same architecture")
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
+def format_names(names: Iterable[str], limit: int = 5) -> str:
     """The first names of many."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -15,7 +15,7 @@ import torch
 
 from megatron_bai.checkpoint.reader import Entry
 from megatron_bai.errors import UserError
-from megatron_bai.merge.tensor_names.canonical_names import place
+from megatron_bai.merge.tensor_names.canonical_names import canonical_box
 from megatron_bai.utils.strict_json import parse
 
 EMBEDDING = re.compile(r"(^|\.)(word_embeddings|embed_tokens)\.weight$")
@@ -23,7 +23,7 @@ OUTPUT = re.compile(r"(^|\.)(output_layer|lm_head)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
-class Notes:
+class VocabInfo:
     """What lies beside a checkpoint's tensors; None where nothing says.
 
     Attributes:
@@ -36,7 +36,7 @@ class Notes:
     tied: bool | None = None
 
 
-def notes(path: Path) -> Notes:
+def read_vocab_info(path: Path) -> VocabInfo:
     """Read `config.json`, or else the arguments in `common.pt` as far as they are plain data.
 
     Raises:
@@ -49,18 +49,18 @@ def notes(path: Path) -> Notes:
             config = {**config, **(config.get("text_config") or {})}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({error}): restore it from a copy") from None
-        return _notes(file, config.get("vocab_size"), config.get("tie_word_embeddings"))
-    arguments = _arguments(path / "common.pt")
+        return _make_vocab_info(file, config.get("vocab_size"), config.get("tie_word_embeddings"))
+    arguments = _megatron_args(path / "common.pt")
     untied = arguments.get("untie_embeddings_and_output_weights")
-    return _notes(path / "common.pt", arguments.get("vocab_size"), None if untied is None else not untied)
+    return _make_vocab_info(path / "common.pt", arguments.get("vocab_size"), None if untied is None else not untied)
 
 
-def _notes(file: Path, size: Any, tied: Any) -> Notes:
+def _make_vocab_info(file: Path, size: Any, tied: Any) -> VocabInfo:
     size = size if isinstance(size, int) and size > 0 else None
-    return Notes(size, str(file), tied if isinstance(tied, bool) else None)
+    return VocabInfo(size, str(file), tied if isinstance(tied, bool) else None)
 
 
-def _arguments(file: Path) -> dict[str, Any]:
+def _megatron_args(file: Path) -> dict[str, Any]:
     """Megatron-LM's arguments. Of a class that `weights_only` refuses, nothing is run and nothing is known."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -70,12 +70,12 @@ def _arguments(file: Path) -> dict[str, Any]:
         return {}
 
 
-def is_vocabulary(key: str) -> bool:
+def is_vocab_tensor(key: str) -> bool:
     """Whether a tensor has a row for each token."""
-    return bool(EMBEDDING.search(key) or OUTPUT.search(key)) and not place(key, (1,)).axes
+    return bool(EMBEDDING.search(key) or OUTPUT.search(key)) and not canonical_box(key, (1,)).axes
 
 
-def true_size(sources: dict[Path, dict[str, Entry]], given: int) -> int | None:
+def unpadded_vocab_size(sources: dict[Path, dict[str, Entry]], given: int) -> int | None:
     """How many rows of the vocabulary's tensors mean a token, or None: all, for want of a statement.
 
     Args:
@@ -87,14 +87,14 @@ def true_size(sources: dict[Path, dict[str, Entry]], given: int) -> int | None:
             says how many count.
     """
     rows = {
-        path: {entry.shape[0] for key, entry in tensors.items() if is_vocabulary(key) and entry.shape}
+        path: {entry.shape[0] for key, entry in tensors.items() if is_vocab_tensor(key) and entry.shape}
         for path, tensors in sources.items()
     }
     advice = "if the sources share a vocabulary, give its size as merge.vocab_size"
     if given:
         size, origin = given, "merge.vocab_size"
     else:
-        found = {path: note for path in rows if rows[path] and (note := notes(path)).vocab_size}
+        found = {path: note for path in rows if rows[path] and (note := read_vocab_info(path)).vocab_size}
         said: dict[int, str] = {}
         for note in found.values():
             assert note.vocab_size is not None  # `found` has only such
