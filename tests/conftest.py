@@ -1,11 +1,12 @@
 """What all tests share: Megatron-Core's work that several directories look at, done once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import faults_table
+import forking
 import hypothesis
 import pytest
 from distributed.worker import QUICK
@@ -94,3 +95,20 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     directory = tmp_path_factory.mktemp("layouts")
     launch(TESTS / "distributed" / "worker.py", directory, *(() if wants_long(request.session, "layouts") else QUICK))
     return Layouts(directory)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with forking.fork_server(tmp_path_factory.mktemp("forks")) as variables:
+        yield variables
+
+
+@pytest.fixture(scope="module")
+def forked_servers(fork_server: dict[str, str]) -> Iterator[None]:
+    """SGLang in forks, for the whole module, whoever starts it on this machine: seconds instead of a third of a minute.
+
+    Not where a test is about a server's start, its processes or their end: it has one process as before, which stands
+    for those of the fork.
+    """
+    with forking.in_environment(fork_server):
+        yield

@@ -1,5 +1,6 @@
 """The demo's pipeline, shortened, run once through the real verbs; the tests look at what it wrote."""
 
+import forking
 import pytest
 from command import Result, succeeded
 from pipeline import Demo
@@ -17,4 +18,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 def trained(demo: Demo) -> Result:
     """The demo's reinforcement learning in its own layout, in the run directory of `demo`."""
     kept = f"replay.store={demo.directory}/routes"
-    return succeeded(demo.reinforce("train", 2, f"run.dir={demo.directory}", kept, merged=True))
+    with forking.in_environment({"FORKED_SERVERS": ""}):  # as a user's, whichever module asks first
+        return succeeded(demo.reinforce("train", 2, f"run.dir={demo.directory}", kept, merged=True))

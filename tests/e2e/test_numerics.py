@@ -8,7 +8,7 @@ import pytest
 from command import succeeded, torchrun
 from pipeline import Demo
 
-pytestmark = [pytest.mark.live, pytest.mark.distributed]
+pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.usefixtures("forked_servers")]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from megatron_bai.monitor.report.charts import others
 from megatron_bai.monitor.report.run_data import load_run
 from megatron_bai.routing.store.route_store import RouteStore
 
-pytestmark = [pytest.mark.live, pytest.mark.distributed]
+pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.usefixtures("forked_servers")]
 
 # What the record of a step holds at least (issue 2).
 KEYS = {

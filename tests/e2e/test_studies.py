@@ -23,7 +23,7 @@ from studies import CHECKPOINTS, GROUP, Study, all_studies  # noqa: E402
 
 from megatron_bai.monitor.summary import read_summary  # noqa: E402
 
-pytestmark = [pytest.mark.live, pytest.mark.long]
+pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
 
 SMALL = "data.max_terms=3", "data.max_number=4", "data.eval_prompts=4"
 STEPS = {"pretrained": 60, "instruct": 5, "reasoning": 5}

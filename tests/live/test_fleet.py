@@ -18,7 +18,7 @@ from megatron_bai.rollout.servers.broadcast_transport import OverGroup
 from megatron_bai.rollout.servers.fleet import Fleet
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
-pytestmark = [pytest.mark.live, pytest.mark.long]
+pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
 PROBE = [list(range(2, 22))]
 Weights = dict[str, torch.Tensor]
 

@@ -1,0 +1,109 @@
+"""`python fork_server.py FD`: imports SGLang once, then forks a server for everyone who connects to the socket FD.
+
+One thread: a fork would lose the others, with what they hold. So all is done in one loop, and the threads are counted
+before each fork.
+"""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from importlib import import_module
+from typing import NoReturn
+
+from megatron_bai import compat
+from megatron_bai.rollout import served_models
+from megatron_bai.rollout.servers import server_main
+from megatron_bai.utils.imports import without_collections
+
+IMPORTED = ["entrypoints.http_server", "model_executor.model_runner", "models.registry", "managers.scheduler"]
+
+
+def main(listener: socket.socket) -> None:
+    with without_collections():
+        os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
+        compat.apply("sglang-cpu")
+        import_module("sglang.launch_server")
+        for name in IMPORTED:
+            import_module(f"sglang.srt.{name}")
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        serve(listener, selector)
+
+
+def serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    """Fork for those who connect; interrupt or kill a fork when whoever asked for it does so or is no more."""
+    forks: dict[socket.socket, int] = {}
+    while True:
+        for key, _ in selector.select(0.05):
+            if key.fileobj is listener:
+                asked, _ = listener.accept()
+                forks[asked] = fork(asked, [listener, *forks])
+                selector.register(asked, selectors.EVENT_READ)
+            elif b"interrupt" in (said := key.fileobj.recv(100)):
+                os.kill(forks[key.fileobj], signal.SIGINT)
+            elif not said:
+                end(forks[key.fileobj])
+        for asked, pid in list(forks.items()):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                end(pid)  # what it started
+                with suppress(OSError):
+                    asked.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                selector.unregister(asked)
+                asked.close()
+                del forks[asked]
+
+
+def end(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def fork(asked: socket.socket, others: list[socket.socket]) -> int:
+    """The process id of a server that does what `asked` says."""
+    _, (out, err), _, _ = socket.recv_fds(asked, 1, 2)
+    request = json.loads(asked.makefile().readline())
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1, f"a fork of a process with {threads} threads would lose all but one"
+    pid = os.fork()
+    if pid == 0:
+        become(request, out, err, [asked, *others])
+    os.close(out)
+    os.close(err)
+    with suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, pid)  # at once, as `end` needs it
+    return pid
+
+
+def become(request: dict, out: int, err: int, inherited: list[socket.socket]) -> NoReturn:
+    """A server, as if this process had been started as one."""
+    code = 1
+    try:
+        for each in inherited:
+            each.close()
+        os.setpgid(0, 0)
+        for stream, number in ((out, 1), (err, 2)):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["directory"])
+        sys.argv = [server_main.__file__, "--parent", str(os.getppid()), *request["arguments"]]
+        server_main.main(server_main.enter())
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
