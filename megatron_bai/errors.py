@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exceptions whose message a user sees as one line."""
 
 import re
 
@@ -14,16 +14,16 @@ class UserError(Exception):
 
 
 class Unfit(UserError):
-    """A fault that the same input would have again, so that nothing already done for it is of use."""
+    """A fault that the same input would have again: a retry cannot help, and nothing done for it is kept."""
 
 
 def of_system(error: OSError, where: object = "") -> UserError:
-    """What the operating system refused, in one line: a full disk, a vanished file, missing rights."""
+    """Describe in one line what the operating system refused: a full disk, a missing file, missing rights."""
     return UserError(f"{error.filename or where or 'the system'}: {error.strerror or error}")
 
 
 def of_peer(error: Exception) -> UserError | None:
-    """What gloo, or torch's store, says when another process of the run is gone or out of reach; None of all else."""
+    """Describe gloo's or torch's store's error about a process that ended or cannot be reached; None for other errors."""
     words = str(error)
     if "gloo/transport" not in words and type(error).__name__ not in ("DistNetworkError", "DistStoreError"):
         return None

@@ -15,7 +15,7 @@ from megatron_bai.errors import UserError
 
 
 def compose(overrides: list[str]) -> config.Config:
-    """The settings that overrides of a command line make of the defaults.
+    """Compose the settings from the defaults and a command line's overrides.
 
     Raises:
         UserError: they make none.
@@ -29,7 +29,7 @@ def compose(overrides: list[str]) -> config.Config:
 
 @contextmanager
 def hydra_errors_as_user_errors() -> Iterator[None]:
-    """Hydra's and OmegaConf's complaints as ours."""
+    """Raise errors of Hydra and OmegaConf as UserError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -37,7 +37,7 @@ def hydra_errors_as_user_errors() -> Iterator[None]:
 
 
 def summarize_hydra_error(error: BaseException) -> str:
-    """What Hydra and OmegaConf say over several lines and causes, without their advice about full tracebacks."""
+    """Condense an error of Hydra or OmegaConf and its cause to one line, without the advice about full tracebacks."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if cause and str(cause) else ""
@@ -48,7 +48,7 @@ def summarize_hydra_error(error: BaseException) -> str:
 
 
 def _suggest_choice(reason: str) -> str:
-    """Which choices of a group have the setting that the one chosen lacks, if that is what is wrong."""
+    """Name the choices of a group that have the setting which the chosen one lacks, if that is what is wrong."""
     key, kind = (re.findall(r"Key '(\w+)' not in '(\w+)'", reason) or [("", "")])[0]
     for group, field in config.Config.__dataclass_fields__.items():
         family = config_subclasses(cast(type, field.type))
@@ -59,6 +59,6 @@ def _suggest_choice(reason: str) -> str:
 
 
 def config_subclasses(kind: type[Any]) -> list[type[Any]]:
-    """A class of `config/` and its descendants there."""
+    """Return a class of `config/` and its descendants there, not those of plugins."""
     children = [child for child in kind.__subclasses__() if child.__module__.startswith(f"{config.__name__}.")]
     return [kind, *(each for child in children for each in config_subclasses(child))]

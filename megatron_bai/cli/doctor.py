@@ -29,7 +29,7 @@ _OK, _WITHOUT, _FAULT = "ok", "without", "fault"
 _MARKS = {_OK: ("✓", "green"), _WITHOUT: ("–", "yellow"), _FAULT: ("✗", "red")}
 
 # What the main job cannot do without the requirements that deserve a line of their own.
-_ROLES = {
+_PURPOSES = {
     "torch": "tensors, collectives and every checkpoint",
     "megatron-core": "the training engine",
     "transformers": "tokenizers and the Hugging Face format",
@@ -77,7 +77,8 @@ class Machine:
     compiler: str | None
 
     @classmethod
-    def look(cls) -> "Machine":
+    def detect(cls) -> "Machine":
+        """Detect this machine's hardware."""
         affinity = getattr(os, "sched_getaffinity", None)  # what this process may use, not what the machine has
         return cls(
             gpus=_gpus(),
@@ -94,8 +95,8 @@ def run(config: Config) -> None:
     Raises:
         SystemExit: with code 1, the main job cannot run here.
     """
-    machine = Machine.look()
-    findings = [*examine(config.backend.kind, machine)]
+    machine = Machine.detect()
+    findings = [*collect_findings(config.backend.kind, machine)]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("", "piece", "found", "what it means"):
         table.add_column(column, overflow="fold")
@@ -111,11 +112,12 @@ def run(config: Config) -> None:
     console.print(f"\nThe main job can run here, on {'GPUs' if machine.gpus else 'the CPU'}.", markup=False)
 
 
-def examine(backend: str, machine: Machine) -> Iterator[Finding]:
-    """Everything the doctor looks at, in the order it is shown.
+def collect_findings(backend: str, machine: Machine) -> Iterator[Finding]:
+    """Yield all findings, in the order in which they are shown.
 
     Args:
         backend: the setting `backend.kind`.
+        machine: the hardware.
     """
     yield from _requirements()
     yield from _files()
@@ -125,7 +127,7 @@ def examine(backend: str, machine: Machine) -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[Finding]:
-    """Python and the package's requirements; those without a role of their own share one line."""
+    """Report Python and the package's requirements; those without a purpose of their own share one line."""
     try:
         own = metadata.metadata(_PACKAGE)
     except metadata.PackageNotFoundError as error:
@@ -134,9 +136,11 @@ def _requirements() -> Iterator[Finding]:
     fits = wanted.contains(version, prereleases=True)
     yield Finding("Python", version, _OK if fits else _FAULT, "" if fits else f"needs {wanted}: make a new environment")
     wrong, right = [], 0
-    for requirement in sorted(_wanted(own.get_all("Requires-Dist") or []), key=lambda r: r.name not in _ROLES):
-        finding = _pinned(requirement)
-        if requirement.name in _ROLES:
+    for requirement in sorted(
+        _main_requirements(own.get_all("Requires-Dist") or []), key=lambda r: r.name not in _PURPOSES
+    ):
+        finding = _check_pin(requirement)
+        if requirement.name in _PURPOSES:
             yield finding
         elif finding.state == _OK:
             right += 1
@@ -146,17 +150,17 @@ def _requirements() -> Iterator[Finding]:
     yield Finding("other requirements", f"{right} of {right + len(wrong)}", _FAULT if wrong else _OK)
 
 
-def _wanted(lines: Iterable[str]) -> Iterator[Requirement]:
-    """Requirements of the main job: those without an extra, and SGLang, which `make install` adds on a CPU."""
+def _main_requirements(lines: Iterable[str]) -> Iterator[Requirement]:
+    """Yield the requirements of the main job: those without an extra, and SGLang, which `make install` adds on a CPU."""
     for line in lines:
         requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}) or requirement.name in _ROLES:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}) or requirement.name in _PURPOSES:
             yield requirement
 
 
-def _pinned(requirement: Requirement) -> Finding:
+def _check_pin(requirement: Requirement) -> Finding:
     """Compare an installed release with its pin; a build's local suffix (`+cpu`) does not count."""
-    found, role = _version(requirement.name), _ROLES.get(requirement.name, "")
+    found, role = _version(requirement.name), _PURPOSES.get(requirement.name, "")
     if found is None:
         note = f"{role or 'needed by the package'}: {_remedy(_pin(requirement))}"
         return Finding(requirement.name, "missing", _FAULT, note)
@@ -189,7 +193,7 @@ def _files() -> Iterator[Finding]:
 
 
 def _optional(machine: Machine) -> Iterator[Finding]:
-    """Accelerators of the GPU path, without which nothing is lost on a CPU machine, and packages of single settings."""
+    """Report accelerators of the GPU path, without which nothing is lost on a CPU machine, and packages of single settings."""
     for module, (lost, remedy) in _OPTIONAL.items():
         name = module.replace("_", "-")
         if util.find_spec(module) is not None:
@@ -207,7 +211,7 @@ def _optional(machine: Machine) -> Iterator[Finding]:
 
 
 def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
-    """GPUs, CPU and compiler."""
+    """Report GPUs, CPU and compiler."""
     torch_build = _version("torch") or ""
     if machine.gpus and torch_build.endswith("+cpu"):
         state = _FAULT if backend == "cuda" else _WITHOUT
@@ -237,7 +241,7 @@ def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
 
 
 def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
-    """Fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
+    """Report the fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
     for patch in known:
         piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.found or '–'}"
         if machine.gpus and patch.scope.endswith("-cpu"):
@@ -257,7 +261,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _gpus() -> tuple[str, ...]:
-    """Names of the GPUs the NVIDIA driver lists; none where there is no working driver."""
+    """List the names of the GPUs that the NVIDIA driver knows; none where there is no working driver."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],

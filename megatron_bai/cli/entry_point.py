@@ -27,10 +27,10 @@ _OVERRIDE = re.compile(r"~|[^-=][^=]*=")
 
 
 def main() -> None:
-    """Entry point. Exits with 0, 1 (`doctor` found the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
+    """Run the command line. Exits with 0, 1 (`doctor` found the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|hydra)\b")
     signal.signal(signal.SIGTERM, _on_sigterm)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     try:
         _dispatch(sys.argv[1:])
     except UserError as error:
@@ -84,7 +84,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _print_error(error: UserError) -> int:
-    """One line on the terminal. Returns this process's rank."""
+    """Print the error in one line. Returns this process's rank."""
     rank = _wait_for_rank_0()
     where = f" [rank {rank}]" if rank else ""
     print(f"megatron-bai: error{where}: {error}", file=sys.stderr, flush=True)
@@ -92,7 +92,7 @@ def _print_error(error: UserError) -> int:
 
 
 def _wait_for_rank_0() -> int:
-    """Wait on other ranks than 0. One that fails like rank 0, or because rank 0 left, is ended by torchrun meanwhile."""
+    """Wait on other ranks than 0: torchrun ends them meanwhile if they fail as rank 0 does, or because it left."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(_RANK_0_HEAD_START_S)
@@ -100,5 +100,5 @@ def _wait_for_rank_0() -> int:
 
 
 def _on_sigterm(number: int, frame: Any) -> None:
-    """SIGTERM unwinds like an exception, so that the server is stopped and files are closed."""
+    """Unwind at SIGTERM as at an exception, so that the server is stopped and files are closed."""
     raise SystemExit(128 + number)

@@ -18,6 +18,7 @@ _DEFAULT_TEXT = {
 
 
 def overview() -> str:
+    """Return the text of `megatron-bai --help`: the verbs and where the presets are."""
     lines = [f"  {name:8} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
@@ -35,6 +36,7 @@ def overview() -> str:
 
 
 def verb_help(name: str, verb: Verb) -> str:
+    """Return the text of `megatron-bai NAME --help`: usage, an example and every setting that the verb reads."""
     usage = f"usage: megatron-bai {name} [experiment=NAME] [group.key=value …]"
     lines = [verb.summary, "", usage, f"e.g.   {verb.example}"]
     for group in verb.groups:
@@ -43,7 +45,7 @@ def verb_help(name: str, verb: Verb) -> str:
 
 
 def _group_settings(group: str) -> list[str]:
-    """A group's settings, and those of each choice of it, as `config/` has them."""
+    """List a group's settings, and those of each choice of it, as `config/` has them."""
     return [
         line
         for kind in config_subclasses(getattr(config, group.capitalize()))
@@ -52,7 +54,7 @@ def _group_settings(group: str) -> list[str]:
 
 
 def _format_settings(group: str, kind: type) -> list[str]:
-    """A class's own settings with type, default and the comment beside each."""
+    """List a class's own settings with type, default and the comment beside each."""
     about = inspect.getdoc(kind) or ""
     written = not about.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
     lines = [f"{group}: {about.splitlines()[0]}" if written else f"{group}:"]

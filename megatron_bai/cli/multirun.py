@@ -21,7 +21,7 @@ from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 
 # Settings that say where a verb writes, beside `run.dir`. (Training with init=merge shares a merge that is there.)
-_WRITTEN = {
+_OUTPUT_SETTINGS = {
     "merge": ("merge.output",),
     "train": ("trainer.save", "objective.critic_save", "replay.store"),
     "convert": ("convert.target",),
@@ -44,12 +44,13 @@ class Job:
     processes: int
 
 
-def run_multirun(verb: str, words: Sequence[str], compose: Callable[[list[str]], Config]) -> None:
-    """Do every job of a command line.
+def run_multirun(verb: str, arguments: Sequence[str], compose: Callable[[list[str]], Config]) -> None:
+    """Run every job of a command line, one after the other.
 
     Args:
-        words: of the command line behind the verb, without Hydra's flag.
-        compose: of overrides, the settings; it raises a UserError for those that cannot be.
+        verb: name of the verb.
+        arguments: overrides of the command line, without `--multirun`.
+        compose: makes settings of overrides; raises a UserError for those that contradict each other.
 
     Raises:
         UserError: a combination that cannot be composed, or two that write to one place, before any is started; or,
@@ -57,40 +58,40 @@ def run_multirun(verb: str, words: Sequence[str], compose: Callable[[list[str]],
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--multirun starts a job's processes itself: leave out torchrun and set cluster.processes")
-    jobs = [_job(verb, name, overrides, compose) for name, overrides in combinations(words)]
-    _refuse_one_place(verb, jobs, compose)
+    jobs = [_make_job(verb, name, overrides, compose) for name, overrides in combinations(arguments)]
+    _refuse_shared_outputs(verb, jobs, compose)
     failed = []
-    for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {job.name}", flush=True)
-        if code := _ended(_command(verb, job)):
+    for index, job in enumerate(jobs, start=1):
+        print(f"[{index}/{len(jobs)}] {job.name}", flush=True)
+        if code := _run_job(_command(verb, job)):
             failed.append(f"{job.name} (exit code {code})")
     print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs succeeded", flush=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}")
 
 
-def combinations(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Every combination of the listed values, the last one varying fastest: its name, and its overrides.
+def combinations(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """List all combinations of the listed values, the last one varying fastest: name and overrides of each.
 
     Raises:
         UserError: nothing is listed.
-        HydraException: a word is no override.
+        HydraException: one is no override.
     """
-    parsed = OverridesParser.create().parse_overrides(list(words))
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
     choices = [
         [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
         if each.is_sweep_override()
         else [str(each.input_line)]
         for each in parsed
     ]
-    varied = [place for place, each in enumerate(parsed) if each.is_sweep_override()]
+    varied = [position for position, each in enumerate(parsed) if each.is_sweep_override()]
     if not varied:
         raise UserError("--multirun has nothing to vary: list values, as in replay.mode=r2,r3")
     found = [list(overrides) for overrides in product(*choices)]
-    return [(",".join(_fit(overrides[place]) for place in varied), overrides) for overrides in found]
+    return [(",".join(_path_safe(overrides[position]) for position in varied), overrides) for overrides in found]
 
 
-def _job(verb: str, name: str, overrides: list[str], compose: Callable[[list[str]], Config]) -> Job:
+def _make_job(verb: str, name: str, overrides: list[str], compose: Callable[[list[str]], Config]) -> Job:
     settings = compose(overrides)
     directory = f"{settings.run.dir}/{name}".replace("\\", "\\\\").replace("'", "\\'")
     # Only training has several processes: what else the experiment is for runs in one.
@@ -98,17 +99,17 @@ def _job(verb: str, name: str, overrides: list[str], compose: Callable[[list[str
     return Job(name, [*overrides, f"run.dir='{directory}'"], max(1, processes))
 
 
-def _refuse_one_place(verb: str, jobs: list[Job], compose: Callable[[list[str]], Config]) -> None:
-    """Refuse jobs of which a later one would write over what an earlier one wrote."""
+def _refuse_shared_outputs(verb: str, jobs: list[Job], compose: Callable[[list[str]], Config]) -> None:
+    """Refuse jobs that would overwrite each other's output."""
     owners: dict[tuple[str, str], Job] = {}
     for job in jobs:
         settings = compose(job.overrides)
-        for setting in ("run.dir", *_WRITTEN.get(verb, ())):
+        for setting in ("run.dir", *_OUTPUT_SETTINGS.get(verb, ())):
             group, _, key = setting.partition(".")
-            place = getattr(getattr(settings, group), key, "")
-            if place and (former := owners.setdefault((setting, place), job)) is not job:
+            path = getattr(getattr(settings, group), key, "")
+            if path and (other := owners.setdefault((setting, path), job)) is not job:
                 raise UserError(
-                    f"{setting} is {place} in the jobs {former.name} and {job.name}: tell them apart, as in "
+                    f"{setting} is {path} in the jobs {other.name} and {job.name}: tell them apart, as in "
                     f"'{setting}=${{run.dir}}/result'"
                 )
 
@@ -120,8 +121,8 @@ def _command(verb: str, job: Job) -> list[str]:
     return [*start, "megatron_bai", verb, *job.overrides]
 
 
-def _ended(command: list[str]) -> int:
-    """The exit code of a job; a job that this process does not outlive is ended in order."""
+def _run_job(command: list[str]) -> int:
+    """Run a job and return its exit code; terminate it if this process is interrupted."""
     with subprocess.Popen(command) as process:
         try:
             return process.wait()
@@ -131,6 +132,6 @@ def _ended(command: list[str]) -> int:
             raise
 
 
-def _fit(override: str) -> str:
-    """An override without its `+` and with nothing that is special in a path, or to Hydra."""
+def _path_safe(override: str) -> str:
+    """Return an override without its `+` and without characters that are special in a path or to Hydra."""
     return re.sub(r"[^\w.=+-]+", "_", override.lstrip("+~")).strip("_")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Rollout:
+    """Sampling from SGLang servers, and how weights reach them."""
+
     temperature: float = 1.0
     max_new_tokens: int = 64
     concurrency: int = 64  # requests in flight from one client
@@ -41,6 +43,8 @@ class Rollout:
 
 @dataclass
 class Replay:
+    """Routing Replay: whose expert choices training forces (docs/replay.md)."""
+
     mode: str = "r3"  # none, r2 (the training engine's old-policy routes) or r3 (the inference engine's routes)
     missing: str = "strict"  # r3 and a token without a route: strict stops, mask drops it from the loss, live routes it
     measure_live: bool = True  # one more forward a step, without replay: the discrepancy that replay removes

@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 @dataclass
 class Run:
+    """Name, directory and seed of a run."""
+
     name: str = "default"
     dir: str = "runs/${run.name}"  # everything the run writes lies below it
     seed: int = 0
@@ -14,6 +16,8 @@ class Run:
 
 @dataclass
 class Backend:
+    """Device, dtype and time limit of the training engine."""
+
     kind: str = "auto"  # cpu (gloo), cuda (NCCL), or auto: cuda where there is a device
     dtype: str = "float32"  # of parameters and activations in training: float32 or bfloat16
     timeout_s: int = 1800  # of one collective, rollouts that ranks wait for included: after it those left behind stop
@@ -40,6 +44,8 @@ class Model:
 
 @dataclass
 class Parallel:
+    """Parallel layout of the training ranks, as Megatron-Core names it."""
+
     tensor: int = 1
     expert: int = 1
     pipeline: int = 1

@@ -19,6 +19,8 @@ from megatron_bai.errors import UserError
 
 @dataclass
 class Config:
+    """All settings; each verb reads its groups."""
+
     run: Run = field(default_factory=Run)
     backend: Backend = field(default_factory=Backend)
     model: Model = field(default_factory=Model)
@@ -66,6 +68,6 @@ def register_schema() -> None:
 
 
 def initial_checkpoint(settings: Config) -> str:
-    """The directory that the first weights of a run are read from; empty for random ones."""
+    """Return the directory that the first weights of a run are read from; empty for random ones."""
     init = settings.init
     return settings.merge.output if isinstance(init, MergeInit) else getattr(init, "checkpoint", "")

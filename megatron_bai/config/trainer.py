@@ -13,6 +13,8 @@ class Supervised:
 
 @dataclass
 class Trainer:
+    """The training loop: batches, optimizer, checkpoints, evaluation."""
+
     steps: int = 10  # global steps
     prompts_per_step: int = 16
     group_size: int = 8  # samples per prompt

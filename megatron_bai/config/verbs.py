@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Serve:
+    """What `serve` reads."""
+
     checkpoint: str = ""  # a Hugging Face or Megatron checkpoint; empty serves merge.output
 
 
 @dataclass
 class Convert:
+    """What `convert` reads."""
+
     source: str = ""
     target: str = ""
     to: str = "hf"  # hf or megatron
@@ -17,6 +21,8 @@ class Convert:
 
 @dataclass
 class Inspect:
+    """What `inspect` reads."""
+
     path: str = ""  # a checkpoint, or a directory that replay.store named
     other: str = ""  # a second one of the same kind to compare with
     verify: bool = True  # read every byte against the checksums; false trusts sizes, which is quick
@@ -24,5 +30,7 @@ class Inspect:
 
 @dataclass
 class Report:
+    """What `report` reads."""
+
     runs: list[str] = field(default_factory=list)  # run directories; empty reports run.dir
     output: str = ""  # empty writes report.html into the first run

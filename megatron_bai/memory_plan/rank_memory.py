@@ -1,4 +1,4 @@
-"""What a training rank holds on its GPU, by arithmetic: nothing is built, so that a laptop can plan for a cluster.
+"""Compute what a training rank holds on its GPU by formulas: nothing is built, so that a laptop can plan for a cluster.
 
 Parameters, and with them weights, gradients and the optimizer's state, are counted exactly, as Megatron-Core builds
 them (tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a layer,
@@ -30,18 +30,22 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """Number of all parameters."""
         return self.dense + self.experts
 
     def active(self, model: Model) -> float:
-        """Those that one token passes."""
+        """Return the number of parameters that one token passes."""
         return self.dense + self.experts * model.moe_topk / model.num_experts
 
 
 def parameters(model: Model, parallel: Parallel | None = None, stage: int = 0, critic: bool = False) -> Parameters:
-    """Of a rank of a pipeline stage; of the whole model without `parallel`.
+    """Count the parameters of a rank of a pipeline stage; of the whole model without `parallel`.
 
     Args:
-        critic: with a value head for an output layer.
+        model: the architecture.
+        parallel: the layout.
+        stage: index of the pipeline stage.
+        critic: whether a value head takes the place of the output layer.
     """
     parallel = parallel or Parallel()
     h, d, t = model.hidden_size, model.head_dim, parallel.tensor
@@ -69,12 +73,16 @@ class State:
 
 
 def state(own: Parameters, parallel: Parallel, processes: int, dtype: str) -> State:
-    """Of Megatron's distributed optimizer: gradients in float32, and of Adam two moments, and a master copy of weights
-    in less than float32, all split over the ranks that hold the same parameters.
+    """Compute the bytes of weights, gradients and optimizer state on one rank.
+
+    Megatron's distributed optimizer holds gradients in float32, two moments of Adam, and a master copy of weights in
+    less than float32; moments and master weights are split over the ranks that hold the same parameters.
 
     Args:
         own: parameters of the rank.
-        processes: of the run.
+        parallel: the layout.
+        processes: number of ranks of the run.
+        dtype: of weights, a key of `BYTES`.
     """
     dense_ranks = processes // (parallel.tensor * parallel.pipeline)
     expert_ranks = processes // (parallel.expert * parallel.pipeline)
@@ -84,7 +92,7 @@ def state(own: Parameters, parallel: Parallel, processes: int, dtype: str) -> St
 
 
 def layer_activations(model: Model, parallel: Parallel, tokens: int, dtype: str) -> tuple[float, float, float]:
-    """Bytes of one layer's activations on a rank, in three parts.
+    """Compute the bytes of one layer's activations on a rank, in three parts.
 
     Returns:
         What attention keeps for its backward pass, what the MoE layer does, and the layer's input alone.
@@ -102,7 +110,7 @@ def layer_activations(model: Model, parallel: Parallel, tokens: int, dtype: str)
 
 
 def activations(model: Model, parallel: Parallel, stage: int, tokens: int, micro_batches: int, dtype: str) -> float:
-    """Bytes that the passes of an update need at most on a rank of a stage, without logits.
+    """Compute the bytes that the passes of an update need at most on a rank of a stage, without logits.
 
     Megatron's schedules hold the activations of as many micro-batches as a stage is ahead of its first backward pass;
     of a layer that is recomputed its input alone is held, and while it is, all that it has, and their gradients.
@@ -122,13 +130,13 @@ def activations(model: Model, parallel: Parallel, stage: int, tokens: int, micro
 
 
 def logits(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
-    """Bytes on the last stage: the logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
+    """Compute the bytes on the last stage: the logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
     elements = tokens * model.vocab_size / parallel.tensor
     return 2 * elements * BYTES[dtype] + 3 * 4 * min(WORK_ELEMENTS, elements)
 
 
 def served(model: Model, tensor: int, cached_tokens: int, dtype: str) -> tuple[float, float]:
-    """Bytes of SGLang on each of a server's `tensor` GPUs: weights, and keys and values of `cached_tokens`.
+    """Compute the bytes of SGLang on each of a server's `tensor` GPUs: weights, and keys and values of `cached_tokens`.
 
     Where there are more ranks than key/value heads, each rank holds one head.
     """

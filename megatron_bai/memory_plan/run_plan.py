@@ -1,4 +1,4 @@
-"""The verb `plan`: what a training run will do and need, from its settings alone."""
+"""Compute what a training run will do and need of each GPU, from its settings alone."""
 
 import math
 
@@ -55,13 +55,13 @@ def check(settings: Config) -> int:
 
 
 def longest_sample(settings: Config) -> int:
-    """Tokens of a prompt and its response at most."""
+    """Return the most tokens that a prompt and its response have."""
     most = longest_request(settings.rollout, settings.model.max_position_embeddings)
     return min(most, getattr(settings.data, "max_prompt_tokens", most) + settings.rollout.max_new_tokens)
 
 
 def batches(settings: Config, processes: int) -> dict[str, str]:
-    """What is trained in which layout, and what a step consists of, as text by name."""
+    """Describe what is trained in which layout, and what a step consists of, as text by name."""
     parallel, trainer, rollout = settings.parallel, settings.trainer, settings.rollout
     whole = rank_memory.parameters(settings.model)
     stages = parallel.pipeline
@@ -86,7 +86,7 @@ def batches(settings: Config, processes: int) -> dict[str, str]:
 
 
 def gpu_memory(settings: Config, processes: int) -> dict[str, float]:
-    """Bytes of the fullest GPU, by what holds them. On the first machine that includes the servers started there."""
+    """Compute the bytes of the fullest GPU, by what holds them. On the first machine that includes the servers started there."""
     parallel = settings.parallel
     stages = [_of_rank(settings, processes, stage) for stage in range(parallel.pipeline)]
     fullest = max(stages, key=lambda found: sum(found.values()))
@@ -94,12 +94,14 @@ def gpu_memory(settings: Config, processes: int) -> dict[str, float]:
 
 
 def _of_rank(settings: Config, processes: int, stage: int) -> dict[str, float]:
-    """The trainer's part of a GPU of a pipeline stage."""
+    """Compute the trainer's bytes on a GPU of a pipeline stage."""
     model, parallel, trainer, dtype = settings.model, settings.parallel, settings.trainer, settings.backend.dtype
     found: dict[str, float] = {}
     for name in ("actor", "critic") if isinstance(settings.objective, config.Ppo) else ("actor",):
         own = rank_memory.parameters(model, parallel, stage, critic=name == "critic")
-        found |= {f"{name}: {part}": size for part, size in vars(rank_memory.state(own, parallel, processes, dtype)).items()}
+        found |= {
+            f"{name}: {part}": size for part, size in vars(rank_memory.state(own, parallel, processes, dtype)).items()
+        }
     if isinstance(settings.objective, config.Policy) and settings.objective.kl_penalty:
         found["reference: weights"] = rank_memory.parameters(model, parallel, stage).total * rank_memory.BYTES[dtype]
     tokens = trainer.tokens_per_micro_batch or trainer.micro_batch_size * longest_sample(settings)
@@ -111,7 +113,7 @@ def _of_rank(settings: Config, processes: int, stage: int) -> dict[str, float]:
 
 
 def _micro_batches(settings: Config, processes: int) -> int:
-    """Of an update on a rank, at least as many as its longest samples need."""
+    """Count the micro-batches of an update on a rank, at least as many as its longest samples need."""
     parallel, trainer = settings.parallel, settings.trainer
     replicas = processes // (parallel.tensor * parallel.pipeline)
     samples = trainer.prompts_per_step // trainer.mini_batches // replicas * trainer.group_size
@@ -120,7 +122,6 @@ def _micro_batches(settings: Config, processes: int) -> int:
 
 
 def _of_server(model: config.Model, rollout: config.Rollout) -> dict[str, float]:
-    """A server's part of a GPU."""
+    """Compute a server's bytes on a GPU."""
     weights, cache = rank_memory.served(model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
     return {"server: weights": weights, "server: keys and values": cache, "server's runtime (allowance)": RUNTIME}
-

@@ -40,7 +40,7 @@ class Own(dict):
 
 
 def look(backend: str = "auto", machine: doctor.Machine = CPU) -> dict[str, doctor.Finding]:
-    return {finding.piece: finding for finding in doctor.examine(backend, machine)}
+    return {finding.piece: finding for finding in doctor.collect_findings(backend, machine)}
 
 
 def faults(found: dict[str, doctor.Finding]) -> set[str]:
@@ -104,7 +104,7 @@ def test_patches(installed, monkeypatch):
 
 
 def test_exit_code_and_text(installed, monkeypatch, capsys):
-    monkeypatch.setattr(doctor.Machine, "look", classmethod(lambda cls: CPU))
+    monkeypatch.setattr(doctor.Machine, "detect", classmethod(lambda cls: CPU))
     doctor.run(Config())
     assert "can run here, on the CPU" in capsys.readouterr().out
     del installed["sglang"]
@@ -124,7 +124,7 @@ def test_not_installed(monkeypatch):
 
 def test_imports_nothing_heavy():
     code = (
-        "import sys; from megatron_bai.cli import doctor; list(doctor.examine('auto', doctor.Machine.look()));"
+        "import sys; from megatron_bai.cli import doctor; list(doctor.collect_findings('auto', doctor.Machine.detect()));"
         "sys.exit(', '.join({'torch', 'transformers', 'sglang', 'megatron.core'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

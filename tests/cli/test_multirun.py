@@ -21,7 +21,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         commands.append(command[1:])
         return 7 if len(commands) == 2 else 0
 
-    monkeypatch.setattr(multirun, "_ended", ended)
+    monkeypatch.setattr(multirun, "_run_job", ended)
     return commands
 
 
