@@ -22,7 +22,6 @@ SHARED = {
     "demo": [
         "e2e/test_pipeline.py",
         "e2e/test_verbs.py",
-        "e2e/test_readme.py",
         "e2e/test_faults.py",
         "e2e/test_numerics.py",
     ],

@@ -30,7 +30,7 @@ def misbehave(prompt: str, response: str, answer: str, extra: dict[str, Any]) ->
         "exit": lambda: sys.exit(3),
         "crash": lambda: os.kill(os.getpid(), 11),
         "print": lambda: print("a reward's own words") or 2.0,
-        "child": lambda: subprocess.Popen(["sleep", "600"]) and time.sleep(600),
+        "child": lambda: subprocess.Popen(["sleep", f"600.{os.getppid()}"]) and time.sleep(600),
         "pid": lambda: os.getpid(),
         "true": lambda: True,
     }[response]()

@@ -1,5 +1,6 @@
 """A reward function that raises, hangs or returns nonsense costs its sample, and nothing else."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_a_hang_is_killed_with_all_it_started(pool: Pool, response: str, monkeyp
     assert stuck == [Score(None, "it took longer than reward.timeout_s=0.5 s")]
     monkeypatch.setattr(pool, "timeout_s", 60.0)
     assert pool.scores(ask("fine", "fine", "fine")) == [Score(1.0)] * 3  # with a worker in the place of the killed one
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "600"]]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", f"600.{os.getpid()}"]]
 
 
 def test_what_a_function_prints_goes_to_the_log(pool: Pool, log: Path) -> None:
