@@ -68,7 +68,7 @@ def _rollout(session: Session, inference: InferenceEngine, seed: int = 0) -> tup
 def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
     """Megatron's own forward, and one with the server's routes, beside what SGLang said when it sampled."""
     scores = session.engine.score([batch], record=True)
-    forced = session.engine.score([batch], [session.engine.routes_of(batch)])
+    forced = session.engine.score([batch], [session.engine.local_routes(batch)])
     different, rows = _compare(session, batch, scores.routes[0])
     live, replayed = ((each.logprobs - batch.infer_logprobs)[batch.mask].abs() for each in (scores, forced))
     return {
