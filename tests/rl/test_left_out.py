@@ -96,7 +96,7 @@ def test_the_reference_keeps_the_first_weights_and_gives_the_actor_its_own_back(
             parameter += 0.1
     own = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     for _ in range(2):
-        with pytest.raises(KeyError), reference():
+        with pytest.raises(KeyError), reference.swapped_in():
             assert torch.equal(torch.nn.utils.parameters_to_vector(module.parameters()), flat)
             raise KeyError
         assert torch.equal(torch.nn.utils.parameters_to_vector(module.parameters()), own)

@@ -1,4 +1,4 @@
-"""Samples as padded arrays, and their cut into mini- and micro-batches."""
+"""Samples as padded tensors, which are split into mini- and micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,7 +11,7 @@ from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.layout import Packing, assemble
 from megatron_bai.routing.routes import RouteSignature
 
-_UNSAID: Any = None  # a tensor's default, which `Batch.__post_init__` replaces
+_DEFAULT: Any = None  # a tensor's default, which `Batch.__post_init__` replaces
 
 
 @dataclass
@@ -27,20 +27,21 @@ class Batch:
         old_logprobs: `[B, T]` float32, of the training engine before the step's first update.
         sampled_logprobs: `[B, T]` float32, of the training engine with the weights that sampled the token
             (`staleness.py`); `old_logprobs` where they are the step's, NaN where it has them no longer.
-        version_age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside the mask.
+        version_age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside
+            the mask.
         advantages: `[B]` float32, one a sample; `[B, T]`, one a token, where a critic fills them.
         routes: `[B, T, layers, topk]` experts of input token t in this rank's MoE layers, filled where there is none.
         routed: `[B, T]` bool, rows of `routes` that the inference engine recorded.
         reference_logprobs: `[B, T]` float32, of the reference policy; 0 where the objective has no use for it.
         in_loss: `[B]` bool, false for samples that the loss leaves out (`drop_excluded`).
-        prompt_index: `[B]` int64, which of this replica's prompts the sample answers.
+        prompt_index: `[B]` int64, the sample's prompt among this replica's.
         prompt_tokens: `[B]` int64, tokens in `mask` of all samples of that prompt.
-        missing: `[B, T]` bool, tokens it was fed whose route is not known. What is in neither is padding.
-        rewards: `[B]` float32.
+        missing: `[B, T]` bool, tokens it was fed whose route is not known. In neither: padding; none by default.
+        rewards: `[B]` float32; 0 by default.
         values: `[B, T]` float32, the critic's before the step's first update; 0 without a critic.
         returns: `[B, T]` float32, the critic's targets; likewise.
-        lengths: `[B]` int64, tokens of each sample; T unless said.
-        sample_index: `[B]` int64, which of this replica's samples it is, whatever their order here.
+        lengths: `[B]` int64, tokens of each sample; T by default.
+        sample_index: `[B]` int64, the sample's index among this replica's, whatever their order here.
         packing: how the samples lie in the one row that a model is fed; None: as they lie here.
     """
 
@@ -55,14 +56,14 @@ class Batch:
     in_loss: torch.Tensor
     prompt_index: torch.Tensor
     prompt_tokens: torch.Tensor
-    missing: torch.Tensor = _UNSAID  # none, unless said
-    rewards: torch.Tensor = _UNSAID  # these three 0, unless said
-    values: torch.Tensor = _UNSAID
-    returns: torch.Tensor = _UNSAID
-    lengths: torch.Tensor = _UNSAID
-    sample_index: torch.Tensor = _UNSAID
-    version_age: torch.Tensor = _UNSAID  # 0, unless said
-    sampled_logprobs: torch.Tensor = _UNSAID  # as old_logprobs, unless said
+    missing: torch.Tensor = _DEFAULT
+    rewards: torch.Tensor = _DEFAULT
+    values: torch.Tensor = _DEFAULT
+    returns: torch.Tensor = _DEFAULT
+    lengths: torch.Tensor = _DEFAULT
+    sample_index: torch.Tensor = _DEFAULT
+    version_age: torch.Tensor = _DEFAULT
+    sampled_logprobs: torch.Tensor = _DEFAULT
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
@@ -89,17 +90,17 @@ class Batch:
         return ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "packing")
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; itself where it already is there."""
+        """Return the batch on a device; itself where it already is there."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors()}
         return replace(self, **moved)
 
     def drop_excluded(self) -> None:
-        """Take the samples that do not count out of `mask` and of `prompt_tokens`, in place."""
+        """Remove the samples that are not `in_loss` from `mask` and from `prompt_tokens`, in place."""
         self.mask &= self.in_loss[:, None]
         self.prompt_tokens.copy_(_tokens_of_prompts(self.mask, self.prompt_index))
 
     def split(self, sizes: int | list[int]) -> list["Batch"]:
-        """Consecutive parts of `sizes` samples; views, so that filling a part fills the whole."""
+        """Split into consecutive batches of `sizes` samples: views, so that filling one fills this one."""
         names, tensors = zip(*self._tensors(), strict=True)
         return [
             Batch(**dict(zip(names, part, strict=True)))
@@ -107,7 +108,7 @@ class Batch:
         ]
 
     def reorder(self, order: list[int]) -> "Batch":
-        """The samples in another order: a copy."""
+        """Return a copy with the samples in another order."""
         permuted: dict[str, Any] = {name: tensor[order] for name, tensor in self._tensors()}
         return Batch(**permuted)
 
@@ -119,16 +120,16 @@ class Batch:
         return self.tokens.roll(-1, dims=1).masked_fill_(later, -1)
 
     def pack(self, values: torch.Tensor, filling: torch.Tensor | int = 0) -> torch.Tensor:
-        """`[B, T, …]` as a model is fed it: as it is, or as the packed row `[1, row, …]` (`Packing.pack`)."""
+        """Return `[B, T, …]` as a model is fed it: unchanged, or as the packed row `[1, row, …]` (`Packing.pack`)."""
         return values if self.packing is None else self.packing.pack(values, filling)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """What a model made of each token it was fed, as `[B, T, …]`; differentiable (`Packing.unpack`)."""
+        """Return a model's output for each token it was fed as `[B, T, …]`; differentiable (`Packing.unpack`)."""
         return values if self.packing is None else self.packing.unpack(values, self.tokens.shape[1])
 
 
 def padded_length(longest: int, multiple: int) -> int:
-    """Tokens to pad to: the next multiple of what a sequence is split by (`layout.Place.multiple`)."""
+    """Return the length to pad to: the next multiple of what a sequence is split by (`layout.Place.multiple`)."""
     return -(-longest // multiple) * multiple
 
 
@@ -145,8 +146,11 @@ def from_samples(
     """Build a batch from rollouts.
 
     Args:
+        samples: B of this replica, with the routes of `columns`.
         advantages: `[B]`, one a sample; None leaves 0, one a token, for a critic to fill.
         length: T, at least the longest sample.
+        pad_id: token id of padding.
+        signature: of the whole model's routes.
         in_loss: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.drop_excluded`.
         columns: MoE layers, counted from 0, whose routes the samples hold; None: all.
         rewards: `[B]`; None: 0.
@@ -183,12 +187,12 @@ def from_samples(
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:
-    """`[B]` int64: tokens in the mask of all samples of each sample's prompt."""
+    """Count the tokens in the mask of all samples of each sample's prompt, `[B]` int64."""
     return torch.bincount(prompt_index, mask.sum(1)).long()[prompt_index]
 
 
 def from_sft(tokens: np.ndarray, target_mask: np.ndarray) -> Batch:
-    """A batch for supervised training.
+    """Build a batch for supervised training.
 
     Args:
         tokens: `[B, T]` int64.
@@ -200,7 +204,7 @@ def from_sft(tokens: np.ndarray, target_mask: np.ndarray) -> Batch:
 
 
 def empty_batch(tokens: torch.Tensor) -> Batch:
-    """A batch of `[B, T]` tokens with nothing to learn and no routes."""
+    """Build a batch of `[B, T]` tokens with nothing to learn and no routes."""
     b, length = tokens.shape
     nothing, never = torch.zeros(b, length), torch.zeros(b, length, dtype=torch.bool)
     none, every = torch.zeros(b, dtype=torch.int64), torch.ones(b, dtype=torch.bool)

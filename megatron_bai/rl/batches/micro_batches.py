@@ -1,4 +1,4 @@
-"""The split of a step's samples into micro-batches: of so many samples, or of so many tokens.
+"""The split of a step's samples into micro-batches of a number of samples, or of a number of tokens.
 
 Counted in samples (`trainer.micro_batch_size`), a micro-batch is padded to the longest sample anywhere in the step.
 Counted in tokens (`trainer.tokens_per_micro_batch`), it is one row of that length that holds as many samples side by
@@ -24,12 +24,16 @@ MiniBatches = list[list[Batch]]  # the mini-batches of a step, each as its micro
 def validate_batches(settings: config.Config, replicas: int) -> None:
     """Refuse batches that do not divide evenly among data-parallel replicas, updates and micro-batches.
 
+    Args:
+        settings: of the run.
+        replicas: number of data-parallel replicas.
+
     Raises:
         UserError: names the settings.
     """
     trainer = settings.trainer
-    parts = replicas * trainer.mini_batches
-    if trainer.prompts_per_step % parts:
+    num_mini_batches = replicas * trainer.mini_batches
+    if trainer.prompts_per_step % num_mini_batches:
         raise UserError(
             f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches × "
             f"data-parallel ranks ({trainer.mini_batches} × {replicas})"
@@ -41,7 +45,7 @@ def validate_batches(settings: config.Config, replicas: int) -> None:
         )
     if trainer.tokens_per_micro_batch:
         return  # as many micro-batches as it takes
-    samples = trainer.prompts_per_step // parts * trainer.group_size
+    samples = trainer.prompts_per_step // num_mini_batches * trainer.group_size
     if samples % trainer.micro_batch_size:
         raise UserError(
             f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
@@ -59,6 +63,9 @@ def make_mini_batches(
     replayed in the same rows. Adds `padding_fraction`, the share of what the model is fed that is no sample's token.
 
     Args:
+        batch: of this rank.
+        settings: of the run.
+        stats: gets the metric.
         device: of the ranks' collectives.
 
     Returns:
@@ -79,11 +86,11 @@ def make_mini_batches(
 
 
 def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.device) -> tuple[Batch, MiniBatches]:
-    """Mini-batches of packed rows, in number the most that any rank needs."""
+    """Split into mini-batches of packed rows, as many rows as the rank needs that needs most."""
     trainer, size = settings.trainer, len(batch) // settings.trainer.mini_batches
     row, lengths = trainer.tokens_per_micro_batch, batch.lengths.tolist()
-    mini_batches = [first_fit(lengths[start : start + size], row) for start in range(0, len(batch), size)]
-    most = torch.tensor([max(lengths), *map(len, mini_batches)], device=device)
+    rows = [first_fit(lengths[start : start + size], row) for start in range(0, len(batch), size)]  # by mini-batch
+    most = torch.tensor([max(lengths), *map(len, rows)], device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     longest, *counts = most.tolist()
     if longest > row:
@@ -93,21 +100,24 @@ def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.devi
         )
     parallel = settings.parallel
     multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # which the interleaved schedule needs
-    for rows, count in zip(mini_batches, counts, strict=True):
-        rows += [[] for _ in range(-(-count // multiple) * multiple - len(rows))]
-    batch = batch.reorder(
-        [number * size + own for number, rows in enumerate(mini_batches) for held in rows for own in held]
-    )
+    for mini_rows, count in zip(rows, counts, strict=True):
+        mini_rows += [[] for _ in range(-(-count // multiple) * multiple - len(mini_rows))]
+    order = [i * size + index for i, mini_rows in enumerate(rows) for indices in mini_rows for index in indices]
+    batch = batch.reorder(order)
     return batch, [
-        pack_rows(mini_batch, [len(held) for held in rows], row)
-        for mini_batch, rows in zip(batch.split(size), mini_batches, strict=True)
+        pack_rows(mini_batch, [len(indices) for indices in mini_rows], row)
+        for mini_batch, mini_rows in zip(batch.split(size), rows, strict=True)
     ]
 
 
 def first_fit(lengths: list[int], row: int) -> list[list[int]]:
-    """Share sequences among rows: the longest first, each into the first row that has room for it.
+    """Distribute sequences over rows: the longest first, each into the first row that has room for it.
 
     Needs at most 11/9 of the fewest rows possible, and 6/9 of one more (Dósa, 2007).
+
+    Args:
+        lengths: of the sequences, in tokens.
+        row: tokens of a row.
 
     Returns:
         The indices that each row holds. A sequence longer than `row` is alone in one.
@@ -115,19 +125,29 @@ def first_fit(lengths: list[int], row: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = next((place for place, free in enumerate(room) if lengths[index] <= free), len(rows))
-        if place == len(rows):
+        chosen = next((i for i, free in enumerate(room) if lengths[index] <= free), len(rows))
+        if chosen == len(rows):
             rows.append([])
             room.append(row)
-        rows[place].append(index)
-        room[place] -= lengths[index]
+        rows[chosen].append(index)
+        room[chosen] -= lengths[index]
     return rows
 
 
 def pack_rows(batch: Batch, sizes: list[int], row: int) -> list[Batch]:
-    """Consecutive parts of `sizes` samples, views of the batch, each in one row of `row` tokens. A part may be empty.
+    """Split into micro-batches of one packed row each.
 
     No context parallelism: the row alone must be a multiple of what it is split by, not each sample.
+
+    Args:
+        batch: B samples.
+        sizes: samples of each micro-batch, consecutive; 0 for an empty one.
+        row: tokens of a row.
+
+    Returns:
+        Micro-batches, views of the batch.
     """
-    parts = batch.split(sizes)
-    return [replace(part, packing=Packing.of(part.lengths.tolist(), 1, row)) for part in parts]
+    micro_batches = batch.split(sizes)
+    return [
+        replace(micro_batch, packing=Packing.of(micro_batch.lengths.tolist(), 1, row)) for micro_batch in micro_batches
+    ]

@@ -1,4 +1,4 @@
-"""The critic of PPO: a second model that says what reward a state will bring, for an advantage of each token."""
+"""The critic of PPO: a second model that estimates each state's value, for an advantage of each token."""
 
 from dataclasses import replace
 
@@ -26,11 +26,16 @@ class Critic:
     engine computes them a second time.
 
     Attributes:
-        model: the value of the state before token t + 1 is its output at t.
+        model: its output at t is the value of the state before token t + 1.
     """
 
     def __init__(self, actor: Actor, settings: config.Config, device: Device):
-        """Build it and give it weights: of `objective.critic_checkpoint`, or the actor's as they are now. Collective.
+        """Build the model with weights of `objective.critic_checkpoint`, or the actor's current ones. Collective.
+
+        Args:
+            actor: whose architecture and layout it has.
+            settings: of the run, with `objective=ppo`.
+            device: of the model.
 
         Raises:
             UserError: the checkpoint cannot be used.
@@ -59,39 +64,43 @@ class Critic:
         stage, which alone compute losses, fill them.
 
         Args:
+            batch: of this rank, with `rewards`.
             micro_batches: `batch` in micro-batches, as many on every data-parallel rank.
 
         Returns:
-            On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens that count.
+            On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens in the loss.
         """
-        found = self.forward_backward.forward(
+        values = self.forward_backward.forward(
             micro_batches, lambda output, micro_batch: micro_batch.unpack(output[..., 0])
         )
         stats = Stats()
         if not self._last_stage:
             return stats
-        batch.values.copy_(torch.cat(found))
+        batch.values.copy_(torch.cat(values))
         rewards = at_last_token(batch.rewards, batch.mask)
         advantages, returns = gae(rewards, batch.values, batch.mask, self.settings.gamma, self.settings.lam)
-        counted = batch.mask & batch.in_loss[:, None]
-        batch.advantages.copy_(whiten(advantages, counted, self._total) if self.settings.whiten else advantages)
+        loss_mask = batch.mask & batch.in_loss[:, None]
+        batch.advantages.copy_(
+            whiten(advantages, loss_mask, self._sum_over_ranks) if self.settings.whiten else advantages
+        )
         batch.returns.copy_(returns)
-        stats.mean("value_mean", batch.values[counted])
-        stats.mean("return_mean", returns[counted])
-        explained = explained_variance(batch.values[counted], returns[counted], self._total)
+        stats.mean("value_mean", batch.values[loss_mask])
+        stats.mean("return_mean", returns[loss_mask])
+        explained = explained_variance(batch.values[loss_mask], returns[loss_mask], self._sum_over_ranks)
         if explained is not None:
             stats.ratio("explained_variance", explained, 1)
         return stats
 
     def update(self, mini_batches: list[list[Batch]], first: int) -> tuple[Stats, list[float], float]:
-        """One optimizer step on each mini-batch, with `ppo.critic_loss` as a mean over its tokens. Collective.
+        """Make one optimizer step on each mini-batch, with `ppo.critic_loss` as a mean over its tokens. Collective.
 
         Args:
             mini_batches: micro-batches of each mini-batch.
-            first: number of the first of these updates in the run, for the learning rate's schedule.
+            first: index of the first of these updates in the run, for the learning rate's schedule.
 
         Returns:
-            Statistics of the loss, on ranks of the last stage; norms of the gradients before clipping; the last rate.
+            Statistics of the loss, on ranks of the last stage; norms of the gradients before clipping; the last
+            learning rate.
 
         Raises:
             UserError: a gradient is not finite.
@@ -99,18 +108,18 @@ class Critic:
         stats, norms, rate = Stats(), [], 0.0
 
         def loss(output: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
-            losses, found = critic_loss(
+            losses, loss_stats = critic_loss(
                 micro_batch.unpack(output[..., 0]),
                 micro_batch.values,
                 micro_batch.returns,
                 micro_batch.mask,
                 self.settings.value_clip,
             )
-            stats.add(found)
+            stats.add(loss_stats)
             return losses.sum()
 
-        for number, micro_batches in enumerate(mini_batches):
-            rate = set_learning_rate(self.model.optimizer, self._trainer, first + number, self._updates)
+        for update, micro_batches in enumerate(mini_batches, start=first):
+            rate = set_learning_rate(self.model.optimizer, self._trainer, update, self._updates)
             norms.append(
                 self.forward_backward.update(
                     micro_batches, loss, aggregate.loss_denominator(micro_batches, "token_mean")
@@ -118,7 +127,7 @@ class Critic:
             )
         return stats, norms, rate
 
-    def _total(self, values: torch.Tensor) -> torch.Tensor:
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         values = values.to(self._device)
         dist.all_reduce(values, group=self._data_group)
         return values.cpu()
@@ -130,15 +139,15 @@ def _with_learning_rate(trainer: config.Trainer, rate: float) -> config.Trainer:
 
 @torch.no_grad()
 def copy_backbone(actor: Actor, critic: Actor) -> None:
-    """Give the critic the actor's weights but for the head, which becomes 0: the first advantages are the rewards."""
-    for theirs, ours in zip(actor.modules, critic.modules, strict=True):
-        given = dict(theirs.named_parameters())
-        for name, parameter in ours.named_parameters():
+    """Copy the actor's weights but for the head, which becomes 0: the first advantages are the rewards."""
+    for actor_module, critic_module in zip(actor.modules, critic.modules, strict=True):
+        remaining = dict(actor_module.named_parameters())
+        for name, parameter in critic_module.named_parameters():
             if name.startswith("output_layer."):
                 parameter.zero_()
             else:
-                parameter.copy_(given.pop(name))
-        assert all(name.startswith("output_layer.") for name in given), f"the critic lacks {sorted(given)}"
+                parameter.copy_(remaining.pop(name))
+        assert all(name.startswith("output_layer.") for name in remaining), f"the critic lacks {sorted(remaining)}"
     megatron_checkpoint.finish_loading(critic)
 
 

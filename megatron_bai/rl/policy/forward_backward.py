@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class ForwardBackward:
-    """A model with what its passes need.
+    """Forward and backward passes of one model.
 
     Attributes:
         stages: of the pipeline.
@@ -32,14 +32,14 @@ class ForwardBackward:
         self._data_group = parallel_state.get_data_parallel_group()
 
     def forward(self, micro_batches: list[Batch], collect: Callable[[torch.Tensor, Batch], Result]) -> list[Result]:
-        """What `collect(output, micro_batch)` makes of the model's output for each micro-batch. Collective.
+        """Run the model and return `collect(output, micro_batch)` of each micro-batch. Collective.
 
         Args:
             micro_batches: padded to one shape, or packed into rows of one length.
             collect: its `output` is `[B, T, …]`, of a packed micro-batch `[1, row, …]`; see `Batch.pack` and `unpack`.
 
         Returns:
-            One entry a micro-batch on ranks of the last stage, nothing elsewhere.
+            One entry a micro-batch on ranks of the last stage, none elsewhere.
         """
 
         def call(output: torch.Tensor, non_loss_data: bool = True, *, micro_batch: Batch) -> Result:
@@ -54,12 +54,13 @@ class ForwardBackward:
         local_count: int,
         context: AbstractContextManager[object] | None = None,
     ) -> float:
-        """One optimizer step on Σ loss(output, micro_batch) over all micro-batches and ranks, divided by Σ `local_count`. Collective.
+        """Make one optimizer step on Σ loss(output, micro_batch) / Σ local_count, over all ranks. Collective.
 
         Args:
-            loss: a scalar sum, called on ranks of the last stage with what `collect` is called with in `forward`.
+            micro_batches: as in `forward`.
+            loss: a scalar sum, called on ranks of the last stage with the arguments of `collect` in `forward`.
             local_count: this data-parallel rank's part of the denominator.
-            context: entered for the passes, where it is given; what it finds wrong at its end, it finds before the weights change.
+            context: entered for the passes, if given. An error at its end comes before the weights change.
 
         Returns:
             The gradient's norm before clipping.
@@ -85,7 +86,7 @@ class ForwardBackward:
         return float(norm)
 
     def _global_count(self, local_count: int) -> int:
-        """The mini-batch's denominator: this rank's summed over all data-parallel ranks, at least 1."""
+        """Return the mini-batch's denominator: the sum over data-parallel ranks, at least 1."""
         count = torch.tensor([local_count], dtype=torch.int64, device=self.device)  # exact
         dist.all_reduce(count, group=self._data_group)
         return max(int(count), 1)
@@ -115,7 +116,7 @@ class ForwardBackward:
         return outputs
 
     def _forward_chunk(self, model: Any, micro_batch: Batch) -> torch.Tensor:
-        """A chunk's output for a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
+        """Run a model chunk on a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
         tokens, packing = micro_batch.pack(micro_batch.tokens), micro_batch.packing
         if packing is None:
             output: torch.Tensor = model(
@@ -128,7 +129,7 @@ class ForwardBackward:
 
 
 def _packed_seq_params(packing: Packing, device: torch.device) -> Any:
-    """Megatron's description of a packed row."""
+    """Make Megatron's description of a packed row."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     starts = torch.tensor([0, *packing.parts], device=device).cumsum(0).int()

@@ -10,7 +10,7 @@ DECAYS = ("constant", "linear", "cosine", "inverse-square-root")
 
 
 def validate(settings: config.Config) -> None:
-    """Refuse a schedule that Megatron-Core's would stop at, or follow to something else than was meant.
+    """Refuse a schedule that Megatron-Core's scheduler would refuse, or read as another.
 
     Raises:
         UserError: names the setting.
@@ -32,15 +32,16 @@ def validate(settings: config.Config) -> None:
 
 
 def set_learning_rate(optimizer: Any, trainer: config.Trainer, update: int, updates: int) -> float:
-    """Set what an update's number alone decides, so that nothing of it is in a checkpoint.
+    """Set learning rate and weight decay, which the update's index alone decides: no checkpoint has them.
 
-    Weights of one dimension (norms) and biases do not decay: Megatron-Core marks their groups, and it is its scheduler
-    that heeds the mark.
+    Weights of one dimension (norms) and biases do not decay: Megatron-Core marks their groups, and its scheduler acts
+    on the mark.
 
     Args:
         optimizer: Megatron-Core's.
-        update: counted from 0.
-        updates: of the whole run; the rate's fall ends at the last.
+        trainer: settings of the schedule.
+        update: index in the run, from 0.
+        updates: number of updates of the whole run; the decay ends at the last.
 
     Returns:
         The learning rate.

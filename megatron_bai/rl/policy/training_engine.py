@@ -1,4 +1,4 @@
-"""What training asks of the actor: log-probabilities of a batch, and updates with an objective."""
+"""The training engine: log-probabilities of a batch, and updates with an objective."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
 @dataclass
 class Scores:
-    """What a forward pass over a batch found.
+    """Results of a forward pass over a batch.
 
     Attributes:
         logprobs: `[B, T]` float32, log π of the next token, 0 where the sample has none; None on ranks without the
             pipeline's last stage.
         entropy: `[B, T]` float32 nats, likewise.
-        routes: routes of each micro-batch on this rank, when they were recorded.
+        routes: of each micro-batch on this rank, if they were recorded.
     """
 
     logprobs: torch.Tensor | None
@@ -37,7 +37,7 @@ class Scores:
 
 
 class TrainingEngine:
-    """The actor with what its passes need."""
+    """The actor with its passes and the replay of its routers."""
 
     def __init__(self, actor: Actor, replay: RoutingReplay, device: torch.device, temperature: float):
         from megatron.core import parallel_state
@@ -49,10 +49,10 @@ class TrainingEngine:
         self.place = Place.here(actor.transformer_config)
 
     def local_routes(self, micro_batch: Batch) -> MicroRoutes:
-        """The inference engine's routes of a micro-batch, cut to this rank's tokens."""
+        """Return the inference engine's routes of a micro-batch, of this rank's tokens."""
         tail = micro_batch.packing.tail if micro_batch.packing else 0
-        spread = torch.from_numpy(fillers(tail, self.replay.signature, self.replay.columns))
-        ids = self.place.rows(micro_batch.pack(micro_batch.routes, spread))
+        fill = torch.from_numpy(fillers(tail, self.replay.signature, self.replay.columns))
+        ids = self.place.rows(micro_batch.pack(micro_batch.routes, fill))
         routed, missing = (
             self.place.rows(micro_batch.pack(rows)) for rows in (micro_batch.routed, micro_batch.missing)
         )
@@ -63,15 +63,14 @@ class TrainingEngine:
     def score(
         self, micro_batches: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False
     ) -> Scores:
-        """Log-probabilities and entropy under the current weights. Collective.
+        """Compute log-probabilities and entropy under the current weights. Collective.
 
         Args:
-            micro_batches: micro-batches that the model is fed in one shape, as many on every data-parallel rank.
+            micro_batches: which the model is fed in one shape, as many on every data-parallel rank.
             routes: experts to force, one entry a micro-batch; None lets the routers choose.
-            record: keep the routers' own choices instead of forcing any.
+            record: record the routers' own choices instead of forcing any.
         """
-
-        with self.replay.record() if record else self._replaying(routes) as found:
+        with self.replay.record() if record else self._replaying(routes) as recorded:
             outputs = self.forward_backward.forward(
                 micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature)
             )
@@ -79,15 +78,15 @@ class TrainingEngine:
             self.place.rows(micro_batch.pack(micro_batch.routed | micro_batch.missing)).to(self.device)
             for micro_batch in micro_batches
         ]
-        recorded = [replace(own, counted=rows) for own, rows in zip(found or (), fed, strict=False)]
+        chosen = [replace(routes, counted=rows) for routes, rows in zip(recorded or (), fed, strict=False)]
         if not self.last_stage:
-            return Scores(None, None, recorded)
+            return Scores(None, None, chosen)
         logprobs, entropy = map(torch.cat, zip(*outputs, strict=True))
-        return Scores(logprobs, entropy, recorded)
+        return Scores(logprobs, entropy, chosen)
 
     @torch.no_grad()
     def score_probe(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Log-probabilities of tokens at temperature 1, with live routing. Collective.
+        """Compute log-probabilities of tokens at temperature 1, with live routing. Collective.
 
         Args:
             tokens: `[B, T]` int64.
@@ -110,7 +109,13 @@ class TrainingEngine:
         objective: Objective,
         settings: config.Objective,
     ) -> tuple[Stats, float]:
-        """One optimizer step on a mini-batch. Collective.
+        """Make one optimizer step on a mini-batch. Collective.
+
+        Args:
+            micro_batches: of the mini-batch, as in `score`.
+            routes: experts to force, one entry a micro-batch; None lets the routers choose.
+            objective: gives the loss.
+            settings: of the objective.
 
         Returns:
             The objective's statistics, with `loss`, on ranks of the last stage (empty elsewhere), and the gradient's
@@ -119,19 +124,19 @@ class TrainingEngine:
         Raises:
             UserError: the gradient is not finite; the weights are of no use any more, checkpoints are intact.
         """
-        mine = aggregate.loss_denominator(micro_batches, objective.mean(settings))
+        local_count = aggregate.loss_denominator(micro_batches, objective.mean(settings))
         stats = Stats()
         if self.last_stage:
-            stats.ratio("loss", 0.0, mine)
+            stats.ratio("loss", 0.0, local_count)
 
         def loss(logits: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
             logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature)
-            total, found = objectives.batch_loss(objective, settings, logprobs, micro_batch, entropy)
-            found.ratio("loss", float(total.detach()), 0)
-            stats.add(found)
+            total, loss_stats = objectives.batch_loss(objective, settings, logprobs, micro_batch, entropy)
+            loss_stats.ratio("loss", float(total.detach()), 0)
+            stats.add(loss_stats)
             return total
 
-        return stats, self.forward_backward.update(micro_batches, loss, mine, self._replaying(routes))
+        return stats, self.forward_backward.update(micro_batches, loss, local_count, self._replaying(routes))
 
     def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
         return nullcontext() if routes is None else self.replay.force(routes)
@@ -140,6 +145,6 @@ class TrainingEngine:
 def _logprobs_and_entropy(
     logits: torch.Tensor, micro_batch: Batch, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropy of a micro-batch, `[B, T]` each, with gradient: 0 where no token follows."""
+    """Compute log-probabilities and entropy of a micro-batch, `[B, T]` each, 0 where no token follows."""
     logprobs, entropy = logprobs_and_entropy(logits, micro_batch.pack(micro_batch.targets, filling=-1), temperature)
     return micro_batch.unpack(logprobs), micro_batch.unpack(entropy)

@@ -1,4 +1,4 @@
-"""Weights the actor had: those the run started from are the reference policy of a KL penalty."""
+"""Copies of earlier weights: those the run started from are the reference policy of a KL penalty."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from megatron_bai.model.build import Actor
 
 
 class WeightCopy:
-    """A copy of the actor's weights as they are now, one more model in memory on each rank."""
+    """A copy of the actor's current weights: one more model in each rank's memory."""
 
     def __init__(self, actor: Actor):
         self._actor = actor
@@ -20,13 +20,13 @@ class WeightCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Be a copy of the weights as they are now."""
+        """Copy the actor's current weights in place of the earlier ones."""
         for parameter, copied in zip(self._parameters(), self._weights, strict=True):
             copied.copy_(parameter)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the actor has the reference's weights; after it its own, bit for bit."""
+        """Give the actor the copied weights within the block, and its own back after it, bit for bit."""
         self._swap()
         try:
             yield
@@ -35,7 +35,7 @@ class WeightCopy:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """In place, since Megatron's parameters are views of its buffers; one parameter's memory at a time."""
+        """Swap in place, since Megatron's parameters are views of its buffers; one parameter's memory at a time."""
         for parameter, copied in zip(self._parameters(), self._weights, strict=True):
             current = parameter.clone()
             parameter.copy_(copied)
