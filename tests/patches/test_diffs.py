@@ -11,6 +11,7 @@ from typing import Any
 
 import overlay
 import pytest
+import torch
 
 from megatron_bai.compat import PATCHES
 
@@ -50,8 +51,9 @@ def ran(script: str, root: Path, *arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
-    "distribution, script", [("sglang", "sglang_checks.py"), ("megatron-core", "megatron_checks.py")]
+    "distribution, script", [("sglang", "sglang_worker.py"), ("megatron-core", "megatron_worker.py")]
 )
 def test_a_patched_package_needs_no_fix_at_run_time(distribution: str, script: str, tmp_path: Path) -> None:
     diffs = overlay.diffs(distribution)
@@ -60,8 +62,9 @@ def test_a_patched_package_needs_no_fix_at_run_time(distribution: str, script: s
     assert not {name: error for name, error in found.items() if error}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
-    "distribution, script", [("sglang", "sglang_checks.py"), ("megatron-core", "megatron_checks.py")]
+    "distribution, script", [("sglang", "sglang_worker.py"), ("megatron-core", "megatron_worker.py")]
 )
 def test_every_diff_is_missed_where_it_is_not_applied(distribution: str, script: str, tmp_path: Path) -> None:
     diffs = overlay.diffs(distribution)
@@ -79,6 +82,43 @@ def test_each_applies_alone_and_to_a_copy_only(diff: Path, tmp_path: Path) -> No
     overlay.patched(tmp_path, distribution, [diff])
     assert all((tmp_path / path).read_bytes() != content for path, content in before.items())
     assert all((installed / path).read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_layouts_agree_on_a_patched_megatron(tmp_path: Path) -> None:
+    """The work of tests/distributed with no fix of this package: one gradient in every layout, and one model."""
+    root, out = tmp_path / "patched", tmp_path / "out"
+    out.mkdir()
+    overlay.patched(root, "megatron-core", overlay.diffs("megatron-core"))
+    cases = ("one", "dp2", "tp2", "ep2", "pp2", "tp2_ep2")
+    done = run("unfixed_worker.py", root, TESTS / "distributed" / "worker.py", out, *cases)
+    assert not done.returncode, done.stderr[-4000:]
+    found = {name: torch.load(out / f"{name}.pt", weights_only=False)["r3"] for name in cases}
+    known = found["one"]["gradient"]
+    for name, case in found.items():
+        assert not case["diverged"], name
+        assert max(float((case["gradient"][key] - known[key]).abs().max()) for key in known) < 1e-5, name
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_a_patched_sglang_serves(family: str, tmp_path: Path) -> None:
+    """With routes, and Qwen3-MoE with seeds, as transformers computes them; with no fix of this package."""
+    root = overlay.patched(tmp_path / "patched", "sglang", overlay.diffs("sglang"))
+    found = ran("engine_worker.py", root, family, tmp_path / "model")
+    assert found["logprobs"] < 1e-4 and found["rows"] > 100
+    assert found["wrong"] <= found["rows"] // 100  # a tie may break another way
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_mixtral_is_not_served_with_routes_without_the_diff(tmp_path: Path) -> None:
+    (diff,) = (diff for diff in DIFFS if diff.stem == "topk-layer-id")
+    root = overlay.unpatched(tmp_path / "unpatched", "sglang", [diff])
+    done = run("engine_worker.py", root, "mixtral", tmp_path / "model", "fixed")
+    assert done.returncode and "state_capturer/base.py" in done.stdout + done.stderr, done.stderr[-4000:]
 
 
 def test_a_diff_for_other_lines_is_refused_by_name(tmp_path: Path) -> None:
