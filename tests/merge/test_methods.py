@@ -415,8 +415,8 @@ def test_groups_and_patterns(three, tmp_path):
 
 @pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "ties", "dare"])
 def test_a_sweep_writes_what_single_merges_write(three, tmp_path, method):
-    swept, values = METHODS[method].swept, [0.25, 1.0]
-    plain = settings_of(three, method, **{METHODS[method].swept: None})
+    swept, values = METHODS[method].sweep_setting, [0.25, 1.0]
+    plain = settings_of(three, method, **{METHODS[method].sweep_setting: None})
     run_sweep = dataclasses.replace(plain, sweep=values)
     pipeline.run(Config(merge=run_sweep))
     for value in values:

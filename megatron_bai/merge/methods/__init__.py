@@ -1,4 +1,4 @@
-"""The methods of merging, one a file. `merge.method` chooses one, and its fields are the settings it uses."""
+"""Merge methods, one a file. `merge.method` chooses one, and its fields are the settings it uses."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ UNSET: tuple[Any, ...] = (None, "", [], {})  # with False: that is, not 0
 
 
 def make_recipes(settings: Merge) -> dict[str, Recipe]:
-    """The recipe under the name "", or one for each value of `merge.sweep`, such as `alpha-0.1`.
+    """Build the recipe, under the name "", or one for each value of `merge.sweep`, such as `alpha-0.1`.
 
     Raises:
         UserError: there is no such method, it does not use a setting that is given, or it lacks one.
@@ -33,13 +33,14 @@ def make_recipes(settings: Merge) -> dict[str, Recipe]:
         raise UserError(f"merge.method={method.method} does not use merge.sweep: leave it out")
     if len(set(sweep)) != len(sweep):
         raise UserError(f"merge.sweep {sweep} names a value twice: give each once")
-    every = {f"{method.sweep_setting}-{value!r}": given | {method.sweep_setting: value} for value in sweep} or {"": given}
-    return {name: _build_recipe(method, values) for name, values in every.items()}
+    name = method.sweep_setting
+    all_values = {f"{name}-{value!r}": given | {name: value} for value in sweep} or {"": given}
+    return {label: _build_recipe(method, values) for label, values in all_values.items()}
 
 
 def _given_settings(settings: Merge, method: type[Recipe]) -> dict[str, Any]:
-    """The settings of methods that are given; None and what is empty count as not given."""
-    known = {field.name for each in METHODS.values() for field in dataclasses.fields(each)}
+    """Return the settings of methods that are given; None and what is empty count as not given."""
+    known = {field.name for cls in METHODS.values() for field in dataclasses.fields(cls)}
     values = {name: getattr(settings, name) for name in sorted(known)}
     given = {name: _freeze(value) for name, value in values.items() if value is not False and value not in UNSET}
     used = {field.name for field in dataclasses.fields(method)}
@@ -50,13 +51,14 @@ def _given_settings(settings: Merge, method: type[Recipe]) -> dict[str, Any]:
 
 
 def _freeze(value: Any) -> Any:
-    """Lists as tuples, and mappings as pairs."""
+    """Convert lists to tuples, and mappings to pairs."""
     if isinstance(value, dict):
-        return tuple((key, _freeze(each)) for key, each in value.items())
+        return tuple((key, _freeze(item)) for key, item in value.items())
     return tuple(value) if isinstance(value, list) else value
 
 
 def _build_recipe(method: type[Recipe], values: dict[str, Any]) -> Recipe:
+    """Make a method's recipe; refuse one that lacks a setting without a default."""
     missing = [
         field.name
         for field in dataclasses.fields(method)

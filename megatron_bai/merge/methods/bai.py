@@ -1,4 +1,4 @@
-"""Balanced Actor Initialization (arXiv 2509.00309), which builds the model that RL starts from in two stages:
+"""Balanced Actor Initialization (arXiv 2509.00309), which builds the model that RL starts from in two stages.
 
     stage 1   M_sft = Σ_i w_i · M_i,  Σ_i w_i = 1
     stage 2   M_BAI = α · M_pretrained + (1 − α) · M_sft
@@ -46,9 +46,9 @@ class Bai(AveragingMethod):
             require_fraction(f"merge.alpha_for[{pattern}]", alpha)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """The merge as one weighted sum; a checkpoint named twice appears once.
+        """Return the merge as one weighted sum; a checkpoint named twice appears once.
 
-        Coefficients are float64 and sum to 1 within its rounding: what the weights' sum lacks to 1 is divided out.
+        Coefficients are float64 and sum to 1 within its rounding: the weights are divided by their sum.
         """
         alpha, weights = first_match(self.alpha_for, key, layer, self.alpha), self.weights_for_tensor(key, layer)
         total = math.fsum(weights)

@@ -1,12 +1,12 @@
-"""DARE (arXiv 2311.03099): drop a random share p of each task vector and rescale the rest, then add them up.
+"""DARE (arXiv 2311.03099): drop a random fraction p of each task vector, rescale the rest and add them up.
 
     m_i ~ Bernoulli(1 − p), element by element
     τ̃_i = m_i ⊙ τ_i / (1 − p),  so that E[τ̃_i] = τ_i = M_i − M_pretrained
     M = M_pretrained + λ · Σ_i w_i · τ̃_i
 
-Nothing is drawn in turn: whether an element is dropped is a hash of the seed, the member's number, the parameter's
-name, layer and expert, and the element's number in it. So it is the same whatever order elements are read in, however
-the checkpoints are sharded and however their tensors are stacked.
+No random-number generator is used: whether an element is dropped is a hash of the seed, the member's index, the
+parameter's name, layer and expert, and the element's index in it. So it depends neither on the order in which elements
+are read, nor on how the checkpoints are sharded and their tensors are stacked.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ BITS = 53  # of a hash that are compared with p
 
 @dataclass(frozen=True, kw_only=True)
 class Dare(SummedTaskVectors):
-    """Task vectors thinned out at random and summed.
+    """Task vectors with random elements dropped, rescaled and summed.
 
     Args:
         drop_rate: p, in [0, 1).
@@ -51,43 +51,52 @@ class Dare(SummedTaskVectors):
             raise UserError(f"merge.drop_rate is {self.drop_rate:g}: it lies between 0 and 1, and is not 1")
 
     def fingerprint_fields(self) -> dict[str, object]:
+        """Return the method, λ, p and the seed."""
         return {"method": self.method, "scale": self.scale, "drop_rate": self.drop_rate, "seed": self.seed}
 
     def combine(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> torch.Tensor:
+        """Compute M_pretrained + λ · Σ_i w_i · τ̃_i."""
         base = values[0]
-        step = torch.zeros_like(base)
-        elements = part.element_indices()
-        for number, weight in enumerate(weights[1:], 1):
+        delta = torch.zeros_like(base)
+        element_indices = slice_box.element_indices()
+        for member_index, weight in enumerate(weights[1:], 1):
             if weight != 0:
                 factor = self.scale * weight / (1 - self.drop_rate)
-                kept = keep_mask(self.seed, number, part.slice_name, elements, self.drop_rate)
-                step += (values[number] - base).mul_(kept).mul_(factor)
-        return torch.where(step == 0, base, base + step)
+                mask = keep_mask(self.seed, member_index, slice_box.slice_name, element_indices, self.drop_rate)
+                delta += (values[member_index] - base).mul_(mask).mul_(factor)
+        return torch.where(delta == 0, base, base + delta)
 
     def reference_values(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum over all checkpoints that the definition comes to, with the mask as a factor 0 or 1."""
-        elements = part.element_indices()
-        masks = [keep_mask(self.seed, n, part.slice_name, elements, self.drop_rate) for n in range(1, len(weights))]
+        """Compute the definition as one sum over all checkpoints, with the mask as a factor 0 or 1."""
+        indices = slice_box.element_indices()
+        masks = [keep_mask(self.seed, n, slice_box.slice_name, indices, self.drop_rate) for n in range(1, len(weights))]
         factors = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1) * torch.stack(masks) * self.scale
         factors /= 1 - self.drop_rate
         exact = values[0] * (1 - factors.sum(0)) + (factors * values[1:]).sum(0)
         return exact, values[0].abs() * (1 + factors.abs().sum(0)) + (factors * values[1:]).abs().sum(0)
 
 
-def keep_mask(seed: int, number: int, name: str, elements: torch.Tensor, drop_rate: float) -> torch.Tensor:
-    """Which elements of a slice stay: bool, of the shape of `elements`.
+def keep_mask(
+    seed: int, member_index: int, name: str, element_indices: torch.Tensor, drop_rate: float
+) -> torch.Tensor:
+    """Choose the elements of a slice that are kept.
 
     Args:
-        number: the member's, from 1.
-        name: the slice's.
-        elements: int64, their numbers in the slice.
+        seed: of the choice.
+        member_index: of the member, from 1.
+        name: of the slice.
+        element_indices: int64 `[N]`, of the elements in their slice, in row-major order.
+        drop_rate: p, the expected fraction that is dropped.
+
+    Returns:
+        bool `[N]`.
     """
-    stream = hashlib.sha256(f"{seed} {number} {name}".encode()).digest()
-    hashed = (elements * _to_int64(GOLDEN)).add_(_to_int64(int.from_bytes(stream[:8], "little")))
+    stream = hashlib.sha256(f"{seed} {member_index} {name}".encode()).digest()
+    hashed = (element_indices * _to_int64(GOLDEN)).add_(_to_int64(int.from_bytes(stream[:8], "little")))
     for shift, multiplier in MIX:
         hashed.bitwise_xor_(_logical_shift_right(hashed, shift)).mul_(_to_int64(multiplier))
     hashed.bitwise_xor_(_logical_shift_right(hashed, LAST))
@@ -95,10 +104,10 @@ def keep_mask(seed: int, number: int, name: str, elements: torch.Tensor, drop_ra
 
 
 def _to_int64(number: int) -> int:
-    """The int64 that has the bits of a 64-bit number; arithmetic modulo 2⁶⁴ is the same for both."""
+    """Return the int64 that has the bits of a 64-bit number; arithmetic modulo 2⁶⁴ is the same for both."""
     return number - (1 << 64) if number >> 63 else number
 
 
 def _logical_shift_right(numbers: torch.Tensor, places: int) -> torch.Tensor:
-    """Shifted right with zeros coming in, which int64 would replace by its sign."""
+    """Shift right and fill with zeros, where int64's own shift fills with the sign."""
     return (numbers >> places).bitwise_and_((1 << 64 - places) - 1)

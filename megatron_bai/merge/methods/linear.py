@@ -1,4 +1,4 @@
-"""The weighted average M = Σ_i w_i · M_i, Σ_i w_i = 1 (with equal weights a "model soup", arXiv 2203.05482)."""
+"""Weighted average M = Σ_i w_i · M_i, Σ_i w_i = 1 (with equal weights a "model soup", arXiv 2203.05482)."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron_bai.merge.recipe.recipe import (
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingMethod(WeightedMethod):
-    """A method whose weights are those of an average: they sum to 1.
+    """A method with the weights of an average, which sum to 1.
 
     Args:
         normalize: divide the weights by their sum, whatever it is, rather than require it to be 1.
@@ -49,7 +49,7 @@ class Linear(AveragingMethod):
     title: ClassVar[str] = "a weighted average (arXiv 2203.05482)"
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """The members' weights, brought to the sum 1; a checkpoint named twice appears once."""
+        """Return the members' weights, divided by their sum; a checkpoint named twice appears once."""
         weights = self.weights_for_tensor(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: 0.0} if self.pretrained else {}

@@ -1,10 +1,10 @@
-"""Spherical linear interpolation (Shoemake 1985) between two checkpoints, each parameter a vector:
+"""Spherical linear interpolation (Shoemake 1985) between two checkpoints, each parameter a vector.
 
     θ = the angle between a and b,  cos θ = ⟨a, b⟩ / (|a| |b|)
     M = sin((1 − t)·θ) / sin θ · a + sin(t·θ) / sin θ · b
 
-The vectors enter as they are, not scaled to unit length. One pass measures ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ of every slice;
-after it the merge is a weighted sum. Where sin θ is below `MIN_SIN_ANGLE`, or a vector is zero, there is no arc to follow
+The vectors are not scaled to unit length. One pass measures ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ of every slice;
+then the merge is a weighted sum. Where sin θ is below `MIN_SIN_ANGLE`, or a vector is zero, there is no arc
 and the coefficients are those of the straight line, 1 − t and t; for small angles the two are the same to θ².
 """
 
@@ -38,8 +38,8 @@ class Slerp(Recipe):
         pretrained: gives the layout and the non-tensor state, and no values; empty: the first member gives them.
         members: a and b.
         t: 0 gives a, 1 gives b.
-        t_for: (pattern, t) pairs that replace `t` for the tensors that fit the pattern, a parameter group's name or a
-            regular expression; the first that fits decides.
+        t_for: (pattern, t) pairs that replace `t` for the tensors that match the pattern, a parameter group's name or a
+            regular expression; the first match decides.
     """
 
     method: ClassVar[str] = "slerp"
@@ -60,18 +60,19 @@ class Slerp(Recipe):
             require_fraction(f"merge.t_for[{pattern}]", t)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """1 − t and t, which are the coefficients of vectors at no angle."""
+        """Return 1 − t and t, the coefficients of vectors at no angle."""
         t = first_match(self.t_for, key, layer, self.t)
         layout = (Term(self.pretrained, 0.0),) if self.pretrained else ()
         return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
 
     def needs_stats(self, weights: Sequence[float]) -> bool:
-        return len(weights) > 1 and 0 not in weights[-2:]  # the pretrained may stand before them, with weight 0
+        """Return whether both members have a weight."""
+        return len(weights) > 1 and 0 not in weights[-2:]  # the pretrained checkpoint may be before them, with weight 0
 
-    def measure_slice(self, blocks: ReadBlocks, name: str, count: int) -> SliceStats:
-        """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
+    def measure_slice(self, read_blocks: ReadBlocks, name: str, num_elements: int) -> SliceStats:
+        """Compute ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
         rows: tuple[list[float], ...] = ([], [], [])
-        for *_, a, b in blocks():
+        for *_, a, b in read_blocks():
             for row, product in zip(rows, (a * a, b * b, a * b), strict=True):
                 row += product.sum(-1).view(-1).tolist()
         aa, bb, ab = map(math.fsum, rows)
@@ -80,6 +81,7 @@ class Slerp(Recipe):
         return aa, bb, ab
 
     def coefficients(self, weights: tuple[float, ...], stats: SliceStats | None) -> tuple[float, ...]:
+        """Return sin((1 − t)·θ) / sin θ and sin(t·θ) / sin θ."""
         if stats is None or not self.needs_stats(weights):
             return weights
         angle = _angle(stats)
@@ -88,19 +90,19 @@ class Slerp(Recipe):
         return tuple(math.sin(weight * angle) / math.sin(angle) for weight in weights)  # of weight 0 stays 0
 
     def reference_values(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ."""
+        """Compute the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ."""
         if stats is None or not self.needs_stats(weights) or math.sin(_angle(stats)) < MIN_SIN_ANGLE:
-            return super().reference_values(values, weights, part, None)
+            return super().reference_values(values, weights, slice_box, None)
         (*_, a, b), angle, t = values, _angle(stats), weights[-1]
         cos_part, sin_part = math.cos(t * angle), math.sin(t * angle) / math.sin(angle)
-        size = (abs(cos_part) + abs(sin_part * math.cos(angle))) * a.abs() + abs(sin_part) * b.abs()
-        return cos_part * a + sin_part * (b - math.cos(angle) * a), size
+        magnitude = (abs(cos_part) + abs(sin_part * math.cos(angle))) * a.abs() + abs(sin_part) * b.abs()
+        return cos_part * a + sin_part * (b - math.cos(angle) * a), magnitude
 
 
 def _angle(stats: SliceStats) -> float:
-    """θ in [0, π]; 0 where a vector is zero."""
+    """Compute θ in [0, π]; 0 where a vector is zero."""
     aa, bb, ab = stats
     length = math.sqrt(aa) * math.sqrt(bb)
     return math.acos(max(-1.0, min(1.0, ab / length))) if length else 0.0

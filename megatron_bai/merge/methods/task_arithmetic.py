@@ -42,12 +42,13 @@ class TaskVectorMethod(WeightedMethod):
         require_finite("merge.scale", self.scale)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
+        """Return 1 for the pretrained checkpoint and the weights of the task vectors."""
         return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_for_tensor(key, layer)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummedTaskVectors(TaskVectorMethod):
-    """A method in which the weighted task vectors are added up.
+    """A method that adds up the weighted task vectors.
 
     Args:
         normalize: divide the weights by their sum.
@@ -61,6 +62,7 @@ class SummedTaskVectors(TaskVectorMethod):
             require_positive_sum(name, weights)
 
     def weights_for_tensor(self, key: str | None, layer: int | None) -> tuple[float, ...]:
+        """Return the weights of one tensor, or layer of it, normalised where that is asked for."""
         weights = super().weights_for_tensor(key, layer)
         total = math.fsum(weights)
         return tuple(w / total for w in weights) if self.normalize else weights
@@ -68,11 +70,13 @@ class SummedTaskVectors(TaskVectorMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(SummedTaskVectors):
+    """The sum of the pretrained checkpoint and the weighted task vectors."""
+
     method: ClassVar[str] = "task_arithmetic"
     title: ClassVar[str] = "task arithmetic (arXiv 2212.04089)"
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """The merge as one weighted sum; a checkpoint named twice appears once."""
+        """Return the merge as one weighted sum; a checkpoint named twice appears once."""
         weights = self.weights_for_tensor(key, layer)
         coefficients = {self.pretrained: 1 - self.scale * math.fsum(weights)}
         for member, weight in zip(self.members, weights, strict=True):

@@ -1,4 +1,4 @@
-"""TIES (arXiv 2306.01708): trim, elect sign, merge what agrees.
+"""TIES (arXiv 2306.01708): trim, elect the sign, merge what agrees.
 
 For the task vectors τ_i = M_i − M_pretrained of each parameter, element by element:
 
@@ -10,9 +10,9 @@ The paper has w_i = 1. Where the trimmed values cancel, γ = 0 and the pretraine
 
 Of n elements the largest k = max(⌊density · n⌋, 1) are kept, and with them all that are as large as the k-th, so that
 the choice does not depend on the order in which elements are read. Magnitudes are compared in float32, whose bits, as
-integers, are in the order of the numbers; so the k-th largest is found exactly by counting: one pass counts the upper
-16 bits, a second the lower 15 of those elements that have the upper bits found. That needs two tables a member,
-whatever the parameter's size.
+integers, are in the order of the numbers; so the k-th largest is found exactly by histograms: one pass counts the upper
+16 bits, a second the lower 15 of the elements in the bin that holds the k-th. That needs two tables a member, whatever
+the parameter's size.
 """
 
 import math
@@ -37,7 +37,7 @@ class Ties(TaskVectorMethod):
 
     Args:
         weights: none negative; only their ratios matter.
-        density: the share of each parameter's elements that is kept, in (0, 1].
+        density: the fraction of each parameter's elements that is kept, in (0, 1].
     """
 
     method: ClassVar[str] = "ties"
@@ -57,51 +57,56 @@ class Ties(TaskVectorMethod):
                 raise UserError(f"{name} [{format_numbers(weights)}] holds a negative weight: TIES averages")
 
     def fingerprint_fields(self) -> dict[str, object]:
+        """Return the method, λ and the density."""
         return {"method": self.method, "scale": self.scale, "density": self.density}
 
     def needs_stats(self, weights: Sequence[float]) -> bool:
+        """Return whether anything is trimmed."""
         return self.density < 1
 
-    def measure_slice(self, blocks: ReadBlocks, name: str, count: int) -> SliceStats:
-        """Each member's threshold: the k-th largest |τ|."""
-        # the density as it was written: 0.29 · 100 in float64 is less than 29
-        rank = max(math.floor(Fraction(repr(self.density)) * count), 1)
-        high = _histogram(blocks, 31 - LOW, lambda bits: bits >> LOW)
-        found = [_kth_largest(counts, rank) for counts in high]
-        uppers = torch.tensor([upper for upper, _ in found], dtype=torch.int32).unsqueeze(1)
-        low = _histogram(blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & (1 << LOW) - 1, 1 << LOW))
-        lowers = [_kth_largest(counts, left)[0] for counts, (_, left) in zip(low, found, strict=True)]
-        bits = [upper << LOW | lower for (upper, _), lower in zip(found, lowers, strict=True)]
+    def measure_slice(self, read_blocks: ReadBlocks, name: str, num_elements: int) -> SliceStats:
+        """Compute each member's threshold: the k-th largest |τ|."""
+        # the density as it is written: 0.29 · 100 in float64 is less than 29
+        rank = max(math.floor(Fraction(repr(self.density)) * num_elements), 1)
+        high = _histogram(read_blocks, 31 - LOW, lambda bits: bits >> LOW)
+        upper_bins = [_kth_largest(counts, rank) for counts in high]
+        uppers = torch.tensor([upper for upper, _ in upper_bins], dtype=torch.int32).unsqueeze(1)
+        mask = (1 << LOW) - 1
+        low = _histogram(read_blocks, LOW, lambda bits: torch.where(bits >> LOW == uppers, bits & mask, 1 << LOW))
+        lowers = [_kth_largest(counts, left)[0] for counts, (_, left) in zip(low, upper_bins, strict=True)]
+        bits = [upper << LOW | lower for (upper, _), lower in zip(upper_bins, lowers, strict=True)]
         return tuple(torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist())
 
     def combine(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> torch.Tensor:
+        """Compute M_pretrained + λ · the mean of the trimmed values that agree with the elected sign."""
         base = values[0]
-        shares = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
-        weighted = self._trim(values, stats).mul_(shares)
+        weight_column = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
+        weighted = self._trim(values, stats).mul_(weight_column)
         sign = _ordered_sum(weighted).sign_()
         agreeing = weighted.mul_(sign).clamp_(min=0)  # |w · τ̂| of those that agree
-        step = _ordered_sum(agreeing).mul_(sign)
-        step.div_(_ordered_sum((agreeing > 0) * shares).clamp_(min=torch.finfo(torch.float64).tiny)).mul_(self.scale)
-        return torch.where(step == 0, base, base + step)
+        delta = _ordered_sum(agreeing).mul_(sign)
+        agreeing_weight = _ordered_sum((agreeing > 0) * weight_column)
+        delta.div_(agreeing_weight.clamp_(min=torch.finfo(torch.float64).tiny)).mul_(self.scale)
+        return torch.where(delta == 0, base, base + delta)
 
     def reference_values(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the two camps: the mass and the mean of the positive values, and those of the negative ones."""
+        """Compute sum and mean of the positive values and of the negative ones, and take the mean of the larger sum."""
         base, trimmed = values[0], self._trim(values, stats)
-        shares = torch.tensor(weights[1:], dtype=torch.float64)
-        up, down = shares @ trimmed.clamp(min=0), shares @ -trimmed.clamp(max=0)
-        mean_up = up / (shares @ (trimmed > 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
-        mean_down = down / (shares @ (trimmed < 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
-        step = self.scale * torch.where(up > down, mean_up, torch.where(up < down, -mean_down, 0))
-        near = (up - down).abs() <= 4 * len(shares) * torch.finfo(torch.float64).eps * (up + down)
-        size = base.abs() + step.abs()
-        return base + step, size.masked_fill(near & (up > 0), math.inf)
+        column = torch.tensor(weights[1:], dtype=torch.float64)
+        up, down = column @ trimmed.clamp(min=0), column @ -trimmed.clamp(max=0)
+        mean_up = up / (column @ (trimmed > 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
+        mean_down = down / (column @ (trimmed < 0).double()).clamp(min=torch.finfo(torch.float64).tiny)
+        delta = self.scale * torch.where(up > down, mean_up, torch.where(up < down, -mean_down, 0))
+        near = (up - down).abs() <= 4 * len(column) * torch.finfo(torch.float64).eps * (up + down)
+        magnitude = base.abs() + delta.abs()
+        return base + delta, magnitude.masked_fill(near & (up > 0), math.inf)
 
     def _trim(self, values: torch.Tensor, stats: SliceStats | None) -> torch.Tensor:
-        """τ̂ of every member, float64 [members, elements]."""
+        """Compute τ̂ of every member, float64 `[members, elements]`."""
         vectors = values[1:] - values[0]
         for vector, threshold in zip(vectors, stats or (), strict=False):
             vector.mul_(vector.float().abs_() >= threshold)
@@ -109,31 +114,33 @@ class Ties(TaskVectorMethod):
 
 
 def _ordered_sum(rows: torch.Tensor) -> torch.Tensor:
-    """Their sum, one after another: `sum` is free to choose another order for another number of columns."""
+    """Add the rows in their order: `sum` may choose another order for another number of columns."""
     total = rows[0].clone()
     for row in rows[1:]:
         total += row
     return total
 
 
-def _histogram(blocks: ReadBlocks, bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """How often each bucket is met in the bits of each member's |τ|: int64 [members, 2**bits]; others do not count."""
+def _histogram(
+    read_blocks: ReadBlocks, num_bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Count the buckets in the bits of each member's |τ|: int64 `[members, 2**num_bits]`; larger ones do not count."""
     counts: torch.Tensor | None = None
-    for values in blocks():
+    for values in read_blocks():
         magnitudes = (values[1:] - values[0]).float().abs_().view(len(values) - 1, -1)
-        numbers = bucket(magnitudes.view(torch.int32))
+        buckets = bucket(magnitudes.view(torch.int32))
         if counts is None:
-            counts = torch.zeros(len(numbers), 1 << bits, dtype=torch.int64)
-        for row, member in zip(counts, numbers, strict=True):
-            row += torch.bincount(member, minlength=row.numel())[: 1 << bits]
+            counts = torch.zeros(len(buckets), 1 << num_bits, dtype=torch.int64)
+        for row, member in zip(counts, buckets, strict=True):
+            row += torch.bincount(member, minlength=row.numel())[: 1 << num_bits]
     assert counts is not None, "a slice has elements"
     return counts
 
 
 def _kth_largest(counts: torch.Tensor, rank: int) -> tuple[int, int]:
-    """The bucket that holds the `rank`-th largest, and its rank in there."""
-    above = counts.flip(0).cumsum(0)  # how many lie in a bucket and those over it, the uppermost first
-    place = int(torch.searchsorted(above, rank))
-    assert place < len(counts), "there are fewer elements than are to be kept"
-    before = int(above[place - 1]) if place else 0
-    return len(counts) - 1 - place, rank - before
+    """Find the bucket that holds the `rank`-th largest, and its rank in there."""
+    above = counts.flip(0).cumsum(0)  # number of elements in a bucket and those over it, the uppermost first
+    position = int(torch.searchsorted(above, rank))
+    assert position < len(counts), "there are fewer elements than are to be kept"
+    before = int(above[position - 1]) if position else 0
+    return len(counts) - 1 - position, rank - before

@@ -1,13 +1,14 @@
-"""What a merge method must say, resolved before any file is opened; each method is a file of `methods/`.
+"""The interface of a merge method, resolved before any file is opened; each method is a file of `methods/`.
 
 Every method gives each source a weight in each tensor (`terms`). For a weighted sum Σ coefficient · value these are the
-coefficients and there is nothing more to say. Two steps away from that:
+coefficients, and nothing more is needed. There are two extensions:
 
-- A method with `stats_passes` reads the sources that many times beforehand and measures each slice (`slices`: one layer's or
-  one expert's parameter). A weighted sum may then have other coefficients in each slice (`coefficients`).
+- A method with `stats_passes` reads the sources that many times beforehand and measures each slice (`slices`: the
+  parameter of one layer or expert). The coefficients of its weighted sum may differ between slices (`coefficients`).
 - A method that is `elementwise` is no weighted sum: `combine` computes its values.
 
-Methods on task vectors τ_i = M_i − M_pretrained weigh those; their `terms` give the pretrained checkpoint 1.
+The weights of methods on task vectors τ_i = M_i − M_pretrained are those of τ_i; their `terms` give the pretrained
+checkpoint 1.
 """
 
 import dataclasses
@@ -25,16 +26,16 @@ from megatron_bai.merge.recipe.slices import SliceBox
 from megatron_bai.merge.tensor_names.param_groups import matches, parse_layers
 
 T = TypeVar("T")
-ReadBlocks = Callable[[], Iterator[torch.Tensor]]  # a slice's values [sources, …, columns] in float64, some rows at a time
-SliceStats = tuple[float, ...]  # what a method measured of one slice
+ReadBlocks = Callable[[], Iterator[torch.Tensor]]  # yields a slice's values, some rows at a time
+SliceStats = tuple[float, ...]  # of one slice, as its method defines them
 
-NON_SETTINGS = ("method", "pretrained", "members", "terms")  # of a description, what is no setting of the method
+NON_SETTINGS = ("method", "pretrained", "members", "terms")  # keys of `Recipe.describe` that are no settings of the method
 WEIGHT_SUM_TOLERANCE = 1e-6  # how far weights that must sum to 1 may be from it: the error of seven decimals
 
 
 @dataclass(frozen=True)
 class Term:
-    """A source's part in a merge: in a weighted sum, `coefficient` (float64) times the checkpoint at `source`."""
+    """A source and its weight: in a weighted sum, `coefficient` (float64) times the checkpoint at `source`."""
 
     source: str
     coefficient: float
@@ -42,7 +43,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """A merge as the user writes it: the fields of a method are the settings it uses.
+    """A merge method with its settings: the fields of a method are the settings it uses.
 
     Args:
         pretrained: the base checkpoint, or empty where the method has none.
@@ -74,76 +75,85 @@ class Recipe(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything but the checkpoints; patterns last."""
+        """The settings of the method, without the checkpoints; patterns last."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NON_SETTINGS}
 
     @property
     def patterns(self) -> tuple[str, ...]:
+        """The patterns of all settings that have some."""
         return tuple(pattern for name, value in self.settings.items() if name.endswith("_for") for pattern, _ in value)
 
     @abstractmethod
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """The sources, each once, and their weights; the first gives the output its layout and non-tensor state.
+        """Return the sources, each once, and their weights; the first gives the output its layout and non-tensor state.
 
         Args:
-            key: the tensor to merge; None gives the terms of tensors that no pattern fits.
-            layer: the decoder layer of it that is merged, if it has any.
+            key: name of the tensor; None gives the terms of tensors that no pattern matches.
+            layer: decoder layer of the tensor that is merged, from 0; None where it belongs to none.
         """
 
     def needs_stats(self, weights: Sequence[float]) -> bool:
-        """Whether a tensor with these weights of the sources must be measured; only asked where there are passes."""
+        """Return whether a tensor with these weights must be measured; called for methods with `stats_passes`."""
         return True
 
-    def measure_slice(self, blocks: ReadBlocks, name: str, count: int) -> SliceStats:
-        """What `coefficients` or `combine` must know of a whole slice; calls `blocks` as often as there are passes.
+    def measure_slice(self, read_blocks: ReadBlocks, name: str, num_elements: int) -> SliceStats:
+        """Compute what `coefficients` or `combine` need of a whole slice.
 
-        Must not depend on the order of the blocks, nor on how many rows are in one.
+        The result must depend neither on the order of the blocks nor on their number of rows.
 
         Args:
-            name: the slice's.
-            count: of its elements.
+            read_blocks: yields the slice's values, float64 `[sources, …, columns]`; called `stats_passes` times.
+            name: of the slice.
+            num_elements: of the slice.
         """
         raise NotImplementedError
 
     def coefficients(self, weights: tuple[float, ...], stats: SliceStats | None) -> tuple[float, ...]:
-        """The weighted sum's coefficients in a slice that was measured, or in any tensor."""
+        """Return the weighted sum's coefficients in a slice with these statistics, or in any tensor."""
         return weights
 
     def combine(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> torch.Tensor:
-        """The merged values of an elementwise method.
+        """Compute the merged values of an elementwise method.
 
         Args:
-            values: float64 [sources, elements], the pretrained checkpoint first; it must not be changed. Sources of
-                weight 0 may be left at zero.
+            values: float64 `[sources, elements]`, the pretrained checkpoint first; must not be changed. Sources of
+                weight 0 may be zero.
             weights: one for each source.
-            part: which elements these are.
+            slice_box: box of the elements.
+            stats: of their slice, where it was measured.
 
         Returns:
-            float64 [elements]; where a method does not move an element, the pretrained checkpoint's bits.
+            float64 `[elements]`; where a method does not move an element, the pretrained checkpoint's bits.
         """
         raise NotImplementedError
 
     def reference_values(
-        self, values: torch.Tensor, weights: Sequence[float], part: SliceBox, stats: SliceStats | None
+        self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The merged values by the method's plain formula, written apart from how the engine computes them.
+        """Compute the merged values by the method's plain formula, for `verify` and apart from what the executor does.
+
+        Args:
+            values: float64 `[sources, elements]`, the pretrained checkpoint first.
+            weights: one for each source.
+            slice_box: box of the elements.
+            stats: of their slice, where it was measured.
 
         Returns:
-            float64 [elements] each: the values, and the magnitude of what was added up for them, which bounds the
-            rounding of the engine's sums; infinite where rounding alone decides the value.
+            float64 `[elements]` each: the values, and the sum of the magnitudes of their summands, which bounds the
+            rounding of the executor's sums; infinite where rounding alone decides the value.
         """
         coefficients = torch.tensor(self.coefficients(tuple(weights), stats), dtype=torch.float64)
         summands = values * coefficients.unsqueeze(1)
         return summands.sum(0), summands.abs().sum(0)
 
     def summarize(self) -> str:
-        """The settings in a line, such as `alpha 0.5, weights 0.25 0.75`."""
+        """Format the settings in a line, such as `alpha 0.5, weights 0.25 0.75`."""
         return format_settings(self.settings)
 
     def describe(self) -> dict[str, Any]:
-        """The recipe and its terms, as `provenance.json` keeps them."""
+        """Return the recipe and its terms, as they are written to `provenance.json`."""
         return {
             "method": self.method,
             "pretrained": self.pretrained,
@@ -153,18 +163,18 @@ class Recipe(ABC):
         }
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """What the merged values depend on besides the terms, for the fingerprint."""
+        """Return what the merged values depend on besides the terms, for the fingerprint."""
         return {"method": self.method}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedMethod(Recipe):
-    """A method that weighs its members.
+    """A method with a weight for each member.
 
     Args:
         weights: one for each member, finite.
-        weights_for: (pattern, weights) pairs that replace `weights` for the tensors that fit the pattern, a parameter
-            group's name or a regular expression; the first that fits decides.
+        weights_for: (pattern, weights) pairs that replace `weights` for the tensors that match the pattern, a parameter
+            group's name or a regular expression; the first match decides.
     """
 
     weights: tuple[float, ...] = ()
@@ -179,27 +189,36 @@ class WeightedMethod(Recipe):
                 raise UserError(f"{name} [{format_numbers(weights)}] holds a number that is not finite")
 
     def all_weight_settings(self) -> list[tuple[str, tuple[float, ...]]]:
-        """Every set of weights with its setting's name."""
+        """Return every set of weights with its setting's name."""
         named = [(f"merge.weights_for[{pattern}]", weights) for pattern, weights in self.weights_for]
         return [("merge.weights", self.weights), *named]
 
     def weights_for_tensor(self, key: str | None, layer: int | None) -> tuple[float, ...]:
+        """Return the weights of the members in one tensor, or in one layer of it."""
         return first_match(self.weights_for, key, layer, self.weights)
 
 
 def first_match(choices: Sequence[tuple[str, T]], key: str | None, layer: int | None, default: T) -> T:
-    """The value of the first pattern that fits a tensor, or this layer of it."""
-    fitting = (value for pattern, value in choices if key is not None and matches(pattern, key, layer))
-    return next(fitting, default)
+    """Return the value of the first pattern that matches a tensor, or this layer of it.
+
+    Args:
+        choices: (pattern, value) pairs.
+        key: name of the tensor; None matches no pattern.
+        layer: decoder layer of it, from 0.
+        default: the value where no pattern matches.
+    """
+    matching = (value for pattern, value in choices if key is not None and matches(pattern, key, layer))
+    return next(matching, default)
 
 
 def require_pretrained(recipe: Recipe) -> None:
+    """Raise a UserError unless the recipe has a pretrained checkpoint."""
     if not recipe.pretrained:
         raise UserError("merge.pretrained is empty: give the base checkpoint's directory")
 
 
 def require_distinct(recipe: Recipe) -> None:
-    """For methods in which a checkpoint's second mention would not just add to its weight."""
+    """Raise a UserError unless all checkpoints differ: a second mention would not just add to the weight."""
     paths = [path for path in (recipe.pretrained, *recipe.members) if path]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -207,16 +226,19 @@ def require_distinct(recipe: Recipe) -> None:
 
 
 def require_fraction(name: str, value: float) -> None:
+    """Raise a UserError unless the value of the setting `name` is in [0, 1]."""
     if not 0 <= value <= 1:  # also catches NaN
         raise UserError(f"{name} is {value:g}: it lies between 0 and 1")
 
 
 def require_finite(name: str, value: float) -> None:
+    """Raise a UserError unless the value of the setting `name` is finite."""
     if not math.isfinite(value):
         raise UserError(f"{name} is {value:g}: give a finite number")
 
 
 def require_positive_sum(name: str, weights: Sequence[float]) -> None:
+    """Raise a UserError unless the weights of the setting `name` can be divided by their sum."""
     if math.fsum(weights) <= 0:
         raise UserError(
             f"{name} [{format_numbers(weights)}] sum to {math.fsum(weights):g}: merge.normalize needs a positive sum"
@@ -224,11 +246,12 @@ def require_positive_sum(name: str, weights: Sequence[float]) -> None:
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
-    """Settings in a line; those of patterns, and those left out, are not in it."""
+    """Format settings in a line, without patterns and what is left out."""
     plain = {name: value for name, value in settings.items() if not name.endswith("_for") and value is not False}
     shown = {n: " ".join(f"{w:g}" for w in v) if isinstance(v, Sequence) else v for n, v in plain.items()}
     return ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in shown.items())
 
 
 def format_numbers(weights: Sequence[float]) -> str:
+    """Format numbers as a list without brackets."""
     return ", ".join(f"{w:g}" for w in weights)

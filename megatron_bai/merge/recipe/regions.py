@@ -1,7 +1,7 @@
-"""The tensors to write, and the regions they fall into: each has one fate and one set of coefficients.
+"""The tensors to write, and their regions, each with one fate and one set of coefficients.
 
-Most tensors are one region. A tensor that stacks layers is cut where a pattern's range of layers begins or ends, and
-the vocabulary's tensors are cut behind the last row that means a token.
+Most tensors are one region. A tensor that stacks layers is split where a pattern's range of layers begins or ends, and
+the vocabulary's tensors after the last row that is a token's.
 """
 
 import math
@@ -20,6 +20,8 @@ from megatron_bai.merge.tensor_names.vocabulary import is_vocab_tensor
 
 
 class Fate(Enum):
+    """What the elements of a region become."""
+
     MERGED = "merged"
     EQUAL = "equal"  # in all sources, and copied
     KEPT = "kept"  # copied from the pretrained checkpoint
@@ -27,7 +29,7 @@ class Fate(Enum):
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write; `merged` or else equal in all sources."""
+    """A tensor to write: `merged`, or else equal in all sources."""
 
     key: str
     dtype: torch.dtype
@@ -36,11 +38,12 @@ class OutputTensor:
 
     @cached_property
     def canonical(self) -> CanonicalBox:
-        """What it is, whatever it is called."""
+        """The tensor as a box of a canonical one."""
         return canonical_box(self.key, self.shape)
 
     @property
     def nbytes(self) -> int:
+        """The bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -49,8 +52,8 @@ class Region:
     """A box of an output tensor.
 
     Attributes:
-        name: the tensor's key, with the rows of a part behind it: `decoder.layers.mlp.router.weight[0:12]`.
-        layer: one of the decoder layers in it, all of which fit the same patterns; None where it belongs to none.
+        name: the tensor's key, and the rows where it is not all of them: `decoder.layers.mlp.router.weight[0:12]`.
+        layer: one of the decoder layers in it, all of which match the same patterns; None where it belongs to none.
     """
 
     output: OutputTensor
@@ -61,44 +64,47 @@ class Region:
 
     @property
     def key(self) -> str:
+        """The output tensor's name."""
         return self.output.key
 
     @property
     def dtype(self) -> torch.dtype:
+        """The output tensor's dtype."""
         return self.output.dtype
 
 
-def split_into_regions(output: OutputTensor, patterns: Sequence[str], rows: int | None) -> tuple[Region, ...]:
-    """Cut a tensor into regions, in order.
+def split_into_regions(output: OutputTensor, patterns: Sequence[str], vocab_size: int | None) -> tuple[Region, ...]:
+    """Split a tensor into regions, in order.
 
     Args:
+        output: the tensor.
         patterns: of the recipe.
-        rows: of the vocabulary's tensors, those that mean a token; None: all.
+        vocab_size: number of rows of the vocabulary's tensors that are a token's; None: all.
     """
     key, shape = output.key, output.shape
     layers = output.canonical.layers
     stacked = layers is not None and len(output.canonical.sizes) == len(shape)
     if not output.merged:
         return (_make_region(output, None, Fate.EQUAL, None),)
-    if rows is not None and is_vocab_tensor(key) and rows < shape[0]:
+    if vocab_size is not None and is_vocab_tensor(key) and vocab_size < shape[0]:
         return (
-            _make_region(output, range(rows), Fate.MERGED, None),
-            _make_region(output, range(rows, shape[0]), Fate.KEPT, None),
+            _make_region(output, range(vocab_size), Fate.MERGED, None),
+            _make_region(output, range(vocab_size, shape[0]), Fate.KEPT, None),
         )
     if layers is None or not stacked:
         return (_make_region(output, None, Fate.MERGED, None if layers is None else layers[0]),)
-    cuts = {layers.start, layers.stop}
+    bounds = {layers.start, layers.stop}
     for pattern in patterns:
-        chosen = parse_layers(pattern)
-        if chosen is not None and matches(pattern, key, chosen.start):
-            cuts |= {chosen.start, chosen.stop} & set(layers)
-    if len(cuts) <= 2:
+        matching = parse_layers(pattern)
+        if matching is not None and matches(pattern, key, matching.start):
+            bounds |= {matching.start, matching.stop} & set(layers)
+    if len(bounds) <= 2:
         return (_make_region(output, None, Fate.MERGED, layers.start),)
-    return tuple(_make_region(output, range(a, b), Fate.MERGED, a) for a, b in pairwise(sorted(cuts)))
+    return tuple(_make_region(output, range(a, b), Fate.MERGED, a) for a, b in pairwise(sorted(bounds)))
 
 
 def _make_region(output: OutputTensor, rows: range | None, fate: Fate, layer: int | None) -> Region:
-    """Rows of a tensor, or all of it."""
+    """Make a region of some rows of a tensor, or of all of it."""
     zeros = (0,) * len(output.shape)
     if rows is None:
         return Region(output, (zeros, output.shape), output.key, fate, layer)

@@ -1,8 +1,9 @@
-"""What a tensor's name means: the same weight is saved under many names, cut and stacked in many ways.
+"""Canonical names: the same weight is saved under many names, split and stacked in many ways.
 
 A *canonical* tensor holds one kind of parameter of the whole model: its layers are stacked on the first axis, the
-experts of a layer on the next, gate and up projection one after the other on the rows. `canonical_box` says which box of which
-canonical tensor a checkpoint's own (*native*) tensor is. With L layers, E experts, I rows of gate and H columns:
+experts of a layer on the next, the rows of the up projection after those of the gate projection.
+`canonical_box` says which box of which canonical tensor a checkpoint's own (*native*) tensor is. With L layers, E
+experts, I rows of gate and H columns:
 
     Megatron-Core 0.16, all canonical `decoder.layers.mlp.experts.experts.linear_fc1.weight` [L, E, 2I, H]
         decoder.layers.mlp.experts.experts.linear_fc1.weight            [L, E, 2I, H]  the default
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 from megatron_bai.checkpoint.boxes import Box
 
-LAYER, EXPERT = "layers", "experts"  # what the leading axes of a canonical tensor count
+LAYER, EXPERT = "layers", "experts"  # the leading axes of a canonical tensor
 
 _LAYERS = re.compile(r"^(.*?\blayers\.)(?:(\d+)\.)?(.*)$")
 _NUMBERED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -44,9 +45,9 @@ class CanonicalBox:
 
     Attributes:
         name: of the canonical tensor.
-        axes: what its leading axes count, `LAYER` and `EXPERT` where it has them.
-        origin: where the native element [0, …, 0] lies in the canonical tensor.
-        sizes: of the box. It has the native shape behind leading ones, one for each index in the native name.
+        axes: its leading axes, `LAYER` and `EXPERT` where it has them.
+        origin: position of the native element [0, …, 0] in the canonical tensor.
+        sizes: of the box: a 1 for each index in the native name, then the native shape.
     """
 
     name: str
@@ -55,42 +56,43 @@ class CanonicalBox:
     sizes: tuple[int, ...]
 
     def to_canonical(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
-        """A box of the native tensor in canonical coordinates."""
-        lead = len(self.origin) - len(offsets)
-        low = tuple(o + n for o, n in zip(self.origin, (0,) * lead + offsets, strict=True))
-        return low, (1,) * lead + sizes
+        """Convert a box of the native tensor to canonical coordinates."""
+        num_leading = len(self.origin) - len(offsets)
+        low = tuple(o + n for o, n in zip(self.origin, (0,) * num_leading + offsets, strict=True))
+        return low, (1,) * num_leading + sizes
 
     def to_native(self, box: Box, ndim: int) -> Box:
-        """A box inside this one in coordinates of the native tensor, which has `ndim` axes."""
-        lead = len(self.origin) - ndim
-        return tuple(low - o for low, o in zip(box[0][lead:], self.origin[lead:], strict=True)), box[1][lead:]
+        """Convert a canonical box inside this one to coordinates of the native tensor, which has `ndim` axes."""
+        num_leading = len(self.origin) - ndim
+        offsets = zip(box[0][num_leading:], self.origin[num_leading:], strict=True)
+        return tuple(low - o for low, o in offsets), box[1][num_leading:]
 
     @property
     def layers(self) -> range | None:
-        """The decoder layers in it. Layers of multi-token prediction are counted apart, so they have none."""
+        """The decoder layers in it; None for layers of multi-token prediction, which are counted apart."""
         if LAYER not in self.axes or self.name.startswith("mtp."):
             return None
         return range(self.origin[0], self.origin[0] + self.sizes[0])
 
 
 def canonical_box(key: str, shape: tuple[int, ...]) -> CanonicalBox:
-    """What the tensor called `key` is. A name that follows no rule is canonical itself."""
+    """Return the box that the tensor called `key` is; a name that follows no rule is canonical itself."""
     name, half = key, None
     axes: tuple[str, ...] = ()
     index: tuple[int, ...] = ()
-    if (found := _LAYERS.match(name)) and (found[2] or shape):  # without a number they are stacked in the tensor
-        name, axes, index = found[1] + found[3], (LAYER,), (int(found[2]),) if found[2] else ()
+    if (match := _LAYERS.match(name)) and (match[2] or shape):  # without a number they are stacked in the tensor
+        name, axes, index = match[1] + match[3], (LAYER,), (int(match[2]),) if match[2] else ()
     name = _HF_WHOLE.sub(r"\1", name)
-    if (found := _NUMBERED_EXPERT.search(name)) and (index or not axes):
-        name = name[: found.start(1)] + name[found.end() :]
-        axes, index = (*axes, EXPERT), (*index, int(found[1]))
-        if found := _HF_HALVES.search(name):
-            name, half = name[: found.start()] + "gate_up_proj", ("gate", "up").index(found[1])
+    if (match := _NUMBERED_EXPERT.search(name)) and (index or not axes):
+        name = name[: match.start(1)] + name[match.end() :]
+        axes, index = (*axes, EXPERT), (*index, int(match[1]))
+        if match := _HF_HALVES.search(name):
+            name, half = name[: match.start()] + "gate_up_proj", ("gate", "up").index(match[1])
         name = _HF_WHOLE.sub(r"\1", name)
     elif _STACKED_EXPERTS.search(name) and len(shape) >= len(axes) - len(index) + 1:
         axes = (*axes, EXPERT)
-    if found := _HALVES.search(name):
-        name, half = name[: found.end(1)], "wv".index(found[2])
+    if match := _HALVES.search(name):
+        name, half = name[: match.end(1)], "wv".index(match[2])
     for fused, norm in _FUSED_NORMS.items():
         name = name.replace(fused, norm)
     origin = [*index, *(0 for _ in shape)]
