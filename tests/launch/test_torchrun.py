@@ -1,7 +1,9 @@
 """launch/torchrun.sh: its options, and a run on two machines that is the run on one."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ pytestmark = pytest.mark.distributed
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([TORCHRUN, *words], capture_output=True, text=True, timeout=60)
+    here = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for a checkout without .venv
+    return subprocess.run([TORCHRUN, *words], capture_output=True, text=True, timeout=60, env=here)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Hugging Face ↔ Megatron, in every layout: the same function, the same bits."""
 
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import reference
 import torch
 from distributed.worker import CASES, QUICK
 from moe import MODEL
-from processes import Layouts
+from processes import TESTS, Layouts, launch
 from safetensors.torch import load_file
 from tiers import tiered
 
@@ -93,11 +92,13 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 def test_the_verb_converts_there_and_back_bit_for_bit(layouts: Layouts, tmp_path: Path) -> None:
     saved = layouts.directory / "tp2_ep2" / "megatron"
-    for source, target, kind in ((saved, "hf", "hf"), (tmp_path / "hf", "back", "megatron")):
-        overrides = [f"convert.source={source}", f"convert.target={tmp_path / target}", f"convert.to={kind}"]
-        command = [sys.executable, "-m", "megatron_bai", "convert", *overrides, "backend.kind=cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and f"wrote {tmp_path / target}" in done.stdout, done.stderr
+    cases = {
+        target: ["convert", f"convert.source={source}", f"convert.target={tmp_path / target}", f"convert.to={kind}"]
+        for source, target, kind in ((saved, "hf", "hf"), (tmp_path / "hf", "back", "megatron"))
+    }
+    launch(TESTS / "e2e" / "forks.py", tmp_path, json.dumps(cases))
+    for target in cases:
+        assert f"wrote {tmp_path / target}" in (tmp_path / f"{target}.out").read_text()
     same(tmp_path / "hf", layouts.directory / "one" / "hf")
     back, wanted = tensors_of(tmp_path / "back"), tensors_of(saved)
     assert back.keys() == wanted.keys() and all(torch.equal(back[key], wanted[key]) for key in wanted)
