@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ SHARED = {
     "facts": ["routing/test_replay.py", "routing/test_routers.py"],
 }
 GROUPS = {f"tests/{file}": name for name, files in SHARED.items() for file in files}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start one fork server for all workers of pytest-xdist; it imports SGLang when it is first asked for a fork."""
+    if not hasattr(config, "workerinput"):
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        stack.enter_context(forking.fork_server())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,18 +105,12 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Layouts(directory)
 
 
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with forking.fork_server(tmp_path_factory.mktemp("forks")) as variables:
-        yield variables
-
-
 @pytest.fixture(scope="module")
-def forked_servers(fork_server: dict[str, str]) -> Iterator[None]:
+def forked_servers() -> Iterator[None]:
     """SGLang in forks, for the whole module, whoever starts it on this machine: seconds instead of a third of a minute.
 
     Not where a test is about a server's start, its processes or their end: it has one process as before, which stands
     for those of the fork.
     """
-    with forking.in_environment(fork_server):
+    with forking.in_environment(forking.variables()):
         yield

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -16,22 +17,30 @@ HERE = Path(__file__).with_name("forked_servers")
 
 
 @contextmanager
-def fork_server(directory: Path) -> Iterator[dict[str, str]]:
-    """The variables with which commands get forks in place of servers; the forks end with the block."""
-    address = directory / "forks"
-    with socket.socket(socket.AF_UNIX) as listener, open(directory / "fork_server.log", "wb") as log:
+def fork_server() -> Iterator[None]:
+    """Have a fork server, for this process and those it starts; its forks end with the block."""
+    with TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        address = Path(directory) / "forks"
         listener.bind(str(address))
-        listener.listen(16)  # who asks before SGLang is imported waits
-        command = [sys.executable, str(HERE / "fork_server.py"), str(listener.fileno())]
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=_environment("cpu"), pass_fds=[listener.fileno()]
-        )
-    try:
-        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-        yield {"PYTHONPATH": path, "FORKED_SERVERS": str(address)}
-    finally:
-        process.kill()
-        process.wait()
+        listener.listen(16)
+        command = [sys.executable, str(HERE / "fork_server.py"), str(os.getpid()), str(listener.fileno())]
+        with open(address.with_suffix(".log"), "wb") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=_environment("cpu"), pass_fds=[listener.fileno()]
+            )
+        listener.close()  # the server's alone: when it ends nobody waits for it
+        try:
+            with in_environment({"FORK_SERVER": str(address), "FORK_SERVER_PID": str(process.pid)}):
+                yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def variables() -> dict[str, str]:
+    """Those with which commands get forks in place of servers."""
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "FORKED_SERVERS": os.environ["FORK_SERVER"]}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`python fork_server.py FD`: imports SGLang once, then forks a server for everyone who connects to the socket FD.
+"""`python fork_server.py PARENT FD`: imports SGLang once, when it is first asked, and forks a server for everyone who connects to the socket FD.
 
 One thread: a fork would lose the others, with what they hold. So all is done in one loop, and the threads are counted
 before each fork.
@@ -18,21 +18,28 @@ from typing import NoReturn
 from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.servers import server_main
+from megatron_bai.utils.child_processes import die_with
 from megatron_bai.utils.imports import without_collections
 
 IMPORTED = ["entrypoints.http_server", "model_executor.model_runner", "models.registry", "managers.scheduler"]
 
 
 def main(listener: socket.socket) -> None:
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        selector.select()  # until the first asks: most runs of tests need none of this
+        prepare()
+        serve(listener, selector)
+
+
+def prepare() -> None:
+    """Import all that a server does."""
     with without_collections():
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
         compat.apply("sglang-cpu")
         import_module("sglang.launch_server")
         for name in IMPORTED:
             import_module(f"sglang.srt.{name}")
-    with selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-        serve(listener, selector)
 
 
 def serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
@@ -106,4 +113,5 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
+    die_with(int(sys.argv[1]))
+    main(socket.socket(fileno=int(sys.argv[2])))
