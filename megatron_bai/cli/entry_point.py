@@ -18,6 +18,7 @@ from megatron_bai.cli.compose import compose, hydra_errors_as_user_errors
 from megatron_bai.cli.help_text import overview, verb_help
 from megatron_bai.cli.verbs import VERBS
 from megatron_bai.errors import UserError, of_peer
+from megatron_bai.utils import terminal_logging
 from megatron_bai.utils.imports import without_collections
 
 _RANK_0_HEAD_START_S = 5.0  # of a rank, while another says what went wrong
@@ -28,6 +29,7 @@ _OVERRIDE = re.compile(r"~|[^-=][^=]*=")
 
 def main() -> None:
     """Run the command line. Exits with 0, 1 (`doctor` found the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
+    terminal_logging.setup()
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|hydra)\b")
     signal.signal(signal.SIGTERM, _on_sigterm)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored

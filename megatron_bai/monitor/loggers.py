@@ -1,5 +1,6 @@
 """Where a run's numbers go besides `metrics.jsonl`: TensorBoard, W&B and MLflow."""
 
+import logging
 import math
 import re
 import time
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.utils.flatten import flatten
+
+_log = logging.getLogger(__name__)
 
 # Credentials in an address, and the prefixes by which Hugging Face, OpenAI-like services, W&B and GitHub mark theirs.
 _SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(hf_|sk-|wandb_v1_|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
@@ -111,7 +114,7 @@ class Loggers:
             if not getattr(settings.monitor, name):
                 continue
             if find_spec(name) is None:  # TensorBoard's only: `require` refuses the others
-                print("tensorboard is not installed: the run writes no event files (metrics.jsonl has everything)")
+                _log.warning("tensorboard is not installed: the run writes no event files (metrics.jsonl has everything)")
                 continue
             self._open[name] = kind(directory, settings)
 
@@ -128,7 +131,7 @@ class Loggers:
             try:
                 do(logger)
             except Exception as error:  # whatever it is: a full disk, a server that is gone
-                print(f"{name} failed and is not used any more in this run: {error}", flush=True)
+                _log.warning("%s failed and is not used any more in this run: %s", name, error)
                 del self._open[name]
 
 

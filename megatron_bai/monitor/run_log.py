@@ -1,6 +1,7 @@
 """A run's running record: `metrics.jsonl`, `config.yaml`, loggers, and one line a step on the terminal."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -17,6 +18,8 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.loggers import Loggers
+
+_log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -76,9 +79,9 @@ class Progress:
         os.fsync(self._file.fileno())  # a checkpoint of this step may follow: it must not be there without its record
         self._loggers.log(values)
         words = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
-        self._console.print(f"step {values['step']:>4}/{self.total}  " + "  ".join(words), soft_wrap=True)
+        _log.info("step %4d/%d  %s", values["step"], self.total, "  ".join(words))
         for alarm in values.get("alarms", ()):
-            self._console.print(f"alarm: {Alarm(**alarm)}", style="yellow", markup=False, soft_wrap=True)
+            _log.warning("alarm: %s", Alarm(**alarm))
         self._bar.advance(self._task)
 
 

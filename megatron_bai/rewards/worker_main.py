@@ -50,7 +50,8 @@ def main() -> None:
 
     def reply(content: dict[str, Any]) -> None:
         sys.stdout.flush()  # what the function printed: this process may be killed at any time after
-        print(json.dumps(content), file=replies, flush=True)
+        replies.write(json.dumps(content) + "\n")
+        replies.flush()
 
     try:
         function = find(name)

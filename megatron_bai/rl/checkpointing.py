@@ -6,6 +6,7 @@
 The newest one counts. One that is damaged stops the run: an older one would silently undo steps that were reported.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from megatron_bai.monitor.summary import read_summary
 from megatron_bai.rl.session import Session
 from megatron_bai.utils.flatten import flatten
 
+_log = logging.getLogger(__name__)
 # Settings that a run may change where it goes on: those that change no number, or only its rounding, and how long the
 # run is. A name that ends in a dot stands for its group.
 MAY_CHANGE = (
@@ -100,9 +102,9 @@ class ResumePoint:
         except UserError as error:
             raise _unusable_error(self.checkpoint, error) from None
         if dist.get_rank() == 0:
-            print(f"going on from {self.checkpoint}, after step {self.step}")
+            _log.info("going on from %s, after step %d", self.checkpoint, self.step)
             if not self.restore_rng:
-                print("it was written in another layout: the random-number generators start anew")
+                _log.info("it was written in another layout: the random-number generators start anew")
 
     def load_states(self, stateful: Mapping[str, Stateful]) -> None:
         """Let each part go on where it was. Collective.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
 from megatron_bai.routing.store.codec import ENCODINGS
 from megatron_bai.routing.store.expert_set_code import MAX_EXPERTS, MAX_TOPK
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -185,7 +188,7 @@ def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
     length = longest_request(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
     if supervised:
         length = settings.supervised.length
-    log = print if dist.get_rank() == 0 else (lambda line: None)
+    log = _log.warning if dist.get_rank() == 0 else (lambda line: None)
     return task_factory.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, supervised, log)
 
 

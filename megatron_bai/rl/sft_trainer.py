@@ -31,14 +31,14 @@ def train_sft(settings: config.Config) -> None:
     if done is not None:
         if done.get("made_by") != made_by:
             raise UserError(f"{target} was made with other settings: remove it or choose another run.name")
-        print(f"{target} is complete: nothing to do")
+        print(f"{target} is complete: nothing to do")  # noqa: T201, the verb's result
         return
     with open_session(settings) as session:
         _run_steps(session)
         info = {"made_by": made_by, "data": asdict(settings.data), "steps": settings.trainer.steps}
         megatron_checkpoint.save(session.actor, target, session.tokenizer_dir, info)
         if session.is_rank_0:
-            print(f"saved {target}")
+            print(f"saved {target}")  # noqa: T201, the verb's result
 
 
 def _run_steps(session: Session) -> None:

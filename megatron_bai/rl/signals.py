@@ -4,8 +4,8 @@ A signal may reach one rank or all, each in another step's last moment. So a ran
 the ranks tell each other: what one was asked, all do, after the same step.
 """
 
+import logging
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+_log = logging.getLogger(__name__)
 STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
 
 
@@ -52,11 +53,7 @@ class SignalRequests:
 
     def _on_grace_expired(self, number: int, frame: FrameType | None) -> None:
         """Unwinds like an exception, so that the server is stopped and files are closed."""
-        print(
-            f"megatron-bai: stopped within a step, {self._grace_s:g} s after SIGTERM (trainer.grace_s): it is not saved",
-            file=sys.stderr,
-            flush=True,
-        )
+        _log.error("stopped within a step, %g s after SIGTERM (trainer.grace_s): it is not saved", self._grace_s)
         raise SystemExit(STOPPED)
 
 

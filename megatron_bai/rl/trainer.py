@@ -1,5 +1,6 @@
 """The reinforcement-learning loop: roll out, score, update, sync, record."""
 
+import logging
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.signals import STOPPED, SignalActions, handle_signals
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
+_log = logging.getLogger(__name__)
+
 _PRINTED_METRICS = (
     "reward_mean",
     "eval_accuracy",
@@ -59,7 +62,7 @@ def train(settings: config.Config) -> None:
         if not start.is_finished:
             _run_training(session, start)
         elif session.is_rank_0:
-            print(f"{settings.run.dir} is complete: nothing to do")
+            print(f"{settings.run.dir} is complete: nothing to do")  # noqa: T201, the verb's result
 
 
 def _run_training(session: Session, start: ResumePoint) -> None:
@@ -80,7 +83,7 @@ def _run_training(session: Session, start: ResumePoint) -> None:
     if session.is_rank_0:
         summary.write(directory, complete=True)
         write_report([directory], directory / "report.html")
-        print(f"wrote {directory / 'report.html'}")
+        print(f"wrote {directory / 'report.html'}")  # noqa: T201, the verb's result
 
 
 def _run_steps(
@@ -127,7 +130,7 @@ def _act_on_requests(values: dict[str, Any], asked: SignalActions, checkpoints: 
     if asked.stop:
         checkpoints.wait()
         if dist.get_rank() == 0:
-            print(f"stopped after step {step}, as SIGTERM asked: the same command goes on from there")
+            _log.info("stopped after step %d, as SIGTERM asked: the same command goes on from there", step)
         raise SystemExit(STOPPED)
 
 

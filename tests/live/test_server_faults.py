@@ -25,6 +25,7 @@ from megatron_bai.rollout.servers import auth, control, fleet
 from megatron_bai.rollout.servers.fleet import Servers
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
+from megatron_bai.utils import terminal_logging
 
 pytestmark = [pytest.mark.live, pytest.mark.long]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13]]
@@ -165,9 +166,10 @@ def test_a_hung_server_is_started_anew_and_asked_for_what_it_owes(
     failed = hurried.generate(PROMPTS, 2, 3, STOP, **asked)
     assert all("no answer within rollout.request_timeout_s=1 s" in str(each) for each in failed)
     capsys.readouterr()
+    terminal_logging.setup()
     assert len(servers.revive(checkpoints["v0"], "v1")) == 1
     line = capsys.readouterr().err.strip()
-    assert line == f"SGLang at {url} does not answer /server_info: timed out: it is started anew (1 of 1)"
+    assert line == f"[rank 0] SGLang at {url} does not answer /server_info: timed out: it is started anew (1 of 1)"
     assert not psutil.wait_procs(before, timeout=10)[1]
     with pytest.raises(UserError, match=r"sampled with weights \['default'\], the trainer is at v1"):
         client(url, api_key_file=path, retries=0).generate([[5]], 1, 3, STOP, version="v1")

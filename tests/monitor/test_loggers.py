@@ -11,6 +11,7 @@ from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.loggers import Loggers, validate
 from megatron_bai.monitor.run_log import Progress
+from megatron_bai.utils import terminal_logging
 
 ALARM = Alarm(2, "entropy_collapse", "entropy", 7.0, "entropy fell", "read the paper", 1, "warn", {"level": 0.1})
 RECORDS = [
@@ -18,6 +19,11 @@ RECORDS = [
     {"step": 2, "reward_mean": 0.75, "route_mismatch/0": 0.5, "alarms": [ALARM.json()]},
 ]
 NUMBERS = {"reward_mean": [(1, 0.5), (2, 0.75)], "route_mismatch/0": [(1, 0.25), (2, 0.5)]}
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> None:
+    terminal_logging.setup()
 
 
 def settings(**monitor: object) -> config.Config:
@@ -83,7 +89,7 @@ def test_a_logger_that_fails_is_named_and_the_run_goes_on(
     with Progress(tmp_path, settings(), 2, active=True) as progress:
         for record in RECORDS:
             progress.step(record, ("reward_mean",))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("tensorboard failed and is not used any more") == 1
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["reward_mean"] for line in lines] == [0.5, 0.75]
@@ -93,7 +99,9 @@ def test_an_alarm_is_on_the_terminal_and_in_the_record(tmp_path: Path, capsys: p
     with Progress(tmp_path, settings(tensorboard=False), 2, active=True) as progress:
         for record in RECORDS:
             progress.step(record, ("reward_mean",))
-    assert "alarm: entropy collapse: entropy fell, 7 standard errors; read the paper" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1].startswith("[rank 0] step    2/2  reward_mean 0.75")
+    assert said.err == "[rank 0] alarm: entropy collapse: entropy fell, 7 standard errors; read the paper\n"
     assert Alarm(**json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["alarms"][0]) == ALARM
 
 
@@ -107,7 +115,7 @@ def test_what_is_not_installed_is_refused_if_asked_for_and_said_if_not(
         validate(settings(**{name: "x"}))  # which `plan` takes
     loggers.require(settings().monitor)
     logged(tmp_path)
-    assert "tensorboard is not installed" in capsys.readouterr().out and not any(tmp_path.iterdir())
+    assert "tensorboard is not installed" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from megatron_bai.monitor.detectors.run_monitor import DETECTORS
 from megatron_bai.rollout.client import Wanted
 from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.routing.routes import VersionSpan
+from megatron_bai.utils import terminal_logging
 
 LAYOUTS = {
     "tp2_ep2": (2, config.Parallel(tensor=2, expert=2, sequence=True)),
@@ -149,6 +150,7 @@ def _rank(
 ) -> None:
     from megatron_bai.rl import trainer
 
+    terminal_logging.setup()
     if processes > 1:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line_and_the_former_checkpoint_is_gone_on_from(
     background: bool, found: dict[str, Any], fault: Note
 ) -> None:
     result = found[f"full-{background}"]
-    lines = [line for line in result["runs"][0]["said"].splitlines() if not line.startswith("step ")]
+    lines = [line for line in result["runs"][0]["said"].splitlines() if not line.startswith("[rank 0] step ")]
     assert len(lines) == 1 and "checkpoints/.step-00002.unfinished cannot be written: " in lines[0]
     assert result["whole"] == ["step-00001"]
     assert "step-00001, after step 1" in result["runs"][1]["said"] and result["runs"][1]["codes"] == [0]
@@ -218,7 +218,7 @@ def test_sigterm_ends_the_step_saves_and_loses_nothing(found: dict[str, Any], fa
     asked, again = found["asked"]["runs"]
     assert asked["codes"] == [STOPPED] and again["codes"] == [0]
     line = asked["said"].splitlines()[-1]
-    assert line == "stopped after step 2, as SIGTERM asked: the same command goes on from there"
+    assert line == "[rank 0] stopped after step 2, as SIGTERM asked: the same command goes on from there"
     assert found["asked"]["between"]["whole"] == ["step-00002"] and len(found["asked"]["between"]["metrics"]) == 2
     assert "step-00002, after step 2" in again["said"] and found["asked"]["summary"]["resumed"] == [2]
     assert [step["step"] for step in found["asked"]["metrics"]] == list(range(1, STEPS + 1))

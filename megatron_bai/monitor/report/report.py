@@ -3,7 +3,6 @@
 import os
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.report import html_page

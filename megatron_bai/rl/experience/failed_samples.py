@@ -1,6 +1,6 @@
 """Samples and rewards that failed: counted, told in one line, and left out of the loss."""
 
-import sys
+import logging
 
 import torch.distributed as dist
 
@@ -8,9 +8,11 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.session import Session
 
+_log = logging.getLogger(__name__)
+
 
 def count_lost(session: Session, failures: list[str], stats: Stats) -> None:
-    """Add `rollout_failed_fraction`, the share of samples whose request failed for good, and print a line if there are
+    """Add `rollout_failed_fraction`, the share of samples whose request failed for good, and log a line if there are
     any. Collective. How many there may be is `rollout.max_failed_fraction`'s affair, before.
 
     Args:
@@ -18,11 +20,11 @@ def count_lost(session: Session, failures: list[str], stats: Stats) -> None:
     """
     failed, total, first = _count_over_replicas(session, failures, "rollout_failed_fraction", stats)
     if failed and session.is_rank_0:
-        print(f"{failed} of {total} samples are lost and left out; first: {first}", file=sys.stderr)
+        _log.warning("%d of %d samples are lost and left out; first: %s", failed, total, first)
 
 
 def count_failures(session: Session, failures: list[str], metric: str, stats: Stats) -> None:
-    """Add `metric`, the share of samples without a reward, and print a line if there are any. Collective.
+    """Add `metric`, the share of samples without a reward, and log a line if there are any. Collective.
 
     Args:
         failures: of this replica's samples, why each has no reward, "" for those that have one.
@@ -36,7 +38,7 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
     if failed == total:
         raise UserError(f"all {total} rewards of a step failed (reward={session.settings.reward.name}), first: {first}")
     if session.is_rank_0:
-        print(f"{failed} of {total} rewards failed, their samples are left out; first: {first}", file=sys.stderr)
+        _log.warning("%d of %d rewards failed, their samples are left out; first: %s", failed, total, first)
 
 
 def _count_over_replicas(session: Session, failures: list[str], metric: str, stats: Stats) -> tuple[int, int, str]:

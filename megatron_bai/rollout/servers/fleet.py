@@ -1,6 +1,6 @@
 """The servers of a run, all with the same weights: started and supervised by us, or already running elsewhere."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from megatron_bai.rollout.servers.quantize import FORMATS
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.rollout.servers.weight_sync import each
 
+_log = logging.getLogger(__name__)
 SYNCS = ("disk", "tensors", "group")
 INCOMPLETE = ("keep", "drop")
 _HEALTH_S = 30.0  # for a word of a server's scheduler
@@ -58,7 +59,7 @@ class Servers:
             version: None: whatever they have is right.
 
         Returns:
-            What was wrong, in a line for each; they are printed as well. Empty: nothing was.
+            What was wrong, in a line for each; they are logged as well. Empty: nothing was.
 
         Raises:
             UserError: that was once too often (`rollout.restarts`), or one does not come back.
@@ -71,7 +72,7 @@ class Servers:
                 raise UserError(f"{why}: the server failed more than rollout.restarts={self._rollout.restarts} times")
             server = self.own.get(url)
             does = "it is started anew" if server else "it is waited for and given the run's weights"
-            print(f"{why}: {does} ({self._revived} of {self._rollout.restarts})", file=sys.stderr, flush=True)
+            _log.warning("%s: %s (%d of %d)", why, does, self._revived, self._rollout.restarts)
             if server:
                 server.stop(politely=False)
                 server.model_dir = model_dir
