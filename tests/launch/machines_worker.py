@@ -30,7 +30,7 @@ def shared(rank: int, directory: Path) -> object:
     """One of two ranks; a part of the tree is the second one's own."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    return [said(_require_shared_dir, directory / "both"), said(_require_shared, directory / "own")]
+    return [said(_require_shared_dir, directory / "both"), said(_require_shared_dir, directory / "own")]
 
 
 def second(directory: Path) -> None:
