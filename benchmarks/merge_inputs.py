@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_bai.checkpoint.hf_files import INDEX
-from megatron_bai.checkpoint.torch_dist import ItemWriter, write_index
+from megatron_bai.checkpoint.torch_dist import DistcpFileWriter, write_index
 
 SOURCES = ("0", "1", "2")
 HEADS, GROUPS = 16, 4
@@ -144,12 +144,12 @@ def make(directory: Path, shape: str, gigabytes: float, form: str) -> tuple[int,
             count = len(tensors)
             continue
         boxes = [(key, *box) for key, sizes in described.megatron() for box in chunks(key, sizes)]
-        with ItemWriter(path, "__0_0") as first, ItemWriter(path, "__0_1") as second:
+        with DistcpFileWriter(path, "__0_0") as first, DistcpFileWriter(path, "__0_1") as second:
             for i, (key, offsets, sizes) in enumerate(boxes):
-                (first, second)[i % 2].tensor(key, offsets, draw(i + number, sizes))
+                (first, second)[i % 2].write_tensor(key, offsets, draw(i + number, sizes))
         torch.save({}, path / "common.pt")
         stacked = [(key, torch.bfloat16, sizes) for key, sizes in described.megatron()]
-        write_index(path, stacked, first.written + second.written)
+        write_index(path, stacked, first.written_items + second.written_items)
         count = len(boxes)
     return sum(file.stat().st_size for file in (directory / "0").iterdir()), count
 

@@ -44,7 +44,7 @@ def main(words: list[str]) -> None:
 
 def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float]]:
     """A function that runs one step in a mode and returns its seconds, by the clock and by the processor."""
-    device = backend.start(config.Backend(kind="auto"))
+    device = backend.init_backend(config.Backend(kind="auto"))
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
@@ -57,7 +57,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     build.init_parallel(parallel, seed=0)
     actor = build.build_actor(settings, device)
     param_shards.init_random(actor.modules, MODEL, seed=0)
-    megatron_checkpoint.finish_loading(actor)
+    megatron_checkpoint.reload_master_weights(actor)
     replay = RoutingReplay(actor.chunks)
     engine = TrainingEngine(actor, replay, device.device, temperature=1.0)
     random, signature = np.random.default_rng(0), replay.signature
@@ -114,4 +114,4 @@ def run(arguments: argparse.Namespace) -> None:
                 "quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)[::2]],
             }
     print(json.dumps(found, indent=1))
-    backend.stop()
+    backend.shutdown_backend()

@@ -51,7 +51,7 @@ def make(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
         tokenizer.add_special_tokens({"eos_token": "<spare0>" if work["ends"] else NEVER})
         assert (tokenizer.eos_token_id < settings.model.vocab_size) == work["ends"]
         tokenizer.save_pretrained(directory / "tokenizer")
-        hf_checkpoint.export_hf(session.actor.modules, settings.model, directory / "model", directory / "tokenizer", {})
+        hf_checkpoint.save_hf(session.actor.modules, settings.model, directory / "model", directory / "tokenizer", {})
         prompts = session.task.prompts("train", settings.run.seed, 0, work["prompts"])
     (directory / "prompts.json").write_text(json.dumps([prompt.text for prompt in prompts]))
     return {"prompt_tokens": [len(prompt.ids) for prompt in prompts]}
@@ -203,7 +203,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
         f"parallel.sequence={str(work['tensor'] > 1).lower()}", f"model.max_position_embeddings={work['tokens']}",
         "rollout.max_new_tokens=16", *work["overrides"],
     ]})  # fmt: skip
-    device = backend.start(settings.backend)
+    device = backend.init_backend(settings.backend)
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
     from megatron_bai.rl.policy.training_engine import TrainingEngine
@@ -213,7 +213,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     build.init_parallel(settings.parallel, seed=0)
     actor = build.build_actor(settings, device)
     param_shards.init_random(actor.modules, settings.model, seed=0)
-    megatron_checkpoint.finish_loading(actor)
+    megatron_checkpoint.reload_master_weights(actor)
     replay = RoutingReplay(actor.modules)
     engine, random, signature = TrainingEngine(actor, replay, device.device, 1.0), np.random.default_rng(0), replay.signature
     length, prompt = work["tokens"], 16
@@ -236,7 +236,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
         for name, before, after in zip(("score", "update"), marks, marks[1:]):
             found[name].append(after[0] - before[0])
             found[f"{name}_cpu"].append(after[1] - before[1])
-    backend.stop()
+    backend.shutdown_backend()
     return {name: statistics.median(values[1:] or values) for name, values in found.items()} | {"base_mib": base}
 
 

@@ -44,8 +44,8 @@ def at_step(step: int, function: Callable, *arguments: Any) -> None:
         if event in _STEPS or event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             count()
 
-    exchange = atomic_dir._exchange
-    atomic_dir._exchange = lambda *paths: (count(), exchange(*paths), count())[1]  # a system call that is not reported
+    exchange = atomic_dir._exchange_dirs
+    atomic_dir._exchange_dirs = lambda *paths: (count(), exchange(*paths), count())[1]  # a system call that is not reported
     os.fsync = count  # which a power cut would miss, but SIGKILL does not
     sys.addaudithook(hook)
     function(*arguments)

@@ -81,7 +81,7 @@ def train(target: Path, seed: int = 0) -> None:
     with torch.no_grad():
         margins = _margins(model, draw_pairs(HELD_OUT_PAIRS, tokenizer, rng, held_out=True))
     agreed = (margins > 0).sum() / (margins != 0).sum()  # of pairs of different answers
-    stage = atomic_dir.unfinished(target)
+    stage = atomic_dir.staging_path(target)
     model.save_pretrained(stage)
     weights = load_file(stage / "model.safetensors")  # SGLang's head has a bias (docs/data.md)
     save_file(weights | {"score.bias": torch.zeros(1)}, stage / "model.safetensors", metadata={"format": "pt"})

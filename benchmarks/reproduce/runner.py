@@ -57,7 +57,7 @@ def is_done(target: Path, steps: int) -> bool:
 def make_checkpoints(directory: Path, checkpoints: Mapping[str, Sequence[str]]) -> None:
     """Those that runs start from, in this order."""
     for name, settings in checkpoints.items():
-        if manifest.read(directory / name) is None:
+        if manifest.read_info(directory / name) is None:
             log = directory / f"{name}.log"
             code = train([*settings, f"run.dir={directory}", f"trainer.save={directory / name}"], log)
             if code:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import _environment, _free_port, last_error
-from megatron_bai.utils.child_processes import die_with
+from megatron_bai.utils.child_processes import die_with_parent
 
 _HOST, _START_S = "127.0.0.1", 600.0
 
@@ -51,7 +51,7 @@ def _running(command: list[str], port: int, log: Path) -> Iterator[str]:
     with open(log, "wb") as out:
         server = subprocess.Popen(
             command, stdout=out, stderr=out, env=_environment("cpu"), start_new_session=True,
-            preexec_fn=partial(die_with, os.getpid()),
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )  # fmt: skip
 
     def check() -> None:

@@ -20,22 +20,22 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def unfinished(target: Path) -> Path:
+def staging_path(target: Path) -> Path:
     """Where `target` is written until it is complete."""
-    return _beside(target, "unfinished")
+    return _sibling_path(target, "unfinished")
 
 
-def _replaced(target: Path) -> Path:
+def _replaced_path(target: Path) -> Path:
     """Where the old directory goes for a moment, on a file system that cannot exchange."""
-    return _beside(target, "replaced")
+    return _sibling_path(target, "replaced")
 
 
-def _beside(target: Path, ending: str) -> Path:
+def _sibling_path(target: Path, ending: str) -> Path:
     target = Path(os.path.abspath(target))  # "." has no name of its own
     return target.parent / f".{target.name}.{ending}"
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Flush a file or a directory entry to disk, so that a power cut cannot reorder what is written after it."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -54,7 +54,7 @@ def lock(target: Path) -> Iterator[None]:
         UserError: another process has it.
         OSError: the lock's file cannot be made.
     """
-    path = _beside(target, "lock")
+    path = _sibling_path(target, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
@@ -77,37 +77,37 @@ def lock(target: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def place(target: Path) -> None:
+def commit(target: Path) -> None:
     """Make the complete directory at `unfinished(target)` the target, and delete the one that was there."""
-    stage, old = unfinished(target), _replaced(target)
+    stage, old = staging_path(target), _replaced_path(target)
     if not target.exists():
         stage.rename(target)
-    elif not _exchange(stage, target):
+    elif not _exchange_dirs(stage, target):
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         recover(target)
-    sync(target.parent)
-    discard(target)
+    fsync_path(target.parent)
+    remove_leftovers(target)
 
 
 def recover(target: Path) -> None:
     """Do the second rename of a writer that was killed before it; does nothing where there is nothing to do."""
-    if not target.exists() and _replaced(target).is_dir():
+    if not target.exists() and _replaced_path(target).is_dir():
         with suppress(FileNotFoundError):  # another reader was first
-            unfinished(target).rename(target)
+            staging_path(target).rename(target)
 
 
-def has_remains(target: Path) -> bool:
-    return unfinished(target).exists() or _replaced(target).exists()
+def has_leftovers(target: Path) -> bool:
+    return staging_path(target).exists() or _replaced_path(target).exists()
 
 
-def discard(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Delete what a writer left beside `target`."""
-    for path in (unfinished(target), _replaced(target)):
+    for path in (staging_path(target), _replaced_path(target)):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def _exchange_dirs(a: Path, b: Path) -> bool:
     """Swap two directories in one step; False where the file system cannot.
 
     Raises:

@@ -9,15 +9,15 @@ merge writes is not read again for it.
 
 from pathlib import Path
 
-from zlib_ng.zlib_ng import crc32 as of
+from zlib_ng.zlib_ng import crc32 as compute
 from zlib_ng.zlib_ng import crc32_combine as combine
 
-__all__ = ["combine", "of", "of_file"]
+__all__ = ["combine", "compute", "compute_file"]
 
 _BLOCK = 4 << 20  # bytes read at a time
 
 
-def of_file(path: str | Path, start: int = 0, length: int | None = None) -> int:
+def compute_file(path: str | Path, start: int = 0, length: int | None = None) -> int:
     """The CRC-32 of a file, or of `length` bytes of it from `start` (fewer where it ends before).
 
     Raises:
@@ -28,6 +28,6 @@ def of_file(path: str | Path, start: int = 0, length: int | None = None) -> int:
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while left != 0 and (count := file.readinto(buffer[:left])):
-            crc = of(buffer[:count], crc)
+            crc = compute(buffer[:count], crc)
             left = None if left is None else left - count
     return crc

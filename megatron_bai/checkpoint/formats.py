@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from megatron_bai.checkpoint import hf_files, torch_dist
-from megatron_bai.checkpoint.reader import Scratch, Source
+from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.errors import UserError
 
 
-def open_source(path: str | Path, scratch: Scratch | None = None) -> Source:
+def open_checkpoint(path: str | Path, scratch: ScratchBuffers | None = None) -> CheckpointReader:
     """Open the checkpoint at `path`, whichever format it is in.
 
     Raises:
@@ -17,5 +17,5 @@ def open_source(path: str | Path, scratch: Scratch | None = None) -> Source:
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give the directory of one")
     if any((path / name).is_file() for name in (hf_files.INDEX, hf_files.SINGLE)):
-        return hf_files.SafeTensors(path, scratch)
-    return torch_dist.TorchDist(path, scratch)
+        return hf_files.SafetensorsReader(path, scratch)
+    return torch_dist.TorchDistReader(path, scratch)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from megatron_bai.checkpoint import crc32, manifest
-from megatron_bai.checkpoint.boxes import row_major, span
-from megatron_bai.checkpoint.reader import Chunk, Entry, Record, Scratch, Source
-from megatron_bai.checkpoint.record_crcs import Place
-from megatron_bai.checkpoint.writer import Item, Shape, Target, Writer, Written
+from megatron_bai.checkpoint.boxes import row_major_strides, strided_extent
+from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, Record, ScratchBuffers, TensorInfo
+from megatron_bai.checkpoint.record_crcs import ItemKey
+from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.utils.strict_json import parse
 
@@ -45,19 +45,19 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class SafeTensors(Source):
+class SafetensorsReader(CheckpointReader):
     """A Hugging Face checkpoint, opened for reading.
 
     Raises:
         UserError: files, headers and index do not agree, or a tensor has a dtype this format's reader does not know.
     """
 
-    whole = True
+    stores_whole_tensors = True
 
-    def __init__(self, path: str | Path, scratch: Scratch | None = None):
+    def __init__(self, path: str | Path, scratch: ScratchBuffers | None = None):
         path = Path(path)
-        manifest.read(path)
-        expected = _weight_map(path)
+        manifest.read_info(path)
+        expected = _read_weight_map(path)
         tensors = {}
         self.headers: dict[str, int] = {}  # bytes before the tensors, by file
         self.metadata: dict[str, dict[str, str]] = {}  # likewise
@@ -72,31 +72,31 @@ class SafeTensors(Source):
             raise UserError(f"{path / INDEX} and the files disagree about {wrong[0]}: restore them from a copy")
         super().__init__(path, tensors, scratch)
 
-    def record(self, entry: Entry, chunk: Chunk) -> Record:
-        return Record(chunk.start, chunk.length, 0, row_major(entry.shape), None)
+    def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
+        return Record(chunk.start, chunk.length, 0, row_major_strides(entry.shape), None)
 
-    def _prove_files(self, crcs: dict[Place, int]) -> None:
-        noted = manifest.noted_sums(self.path)
+    def _verify_files(self, crcs: dict[ItemKey, int]) -> None:
+        noted = manifest.recorded_crcs(self.path)
         for file in self.headers.keys() & noted.keys():
-            crc = crc32.of_file(self.path / file, 0, self.headers[file])
+            crc = crc32.compute_file(self.path / file, 0, self.headers[file])
             entries = [entry for entry in self.tensors.values() if entry.chunks[0].file == file]
             for entry in sorted(entries, key=lambda entry: entry.chunks[0].start):
-                record = self.record(entry, entry.chunks[0])
+                record = self.locate_record(entry, entry.chunks[0])
                 known = crcs.get((file, record.start))
-                crc = crc32.combine(crc, self._crc32(file, record) if known is None else known, record.length)
+                crc = crc32.combine(crc, self._compute_crc(file, record) if known is None else known, record.length)
             try:
-                manifest.compare(self.path / file, crc, noted[file])
+                manifest.require_crc(self.path / file, crc, noted[file])
             except UserError as error:
                 raise Unfit(str(error)) from None
 
     def is_own_file(self, file: Path) -> bool:
         return file.suffix == SUFFIX or file.as_posix() == INDEX
 
-    def target(self, tensors: Sequence[Shape], file_bytes: int) -> Target:
-        return SafeTensorsTarget(self, tensors, file_bytes)
+    def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
+        return SafetensorsWriter(self, tensors, file_bytes)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(path: Path) -> dict[str, str]:
     """Which file each tensor is in; empty where there is one file and no index."""
     if not (path / INDEX).is_file():
         return {}
@@ -109,7 +109,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
 
-def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, Entry]]:
+def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]]:
     """Bytes before the tensors, the metadata and the tensors of one file."""
     try:
         with open(file, "rb") as stream:
@@ -121,7 +121,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, Entry]]:
         metadata = dict(header.pop("__metadata__", None) or {})
         entries, end = {}, 8 + length
         for key, note in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            entry = _entry(key, note, file.name, 8 + length)
+            entry = _parse_tensor(key, note, file.name, 8 + length)
             if entry.chunks[0].start != end:
                 raise ValueError(f"{key} does not begin where the tensor before it ends")
             entries[key], end = entry, end + entry.nbytes
@@ -134,7 +134,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, Entry]]:
     return 8 + length, metadata, entries
 
 
-def _entry(key: str, note: dict[str, Any], file: str, base: int) -> Entry:
+def _parse_tensor(key: str, note: dict[str, Any], file: str, base: int) -> TensorInfo:
     shape, (start, end) = tuple(note["shape"]), note["data_offsets"]
     if not all(type(number) is int for number in (*shape, start, end)):
         raise ValueError(f"{key} has a shape or a place that is no number")
@@ -143,11 +143,11 @@ def _entry(key: str, note: dict[str, Any], file: str, base: int) -> Entry:
     dtype = DTYPES[note["dtype"]]
     if end - start != math.prod(shape) * dtype.itemsize or min((start, *shape)) < 0:
         raise ValueError(f"{key} has {end - start} bytes for {dtype} {shape}")
-    return Entry(key, dtype, shape, (Chunk((0,) * len(shape), shape, file, base + start, end - start),))
+    return TensorInfo(key, dtype, shape, (Chunk((0,) * len(shape), shape, file, base + start, end - start),))
 
 
 @dataclass(frozen=True)
-class _File:
+class _OutputFile:
     """A file to write: what stands before the tensors, its length with them, and where each of them begins."""
 
     header: bytes
@@ -155,7 +155,7 @@ class _File:
     starts: dict[str, int]
 
 
-class SafeTensorsTarget(Target):
+class SafetensorsWriter(CheckpointWriter):
     """Files in which every tensor has its place before it is written, so that ranks write into the same ones.
 
     Args:
@@ -164,10 +164,10 @@ class SafeTensorsTarget(Target):
         file_bytes: that files are filled to; a larger tensor has a file of its own. 0: the base's files.
     """
 
-    def __init__(self, base: SafeTensors, tensors: Sequence[Shape], file_bytes: int):
+    def __init__(self, base: SafetensorsReader, tensors: Sequence[TensorSpec], file_bytes: int):
         self._shapes = {key: (dtype, shape) for key, dtype, shape in tensors}
         if file_bytes:
-            shares = _fill(tensors, file_bytes)
+            shares = _assign_to_files(tensors, file_bytes)
             names = [f"model-{i + 1:05}-of-{len(shares):05}{SUFFIX}" for i in range(len(shares))]
             files = dict(zip(names if len(shares) > 1 else [SINGLE], shares, strict=False))
             self._indexed = len(files) > 1
@@ -178,12 +178,12 @@ class SafeTensorsTarget(Target):
             self._indexed = (base.path / INDEX).is_file()
         usual = next(iter(base.metadata.values())) or {"format": "pt"}
         self._files = {
-            name: _lay_out(keys, self._shapes, base.metadata.get(name) or usual) for name, keys in files.items()
+            name: _make_header(keys, self._shapes, base.metadata.get(name) or usual) for name, keys in files.items()
         }
         self._places = {key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()}
-        self._notes = _index_notes(base.path)
+        self._notes = _read_index_metadata(base.path)
 
-    def begin(self, directory: Path) -> None:
+    def prepare(self, directory: Path) -> None:
         for name, file in self._files.items():
             (directory / name).touch()  # a merge that goes on has written into it
             with open(directory / name, "r+b") as new:
@@ -191,14 +191,14 @@ class SafeTensorsTarget(Target):
                 new.truncate(file.length)
 
     @contextmanager
-    def unit(self, directory: Path, name: str) -> Iterator[Writer]:
-        writer = _InPlaceWriter(self._places, self._shapes, directory)
+    def open_unit(self, directory: Path, name: str) -> Iterator[UnitWriter]:
+        writer = _InPlaceUnitWriter(self._places, self._shapes, directory)
         try:
             yield writer
         finally:
             writer.close()
 
-    def finish(self, directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
+    def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
         if self._indexed:
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
             weight_map = {key: name for key, (name, _) in sorted(self._places.items())}
@@ -206,7 +206,7 @@ class SafeTensorsTarget(Target):
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _fill(tensors: Sequence[Shape], file_bytes: int) -> list[list[str]]:
+def _assign_to_files(tensors: Sequence[TensorSpec], file_bytes: int) -> list[list[str]]:
     """The keys of each file, in order."""
     shares: list[list[str]] = [[]]
     room = file_bytes
@@ -220,9 +220,9 @@ def _fill(tensors: Sequence[Shape], file_bytes: int) -> list[list[str]]:
     return shares
 
 
-def _lay_out(
+def _make_header(
     keys: list[str], shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
-) -> _File:
+) -> _OutputFile:
     """The wider dtypes come first, so that every tensor is aligned to its own."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end, starts = 0, {}
@@ -234,16 +234,16 @@ def _lay_out(
     text += b" " * (-len(text) % 8)
     before = 8 + len(text)
     prefix = len(text).to_bytes(8, "little") + text
-    return _File(prefix, before + end, {key: before + start for key, start in starts.items()})
+    return _OutputFile(prefix, before + end, {key: before + start for key, start in starts.items()})
 
 
-def _index_notes(path: Path) -> dict[str, Any]:
+def _read_index_metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint's index says besides the files."""
     notes = parse((path / INDEX).read_bytes()).get("metadata") if (path / INDEX).is_file() else None
     return notes if isinstance(notes, dict) else {}
 
 
-class _InPlaceWriter(Writer):
+class _InPlaceUnitWriter(UnitWriter):
     """Writes contiguous boxes of tensors where they belong."""
 
     def __init__(
@@ -256,16 +256,16 @@ class _InPlaceWriter(Writer):
         self._places, self._shapes, self._directory = places, shapes, directory
         self._files: dict[str, int] = {}
 
-    def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item:
+    def _allocate(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> ItemWriter:
         (noted, shape), (file, start) = self._shapes[key], self._places[key]
-        strides = row_major(shape)
-        assert dtype == noted and span(sizes, strides) == math.prod(sizes)
+        strides = row_major_strides(shape)
+        assert dtype == noted and strided_extent(sizes, strides) == math.prod(sizes)
         start += sum(o * s for o, s in zip(offsets, strides, strict=True)) * dtype.itemsize
         if file not in self._files:
             self._files[file] = os.open(self._directory / file, os.O_WRONLY)
-        return Item(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)
+        return ItemWriter(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)
 
-    def blob(self, key: str, data: bytes) -> None:
+    def write_object(self, key: str, data: bytes) -> None:
         raise AssertionError("safetensors files hold tensors only")
 
     def close(self) -> None:

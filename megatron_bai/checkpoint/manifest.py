@@ -21,22 +21,22 @@ from megatron_bai.utils.strict_json import parse
 
 NAME = "manifest.json"
 VERSION = 2  # 1 had sizes alone
-WEIGHTS = (".distcp", ".safetensors", ".npz")
+WEIGHT_SUFFIXES = (".distcp", ".safetensors", ".npz")
 _THREADS = 4  # zlib-ng lets go of the interpreter, so files are summed side by side
 
 
-def staging(target: str | Path) -> Path:
+def make_staging_dir(target: str | Path) -> Path:
     """An empty directory beside `target` to write into until `seal` moves it into place."""
     target = Path(target)
     atomic_dir.recover(target)
-    stage = atomic_dir.unfinished(target)
+    stage = atomic_dir.staging_path(target)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     return stage
 
 
-def seal(
-    stage: Path, target: str | Path, info: dict[str, Any], sums: Mapping[str, int] | None = None, working: str = ""
+def finalize(
+    stage: Path, target: str | Path, info: dict[str, Any], crcs: Mapping[str, int] | None = None, scratch_dir: str = ""
 ) -> Path:
     """Describe `stage` and move it to `target`, replacing what was there. Called by one process, after all wrote.
 
@@ -47,23 +47,23 @@ def seal(
     """
     target = Path(target)
     found = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
-    names = sorted(path.as_posix() for path in found if path.as_posix() != NAME and path.parts[0] != working)
+    names = sorted(path.as_posix() for path in found if path.as_posix() != NAME and path.parts[0] != scratch_dir)
     for name in names:
-        atomic_dir.sync(stage / name)
-    known = dict(sums or {})
-    known |= checksums(stage, [name for name in names if name not in known])
+        atomic_dir.fsync_path(stage / name)
+    known = dict(crcs or {})
+    known |= compute_crcs(stage, [name for name in names if name not in known])
     files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{known[name]:08x}"} for name in names}
     body = json.loads(json.dumps({"version": VERSION, "files": files, "info": info}))  # as it will be read
-    (stage / NAME).write_text(json.dumps(body | {"crc32": _sum_of(body)}, indent=1) + "\n")
-    atomic_dir.sync(stage / NAME)
-    atomic_dir.sync(stage)
-    if working:
-        shutil.rmtree(stage / working, ignore_errors=True)
-    atomic_dir.place(target)
+    (stage / NAME).write_text(json.dumps(body | {"crc32": _content_crc(body)}, indent=1) + "\n")
+    atomic_dir.fsync_path(stage / NAME)
+    atomic_dir.fsync_path(stage)
+    if scratch_dir:
+        shutil.rmtree(stage / scratch_dir, ignore_errors=True)
+    atomic_dir.commit(target)
     return target
 
 
-def checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
+def compute_crcs(directory: Path, names: Iterable[str]) -> dict[str, int]:
     """The CRC-32 of files of `directory`.
 
     Raises:
@@ -72,7 +72,7 @@ def checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
 
     def read(name: str) -> tuple[str, int]:
         try:
-            return name, crc32.of_file(directory / name)
+            return name, crc32.compute_file(directory / name)
         except OSError as error:
             raise UserError(f"{directory / name} cannot be read: {error.strerror}") from None
 
@@ -80,7 +80,7 @@ def checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
         return dict(pool.map(read, names))
 
 
-def read(directory: str | Path) -> dict[str, Any] | None:
+def read_info(directory: str | Path) -> dict[str, Any] | None:
     """The `info` of a complete checkpoint, or None where there is no finished one.
 
     Raises:
@@ -91,18 +91,18 @@ def read(directory: str | Path) -> dict[str, Any] | None:
     atomic_dir.recover(directory)
     if not (directory / NAME).is_file():
         return None
-    files, info = _listing(directory)
+    files, info = _read_manifest(directory)
     for name, noted in files.items():
         file = directory / name
         found = file.stat().st_size if file.is_file() else None
         if found != noted["bytes"]:
             state = "is missing" if found is None else f"has {found} bytes instead of {noted['bytes']}"
             raise UserError(f"{file} {state}: the checkpoint is damaged, restore it from a copy")
-    _compare(directory, {name: noted for name, noted in files.items() if not name.endswith(WEIGHTS)})
+    _verify_files(directory, {name: noted for name, noted in files.items() if not name.endswith(WEIGHT_SUFFIXES)})
     return info
 
 
-def verify(directory: str | Path, rank: int = 0, size: int = 1) -> int:
+def verify_weights(directory: str | Path, rank: int = 0, num_ranks: int = 1) -> int:
     """Compare the weights with the sums in the manifest; `size` processes share the files.
 
     Returns:
@@ -114,27 +114,27 @@ def verify(directory: str | Path, rank: int = 0, size: int = 1) -> int:
     directory = Path(directory)
     if not (directory / NAME).is_file():
         return 0
-    files, _ = _listing(directory)
-    weights = sorted(name for name in files if name.endswith(WEIGHTS))
-    return _compare(directory, {name: files[name] for name in weights[rank::size]})
+    files, _ = _read_manifest(directory)
+    weights = sorted(name for name in files if name.endswith(WEIGHT_SUFFIXES))
+    return _verify_files(directory, {name: files[name] for name in weights[rank::num_ranks]})
 
 
-def noted_sums(directory: str | Path) -> dict[str, int]:
+def recorded_crcs(directory: str | Path) -> dict[str, int]:
     """The CRC-32 of every file of a checkpoint, as its manifest has them; empty where it has none."""
     if not (Path(directory) / NAME).is_file():
         return {}
-    files, _ = _listing(Path(directory))
+    files, _ = _read_manifest(Path(directory))
     return {name: int(noted["crc32"], 16) for name, noted in files.items() if noted["crc32"] is not None}
 
 
-def _compare(directory: Path, files: dict[str, dict[str, Any]]) -> int:
+def _verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> int:
     noted = {name: int(note["crc32"], 16) for name, note in files.items() if note["crc32"] is not None}
-    for name, found in checksums(directory, noted).items():
-        compare(directory / name, found, noted[name])
+    for name, found in compute_crcs(directory, noted).items():
+        require_crc(directory / name, found, noted[name])
     return len(noted)
 
 
-def compare(file: Path, found: int, noted: int) -> None:
+def require_crc(file: Path, found: int, noted: int) -> None:
     """Raise a UserError about a file whose CRC-32 is not the one that was noted."""
     if found != noted:
         raise UserError(
@@ -143,12 +143,12 @@ def compare(file: Path, found: int, noted: int) -> None:
         )
 
 
-def _sum_of(body: dict[str, Any]) -> str:
+def _content_crc(body: dict[str, Any]) -> str:
     """The CRC-32 of a manifest's content, however it is laid out."""
-    return f"{crc32.of(json.dumps(body, sort_keys=True).encode()):08x}"
+    return f"{crc32.compute(json.dumps(body, sort_keys=True).encode()):08x}"
 
 
-def _listing(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def _read_manifest(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Bytes and CRC-32 (None in version 1) of every file, and the info."""
     path = directory / NAME
     try:
@@ -158,7 +158,7 @@ def _listing(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]
             raise UserError(f"{path} has version {version}, this release reads versions 1 and {VERSION}")
         if version == 1:
             files = {name: {"bytes": size, "crc32": None} for name, size in files.items()}
-        elif manifest["crc32"] != _sum_of({"version": version, "files": files, "info": info}):
+        elif manifest["crc32"] != _content_crc({"version": version, "files": files, "info": info}):
             raise ValueError("it is not what was written")
         if not all(type(noted["bytes"]) is int and int(noted["crc32"] or "0", 16) >= 0 for noted in files.values()):
             raise ValueError("it lists something that is no size")
@@ -171,7 +171,7 @@ def _listing(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]
     return files, info
 
 
-def require(directory: str | Path) -> dict[str, Any]:
+def require_info(directory: str | Path) -> dict[str, Any]:
     """`read`, where anything but a complete checkpoint is an error.
 
     Raises:
@@ -181,7 +181,7 @@ def require(directory: str | Path) -> dict[str, Any]:
     atomic_dir.recover(directory)
     if not directory.is_dir():
         raise UserError(f"no checkpoint at {directory}: give the path of a directory that `train` or `merge` wrote")
-    info = read(directory)
+    info = read_info(directory)
     if info is None:
         raise UserError(f"{directory} has no {NAME}: it was never finished, or is not a megatron_bai checkpoint")
     return info

@@ -11,7 +11,7 @@ from megatron_bai.errors import UserError
 OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more files than a process may open
 
 
-class Files:
+class FileHandles:
     """The files of one source that are open: every thread's own, so that none closes what another reads."""
 
     def __init__(self, path: Path):
@@ -19,7 +19,7 @@ class Files:
         self._mine = threading.local()
         self._all: list[OrderedDict[str, int]] = []
 
-    def descriptor(self, name: str) -> int:
+    def get_fd(self, name: str) -> int:
         """Of this thread's; the one used longest ago is closed when there are too many.
 
         Raises:
@@ -41,37 +41,37 @@ class Files:
         except OSError as error:
             raise self._unreadable(name, error) from None
 
-    def read(self, name: str, start: int, buffer: memoryview, descriptor: int | None = None) -> None:
+    def read_into(self, name: str, start: int, buffer: memoryview, fd: int | None = None) -> None:
         """Fill `buffer` with the bytes from `start` of a file.
 
         Raises:
             UserError: they cannot be read, or are not all there.
         """
-        descriptor = self.descriptor(name) if descriptor is None else descriptor
+        fd = self.get_fd(name) if fd is None else fd
         try:
-            done = os.preadv(descriptor, [buffer], start)
+            done = os.preadv(fd, [buffer], start)
             while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], start + done)
+                count = os.preadv(fd, [buffer[done:]], start + done)
                 if count == 0:
                     raise UserError(f"{self._path / name} ends before byte {start + len(buffer)}: it was cut off")
                 done += count
         except OSError as error:
             raise self._unreadable(name, error) from None
 
-    def take(self, name: str, start: int, length: int) -> bytes:
+    def read_bytes(self, name: str, start: int, length: int) -> bytes:
         """Some bytes of a file, in memory of their own.
 
         Raises:
             UserError: as `read`.
         """
-        descriptor = self.descriptor(name)
+        descriptor = self.get_fd(name)
         try:
             data = os.pread(descriptor, length, start)
         except OSError as error:
             raise self._unreadable(name, error) from None
         if len(data) < length:  # there is more than one call takes, or the file ends
             whole = bytearray(length)
-            self.read(name, start, memoryview(whole), descriptor)
+            self.read_into(name, start, memoryview(whole), descriptor)
             data = bytes(whole)
         return data
 
@@ -85,11 +85,11 @@ class Files:
                 os.close(files.popitem()[1])
 
 
-def write(descriptor: int, parts: Sequence[bytes | memoryview], start: int) -> None:
+def pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], start: int) -> None:
     """Write `parts`, one after another, from byte `start` of a file."""
-    size = sum(map(len, parts))
-    done = os.pwritev(descriptor, parts, start)
+    size = sum(map(len, buffers))
+    done = os.pwritev(fd, buffers, start)
     if done < size:  # the disk is nearly full, or there is more than one call takes
-        rest = memoryview(b"".join(parts))
+        rest = memoryview(b"".join(buffers))
         while done < size:
-            done += os.pwrite(descriptor, rest[done:], start + done)
+            done += os.pwrite(fd, rest[done:], start + done)

@@ -2,10 +2,10 @@
 
 A checkpoint's tensor is the union of chunks that do not overlap. A chunk is a box of the global tensor; its elements
 lie in one record, a contiguous range of a file. A reader of a format says which chunks there are and where their
-records lie; `Source.read` then gives any region of any tensor, so checkpoints saved at different tensor, expert or
+records lie; `CheckpointReader.read` then gives any region of any tensor, so checkpoints saved at different tensor, expert or
 pipeline parallel sizes read alike.
 
-What a reader returns is proven by `Source.prove`, once all ranks have read their shares.
+What a reader returns is proven by `CheckpointReader.verify_records`, once all ranks have read their shares.
 
 Glossary: shapes, offsets, sizes and strides are in elements; starts and lengths are in bytes.
 """
@@ -25,14 +25,14 @@ from typing import ClassVar, Self
 import torch
 
 from megatron_bai.checkpoint import crc32, manifest
-from megatron_bai.checkpoint.boxes import Box, is_row_major, span, split, within
-from megatron_bai.checkpoint.positional_io import Files
-from megatron_bai.checkpoint.record_crcs import Checks, Part, Place
-from megatron_bai.checkpoint.writer import Shape, Target
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.checkpoint.boxes import Box, box_slices, is_row_major, split_box, strided_extent
+from megatron_bai.checkpoint.positional_io import FileHandles
+from megatron_bai.checkpoint.record_crcs import ByteRange, ItemKey, RecordCrcs
+from megatron_bai.checkpoint.writer import CheckpointWriter, TensorSpec
+from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import Unfit, UserError
 
-SPAN_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
+READ_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class Record:
 
     start: int
     length: int
-    first: int  # byte of the record at which element [0, …, 0] begins
+    first_byte: int  # byte of the record at which element [0, …, 0] begins
     strides: tuple[int, ...]
     crc32: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class ObjectInfo:
     """An object that is no tensor, such as `_extra_state`: an item of a file, never unpickled here."""
 
     file: str
@@ -67,7 +67,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """A tensor of a checkpoint."""
 
     key: str
@@ -84,7 +84,7 @@ class Entry:
         return {chunk.offsets: chunk for chunk in self.chunks}
 
     @cached_property
-    def _grid(self) -> list[list[int]] | None:
+    def _chunk_grid(self) -> list[list[int]] | None:
         """Where chunks begin along each dimension, or None unless they are a grid that covers the tensor."""
         starts = [sorted(set(column)) for column in zip(*(c.offsets for c in self.chunks), strict=True)]
         regular = len(self._by_offsets) == len(self.chunks) == math.prod(map(len, starts))
@@ -103,7 +103,7 @@ class Entry:
         )
         if not inside or sum(math.prod(chunk.sizes) for chunk in self.chunks) != math.prod(self.shape):
             return False
-        if self._grid is not None:
+        if self._chunk_grid is not None:
             return True
         return all(len(list(self.overlapping(chunk.offsets, chunk.sizes))) == 1 for chunk in self.chunks)
 
@@ -115,10 +115,10 @@ class Entry:
     def overlapping(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[Chunk, Box]]:
         """The chunks that a box touches, each with the part of the box it holds."""
         candidates: Iterator[Chunk] | tuple[Chunk, ...] = self.chunks
-        if self._grid is not None:  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
+        if self._chunk_grid is not None:  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
             cells = [
                 starts[max(bisect.bisect_right(starts, low) - 1, 0) : bisect.bisect_left(starts, low + size)]
-                for starts, low, size in zip(self._grid, offsets, sizes, strict=True)
+                for starts, low, size in zip(self._chunk_grid, offsets, sizes, strict=True)
             ]
             candidates = (self._by_offsets[cell] for cell in itertools.product(*cells))
         for chunk in candidates:
@@ -131,21 +131,21 @@ class Entry:
                 yield chunk, (low, size)
 
 
-class Scratch(threading.local):
+class ScratchBuffers(threading.local):
     """Memory that reads reuse; sources read in turn can share one. Every thread has its own."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, length: int) -> torch.Tensor:
+    def get(self, name: str, num_bytes: int) -> torch.Tensor:
         """`length` bytes, valid until this thread's next call with the same name."""
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < length:
-            buffer = self._buffers[name] = torch.empty(length, dtype=torch.uint8)
-        return buffer[:length]
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return buffer[:num_bytes]
 
 
-class Stream:
+class ChunkStream:
     """A box whose elements lie one after another in one record, read from its begin to its end and checked on the way.
 
     One thread reads it, and meanwhile nothing else of the same source; others may have other streams.
@@ -157,20 +157,20 @@ class Stream:
         crc: of those before.
     """
 
-    def __init__(self, source: "Source", entry: Entry, chunk: Chunk, record: Record, begin: int, length: int):
+    def __init__(self, source: "CheckpointReader", entry: TensorInfo, chunk: Chunk, record: Record, begin: int, length: int):
         self._source, self._entry, self._chunk, self._record = source, entry, chunk, record
         self._begin, self._length = begin, length
-        self.descriptor = source.files.descriptor(chunk.file)
-        self.at, self.left, self.crc = record.start + begin, length, 0
+        self.fd = source.files.get_fd(chunk.file)
+        self.offset, self.remaining, self.crc = record.start + begin, length, 0
 
-    def readinto(self, buffer: memoryview) -> None:
+    def read_into(self, buffer: memoryview) -> None:
         """The next bytes, as many as `buffer` has.
 
         Raises:
             UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
         """
-        self._source.files.read(self._chunk.file, self.at, buffer, self.descriptor)
-        self.advance(len(buffer), crc32.of(buffer, self.crc))
+        self._source.files.read_into(self._chunk.file, self.offset, buffer, self.fd)
+        self.advance(len(buffer), crc32.compute(buffer, self.crc))
 
     def advance(self, count: int, crc: int) -> None:
         """The next `count` bytes were read; `crc` is of all so far.
@@ -178,14 +178,14 @@ class Stream:
         Raises:
             UserError: as `readinto`.
         """
-        self.at += count
-        self.left -= count
+        self.offset += count
+        self.remaining -= count
         self.crc = crc
-        if self.left == 0:
-            self._source.note(self._entry, self._chunk, self._record, (self._begin, self._length, crc))
+        if self.remaining == 0:
+            self._source.add_range(self._entry, self._chunk, self._record, (self._begin, self._length, crc))
 
 
-class Source(ABC):
+class CheckpointReader(ABC):
     """A checkpoint to read. A format's reader fills `tensors` and says where records lie.
 
     Attributes:
@@ -195,25 +195,25 @@ class Source(ABC):
         whole: whether the format holds every tensor in one piece.
     """
 
-    whole: ClassVar[bool] = False
+    stores_whole_tensors: ClassVar[bool] = False
 
     def __init__(
         self,
         path: Path,
-        tensors: dict[str, Entry],
-        scratch: Scratch | None = None,
-        objects: dict[str, Blob] | None = None,
+        tensors: dict[str, TensorInfo],
+        scratch: ScratchBuffers | None = None,
+        objects: dict[str, ObjectInfo] | None = None,
     ):
         self.path = path
         self.tensors = tensors
         self.objects = objects or {}
-        self._scratch = scratch or Scratch()
-        self.files = Files(path)
-        self._checks = Checks()
-        self._check_files()
+        self._scratch = scratch or ScratchBuffers()
+        self.files = FileHandles(path)
+        self._record_crcs = RecordCrcs()
+        self._require_files()
 
     @abstractmethod
-    def record(self, entry: Entry, chunk: Chunk) -> Record:
+    def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
         """Where the elements of `chunk` lie."""
 
     @abstractmethod
@@ -221,7 +221,7 @@ class Source(ABC):
         """Whether a file, relative to the checkpoint, holds its tensors or their index."""
 
     @abstractmethod
-    def target(self, tensors: Sequence[Shape], file_bytes: int) -> Target:
+    def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
         """Writes a checkpoint of this format.
 
         Args:
@@ -234,7 +234,7 @@ class Source(ABC):
         files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
         return [p for p in files if p.as_posix() != manifest.NAME and not self.is_own_file(p)]
 
-    def _check_files(self) -> None:
+    def _require_files(self) -> None:
         """Every tensor is whole as far as names and sizes tell: before anything is read."""
         ends: dict[str, int] = {}
         for entry in self.tensors.values():
@@ -268,18 +268,18 @@ class Source(ABC):
         parts = [(whole, (offsets, sizes))] if whole else list(entry.overlapping(offsets, sizes))
         if len(parts) == 1 and parts[0][1] == (offsets, sizes):
             chunk = parts[0][0]
-            record = self.record(entry, chunk)
-            if span(sizes, record.strides) * entry.dtype.itemsize <= SPAN_BYTES:
-                return self._load(entry, chunk, record, offsets, sizes)
-        out = self._scratch.take("region", math.prod(sizes) * entry.dtype.itemsize).view(entry.dtype).view(sizes)
+            record = self.locate_record(entry, chunk)
+            if strided_extent(sizes, record.strides) * entry.dtype.itemsize <= READ_BYTES:
+                return self._read_from_chunk(entry, chunk, record, offsets, sizes)
+        out = self._scratch.get("region", math.prod(sizes) * entry.dtype.itemsize).view(entry.dtype).view(sizes)
         for chunk, box in parts:
-            record = self.record(entry, chunk)
-            ratio = max(span(box[1], record.strides) // max(math.prod(box[1]), 1), 1)
-            for low, size in split(*box, max(SPAN_BYTES // entry.dtype.itemsize // ratio, 1)):
-                out[within((low, size), offsets)].copy_(self._load(entry, chunk, record, low, size))
+            record = self.locate_record(entry, chunk)
+            ratio = max(strided_extent(box[1], record.strides) // max(math.prod(box[1]), 1), 1)
+            for low, size in split_box(*box, max(READ_BYTES // entry.dtype.itemsize // ratio, 1)):
+                out[box_slices((low, size), offsets)].copy_(self._read_from_chunk(entry, chunk, record, low, size))
         return out
 
-    def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Stream | None:
+    def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStream | None:
         """A region of a tensor to read in parts, or None where its elements do not lie one after another."""
         entry = self.tensors[key]
         chunk = entry.chunk_at(offsets, sizes)
@@ -287,18 +287,18 @@ class Source(ABC):
             chunk, box = next(entry.overlapping(offsets, sizes), (None, None))
             if chunk is None or box != (offsets, sizes):
                 return None
-        record = self.record(entry, chunk)
+        record = self.locate_record(entry, chunk)
         if not is_row_major(sizes, record.strides):
             return None
         item = entry.dtype.itemsize
-        return Stream(self, entry, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
+        return ChunkStream(self, entry, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
 
     def read_object(self, key: str) -> bytes:
         """The bytes of an object, not unpickled."""
         blob = self.objects[key]
-        return self.files.take(blob.file, blob.start, blob.length)
+        return self.files.read_bytes(blob.file, blob.start, blob.length)
 
-    def check(self) -> int:
+    def verify_all(self) -> int:
         """Compare every tensor and object with the CRC-32 the format keeps of it.
 
         Returns:
@@ -310,13 +310,13 @@ class Source(ABC):
         compared = 0
         for entry in self.tensors.values():
             for chunk in entry.chunks:
-                record = self.record(entry, chunk)
+                record = self.locate_record(entry, chunk)
                 if record.crc32 is not None:
-                    self._require(entry.key, chunk.file, record, self._crc32(chunk.file, record))
+                    self._require_crc(entry.key, chunk.file, record, self._compute_crc(chunk.file, record))
                     compared += record.length
         return compared + sum(len(self.read_object(key)) for key in self.objects)
 
-    def identity(self) -> str:
+    def stat_fingerprint(self) -> str:
         """A hash of the tensors' names, types, shapes and places, and of the files' sizes and times of change.
 
         It is had without reading. The same contents in files of another time have another identity.
@@ -329,7 +329,7 @@ class Source(ABC):
         files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
         return hashlib.sha256(repr((what, files)).encode()).hexdigest()
 
-    def prove(self, keys: Iterable[str], ranks: Ranks) -> str:
+    def verify_records(self, keys: Iterable[str], ranks: RankGroup) -> str:
         """Prove that the bytes read were those that were saved; every rank calls it, after reading its share.
 
         Args:
@@ -344,16 +344,16 @@ class Source(ABC):
         tensors = sorted((key, self.tensors[key]) for key in keys)
         chunks = {(c.file, c.start): (entry, c) for _, entry in tensors for c in entry.chunks}
 
-        def resolve(place: Place, found: int | None, touched: bool) -> int:
+        def resolve(place: ItemKey, found: int | None, touched: bool) -> int:
             entry, chunk = chunks[place]
-            record = self.record(entry, chunk)
+            record = self.locate_record(entry, chunk)
             if found is None:  # of units that an earlier process finished, or with gaps
-                found = self._crc32(chunk.file, record)
-            self._require(entry.key, chunk.file, record, found)
+                found = self._compute_crc(chunk.file, record)
+            self._require_crc(entry.key, chunk.file, record, found)
             return found
 
-        crcs = self._checks.settle(chunks, ranks, resolve)
-        ranks.first(lambda: self._prove_files(crcs))
+        crcs = self._record_crcs.resolve_all(chunks, ranks, resolve)
+        ranks.run_on_first(lambda: self._verify_files(crcs))
         digest = hashlib.sha256()
         for key, entry in tensors:
             digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
@@ -361,7 +361,7 @@ class Source(ABC):
                 digest.update(f"{c.offsets} {c.sizes} {crcs[c.file, c.start]:08x}\n".encode())
         return digest.hexdigest()
 
-    def _prove_files(self, crcs: dict[Place, int]) -> None:  # noqa: B027, not every format has something to compare
+    def _verify_files(self, crcs: dict[ItemKey, int]) -> None:  # noqa: B027, not every format has something to compare
         """Compare what the records make up with the manifest, for a format that has no checksums of its own."""
 
     def close(self) -> None:
@@ -373,41 +373,41 @@ class Source(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _load(
-        self, entry: Entry, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    def _read_from_chunk(
+        self, entry: TensorInfo, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]
     ) -> torch.Tensor:
         """A region inside one chunk, as a view of the bytes between its first and its last element."""
         item = entry.dtype.itemsize
         begin = _first_byte(chunk, record, offsets, item)
-        length = span(sizes, record.strides) * item
-        buffer = self._scratch.take("span", length)
-        self.files.read(chunk.file, record.start + begin, buffer.numpy().data)
-        self.note(entry, chunk, record, (begin, length, crc32.of(buffer.numpy())))
+        length = strided_extent(sizes, record.strides) * item
+        buffer = self._scratch.get("span", length)
+        self.files.read_into(chunk.file, record.start + begin, buffer.numpy().data)
+        self.add_range(entry, chunk, record, (begin, length, crc32.compute(buffer.numpy())))
         return buffer.view(entry.dtype).as_strided(sizes, record.strides)
 
-    def note(self, entry: Entry, chunk: Chunk, record: Record, part: Part) -> None:
+    def add_range(self, entry: TensorInfo, chunk: Chunk, record: Record, part: ByteRange) -> None:
         """Remember a part of a record that was read, and check the record if that completes it."""
-        if (crc := self._checks.add((chunk.file, chunk.start), part, record.length)) is not None:
-            self._require(entry.key, chunk.file, record, crc)
+        if (crc := self._record_crcs.add_range((chunk.file, chunk.start), part, record.length)) is not None:
+            self._require_crc(entry.key, chunk.file, record, crc)
 
-    def _require(self, key: str, file: str, record: Record, crc: int) -> None:
+    def _require_crc(self, key: str, file: str, record: Record, crc: int) -> None:
         if record.crc32 is not None and crc != record.crc32:
             raise Unfit(  # units that were finished may hold such bytes, since a record is proven when it is read whole
                 f"{self.path / file}: the bytes of {key} are not those that were saved (CRC-32 {crc:08x}, saved"
                 f" {record.crc32:08x}): restore the file from a copy"
             )
 
-    def _crc32(self, file: str, record: Record) -> int:
+    def _compute_crc(self, file: str, record: Record) -> int:
         crc = 0
-        for start in range(0, record.length, SPAN_BYTES):
-            buffer = self._scratch.take("span", min(SPAN_BYTES, record.length - start))
-            self.files.read(file, record.start + start, buffer.numpy().data)
-            crc = crc32.of(buffer.numpy(), crc)
+        for start in range(0, record.length, READ_BYTES):
+            buffer = self._scratch.get("span", min(READ_BYTES, record.length - start))
+            self.files.read_into(file, record.start + start, buffer.numpy().data)
+            crc = crc32.compute(buffer.numpy(), crc)
         return crc
 
 
 def _first_byte(chunk: Chunk, record: Record, offsets: tuple[int, ...], item: int) -> int:
     """Of a record, where the element at `offsets` begins."""
     if offsets == chunk.offsets:
-        return record.first
-    return record.first + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides, strict=True)) * item
+        return record.first_byte
+    return record.first_byte + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides, strict=True)) * item

@@ -9,73 +9,73 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from megatron_bai.checkpoint import crc32
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.distributed.rank_group import RankGroup
 
-Place = tuple[str, int]  # an item of a checkpoint: its file, and where it starts there
-Part = tuple[int, int, int]  # of a record: first byte, length, CRC-32
+ItemKey = tuple[str, int]  # an item of a checkpoint: its file, and where it starts there
+ByteRange = tuple[int, int, int]  # of a record: first byte, length, CRC-32
 
 
 @dataclass
-class _Parts:
+class _PartialRecord:
     length: int  # of the record
-    parts: set[Part] = field(default_factory=set)
-    total: int = 0  # bytes of the parts
+    ranges: set[ByteRange] = field(default_factory=set)
+    num_bytes: int = 0  # bytes of the parts
 
 
-class Checks:
+class RecordCrcs:
     """What one process knows of a checkpoint's records."""
 
     def __init__(self) -> None:
-        self._whole: dict[Place, int] = {}  # CRC-32s
-        self._parts: dict[Place, _Parts] = {}
+        self._whole: dict[ItemKey, int] = {}  # CRC-32s
+        self._parts: dict[ItemKey, _PartialRecord] = {}
         self._lock = threading.Lock()
 
-    def add(self, place: Place, part: Part, length: int) -> int | None:
+    def add_range(self, key: ItemKey, byte_range: ByteRange, length: int) -> int | None:
         """Note a part of a record of `length` bytes; returns the record's CRC-32 if that completes it."""
         with self._lock:
-            if place in self._whole:
+            if key in self._whole:
                 return None
-            if part[1] == length:
-                self._whole[place] = part[2]
-                self._parts.pop(place, None)
-                return part[2]
-            found = self._parts.setdefault(place, _Parts(length))
-            if part not in found.parts:
-                found.parts.add(part)
-                found.total += part[1]
-            crc = _join(found.parts, length) if found.total == length else None
+            if byte_range[1] == length:
+                self._whole[key] = byte_range[2]
+                self._parts.pop(key, None)
+                return byte_range[2]
+            found = self._parts.setdefault(key, _PartialRecord(length))
+            if byte_range not in found.ranges:
+                found.ranges.add(byte_range)
+                found.num_bytes += byte_range[1]
+            crc = _combine_ranges(found.ranges, length) if found.num_bytes == length else None
             if crc is not None:
-                self._whole[place] = crc
-                del self._parts[place]
+                self._whole[key] = crc
+                del self._parts[key]
             return crc
 
-    def settle(
-        self, places: Iterable[Place], ranks: Ranks, resolve: Callable[[Place, int | None, bool], int]
-    ) -> dict[Place, int]:
+    def resolve_all(
+        self, keys: Iterable[ItemKey], ranks: RankGroup, compute: Callable[[ItemKey, int | None, bool], int]
+    ) -> dict[ItemKey, int]:
         """The CRC-32 of every one of `places`, from what all ranks have read; every rank calls it.
 
         Args:
             resolve: called on one rank with each place that no rank read whole: the place, its CRC-32 if the parts of
                 all ranks make it up, and whether there are parts at all. Returns the CRC-32.
         """
-        shares = ranks.together(lambda: (self._whole, self._parts))
+        shares = ranks.run_on_all(lambda: (self._whole, self._parts))
         known = {place: crc for whole, _ in shares for place, crc in whole.items()}
-        parts: dict[Place, _Parts] = {}
+        parts: dict[ItemKey, _PartialRecord] = {}
         for place, share in ((place, share) for _, found in shares for place, share in found.items()):
-            parts.setdefault(place, _Parts(share.length)).parts.update(share.parts)
-        rest = sorted((set(places) | parts.keys()) - known.keys())
+            parts.setdefault(place, _PartialRecord(share.length)).ranges.update(share.ranges)
+        rest = sorted((set(keys) | parts.keys()) - known.keys())
 
-        def work() -> dict[Place, int]:
-            mine = rest[ranks.rank :: ranks.size]
-            joined = {place: _join(parts[place].parts, parts[place].length) for place in mine if place in parts}
-            return {place: resolve(place, joined.get(place), place in parts) for place in mine}
+        def work() -> dict[ItemKey, int]:
+            mine = rest[ranks.rank :: ranks.num_ranks]
+            joined = {place: _combine_ranges(parts[place].ranges, parts[place].length) for place in mine if place in parts}
+            return {place: compute(place, joined.get(place), place in parts) for place in mine}
 
-        for resolved in ranks.together(work):
+        for resolved in ranks.run_on_all(work):
             known |= resolved
         return known
 
 
-def _join(parts: set[Part], length: int) -> int | None:
+def _combine_ranges(parts: set[ByteRange], length: int) -> int | None:
     """The CRC-32 of a record, or None if the parts overlap or leave gaps."""
     crc, end = 0, 0
     for begin, size, part in sorted(parts):

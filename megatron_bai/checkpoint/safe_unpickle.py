@@ -49,14 +49,14 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _Refused(pickle.UnpicklingError):
+class _ForbiddenPickleError(pickle.UnpicklingError):
     pass
 
 
-def _member(owner: Any, name: str) -> enum.Enum:
+def _enum_member(owner: Any, name: str) -> enum.Enum:
     """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of enumerations."""
     if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
-        raise _Refused("it asks for an attribute, which no checkpoint index needs")
+        raise _ForbiddenPickleError("it asks for an attribute, which no checkpoint index needs")
     return owner[name]
 
 
@@ -68,10 +68,10 @@ def _dtype(module: str, name: str) -> torch.dtype | None:
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            return _member
+            return _enum_member
         found = _METADATA_CLASSES.get((module, name)) or _dtype(module, name)
         if found is None:
-            raise _Refused(f"it names {module}.{name}, which no checkpoint index needs")
+            raise _ForbiddenPickleError(f"it names {module}.{name}, which no checkpoint index needs")
         return found
 
 
@@ -86,13 +86,13 @@ def read_metadata(path: Path) -> Any:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-            raise _Refused("it holds no index")
+            raise _ForbiddenPickleError("it holds no index")
         _check_index(metadata)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: there is no torch_dist checkpoint, or an unfinished one") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except _Refused as error:
+    except _ForbiddenPickleError as error:
         raise UserError(f"{path} is not a checkpoint's index ({error}): nothing in it was run; do not use it") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
@@ -103,7 +103,7 @@ def _check_index(metadata: Any) -> None:
     """Every place is in a file beside the index, every number is a size or an offset."""
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
-            raise _Refused(f"it points to the file {info.relative_path!r}")
+            raise _ForbiddenPickleError(f"it points to the file {info.relative_path!r}")
         _require_counts(info.offset, info.length)
     for key, stored in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
@@ -178,7 +178,7 @@ _TENSOR_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-def check_common(path: Path) -> None:
+def verify_common_pt(path: Path) -> None:
     """Whether `common.pt`, the state that is not sharded, is an uncompressed archive of plain values.
 
     Raises:
@@ -208,13 +208,13 @@ class _TensorUnpickler(pickle.Unpickler):
         found = _STORAGES.get(name) if module == "torch" else None
         found = found or _dtype(module, name)
         if found is None:
-            raise _Refused(f"it names {module}.{name}")
+            raise _ForbiddenPickleError(f"it names {module}.{name}")
         return found
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype | None, str]:
         kind, dtype, key = pid[:3]
         if kind != "storage" or not str(key).isdigit():
-            raise _Refused("it refers to something other than a storage")
+            raise _ForbiddenPickleError("it refers to something other than a storage")
         return dtype, str(key)
 
 
@@ -226,5 +226,5 @@ def read_saved_tensor(pickled: bytes) -> SavedTensor:
     """
     saved = _TensorUnpickler(BytesIO(pickled)).load()
     if not isinstance(saved, SavedTensor) or not isinstance(saved.dtype, torch.dtype):
-        raise _Refused("it holds something other than one tensor")
+        raise _ForbiddenPickleError("it holds something other than one tensor")
     return saved

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_bai.checkpoint import crc32, manifest, positional_io, torch_zip
-from megatron_bai.checkpoint.reader import Blob, Chunk, Entry, Record, Scratch, Source
+from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ObjectInfo, Record, ScratchBuffers, TensorInfo
 from megatron_bai.checkpoint.safe_unpickle import read_metadata
-from megatron_bai.checkpoint.writer import Item, Shape, Target, Writer, Written
+from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
 from megatron_bai.errors import UserError
 from megatron_bai.utils.strict_json import parse
 
@@ -41,36 +41,36 @@ FORMAT = "metadata.json"
 SUFFIX = ".distcp"
 
 
-class TorchDist(Source):
+class TorchDistReader(CheckpointReader):
     """A `torch_dist` checkpoint, opened for reading.
 
     Raises:
         UserError: there is no complete checkpoint at `path`, or its index and its files do not agree.
     """
 
-    def __init__(self, path: str | Path, scratch: Scratch | None = None):
+    def __init__(self, path: str | Path, scratch: ScratchBuffers | None = None):
         path = Path(path)
         _require_complete(path)
         metadata = read_metadata(path / INDEX)
         try:
-            tensors, objects = _index(metadata)
+            tensors, objects = _parse_index(metadata)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
         self._records: dict[tuple[str, int], Record] = {}
-        self._frames: dict[int, list[torch_zip.Frame]] = {}  # by the length of the item
+        self._frames: dict[int, list[torch_zip.ArchiveFrame]] = {}  # by the length of the item
         super().__init__(path, tensors, scratch, objects)
 
     def is_own_file(self, file: Path) -> bool:
         return file.as_posix() in (INDEX, FORMAT) or file.suffix == SUFFIX
 
-    def target(self, tensors: Sequence[Shape], file_bytes: int) -> Target:
-        return TorchDistTarget()  # a file for each unit, which has its size
+    def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
+        return TorchDistWriter()  # a file for each unit, which has its size
 
-    def record(self, entry: Entry, chunk: Chunk) -> Record:
+    def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
         at = chunk.file, chunk.start
         if at not in self._records:
             try:
-                self._records[at] = self._locate(entry, chunk)
+                self._records[at] = self._parse_item(entry, chunk)
             except UserError:
                 raise
             except Exception as error:  # a damaged archive raises nearly anything
@@ -83,7 +83,7 @@ class TorchDist(Source):
     def read_object(self, key: str) -> bytes:
         data, blob = super().read_object(key), self.objects[key]
         try:
-            torch_zip.check(data)
+            torch_zip.verify_archive(data)
         except Exception as error:  # likewise
             raise UserError(
                 f"{self.path / blob.file}: the object {key} at byte {blob.start} is damaged ({error}): restore the file"
@@ -91,30 +91,30 @@ class TorchDist(Source):
             ) from None
         return data
 
-    def _locate(self, entry: Entry, chunk: Chunk) -> Record:
-        frame, crc = self._frame(chunk)
+    def _parse_item(self, entry: TensorInfo, chunk: Chunk) -> Record:
+        frame, crc = self._match_frame(chunk)
         saved = frame.saved
         if saved.dtype != entry.dtype or saved.shape != chunk.sizes:
             raise ValueError(f"it holds {saved.dtype} {saved.shape}, the index says {entry.dtype} {chunk.sizes}")
         start = chunk.start + len(frame.head)
         return Record(start, frame.length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
 
-    def _frame(self, chunk: Chunk) -> tuple[torch_zip.Frame, int | None]:
+    def _match_frame(self, chunk: Chunk) -> tuple[torch_zip.ArchiveFrame, int | None]:
         """The frame of an item and the CRC-32 it holds: one seen before with this length and head, or else parsed."""
         known = self._frames.setdefault(chunk.length, [])
         for frame in known:
-            if self.files.take(chunk.file, chunk.start, len(frame.head)) == frame.head:
-                at = chunk.start + len(frame.head) + frame.length + frame.crcs[0]
-                return frame, frame.crc32_in(self.files.take(chunk.file, at, torch_zip.CRC32.size))
-        frame = torch_zip.parse(cast(BinaryIO, _Item(self, chunk)))  # it has what `zipfile` asks of one
+            if self.files.read_bytes(chunk.file, chunk.start, len(frame.head)) == frame.head:
+                at = chunk.start + len(frame.head) + frame.length + frame.crc_positions[0]
+                return frame, frame.read_crc(self.files.read_bytes(chunk.file, at, torch_zip.CRC32.size))
+        frame = torch_zip.parse_frame(cast(BinaryIO, _ItemFile(self, chunk)))  # it has what `zipfile` asks of one
         known.append(frame)
         return frame, frame.crc32
 
 
-class _Item(io.RawIOBase):
+class _ItemFile(io.RawIOBase):
     """One item of a file as a file of its own, for `zipfile`."""
 
-    def __init__(self, source: Source, chunk: Chunk):
+    def __init__(self, source: CheckpointReader, chunk: Chunk):
         self._source, self._chunk, self._at = source, chunk, 0
 
     def seekable(self) -> bool:
@@ -136,7 +136,7 @@ class _Item(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._chunk.length - self._at, 0)
         size = left if size < 0 else min(size, left)
-        data = self._source.files.take(self._chunk.file, self._chunk.start + self._at, size)
+        data = self._source.files.read_bytes(self._chunk.file, self._chunk.start + self._at, size)
         self._at += size
         return data
 
@@ -145,7 +145,7 @@ def _require_complete(path: Path) -> None:
     """A checkpoint of ours has a manifest, whose sizes are checked; one of Megatron-LM has its last-written file."""
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give the directory of one")
-    manifest.read(path)
+    manifest.read_info(path)
     try:
         backend = parse((path / FORMAT).read_bytes())["sharded_backend"]
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def _require_complete(path: Path) -> None:
         raise UserError(f"{path} is in the format {backend}: only torch_dist can be read")
 
 
-def _index(metadata: Any) -> tuple[dict[str, Entry], dict[str, Blob]]:
+def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, ObjectInfo]]:
     """Tensors and objects of an index; plain data, so that the index with its copies of every plan can go."""
     where = {
         (at.fqn, None if at.offset is None else tuple(at.offset)): info for at, info in metadata.storage_data.items()
@@ -174,14 +174,14 @@ def _index(metadata: Any) -> tuple[dict[str, Entry], dict[str, Blob]]:
                 chunks.append(
                     Chunk(tuple(box.offsets), tuple(box.sizes), info.relative_path, info.offset, info.length)
                 )
-            tensors[key] = Entry(key, stored.properties.dtype, tuple(stored.size), tuple(chunks))
+            tensors[key] = TensorInfo(key, stored.properties.dtype, tuple(stored.size), tuple(chunks))
         else:
             info = where[key, None]
-            objects[key] = Blob(info.relative_path, info.offset, info.length)
+            objects[key] = ObjectInfo(info.relative_path, info.offset, info.length)
     return tensors, objects
 
 
-class ItemWriter(Writer):
+class DistcpFileWriter(UnitWriter):
     """Lays items one after another into one `.distcp` file."""
 
     def __init__(self, directory: Path, name: str):
@@ -190,30 +190,30 @@ class ItemWriter(Writer):
         self._file = os.open(directory / self.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._end = 0
 
-    def _place(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> Item:
+    def _allocate(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> ItemWriter:
         """A chunk, byte for byte as `torch.save` would write it but for an identifier."""
-        frame, start = torch_zip.frame_for(dtype, sizes), self._end
+        frame, start = torch_zip.make_frame(dtype, sizes), self._end
         self._end += len(frame.head) + frame.length + len(frame.tail)
-        return Item(key, offsets, sizes, self.name, self._file, start, frame.length, frame.head, frame.tail_with)
+        return ItemWriter(key, offsets, sizes, self.name, self._file, start, frame.length, frame.head, frame.make_tail)
 
-    def tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
+    def write_tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Write a contiguous tensor as a chunk."""
-        item = self.item(key, offsets, tensor.dtype, tuple(tensor.shape))
+        item = self.add_item(key, offsets, tensor.dtype, tuple(tensor.shape))
         item.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
-    def blob(self, key: str, data: bytes) -> None:
-        positional_io.write(self._file, [data], self._end)
-        self._items.append(Written(key, None, None, self.name, self._end, len(data), crc32.of(data)))
+    def write_object(self, key: str, data: bytes) -> None:
+        positional_io.pwrite_all(self._file, [data], self._end)
+        self._items.append(WrittenItem(key, None, None, self.name, self._end, len(data), crc32.compute(data)))
         self._end += len(data)
 
-    def __enter__(self) -> "ItemWriter":
+    def __enter__(self) -> "DistcpFileWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._file)
 
 
-def write_index(directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
+def write_index(directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
     """Write `.metadata` and then `metadata.json`, which make `directory` a checkpoint that Megatron-Core loads.
 
     Args:
@@ -245,14 +245,14 @@ def write_index(directory: Path, tensors: Iterable[Shape], written: Iterable[Wri
     (directory / FORMAT).write_text(json.dumps(config))
 
 
-class TorchDistTarget(Target):
+class TorchDistWriter(CheckpointWriter):
     """A file for each unit, then the index."""
 
-    def begin(self, directory: Path) -> None:
+    def prepare(self, directory: Path) -> None:
         pass
 
-    def unit(self, directory: Path, name: str) -> ItemWriter:
-        return ItemWriter(directory, name)
+    def open_unit(self, directory: Path, name: str) -> DistcpFileWriter:
+        return DistcpFileWriter(directory, name)
 
-    def finish(self, directory: Path, tensors: Iterable[Shape], written: Iterable[Written]) -> None:
+    def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
         write_index(directory, tensors, written)

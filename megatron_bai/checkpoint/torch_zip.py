@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 from megatron_bai.checkpoint import crc32
-from megatron_bai.checkpoint.boxes import span
+from megatron_bai.checkpoint.boxes import strided_extent
 from megatron_bai.checkpoint.safe_unpickle import SavedTensor, read_saved_tensor
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and its extra field
@@ -27,7 +27,7 @@ _MAX_FRAME = 1 << 20  # bytes; real ones have some hundred
 
 
 @dataclass(frozen=True)
-class Frame:
+class ArchiveFrame:
     """What surrounds the elements.
 
     Attributes:
@@ -39,28 +39,28 @@ class Frame:
 
     head: bytes
     tail: bytes
-    crcs: tuple[int, ...]
+    crc_positions: tuple[int, ...]
     length: int
     saved: SavedTensor
 
     @property
     def crc32(self) -> int | None:
         """The elements' CRC-32 of the archive this was parsed from; None where torch was told not to compute one."""
-        return self.crc32_in(self.tail[self.crcs[0] :])
+        return self.read_crc(self.tail[self.crc_positions[0] :])
 
     @staticmethod
-    def crc32_in(data: bytes) -> int | None:
+    def read_crc(data: bytes) -> int | None:
         return CRC32.unpack_from(data)[0] or None
 
-    def tail_with(self, crc32: int) -> bytes:
+    def make_tail(self, crc32: int) -> bytes:
         """The tail for other elements."""
         tail = bytearray(self.tail)
-        for at in self.crcs:
+        for at in self.crc_positions:
             CRC32.pack_into(tail, at, crc32)
         return bytes(tail)
 
 
-def parse(file: BinaryIO) -> Frame:
+def parse_frame(file: BinaryIO) -> ArchiveFrame:
     """The frame of the archive in `file`, whose elements are not read.
 
     Raises:
@@ -68,12 +68,12 @@ def parse(file: BinaryIO) -> Frame:
     """
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if _content(file, members.get("byteorder"), b"little") != b"little":
+    if _read_member(file, members.get("byteorder"), b"little") != b"little":
         raise ValueError("it is from a machine of another byte order")
-    saved = read_saved_tensor(_content(file, members["data.pkl"]))
+    saved = read_saved_tensor(_read_member(file, members["data.pkl"]))
     info = members[f"data/{saved.storage}"]
-    start, length = _member(file, info)
-    elements = saved.offset + span(saved.shape, saved.strides)
+    start, length = _locate_member(file, info)
+    elements = saved.offset + strided_extent(saved.shape, saved.strides)
     if min(saved.strides, default=0) < 0 or elements * saved.dtype.itemsize > length:
         raise ValueError("its elements do not fit its storage")
     if file.seek(0, io.SEEK_END) - length > _MAX_FRAME:
@@ -86,10 +86,10 @@ def parse(file: BinaryIO) -> Frame:
     crcs = (4, entry) if tail.startswith(b"PK\7\x08") else (entry,)  # a descriptor may follow the elements
     if any(CRC32.unpack_from(tail, at)[0] != info.CRC for at in crcs):
         raise ValueError("its directory contradicts itself")
-    return Frame(head, tail, crcs, length, saved)
+    return ArchiveFrame(head, tail, crcs, length, saved)
 
 
-def _member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+def _locate_member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     """Start and length of an uncompressed member."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
@@ -98,19 +98,19 @@ def _member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     return info.header_offset + _LOCAL_HEADER.size + name + extra, info.file_size
 
 
-def _content(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = b"") -> bytes:
+def _read_member(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = b"") -> bytes:
     """The bytes of a member, which are those that were saved."""
     if info is None:
         return default
-    start, length = _member(file, info)
+    start, length = _locate_member(file, info)
     file.seek(start)
     data = file.read(length)
-    if len(data) != length or info.CRC not in (0, crc32.of(data)):  # 0 where torch was told not to compute it
+    if len(data) != length or info.CRC not in (0, crc32.compute(data)):  # 0 where torch was told not to compute it
         raise ValueError(f"{info.filename} is not what was saved")
     return data
 
 
-def check(data: bytes) -> None:
+def verify_archive(data: bytes) -> None:
     """Whether `data` is an archive that `torch.save` made of any object, with the content it had then.
 
     Raises:
@@ -119,12 +119,12 @@ def check(data: bytes) -> None:
     file = io.BytesIO(data)
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            _content(file, info)
+            _read_member(file, info)
 
 
 @functools.lru_cache(maxsize=4096)
-def frame_for(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
+def make_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> ArchiveFrame:
     """The frame that `torch.save` puts around a contiguous tensor."""
     file = io.BytesIO()
     torch.save(torch.empty(shape, dtype=dtype), file)
-    return parse(file)
+    return parse_frame(file)

@@ -23,15 +23,15 @@ def run(settings: config.Config) -> None:
         raise UserError("serve.checkpoint is empty: give a Hugging Face or Megatron checkpoint")
     if not Path(source).is_dir():
         raise UserError(f"no checkpoint at {source}")
-    kind = backend.select(settings.backend).kind
+    kind = backend.select_device(settings.backend).kind
     directory = Path(source)
-    manifest.read(source)
-    if megatron_checkpoint.kind_of(source) == "hf":
-        manifest.verify(source)  # SGLang would not notice; `convert` does so itself
+    manifest.read_info(source)
+    if megatron_checkpoint.checkpoint_format(source) == "hf":
+        manifest.verify_weights(source)  # SGLang would not notice; `convert` does so itself
     else:
         directory = Path(settings.run.dir) / "serve" / "model"
         # Made anew each time: the source may have changed since the last.
-        manifest.require(source)
+        manifest.require_info(source)
         convert(settings, source, directory, "hf")
     log = Path(settings.run.dir) / "serve" / "server.log"
     with SGLangServer(directory, settings.rollout, log, kind, text=True) as server:

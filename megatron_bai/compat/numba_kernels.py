@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from megatron_bai.utils.numba_jit import compiled
+from megatron_bai.utils.numba_jit import jit_compile
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -20,7 +20,7 @@ _I1, _I2 = types.int64[::1], types.int32[:, ::1]
 _FAST = {"contract", "reassoc", "nsz"}  # Inf and NaN stay what they are
 
 
-@compiled(types.void(_F3, _F3, _F3, _I2, _I1, _I1, types.float32, _F3), fastmath=_FAST)
+@jit_compile(types.void(_F3, _F3, _F3, _I2, _I1, _I1, types.float32, _F3), fastmath=_FAST)
 def attend(
     query: F32, keys: F32, values: F32, table: npt.NDArray[np.int32], rows: I64, lengths: I64, scale: float, out: F32
 ) -> None:
@@ -60,7 +60,7 @@ def attend(
                 out[i, head, d] = total[d] / weights
 
 
-@compiled(types.void(_F2, _F1, types.float32, _F2), fastmath=_FAST)
+@jit_compile(types.void(_F2, _F1, types.float32, _F2), fastmath=_FAST)
 def normalise(x: F32, weight: F32, epsilon: float, out: F32) -> None:
     """weight · x / √(mean x² + epsilon) of each row of `x`, `[rows, dim]`, into `out`, which may be `x`."""
     dim = x.shape[1]
@@ -73,7 +73,7 @@ def normalise(x: F32, weight: F32, epsilon: float, out: F32) -> None:
             out[i, d] = x[i, d] * factor * weight[d]
 
 
-@compiled(types.void(_F2, types.int64, types.int64, _F1, _F1, types.float32, _I1, _F2, types.boolean), fastmath=_FAST)
+@jit_compile(types.void(_F2, types.int64, types.int64, _F1, _F1, types.float32, _I1, _F2, types.boolean), fastmath=_FAST)
 def normalise_and_rotate(
     rows: F32,
     queries: int,

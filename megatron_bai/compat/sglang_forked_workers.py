@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch, after_import
-from megatron_bai.utils.child_processes import forks_die_with_us
+from megatron_bai.utils.child_processes import set_forks_die_with_parent
 
 
 def install() -> None:
@@ -34,7 +34,7 @@ def install() -> None:
             others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
             assert not others, f"a fork would lose the threads {others}"
             multiprocessing.set_start_method("fork", force=True)
-            forks_die_with_us(True)
+            set_forks_die_with_parent(True)
 
         module._set_envs_and_config = set_envs_and_config
 

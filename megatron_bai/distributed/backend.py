@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import compat, config
-from megatron_bai.distributed.hosts import choose_interface
+from megatron_bai.distributed.hosts import set_gloo_interface
 from megatron_bai.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,10 +25,10 @@ class Device:
     kind: str  # cpu or cuda
     device: torch.device
     dtype: torch.dtype
-    transformer_engine: bool  # its layers replace Megatron-Core's local ones
+    use_transformer_engine: bool  # its layers replace Megatron-Core's local ones
 
 
-def select(settings: config.Backend) -> Device:
+def select_device(settings: config.Backend) -> Device:
     """Resolve `backend.kind` and `backend.dtype` on this machine.
 
     Raises:
@@ -48,13 +48,13 @@ def select(settings: config.Backend) -> Device:
     return Device(kind, device, DTYPES[settings.dtype], engine)
 
 
-def start(settings: config.Backend) -> Device:
+def init_backend(settings: config.Backend) -> Device:
     """Prepare this process and join the world torchrun describes (or a world of one).
 
     Raises:
         UserError: as `select`; or the machines of the run cannot reach each other.
     """
-    device = select(settings)
+    device = select_device(settings)
     if device.kind == "cpu":
         compat.apply("megatron-cpu")
         torch.set_num_threads(1)  # parallel by ranks: OpenMP collapses when two processes share a core
@@ -63,7 +63,7 @@ def start(settings: config.Backend) -> Device:
     backend = "gloo" if device.kind == "cpu" else "nccl"
     timeout = timedelta(seconds=settings.timeout_s)
     if "RANK" in os.environ:  # torchrun's own description of the world
-        choose_interface()
+        set_gloo_interface()
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()
@@ -71,7 +71,7 @@ def start(settings: config.Backend) -> Device:
     return device
 
 
-def stop() -> None:
+def shutdown_backend() -> None:
     """Leave the world. Safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()

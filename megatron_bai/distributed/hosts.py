@@ -9,7 +9,7 @@ import psutil
 from megatron_bai.errors import UserError
 
 
-def several_machines() -> bool:
+def is_multi_host() -> bool:
     """Whether torchrun started this process as one of a run on more than one machine."""
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
 
@@ -24,13 +24,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def own_address() -> str:
+def host_address() -> str:
     """This machine's address on the way to the one where the run meets; loopback where it is alone.
 
     Raises:
         UserError: there is no way, or the meeting place's name means loopback here.
     """
-    if not several_machines():
+    if not is_multi_host():
         return "127.0.0.1"
     head = os.environ["MASTER_ADDR"]
     try:
@@ -48,18 +48,18 @@ def own_address() -> str:
     return address
 
 
-def choose_interface() -> None:
-    """Have gloo use the interface of `own_address`. Before any process group is made.
+def set_gloo_interface() -> None:
+    """Have gloo use the interface of `host_address`. Before any process group is made.
 
     By itself gloo takes the one that the host name stands for: loopback on many machines, Debian's among them. Who set
     GLOO_SOCKET_IFNAME, torch's own variable, has chosen.
 
     Raises:
-        UserError: as `own_address`.
+        UserError: as `host_address`.
     """
-    if not several_machines() or "GLOO_SOCKET_IFNAME" in os.environ:
+    if not is_multi_host() or "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    address = own_address()
+    address = host_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(known.address.partition("%")[0] == address for known in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name

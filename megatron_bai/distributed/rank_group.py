@@ -9,19 +9,19 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_bai.distributed.hosts import choose_interface
+from megatron_bai.distributed.hosts import set_gloo_interface
 from megatron_bai.errors import UserError, of_system
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankGroup:
     rank: int = 0
-    size: int = 1
+    num_ranks: int = 1
     group: Any = None  # torch's; None: all processes
 
-    def together(self, work: Callable[[], T], where: object = "") -> list[T]:
+    def run_on_all(self, function: Callable[[], T], location: object = "") -> list[T]:
         """Run `work` on every rank and return all results, by rank, on every rank.
 
         An error on one rank is an error on all: none goes on, none waits for one that stopped.
@@ -36,17 +36,17 @@ class Ranks:
         result: T | None = None
         error: Exception | None = None
         try:
-            result = work()
+            result = function()
         except OSError as caught:
-            error = caught if caught.errno is None else of_system(caught, where)
+            error = caught if caught.errno is None else of_system(caught, location)
         except Exception as caught:
             error = caught
-        if self.size == 1:
+        if self.num_ranks == 1:
             if error is not None:
                 raise error
             return [cast(T, result)]  # no error: `work` returned it
         user = error if isinstance(error, UserError) else None
-        outcomes: list[Any] = [None] * self.size
+        outcomes: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(outcomes, (result, user, None if error is None else repr(error)), group=self.group)
         if error is not None and user is None:
             raise error
@@ -58,38 +58,38 @@ class Ranks:
                 raise RuntimeError(f"rank {rank} failed: {text}")
         return [result for result, _, _ in outcomes]
 
-    def first(self, work: Callable[[], T], where: object = "") -> T:
+    def run_on_first(self, function: Callable[[], T], location: object = "") -> T:
         """Run `work` on rank 0 and return its result on every rank."""
-        return cast(T, self.together(lambda: work() if self.rank == 0 else None, where)[0])
+        return cast(T, self.run_on_all(lambda: function() if self.rank == 0 else None, location)[0])
 
 
-def joined() -> Ranks:
+def current_ranks() -> RankGroup:
     """This process's place in the group it is in, or alone."""
-    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+    return RankGroup(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else RankGroup()
 
 
-def cores_per_rank(most: int = 8) -> int:
+def cores_per_rank(limit: int = 8) -> int:
     """This rank's share of the cores that this machine's ranks may use."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
-    return min(max(len(os.sched_getaffinity(0)) // local, 1), most)
+    return min(max(len(os.sched_getaffinity(0)) // local, 1), limit)
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
+def merge_ranks() -> Iterator[RankGroup]:
     """This process's place among its peers, in a gloo group of the merge's own; where torchrun started us, or alone."""
     patience = timedelta(days=1)  # a collective waits for the slowest rank's work; torchrun ends the rest when one dies
     if dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=patience)
         try:
-            yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+            yield RankGroup(dist.get_rank(), dist.get_world_size(), group)
         finally:
             dist.destroy_process_group(group)
     elif dist.is_torchelastic_launched():
-        choose_interface()
+        set_gloo_interface()
         dist.init_process_group("gloo", timeout=patience)
         try:
-            yield joined()
+            yield current_ranks()
         finally:
             dist.destroy_process_group()
     else:
-        yield Ranks()
+        yield RankGroup()

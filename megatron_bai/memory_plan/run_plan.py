@@ -28,7 +28,7 @@ def check(settings: Config) -> int:
     parallel, cluster, rollout = settings.parallel, settings.cluster, settings.rollout
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
     processes = cluster.processes or fewest
-    build.validate(settings.model, parallel, processes)
+    build.validate_layout(settings.model, parallel, processes)
     micro_batches.validate_batches(settings, processes // (parallel.tensor * parallel.pipeline))
     row, longest = settings.trainer.tokens_per_micro_batch, longest_sample(settings)
     if 0 < row < longest:

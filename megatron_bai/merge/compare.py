@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bai.checkpoint import manifest
-from megatron_bai.checkpoint.boxes import split
-from megatron_bai.checkpoint.formats import open_source
-from megatron_bai.checkpoint.reader import Entry, Scratch, Source
+from megatron_bai.checkpoint.boxes import split_box
+from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers, TensorInfo
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution.output_dir import PROVENANCE
@@ -51,7 +51,7 @@ class Distance:
         return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else math.nan
 
 
-def compare_checkpoints(a: Source, b: Source) -> dict[str, Distance]:
+def compare_checkpoints(a: CheckpointReader, b: CheckpointReader) -> dict[str, Distance]:
     """The distance of two checkpoints in each parameter group, over the tensors both hold with one shape.
 
     Reads both once, in tiles; the two may be sharded differently.
@@ -64,10 +64,10 @@ def compare_checkpoints(a: Source, b: Source) -> dict[str, Distance]:
     return dict(groups)
 
 
-def _add(group: Distance, a: Source, b: Source, entry: Entry) -> None:
+def _add(group: Distance, a: CheckpointReader, b: CheckpointReader, entry: TensorInfo) -> None:
     same = True
     for chunk in entry.chunks:
-        for box in split(chunk.offsets, chunk.sizes, TILE):
+        for box in split_box(chunk.offsets, chunk.sizes, TILE):
             x = a.read(entry.key, *box).double()  # a copy: the next read reuses the scratch memory
             y = b.read(entry.key, *box).double()
             difference = x - y
@@ -91,30 +91,30 @@ def inspect_checkpoint(config: Config) -> None:
     if not config.inspect.path:
         raise UserError("inspect.path is empty: give a checkpoint's directory")
     console = Console(soft_wrap=True)  # tables fit the terminal, lines are left to it
-    scratch = Scratch()
-    with open_source(config.inspect.path, scratch) as source:
+    scratch = ScratchBuffers()
+    with open_checkpoint(config.inspect.path, scratch) as source:
         if config.inspect.verify:
             _verify(console, source)
         _print_content(console, source)
         _print_provenance(console, source.path)
         if config.inspect.other:
-            with open_source(config.inspect.other, scratch) as other:
+            with open_checkpoint(config.inspect.other, scratch) as other:
                 if config.inspect.verify:
                     _verify(console, other)
                 _print_comparison(console, source, other)
 
 
-def _verify(console: Console, source: Source) -> None:
+def _verify(console: Console, source: CheckpointReader) -> None:
     """Read all of a checkpoint against whatever checksums it has: its manifest's, or else its format's."""
-    if manifest.verify(source.path):
+    if manifest.verify_weights(source.path):
         console.print(f"{source.path}: every file is what was written")
-    elif compared := source.check():
+    elif compared := source.verify_all():
         console.print(f"{source.path}: {compared:,} bytes of tensors and objects are what was saved")
     else:
         console.print(f"{source.path} has no checksums: damage that keeps the sizes goes unseen")
 
 
-def _print_content(console: Console, source: Source) -> None:
+def _print_content(console: Console, source: CheckpointReader) -> None:
     table = Table("group", "tensors", "elements", "bytes", "dtypes", title=str(source.path), title_justify="left")
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     dtypes: dict[str, set[str]] = defaultdict(set)
@@ -154,7 +154,7 @@ def _print_note(console: Console, note: dict[str, Any]) -> None:
         console.print(f"  {source['coefficient']:.6g} × {source['path']} ({source['digest'][:16]}) {dropped}".rstrip())
 
 
-def _print_comparison(console: Console, a: Source, b: Source) -> None:
+def _print_comparison(console: Console, a: CheckpointReader, b: CheckpointReader) -> None:
     for here, there in ((a, b), (b, a)):
         only = sorted(here.tensors.keys() - there.tensors.keys())
         if only:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_bai.checkpoint import atomic_dir, manifest
-from megatron_bai.checkpoint.formats import open_source
-from megatron_bai.checkpoint.reader import SPAN_BYTES, Scratch
+from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.checkpoint.reader import READ_BYTES, ScratchBuffers
 from megatron_bai.config import Config, Merge
-from megatron_bai.distributed.rank_group import Ranks, cores_per_rank, ranks
+from megatron_bai.distributed.rank_group import RankGroup, cores_per_rank, merge_ranks
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.merge.execution import executor, journal
 from megatron_bai.merge.execution.output_dir import (
@@ -60,11 +60,11 @@ def run(config: Config) -> None:
     Raises:
         UserError: a setting, a source or a target does not allow the merge; the target is as it was.
     """
-    with ranks() as group:
+    with merge_ranks() as group:
         run_merge(config.merge, group)
 
 
-def run_merge(settings: Merge, group: Ranks, replace: bool = True) -> None:
+def run_merge(settings: Merge, group: RankGroup, replace: bool = True) -> None:
     """Merge as the settings say, and print one line about it. Every rank calls it.
 
     Args:
@@ -81,7 +81,7 @@ def run_merge(settings: Merge, group: Ranks, replace: bool = True) -> None:
     with gc_disabled(), ExitStack() as stack:
         work = open_and_plan(jobs, stack, group, ITEM_BYTES, output_spec=output_spec)
         if settings.dry_run:
-            group.first(lambda: print_plan(work, jobs))
+            group.run_on_first(lambda: print_plan(work, jobs))
             return
         written, checked = execute_jobs(work, jobs, group, settings.verify, threads, replace)
     if group.rank == 0:
@@ -130,7 +130,7 @@ def buffer_bytes_per_thread(jobs: Sequence[MergeJob]) -> int:
     """
     sums, recipe = len(jobs), jobs[0].recipe
     inputs = 1 + len(recipe.members)
-    size = 2 * SPAN_BYTES + (inputs + sums + 4) * TILE * 8
+    size = 2 * READ_BYTES + (inputs + sums + 4) * TILE * 8
     if recipe.elementwise:
         size += (3 * inputs + sums + 10) * SMALL_TILE * 8
     return size
@@ -139,7 +139,7 @@ def buffer_bytes_per_thread(jobs: Sequence[MergeJob]) -> int:
 def open_and_plan(
     jobs: Sequence[MergeJob],
     stack: ExitStack,
-    group: Ranks,
+    group: RankGroup,
     item_bytes: int = ITEM_BYTES,
     unit_bytes: int = UNIT_BYTES,
     output_spec: OutputSpec | None = None,
@@ -147,19 +147,19 @@ def open_and_plan(
     """Open every source on every rank and plan. The jobs differ in what is swept only. `stack` closes the sources."""
 
     def work() -> Plan:
-        scratch = Scratch()
+        scratch = ScratchBuffers()
         recipes = [job.recipe for job in jobs]
         paths = [term.source for term in recipes[0].terms()]
-        sources = {path: stack.enter_context(open_source(path, scratch)) for path in paths}
+        sources = {path: stack.enter_context(open_checkpoint(path, scratch)) for path in paths}
         return make_plan(recipes, sources, item_bytes, unit_bytes, output_spec)
 
     plans: list[Plan] = []
-    group.together(lambda: plans.append(work()))
+    group.run_on_all(lambda: plans.append(work()))
     return plans[0]
 
 
 def execute_jobs(
-    work: Plan, jobs: Sequence[MergeJob], group: Ranks, check: str = "sample", threads: int = 1, replace: bool = True
+    work: Plan, jobs: Sequence[MergeJob], group: RankGroup, check: str = "sample", threads: int = 1, replace: bool = True
 ) -> tuple[int, int]:
     """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
 
@@ -178,11 +178,11 @@ def execute_jobs(
         Unfit: these sources cannot be merged, or a result is not what it should be; nothing is kept.
         UserError: a source or a target does not allow the merge, or another process writes a target.
     """
-    identities = group.first(lambda: {str(source.path): source.identity() for source in work.inputs})
-    marks = group.first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
+    identities = group.run_on_first(lambda: {str(source.path): source.stat_fingerprint() for source in work.inputs})
+    marks = group.run_on_first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
     with ExitStack() as stack:
         is_to_do = functools.partial(_needs_writing, work, stack, replace)
-        todo = group.first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job, marks[k])])
+        todo = group.run_on_first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job, marks[k])])
         if not todo:
             return 0, 0
         jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
@@ -192,35 +192,35 @@ def execute_jobs(
             return len(jobs), _write(work, jobs, marks, group, check, threads)
         except Exception as error:
             if group.rank == 0:
-                _handle_failure(work, [atomic_dir.unfinished(job.target) for job in jobs], error)
+                _handle_failure(work, [atomic_dir.staging_path(job.target) for job in jobs], error)
             raise
 
 
 def _needs_writing(work: Plan, stack: ExitStack, replace: bool, job: MergeJob, mark: str) -> bool:
     """Whether the job's target must be written, which then nobody else may until `stack` is closed."""
     target = job.target
-    resumable = (atomic_dir.unfinished(target) / journal.DIRECTORY).is_dir()
-    if is_up_to_date(target, mark) and (resumable or not atomic_dir.has_remains(target)):
+    resumable = (atomic_dir.staging_path(target) / journal.DIRECTORY).is_dir()
+    if is_up_to_date(target, mark) and (resumable or not atomic_dir.has_leftovers(target)):
         return False
     check_target(target, work)
     stack.enter_context(atomic_dir.lock(target))
     if is_up_to_date(target, mark):
-        atomic_dir.discard(target)  # a merge was killed after it had put its result in place
+        atomic_dir.remove_leftovers(target)  # a merge was killed after it had put its result in place
         return False
-    if not replace and manifest.read(target) is not None:
+    if not replace and manifest.read_info(target) is not None:
         raise UserError(
             f"merge.output {target} holds another merge, {describe_difference(target, job.recipe)}: remove it, choose another "
             "merge.output, or replace it with the verb merge"
         )
-    if is_up_to_date(atomic_dir.unfinished(target), mark):  # … just before
-        shutil.rmtree(atomic_dir.unfinished(target) / journal.DIRECTORY, ignore_errors=True)
-        atomic_dir.place(target)
+    if is_up_to_date(atomic_dir.staging_path(target), mark):  # … just before
+        shutil.rmtree(atomic_dir.staging_path(target) / journal.DIRECTORY, ignore_errors=True)
+        atomic_dir.commit(target)
         return False
     return True
 
 
 def _write(
-    work: Plan, jobs: Sequence[MergeJob], marks: Sequence[str], group: Ranks, check: str, threads: int
+    work: Plan, jobs: Sequence[MergeJob], marks: Sequence[str], group: RankGroup, check: str, threads: int
 ) -> int:
     """Write, prove, check and seal every target; returns how many elements were compared."""
     checked, cut = 0, work.layout_hash()
@@ -228,8 +228,8 @@ def _write(
     def stage() -> list[Path]:
         return [journal.open_staging_dir(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks, strict=True)]
 
-    directories = group.first(stage, jobs[0].target)
-    group.first(lambda: check_space(work, directories))
+    directories = group.run_on_first(stage, jobs[0].target)
+    group.run_on_first(lambda: check_space(work, directories))
     slices = slices_to_measure(work)
     total = work.recipes[0].stats_passes * len(work.inputs) * sum(s.nbytes for s in executor.assign_to_rank(slices, group))
     with _progress("measuring", total, group) as on_bytes_read:
@@ -237,23 +237,23 @@ def _write(
     share = sum(unit.nbytes for unit in executor.assign_to_rank(work.units, group)) / max(work.bytes_written, 1)
     with _progress("merging", int(work.bytes_read * share), group) as on_bytes_read:
         norms = executor.execute_plan(work, directories, group, on_bytes_read, threads)
-    digests = {str(source.path): source.prove(work.outputs, group) for source in work.inputs}
+    digests = {str(source.path): source.verify_records(work.outputs, group) for source in work.inputs}
     prints = []
     for k, (job, directory) in enumerate(zip(jobs, directories, strict=True)):
         note = functools.partial(write_provenance, directory, job.recipe, work, digests, k, norms[k])
-        prints.append(group.first(note, directory))
+        prints.append(group.run_on_first(note, directory))
         if check != "none":
-            with open_source(directory) as written:
+            with open_checkpoint(directory) as written:
                 checked += verify_result(work, k, written, group, check_all=check == "all")
 
     def seal(k: int) -> None:
-        info = manifest.read(work.base.path) or {}
+        info = manifest.read_info(work.base.path) or {}
         about = {**info, "merge": {"fingerprint": prints[k], "mark": marks[k]}}
         sums = journal.file_crcs(directories[k])
-        manifest.seal(directories[k], jobs[k].target, about, sums, journal.DIRECTORY)
+        manifest.finalize(directories[k], jobs[k].target, about, sums, journal.DIRECTORY)
 
     for k, directory in enumerate(directories):
-        group.first(functools.partial(seal, k), directory)
+        group.run_on_first(functools.partial(seal, k), directory)
     return checked
 
 
@@ -280,7 +280,7 @@ def _handle_failure(work: Plan, stages: Sequence[Path], error: Exception) -> Non
 
 
 @contextmanager
-def _progress(what: str, total: int, group: Ranks) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int, group: RankGroup) -> Iterator[Callable[[int], None]]:
     """A bar of the bytes this rank reads, on rank 0 of a terminal; none where there is nothing to do."""
     console = Console(stderr=True)
     columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()

@@ -17,24 +17,24 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bai.checkpoint import atomic_dir, manifest
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
-from megatron_bai.utils.child_processes import forks_die_with_us
+from megatron_bai.utils.child_processes import set_forks_die_with_parent
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
 
 
-class Saving:
+class CheckpointSave:
     """A checkpoint on its way into `target`. Every method but `abandon` is collective."""
 
     def __init__(
         self,
         state: dict[str, Any],
         target: Path,
-        describe: Callable[[Path], None],
+        write_metadata: Callable[[Path], None],
         info: dict[str, Any],
-        background: bool = False,
-        more: Callable[[Path], None] | None = None,
+        in_background: bool = False,
+        write_rank_files: Callable[[Path], None] | None = None,
     ):
         """Write beside `target`, or begin to.
 
@@ -50,16 +50,16 @@ class Saving:
         """
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.target, self._describe, self._info, self._group = target, describe, info, joined()
-        self._calls, self._sums, self._lock = AsyncCallsQueue(), _Mailbox(), ExitStack()
+        self.target, self._write_metadata, self._info, self._group = target, write_metadata, info, current_ranks()
+        self._calls, self._crcs, self._lock = AsyncCallsQueue(), _ForkQueue(), ExitStack()
         with ExitStack() as stack:
-            self._group.first(lambda: stack.enter_context(atomic_dir.lock(target)))
-            self._stage = self._group.first(lambda: manifest.staging(target))
-            if more:
-                self._group.together(lambda: more(self._stage), self._stage)
-            with _in_one_line(self._stage), _children_end_with_us():
+            self._group.run_on_first(lambda: stack.enter_context(atomic_dir.lock(target)))
+            self._stage = self._group.run_on_first(lambda: manifest.make_staging_dir(target))
+            if write_rank_files:
+                self._group.run_on_all(lambda: write_rank_files(self._stage), self._stage)
+            with _as_user_error(self._stage), _writers_die_with_us():
                 request = self._request(state)
-                if background:
+                if in_background:
                     self._calls.schedule_async_request(request)
                 else:
                     request.execute_sync()
@@ -70,13 +70,13 @@ class Saving:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-        filesystem_async._results_queue = _Mailbox()
+        filesystem_async._results_queue = _ForkQueue()
         request = dist_checkpointing.save(state, str(self._stage), async_sharded_save=True)
         if request.async_fn is None:  # this rank has nothing to write
             return request
-        return request._replace(async_fn=partial(_write_and_sum, request.async_fn, self._stage, self._sums))
+        return request._replace(async_fn=partial(_write_and_checksum, request.async_fn, self._stage, self._crcs))
 
-    def finish(self, wait: bool = True) -> bool:
+    def finalize(self, wait: bool = True) -> bool:
         """Put the checkpoint in place, once all of it is written. Returns whether it is in place.
 
         Args:
@@ -86,29 +86,29 @@ class Saving:
             UserError: it could not be written; the target is as it was.
         """
         with self._lock as held:
-            with _in_one_line(self._stage):
+            with _as_user_error(self._stage):
                 self._calls.maybe_finalize_async_calls(blocking=wait)
             if self._calls.get_num_unfinalized_calls():
                 self._lock = held.pop_all()
                 return False
-            shares = self._group.together(self._sums.get)
+            shares = self._group.run_on_all(self._crcs.get)
             sums = {name: crc for share in shares for name, crc in share.items()}
 
             def place() -> None:
-                self._describe(self._stage)
-                manifest.seal(self._stage, self.target, self._info, sums)
+                self._write_metadata(self._stage)
+                manifest.finalize(self._stage, self.target, self._info, sums)
 
-            self._group.first(place, self._stage)
+            self._group.run_on_first(place, self._stage)
         return True
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """End what still writes. The target stays as it was."""
         for call in self._calls.async_calls:
             call.async_caller.close(abort=True)
         self._lock.close()
 
 
-class _Mailbox:
+class _ForkQueue:
     """One object from a forked process, which may have ended before it is read and sent more than a pipe holds."""
 
     def __init__(self) -> None:
@@ -134,16 +134,16 @@ class _Mailbox:
         return found
 
 
-def _write_and_sum(
-    write: Callable[..., None], stage: Path, sums: _Mailbox, rank: int, buckets: list[Any], results: _Mailbox
+def _write_and_checksum(
+    write: Callable[..., None], stage: Path, crcs: _ForkQueue, rank: int, buckets: list[Any], results: _ForkQueue
 ) -> None:
     write(rank, buckets, results)
     with suppress(UserError):  # one that could not be written: `results` say why
-        sums.put(manifest.checksums(stage, [name for _, name, _ in buckets]))
+        crcs.put(manifest.compute_crcs(stage, [name for _, name, _ in buckets]))
 
 
 @contextmanager
-def _in_one_line(stage: Path) -> Iterator[None]:
+def _as_user_error(stage: Path) -> Iterator[None]:
     """What Megatron-Core and torch say of a file that cannot be written."""
     try:
         yield
@@ -161,10 +161,10 @@ def first_cause(error: CheckpointException) -> object:
 
 
 @contextmanager
-def _children_end_with_us() -> Iterator[None]:
+def _writers_die_with_us() -> Iterator[None]:
     """Megatron-Core's writers do not outlive the process that started them."""
-    forks_die_with_us(True)
+    set_forks_die_with_parent(True)
     try:
         yield
     finally:
-        forks_die_with_us(False)
+        set_forks_die_with_parent(False)

@@ -47,14 +47,14 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # Megatron-Core has
         """
         assert attention_mask is None and attention_bias is None
         if packed_seq_params is None:
-            return _attend(query, key, value)
+            return _causal_sdpa(query, key, value)
         parts = packed_seq_params.cu_seqlens_q.diff().tolist()
         assert sum(parts) == len(query), f"sequences of {sum(parts)} tokens in a row of {len(query)}"
         rows = zip(*(each.unsqueeze(1).split(parts) for each in (query, key, value)), strict=True)
-        return torch.cat([_attend(*row) for row in rows]).squeeze(1)
+        return torch.cat([_causal_sdpa(*row) for row in rows]).squeeze(1)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _causal_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`[T, B, heads, head_dim]` → `[T, B, heads · head_dim]`."""
     shared = query.shape[2] // key.shape[2]  # queries to a key; the kernel for CPUs wants a key each
     if shared > 1:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Actor:
+class MegatronModel:
     """A model ready for training.
 
     Attributes:
@@ -27,7 +27,7 @@ class Actor:
 
     chunks: "list[DistributedDataParallel]"
     optimizer: Any
-    settings: config.Model
+    architecture: config.Model
 
     @property
     def modules(self) -> "list[GPTModel]":
@@ -51,7 +51,7 @@ def init_parallel(parallel: config.Parallel, seed: int, timeout_s: float = 600.0
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_virtual(parallel),
+        virtual_pipeline_model_parallel_size=_virtual_stages(parallel),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_s / 60,
@@ -60,7 +60,7 @@ def init_parallel(parallel: config.Parallel, seed: int, timeout_s: float = 600.0
     model_parallel_cuda_manual_seed(seed + 1)
 
 
-def _virtual(parallel: config.Parallel) -> int | None:
+def _virtual_stages(parallel: config.Parallel) -> int | None:
     """Chunks a stage, as Megatron wants it: None where the schedule is not interleaved."""
     return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
 
@@ -84,7 +84,7 @@ def transformer_config(
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    fused = device.transformer_engine
+    fused = device.use_transformer_engine
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -112,7 +112,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_virtual(parallel),
+        virtual_pipeline_model_parallel_size=_virtual_stages(parallel),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.sequence,
@@ -146,7 +146,7 @@ class LocalNorm(torch.nn.RMSNorm):
         weight.sequence_parallel = config.sequence_parallel
 
 
-def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
+def _decoder_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
     """One chunk's layers of the decoder on this rank. Without Transformer Engine, Megatron's local ones with our norm and
     attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -168,14 +168,14 @@ def _block_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> 
     return block
 
 
-def _gpt(model: config.Model, cfg: Any, transformer_engine: bool, vp_stage: int | None) -> "GPTModel":
+def _build_gpt(model: config.Model, cfg: Any, transformer_engine: bool, vp_stage: int | None) -> "GPTModel":
     """One chunk of the model. `vp_stage`: its number among the stage's chunks; None where there is one."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     return GPTModel(
         cfg,
-        _block_spec(cfg, transformer_engine, vp_stage),
+        _decoder_spec(cfg, transformer_engine, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -206,7 +206,7 @@ def _mark_experts(gpt: torch.nn.Module) -> None:
             marked.tensor_model_parallel = True
 
 
-def build_actor(settings: config.Config, device: Device, train: bool = True) -> Actor:
+def build_actor(settings: config.Config, device: Device, train: bool = True) -> MegatronModel:
     """Build the model on this rank with unset weights, and its optimizer when it is to be trained.
 
     `init_parallel` must have run. The optimizer copies its master weights at construction, so whoever sets the
@@ -215,7 +215,7 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
     return _build(settings, transformer_config(settings.model, settings.parallel, device), device, train)
 
 
-def build_critic(settings: config.Config, device: Device) -> Actor:
+def build_critic(settings: config.Config, device: Device) -> MegatronModel:
     """The same with a `ValueHead` for an output layer, and without handles for routing replay."""
     cfg = transformer_config(settings.model, settings.parallel, device, replayable=False)
     return _build(settings, cfg, device, head=ValueHead)
@@ -223,15 +223,15 @@ def build_critic(settings: config.Config, device: Device) -> Actor:
 
 def _build(
     settings: config.Config, cfg: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
-) -> Actor:
+) -> MegatronModel:
     """A model in chunks, which share `cfg` since the schedules read it. `head` takes the output layer's place."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunks = []
-    for vp_stage in range(settings.parallel.virtual_pipeline) if _virtual(settings.parallel) else [None]:
-        gpt = _gpt(settings.model, cfg, device.transformer_engine, vp_stage)
+    for vp_stage in range(settings.parallel.virtual_pipeline) if _virtual_stages(settings.parallel) else [None]:
+        gpt = _build_gpt(settings.model, cfg, device.use_transformer_engine, vp_stage)
         if head and gpt.post_process:
             gpt.output_layer = head(cfg)
         gpt = gpt.to(device.device)
@@ -255,10 +255,10 @@ def _build(
         )
     cfg.finalize_model_grads_func = finalize_model_grads
     cfg.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return Actor(chunks, optimizer, settings.model)
+    return MegatronModel(chunks, optimizer, settings.model)
 
 
-def validate(model: config.Model, parallel: config.Parallel, world: int) -> None:
+def validate_layout(model: config.Model, parallel: config.Parallel, world: int) -> None:
     """Refuse an architecture or layout that cannot be built, naming the settings in conflict.
 
     Raises:

@@ -18,23 +18,23 @@ def convert(settings: config.Config, source: str | Path, target: str | Path, to:
     """
     if not Path(source).is_dir():
         raise UserError(f"no checkpoint at {source}")
-    manifest.read(source)  # before its configuration decides how much memory is asked for
-    kind = megatron_checkpoint.kind_of(source)
+    manifest.read_info(source)  # before its configuration decides how much memory is asked for
+    kind = megatron_checkpoint.checkpoint_format(source)
     whole = config.Config(backend=settings.backend, model=hf_checkpoint.read_config(source))
-    device = backend.start(whole.backend)
+    device = backend.init_backend(whole.backend)
     try:
         if dist.get_world_size() > 1:
             raise UserError("convert runs in one process: start it without torchrun")
         build.init_parallel(whole.parallel, seed=0)
         actor = build.build_actor(whole, device, train=False)
         if kind == "hf":
-            hf_checkpoint.import_hf(actor.modules, whole.model, source)
+            hf_checkpoint.load_hf(actor.modules, whole.model, source)
         else:
             megatron_checkpoint.load(actor, source)
         info = {"converted_from": str(source)}
         if to == "hf":
-            hf_checkpoint.export_hf(actor.modules, whole.model, target, source, info)
+            hf_checkpoint.save_hf(actor.modules, whole.model, target, source, info)
         else:
             megatron_checkpoint.save(actor, target, source, info)
     finally:
-        backend.stop()
+        backend.shutdown_backend()

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.config import Model
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_mapping
-from megatron_bai.model.param_shards import Shard, fill, gather, local_shards
+from megatron_bai.model.param_shards import Shard, fill_parameters, gather_slices, local_shards
 from megatron_bai.utils.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 4 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 # Our name of a setting → Hugging Face's.
-_FIELDS = {
+_HF_FIELDS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -42,7 +42,7 @@ _FIELDS = {
     "init_std": "initializer_range",
 }
 # What this library builds; another value means another architecture.
-_FIXED = {
+_SUPPORTED = {
     "model_type": "qwen3_moe",
     "hidden_act": "silu",
     "norm_topk_prob": True,
@@ -85,8 +85,8 @@ def hf_config(model: Model, dtype: torch.dtype) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
-        **_FIXED,
-        **{theirs: getattr(model, ours) for ours, theirs in _FIELDS.items()},
+        **_SUPPORTED,
+        **{theirs: getattr(model, ours) for ours, theirs in _HF_FIELDS.items()},
         "intermediate_size": model.moe_ffn_hidden_size,  # of dense layers, of which there are none
         "rope_theta": model.rope_theta,
         "rope_parameters": rope,
@@ -107,10 +107,10 @@ def read_config(directory: str | Path) -> Model:
             raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    for name, value in _FIXED.items():
+    for name, value in _SUPPORTED.items():
         if found.get(name, value) != value:
             raise UserError(f"{path}: {name} is {found[name]!r}, only {value!r} is supported")
-    if missing := [theirs for theirs in _FIELDS.values() if theirs not in found]:
+    if missing := [theirs for theirs in _HF_FIELDS.values() if theirs not in found]:
         raise UserError(f"{path}: {', '.join(missing)} missing")
     rope = found.get("rope_parameters") or {}
     scaling = rope or found.get("rope_scaling") or {}
@@ -119,11 +119,11 @@ def read_config(directory: str | Path) -> Model:
     if scaling.get("rope_type", "default") != "default":
         raise UserError(f"{path}: scaled rotary embeddings are not supported")
     theta: Any = rope.get("rope_theta", found.get("rope_theta", 10000.0))
-    numbers = {ours: found[theirs] for ours, theirs in _FIELDS.items()}
+    numbers = {ours: found[theirs] for ours, theirs in _HF_FIELDS.items()}
     for ours, value in (*numbers.items(), ("rope_theta", theta)):
         kinds = (int, float) if ours in ("norm_epsilon", "init_std", "rope_theta") else (int,)
         if type(value) not in kinds or not 0 <= value < math.inf or (kinds == (int,) and value == 0):
-            raise UserError(f"{path}: {_FIELDS.get(ours, ours)} is {value!r}, which is no size")
+            raise UserError(f"{path}: {_HF_FIELDS.get(ours, ours)} is {value!r}, which is no size")
     return Model(rope_theta=float(theta), **numbers)
 
 
@@ -136,22 +136,22 @@ class HFReader:
         index = self.directory / INDEX
         try:
             if index.is_file():
-                self._where = {name: str(file) for name, file in parse(index.read_bytes())["weight_map"].items()}
+                self._file_of = {name: str(file) for name, file in parse(index.read_bytes())["weight_map"].items()}
             else:
                 with safe_open(self.directory / "model.safetensors", "pt") as file:
-                    self._where = dict.fromkeys(file.keys(), "model.safetensors")
+                    self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(f"no readable safetensors checkpoint at {directory}: {error}") from None
-        for name in set(self._where.values()):
+        for name in set(self._file_of.values()):
             if Path(name).name != name:  # an index is untrusted: it names files beside it, nothing else
                 raise UserError(f"{index} names the file {name!r}, outside its directory")
 
-    def names(self) -> set[str]:
-        return set(self._where)
+    def tensor_names(self) -> set[str]:
+        return set(self._file_of)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         try:
-            file = self._where[name]
+            file = self._file_of[name]
             if file not in self._files:
                 self._files[file] = safe_open(self.directory / file, "pt")
             tensor: torch.Tensor = self._files[file].get_tensor(name)
@@ -160,68 +160,68 @@ class HFReader:
             raise UserError(f"cannot read tensor {name} from {self.directory}: {error}") from None
 
 
-def import_hf(modules: list[torch.nn.Module], model: Model, directory: str | Path) -> None:
+def load_hf(modules: list[torch.nn.Module], model: Model, directory: str | Path) -> None:
     """Fill a live model, in any layout, from a Hugging Face checkpoint.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or a file is not what its manifest says.
     """
-    group = joined()
-    group.together(lambda: manifest.verify(directory, group.rank, group.size))
+    group = current_ranks()
+    group.run_on_all(lambda: manifest.verify_weights(directory, group.rank, group.num_ranks))
     reader = HFReader(directory)
     wanted = set(hf_mapping.hf_names(model))
-    if difference := sorted(wanted ^ reader.names()):
+    if difference := sorted(wanted ^ reader.tensor_names()):
         state = "missing" if difference[0] in wanted else "unknown"
         raise UserError(f"{directory}: {len(difference)} tensors missing or unknown, first {difference[0]} ({state})")
 
     def whole(shard: Shard) -> torch.Tensor:
-        kind = hf_mapping.kind_of(shard.key)
+        kind = hf_mapping.mapping_of(shard.key)
         names = kind.names(shard.index)
-        tensors = [reader.tensor(name) for name in names]
+        tensors = [reader.read_tensor(name) for name in names]
         for name, tensor, part in zip(names, tensors, kind.split(torch.empty(shard.shape, device="meta"), model), strict=True):
             if tensor.shape != part.shape:
                 shapes = tuple(tensor.shape), tuple(part.shape)
                 raise UserError(f"{directory}: {name} has shape {shapes[0]}, the model needs {shapes[1]}")
         return kind.merge(tensors, model)
 
-    fill(modules, whole)
+    fill_parameters(modules, whole)
 
 
-def tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+def iter_hf_tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a live model under Hugging Face's name, whole, one after the other. Every rank must consume the
     iterator; collective.
 
     Yields:
         Names and tensors in the same order on every rank; values are defined on rank 0 alone.
     """
-    for key, index, tensor in gather(modules):
-        kind = hf_mapping.kind_of(key)
+    for key, index, tensor in gather_slices(modules):
+        kind = hf_mapping.mapping_of(key)
         if dist.get_rank() == 0:
             yield from zip(kind.names(index), kind.split(tensor, model), strict=True)
         else:
             yield from ((name, tensor) for name in kind.names(index))
 
 
-def shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
+def hf_shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `tensors` yields, on every rank. Collective."""
     mine = {(shard.key, shard.index): shard.shape for shard in local_shards(modules)}
     everyone: list[dict[tuple[str, tuple[int, ...]], tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
     found: dict[str, tuple[int, ...]] = {}
     for (key, index), shape in (item for own in everyone for item in own.items()):
-        kind = hf_mapping.kind_of(key)
+        kind = hf_mapping.mapping_of(key)
         parts = kind.split(torch.empty(shape, device="meta"), model)
         found |= {name: tuple(part.shape) for name, part in zip(kind.names(index), parts, strict=True)}
     return found
 
 
-def export_hf(
+def save_hf(
     modules: list[torch.nn.Module],
     model: Model,
     target: str | Path,
     tokenizer: str | Path,
     info: dict[str, Any],
-    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    transform: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Write a live model as a Hugging Face checkpoint, complete or not at all. Collective; rank 0 writes.
 
@@ -234,26 +234,26 @@ def export_hf(
         UserError: the directory cannot be written, or another process writes it; the target is as it was.
         RuntimeError: the tensors written are not exactly those `config.json` promises.
     """
-    group = joined()
+    group = current_ranks()
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(atomic_dir.lock(Path(target))))
-        stage = group.first(lambda: manifest.staging(target))
-        files, dtype = _write_files(modules, model, stage, group.rank == 0, change)
+        group.run_on_first(lambda: stack.enter_context(atomic_dir.lock(Path(target))))
+        stage = group.run_on_first(lambda: manifest.make_staging_dir(target))
+        files, dtype = _write_files(modules, model, stage, group.rank == 0, transform)
 
         def finish() -> None:
-            _finish(stage, files, model)
+            _name_and_index_files(stage, files, model)
             write_config(model, dtype, tokenizer, stage)
-            manifest.seal(stage, target, info)
+            manifest.finalize(stage, target, info)
 
-        group.first(finish, stage)
+        group.run_on_first(finish, stage)
 
 
 def _write_files(
     modules: list[torch.nn.Module],
     model: Model,
     stage: Path,
-    lead: bool,
-    change: Callable[[str, torch.Tensor], torch.Tensor],
+    is_writer: bool,
+    transform: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> tuple[dict[int, list[str]], torch.dtype]:
     """Gather every tensor and write it, on the lead alone; returns the names in each file, and the dtype."""
     pending: dict[str, torch.Tensor] = {}
@@ -270,11 +270,11 @@ def _write_files(
         files[len(files)] = list(pending)
         pending, size = {}, 0
 
-    for name, tensor in tensors(modules, model):
-        if not lead:
+    for name, tensor in iter_hf_tensors(modules, model):
+        if not is_writer:
             continue
         dtype = tensor.dtype
-        pending[name] = change(name, tensor).contiguous().cpu()
+        pending[name] = transform(name, tensor).contiguous().cpu()
         size += tensor.nbytes
         if size >= MAX_FILE_BYTES:
             flush()
@@ -283,7 +283,7 @@ def _write_files(
     return files, dtype
 
 
-def _finish(stage: Path, files: dict[int, list[str]], model: Model) -> None:
+def _name_and_index_files(stage: Path, files: dict[int, list[str]], model: Model) -> None:
     """Name the files as Hugging Face does, and index them."""
     weight_map: dict[str, str] = {}
     for number, names in files.items():

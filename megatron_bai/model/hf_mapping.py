@@ -21,7 +21,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ParamMapping:
     """One kind of parameter.
 
     Attributes:
@@ -37,7 +37,7 @@ class Kind:
     split: Callable[[torch.Tensor, Model], Tensors] = lambda tensor, model: (tensor,)
 
     @property
-    def axes(self) -> int:
+    def num_stacked_axes(self) -> int:
         """How many leading axes are stacked: 0, 1 (layer) or 2 (layer, expert)."""
         return ("{layer}" in self.hf[0]) + ("{expert}" in self.hf[0])
 
@@ -63,37 +63,37 @@ _LAYER = "model.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 _M = "decoder.layers."
 
-KINDS = (
-    Kind("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    Kind("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Kind("output_layer.weight", ("lm_head.weight",)),
-    Kind(_M + "self_attention.linear_qkv.layer_norm_weight", (_LAYER + "input_layernorm.weight",)),
-    Kind(
+PARAM_MAPPINGS = (
+    ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    ParamMapping("output_layer.weight", ("lm_head.weight",)),
+    ParamMapping(_M + "self_attention.linear_qkv.layer_norm_weight", (_LAYER + "input_layernorm.weight",)),
+    ParamMapping(
         _M + "self_attention.linear_qkv.weight",
         tuple(f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
         _merge_qkv,
         _split_qkv,
     ),
-    Kind(_M + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",)),
-    Kind(_M + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",)),
-    Kind(_M + "self_attention.linear_proj.weight", (_LAYER + "self_attn.o_proj.weight",)),
-    Kind(_M + "pre_mlp_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",)),
-    Kind(_M + "mlp.router.weight", (_LAYER + "mlp.gate.weight",)),
-    Kind(
+    ParamMapping(_M + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",)),
+    ParamMapping(_M + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",)),
+    ParamMapping(_M + "self_attention.linear_proj.weight", (_LAYER + "self_attn.o_proj.weight",)),
+    ParamMapping(_M + "pre_mlp_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",)),
+    ParamMapping(_M + "mlp.router.weight", (_LAYER + "mlp.gate.weight",)),
+    ParamMapping(
         _M + "mlp.experts.experts.linear_fc1.weight",
         (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
         lambda tensors, model: torch.cat(list(tensors)),
         lambda tensor, model: tensor.chunk(2),
     ),
-    Kind(_M + "mlp.experts.experts.linear_fc2.weight", (_EXPERT + "down_proj.weight",)),
+    ParamMapping(_M + "mlp.experts.experts.linear_fc2.weight", (_EXPERT + "down_proj.weight",)),
 )
 # A critic has this in place of `output_layer.weight`. The name is its own since Megatron loads an output layer with
 # another number of rows without a word: a critic could be taken for an actor. Hugging Face's is that of classifiers.
-VALUE_HEAD = Kind("value_head.weight", ("score.weight",))
-BY_KEY = {kind.megatron: kind for kind in (*KINDS, VALUE_HEAD)}
+VALUE_HEAD = ParamMapping("value_head.weight", ("score.weight",))
+BY_KEY = {kind.megatron: kind for kind in (*PARAM_MAPPINGS, VALUE_HEAD)}
 
 
-def kind_of(key: str) -> Kind:
+def mapping_of(key: str) -> ParamMapping:
     """The table's entry for a Megatron key.
 
     Raises:
@@ -104,11 +104,11 @@ def kind_of(key: str) -> Kind:
     return BY_KEY[key]
 
 
-def indices(kind: Kind, model: Model) -> Iterator[tuple[int, ...]]:
+def slice_indices(mapping: ParamMapping, model: Model) -> Iterator[tuple[int, ...]]:
     """All stacked slices of a kind, in order."""
-    return product(*(range(size) for size in (model.num_layers, model.num_experts)[: kind.axes]))
+    return product(*(range(size) for size in (model.num_layers, model.num_experts)[: mapping.num_stacked_axes]))
 
 
 def hf_names(model: Model) -> list[str]:
     """Every tensor of the Hugging Face checkpoint, in the table's order."""
-    return [name for kind in KINDS for index in indices(kind, model) for name in kind.names(index)]
+    return [name for kind in PARAM_MAPPINGS for index in slice_indices(kind, model) for name in kind.names(index)]

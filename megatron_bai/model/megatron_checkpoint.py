@@ -11,21 +11,21 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bai.checkpoint import manifest, safe_unpickle
-from megatron_bai.checkpoint.torch_dist import TorchDist
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.config import Model
-from megatron_bai.distributed.rank_group import Ranks, joined
+from megatron_bai.distributed.rank_group import RankGroup, current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
-from megatron_bai.model.async_save import Saving, first_cause
-from megatron_bai.model.build import Actor
+from megatron_bai.model.async_save import CheckpointSave, first_cause
+from megatron_bai.model.build import MegatronModel
 
 
-def sharded(actor: Actor) -> dict[str, Any]:
+def sharded_state(model: MegatronModel) -> dict[str, Any]:
     """Megatron's sharded state dict of the weights."""
-    return {f"model{i}": module.sharded_state_dict() for i, module in enumerate(actor.modules)}
+    return {f"model{i}": module.sharded_state_dict() for i, module in enumerate(model.modules)}
 
 
-def save(actor: Actor, target: str | Path, tokenizer: str | Path, info: dict[str, Any]) -> None:
+def save(model: MegatronModel, target: str | Path, tokenizer: str | Path, info: dict[str, Any]) -> None:
     """Write the actor's weights. Collective; the directory must be one that all ranks see.
 
     Args:
@@ -35,15 +35,15 @@ def save(actor: Actor, target: str | Path, tokenizer: str | Path, info: dict[str
     Raises:
         UserError: the directory cannot be written, or another process writes it; the target is as it was.
     """
-    Saving(sharded(actor), Path(target), describes(actor, tokenizer), info).finish()
+    CheckpointSave(sharded_state(model), Path(target), metadata_writer(model, tokenizer), info).finalize()
 
 
-def describes(actor: Actor, tokenizer: str | Path) -> Callable[[Path], None]:
+def metadata_writer(model: MegatronModel, tokenizer: str | Path) -> Callable[[Path], None]:
     """What adds the architecture and the tokenizer's files to a directory."""
-    return lambda stage: hf_checkpoint.write_config(actor.settings, actor.transformer_config.params_dtype, tokenizer, stage)
+    return lambda stage: hf_checkpoint.write_config(model.architecture, model.transformer_config.params_dtype, tokenizer, stage)
 
 
-def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
+def load(model: MegatronModel, directory: str | Path) -> dict[str, Any]:
     """Fill the actor from a complete checkpoint, whatever layout wrote it. Collective.
 
     Returns:
@@ -52,14 +52,14 @@ def load(actor: Actor, directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no complete checkpoint there, or one that is not what was written, or one of another architecture.
     """
-    info, loaded = read(actor, sharded(actor), directory)
-    for i, module in enumerate(actor.modules):
+    info, loaded = load_sharded(model, sharded_state(model), directory)
+    for i, module in enumerate(model.modules):
         module.load_state_dict(loaded[f"model{i}"])
-    finish_loading(actor)
+    reload_master_weights(model)
     return info
 
 
-def read(actor: Actor, state: dict[str, Any], directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_sharded(model: MegatronModel, state: dict[str, Any], directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a sharded state dict asks for, from a complete checkpoint of the actor's architecture. Collective.
 
     Returns:
@@ -68,12 +68,12 @@ def read(actor: Actor, state: dict[str, Any], directory: str | Path) -> tuple[di
     Raises:
         UserError: as `load`.
     """
-    directory, group = Path(directory), joined()
-    info = manifest.require(directory)
+    directory, group = Path(directory), current_ranks()
+    info = manifest.require_info(directory)
     if not (directory / "metadata.json").is_file():
         raise UserError(f"{directory} is not a Megatron torch_dist checkpoint: `megatron-bai convert` makes one")
-    require_architecture(directory, actor.settings)
-    group.together(lambda: _check(directory, state, group))
+    require_architecture(directory, model.architecture)
+    group.run_on_all(lambda: _verify_before_load(directory, state, group))
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
@@ -99,22 +99,22 @@ def require_architecture(directory: str | Path, model: Model) -> None:
             )
 
 
-def _check(directory: Path, state: dict[str, Any], group: Ranks) -> None:
+def _verify_before_load(directory: Path, state: dict[str, Any], group: RankGroup) -> None:
     """Before Megatron-Core's reader, which would run what a hostile file names: all is what was written, and harmless.
 
     The ranks share the files and the tensors' archives.
     """
-    manifest.verify(directory, group.rank, group.size)
-    with TorchDist(directory) as source:
-        for key in sorted(source.tensors)[group.rank :: group.size]:
+    manifest.verify_weights(directory, group.rank, group.num_ranks)
+    with TorchDistReader(directory) as source:
+        for key in sorted(source.tensors)[group.rank :: group.num_ranks]:
             for chunk in source.tensors[key].chunks:
-                source.record(source.tensors[key], chunk)
+                source.locate_record(source.tensors[key], chunk)
         _require_tensors(source, state)
     if group.rank == 0:
-        safe_unpickle.check_common(directory / "common.pt")
+        safe_unpickle.verify_common_pt(directory / "common.pt")
 
 
-def _require_tensors(source: TorchDist, state: dict[str, Any]) -> None:
+def _require_tensors(source: TorchDistReader, state: dict[str, Any]) -> None:
     """All that the model has, as tensors: an object in their place would be unpickled, and could run anything."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -129,13 +129,13 @@ def _require_tensors(source: TorchDist, state: dict[str, Any]) -> None:
             raise UserError(f"{source.path} has no {item.key}: it is the checkpoint of another kind of model")
 
 
-def finish_loading(actor: Actor) -> None:
+def reload_master_weights(model: MegatronModel) -> None:
     """Make the optimizer's master weights those of the model, after the model was filled."""
-    if actor.optimizer is not None:
-        actor.optimizer.reload_model_params()
+    if model.optimizer is not None:
+        model.optimizer.reload_model_params()
 
 
-def kind_of(directory: str | Path) -> str:
+def checkpoint_format(directory: str | Path) -> str:
     """`megatron` or `hf`: the format of a checkpoint directory.
 
     Raises:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 # What ranks say of a piece: key, index, offset and shape of the piece, shape of the whole, dtype.
-_Piece = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]
+_ShardInfo = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Shard:
     index: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    main: bool
+    is_main_replica: bool
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+    def local_part(self, full_tensor: torch.Tensor) -> torch.Tensor:
         """This piece of `whole`, which has shape `self.shape`."""
         for axis, (start, size) in enumerate(zip(self.offset, self.data.shape, strict=True)):
-            whole = whole.narrow(axis, start, size)
-        return whole
+            full_tensor = full_tensor.narrow(axis, start, size)
+        return full_tensor
 
 
 def local_shards(modules: "list[GPTModel]") -> list[Shard]:
@@ -76,10 +76,10 @@ def local_shards(modules: "list[GPTModel]") -> list[Shard]:
 
 
 @torch.no_grad()
-def fill(modules: list[torch.nn.Module], whole: Callable[[Shard], torch.Tensor]) -> None:
+def fill_parameters(modules: list[torch.nn.Module], full_tensor: Callable[[Shard], torch.Tensor]) -> None:
     """Set every local parameter to its piece of `whole(shard)`, a tensor of shape `shard.shape`."""
     for shard in local_shards(modules):
-        shard.data.copy_(shard.cut(whole(shard)))
+        shard.data.copy_(shard.local_part(full_tensor(shard)))
 
 
 def init_random(modules: list[torch.nn.Module], model: Model, seed: int) -> None:
@@ -92,10 +92,10 @@ def init_random(modules: list[torch.nn.Module], model: Model, seed: int) -> None
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
         return torch.randn(shard.shape, generator=generator) * model.init_std
 
-    fill(modules, whole)
+    fill_parameters(modules, whole)
 
 
-def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+def gather_slices(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
     """Collect the model on rank 0, one slice at a time. Every rank must consume the iterator; collective.
 
     Yields:
@@ -106,37 +106,37 @@ def gather(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...
         RuntimeError: the main pieces do not cover a slice exactly.
     """
     rank = dist.get_rank()
-    mine = [shard for shard in local_shards(modules) if shard.main]
+    mine = [shard for shard in local_shards(modules) if shard.is_main_replica]
     described = [(s.key, s.index, s.offset, tuple(s.data.shape), s.shape, s.data.dtype) for s in mine]
-    everyone: list[list[_Piece]] = [[] for _ in range(dist.get_world_size())]
+    everyone: list[list[_ShardInfo]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, described)
-    slices: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, _Piece]]] = {}
+    slices: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, _ShardInfo]]] = {}
     for owner, theirs in enumerate(everyone):
         for local, piece in enumerate(theirs):
             slices.setdefault(piece[:2], []).append((owner, local, piece))
     device = next(modules[0].parameters()).device
     order = list(hf_mapping.BY_KEY)
-    for key, index in sorted(slices, key=lambda s: (order.index(hf_mapping.kind_of(s[0]).megatron), s[1])):
+    for key, index in sorted(slices, key=lambda s: (order.index(hf_mapping.mapping_of(s[0]).megatron), s[1])):
         pieces = slices[key, index]
         shape, dtype = pieces[0][2][4:]
         if sum(torch.Size(piece[3]).numel() for _, _, piece in pieces) != torch.Size(shape).numel():
             raise RuntimeError(f"the ranks' pieces of {key}{list(index)} do not cover its shape {shape}")
         whole = torch.empty(shape, dtype=dtype, device=device) if rank == 0 else torch.empty(0)
         for owner, local, piece in pieces:
-            _collect(whole, owner, mine[local].data if owner == rank else None, piece)
+            _gather_shard(whole, owner, mine[local].data if owner == rank else None, piece)
         yield key, index, whole
 
 
-def _collect(whole: torch.Tensor, owner: int, data: torch.Tensor | None, piece: _Piece) -> None:
+def _gather_shard(full_tensor: torch.Tensor, owner: int, data: torch.Tensor | None, piece: _ShardInfo) -> None:
     """Bring one piece from its owner into `whole` on rank 0."""
     rank, offset, shape = dist.get_rank(), piece[2], piece[3]
     if rank == owner:
         assert data is not None
         if rank == 0:
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(data.detach())
+            full_tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(data.detach())
         else:
             dist.send(data.detach().contiguous(), dst=0)
     elif rank == 0:
-        received = torch.empty(shape, dtype=whole.dtype, device=whole.device)
+        received = torch.empty(shape, dtype=full_tensor.dtype, device=full_tensor.device)
         dist.recv(received, src=owner)
-        whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(received)
+        full_tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(received)

@@ -16,37 +16,37 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.model import megatron_checkpoint
-from megatron_bai.model.async_save import Saving
-from megatron_bai.model.build import Actor
+from megatron_bai.model.async_save import CheckpointSave
+from megatron_bai.model.build import MegatronModel
 
-_FORM = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def save(
-    models: dict[str, Actor],
+    models: dict[str, MegatronModel],
     target: Path,
     tokenizer: Path,
     info: dict[str, Any],
-    background: bool = False,
-    more: Callable[[Path], None] | None = None,
-) -> Saving:
-    """Write the models, or begin to: see `Saving`. Collective. Each must have been updated at least once.
+    in_background: bool = False,
+    write_rank_files: Callable[[Path], None] | None = None,
+) -> CheckpointSave:
+    """Write the models, or begin to: see `CheckpointSave`. Collective. Each must have been updated at least once.
 
     Args:
         models: by name; one is the `actor`.
         tokenizer: directory to copy the tokenizer's files from.
         info: kept in the manifest.
-        more: as in `Saving`.
+        more: as in `CheckpointSave`.
 
     Raises:
-        UserError: as `Saving`.
+        UserError: as `CheckpointSave`.
     """
-    state: dict[str, Any] = {name: _sharded(name, model) for name, model in models.items()}
-    state["random"] = _sharded_generators()
-    return Saving(state, target, megatron_checkpoint.describes(models["actor"], tokenizer), info, background, more)
+    state: dict[str, Any] = {name: _sharded_state(name, model) for name, model in models.items()}
+    state["random"] = _sharded_rng_states()
+    return CheckpointSave(state, target, megatron_checkpoint.metadata_writer(models["actor"], tokenizer), info, in_background, write_rank_files)
 
 
-def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[str, Any]:
+def load(models: dict[str, MegatronModel], directory: Path, restore_rng: bool) -> dict[str, Any]:
     """Fill the models and their optimizers, whatever layout wrote them. Collective.
 
     Args:
@@ -59,38 +59,38 @@ def load(models: dict[str, Actor], directory: Path, generators: bool) -> dict[st
         UserError: as `checkpoint.load`.
     """
     for model in models.values():
-        _make_moments(model)
-    state: dict[str, Any] = {name: _sharded(name, model, loading=True) for name, model in models.items()}
-    if generators:
-        state["random"] = _sharded_generators()
-    info, loaded = megatron_checkpoint.read(models["actor"], state, directory)
+        _init_optimizer_state(model)
+    state: dict[str, Any] = {name: _sharded_state(name, model, loading=True) for name, model in models.items()}
+    if restore_rng:
+        state["random"] = _sharded_rng_states()
+    info, loaded = megatron_checkpoint.load_sharded(models["actor"], state, directory)
     for name, model in models.items():
         for i, module in enumerate(model.modules):
             module.load_state_dict(loaded[name][f"model{i}"])
         _load_optimizer(model, loaded[name]["optimizer"])
-    if generators:
-        _set_generators(loaded["random"])
+    if restore_rng:
+        _set_rng_states(loaded["random"])
     return info
 
 
-def _sharded(name: str, model: Actor, loading: bool = False) -> dict[str, Any]:
+def _sharded_state(name: str, model: MegatronModel, loading: bool = False) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-    state = megatron_checkpoint.sharded(model)
-    state["optimizer"] = model.optimizer.sharded_state_dict(state, loading, metadata=_FORM)
+    state = megatron_checkpoint.sharded_state(model)
+    state["optimizer"] = model.optimizer.sharded_state_dict(state, loading, metadata=_OPTIMIZER_FORMAT)
     if name != "actor":
         add_prefix_for_sharding(state, f"{name}.")
     return state
 
 
-def _make_moments(model: Actor) -> None:
+def _init_optimizer_state(model: MegatronModel) -> None:
     """Megatron-Core asks an optimizer how far it is, which torch's cannot say before its first step."""
     for optimizer in model.optimizer.chained_optimizers:
         if not optimizer.optimizer.state:
             optimizer._init_optimizer_states_with_dummy_values()
 
 
-def _load_optimizer(model: Actor, loaded: dict[Any, Any]) -> None:
+def _load_optimizer(model: MegatronModel, loaded: dict[Any, Any]) -> None:
     """What Megatron-Core does, around two faults it has with torch's Adam: it looks for the step count among the
     moments, and gives all parameters one tensor of it, which each of them would advance."""
     chained = model.optimizer.chained_optimizers
@@ -105,7 +105,7 @@ def _load_optimizer(model: Actor, loaded: dict[Any, Any]) -> None:
             own[parameter]["step"] = step.clone()
 
 
-def _generators() -> dict[str, torch.Tensor]:
+def _rng_states() -> dict[str, torch.Tensor]:
     """This rank's states, `[bytes]` uint8 each: torch's for the CPU and the device, and those Megatron tracks."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -113,16 +113,16 @@ def _generators() -> dict[str, torch.Tensor]:
     return found | {f"tracked.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
 
 
-def _sharded_generators() -> dict[str, Any]:
+def _sharded_rng_states() -> dict[str, Any]:
     """One row a rank."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    rows = {f"rng_state.{name}": state.clone() for name, state in _generators().items()}
+    rows = {f"rng_state.{name}": state.clone() for name, state in _rng_states().items()}
     place = (0, dist.get_rank(), dist.get_world_size())
     return {key: ShardedTensor.from_rank_offsets(key, row, place, prepend_axis_num=1) for key, row in rows.items()}
 
 
-def _set_generators(loaded: dict[str, torch.Tensor]) -> None:
+def _set_rng_states(loaded: dict[str, torch.Tensor]) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     states = {key.removeprefix("rng_state."): row.reshape(-1) for key, row in loaded.items()}

@@ -14,7 +14,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_bai.utils.child_processes import die_with
+from megatron_bai.utils.child_processes import die_with_parent
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ def call(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
 
 def main() -> None:
     parent, name, settings = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    die_with(parent)
+    die_with_parent(parent)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -22,11 +22,11 @@ import yaml
 
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir, manifest
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import training_state
-from megatron_bai.model.async_save import Saving
-from megatron_bai.model.build import Actor
+from megatron_bai.model.async_save import CheckpointSave
+from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.summary import read_summary
 from megatron_bai.rl.session import Session
 from megatron_bai.utils.flatten import flatten
@@ -89,7 +89,7 @@ class ResumePoint:
     same_store: bool = False
     is_finished: bool = False
 
-    def load_models(self, models: dict[str, Actor]) -> None:
+    def load_models(self, models: dict[str, MegatronModel]) -> None:
         """Give the models the checkpoint's state, where there is one. Collective.
 
         Raises:
@@ -121,7 +121,7 @@ class ResumePoint:
         for name, item in stateful.items():
             item.load_state_dict(self.states[name])
             if isinstance(item, StatefulWithFiles):
-                joined().together(partial(item.load_files, self.checkpoint))
+                current_ranks().run_on_all(partial(item.load_files, self.checkpoint))
 
 
 @contextmanager
@@ -131,10 +131,10 @@ def open_run(session: Session) -> Iterator[ResumePoint]:
     Raises:
         UserError: somebody does; or the directory holds a run with other settings, or a checkpoint that is damaged.
     """
-    group, directory = joined(), Path(session.settings.run.dir)
+    group, directory = current_ranks(), Path(session.settings.run.dir)
     with ExitStack() as stack:
-        group.first(lambda: stack.enter_context(atomic_dir.lock(directory)))
-        yield group.first(lambda: _find_resume_point(session, directory))
+        group.run_on_first(lambda: stack.enter_context(atomic_dir.lock(directory)))
+        yield group.run_on_first(lambda: _find_resume_point(session, directory))
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
     if not found:
         return _start_without_checkpoint(settings, directory, complete)
     try:
-        info = manifest.require(found[-1])
+        info = manifest.require_info(found[-1])
     except UserError as error:
         raise _unusable_error(found[-1], error) from None
     if "settings" not in info:
@@ -206,7 +206,7 @@ def result_paths(settings: config.Config) -> dict[str, str]:
 
 def _results_exist(settings: config.Config) -> bool:
     """Whether the run's results are where they were asked for."""
-    return all(manifest.read(path) is not None for path in result_paths(settings).values())
+    return all(manifest.read_info(path) is not None for path in result_paths(settings).values())
 
 
 def _list_changes(former: dict[str, str], settings: config.Config) -> list[str]:
@@ -232,7 +232,7 @@ def _refuse_changes(former: dict[str, str], settings: config.Config, directory: 
 def initial_crcs(settings: config.Config) -> dict[str, int]:
     """The checksums of what the run starts from: the reference policy must be the same after a restart."""
     source = config.initial_checkpoint(settings)
-    return manifest.noted_sums(source) if source else {}
+    return manifest.recorded_crcs(source) if source else {}
 
 
 def _rng_layout(session: Session) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _unusable_error(path: Path, error: UserError) -> UserError:
 class RunCheckpoints:
     """Writes them, and deletes all but the last `trainer.keep`."""
 
-    def __init__(self, session: Session, models: dict[str, Actor], stateful: Mapping[str, Stateful]):
+    def __init__(self, session: Session, models: dict[str, MegatronModel], stateful: Mapping[str, Stateful]):
         """
         Args:
             models: by name; one is the `actor`.
@@ -257,7 +257,7 @@ class RunCheckpoints:
         """
         self._session, self._models, self._stateful = session, models, stateful
         self._directory = Path(session.settings.run.dir)
-        self._saving: Saving | None = None
+        self._saving: CheckpointSave | None = None
 
     def save_if_due(self, step: int, version: int, asked: bool = False) -> None:
         """Save if it is time to, or `asked` for; called after every step, counted from 1. Collective.
@@ -306,15 +306,15 @@ class RunCheckpoints:
         self._finalize_pending(wait=True)
 
     def _finalize_pending(self, wait: bool) -> None:
-        if self._saving and self._saving.finish(wait):
+        if self._saving and self._saving.finalize(wait):
             self._saving = None
-            joined().first(self._delete_old, self._directory)
+            current_ranks().run_on_first(self._delete_old, self._directory)
 
     def _delete_old(self) -> None:
         """A directory that is being deleted has a name that no one reads."""
         for path in checkpoints(self._directory)[: -self._session.settings.trainer.keep]:
-            path.rename(atomic_dir.unfinished(path))
-            atomic_dir.discard(path)
+            path.rename(atomic_dir.staging_path(path))
+            atomic_dir.remove_leftovers(path)
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -323,4 +323,4 @@ class RunCheckpoints:
         if kind is None:
             self.wait()
         elif self._saving:
-            self._saving.abandon()
+            self._saving.abort()

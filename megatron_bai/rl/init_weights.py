@@ -9,14 +9,14 @@ import torch.distributed as dist
 
 from megatron_bai import config
 from megatron_bai.checkpoint import manifest
-from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.data.tokenizer import build_tokenizer
-from megatron_bai.distributed.rank_group import joined, ranks
+from megatron_bai.distributed.rank_group import current_ranks, merge_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.recipe.output_spec import make_output_spec
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 
 
 def validate_init(settings: config.Config) -> None:
@@ -49,8 +49,8 @@ def run_init_merge(settings: config.Config) -> None:
     if not isinstance(settings.init, config.MergeInit):
         return
     base = pipeline.make_jobs(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
-    joined().first(lambda: _check_base(Path(base), settings.model))
-    with ranks() as group:
+    current_ranks().run_on_first(lambda: _check_base(Path(base), settings.model))
+    with merge_ranks() as group:
         pipeline.run_merge(settings.merge, group, replace=False)
 
 
@@ -62,7 +62,7 @@ def _check_base(base: Path, model: config.Model) -> None:
     require_tokenizer(base)
 
 
-def load_initial_weights(actor: Actor, settings: config.Config) -> Path:
+def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
     """Give the actor its first weights. Collective; `run_init_merge` was called.
 
     Returns:
@@ -74,18 +74,18 @@ def load_initial_weights(actor: Actor, settings: config.Config) -> Path:
     source = config.initial_checkpoint(settings)
     if not source:
         param_shards.init_random(actor.modules, settings.model, settings.run.seed)
-        megatron_checkpoint.finish_loading(actor)
+        megatron_checkpoint.reload_master_weights(actor)
         directory = Path(settings.run.dir) / "tokenizer"
         if dist.get_rank() == 0:
             assert isinstance(settings.data, config.Arithmetic)  # other data brings the checkpoint's tokenizer
             build_tokenizer(settings.data, settings.model.vocab_size).save_pretrained(directory)
         dist.barrier()
         return directory
-    manifest.require(source)
-    if megatron_checkpoint.kind_of(source) == "hf":
+    manifest.require_info(source)
+    if megatron_checkpoint.checkpoint_format(source) == "hf":
         megatron_checkpoint.require_architecture(source, settings.model)
-        hf_checkpoint.import_hf(actor.modules, settings.model, source)
-        megatron_checkpoint.finish_loading(actor)
+        hf_checkpoint.load_hf(actor.modules, settings.model, source)
+        megatron_checkpoint.reload_master_weights(actor)
     else:
         megatron_checkpoint.load(actor, source)
     return Path(source)
@@ -105,8 +105,8 @@ def weights_fingerprint(settings: config.Config) -> Any:
     if isinstance(settings.init, config.MergeInit):
         recipe = pipeline.make_jobs(settings.merge)[0].recipe
         with ExitStack() as stack:
-            sources = [stack.enter_context(open_source(term.source)).identity() for term in recipe.terms()]
+            sources = [stack.enter_context(open_checkpoint(term.source)).stat_fingerprint() for term in recipe.terms()]
         form = str(dataclasses.astuple(make_output_spec(settings.merge)))
         return [recipe.method, recipe.settings, [term.coefficient for term in recipe.terms()], sources, form]
     source = config.initial_checkpoint(settings)
-    return manifest.require(source) if source else None
+    return manifest.require_info(source) if source else None

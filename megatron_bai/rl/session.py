@@ -17,11 +17,11 @@ from megatron_bai import config, rewards
 from megatron_bai.data import task_factory
 from megatron_bai.data.task import Task
 from megatron_bai.distributed import backend
-from megatron_bai.distributed.hosts import is_loopback, several_machines
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.hosts import is_loopback, is_multi_host
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rewards import Scorer
@@ -60,7 +60,7 @@ class Session:
 
     settings: config.Config
     device: backend.Device
-    actor: Actor
+    actor: MegatronModel
     engine: TrainingEngine
     task: Task
     tokenizer_dir: Path
@@ -107,11 +107,11 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     require_packages(settings)
     if settings.rollout.api_key_file:
         auth.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
-    device = backend.start(settings.backend)
+    device = backend.init_backend(settings.backend)
     try:
-        build.validate(settings.model, settings.parallel, dist.get_world_size())
+        build.validate_layout(settings.model, settings.parallel, dist.get_world_size())
         _check_processes(settings.cluster, dist.get_world_size())
-        if several_machines():
+        if is_multi_host():
             _require_shared_dir(Path(settings.run.dir))
         init_weights.run_init_merge(settings)
         with ExitStack() as stack:
@@ -121,7 +121,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
                 session.scorer = stack.enter_context(rewards.open_rewards(settings.reward, session.task, log))
             yield session
     finally:
-        backend.stop()
+        backend.shutdown_backend()
 
 
 def _check_processes(cluster: config.Cluster, world: int) -> None:
@@ -134,7 +134,7 @@ def _check_processes(cluster: config.Cluster, world: int) -> None:
 
 def _require_shared_dir(directory: Path) -> None:
     """Refuse a `run.dir` that only some machines see: each would keep its part of every checkpoint to itself."""
-    group = joined()
+    group = current_ranks()
 
     def look(mark: Path) -> None:
         if not mark.exists():
@@ -147,9 +147,9 @@ def _require_shared_dir(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=".seen-", dir=directory))
 
-    mark = group.first(leave, directory)
+    mark = group.run_on_first(leave, directory)
     try:
-        group.together(lambda: look(mark))
+        group.run_on_all(lambda: look(mark))
     finally:
         if group.rank == 0:
             mark.rmdir()
@@ -237,7 +237,7 @@ def validate_settings(settings: config.Config) -> None:
     _check_groups(settings)
     if isinstance(settings.objective, config.Ppo):
         _check_critic(settings.objective, settings.trainer)
-    if several_machines() and not settings.rollout.urls and is_loopback(settings.rollout.host):
+    if is_multi_host() and not settings.rollout.urls and is_loopback(settings.rollout.host):
         raise UserError(
             f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
             "set rollout.host=0.0.0.0 and rollout.api_key_file"

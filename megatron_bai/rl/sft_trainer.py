@@ -27,7 +27,7 @@ def train_sft(settings: config.Config) -> None:
     if not target:
         raise UserError("trainer.save is empty: say where the checkpoint goes")
     made_by = sft_fingerprint(settings)
-    done = manifest.read(target)
+    done = manifest.read_info(target)
     if done is not None:
         if done.get("made_by") != made_by:
             raise UserError(f"{target} was made with other settings: remove it or choose another run.name")

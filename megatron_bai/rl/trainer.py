@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import megatron_checkpoint
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.detectors.run_monitor import Monitor, demanded
 from megatron_bai.monitor.metrics import router_metrics as router
@@ -89,7 +89,7 @@ def _run_training(session: Session, start: ResumePoint) -> None:
 def _run_steps(
     session: Session,
     start: ResumePoint,
-    models: dict[str, Actor],
+    models: dict[str, MegatronModel],
     reference: WeightCopy | None,
     progress: Progress,
     summary: Summary,

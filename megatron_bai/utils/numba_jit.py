@@ -6,7 +6,7 @@ from typing import Any
 from numba import njit
 
 
-def compiled(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def jit_compile(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: compile a function for these types as its module is imported. It lets go of Python's lock.
 
     The result is kept beside the function's file, or where Numba may not write there in the user's cache.

@@ -123,7 +123,7 @@ class Run:
         self.settings = config.Config(model=MODEL, parallel=case.parallel, trainer=trainer)
         self.actor = build.build_actor(self.settings, device)
         param_shards.init_random(self.actor.modules, MODEL, seed=0)
-        megatron_checkpoint.finish_loading(self.actor)
+        megatron_checkpoint.reload_master_weights(self.actor)
         self.replay = RoutingReplay(self.actor.chunks)
         assert self.replay.signature == SIGNATURE
         self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature=1.0)
@@ -167,7 +167,7 @@ class Run:
     def export(self, target: Path) -> None:
         from megatron_bai.model import hf_checkpoint
 
-        hf_checkpoint.export_hf(self.actor.modules, MODEL, target, Path("none"), {})
+        hf_checkpoint.save_hf(self.actor.modules, MODEL, target, Path("none"), {})
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
@@ -175,9 +175,9 @@ def state(model: Any) -> dict[str, torch.Tensor]:
     from megatron_bai.model import hf_mapping, param_shards
 
     found = {}
-    for key, index, whole in param_shards.gather(model.modules):
+    for key, index, whole in param_shards.gather_slices(model.modules):
         if dist.get_rank() == 0:
-            kind = hf_mapping.kind_of(key)
+            kind = hf_mapping.mapping_of(key)
             found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, MODEL))}
     return found
 
@@ -262,7 +262,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     critic = Critic(run.actor, run.settings, device)
     found: dict[str, Any] = {"start": state(critic.model)}
     param_shards.init_random(critic.model.modules, MODEL, seed=1)
-    megatron_checkpoint.finish_loading(critic.model)
+    megatron_checkpoint.reload_master_weights(critic.model)
     found["weights"] = state(critic.model)
     if saves:
         megatron_checkpoint.save(critic.model, saves, Path("none"), {})
@@ -457,7 +457,7 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
         run.export(own / "loaded")
     if case.saves:
         param_shards.init_random(run.actor.modules, MODEL, seed=1)
-        hf_checkpoint.import_hf(run.actor.modules, MODEL, directory / (case.loads or name) / "hf")
+        hf_checkpoint.load_hf(run.actor.modules, MODEL, directory / (case.loads or name) / "hf")
         run.export(own / "imported")
     for mode in ("none", "r3"):
         found[mode] = step(case, device, mode)
@@ -502,7 +502,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
 
     def sealed(path: Path) -> Path:
         """As whoever wrote such a thing on purpose would leave it."""
-        return manifest.seal(path.rename(atomic_dir.unfinished(path)), path, {})
+        return manifest.finalize(path.rename(atomic_dir.staging_path(path)), path, {})
 
     def said(load: Callable[[], object]) -> str:
         try:
@@ -515,7 +515,7 @@ def faults(run: Run, directory: Path, good: Path) -> dict[str, str]:
     shapes = {"mlp.gate": (8, 47), "mlp.experts.5.up_proj": (39, 48), "self_attn.k_proj": (33, 48)}
     for name, shape in shapes.items():
         path = reshaped(name, shape)
-        found[name] = said(partial(hf_checkpoint.import_hf, run.actor.modules, MODEL, path))
+        found[name] = said(partial(hf_checkpoint.load_hf, run.actor.modules, MODEL, path))
     cut, unfinished, other = damaged("cut"), damaged("unfinished"), damaged("other")
     largest = max(cut.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
@@ -565,7 +565,7 @@ def join(rank: int, world: int, port: int) -> None:
 def rank_main(rank: int, world: int, port: int, directory: Path, chosen: dict[str, Case]) -> None:
     """One rank of one world: every chosen case of this size."""
     join(rank, world, port)
-    device = backend.start(config.Backend(kind="cpu", timeout_s=300))
+    device = backend.init_backend(config.Backend(kind="cpu", timeout_s=300))
     from megatron.core import parallel_state
 
     from megatron_bai.model import build
@@ -573,13 +573,13 @@ def rank_main(rank: int, world: int, port: int, directory: Path, chosen: dict[st
     for name, case in chosen.items():
         if case.processes != world:
             continue
-        build.validate(MODEL, case.parallel, world)
+        build.validate_layout(MODEL, case.parallel, world)
         build.init_parallel(case.parallel, seed=0)
         found = packed(case, device) if case.row else work(name, directory, device)
         if rank == 0:
             torch.save(found, directory / f"{name}.pt")
         parallel_state.destroy_model_parallel()
-    backend.stop()
+    backend.shutdown_backend()
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def measure(session: Session, inference: InferenceEngine) -> dict[str, Any]:
     found["fresh"] = _live(session, *_rollout(session, inference, seed=1))
     # Random weights: those of a tiny model that has learned route so surely that rounding changes one route in a hundred.
     param_shards.init_random(session.actor.modules, replace(session.settings.model, init_std=0.1), seed=0)
-    megatron_checkpoint.finish_loading(session.actor)
+    megatron_checkpoint.reload_master_weights(session.actor)
     found["quantized"] = {form: _quantized(session, inference, form) for form in FORMATS}
     return found
 

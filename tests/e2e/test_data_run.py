@@ -48,7 +48,7 @@ def test_supervised_training_on_rows_says_which(place: Path) -> None:
     steps = [json.loads(line) for line in lines]
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert all(0 < step["loss"] < 10 and step["grad_norm"] > 0 for step in steps)
-    assert manifest.read(place / "actor")["data"]["train"] == str(place / "rows.jsonl")
+    assert manifest.read_info(place / "actor")["data"]["train"] == str(place / "rows.jsonl")
 
 
 def test_reinforcement_on_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def forget_tokenizer(checkpoint: Path) -> None:
     for name in [name for name in noted["files"] if name.startswith("tokenizer")]:
         (checkpoint / name).unlink()
         del noted["files"][name]
-    noted["crc32"] = manifest._sum_of({name: noted[name] for name in ("version", "files", "info")})
+    noted["crc32"] = manifest._content_crc({name: noted[name] for name in ("version", "files", "info")})
     (checkpoint / "manifest.json").write_text(json.dumps(noted))
 
 

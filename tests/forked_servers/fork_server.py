@@ -18,7 +18,7 @@ from typing import NoReturn
 from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.servers import server_main
-from megatron_bai.utils.child_processes import die_with
+from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import without_collections
 
 IMPORTED = ["entrypoints.http_server", "model_executor.model_runner", "models.registry", "managers.scheduler"]
@@ -113,5 +113,5 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
 
 
 if __name__ == "__main__":
-    die_with(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     main(socket.socket(fileno=int(sys.argv[2])))

@@ -16,11 +16,11 @@ def _stand_for_fork(address: str, arguments: list[str]) -> None:
     import signal
     import socket
 
-    from megatron_bai.utils.child_processes import die_with
+    from megatron_bai.utils.child_processes import die_with_parent
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})  # as server_main
     if arguments[:1] == ["--parent"]:
-        die_with(int(arguments[1]))
+        die_with_parent(int(arguments[1]))
         del arguments[:2]
     with socket.socket(socket.AF_UNIX) as fork:
         fork.connect(address)

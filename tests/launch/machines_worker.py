@@ -45,16 +45,16 @@ def main(directory: Path) -> None:
     (directory / "own").mkdir()
     other = multiprocessing.get_context("fork").Process(target=second, args=(directory,))
     other.start()
-    found = {"alone": hosts.own_address(), "shared": shared(0, directory)}
+    found = {"alone": hosts.host_address(), "shared": shared(0, directory)}
     other.join()
     assert other.exitcode == 0
     os.environ["GROUP_WORLD_SIZE"] = "2"
     del os.environ["GLOO_SOCKET_IFNAME"]
     for name, head in {"address": "10.77.0.1", "name": "node1", "own name": "node2", "nowhere": "192.0.2.1"}.items():
         os.environ["MASTER_ADDR"] = head
-        found[name] = said(hosts.own_address)
+        found[name] = said(hosts.host_address)
     os.environ["MASTER_ADDR"] = "node1"
-    hosts.choose_interface()
+    hosts.set_gloo_interface()
     found["interface"] = os.environ["GLOO_SOCKET_IFNAME"]
     found["own files"] = [path.name for path in (directory / "both").iterdir()]
     (directory / "found.json").write_text(json.dumps(found))

@@ -71,7 +71,7 @@ def test_a_run_that_is_preempted_goes_on_and_one_that_is_cancelled_saves(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert f"going on from {checkpoints}/step-{preempted:05}" in said(tmp_path, job)
     last = max(checkpoints.glob("step-*"))
-    assert last.name == f"step-{cancelled:05}" and manifest.verify(last)
+    assert last.name == f"step-{cancelled:05}" and manifest.verify_weights(last)
     steps = Run(tmp_path, [], []).steps
     assert [step["step"] for step in steps] == list(range(1, cancelled + 1)) and cancelled > preempted
     assert steps[:STEPS] == unbroken.steps[: len(steps)]
@@ -83,7 +83,7 @@ def test_a_merge_in_two_processes(submit: Callable[..., str], cluster: Slurm, re
     words = ["--processes", 2, "--logs", tmp_path / "logs", "merge", "experiment=demo", f"run.dir={tmp_path}", *words]
     job = submit([], *words)
     assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
-    manifest.verify(tmp_path / "actor")
+    manifest.verify_weights(tmp_path / "actor")
 
 
 def test_a_job_may_start_outside_the_checkout(submit: Callable[..., str], cluster: Slurm, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.checkpoint.boxes import Box, split
-from megatron_bai.checkpoint.formats import open_source
-from megatron_bai.checkpoint.torch_dist import ItemWriter, write_index
+from megatron_bai.checkpoint.boxes import Box, split_box
+from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.checkpoint.torch_dist import DistcpFileWriter, write_index
 
 Tensors = dict[str, torch.Tensor]
 Layout = Callable[[str, tuple[int, ...]], Iterable[Box]]
@@ -21,7 +21,7 @@ def whole(key: str, shape: tuple[int, ...]) -> Iterable[Box]:
 
 def rows(key: str, shape: tuple[int, ...]) -> Iterable[Box]:
     """Uneven blocks along the first axis."""
-    return split((0,) * len(shape), shape, max(torch.Size(shape).numel() * 2 // 5, 1))
+    return split_box((0,) * len(shape), shape, max(torch.Size(shape).numel() * 2 // 5, 1))
 
 
 def columns(key: str, shape: tuple[int, ...]) -> Iterable[Box]:
@@ -63,14 +63,14 @@ def write(path: Path, tensors: Tensors, layout: Layout = whole, objects: dict[st
     """A complete `torch_dist` checkpoint, spread over two files."""
     path.mkdir(parents=True)
     written = []
-    with ItemWriter(path, "__0_0") as first, ItemWriter(path, "__1_0") as second:
+    with DistcpFileWriter(path, "__0_0") as first, DistcpFileWriter(path, "__1_0") as second:
         for key, data in (objects or {}).items():
-            first.blob(key, data)
+            first.write_object(key, data)
         for i, (key, tensor) in enumerate(tensors.items()):
             for j, (offsets, sizes) in enumerate(layout(key, tuple(tensor.shape))):
                 box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes))
-                (first, second)[(i + j) % 2].tensor(key, offsets, tensor[box].clone())
-        written = first.written + second.written
+                (first, second)[(i + j) % 2].write_tensor(key, offsets, tensor[box].clone())
+        written = first.written_items + second.written_items
     torch.save({"iteration": 7}, path / "common.pt")
     write_index(path, [(k, t.dtype, tuple(t.shape)) for k, t in tensors.items()], written)
     return path
@@ -85,7 +85,7 @@ def saved(value: object) -> bytes:
 
 def read(path: Path) -> Tensors:
     """Every tensor of a checkpoint, whole."""
-    with open_source(path) as source:
+    with open_checkpoint(path) as source:
         return {
             key: source.read(key, (0,) * len(entry.shape), entry.shape).clone() for key, entry in source.tensors.items()
         }

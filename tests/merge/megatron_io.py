@@ -60,13 +60,13 @@ def check(path: Path, expected: dict[str, torch.Tensor], which: str) -> None:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    backend.start(Backend(kind="cpu"))
+    backend.init_backend(Backend(kind="cpu"))
     for seed, which in enumerate(("first", "last", "first")):
         save(directory / str(seed), seed, which)
     pipeline.run(Config(merge=settings(directory, "together")))
     for which in ("first", "last"):
         check(directory / "together", checkpoints.read(directory / "together"), which)
-    backend.stop()
+    backend.shutdown_backend()
 
 
 def settings(directory: Path, output: str) -> Merge:

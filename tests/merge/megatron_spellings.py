@@ -20,7 +20,7 @@ from megatron_bai.config import Backend, Config, Merge, Model, Parallel
 from megatron_bai.distributed import backend
 from megatron_bai.merge import pipeline
 from megatron_bai.model import build
-from megatron_bai.model.param_shards import Shard, fill, local_shards
+from megatron_bai.model.param_shards import Shard, fill_parameters, local_shards
 
 TOKENS = 61
 PARALLEL = Parallel(tensor=2, expert=2, sequence=True)
@@ -44,7 +44,7 @@ def gpt(rows: int, dense: int, local_names: bool, device: backend.Device) -> tor
     config.moe_router_enable_expert_bias, config.moe_router_score_function = True, "sigmoid"
     if dense:
         config.moe_layer_freq = [int(layer >= dense) for layer in range(MODEL.num_layers)]
-    spec = build._block_spec(config, False, None)
+    spec = build._decoder_spec(config, False, None)
     for layer in spec.layer_specs:
         is_moe = getattr(layer.submodules.mlp, "module", None) is MoELayer
         if local_names or not is_moe:  # a norm fused into a dense MLP has this name under Transformer Engine too
@@ -104,12 +104,12 @@ def check(path: Path, model: torch.nn.Module, metadata: dict) -> None:
     shards = local_shards([model])
     assert len({shard.key for shard in shards}) > 12
     for shard in shards:
-        assert torch.equal(shard.data, shard.cut(expected(shard))), (path.name, shard.key, shard.index)
+        assert torch.equal(shard.data, shard.local_part(expected(shard))), (path.name, shard.key, shard.index)
 
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    device = backend.start(Backend(kind="cpu"))
+    device = backend.init_backend(Backend(kind="cpu"))
     build.init_parallel(PARALLEL, 0)
     cases = {  # the spelling, the padded rows and whether names are the local ones, of base and members
         "homogeneous": (0, [(STACKED, 64, False), (SINGLETON, 68, True), (BY_LAYER, 62, False)]),
@@ -120,7 +120,7 @@ def main() -> None:
         paths = []
         for seed, (metadata, rows, local_names) in enumerate(spellings):
             model = gpt(rows, dense, local_names, device)
-            fill([model], lambda shard, seed=seed: value(shard, seed))
+            fill_parameters([model], lambda shard, seed=seed: value(shard, seed))
             paths.append(directory / name / str(seed))
             save(paths[-1], model, metadata)
         base, *members = map(str, paths)
@@ -129,7 +129,7 @@ def main() -> None:
         pipeline.run(Config(merge=merge))
         metadata, rows, local_names = spellings[0]
         check(out, gpt(rows, dense, local_names, device), metadata)
-    backend.stop()
+    backend.shutdown_backend()
 
 
 if __name__ == "__main__":  # Megatron-Core's save spawns a process that imports this file

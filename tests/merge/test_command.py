@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.checkpoint import manifest, torch_dist
-from megatron_bai.checkpoint.torch_dist import TorchDist
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.config import Config, Merge
-from megatron_bai.distributed.rank_group import Ranks, ranks
+from megatron_bai.distributed.rank_group import RankGroup, merge_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import bf16_kernel, executor, tiles
@@ -90,7 +90,7 @@ def test_one_pass_and_two_agree_within_the_extra_rounding(three, tmp_path):
 
 def test_the_layout_is_the_pretrained_ones(three):
     run(three)
-    with TorchDist(three.output) as out, TorchDist(three.pretrained) as base:
+    with TorchDistReader(three.output) as out, TorchDistReader(three.pretrained) as base:
         for key, entry in out.tensors.items():
             assert {(c.offsets, c.sizes) for c in entry.chunks} == {
                 (c.offsets, c.sizes) for c in base.tensors[key].chunks
@@ -133,7 +133,7 @@ def test_what_the_compiled_stream_leaves_is_done_by_the_tile(three, tmp_path, mo
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     jobs = pipeline.make_jobs(settings)
-    with ranks() as group, ExitStack() as stack:
+    with merge_ranks() as group, ExitStack() as stack:
         work = pipeline.open_and_plan(jobs, stack, group, unit_bytes=512)
         assert len(work.units) > 4 and executor.assign_to_rank(work.units, group), "every rank has something to do"
         pipeline.execute_jobs(work, jobs, group, "all")
@@ -162,9 +162,9 @@ def test_any_number_of_ranks_writes_the_same_bytes(three, tmp_path, size):
 def test_ranks_share_the_units():
     units = tuple(WorkUnit(f"__{i}_0", (), (), nbytes) for i, nbytes in enumerate((5, 3, 9, 1, 1, 4)))
     for size in (1, 2, 3, 8):
-        shares = [executor.assign_to_rank(units, Ranks(rank, size)) for rank in range(size)]
+        shares = [executor.assign_to_rank(units, RankGroup(rank, size)) for rank in range(size)]
         assert sorted(u.name for share in shares for u in share) == sorted(u.name for u in units)
-    assert max(sum(u.nbytes for u in executor.assign_to_rank(units, Ranks(rank, 2))) for rank in range(2)) <= 12
+    assert max(sum(u.nbytes for u in executor.assign_to_rank(units, RankGroup(rank, 2))) for rank in range(2)) <= 12
 
 
 @pytest.mark.distributed
@@ -196,7 +196,7 @@ def peer_with_an_error(rank: int, store: str, results) -> None:
                 raise error
 
         try:
-            Ranks(rank, 2).together(work)
+            RankGroup(rank, 2).run_on_all(work)
         except Exception as caught:
             results.put((rank, type(caught).__name__, str(caught)))
     dist.destroy_process_group()
@@ -233,9 +233,9 @@ def test_what_is_carried_dropped_and_noted(three):
     assert first["coefficient"] == 0.6 and second["coefficient"] == pytest.approx(0.1)
     assert first["dropped"] == {"optimizer or random-number state": ["rng_state/shard_0_1"]}
     assert note["carried_objects"] == ["decoder.layers.0._extra_state/shard_0_1"]
-    with TorchDist(out) as merged:
+    with TorchDistReader(out) as merged:
         blob = merged.objects["decoder.layers.0._extra_state/shard_0_1"]
-        assert merged.files.take(blob.file, blob.start, blob.length) == checkpoints.saved("base")
+        assert merged.files.read_bytes(blob.file, blob.start, blob.length) == checkpoints.saved("base")
         assert "rng_state/shard_0_1" not in merged.objects
     for key, value in checkpoints.read(out).items():
         if value.is_floating_point():
@@ -254,12 +254,12 @@ def test_optimizer_state_is_dropped_from_any_source(three, tmp_path):
 
 
 def test_the_info_of_the_pretrained_is_kept(three, tmp_path):
-    stage = manifest.staging(tmp_path / "sealed")
+    stage = manifest.make_staging_dir(tmp_path / "sealed")
     for file in Path(three.pretrained).iterdir():
         (stage / file.name).write_bytes(file.read_bytes())
-    manifest.seal(stage, tmp_path / "sealed", {"step": 12})
+    manifest.finalize(stage, tmp_path / "sealed", {"step": 12})
     run(three, pretrained=str(tmp_path / "sealed"))
-    assert manifest.require(three.output)["step"] == 12
+    assert manifest.require_info(three.output)["step"] == 12
 
 
 def test_a_source_of_weight_zero_is_not_read(three):
@@ -351,8 +351,8 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
         return count
 
-    monkeypatch.setattr(TorchDist, "read", counted(TorchDist.read))
-    monkeypatch.setattr(TorchDist, "stream", counted(TorchDist.stream))
+    monkeypatch.setattr(TorchDistReader, "read", counted(TorchDistReader.read))
+    monkeypatch.setattr(TorchDistReader, "stream", counted(TorchDistReader.stream))
     pipeline.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
     monkeypatch.undo()
     assert "9 tensors, 7,730 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
@@ -363,7 +363,7 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
         merged = checkpoints.read(path)
         for key, value in single.items():
             assert torch.equal(merged[key].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), key
-        assert checkpoints.provenance(path)["recipe"]["alpha"] == alpha and manifest.require(path)
+        assert checkpoints.provenance(path)["recipe"]["alpha"] == alpha and manifest.require_info(path)
 
 
 def test_a_sweep_does_only_what_is_missing(three, capsys):
@@ -441,9 +441,9 @@ def test_integers_that_differ_are_named(three):
 
 def test_a_flipped_bit_in_a_source_is_named(three):
     file = Path(three.members[0], "__1_0.distcp")
-    with TorchDist(three.members[0]) as source:
+    with TorchDistReader(three.members[0]) as source:
         entry = next(e for e in source.tensors.values() if e.chunks[0].file == file.name)
-        record = source.record(entry, entry.chunks[0])
+        record = source.locate_record(entry, entry.chunks[0])
     data = bytearray(file.read_bytes())
     data[record.start] ^= 4
     file.write_bytes(data)
@@ -456,10 +456,10 @@ def test_a_missing_source_is_named(three):
 
 
 def test_a_damaged_sealed_source_is_named(three, tmp_path):
-    stage = manifest.staging(tmp_path / "sealed")
+    stage = manifest.make_staging_dir(tmp_path / "sealed")
     for file in Path(three.pretrained).iterdir():
         (stage / file.name).write_bytes(file.read_bytes())
-    manifest.seal(stage, tmp_path / "sealed", {})
+    manifest.finalize(stage, tmp_path / "sealed", {})
     os.truncate(tmp_path / "sealed" / "common.pt", 3)
     refused(dataclasses.replace(three, pretrained=str(tmp_path / "sealed")), "common.pt has 3 bytes instead of")
 
@@ -505,7 +505,7 @@ def killed_at(settings: Merge, moment: str) -> None:
     elif moment == "verify":
         pipeline.verify_result = die
     elif moment == "seal":
-        manifest.seal = die
+        manifest.finalize = die
     elif moment == "manifest":
         manifest.json.dumps = die
     elif moment == "rename":
@@ -522,18 +522,18 @@ def test_killed_the_target_is_never_half_written(three, moment, before):
     if before == "an earlier merge":
         if Path(three.output).exists():  # between the two renames of `seal` there is neither the old nor the new
             found = checkpoints.read(Path(three.output))
-            assert manifest.read(three.output) and all(torch.equal(found[key], earlier[key]) for key in earlier)
+            assert manifest.read_info(three.output) and all(torch.equal(found[key], earlier[key]) for key in earlier)
         else:
             assert moment == "rename"
     else:
         assert not Path(three.output).exists()
         with pytest.raises(UserError):
-            manifest.require(three.output)
+            manifest.require_info(three.output)
     merged = run(three)
     summands = terms(three)
     assert torch.equal(merged["decoder.layers.mlp.router.expert_bias"], checkpoints.exact(
         summands, "decoder.layers.mlp.router.expert_bias").float())
-    assert manifest.require(three.output) and not list(Path(three.output).parent.glob(".*"))
+    assert manifest.require_info(three.output) and not list(Path(three.output).parent.glob(".*"))
 
 
 def merge_in_small_units(settings: Merge, die_after: int | None = None, counted: Path | None = None) -> None:
@@ -549,7 +549,7 @@ def merge_in_small_units(settings: Merge, die_after: int | None = None, counted:
     executor._write_unit = write
     jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, Ranks(), unit_bytes=512), jobs, Ranks(), "all")
+        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all")
     if counted:
         counted.write_text(json.dumps(units))
 
@@ -606,23 +606,23 @@ def test_verify_sees_what_was_changed(three, everything):
     for scale, wrong in ((1.0, False), (1 + 2**-7, True)):
         changed = out | {key: (out[key].float() * scale).bfloat16()}
         path = checkpoints.write(Path(three.output + f"-{scale}"), changed, checkpoints.rows)
-        with ExitStack() as stack, TorchDist(path) as output:
-            work = pipeline.open_and_plan(jobs, stack, Ranks())
+        with ExitStack() as stack, TorchDistReader(path) as output:
+            work = pipeline.open_and_plan(jobs, stack, RankGroup())
             if wrong:
                 with pytest.raises(UserError, match=f"{key} at .* is not what merge.method=bai makes"):
-                    verify_result(work, 0, output, Ranks(), everything)
+                    verify_result(work, 0, output, RankGroup(), everything)
             else:
-                assert verify_result(work, 0, output, Ranks(), everything) > 0
+                assert verify_result(work, 0, output, RankGroup(), everything) > 0
 
 
 def test_verify_all_compares_every_element_and_a_sample_every_tensor(three):
     jobs = pipeline.make_jobs(three)
     run(three)
-    with ExitStack() as stack, TorchDist(three.output) as output:
-        work = pipeline.open_and_plan(jobs, stack, Ranks())
+    with ExitStack() as stack, TorchDistReader(three.output) as output:
+        work = pipeline.open_and_plan(jobs, stack, RankGroup())
         total = sum(torch.Size(o.shape).numel() for o in work.outputs.values())
-        assert verify_result(work, 0, output, Ranks(), True) == total
-        assert 0 < verify_result(work, 0, output, Ranks(), False) < total
+        assert verify_result(work, 0, output, RankGroup(), True) == total
+        assert 0 < verify_result(work, 0, output, RankGroup(), False) < total
 
 
 def spoil(monkeypatch, factor: float) -> None:

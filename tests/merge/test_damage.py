@@ -11,7 +11,7 @@ from test_safetensors import model
 from test_safetensors import write as write_hf
 
 from megatron_bai.checkpoint import atomic_dir, manifest
-from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
@@ -22,14 +22,14 @@ from megatron_bai.merge.compare import inspect_checkpoint
 def checkpoint(request, tmp_path_factory) -> Path:
     """A checkpoint with a manifest, and the files of one beside it."""
     target = tmp_path_factory.mktemp("damage") / "checkpoint"
-    stage = atomic_dir.unfinished(target)
+    stage = atomic_dir.staging_path(target)
     if request.param == "torch_dist":
         objects = {"decoder.layers.0._extra_state/shard_0_1": checkpoints.saved("base")}
         checkpoints.write(stage, checkpoints.model(0), checkpoints.experts, objects)
         (stage / "config.json").write_text("{}")
     else:
         write_hf(stage, model(0))
-    return manifest.seal(stage, target, {"step": 12})
+    return manifest.finalize(stage, target, {"step": 12})
 
 
 @st.composite
@@ -88,7 +88,7 @@ def test_without_a_manifest_weights_that_are_damaged_are_named_or_harmless(check
     file.write_bytes(damaged(good, *rest))
     try:
         found = contents(checkpoint)
-        with open_source(checkpoint) as source:
+        with open_checkpoint(checkpoint) as source:
             for key in source.objects:
                 source.read_object(key)
         assert found == wanted or file.suffix == ".safetensors"
@@ -101,7 +101,7 @@ def test_without_a_manifest_weights_that_are_damaged_are_named_or_harmless(check
 
 def test_a_merge_compares_safetensors_with_their_manifest_before_it_writes(tmp_path: Path) -> None:
     for name, seed in (("b", 0), ("m", 1)):
-        manifest.seal(write_hf(atomic_dir.unfinished(tmp_path / name), model(seed)), tmp_path / name, {})
+        manifest.finalize(write_hf(atomic_dir.staging_path(tmp_path / name), model(seed)), tmp_path / name, {})
     merge = Merge(pretrained=f"{tmp_path}/b", members=[f"{tmp_path}/m"], weights=[1.0], output=f"{tmp_path}/out")
     file = tmp_path / "m" / "model-00001-of-00002.safetensors"
     good = file.read_bytes()
@@ -111,7 +111,7 @@ def test_a_merge_compares_safetensors_with_their_manifest_before_it_writes(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "m"]
     file.write_bytes(good)
     pipeline.run(Config(merge=merge))
-    assert manifest.require(merge.output) and manifest.verify(merge.output)
+    assert manifest.require_info(merge.output) and manifest.verify_weights(merge.output)
 
 
 def test_an_object_that_is_damaged_is_named_before_anything_is_written(three: Merge) -> None:
@@ -136,4 +136,4 @@ def test_an_object_that_is_damaged_is_named_before_anything_is_written(three: Me
 def test_a_hostile_header_is_named(tmp_path: Path, header: bytes, named: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match=f"model.safetensors .*{named}"):
-        open_source(tmp_path)
+        open_checkpoint(tmp_path)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from test_command import content, in_child, merge_in_small_units, refused
 from test_spelling import COEFFICIENTS, reference, same, settings, write_hf, write_three
 
-from megatron_bai.checkpoint.hf_files import SafeTensors
-from megatron_bai.checkpoint.torch_dist import TorchDist
+from megatron_bai.checkpoint.hf_files import SafetensorsReader
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
@@ -197,7 +197,7 @@ def test_dtype_of_the_output(tmp_path, wanted, is_hf, dtypes):
         assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"dtype": wanted}
         loaded = load_file(tmp_path / "out" / "model.safetensors")
         assert all(torch.equal(loaded[key], value) for key, value in found.items())
-        with SafeTensors(tmp_path / "out") as out:
+        with SafetensorsReader(tmp_path / "out") as out:
             assert all(e.chunks[0].start % e.dtype.itemsize == 0 for e in out.tensors.values()), "each is aligned"
 
 
@@ -240,7 +240,7 @@ def test_chunks_are_cut_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "make_output_spec", lambda s: dataclasses.replace(pipeline.OutputSpec(), chunk_bytes=128, file_bytes=512))
     pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), spellings.stacked(reference()))
-    with TorchDist(tmp_path / "out") as out, TorchDist(paths[0]) as base:
+    with TorchDistReader(tmp_path / "out") as out, TorchDistReader(paths[0]) as base:
         assert any(len(out.tensors[key].chunks) != len(entry.chunks) for key, entry in base.tensors.items())
         for entry in out.tensors.values():
             assert all(torch.Size(chunk.sizes).numel() * entry.dtype.itemsize <= 128 for chunk in entry.chunks)
@@ -252,7 +252,7 @@ def test_the_settings_cut_in_mebibytes(tmp_path):
     tensors = {"decoder.w": torch.randn(5, 3 << 18)}
     paths = [checkpoints.write(tmp_path / f"s{i}", tensors) for i in range(2)]
     pipeline.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none")))
-    with TorchDist(tmp_path / "out") as out:
+    with TorchDistReader(tmp_path / "out") as out:
         assert [c.sizes for c in out.tensors["decoder.w"].chunks] == [(1, 1 << 18)] * 15
     assert len(list((tmp_path / "out").glob("*.distcp"))) == 4
     assert torch.equal(checkpoints.read(tmp_path / "out")["decoder.w"], tensors["decoder.w"])

@@ -6,7 +6,7 @@ import checkpoints
 import pytest
 import torch
 
-from megatron_bai.checkpoint.torch_dist import TorchDist
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
@@ -21,7 +21,7 @@ def test_distance_and_cosine_of_each_group(tmp_path):
     paths = checkpoints.write(tmp_path / "a", a, checkpoints.experts), checkpoints.write(
         tmp_path / "b", b, checkpoints.columns
     )
-    with TorchDist(paths[0]) as first, TorchDist(paths[1]) as second:
+    with TorchDistReader(paths[0]) as first, TorchDistReader(paths[1]) as second:
         groups = compare_checkpoints(first, second)
     experts = [key for key in a if "experts.experts" in key]
     x, y = (torch.cat([t[key].double().flatten() for key in experts]) for t in (a, b))

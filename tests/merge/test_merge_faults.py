@@ -17,7 +17,7 @@ from test_command import content, merge_in_small_units, peer, spoil
 from test_safetensors import hf  # noqa: F401, a fixture
 
 from megatron_bai.checkpoint import manifest, positional_io
-from megatron_bai.checkpoint.torch_dist import TorchDist
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
@@ -77,9 +77,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(settings, unbroken, t
         code = in_child(kind, at, merge_in_small_units, mine)
         assert code in (0, -signal.SIGKILL)
         if before == "an earlier merge" or target.exists():
-            assert manifest.require(target) and manifest.verify(target) and content(target) in (earlier, unbroken)
+            assert manifest.require_info(target) and manifest.verify_weights(target) and content(target) in (earlier, unbroken)
         merge_in_small_units(mine)
-        assert content(target) == unbroken and manifest.require(target) and manifest.verify(target)
+        assert content(target) == unbroken and manifest.require_info(target) and manifest.verify_weights(target)
         assert not list(target.parent.glob(f".{target.name}.*")), "no remains"
         ended.add((kind, code))
         earlier = unbroken
@@ -92,17 +92,17 @@ def test_killed_with_two_ranks_it_goes_on_and_ends_the_same(settings, unbroken, 
     codes = together(settings, 2, store, functools.partial(kind, at))
     assert codes[0] == -signal.SIGKILL and not Path(settings.output).exists()
     assert together(settings, 2, store) == [0, 0]
-    assert content(Path(settings.output)) == unbroken and manifest.verify(settings.output)
+    assert content(Path(settings.output)) == unbroken and manifest.verify_weights(settings.output)
 
 
 def test_only_unfinished_work_is_done_again(settings, tmp_path, monkeypatch):
     """Killed between the journal's end and the last rename there is nothing left to do but that."""
-    monkeypatch.setattr(manifest.atomic_dir, "place", die)
+    monkeypatch.setattr(manifest.atomic_dir, "commit", die)
     assert in_child(merge_in_small_units, settings) == -signal.SIGKILL
     monkeypatch.undo()
     monkeypatch.setattr(executor, "execute_plan", die)
     assert in_child(merge_in_small_units, settings) == 0
-    assert manifest.require(settings.output) and manifest.verify(settings.output)
+    assert manifest.require_info(settings.output) and manifest.verify_weights(settings.output)
 
 
 @pytest.mark.parametrize("what", ["weights", "journal"])
@@ -110,7 +110,7 @@ def test_what_was_damaged_since_is_written_again(settings, unbroken, tmp_path, w
     assert in_child(dying_after_units, 4, settings) == -signal.SIGKILL
     stage = tmp_path / ".out.unfinished"
     if what == "weights":
-        file = next(file for file in sorted(stage.glob("*.*")) if file.suffix in manifest.WEIGHTS)
+        file = next(file for file in sorted(stage.glob("*.*")) if file.suffix in manifest.WEIGHT_SUFFIXES)
         flip(file, file.stat().st_size - 40 if settings.pretrained.endswith("base") else 700)
     else:
         flip(sorted((stage / journal.DIRECTORY).glob("*.json"))[0], 30)
@@ -174,9 +174,9 @@ def test_a_byte_that_flips_in_a_source_voids_what_was_merged_of_it(three, tmp_pa
     """A record is proven when all of it was read, which may be after units that hold parts of it were finished."""
     whole = dataclasses.replace(three, output=str(tmp_path / "unbroken"))
     merge_in_small_units(whole)
-    with TorchDist(three.members[0]) as source:
+    with TorchDistReader(three.members[0]) as source:
         entry = source.tensors["decoder.layers.mlp.experts.experts.linear_fc2.weight"]
-        record, file = source.record(entry, entry.chunks[0]), Path(three.members[0], entry.chunks[0].file)
+        record, file = source.locate_record(entry, entry.chunks[0]), Path(three.members[0], entry.chunks[0].file)
     good = file.read_bytes()
     merge = after_units(3, lambda: flip(file, record.start + 5))
     refused(merge, three, f"{file}: the bytes of {entry.key} are not those", kept=False)
@@ -188,14 +188,14 @@ def test_a_byte_that_flips_in_a_source_voids_what_was_merged_of_it(three, tmp_pa
 def test_what_an_earlier_process_read_is_proven_too(three, tmp_path):
     """Damage that all units have read before the kill; no time of change tells."""
     file = Path(three.members[0], "__0_0.distcp")
-    with TorchDist(three.members[0]) as source:
+    with TorchDistReader(three.members[0]) as source:
         entry = next(e for e in source.tensors.values() if e.chunks[0].file == file.name and e.dtype.itemsize == 2)
-        record = source.record(entry, entry.chunks[0])
+        record = source.locate_record(entry, entry.chunks[0])
     flip(file, record.start + 2)
 
     def die_before_the_proof() -> None:
-        TorchDist._require = lambda *arguments: None
-        TorchDist.prove = die
+        TorchDistReader._require_crc = lambda *arguments: None
+        TorchDistReader.verify_records = die
         merge_in_small_units(three)
 
     assert in_child(die_before_the_proof) == -signal.SIGKILL

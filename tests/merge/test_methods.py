@@ -21,7 +21,7 @@ from test_command import spoil
 
 from megatron_bai.cli import entry_point
 from megatron_bai.config import Config, Inspect, Merge
-from megatron_bai.distributed.rank_group import Ranks, ranks
+from megatron_bai.distributed.rank_group import RankGroup, merge_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.compare import inspect_checkpoint
@@ -129,7 +129,7 @@ def test_layouts_do_not_matter(each, tmp_path):
 def peer(rank: int, size: int, store: str, settings: Merge) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     jobs = pipeline.make_jobs(settings)
-    with ranks() as group, ExitStack() as stack:
+    with merge_ranks() as group, ExitStack() as stack:
         work = pipeline.open_and_plan(jobs, stack, group, unit_bytes=512)
         assert len(work.units) > 4 and executor.assign_to_rank(work.units, group), "every rank has something to do"
         assert not work.recipes[0].stats_passes or executor.assign_to_rank(slice_stats.slices_to_measure(work), group)
@@ -243,7 +243,7 @@ def killed(settings: Merge, moment: str) -> None:
         executor._write_unit = some
     jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, Ranks(), unit_bytes=512), jobs, Ranks(), "all")
+        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all")
 
 
 @pytest.mark.parametrize("moment", ["measuring", "writing"])
@@ -259,7 +259,7 @@ def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, method, moment):
     assert len(noted) in ((0,) if moment == "measuring" else (1, 2)), "the last is flushed behind"
     jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, Ranks(), unit_bytes=512), jobs, Ranks(), "all")
+        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all")
     assert same(checkpoints.read(Path(settings.output)), expected)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_command import content, in_child, merge_in_small_units, peer
 
-from megatron_bai.checkpoint.hf_files import SafeTensors
+from megatron_bai.checkpoint.hf_files import SafetensorsReader
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
@@ -181,7 +181,7 @@ def test_hf_damage_is_named(tmp_path, how, message):
     path = write(tmp_path / "c", model(0))
     damage(path, how)
     with pytest.raises(UserError, match=message):
-        SafeTensors(path)
+        SafetensorsReader(path)
 
 
 def test_hf_a_real_model(tmp_path):

@@ -8,8 +8,8 @@ import checkpoints
 import pytest
 import torch
 
-from megatron_bai.checkpoint.torch_dist import TorchDist
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
+from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 
 LAYOUTS = [checkpoints.whole, checkpoints.rows, checkpoints.columns, checkpoints.experts, checkpoints.irregular]
@@ -19,7 +19,7 @@ LAYOUTS = [checkpoints.whole, checkpoints.rows, checkpoints.columns, checkpoints
 def test_any_region_of_any_layout(tmp_path, layout):
     tensors = checkpoints.model(0)
     generator = torch.Generator().manual_seed(1)
-    with TorchDist(checkpoints.write(tmp_path / "c", tensors, layout)) as source:
+    with TorchDistReader(checkpoints.write(tmp_path / "c", tensors, layout)) as source:
         for key, tensor in tensors.items():
             for _ in range(8):
                 low = [int(torch.randint(0, n, (), generator=generator)) for n in tensor.shape]
@@ -36,7 +36,7 @@ def test_tensors_saved_with_other_strides(tmp_path):
     assert len(file.getvalue()) == len((path / "__0_0.distcp").read_bytes()), "the index still fits"
     (path / "__0_0.distcp").write_bytes(file.getvalue())
     assert torch.load(path / "__0_0.distcp").stride() == tensor.stride(), "the test's premise"
-    with TorchDist(path) as source:
+    with TorchDistReader(path) as source:
         assert torch.equal(source.read("w", (1, 2, 3), (2, 3, 4)), tensor[1:3, 2:5, 3:7])
 
 
@@ -47,7 +47,7 @@ def test_dtypes(tmp_path, dtype):
 
 
 def test_large_regions_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_bai.checkpoint.reader.SPAN_BYTES", 64)
+    monkeypatch.setattr("megatron_bai.checkpoint.reader.READ_BYTES", 64)
     tensors = checkpoints.model(3)
     for layout in LAYOUTS:
         found = checkpoints.read(checkpoints.write(tmp_path / layout.__name__, tensors, layout))
@@ -66,7 +66,7 @@ def test_a_malicious_index_is_refused_and_not_run(tmp_path):
     path = checkpoints.write(tmp_path / "c", checkpoints.model(0))
     (path / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
     with pytest.raises(UserError, match=r"\.metadata is not a checkpoint's index .*posix\.mkdir"):
-        TorchDist(path)
+        TorchDistReader(path)
     assert not (tmp_path / "owned").exists()
     pickle.loads(pickle.dumps(Attack(tmp_path / "owned")))
     assert (tmp_path / "owned").exists(), "the attack itself works"
@@ -79,7 +79,7 @@ def test_nothing_but_the_listed_names_is_found(tmp_path, name):
     (path / ".metadata").write_bytes(b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c"
                                      + bytes([len(attribute)]) + attribute.encode() + b"\x93.")
     with pytest.raises(UserError, match="nothing in it was run"):
-        TorchDist(path)
+        TorchDistReader(path)
 
 
 def test_a_malicious_tensor_is_refused_and_not_run(tmp_path):
@@ -90,7 +90,7 @@ def test_a_malicious_tensor_is_refused_and_not_run(tmp_path):
     old = file.read_bytes()
     # an item of the same length that ends as the archive of the attack does
     file.write_bytes(item.rjust(len(old), b"\0") if len(item) < len(old) else item)
-    with TorchDist(path) as source, pytest.raises(UserError, match="the item of w at byte 0 is damaged"):
+    with TorchDistReader(path) as source, pytest.raises(UserError, match="the item of w at byte 0 is damaged"):
         source.read("w", (0,), (3,))
     assert not (tmp_path / "owned").exists()
 
@@ -100,14 +100,14 @@ def test_a_truncated_file_is_named(tmp_path):
     file = path / "__1_0.distcp"
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(UserError, match=r"__1_0\.distcp has \d+ bytes of at least \d+"):
-        TorchDist(path)
+        TorchDistReader(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     path = checkpoints.write(tmp_path / "c", checkpoints.model(0))
     (path / "__1_0.distcp").unlink()
     with pytest.raises(UserError, match=r"__1_0\.distcp is missing"):
-        TorchDist(path)
+        TorchDistReader(path)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -119,32 +119,32 @@ def test_a_flipped_bit_is_found(tmp_path):
     file.write_bytes(data)
     assert not torch.equal(torch.load(file), torch.full((64,), 1.5)), "torch itself loads it without a word"
     for parts in ([(0, 64)], [(0, 30), (30, 34)], [(34, 30), (0, 34)], [(40, 3)], [(0, 40), (20, 44)]):
-        with TorchDist(path) as source, pytest.raises(UserError, match="the bytes of w are not those that were saved"):
+        with TorchDistReader(path) as source, pytest.raises(UserError, match="the bytes of w are not those that were saved"):
             for start, size in parts:
                 source.read("w", (start,), (size,))
-            source.prove(["w"], Ranks())
+            source.verify_records(["w"], RankGroup())
 
 
 def test_an_unfinished_checkpoint_is_refused(tmp_path):
     path = checkpoints.write(tmp_path / "c", checkpoints.model(0))
     (path / "metadata.json").unlink()
     with pytest.raises(UserError, match=r"has no metadata\.json: it was never finished"):
-        TorchDist(path)
+        TorchDistReader(path)
     (path / "latest_checkpointed_iteration.txt").write_text("7")
     with pytest.raises(UserError, match="give the directory of one"):
-        TorchDist(path)
+        TorchDistReader(path)
 
 
 def test_other_formats_and_damage_are_named(tmp_path):
     path = checkpoints.write(tmp_path / "c", checkpoints.model(0))
     (path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(UserError, match="in the format zarr"):
-        TorchDist(path)
+        TorchDistReader(path)
     (path / "metadata.json").write_text("{")
     with pytest.raises(UserError, match="metadata.json is damaged"):
-        TorchDist(path)
+        TorchDistReader(path)
     with pytest.raises(UserError, match="no checkpoint at"):
-        TorchDist(tmp_path / "nowhere")
+        TorchDistReader(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_other_formats_and_damage_are_named(tmp_path):
 def test_holes_and_overlaps_are_refused(tmp_path, boxes):
     path = checkpoints.write(tmp_path / "c", {"w": torch.ones(4, 4)}, lambda key, shape: boxes)
     with pytest.raises(UserError, match="the chunks of w overlap or leave holes"):
-        TorchDist(path)
+        TorchDistReader(path)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 0), (300, 300)])
@@ -182,8 +182,8 @@ def test_checksums_that_torch_did_not_compute_are_not_asked_for(tmp_path):
         torch.serialization.set_crc32_options(compute)
         torch.save(torch.full((64,), 2.0), file)
         (path / "__0_0.distcp").write_bytes(file.getvalue())
-        with TorchDist(path) as source:
+        with TorchDistReader(path) as source:
             assert torch.equal(source.read("w", (0,), (64,)), torch.full((64,), 2.0))
-            assert (source.record(source.tensors["w"], source.tensors["w"].chunks[0]).crc32 is not None) == compute
-            digests.append(source.prove(["w"], Ranks()))
+            assert (source.locate_record(source.tensors["w"], source.tensors["w"].chunks[0]).crc32 is not None) == compute
+            digests.append(source.verify_records(["w"], RankGroup()))
     assert digests[0] == digests[1], "the digest is of the content"

@@ -36,16 +36,16 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
-def actor() -> build.Actor:
+def actor() -> build.MegatronModel:
     settings = config.Config(model=MODEL, backend=config.Backend(kind="cpu"))
-    device = backend.start(settings.backend)
+    device = backend.init_backend(settings.backend)
     build.init_parallel(settings.parallel, seed=0)
     made = build.build_actor(settings, device, train=False)
     param_shards.init_random(made.modules, MODEL, seed=0)
     return made
 
 
-def weights(made: build.Actor) -> dict[str, torch.Tensor]:
+def weights(made: build.MegatronModel) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in made.modules[0].named_parameters()}
 
 
@@ -129,7 +129,7 @@ def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
     for name, make in makers.items():
         path = Path(shutil.copytree(good, directory / f"hostile {name}"))
         make(path, name)
-        yield f"hostile {name}", manifest.seal(path.rename(atomic_dir.unfinished(path)), path, {})
+        yield f"hostile {name}", manifest.finalize(path.rename(atomic_dir.staging_path(path)), path, {})
 
 
 def look(directory: Path) -> None:
@@ -151,7 +151,7 @@ def look(directory: Path) -> None:
             found[name] = f"traceback {error!r}"
     ran = {path.name for path in (directory / "ran").iterdir()}
     try:  # what Megatron-Core's reader does by itself
-        dist_checkpointing.load(megatron_checkpoint.sharded(made), str(directory / "hostile object"))
+        dist_checkpointing.load(megatron_checkpoint.sharded_state(made), str(directory / "hostile object"))
     except BaseException:  # CheckpointException is none of Exception's
         pass
     premise = {path.name for path in (directory / "ran").iterdir()} - ran
@@ -190,4 +190,4 @@ def stop_while_saving(directory: Path) -> None:
 
 if __name__ == "__main__":
     (stop_while_saving if sys.argv[2:] == ["save"] else look)(Path(sys.argv[1]))
-    backend.stop()
+    backend.shutdown_backend()

@@ -16,7 +16,7 @@ from processes import TESTS, launch
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 
 pytestmark = pytest.mark.distributed
 
@@ -31,13 +31,13 @@ class Hostile:
 
 def test_a_hostile_index_is_refused_and_not_run(tmp_path: Path) -> None:
     ran, target = tmp_path / "ran", tmp_path / "checkpoint"
-    stage = manifest.staging(target)
+    stage = manifest.make_staging_dir(target)
     hf_checkpoint.write_config(MODEL, torch.float32, tmp_path, stage)
     (stage / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (stage / ".metadata").write_bytes(pickle.dumps(Hostile(ran)))
-    manifest.seal(stage, target, {})
+    manifest.finalize(stage, target, {})
     with pytest.raises(UserError, match="nothing in it was run"):
-        megatron_checkpoint.load(Actor([], None, MODEL), target)
+        megatron_checkpoint.load(MegatronModel([], None, MODEL), target)
     assert not ran.exists()
 
 
@@ -98,5 +98,5 @@ def test_a_save_killed_in_its_middle_leaves_the_old_checkpoint_and_no_process(tm
     assert not alive
     stage = tmp_path / ".target.unfinished"
     assert any(path.stat().st_size for path in stage.glob("*.distcp")), "it was in the middle"
-    assert manifest.read(stage) is None and manifest.require(tmp_path / "target") == {"step": 1}
-    assert manifest.verify(tmp_path / "target") == 2
+    assert manifest.read_info(stage) is None and manifest.require_info(tmp_path / "target") == {"step": 1}
+    assert manifest.verify_weights(tmp_path / "target") == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiers import tiered
 
 from megatron_bai.checkpoint import manifest
-from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.model import hf_mapping
 
 pytestmark = pytest.mark.distributed
@@ -24,7 +24,7 @@ def same(found: Path, wanted: Path) -> None:
     """Both directories hold the same files with the same bytes, their manifests' `info` apart."""
     names = {path.name for path in wanted.iterdir()}
     assert {path.name for path in found.iterdir()} == names and "model.safetensors" in names
-    manifest.require(found)
+    manifest.require_info(found)
     for name in names - {manifest.NAME}:
         assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
 
@@ -86,7 +86,7 @@ def test_megatron_checkpoints_hold_the_same_tensors_whatever_layout_saved_them(l
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a `torch_dist` checkpoint, read without Megatron-Core."""
-    with open_source(path) as source:
+    with open_checkpoint(path) as source:
         return {k: source.read(k, (0,) * len(e.shape), e.shape).clone() for k, e in source.tensors.items()}
 
 
@@ -102,7 +102,7 @@ def test_the_verb_converts_there_and_back_bit_for_bit(layouts: Layouts, tmp_path
     same(tmp_path / "hf", layouts.directory / "one" / "hf")
     back, wanted = tensors_of(tmp_path / "back"), tensors_of(saved)
     assert back.keys() == wanted.keys() and all(torch.equal(back[key], wanted[key]) for key in wanted)
-    assert manifest.require(tmp_path / "hf") == {"converted_from": str(saved)}
+    assert manifest.require_info(tmp_path / "hf") == {"converted_from": str(saved)}
 
 
 @pytest.mark.parametrize(

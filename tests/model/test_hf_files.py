@@ -40,7 +40,7 @@ def test_transformers_reads_the_configuration_as_it_is_meant(directory: Path) ->
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(directory)
-    for ours, theirs in hf_checkpoint._FIELDS.items():
+    for ours, theirs in hf_checkpoint._HF_FIELDS.items():
         assert getattr(found, theirs) == getattr(MODEL, ours), theirs
     assert found.rope_parameters["rope_theta"] == MODEL.rope_theta and found.norm_topk_prob is True
 
@@ -91,7 +91,7 @@ def test_an_index_that_points_outside_its_directory_is_refused_before_anything_i
     weight_map = dict.fromkeys(names, "model.safetensors") | {names[3]: file}
     (directory / hf_checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=f"{hf_checkpoint.INDEX} names the file .*{file}.*outside its directory"):
-        hf_checkpoint.import_hf([], MODEL, directory)
+        hf_checkpoint.load_hf([], MODEL, directory)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}'])
@@ -106,10 +106,10 @@ def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
     lost = "model.layers.1.mlp.experts.5.up_proj.weight"
     save_file({name: value for name, value in tensors.items() if name != lost}, directory / "model.safetensors")
     with pytest.raises(UserError, match=rf"1 tensors missing or unknown, first {lost} \(missing\)"):
-        hf_checkpoint.import_hf([], MODEL, directory)
+        hf_checkpoint.load_hf([], MODEL, directory)
     save_file(tensors | {"model.layers.9.x": torch.zeros(1)}, directory / "model.safetensors")
     with pytest.raises(UserError, match=r"first model.layers.9.x \(unknown\)"):
-        hf_checkpoint.import_hf([], MODEL, directory)
+        hf_checkpoint.load_hf([], MODEL, directory)
 
 
 def test_a_truncated_file_is_named(directory: Path) -> None:
@@ -120,20 +120,20 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
     weight_map = dict.fromkeys(hf_mapping.hf_names(MODEL), "model.safetensors")
     (directory / hf_checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
-        hf_checkpoint.HFReader(directory).tensor("lm_head.weight")
+        hf_checkpoint.HFReader(directory).read_tensor("lm_head.weight")
     path.unlink()
     with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
-        hf_checkpoint.HFReader(directory).tensor("lm_head.weight")
+        hf_checkpoint.HFReader(directory).read_tensor("lm_head.weight")
 
 
 def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None:
-    sealed = manifest.seal(directory.rename(atomic_dir.unfinished(directory)), directory, {})
+    sealed = manifest.finalize(directory.rename(atomic_dir.staging_path(directory)), directory, {})
     path = sealed / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="model.safetensors is not what was written"):
-        hf_checkpoint.import_hf([], MODEL, directory)
+        hf_checkpoint.load_hf([], MODEL, directory)
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_a_number_that_is_none_is_named(changes: dict[str, Any], named: str, dir
 
 
 def test_the_formats_are_told_apart(directory: Path) -> None:
-    assert megatron_checkpoint.kind_of(directory) == "hf"
+    assert megatron_checkpoint.checkpoint_format(directory) == "hf"
     (directory / "metadata.json").write_text("{}")
-    assert megatron_checkpoint.kind_of(directory) == "megatron"
+    assert megatron_checkpoint.checkpoint_format(directory) == "megatron"
     (directory / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither"):
-        megatron_checkpoint.kind_of(directory / "empty")
+        megatron_checkpoint.checkpoint_format(directory / "empty")
 
 
 sizes = st.builds(
@@ -176,7 +176,7 @@ def test_split_is_the_exact_inverse_of_merge_for_every_kind(model: Model, seed: 
     generator = torch.Generator().manual_seed(seed)
     d, hidden, ffn = model.head_dim, model.hidden_size, model.moe_ffn_hidden_size
     q, kv = (model.num_attention_heads * d, hidden), (model.num_query_groups * d, hidden)
-    for kind in hf_mapping.KINDS:
+    for kind in hf_mapping.PARAM_MAPPINGS:
         shapes = {3: [q, kv, kv], 2: [(ffn, hidden)] * 2, 1: [(4, hidden)]}[len(kind.hf)]
         tensors = [torch.randn(shape, generator=generator) for shape in shapes]
         back = kind.split(kind.merge(tensors, model), model)
@@ -191,4 +191,4 @@ def test_every_name_of_transformers_model_is_mapped_once() -> None:
 
 def test_a_key_without_an_entry_is_named() -> None:
     with pytest.raises(UserError, match="'decoder.layers.mlp.shared_experts.weight' has no Hugging Face name"):
-        hf_mapping.kind_of("decoder.layers.mlp.shared_experts.weight")
+        hf_mapping.mapping_of("decoder.layers.mlp.shared_experts.weight")

@@ -40,7 +40,7 @@ def work(asked: Callable[[int], Any], rank: int, size: int, port: int, theirs: A
 
 def step(world: int) -> dict[str, Any]:
     """Train one step at TP `world`, the experts whole on every rank: what was added to each expert's weights."""
-    device = backend.start(config.Backend(kind="cpu", timeout_s=120))
+    device = backend.init_backend(config.Backend(kind="cpu", timeout_s=120))
     settings = config.Config(
         model=MODEL,
         parallel=config.Parallel(tensor=world, sequence=world > 1),
@@ -49,7 +49,7 @@ def step(world: int) -> dict[str, Any]:
     build.init_parallel(settings.parallel, seed=0)
     actor = build.build_actor(settings, device)
     param_shards.init_random(actor.modules, MODEL, seed=0)
-    megatron_checkpoint.finish_loading(actor)
+    megatron_checkpoint.reload_master_weights(actor)
     for group in actor.optimizer.param_groups:  # Adam's first step is then −SCALE · gradient
         group["eps"], group["lr"] = 1e6, 1e6 * SCALE
     experts = {name: value for name, value in actor.modules[0].named_parameters() if ".experts." in name}
@@ -126,7 +126,7 @@ def latent(size: int) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    backend.start(config.Backend(kind="cpu", timeout_s=120))
+    backend.init_backend(config.Backend(kind="cpu", timeout_s=120))
     build.init_parallel(config.Parallel(), seed=0)
     settings = MLATransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, normalization="RMSNorm",

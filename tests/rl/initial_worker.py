@@ -39,7 +39,7 @@ def sources(rank: int, directory: Path) -> None:
             param_shards.init_random(session.actor.modules, session.settings.model, seed)
             megatron_checkpoint.save(session.actor, directory / "megatron" / name, session.tokenizer_dir, {})
             target = directory / "hf" / name
-            hf_checkpoint.export_hf(session.actor.modules, session.settings.model, target, session.tokenizer_dir, {})
+            hf_checkpoint.save_hf(session.actor.modules, session.settings.model, target, session.tokenizer_dir, {})
 
 
 def start(rank: int, world: int, port: int, directory: Path, init: config.Init, output: Path, weights: Path) -> None:
@@ -50,7 +50,7 @@ def start(rank: int, world: int, port: int, directory: Path, init: config.Init, 
     from megatron_bai.rl.session import open_session
 
     with open_session(settings_of(directory, init, output, world)) as session:
-        hf_checkpoint.export_hf(session.actor.modules, session.settings.model, weights, session.tokenizer_dir, {})
+        hf_checkpoint.save_hf(session.actor.modules, session.settings.model, weights, session.tokenizer_dir, {})
 
 
 def worlds(world: int, directory: Path, init: config.Init, output: Path, weights: Path) -> None:

@@ -49,7 +49,7 @@ def bare(settings: config.Config, device: backend.Device, critic: bool = False) 
     cfg = build.transformer_config(settings.model, settings.parallel, device)
     cfg.use_cpu_initialization = cfg.perform_initialization = False
     with torch.device("meta"):
-        gpt = build._gpt(settings.model, cfg, False, None)
+        gpt = build._build_gpt(settings.model, cfg, False, None)
         if critic and gpt.post_process:
             gpt.output_layer = ValueHead(cfg)
     return counted(gpt.named_parameters())
@@ -83,7 +83,7 @@ def _kept(settings: config.Config, device: backend.Device, layers: int, tokens: 
 
     model = dataclasses.replace(settings.model, num_layers=layers)
     cfg = build.transformer_config(model, settings.parallel, device)
-    gpt = build._gpt(model, cfg, False, None)
+    gpt = build._build_gpt(model, cfg, False, None)
     own = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.data.arithmetic_task import Sums
 from megatron_bai.data.tokenizer import build_tokenizer
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.experience.collector import Collector
@@ -100,7 +100,7 @@ class Parts(FakeInference):
         return samples
 
     def any_failed(self, failures: list[UserError]) -> bool:
-        return any(joined().together(lambda: bool(failures)))
+        return any(current_ranks().run_on_all(lambda: bool(failures)))
 
     def recover(self, failures: list[UserError], max_failures: int) -> bool:
         self.recovered.append([self.version, threading.current_thread().name])

@@ -242,7 +242,7 @@ def left(directory: Path) -> dict[str, Any]:
 
 def _whole(path: Path) -> bool:
     try:
-        return manifest.read(path) is not None and manifest.verify(path) > 0
+        return manifest.read_info(path) is not None and manifest.verify_weights(path) > 0
     except UserError:
         return False
 

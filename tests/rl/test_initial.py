@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir
-from megatron_bai.checkpoint.formats import open_source
+from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import journal
@@ -34,7 +34,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with open_source(checkpoint) as source:
+    with open_checkpoint(checkpoint) as source:
         entries = source.tensors.items()
         return {key: source.read(key, (0,) * len(entry.shape), entry.shape).clone() for key, entry in entries}
 
@@ -107,8 +107,8 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     monkeypatch.setattr(pipeline, "make_plan", lambda recipes, sources, *_: make_plan(recipes, sources, 1 << 14, 1 << 16, OutputSpec()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
     assert in_child(kind, at, init_weights.run_init_merge, settings) == -signal.SIGKILL
-    assert not actor.exists() and journal.names(atomic_dir.unfinished(actor))
-    stage = atomic_dir.unfinished(actor).stat().st_ino
+    assert not actor.exists() and journal.names(atomic_dir.staging_path(actor))
+    stage = atomic_dir.staging_path(actor).stat().st_ino
     init_weights.run_init_merge(settings)
     assert actor.stat().st_ino == stage  # and not a new one
     assert equal(tensors(actor), tensors(started / "megatron" / "merged"))

@@ -34,7 +34,7 @@ def changed(**values: Any) -> config.Config:
 
 def test_the_defaults_are_valid() -> None:
     session.validate_settings(changed())
-    build.validate(changed().model, config.Parallel(), world=1)
+    build.validate_layout(changed().model, config.Parallel(), world=1)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_package_that_is_missing_is_named_before_any_work(
     values: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a run. What its settings say, for `plan`, is valid without."""
-    monkeypatch.setattr(backend, "start", lambda *args: pytest.fail("the run was started"))
+    monkeypatch.setattr(backend, "init_backend", lambda *args: pytest.fail("the run was started"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("megatron_bai.monitor.loggers.find_spec", lambda name: None)
     session.validate_settings(changed(**values))
@@ -149,7 +149,7 @@ def test_a_layout_that_cannot_be_built_is_refused_by_name(
     model: dict[str, Any], parallel: dict[str, Any], world: int, named: list[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        build.validate(config.Model(**MODEL | model), config.Parallel(**parallel), world)
+        build.validate_layout(config.Model(**MODEL | model), config.Parallel(**parallel), world)
     assert all(part in str(error.value) for part in named), error.value
 
 
@@ -170,14 +170,14 @@ def test_an_interleaved_schedule_needs_micro_batches_for_every_stage() -> None:
 )
 def test_an_unknown_backend_is_refused_by_name(settings: config.Backend, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        backend.select(settings)
+        backend.select_device(settings)
 
 
 def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="backend.kind is cuda"):
-        backend.select(config.Backend(kind="cuda"))
-    assert backend.select(config.Backend(kind="auto")).kind == "cpu"
+        backend.select_device(config.Backend(kind="cuda"))
+    assert backend.select_device(config.Backend(kind="auto")).kind == "cpu"
 
 
 @pytest.mark.parametrize(

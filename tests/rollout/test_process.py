@@ -111,8 +111,8 @@ def test_cpu_is_recognised_either_way(way: list[str]) -> None:
 
 DIES = """
 import time
-from megatron_bai.rollout.servers.server_main import die_with
-die_with({})
+from megatron_bai.rollout.servers.server_main import die_with_parent
+die_with_parent({})
 print('armed', flush=True)
 time.sleep(60)
 """

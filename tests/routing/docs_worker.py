@@ -23,12 +23,12 @@ def rollout_batches(step: int) -> list[tuple[torch.Tensor, list[np.ndarray]]]:
 
 
 def main() -> None:
-    backend.start(config.Backend(kind="cpu"))  # lets Megatron-Core run without a GPU
+    backend.init_backend(config.Backend(kind="cpu"))  # lets Megatron-Core run without a GPU
     page = Path(__file__).parents[2] / "docs" / "replay.md"
     code = page.read_text().partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {"rollout_batches": rollout_batches}
     exec(compile(code, str(page), "exec"), names)
-    backend.stop()
+    backend.shutdown_backend()
 
 
 if __name__ == "__main__":

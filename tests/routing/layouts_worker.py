@@ -102,7 +102,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     scored = replay.rows
 
     param_shards.init_random(actor.modules, MODEL, seed=1)
-    megatron_checkpoint.finish_loading(actor)
+    megatron_checkpoint.reload_master_weights(actor)
     for group in actor.optimizer.param_groups:
         group["eps"], group["lr"] = EPSILON, EPSILON * SCALE
     if not BEFORE:
@@ -156,7 +156,7 @@ def state(modules: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Every tensor, on rank 0."""
     from megatron_bai.model import param_shards
 
-    found = {(key, index): whole.clone() for key, index, whole in param_shards.gather(modules)}
+    found = {(key, index): whole.clone() for key, index, whole in param_shards.gather_slices(modules)}
     return found if dist.get_rank() == 0 else {}
 
 
@@ -178,7 +178,7 @@ def rank_main(rank: int, world: int, port: int, target: Path, layouts: dict[str,
     """One rank of one world, through its layouts of this size."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = backend.start(config.Backend(kind="cpu", timeout_s=120))
+    device = backend.init_backend(config.Backend(kind="cpu", timeout_s=120))
     from megatron.core import parallel_state
 
     from megatron_bai.model import build
@@ -193,7 +193,7 @@ def rank_main(rank: int, world: int, port: int, target: Path, layouts: dict[str,
             parallel_state.destroy_model_parallel()
     if rank == 0:
         torch.save(facts, target.with_name(f"{target.name}.{world}"))
-    backend.stop()
+    backend.shutdown_backend()
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ class Bench:
         self.settings = config.Config(model=MODEL, trainer=trainer, parallel=config.Parallel(recompute=recompute))
         self.actor = build.build_actor(self.settings, device)
         param_shards.init_random(self.actor.modules, MODEL, seed=0)
-        megatron_checkpoint.finish_loading(self.actor)
+        megatron_checkpoint.reload_master_weights(self.actor)
         self.gpt = self.actor.modules[0]
         self.replay = RoutingReplay(self.actor.chunks)
         self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature=1.0)
@@ -83,8 +83,8 @@ class Bench:
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(values[name])
-            for key, index, whole in param_shards.gather([self.gpt]):
-                kind = hf_mapping.kind_of(key)
+            for key, index, whole in param_shards.gather_slices([self.gpt]):
+                kind = hf_mapping.mapping_of(key)
                 found |= {n: t.clone() for n, t in zip(kind.names(index), kind.split(whole, MODEL))}
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(kept[name])
@@ -356,7 +356,7 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
 
 
 def main() -> None:
-    device = backend.start(config.Backend(kind="cpu"))
+    device = backend.init_backend(config.Backend(kind="cpu"))
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
     from megatron_bai.model import build
@@ -379,7 +379,7 @@ def main() -> None:
     facts["updates"] = {mode: first_update(device, mode) for mode in ("none", "r2")}
     facts["routers"] = router_cases.gather(device)
     torch.save(facts, Path(sys.argv[1]))
-    backend.stop()
+    backend.shutdown_backend()
 
 
 if __name__ == "__main__":

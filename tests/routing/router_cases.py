@@ -105,13 +105,13 @@ def sparse_model(device: Any) -> dict[str, Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_bai.model.build import _block_spec
+    from megatron_bai.model.build import _decoder_spec
     from megatron_bai.routing.layout import fillers
     from megatron_bai.routing.replay.replay_pass import MicroRoutes
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     config = settings(moe_layer_freq=[0, 1, 1], mtp_num_layers=1)
-    spec = _block_spec(config, transformer_engine=False, vp_stage=None)
+    spec = _decoder_spec(config, transformer_engine=False, vp_stage=None)
     gpt = GPTModel(
         config,
         spec,

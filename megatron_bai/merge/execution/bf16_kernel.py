@@ -19,7 +19,7 @@ from llvmlite import binding
 from numba import types
 from zlib_ng import zlib_ng
 
-from megatron_bai.utils.numba_jit import compiled
+from megatron_bai.utils.numba_jit import jit_compile
 
 BLOCK = 1024  # elements whose sums and squares are in the first cache: 12 KiB
 MAX_FINITE_BITS = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16
@@ -76,7 +76,7 @@ def _weighted_sum(
     return largest, squares[0]
 
 
-weighted_sum = compiled(_SIGNATURE)(_weighted_sum)
+weighted_sum = jit_compile(_SIGNATURE)(_weighted_sum)
 
 
 def _export(name: str) -> bool:
@@ -151,4 +151,4 @@ def _stream(
     return done
 
 
-stream = compiled(_STREAM)(_stream) if _export("zng_crc32_z") else None
+stream = jit_compile(_STREAM)(_stream) if _export("zng_crc32_z") else None

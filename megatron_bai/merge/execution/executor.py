@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.checkpoint.writer import Item, Target, Writer, Written
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, UnitWriter, WrittenItem
+from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import journal, tiles
 from megatron_bai.merge.execution.journal import UnitResult
@@ -37,7 +37,7 @@ T = TypeVar("T", bound=HasBytes)
 
 
 def execute_plan(
-    plan: Plan, directories: Sequence[Path], ranks: Ranks, on_bytes_read: Callable[[int], None], threads: int = 1
+    plan: Plan, directories: Sequence[Path], ranks: RankGroup, on_bytes_read: Callable[[int], None], threads: int = 1
 ) -> list[dict[str, float]]:
     """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
 
@@ -56,14 +56,14 @@ def execute_plan(
         UserError: a source cannot be read, or the disk is full; the units finished until then count.
     """
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]
-    target = plan.base.target(outputs, plan.output_spec.file_bytes)
+    target = plan.base.make_writer(outputs, plan.output_spec.file_bytes)
 
     def begin() -> None:
         for directory in directories:
-            target.begin(directory)
+            target.prepare(directory)
 
     def found() -> dict[str, list[UnitResult]]:
-        notes = [journal.read_finished(directory, ranks.rank, ranks.size) for directory in directories]
+        notes = [journal.read_finished(directory, ranks.rank, ranks.num_ranks) for directory in directories]
         return {name: [n[name] for n in notes] for name in notes[0] if all(name in n for n in notes)}
 
     def work() -> dict[str, list[UnitResult]]:
@@ -76,15 +76,15 @@ def execute_plan(
                 note(functools.partial(_record_unit, directories, unit.name, results))
         return found
 
-    ranks.first(begin, directories[0])
-    done = {name: results for share in ranks.together(found) for name, results in share.items()}
-    done |= {name: result for shares in ranks.together(work) for name, result in shares.items()}
+    ranks.run_on_first(begin, directories[0])
+    done = {name: results for share in ranks.run_on_all(found) for name, results in share.items()}
+    done |= {name: result for shares in ranks.run_on_all(work) for name, result in shares.items()}
     norms = []
     for k, directory in enumerate(directories):
         results = [done[unit.name][k] for unit in plan.units]  # in the plan's order: nothing depends on the ranks
         items = [item for result in results for item in result.written]
         _assert_covered(plan, items)
-        ranks.first(functools.partial(target.finish, directory, outputs, items), directory)
+        ranks.run_on_first(functools.partial(target.finalize, directory, outputs, items), directory)
         norms.append(_norms(plan, results))
     return norms
 
@@ -98,9 +98,9 @@ def _norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:
     return {key: math.sqrt(value) for key, value in squares.items()}
 
 
-def assign_to_rank(units: Sequence[T], ranks: Ranks) -> list[T]:
+def assign_to_rank(units: Sequence[T], ranks: RankGroup) -> list[T]:
     """This rank's portions of the work: the largest first, each to the rank with the fewest bytes so far."""
-    loads = [0] * ranks.size
+    loads = [0] * ranks.num_ranks
     mine = []
     for unit in sorted(units, key=lambda u: (-u.nbytes, u.name)):
         rank = loads.index(min(loads))
@@ -113,7 +113,7 @@ def assign_to_rank(units: Sequence[T], ranks: Ranks) -> list[T]:
 def _write_unit(
     plan: Plan,
     unit: WorkUnit,
-    target: Target,
+    target: CheckpointWriter,
     directories: Sequence[Path],
     run: OrderedMap,
     buffers: tiles.ThreadBuffers,
@@ -123,18 +123,18 @@ def _write_unit(
     done = [UnitResult() for _ in plan.input_weights]
     try:
         with ExitStack() as stack:
-            writers = [stack.enter_context(target.unit(directory, unit.name)) for directory in directories]
+            writers = [stack.enter_context(target.open_unit(directory, unit.name)) for directory in directories]
             for key in unit.objects:
                 data = plan.base.read_object(key)
                 for writer in writers:
-                    writer.blob(key, data)
+                    writer.write_object(key, data)
             work = functools.partial(_merge_batch, plan, buffers, on_bytes_read)
             for squares in stack.enter_context(closing(run(work, _batch_items(unit, writers)))):
                 for key, found in squares:
                     for result, square in zip(done, found, strict=True):
                         result.squares[key] = result.squares.get(key, 0.0) + square
             for result, writer in zip(done, writers, strict=True):
-                result.written = writer.written
+                result.written = writer.written_items
     except OSError as error:
         raise _write_error(directories, error) from None
     return done
@@ -153,11 +153,11 @@ def _write_error(directories: Sequence[Path], error: OSError) -> UserError:
     return UserError(f"{directories[0]} cannot be written: {error.strerror}")
 
 
-ItemToMerge = tuple[Region, Box, list[Item]]
+ItemToMerge = tuple[Region, Box, list[ItemWriter]]
 """A box to merge, and where it goes for each sum."""
 
 
-def _batch_items(unit: WorkUnit, writers: Sequence[Writer]) -> Iterator[list[ItemToMerge]]:
+def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list[ItemToMerge]]:
     """A unit's pieces in order, many small ones together: a thread has no time for one expert's bias."""
     batch: list[ItemToMerge] = []
     size = 0
@@ -166,7 +166,7 @@ def _batch_items(unit: WorkUnit, writers: Sequence[Writer]) -> Iterator[list[Ite
         if batch and size + nbytes > BATCH_BYTES:
             yield batch
             batch, size = [], 0
-        batch.append((region, box, [writer.item(region.key, box[0], region.dtype, box[1]) for writer in writers]))
+        batch.append((region, box, [writer.add_item(region.key, box[0], region.dtype, box[1]) for writer in writers]))
         size += nbytes
     if batch:
         yield batch
@@ -187,7 +187,7 @@ def _merge_batch(
     return squares
 
 
-def _assert_covered(plan: Plan, items: list[Written]) -> None:
+def _assert_covered(plan: Plan, items: list[WrittenItem]) -> None:
     """Every element of every output was written once."""
     elements = dict.fromkeys(plan.outputs, 0)
     for item in items:

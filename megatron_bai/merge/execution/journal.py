@@ -14,30 +14,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bai.checkpoint import atomic_dir, crc32, manifest
-from megatron_bai.checkpoint.writer import Written
+from megatron_bai.checkpoint.writer import WrittenItem
 
 DIRECTORY = ".journal"
 MARK = "mark"
-_FIELDS = [field.name for field in dataclasses.fields(Written)]
+_FIELDS = [field.name for field in dataclasses.fields(WrittenItem)]
 
 
 @dataclass
 class UnitResult:
     """One unit of one output: its items, and for each merged tensor the sum of its squares before rounding."""
 
-    written: list[Written] = field(default_factory=list)
+    written: list[WrittenItem] = field(default_factory=list)
     squares: dict[str, float] = field(default_factory=dict)
 
 
 def open_staging_dir(target: Path, mark: str) -> Path:
     """The directory to write `target` into: the one a merge with this mark left behind, or an empty one."""
-    path = atomic_dir.unfinished(target)
+    path = atomic_dir.staging_path(target)
     try:
         if (path / DIRECTORY / MARK).read_text() == mark:
             return path
     except OSError:
         pass
-    path = manifest.staging(target)
+    path = manifest.make_staging_dir(target)
     (path / DIRECTORY).mkdir()
     _write(path / DIRECTORY / MARK, mark)
     return path
@@ -59,21 +59,21 @@ def file_crcs(directory: Path) -> dict[str, int]:
 
     What lies between the items, such as a header, is read.
     """
-    items: dict[str, list[Written]] = defaultdict(list)
+    items: dict[str, list[WrittenItem]] = defaultdict(list)
     for _, unit in _read_records(directory):
         for item in unit.written:
             items[item.file].append(item)
     return {name: _checksum(directory / name, found) for name, found in items.items()}
 
 
-def _checksum(file: Path, items: list[Written]) -> int:
+def _checksum(file: Path, items: list[WrittenItem]) -> int:
     crc = at = 0
 
     def skip_to(start: int) -> None:
         nonlocal crc, at
         assert start >= at, f"{file}: two items overlap"
         if start > at:
-            crc, at = crc32.combine(crc, crc32.of_file(file, at, start - at), start - at), start
+            crc, at = crc32.combine(crc, crc32.compute_file(file, at, start - at), start - at), start
 
     for item in sorted(items, key=lambda item: (item.start, item.length)):
         skip_to(item.start)
@@ -82,9 +82,9 @@ def _checksum(file: Path, items: list[Written]) -> int:
     return crc
 
 
-def _is_there(directory: Path, item: Written) -> bool:
+def _is_there(directory: Path, item: WrittenItem) -> bool:
     try:
-        return crc32.of_file(directory / item.file, item.start, item.length) == item.crc32
+        return crc32.compute_file(directory / item.file, item.start, item.length) == item.crc32
     except FileNotFoundError:
         return False
 
@@ -93,11 +93,11 @@ def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
     """Every readable note, with the unit's name."""
     for file in (directory / DIRECTORY).glob("*.json"):
         text, _, crc = file.read_text().rpartition("\n")
-        if crc != f"{crc32.of(text.encode()):08x}":
+        if crc != f"{crc32.compute(text.encode()):08x}":
             continue  # damaged: the unit is written again
         noted = json.loads(text)
         written = [
-            Written(key, _tuple(offsets), _tuple(sizes), *place) for key, offsets, sizes, *place in noted["written"]
+            WrittenItem(key, _tuple(offsets), _tuple(sizes), *place) for key, offsets, sizes, *place in noted["written"]
         ]
         yield file.stem, UnitResult(written, noted["squares"])
 
@@ -105,10 +105,10 @@ def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
 def record_unit(directory: Path, unit: str, result: UnitResult) -> None:
     """Remember a unit, after its data; both survive a power cut."""
     for name in {item.file for item in result.written}:
-        atomic_dir.sync(directory / name)
+        atomic_dir.fsync_path(directory / name)
     written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply
     text = json.dumps({"written": written, "squares": result.squares})
-    _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{crc32.of(text.encode()):08x}")
+    _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{crc32.compute(text.encode()):08x}")
 
 
 def _tuple(value: list[int] | None) -> tuple[int, ...] | None:
@@ -119,6 +119,6 @@ def _write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text)
-    atomic_dir.sync(new)
+    atomic_dir.fsync_path(new)
     os.replace(new, path)
-    atomic_dir.sync(path.parent)
+    atomic_dir.fsync_path(path.parent)

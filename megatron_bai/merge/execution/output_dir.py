@@ -14,8 +14,8 @@ import torch
 
 import megatron_bai
 from megatron_bai.checkpoint import manifest
-from megatron_bai.checkpoint.hf_files import SafeTensors
-from megatron_bai.checkpoint.reader import Source
+from megatron_bai.checkpoint.hf_files import SafetensorsReader
+from megatron_bai.checkpoint.reader import CheckpointReader
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import journal
 from megatron_bai.merge.recipe.output_spec import config_with_dtype
@@ -30,9 +30,9 @@ CARD = "README.md"  # the model card of a Hugging Face checkpoint: the pretraine
 REVISION = 1  # of the merge's definition: raised when the same inputs would give other tensors
 
 
-def carried_files(base: Source) -> list[Path]:
+def carried_files(base: CheckpointReader) -> list[Path]:
     """Files of the pretrained checkpoint that the output gets unchanged, relative to it."""
-    replaced = {PROVENANCE, CARD} if isinstance(base, SafeTensors) else {PROVENANCE}
+    replaced = {PROVENANCE, CARD} if isinstance(base, SafetensorsReader) else {PROVENANCE}
     return [path for path in base.other_files() if path.as_posix() not in replaced]
 
 
@@ -103,7 +103,7 @@ def check_space(plan: Plan, stages: Sequence[Path]) -> None:
 def is_up_to_date(target: Path, mark: str) -> bool:
     """Whether `target` is complete and was written by a merge with this mark."""
     try:
-        info = manifest.read(target)
+        info = manifest.read_info(target)
     except UserError:
         return False  # damaged: merge again
     return info is not None and info.get("merge", {}).get("mark") == mark
@@ -167,7 +167,7 @@ def write_provenance(
         "tensors": tensors,
     }
     (stage / PROVENANCE).write_text(json.dumps(text, indent=1) + "\n")
-    if isinstance(plan.base, SafeTensors):
+    if isinstance(plan.base, SafetensorsReader):
         (stage / CARD).write_text(model_card(recipe))
     return mark
 

@@ -14,7 +14,7 @@ from itertools import chain
 
 import torch
 
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.merge.execution.executor import assign_to_rank
 from megatron_bai.merge.execution.source_values import inputs_with_weight, read_inputs
 from megatron_bai.merge.execution.thread_pool import thread_map
@@ -50,7 +50,7 @@ def slices_to_measure(plan: Plan) -> tuple[SliceToMeasure, ...]:
 
 
 def with_slice_stats(
-    plan: Plan, todo: Sequence[SliceToMeasure], ranks: Ranks, on_bytes_read: Callable[[int], None], threads: int = 1
+    plan: Plan, todo: Sequence[SliceToMeasure], ranks: RankGroup, on_bytes_read: Callable[[int], None], threads: int = 1
 ) -> Plan:
     """The plan with the measures of `todo`; every rank calls it.
 
@@ -70,7 +70,7 @@ def with_slice_stats(
             measures = run(lambda each: _measure(plan, each, on_bytes_read), mine)
             return {each.name: measure for each, measure in zip(mine, measures, strict=True)}
 
-    found = {name: measure for part in ranks.together(work) for name, measure in part.items()}
+    found = {name: measure for part in ranks.run_on_all(work) for name, measure in part.items()}
     assert len(found) == len(todo), "every slice was measured once"
     return dataclasses.replace(plan, slice_stats=found)
 

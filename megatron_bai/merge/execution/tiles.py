@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.checkpoint.reader import Scratch, Stream
-from megatron_bai.checkpoint.writer import Item
+from megatron_bai.checkpoint.reader import ChunkStream, ScratchBuffers
+from megatron_bai.checkpoint.writer import ItemWriter
 from megatron_bai.errors import Unfit
 from megatron_bai.merge.execution.source_values import inputs_with_weight, raise_not_finite, read_inputs
 from megatron_bai.merge.recipe.plan import Plan
@@ -36,7 +36,7 @@ TileResults = Iterator[tuple[memoryview, float]]
 """For each of the plan's sums, a tile's bytes, valid until the next is asked for, and the sum of its squares."""
 
 
-class ThreadBuffers(Scratch):
+class ThreadBuffers(ScratchBuffers):
     """What a thread merges in. Of this, only what is used is ever backed by memory."""
 
     def __init__(self, inputs: int, sums: int) -> None:
@@ -50,7 +50,7 @@ class ThreadBuffers(Scratch):
         self.coefficients: dict[str, Coefficients] = {}  # by region
 
 
-def merge_item(plan: Plan, region: Region, piece: Box, items: Sequence[Item], memory: ThreadBuffers) -> list[float]:
+def merge_item(plan: Plan, region: Region, piece: Box, items: Sequence[ItemWriter], memory: ThreadBuffers) -> list[float]:
     """Merge a box of a tensor into one item for each of the plan's sums.
 
     Returns:
@@ -90,7 +90,7 @@ def _is_bf16_sum(plan: Plan, region: Region) -> bool:
 class _Bf16Merger:
     """Weighted sums of bfloat16 values, by `kernel`."""
 
-    def __init__(self, plan: Plan, region: Region, items: Sequence[Item], memory: ThreadBuffers):
+    def __init__(self, plan: Plan, region: Region, items: Sequence[ItemWriter], memory: ThreadBuffers):
         from megatron_bai.merge.execution import (
             bf16_kernel,  # which takes half a second where nothing of this kind is merged
         )
@@ -131,11 +131,11 @@ class _Bf16Merger:
     def _stream(self, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
         """Merge the next `count` elements of all streams; returns of how many nothing hindered it."""
         memory, streams = self._memory, [stream for stream in self._streams if stream is not None]
-        files: list[Stream | Item] = [*streams, *self._items]
+        files: list[ChunkStream | ItemWriter] = [*streams, *self._items]
         for item in self._items:
-            if item.at == item.start:
+            if item.offset == item.start:
                 item.write(b"")  # its head
-        memory.file_offsets[:] = [(file.descriptor, file.at) for file in files]
+        memory.file_offsets[:] = [(file.fd, file.offset) for file in files]
         memory.crcs[:] = [file.crc for file in files]
         assert self._kernel.stream is not None
         done: int = self._kernel.stream(
@@ -144,7 +144,7 @@ class _Bf16Merger:
         for file, crc in zip(files, memory.crcs.tolist(), strict=True):
             file.advance(done, crc)
         for item in self._items:
-            if item.left == 0:
+            if item.remaining == 0:
                 item.write(b"")  # its tail
         return done // 2
 
@@ -153,7 +153,7 @@ class _Bf16Merger:
         memory = self._memory
         for i, stream in enumerate(self._streams):
             if stream is not None:
-                stream.readinto(memory.value_bytes[i][: count * 2])
+                stream.read_into(memory.value_bytes[i][: count * 2])
             else:
                 values = torch.from_numpy(memory.values[i, :count]).view(torch.bfloat16).view(box[1])
                 values.copy_(self._plan.inputs[i].read(self._region.key, *box))
@@ -169,17 +169,17 @@ class _Bf16Merger:
         return count
 
 
-def _merge_weighted_sum(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileResults:
+def _merge_weighted_sum(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:
     """Weighted sums of any values, by torch."""
     for total in weighted_sums(plan, region, box, scratch):
         yield _round_tile(plan, region, box, total, scratch)
 
 
-def weighted_sums(plan: Plan, region: Region, box: Box, scratch: Scratch) -> list[torch.Tensor]:
+def weighted_sums(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> list[torch.Tensor]:
     """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
     dtype = torch.float64 if region.dtype.itemsize > 2 else torch.float32
     size = math.prod(box[1]) * dtype.itemsize
-    term, *totals = (scratch.take(f"sum {k}", size).view(dtype) for k in range(1 + len(plan.input_weights)))
+    term, *totals = (scratch.get(f"sum {k}", size).view(dtype) for k in range(1 + len(plan.input_weights)))
     started = [False] * len(totals)
     coefficients = plan.coefficients(region, box)
     for i, source in enumerate(plan.inputs):
@@ -196,7 +196,7 @@ def weighted_sums(plan: Plan, region: Region, box: Box, scratch: Scratch) -> lis
     return totals
 
 
-def _merge_elementwise(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileResults:
+def _merge_elementwise(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:
     """The values of an elementwise method, in float64 until they are rounded."""
     values = read_inputs(plan, region, box, inputs_with_weight(plan, {region.name})).view(len(plan.inputs), -1)
     part = SliceBox(region.output, box)
@@ -205,7 +205,7 @@ def _merge_elementwise(plan: Plan, region: Region, box: Box, scratch: Scratch) -
         yield _round_tile(plan, region, box, recipe.combine(values, row[region.name], part, stats), scratch)
 
 
-def _round_tile(plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: Scratch) -> tuple[memoryview, float]:
+def _round_tile(plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: ScratchBuffers) -> tuple[memoryview, float]:
     """Round finished sums."""
     tile = _tile_buffer(region, total.numel(), scratch).copy_(total)
     norm = float(torch.linalg.vector_norm(total))
@@ -216,7 +216,7 @@ def _round_tile(plan: Plan, region: Region, box: Box, total: torch.Tensor, scrat
     return _bytes(tile), norm**2
 
 
-def _copy_tile(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileResults:
+def _copy_tile(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:
     tile = _tile_buffer(region, math.prod(box[1]), scratch)
     tile.copy_(plan.base.read(region.key, *box).reshape(-1))
     for source in plan.inputs if region.fate is Fate.EQUAL else ():
@@ -229,8 +229,8 @@ def _copy_tile(plan: Plan, region: Region, box: Box, scratch: Scratch) -> TileRe
         yield _bytes(tile), 0.0
 
 
-def _tile_buffer(region: Region, count: int, scratch: Scratch) -> torch.Tensor:
-    return scratch.take("tile", count * region.dtype.itemsize).view(region.dtype)
+def _tile_buffer(region: Region, count: int, scratch: ScratchBuffers) -> torch.Tensor:
+    return scratch.get("tile", count * region.dtype.itemsize).view(region.dtype)
 
 
 def _bytes(tile: torch.Tensor) -> memoryview:

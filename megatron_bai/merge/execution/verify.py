@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from megatron_bai.checkpoint import crc32
-from megatron_bai.checkpoint.boxes import Box, split
-from megatron_bai.checkpoint.reader import Source
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.checkpoint.boxes import Box, split_box
+from megatron_bai.checkpoint.reader import CheckpointReader
+from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import Unfit
 from megatron_bai.merge.execution.source_values import read_inputs
 from megatron_bai.merge.execution.thread_pool import single_torch_thread
@@ -22,7 +22,7 @@ SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at lea
 SAMPLE = 1 << 12  # elements that are compared of a sampled tile
 
 
-def verify_result(plan: Plan, result_index: int, output: Source, ranks: Ranks, check_all: bool) -> int:
+def verify_result(plan: Plan, result_index: int, output: CheckpointReader, ranks: RankGroup, check_all: bool) -> int:
     """Compare `output` with the method's formula in float64; every rank calls it.
 
     Let x be the exact value. The written one may differ from x by one rounding to the output's dtype, |x|·ε/2, and by
@@ -43,12 +43,12 @@ def verify_result(plan: Plan, result_index: int, output: Source, ranks: Ranks, c
     def work() -> int:
         compared = 0
         with single_torch_thread():
-            for region, box in list(_tiles_to_check(plan, check_all))[ranks.rank :: ranks.size]:
+            for region, box in list(_tiles_to_check(plan, check_all))[ranks.rank :: ranks.num_ranks]:
                 _compare_tile(plan, result_index, output, region, box)
                 compared += math.prod(box[1])
         return compared
 
-    return sum(ranks.together(work))
+    return sum(ranks.run_on_all(work))
 
 
 def _tiles_to_check(plan: Plan, check_all: bool) -> Iterator[tuple[Region, Box]]:
@@ -59,16 +59,16 @@ def _tiles_to_check(plan: Plan, check_all: bool) -> Iterator[tuple[Region, Box]]
             pieces[region.name] += ((region, tile) for tile in plan.tiles(region, box, TILE))
     for name, tiles in pieces.items():
         if not check_all:  # a different place in each region: the name's hash says where
-            place = crc32.of(name.encode())
+            place = crc32.compute(name.encode())
             parts = [
-                (region, list(split(*box, SAMPLE)))
+                (region, list(split_box(*box, SAMPLE)))
                 for region, box in tiles[place % min(SAMPLE_EVERY, len(tiles)) :: SAMPLE_EVERY]
             ]
             tiles = [(region, part[place % len(part)]) for region, part in parts]
         yield from tiles
 
 
-def _compare_tile(plan: Plan, result_index: int, output: Source, region: Region, box: Box) -> None:
+def _compare_tile(plan: Plan, result_index: int, output: CheckpointReader, region: Region, box: Box) -> None:
     key, found, recipe = region.key, output.tensors.get(region.key), plan.recipes[result_index]
     if found is None or (found.dtype, found.shape) != (region.dtype, region.output.shape):
         raise Unfit(f"{output.path} lacks {key} as {region.dtype} {region.output.shape}: merge again")

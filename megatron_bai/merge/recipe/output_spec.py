@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bai.checkpoint.reader import Entry
+from megatron_bai.checkpoint.reader import TensorInfo
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.param_groups import param_group
@@ -52,7 +52,7 @@ def make_output_spec(settings: Merge) -> OutputSpec:
     return OutputSpec(dtype, settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20)
 
 
-def output_dtypes(tensors: dict[str, Entry], wanted: torch.dtype | None) -> dict[str, torch.dtype]:
+def output_dtypes(tensors: dict[str, TensorInfo], wanted: torch.dtype | None) -> dict[str, torch.dtype]:
     """The dtype of every output tensor: `wanted` for floating point, the pretrained checkpoint's for the rest.
 
     It also stays where the pretrained checkpoint keeps a tensor in a wider dtype than its embeddings, such as a

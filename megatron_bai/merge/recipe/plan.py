@@ -33,8 +33,8 @@ from itertools import chain
 
 import torch
 
-from megatron_bai.checkpoint.boxes import Box, overlap, split
-from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source
+from megatron_bai.checkpoint.boxes import Box, intersect_boxes, split_box
+from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ScratchBuffers, TensorInfo
 from megatron_bai.errors import UserError
 from megatron_bai.merge.recipe.output_spec import OutputSpec, output_dtypes
 from megatron_bai.merge.recipe.recipe import Recipe, SliceStats
@@ -75,8 +75,8 @@ class Plan:
         slice_stats: what the method's first passes found, by slice.
     """
 
-    base: Source
-    inputs: tuple[Source | RenamedView, ...]
+    base: CheckpointReader
+    inputs: tuple[CheckpointReader | RenamedView, ...]
     input_weights: tuple[dict[str, tuple[float, ...]], ...]
     outputs: dict[str, OutputTensor]
     regions: dict[str, tuple[Region, ...]]
@@ -105,7 +105,7 @@ class Plan:
         recipe = self.recipes[0]
         if region.fate is Fate.MERGED and (recipe.stats_passes or recipe.elementwise):
             return split_by_slice(region.output, box, limit)
-        return split(*box, limit)
+        return split_box(*box, limit)
 
     def stats_of(self, part: SliceBox) -> SliceStats | None:
         """What was measured of the slice that `part` lies in."""
@@ -124,7 +124,7 @@ class Plan:
 
 def make_plan(
     recipes: Sequence[Recipe],
-    sources: dict[str, Source],
+    sources: dict[str, CheckpointReader],
     item_bytes: int = ITEM_BYTES,
     unit_bytes: int = UNIT_BYTES,
     output_spec: OutputSpec | None = None,
@@ -148,14 +148,14 @@ def make_plan(
     if not kept[names[0]]:
         raise UserError(f"{base.path} holds no model tensors")
     output_spec = output_spec or OutputSpec()
-    if output_spec.chunk_bytes and base.whole:
+    if output_spec.chunk_bytes and base.stores_whole_tensors:
         raise UserError(f"merge.chunk_mib is for torch_dist: {base.path} holds every tensor in one piece, give 0")
     for name in names[1:]:
         if type(base) is not type(sources[name]):
             raise UserError(f"{base.path} and {name} are in two formats: bring them into one with `convert`")
     used = {sources[name].path: kept[name] for name in names}
     rows = unpadded_vocab_size(used, output_spec.vocab_size)
-    chart, scratch = CanonicalIndex(base.path, kept[names[0]], rows), Scratch()
+    chart, scratch = CanonicalIndex(base.path, kept[names[0]], rows), ScratchBuffers()
     inputs = {name: rename_to_base(sources[name], kept[name], chart, rows, scratch) for name in names[1:]}
     _require_dtypes(base, inputs.values(), kept[names[0]], any_float=output_spec.dtype is not None)
     dtypes = output_dtypes(kept[names[0]], output_spec.dtype)
@@ -204,11 +204,11 @@ def _setting_with_pattern(recipe: Recipe, pattern: str) -> str:
     return next(f"merge.{name}" for name, value in named.items() if pattern in dict(value))
 
 
-def _model_tensors(source: Source) -> dict[str, Entry]:
+def _model_tensors(source: CheckpointReader) -> dict[str, TensorInfo]:
     return {key: entry for key, entry in source.tensors.items() if not OPTIMIZER_STATE_KEY.search(key)}
 
 
-def _dropped_keys(source: Source, is_base: bool) -> dict[str, list[str]]:
+def _dropped_keys(source: CheckpointReader, is_base: bool) -> dict[str, list[str]]:
     """What of a source does not enter, by reason."""
     reasons = {"optimizer or random-number state": [k for k in (*source.tensors, *source.objects) if OPTIMIZER_STATE_KEY.search(k)]}
     if not is_base:
@@ -219,7 +219,7 @@ def _dropped_keys(source: Source, is_base: bool) -> dict[str, list[str]]:
 
 
 def _require_dtypes(
-    base: Source, others: Iterable[Source | RenamedView], tensors: dict[str, Entry], any_float: bool
+    base: CheckpointReader, others: Iterable[CheckpointReader | RenamedView], tensors: dict[str, TensorInfo], any_float: bool
 ) -> None:
     """A tensor has one dtype in all sources; `any_float`: or several, all floating point of 16 bits or more."""
     small = [key for key, entry in tensors.items() if entry.dtype.is_floating_point and entry.dtype.itemsize < 2]
@@ -239,7 +239,7 @@ def _require_dtypes(
 
 
 def _make_units(
-    base: Source,
+    base: CheckpointReader,
     cut: dict[str, tuple[Region, ...]],
     objects: list[str],
     item_bytes: int,
@@ -279,6 +279,6 @@ def _split_into_items(
         else:
             boxes = [(chunk.offsets, chunk.sizes) for chunk in chunks]
             if len(parts) > 1:
-                boxes = [part for box in boxes if (part := overlap(region.box, box)) is not None]
+                boxes = [part for box in boxes if (part := intersect_boxes(region.box, box)) is not None]
         for offsets, sizes in boxes:
-            yield from ((region, box) for box in split(offsets, sizes, limit))
+            yield from ((region, box) for box in split_box(offsets, sizes, limit))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bai.checkpoint.boxes import Box, row_major, split
+from megatron_bai.checkpoint.boxes import Box, row_major_strides, split_box
 from megatron_bai.merge.recipe.regions import OutputTensor, Region
 
 
@@ -47,7 +47,7 @@ class SliceBox:
         place, axes = self.output.canonical, num_slice_axes(self.output)
         low = place.to_canonical(*self.box)[0][len(place.axes) :]  # the second half of a slice begins behind the first
         numbers = torch.zeros((), dtype=torch.int64)
-        for first, size, stride in zip(low, self.box[1][axes:], row_major(self.output.shape[axes:]), strict=True):
+        for first, size, stride in zip(low, self.box[1][axes:], row_major_strides(self.output.shape[axes:]), strict=True):
             numbers = numbers.unsqueeze(-1) + torch.arange(first, first + size) * stride
         return numbers.reshape(-1)
 
@@ -57,7 +57,7 @@ def split_by_slice(output: OutputTensor, box: Box, limit: int) -> Iterator[Box]:
     axes = num_slice_axes(output)
     offsets, sizes = box
     for index in itertools.product(*(range(low, low + size) for low, size in zip(offsets[:axes], sizes[:axes], strict=True))):
-        yield from split((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:]), limit)
+        yield from split_box((*index, *offsets[axes:]), (*(1 for _ in index), *sizes[axes:]), limit)
 
 
 def iter_slices(region: Region) -> Iterator[SliceBox]:

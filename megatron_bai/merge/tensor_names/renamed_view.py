@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_bai.checkpoint.boxes import Box, within
-from megatron_bai.checkpoint.reader import Chunk, Entry, Scratch, Source, Stream
-from megatron_bai.distributed.rank_group import Ranks
+from megatron_bai.checkpoint.boxes import Box, box_slices
+from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ChunkStream, ScratchBuffers, TensorInfo
+from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.canonical_names import EXPERT, LAYER, canonical_box
 from megatron_bai.merge.tensor_names.vocabulary import EMBEDDING, OUTPUT, is_vocab_tensor, read_vocab_info
@@ -32,7 +32,7 @@ class CanonicalIndex:
         UserError: two tensors hold the same elements, such as a norm under both of its names.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Entry], rows: int | None):
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], rows: int | None):
         self.path = path
         self.tensors = tensors
         self.canonical_boxes = {key: canonical_box(key, entry.shape) for key, entry in tensors.items()}
@@ -75,9 +75,9 @@ class CanonicalIndex:
         return sum(math.prod(sizes) for _, (_, sizes) in self.overlapping(name, box))
 
 
-def _index_chunks(chunks: list[Chunk]) -> Entry:
+def _index_chunks(chunks: list[Chunk]) -> TensorInfo:
     reach = _max_extent([tuple(map(sum, zip(c.offsets, c.sizes, strict=True))) for c in chunks])
-    return Entry(chunks[0].file, torch.uint8, reach, tuple(chunks))
+    return TensorInfo(chunks[0].file, torch.uint8, reach, tuple(chunks))
 
 
 def _max_extent(ends: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -85,24 +85,24 @@ def _max_extent(ends: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 class RenamedView:
-    """A source under the names and shapes of another; it has what the engine asks of a `Source`.
+    """A source under the names and shapes of another; it has what the engine asks of a `CheckpointReader`.
 
     Attributes:
         path: of the source.
         tensors: by the other's key, with the other's shape and the source's dtype; without chunks.
     """
 
-    def __init__(self, source: Source, chart: CanonicalIndex, base: CanonicalIndex, scratch: Scratch):
+    def __init__(self, source: CheckpointReader, chart: CanonicalIndex, base: CanonicalIndex, scratch: ScratchBuffers):
         self.path = source.path
-        self.tensors: dict[str, Entry] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self._source, self._chart, self._base, self._scratch = source, chart, base, scratch
         for key, entry in base.tensors.items():
             dtypes = {chart.tensors[name].dtype for name, _ in chart.overlapping(base.canonical_boxes[key].name, base.boxes[key])}
             dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else entry.dtype
-            self.tensors[key] = Entry(key, dtype, entry.shape, ())
+            self.tensors[key] = TensorInfo(key, dtype, entry.shape, ())
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A region of a tensor in the source's dtype, valid until the next `read`, as `Source.read` gives it.
+        """A region of a tensor in the source's dtype, valid until the next `read`, as `CheckpointReader.read` gives it.
 
         What lies in one tensor of the source is not copied, what is scattered over several is copied once.
         """
@@ -113,13 +113,13 @@ class RenamedView:
         if len(parts) == 1:
             return self._read(*parts[0]).view(sizes)
         dtype = self.tensors[key].dtype
-        out = self._scratch.take("view", math.prod(sizes) * dtype.itemsize).view(dtype).view(extent)
+        out = self._scratch.get("view", math.prod(sizes) * dtype.itemsize).view(dtype).view(extent)
         for name, part in parts:
-            out[within(part, low)].copy_(self._read(name, part))
+            out[box_slices(part, low)].copy_(self._read(name, part))
         return out.view(sizes)
 
-    def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Stream | None:
-        """As `Source.stream`; None where several tensors of the source hold the region."""
+    def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStream | None:
+        """As `CheckpointReader.stream`; None where several tensors of the source hold the region."""
         at = self._base.canonical_boxes[key]
         parts = list(self._chart.overlapping(at.name, at.to_canonical(offsets, sizes)))
         return self._source.stream(parts[0][0], *self._native(*parts[0])) if len(parts) == 1 else None
@@ -132,17 +132,17 @@ class RenamedView:
         """A box of a canonical tensor as one of the source's tensor `name`."""
         return self._chart.canonical_boxes[name].to_native(box, len(self._chart.tensors[name].shape))
 
-    def identity(self) -> str:
-        return self._source.identity()
+    def stat_fingerprint(self) -> str:
+        return self._source.stat_fingerprint()
 
-    def prove(self, keys: Iterable[str], ranks: Ranks) -> str:
-        """As `Source.prove`, over all tensors: they are the same whatever the other's names are."""
-        return self._source.prove(self._chart.tensors, ranks)
+    def verify_records(self, keys: Iterable[str], ranks: RankGroup) -> str:
+        """As `CheckpointReader.verify_records`, over all tensors: they are the same whatever the other's names are."""
+        return self._source.verify_records(self._chart.tensors, ranks)
 
 
 def rename_to_base(
-    source: Source, tensors: dict[str, Entry], base: CanonicalIndex, rows: int | None, scratch: Scratch
-) -> Source | RenamedView:
+    source: CheckpointReader, tensors: dict[str, TensorInfo], base: CanonicalIndex, rows: int | None, scratch: ScratchBuffers
+) -> CheckpointReader | RenamedView:
     """A source under the names of the pretrained checkpoint: itself where it has them anyway.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_bai.checkpoint.reader import Entry
+from megatron_bai.checkpoint.reader import TensorInfo
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.canonical_names import canonical_box
 from megatron_bai.utils.strict_json import parse
@@ -75,7 +75,7 @@ def is_vocab_tensor(key: str) -> bool:
     return bool(EMBEDDING.search(key) or OUTPUT.search(key)) and not canonical_box(key, (1,)).axes
 
 
-def unpadded_vocab_size(sources: dict[Path, dict[str, Entry]], given: int) -> int | None:
+def unpadded_vocab_size(sources: dict[Path, dict[str, TensorInfo]], given: int) -> int | None:
     """How many rows of the vocabulary's tensors mean a token, or None: all, for want of a statement.
 
     Args:

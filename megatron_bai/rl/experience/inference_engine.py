@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.data.task import Prompt
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
 from megatron_bai.rewards import rewarded
@@ -50,7 +50,7 @@ class InferenceEngine:
         self._has_pushed = False
         self._disk_version = version + 1  # the checkpoint below run.dir that a server can be started from
         self._client = self._make_client(servers.ask, session.dp_rank)
-        self._shapes = hf_checkpoint.shapes(session.actor.modules, settings.model)
+        self._shapes = hf_checkpoint.hf_shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
         self.version = version
@@ -135,7 +135,7 @@ class InferenceEngine:
         Args:
             failures: of this replica's, on its leader.
         """
-        return any(joined().together(lambda: bool(failures)))
+        return any(current_ranks().run_on_all(lambda: bool(failures)))
 
     def recover(self, failures: list[UserError], max_failures: int) -> bool:
         """Whether servers had failed and are back, with the weights in use, which the actor must still have: what failed
@@ -151,7 +151,7 @@ class InferenceEngine:
         if self._recover_servers():
             self._push_weights(again=True)
             return True
-        joined().together(lambda: self._require_few_failures(failures, max_failures))
+        current_ranks().run_on_all(lambda: self._require_few_failures(failures, max_failures))
         return False
 
     def _require_few_failures(self, failures: list[UserError], max_failures: int) -> None:
@@ -170,7 +170,7 @@ class InferenceEngine:
             assert self._fleet
             return self._fleet.revive(checkpoint, version)
 
-        if not joined().first(revive):
+        if not current_ranks().run_on_first(revive):
             return False
         self.close()  # who came back is no member of the group that weights went through
         return True
@@ -215,7 +215,7 @@ class InferenceEngine:
 
     def _through_memory(self) -> None:
         session, rollout = self._session, self._session.settings.rollout
-        tensors = hf_checkpoint.tensors(session.actor.modules, session.settings.model)
+        tensors = hf_checkpoint.iter_hf_tensors(session.actor.modules, session.settings.model)
         if session.is_rank_0:
             tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._transport = self._transport or self._make_transport()
@@ -277,7 +277,7 @@ def _export_weights(session: Session, version: int) -> Path:
     directory = _weights_dir(session, version)
     settings = session.settings
     change = partial(quantized, form=settings.rollout.quantize)
-    hf_checkpoint.export_hf(
+    hf_checkpoint.save_hf(
         session.actor.modules, settings.model, directory, session.tokenizer_dir, {"version": version}, change
     )
     return directory

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bai.distributed.rank_group import joined
+from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.session import Session
@@ -34,7 +34,7 @@ class RouteRecorder:
         """
         self.session, self.settings = session, session.settings.replay
         self._writer: StoreWriter | None = None
-        joined().first(lambda: _prepare_store(self.settings.store, step if same_run else None))
+        current_ranks().run_on_first(lambda: _prepare_store(self.settings.store, step if same_run else None))
         if not session.is_replica_leader:
             return
         self._writer = StoreWriter(self.settings.store, f"replica-{session.dp_rank:05}")

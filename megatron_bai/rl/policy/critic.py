@@ -9,7 +9,7 @@ from megatron_bai import config
 from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import at_last_token, explained_variance, gae, whiten
 from megatron_bai.rl.batches.batch import Batch
@@ -29,7 +29,7 @@ class Critic:
         model: its output at t is the value of the state before token t + 1.
     """
 
-    def __init__(self, actor: Actor, settings: config.Config, device: Device):
+    def __init__(self, actor: MegatronModel, settings: config.Config, device: Device):
         """Build the model with weights of `objective.critic_checkpoint`, or the actor's current ones. Collective.
 
         Args:
@@ -138,7 +138,7 @@ def _with_learning_rate(trainer: config.Trainer, rate: float) -> config.Trainer:
 
 
 @torch.no_grad()
-def copy_backbone(actor: Actor, critic: Actor) -> None:
+def copy_backbone(actor: MegatronModel, critic: MegatronModel) -> None:
     """Copy the actor's weights but for the head, which becomes 0: the first advantages are the rewards."""
     for actor_module, critic_module in zip(actor.modules, critic.modules, strict=True):
         remaining = dict(actor_module.named_parameters())
@@ -148,10 +148,10 @@ def copy_backbone(actor: Actor, critic: Actor) -> None:
             else:
                 parameter.copy_(remaining.pop(name))
         assert all(name.startswith("output_layer.") for name in remaining), f"the critic lacks {sorted(remaining)}"
-    megatron_checkpoint.finish_loading(critic)
+    megatron_checkpoint.reload_master_weights(critic)
 
 
-def _load(critic: Actor, path: str) -> None:
+def _load(critic: MegatronModel, path: str) -> None:
     try:
         megatron_checkpoint.load(critic, path)
     except UserError as error:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.errors import UserError
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.routing.layout import Packing
 
@@ -23,7 +23,7 @@ class ForwardBackward:
         stages: of the pipeline.
     """
 
-    def __init__(self, model: Actor, device: torch.device):
+    def __init__(self, model: MegatronModel, device: torch.device):
         from megatron.core import parallel_state
 
         self.model, self.device = model, device

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_bai import config
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, empty_batch
@@ -39,7 +39,7 @@ class Scores:
 class TrainingEngine:
     """The actor with its passes and the replay of its routers."""
 
-    def __init__(self, actor: Actor, replay: RoutingReplay, device: torch.device, temperature: float):
+    def __init__(self, actor: MegatronModel, replay: RoutingReplay, device: torch.device, temperature: float):
         from megatron.core import parallel_state
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_bai.model.build import Actor
+from megatron_bai.model.build import MegatronModel
 
 
 class WeightCopy:
     """A copy of the actor's current weights: one more model in each rank's memory."""
 
-    def __init__(self, actor: Actor):
+    def __init__(self, actor: MegatronModel):
         self._actor = actor
         self._weights = [parameter.detach().clone() for parameter in self._parameters()]
 

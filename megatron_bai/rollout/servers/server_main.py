@@ -35,7 +35,7 @@ from typing import Any
 from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.servers.auth import read_key
-from megatron_bai.utils.child_processes import die_with
+from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import without_collections
 
 _TENSORS = "/update_weights_from_tensor"
@@ -115,7 +115,7 @@ def enter() -> Own:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     given = own(sys.argv[1:])
     if given.parent is not None:
-        die_with(given.parent)
+        die_with_parent(given.parent)
     sys.argv[1:] = ["--parent", str(os.getpid()), *given.words, *given.rest]
     if given.key:
         keep_out_of_logs(given.key)

@@ -16,7 +16,7 @@ from types import TracebackType
 import psutil
 
 from megatron_bai.config import Rollout
-from megatron_bai.distributed.hosts import is_loopback, own_address
+from megatron_bai.distributed.hosts import host_address, is_loopback
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import auth, control, releases
 
@@ -33,7 +33,7 @@ class SGLangServer:
     """Serves one checkpoint while the `with` block runs.
 
     The server leads its own session, so a Ctrl-C reaches only the trainer, which then stops it; and the kernel kills
-    it when the thread that started it ends (`processes.die_with`), so start it from a thread that lives as long.
+    it when the thread that started it ends (`child_processes.die_with_parent`), so start it from a thread that lives as long.
 
     Args:
         model_dir: a Hugging Face checkpoint.
@@ -55,7 +55,7 @@ class SGLangServer:
     @property
     def url(self) -> str:
         """Where the trainer's machines reach it."""
-        host = own_address() if self.rollout.host == "0.0.0.0" else self.rollout.host
+        host = host_address() if self.rollout.host == "0.0.0.0" else self.rollout.host
         return f"http://{host}:{self.port}"
 
     @property

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_bai.checkpoint.atomic_dir import sync
+from megatron_bai.checkpoint.atomic_dir import fsync_path
 from megatron_bai.errors import UserError
 from megatron_bai.routing.store import codec
 from megatron_bai.routing.store.codec import Recording
@@ -108,7 +108,7 @@ class StoreWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            sync(self.path.parent)
+            fsync_path(self.path.parent)
         except OSError as error:
             raise UserError(f"cannot write routes to {self.path}: {error.strerror}") from None
         try:
