@@ -17,6 +17,7 @@ from megatron_bai.routing.missing import settle
 
 REWARDS = np.array([0.0, 1, 0, 0, 1, 1, 1, 1])  # two groups of four
 CUT = (0, 5)  # at the token limit
+GROUPS = config.Trainer(group_size=4)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +34,8 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
 ) -> None:
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
-    settings = config.Config(objective=config.Minirl(**options))
-    counted = collector._samples_in_loss(finished, REWARDS, np.ones(8, dtype=bool), 4, settings, stats)
+    settings = config.Config(objective=config.Minirl(**options), trainer=GROUPS)
+    counted = collector._samples_in_loss(finished, REWARDS, np.ones(8, dtype=bool), settings, stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
 
@@ -54,8 +55,8 @@ def test_samples_without_reward_are_left_out_alone_or_with_their_group(
     """Three groups: one lacks a reward, one lacks none, one has nothing to compare its only one with."""
     finished = [SimpleNamespace(finish="stop") for _ in range(12)]
     valid = np.array([True, False, True, True, *[True] * 4, False, False, True, False])
-    settings = config.Config(objective=objective, rollout=config.Rollout(incomplete_groups=rule))
-    counted = collector._samples_in_loss(finished, np.tile([0.0, 1, 0, 0], 3), valid, 4, settings, Stats())
+    settings = config.Config(objective=objective, rollout=config.Rollout(incomplete_groups=rule), trainer=GROUPS)
+    counted = collector._samples_in_loss(finished, np.tile([0.0, 1, 0, 0], 3), valid, settings, Stats())
     assert np.nonzero(~counted)[0].tolist() == left_out
 
 

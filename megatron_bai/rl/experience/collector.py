@@ -24,28 +24,34 @@ from megatron_bai.routing.missing import settle
 
 
 class Collector:
-    """Takes prompts from the stream in order, each replica its own."""
+    """The rollouts of a run: each replica takes its own prompts from the stream, in order.
+
+    Attributes:
+        prompts_per_replica: prompts that a step takes of the stream, of this replica.
+        num_prompts_taken: prompts of the stream, over all replicas: the first of the next step.
+        buffer: of partial or overlapping rollouts; None for others.
+    """
 
     def __init__(self, session: Session, inference: InferenceEngine):
         self.session, self.inference, self.settings = session, inference, session.settings
-        self.prompts_per_replica = self.settings.trainer.prompts_per_step // session.dp_size  # of this replica, a step
-        self.num_prompts_taken = 0  # prompts of the stream, over all replicas: where the next step begins
+        self.prompts_per_replica = self.settings.trainer.prompts_per_step // session.dp_size
+        self.num_prompts_taken = 0
         rollout = self.settings.rollout
         self.buffer = RolloutBuffer(session, inference) if rollout.partial_tokens or rollout.overlap else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, the same on every rank: what a resumed run needs to continue, JSON."""
+        """Return the stream's position, as JSON and equal on every rank: what a resumed run needs."""
         return self.buffer.state_dict() if self.buffer else {"taken": self.num_prompts_taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from the stream's position in `state`."""
         if self.buffer:
             self.buffer.load_state_dict(state)
         else:
             self.num_prompts_taken = state["taken"]
 
     def save_files(self, directory: Path) -> None:
-        """Keep the samples of later steps in a checkpoint's directory.
+        """Write the samples of later steps to a checkpoint's directory.
 
         Raises:
             OSError: they cannot be written.
@@ -54,16 +60,16 @@ class Collector:
             self.buffer.save_files(directory)
 
     def load_files(self, directory: Path) -> None:
-        """Continue with what `save_files` kept.
+        """Read the samples that `save_files` wrote.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: files are missing or damaged.
         """
         if self.buffer:
             self.buffer.load_files(directory)
 
     def wait(self) -> None:
-        """Return once nothing is being sampled.
+        """Wait until nothing is being sampled.
 
         Raises:
             UserError: the server failed.
@@ -72,7 +78,7 @@ class Collector:
             self.buffer.wait()
 
     def finish_next(self) -> None:
-        """After a sync: what failed of a rollout that was begun before it is asked again. Collective.
+        """Complete a rollout that was started before a sync: retry its failed requests. Collective.
 
         Raises:
             UserError: as `InferenceEngine.recover`.
@@ -84,7 +90,11 @@ class Collector:
         """Sample this replica's groups, reward them and pad them to the length of the longest anywhere. Collective.
 
         Args:
+            stats: gets metrics of responses, failures and staleness.
             last: no step follows this one.
+
+        Returns:
+            This replica's samples, on every rank of it, and their batch.
 
         Raises:
             UserError: the server failed, or no sample has a reward.
@@ -92,21 +102,22 @@ class Collector:
         size, objective = self.settings.trainer.group_size, policy_settings(self.settings.objective)
         samples = self._from_buffer(last, stats) if self.buffer else self._sample_groups(stats)
         rewards, valid = rewards_and_mask(samples)
-        critic = isinstance(objective, config.Ppo)  # which has an advantage for each token, later
-        advantages = None if critic else group_advantages(rewards, size, objective.advantage, valid)
-        counted = _samples_in_loss(samples, rewards, valid, size, self.settings, stats)
-        batch = self._make_batch(samples, rewards, advantages, counted)
+        has_critic = isinstance(objective, config.Ppo)  # which computes an advantage for each token, later
+        advantages = None if has_critic else group_advantages(rewards, size, objective.advantage, valid)
+        in_loss = _samples_in_loss(samples, rewards, valid, self.settings, stats)
+        batch = self._make_batch(samples, rewards, advantages, in_loss)
         if self.buffer:
             staleness.apply_max_staleness(
                 batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats
             )
         if self.settings.replay.mode == "r3":
-            batch.mask, found = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
-            stats.ratio("route_missing", found.rows, found.fed)
-            stats.ratio("route_masked", found.masked, found.tokens)
+            batch.mask, counts = settle(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
+            stats.ratio("route_missing", counts.rows, counts.fed)
+            stats.ratio("route_masked", counts.masked, counts.tokens)
         return samples, batch
 
     def _from_buffer(self, last: bool, stats: Stats) -> list[Sample]:
+        """Take this replica's groups from the buffer. Collective."""
         assert self.buffer
         samples = self.buffer.next_samples(last)
         self._add_responses(samples, stats)
@@ -114,53 +125,57 @@ class Collector:
         return samples
 
     def _sample_groups(self, stats: Stats) -> list[Sample]:
-        """This replica's groups. With refill (DAPO, arXiv 2503.14476), groups from which there is nothing to learn give
-        their places to those of the next prompts, until none is left or `refill_rounds` are over.
+        """Sample this replica's groups. Collective.
 
-        A round takes exactly as many prompts as there are such groups in all replicas, so none is sampled in vain, and
-        where the stream stands after it does not depend on the number of replicas.
+        With refill (DAPO, arXiv 2503.14476), groups from which there is nothing to learn are replaced by those of the
+        next prompts, until none remains or `refill_rounds` are over. A round takes exactly as many prompts as there are
+        such groups in all replicas: no sample is wasted, and the stream's position after it does not depend on the
+        number of replicas.
         """
         size, objective = self.settings.trainer.group_size, policy_settings(self.settings.objective)
-        before, samples = self.num_prompts_taken, self._sample(self.prompts_per_replica, stats)
+        first, samples = self.num_prompts_taken, self._sample(self.prompts_per_replica, stats)
         outcomes = [(sample.lost, sample.failure) for sample in samples]
         rounds = 0
         while rounds < objective.refill_rounds:
-            idle = np.flatnonzero(_uninformative_groups(samples, size, self.settings.rollout.incomplete_groups))
-            if not sum(self._gather_per_replica(len(idle))):
+            to_replace = np.flatnonzero(_uninformative_groups(samples, size, self.settings.rollout.incomplete_groups))
+            if not sum(self._gather_per_replica(len(to_replace))):
                 break
             rounds += 1
-            fresh = self._sample(len(idle), stats)
+            fresh = self._sample(len(to_replace), stats)
             outcomes += [(sample.lost, sample.failure) for sample in fresh]
-            for i, place in enumerate(idle):
+            for i, index in enumerate(to_replace):
                 group = fresh[i * size : (i + 1) * size]
-                samples[place * size : (place + 1) * size] = [replace(each, prompt=int(place)) for each in group]
+                samples[index * size : (index + 1) * size] = [replace(sample, prompt=int(index)) for sample in group]
         self._count_failures(outcomes, stats)
         if objective.refill_rounds:
             stats.ratio("refill_rounds", rounds, 1)
-            stats.ratio("prompts_tried", self.num_prompts_taken - before, 1)
+            stats.ratio("prompts_tried", self.num_prompts_taken - first, 1)
         return samples
 
     def _count_failures(self, outcomes: list[tuple[bool, str]], stats: Stats) -> None:
-        """Collective.
+        """Count lost samples and failed rewards. Collective.
 
         Args:
-            outcomes: of each sample, whether it is lost, and why it is or has no reward.
+            outcomes: of each sample, whether it is lost, and the reason for that or for having no reward.
+            stats: gets the metrics.
         """
-        count_lost(self.session, [why if lost else "" for lost, why in outcomes], stats)
-        count_failures(self.session, [why for lost, why in outcomes if not lost], "reward_failed_fraction", stats)
+        count_lost(self.session, [reason if lost else "" for lost, reason in outcomes], stats)
+        failures = [reason for lost, reason in outcomes if not lost]
+        count_failures(self.session, failures, "reward_failed_fraction", stats)
 
     def _sample(self, count: int, stats: Stats) -> list[Sample]:
-        """Groups for the next `count` prompts, of which every replica may want another number. Collective."""
+        """Sample groups of the next `count` prompts, a number that may differ between replicas. Collective."""
         session, trainer, seed = self.session, self.settings.trainer, self.settings.run.seed
-        wanted = self._gather_per_replica(count)
-        start = self.num_prompts_taken + sum(wanted[: session.dp_rank])
-        self.num_prompts_taken += sum(wanted)
+        counts = self._gather_per_replica(count)
+        start = self.num_prompts_taken + sum(counts[: session.dp_rank])
+        self.num_prompts_taken += sum(counts)
         prompts = session.task.prompts("train", seed, start, count)
         samples = self.inference.sample(prompts, trainer.group_size, f"train/{seed}", first=start)
         self._add_responses(samples, stats)
         return samples
 
     def _add_responses(self, samples: list[Sample], stats: Stats) -> None:
+        """Add metrics of responses."""
         lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
         truncated = torch.tensor([sample.finish != "stop" for sample in samples], dtype=torch.bool)
         sampled = torch.tensor([not sample.lost for sample in samples], dtype=torch.bool)
@@ -169,7 +184,7 @@ class Collector:
         add_responses(stats, lengths, truncated, rewards, size, width, valid, sampled)
 
     def _gather_per_replica(self, value: int) -> list[int]:
-        """Each replica's value, by its data-parallel rank. Collective."""
+        """Gather a value of each replica, by data-parallel rank. Collective."""
         session = self.session
         values = torch.zeros(session.dp_size, dtype=torch.int64, device=session.device.device)
         values[session.dp_rank] = value if session.is_replica_leader else 0
@@ -177,57 +192,59 @@ class Collector:
         return values.tolist()
 
     def _make_batch(
-        self, samples: list[Sample], rewards: np.ndarray, advantages: np.ndarray | None, counted: np.ndarray
+        self, samples: list[Sample], rewards: np.ndarray, advantages: np.ndarray | None, in_loss: np.ndarray
     ) -> Batch:
+        """Pad the samples to the length of the longest on any rank. Collective."""
         session = self.session
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.place.multiple)
         pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
-        return from_samples(samples, advantages, length, pad, session.signature, counted, columns, rewards)
+        return from_samples(samples, advantages, length, pad, session.signature, in_loss, columns, rewards)
 
 
 def rewards_and_mask(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """`[B]` float64 rewards, 0 where there is none, and `[B]` bool, where there is one."""
+    """Return `[B]` float64 rewards, 0 where there is none, and `[B]` bool, where there is one."""
     valid = np.array([sample.reward is not None for sample in samples], dtype=bool)
     return np.array([sample.reward or 0.0 for sample in samples]), valid
 
 
 def _uninformative_groups(samples: list[Sample], group_size: int, incomplete: str) -> np.ndarray:
-    """`[groups]` bool: nothing can be learned from the group, its rewards are all equal or fewer than two, or it lacks
-    some and is dropped for it."""
+    """Return whether nothing can be learned from a group, `[groups]` bool.
+
+    Its rewards are all equal or fewer than two, or it lacks some and is dropped for it.
+    """
     rewards, valid = rewards_and_mask(samples)
-    counts = (
+    informative = (
         has_peer(valid, group_size)
         & ~in_uniform_group(rewards, group_size, valid)
         & _in_complete_group(valid, group_size, incomplete)
     )
-    idle: np.ndarray = ~counts.reshape(-1, group_size).any(axis=1)
-    return idle
+    uninformative: np.ndarray = ~informative.reshape(-1, group_size).any(axis=1)
+    return uninformative
 
 
 def _in_complete_group(valid: np.ndarray, group_size: int, incomplete: str) -> np.ndarray:
-    """`[B]` bool: what `rollout.incomplete_groups` leaves of groups in which a sample has no reward."""
-    whole = np.repeat(valid.reshape(-1, group_size).all(axis=1), group_size)
-    return whole if incomplete == "drop" else np.ones_like(whole)
+    """Return the samples that `rollout.incomplete_groups` keeps where a sample of a group has no reward, `[B]` bool."""
+    complete = np.repeat(valid.reshape(-1, group_size).all(axis=1), group_size)
+    return complete if incomplete == "drop" else np.ones_like(complete)
 
 
 def _samples_in_loss(
     samples: list[Sample],
     rewards: np.ndarray,
     valid: np.ndarray,
-    group_size: int,
     settings: config.Config,
     stats: Stats,
 ) -> np.ndarray:
-    """Which samples the loss counts, `[B]` bool; adds `left_out_fraction`."""
-    objective = policy_settings(settings.objective)
-    critic = isinstance(objective, config.Ppo)  # compares a sample with its value and not with others
-    counted = valid.copy() if critic else has_peer(valid, group_size)
-    counted &= _in_complete_group(valid, group_size, settings.rollout.incomplete_groups)
+    """Return the samples that the loss counts, `[B]` bool; add `left_out_fraction`."""
+    objective, group_size = policy_settings(settings.objective), settings.trainer.group_size
+    has_critic = isinstance(objective, config.Ppo)  # it compares a sample with its value and not with others
+    in_loss = valid.copy() if has_critic else has_peer(valid, group_size)
+    in_loss &= _in_complete_group(valid, group_size, settings.rollout.incomplete_groups)
     if objective.drop_uniform_groups:
-        counted &= ~in_uniform_group(rewards, group_size, valid)
+        in_loss &= ~in_uniform_group(rewards, group_size, valid)
     if objective.mask_overlong:
-        counted &= [sample.finish == "stop" for sample in samples]
-    stats.mean("left_out_fraction", torch.from_numpy(~counted))
-    return counted
+        in_loss &= [sample.finish == "stop" for sample in samples]
+    stats.mean("left_out_fraction", torch.from_numpy(~in_loss))
+    return in_loss

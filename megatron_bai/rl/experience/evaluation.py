@@ -15,11 +15,16 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
     """Sample `trainer.eval_samples` responses to each held-out prompt, with the new weights. Collective.
 
     Adds `eval_accuracy` (avg@n: the mean over prompts of a prompt's mean reward) with the ends of its 95 % interval,
-    `eval_accuracy_low` and `eval_accuracy_high` (`confidence_interval`); `eval_best`, the mean over prompts of the best reward
-    (pass@n where rewards are 0 and 1); `eval_length`, the mean length of responses in tokens, `eval_truncated`, the share
-    cut off, and `eval_failed`, the share without a reward, samples that were lost among them. Where training pays another
-    reward than the data's own check, `eval_exact` is the share of samples that this check finds right, of prompts that
-    have an answer.
+    `eval_accuracy_low` and `eval_accuracy_high` (`confidence_interval`); `eval_best`, the mean over prompts of the best
+    reward (pass@n where rewards are 0 and 1); `eval_length`, the mean length of responses in tokens, `eval_truncated`,
+    the share cut off, and `eval_failed`, the share without a reward, lost samples among them. If training has another
+    reward than the data's own check, `eval_exact` is the share of samples that this check finds right, of prompts with
+    an answer.
+
+    Args:
+        session: of the run.
+        inference: its servers, with the new weights.
+        stats: gets the metrics.
     """
     settings, task = session.settings, session.task
     count, n, seed = task.eval_size, settings.trainer.eval_samples, settings.run.seed
@@ -31,32 +36,33 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
     for sample in samples:
         if sample.reward is not None:
             rewards[sample.prompt].append(sample.reward)
-        there = not sample.lost
-        if there and settings.reward.name != "exact" and prompts[sample.prompt].answer:
+        sampled = not sample.lost
+        if sampled and settings.reward.name != "exact" and prompts[sample.prompt].answer:
             stats.ratio("eval_exact", task.reward(prompts[sample.prompt], sample.response.tolist()), 1)
-        stats.ratio("eval_length", len(sample.response), there)
-        stats.ratio("eval_truncated", there and sample.finish != "stop", there)
-    everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, rewards if session.is_replica_leader else [])
-    known = [found for part in everyone for found in part if found]  # a prompt without any reward says nothing
-    mean, half = confidence_interval(np.array([np.mean(found) for found in known]))
-    values = {"eval_accuracy": mean, "eval_best": float(np.mean([max(found) for found in known]))}
-    if half is not None:
-        values |= {"eval_accuracy_low": mean - half, "eval_accuracy_high": mean + half}
+        stats.ratio("eval_length", len(sample.response), sampled)
+        stats.ratio("eval_truncated", sampled and sample.finish != "stop", sampled)
+    gathered: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, rewards if session.is_replica_leader else [])
+    by_prompt = [r for replica in gathered for r in replica if r]  # prompts without any reward are left out
+    mean, half_width = confidence_interval(np.array([np.mean(r) for r in by_prompt]))
+    values = {"eval_accuracy": mean, "eval_best": float(np.mean([max(r) for r in by_prompt]))}
+    if half_width is not None:
+        values |= {"eval_accuracy_low": mean - half_width, "eval_accuracy_high": mean + half_width}
     for name, value in values.items():
         stats.ratio(name, value, 1)
 
 
 def confidence_interval(means: np.ndarray, confidence: float = 0.95) -> tuple[float, float | None]:
-    """The mean over problems, and half the width of its confidence interval.
+    """Compute the mean over problems, and half the width of its confidence interval.
 
-    Problems are drawn; the samples to one are not independent of each other, so each problem is one observation a_i, its
-    mean. Half the width is t · s / √P with s² = Σ (a_i − mean)² / (P − 1) and t the quantile of Student's distribution
-    with P − 1 degrees of freedom: the clustered standard error of arXiv 2411.00640, eq. 4, for clusters of equal size,
-    with t in place of the normal quantile, which is too small for few problems.
+    Problems are drawn; the samples to one are not independent of each other, so each problem is one observation a_i,
+    its mean. Half the width is t · s / √P with s² = Σ (a_i − mean)² / (P − 1) and t the quantile of Student's
+    distribution with P − 1 degrees of freedom: the clustered standard error of arXiv 2411.00640, eq. 4, for clusters of
+    equal size, with t in place of the normal quantile, which is too small for few problems.
 
     Args:
         means: `[P]` float64, a_i.
+        confidence: probability that the interval holds the expectation.
 
     Returns:
         The mean; half the width, in the same unit, or None for a single problem. It is 0 where all problems have one
@@ -70,7 +76,12 @@ def confidence_interval(means: np.ndarray, confidence: float = 0.95) -> tuple[fl
 
 
 def student_quantile(p: float, degrees: int) -> float:
-    """t with P(T ≤ t) = p of Student's distribution, for 0.5 ≤ p < 1, to double precision."""
+    """Compute t with P(T ≤ t) = p of Student's distribution, to double precision.
+
+    Args:
+        p: probability, 0.5 ≤ p < 1.
+        degrees: of freedom, at least 1.
+    """
     low, high = 0.0, 1.0
     while _student_cdf(high, degrees) < p:
         high *= 2
@@ -80,7 +91,7 @@ def student_quantile(p: float, degrees: int) -> float:
 
 
 def _student_cdf(t: float, degrees: int) -> float:
-    """P(T ≤ t) for t ≥ 0 and whole degrees of freedom, by its finite series (Abramowitz and Stegun, 26.7.3 and .4)."""
+    """Compute P(T ≤ t) for t ≥ 0 and whole degrees of freedom, by a finite series (Abramowitz and Stegun, 26.7.3/4)."""
     angle = math.atan(t / math.sqrt(degrees))
     sine, square = math.sin(angle), math.cos(angle) ** 2
     if degrees % 2:

@@ -1,4 +1,4 @@
-"""Samples and rewards that failed: counted, told in one line, and left out of the loss."""
+"""Samples and rewards that failed: counted, reported in one line, and left out of the loss."""
 
 import logging
 
@@ -12,11 +12,14 @@ _log = logging.getLogger(__name__)
 
 
 def count_lost(session: Session, failures: list[str], stats: Stats) -> None:
-    """Add `rollout_failed_fraction`, the share of samples whose request failed for good, and log a line if there are
-    any. Collective. How many there may be is `rollout.max_failed_fraction`'s affair, before.
+    """Add `rollout_failed_fraction`, the share of lost samples, and log a line if there are any. Collective.
+
+    `rollout.max_failed_fraction` bounded their number before.
 
     Args:
+        session: of the run.
         failures: of this replica's samples, why each is lost, "" for those that are not.
+        stats: gets the metric.
     """
     failed, total, first = _count_over_replicas(session, failures, "rollout_failed_fraction", stats)
     if failed and session.is_rank_0:
@@ -27,7 +30,10 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
     """Add `metric`, the share of samples without a reward, and log a line if there are any. Collective.
 
     Args:
+        session: of the run.
         failures: of this replica's samples, why each has no reward, "" for those that have one.
+        metric: name of the metric.
+        stats: gets the metric.
 
     Raises:
         UserError: no sample of any replica has one.
@@ -42,11 +48,11 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
 
 
 def _count_over_replicas(session: Session, failures: list[str], metric: str, stats: Stats) -> tuple[int, int, str]:
-    """How many failed of how many, in all replicas, and one's reason. Collective."""
+    """Return the number of failures and of samples in all replicas, and one reason. Collective."""
     reasons = list(filter(None, failures))
     stats.ratio(metric, len(reasons), len(failures))
-    mine = (len(reasons), len(failures), reasons[0] if reasons else "") if session.is_replica_leader else (0, 0, "")
-    everyone: list[tuple[int, int, str]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    first = next((reason for _, _, reason in everyone if reason), "")
-    return sum(each[0] for each in everyone), sum(each[1] for each in everyone), first
+    counts = (len(reasons), len(failures), reasons[0] if reasons else "") if session.is_replica_leader else (0, 0, "")
+    gathered: list[tuple[int, int, str]] = [counts] * dist.get_world_size()
+    dist.all_gather_object(gathered, counts)
+    first = next((reason for _, _, reason in gathered if reason), "")
+    return sum(failed for failed, _, _ in gathered), sum(total for _, total, _ in gathered), first

@@ -1,4 +1,4 @@
-"""The trainer's view of the inference engine: start it, sample from it, give it new weights."""
+"""The inference engine as the trainer uses it: start the servers, sample from them, sync weights to them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,26 +26,29 @@ from megatron_bai.rollout.servers.fleet import Fleet, Servers
 from megatron_bai.rollout.servers.quantize import quantized
 from megatron_bai.rollout.servers.weight_sync import Carrier
 
-_PROBES = 4  # held-out prompts whose log-probabilities prove that new weights arrived
+_PROBES = 4  # held-out prompts whose log-probabilities verify that new weights arrived
 
 
 class InferenceEngine:
-    """The servers of a run: rank 0 gives them weights, each replica's leader is a client.
+    """The servers of a run: rank 0 sends them weights, each replica's leader is a client.
 
     Attributes:
-        version: of the weights in use, counted in syncs from 0; when made, of those before the first sync.
+        version: of the weights in use, counted in syncs from 0; before the first sync, of the weights before it.
         sync_gap: |mean log-probability of the probe under a server − under the trainer|, nats, after the last sync; the
             largest of the servers'.
     """
 
-    def __init__(self, session: Session, servers: Fleet, version: int, supervised: Servers | None = None):
-        """
+    def __init__(self, session: Session, servers: Fleet, version: int, server_fleet: Servers | None = None):
+        """Make a client of the servers; nothing is sent.
+
         Args:
+            session: of the run.
+            servers: addresses and layouts.
             version: of the weights before the first sync.
-            supervised: the same servers as rank 0 has them, on rank 0.
+            server_fleet: restarts the same servers, on rank 0.
         """
         settings = session.settings
-        self._session, self._servers, self._fleet = session, servers, supervised
+        self._session, self._servers, self._fleet = session, servers, server_fleet
         self._transport: Carrier | None = None
         self._has_pushed = False
         self._disk_version = version + 1  # the checkpoint below run.dir that a server can be started from
@@ -69,68 +72,79 @@ class InferenceEngine:
         first: int = 0,
         temperature: float | None = None,
     ) -> list[Sample]:
-        """Responses to this replica's prompts, with their rewards, on every rank of the replica. Collective over the
-        world.
+        """Sample responses to this replica's prompts, with rewards, on every rank of the replica. Collective.
 
-        A sample that cannot be had is asked again once servers that failed are back, and is `lost` where none did.
+        A failed request is retried once failed servers are recovered; its sample is `lost` if none had failed.
 
         Args:
-            seed, first, temperature: as in `RolloutClient.generate`.
+            prompts: of this replica.
+            group_size: samples of a prompt.
+            seed: as in `RolloutClient.generate`.
+            first: likewise.
+            temperature: likewise.
+
+        Returns:
+            Samples in groups, in the order of the prompts, each with the routes of the rank's own layers.
 
         Raises:
             UserError: a server failed too often, or aborted a sample.
         """
         session = self._session
-        found: list[Sample | UserError] = []
+        results: list[Sample | UserError] = []
         max_failures = self.max_failures(len(prompts) * group_size)
         while True:
             if session.is_replica_leader:
                 end, version = session.task.tokenizer.eos_token_id, str(self.version)
-                asked = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
-                found = self._client.generate(*asked, version=version, tolerated=max_failures, known=found)
-                self._refuse_aborted(found)
-            failures = [each for each in found if isinstance(each, UserError)]
+                arguments = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
+                results = self._client.generate(*arguments, version=version, tolerated=max_failures, known=results)
+                self._refuse_aborted(results)
+            failures = [result for result in results if isinstance(result, UserError)]
             if not self.any_failed(failures) or not self.recover(failures, max_failures):
                 break
         samples = [
-            lost_sample(place // group_size, prompts[place // group_size].ids, session.signature, str(each))
-            if isinstance(each, UserError)
-            else each
-            for place, each in enumerate(found)
+            lost_sample(i // group_size, prompts[i // group_size].ids, session.signature, str(result))
+            if isinstance(result, UserError)
+            else result
+            for i, result in enumerate(results)
         ]
         return session.send_to_replica(self.add_rewards(prompts, samples) if session.is_replica_leader else None)
 
     def add_rewards(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-        """The samples with their rewards. A leader's alone."""
+        """Return the samples with rewards. Called on leaders."""
         assert self._session.scorer
         return rewarded(self._session.scorer, self._session.task, prompts, samples)
 
     def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample | UserError]:
-        """One go of samples, by `rollout.partial_tokens`, without rewards. A leader's alone: it asks no other rank.
+        """Sample at most `rollout.partial_tokens` more tokens each, without rewards. Called on leaders, not collective.
 
         Args:
-            max_failures: how many may fail: why they did is in their place (`RolloutClient.generate`).
+            wanted: samples to start or to continue.
+            max_failures: how many may fail.
+
+        Returns:
+            A sample or, where its request failed, the reason, for each of `wanted`.
 
         Raises:
             UserError: a server aborted a sample.
         """
         session = self._session
         end, budget = session.task.tokenizer.eos_token_id, session.settings.rollout.partial_tokens
-        found = self._client.sample(wanted, end, budget=budget, version=str(self.version), tolerated=max_failures)
-        self._refuse_aborted(found)
-        return found
+        results = self._client.sample(wanted, end, budget=budget, version=str(self.version), tolerated=max_failures)
+        self._refuse_aborted(results)
+        return results
 
-    def _refuse_aborted(self, found: list[Sample | UserError]) -> None:
-        if any(isinstance(each, Sample) and each.finish == "abort" for each in found):
-            where = ", ".join(self._servers.ask)
-            raise UserError(f"{where} aborted a rollout: somebody else controls the server; run your own")
+    def _refuse_aborted(self, results: list[Sample | UserError]) -> None:
+        """Raise a UserError if a server aborted a sample."""
+        if any(isinstance(result, Sample) and result.finish == "abort" for result in results):
+            urls = ", ".join(self._servers.ask)
+            raise UserError(f"{urls} aborted a rollout: somebody else controls the server; run your own")
 
-    def max_failures(self, samples: int) -> int:
-        """How many of so many samples of a replica may be lost."""
-        return int(self._session.settings.rollout.max_failed_fraction * samples)
+    def max_failures(self, num_samples: int) -> int:
+        """Return how many of a replica's samples may be lost."""
+        return int(self._session.settings.rollout.max_failed_fraction * num_samples)
 
     def any_failed(self, failures: list[UserError]) -> bool:
-        """Whether samples of any replica failed. Collective.
+        """Return whether samples of any replica failed. Collective.
 
         Args:
             failures: of this replica's, on its leader.
@@ -138,15 +152,17 @@ class InferenceEngine:
         return any(current_ranks().run_on_all(lambda: bool(failures)))
 
     def recover(self, failures: list[UserError], max_failures: int) -> bool:
-        """Whether servers had failed and are back, with the weights in use, which the actor must still have: what failed
-        is worth asking again. Collective.
+        """Restart failed servers, with the weights in use, which the actor must still have. Collective.
 
         Args:
             failures: as in `any_failed`.
-            max_failures: how many there may be.
+            max_failures: how many a replica may have if no server had failed.
+
+        Returns:
+            Whether servers had failed and were recovered, so that failed requests should be retried.
 
         Raises:
-            UserError: there are more in some replica, and no server to bring back; or one failed too often.
+            UserError: a replica has more failures and no server to recover; or a server failed too often.
         """
         if self._recover_servers():
             self._push_weights(again=True)
@@ -155,6 +171,7 @@ class InferenceEngine:
         return False
 
     def _require_few_failures(self, failures: list[UserError], max_failures: int) -> None:
+        """Raise a UserError unless the failures are at most `max_failures`."""
         if len(failures) > max_failures:
             bound = self._session.settings.rollout.max_failed_fraction
             raise UserError(
@@ -163,7 +180,7 @@ class InferenceEngine:
             )
 
     def _recover_servers(self) -> bool:
-        """`Servers.revive` on rank 0. Collective."""
+        """Restart failed servers on rank 0, and return whether there were any. Collective."""
         checkpoint, version = _weights_dir(self._session, self._disk_version), str(self.version)
 
         def revive() -> list[str]:
@@ -172,16 +189,16 @@ class InferenceEngine:
 
         if not current_ranks().run_on_first(revive):
             return False
-        self.close()  # who came back is no member of the group that weights went through
+        self.close()  # restarted servers are no members of the process group that weights are sent through
         return True
 
     def sync(self) -> None:
-        """Give the servers the actor's weights as the next version, and prove that they use them. Collective.
+        """Send the actor's weights to the servers as the next version, and check that they use them. Collective.
 
         Raises:
             UserError: a server refused, or its log-probabilities are not those of the new weights.
         """
-        if self._has_pushed:  # the first sync is to servers that were found or started a moment ago
+        if self._has_pushed:  # the first sync is to servers that were started or connected to just before
             self._recover_servers()
         if self._session.is_rank_0:
             assert self._fleet
@@ -190,10 +207,10 @@ class InferenceEngine:
         self._push_weights()
 
     def _push_weights(self, again: bool = False) -> None:
-        """The actor's weights, as `version`, to all servers. Collective.
+        """Send the actor's weights, as `version`, to all servers. Collective.
 
         Args:
-            again: `version` is not new: the actor still has its weights, and so has the disk if they travel as files.
+            again: `version` is not new: the actor still has its weights, and so has the disk if they are sent as files.
         """
         session = self._session
         if session.settings.rollout.sync == "disk":
@@ -205,6 +222,7 @@ class InferenceEngine:
         self._has_pushed = True
 
     def _through_files(self, export: bool) -> None:
+        """Have the servers read the weights from disk. Collective."""
         session = self._session
         directory = _export_weights(session, self.version) if export else _weights_dir(session, self.version)
         if session.is_rank_0:
@@ -214,6 +232,7 @@ class InferenceEngine:
         self._disk_version = self.version
 
     def _through_memory(self) -> None:
+        """Send the weights as tensors. Collective."""
         session, rollout = self._session, self._session.settings.rollout
         tensors = hf_checkpoint.iter_hf_tensors(session.actor.modules, session.settings.model)
         if session.is_rank_0:
@@ -224,11 +243,11 @@ class InferenceEngine:
                 self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket
             )
         else:
-            for _ in tensors:  # takes part in the gathering, and has nothing to give
+            for _ in tensors:  # takes part in gathering, and sends nothing
                 pass
 
     def _make_transport(self) -> Carrier:
-        """What brings tensors to the servers as they are now."""
+        """Make a transport of tensors to the current servers."""
         servers, rollout, device = self._servers, self._session.settings.rollout, self._session.device.device
         if rollout.sync == "tensors":
             return weight_sync.OverHttp(servers.urls, servers.sizes)
@@ -241,7 +260,11 @@ class InferenceEngine:
         self._transport = None
 
     def _check_probe(self) -> None:
-        """Compare a probe's log-probabilities. Every rank scores it; rank 0 asks each server."""
+        """Compare a probe's log-probabilities between trainer and servers. Collective.
+
+        Raises:
+            UserError: they differ by more than `rollout.sync_tolerance`.
+        """
         session = self._session
         length = padded_length(max(map(len, self._probe)), session.engine.place.multiple)
         tokens = torch.zeros(len(self._probe), length, dtype=torch.int64)
@@ -249,16 +272,17 @@ class InferenceEngine:
         for row, ids in enumerate(self._probe):
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids) - 1] = True
-        ours = session.engine.score_probe(tokens)
+        logprobs = session.engine.score_probe(tokens)
         mean = torch.zeros(1, dtype=torch.float64)
-        if ours is not None and session.reports_stats and session.dp_rank == 0:
-            mean[0] = ours.cpu()[mask].double().mean()
+        if logprobs is not None and session.reports_stats and session.dp_rank == 0:
+            mean[0] = logprobs.cpu()[mask].double().mean()
         mean = mean.to(session.device.device)
         dist.all_reduce(mean)  # one rank holds the value, the others zero
         gap = [0.0]
         if session.is_rank_0:
-            asked = [self._make_client([url]).score(self._probe) for url in self._servers.urls]
-            gap[0] = max(abs(float(mean) - float(np.concatenate(own).astype(np.float64).mean())) for own in asked)
+            scores = [self._make_client([url]).score(self._probe) for url in self._servers.urls]
+            means = [float(np.concatenate(score).astype(np.float64).mean()) for score in scores]
+            gap[0] = max(abs(float(mean) - server_mean) for server_mean in means)
         dist.broadcast_object_list(gap, src=0)
         self.sync_gap = gap[0]
         tolerance = session.settings.rollout.sync_tolerance
@@ -270,10 +294,12 @@ class InferenceEngine:
 
 
 def _weights_dir(session: Session, version: int) -> Path:
+    """Return the directory of exported weights."""
     return Path(session.settings.run.dir) / "weights" / str(version)
 
 
 def _export_weights(session: Session, version: int) -> Path:
+    """Export the actor's weights in the format of Hugging Face. Collective."""
     directory = _weights_dir(session, version)
     settings = session.settings
     change = partial(quantized, form=settings.rollout.quantize)
@@ -285,10 +311,16 @@ def _export_weights(session: Session, version: int) -> Path:
 
 @contextmanager
 def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEngine]:
-    """Have servers with the actor's weights; those started here are stopped however the block ends. Collective.
+    """Start servers, or connect to running ones, and sync the actor's weights to them. Collective.
+
+    Servers that were started here are stopped however the block ends.
 
     Args:
-        version: of these weights.
+        session: of the run.
+        version: of the actor's weights.
+
+    Yields:
+        The inference engine.
 
     Raises:
         UserError: a server did not start, or one that runs already cannot be used.
@@ -296,21 +328,21 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
     settings = session.settings
     directory = None if settings.rollout.urls else _export_weights(session, version)
     with ExitStack() as stack:
-        supervised: Servers | None = None
-        found: list[Any] = [None]
+        server_fleet: Servers | None = None
+        info: list[Any] = [None]
         if session.is_rank_0:
-            supervised = (
+            server_fleet = (
                 fleet.running(settings.rollout)
                 if directory is None
                 else stack.enter_context(
                     fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
                 )
             )
-            found[0] = supervised.fleet
-            # what was sent is the servers' now; a run's result is `trainer.save`
+            info[0] = server_fleet.fleet
+            # What was sent the servers have now; a run's result is `trainer.save`.
             stack.callback(rmtree, _weights_dir(session, version).parent, ignore_errors=True)
-        dist.broadcast_object_list(found, src=0)
-        inference = InferenceEngine(session, found[0], version - 1, supervised)
+        dist.broadcast_object_list(info, src=0)
+        inference = InferenceEngine(session, info[0], version - 1, server_fleet)
         stack.callback(inference.close)
         inference.sync()
         yield inference

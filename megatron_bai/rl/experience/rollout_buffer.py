@@ -1,19 +1,20 @@
-"""Rollouts that do not begin and end within their step: partial ones, and those a step ahead of the training.
+"""Rollouts that do not start and end within their step: partial ones, and those that overlap the training.
 
-Partial (`rollout.partial_tokens`): a replica works on more groups than it trains. Sampling goes in rounds; in each,
-every sample in progress gets at most so many new tokens. Once as many groups are complete as a step needs, the oldest of
-them are trained; the others wait, or go on in the next step with the weights there are then. A step has one round at
-least, and more where too few groups are complete after it: it always trains `trainer.prompts_per_step` groups. The first
-step begins `rollout.prompts_in_progress` groups, each later one as many as a step trains. What was sampled depends on
-the weights, the seeds and the number of replicas, never on time.
+Partial (`rollout.partial_tokens`): a replica samples more groups than it trains. Sampling is done in rounds; in each,
+every incomplete sample gets at most that many new tokens. Once as many groups are complete as a step needs, the oldest
+of them are trained; the others wait, or are continued in the next step with its weights. A step has at least one round,
+and more if too few groups are complete after it: it always trains `trainer.prompts_per_step` groups. The first step
+starts `rollout.prompts_in_progress` groups, each later one as many as a step trains. What is sampled depends on the
+weights, the seeds and the number of replicas, never on time.
 
-Ahead (`rollout.overlap`): the next step's groups are sampled in a thread while this one trains, with the weights as
-they were when it began. The thread speaks to servers and rewards and to no other rank; its work is done before the
-servers get new weights, and so before anything is saved.
+Overlapping (`rollout.overlap`): the next step's groups are sampled in a thread while this one trains, with the weights
+from before its updates. The thread sends requests to servers and rewards and uses no collectives; it has ended before
+the servers get new weights, and so before anything is saved.
 
-A request that fails for good ends its round, and the rollout waits for all ranks, who look after the servers together
-(`InferenceEngine.recover`): at once, or, where it runs ahead, after the next sync, since the actor's weights are newer than the
-servers' until then. What failed is asked again of servers that came back; otherwise it is lost, and its group goes on.
+A request that fails for good ends its round; then all ranks recover the servers together (`InferenceEngine.recover`):
+at once, or, of an overlapping rollout, after the next sync, since until then the actor's weights are newer than the
+servers'. Failed requests are retried if servers were recovered; otherwise their samples are lost, and their groups are
+completed without them.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from megatron_bai.rollout import sample_file
 from megatron_bai.rollout.client import Wanted, sampling_seed
 from megatron_bai.rollout.sample import Sample, lost_sample
 
-_FILES = "rollouts"  # the directory of a checkpoint that holds them
+_FILES = "rollouts"  # directory in a checkpoint
 
 
 @dataclass
@@ -43,7 +44,8 @@ class SampleGroup:
 
     Attributes:
         prompt_index: of the prompt in the stream.
-        samples: by member; None: not begun.
+        prompt: the prompt.
+        samples: by member; None: not started.
     """
 
     prompt_index: int
@@ -52,12 +54,13 @@ class SampleGroup:
 
     @property
     def complete(self) -> bool:
+        """Whether all samples are complete."""
         return all(sample is not None and sample.complete for sample in self.samples)
 
     def started_samples(self) -> list[Sample]:
-        """Return the samples, all of which must be begun."""
+        """Return the samples, all of which must have been started."""
         samples = [sample for sample in self.samples if sample is not None]
-        assert len(samples) == len(self.samples), "a sample of the group is not begun"
+        assert len(samples) == len(self.samples), "a sample of the group is not started"
         return samples
 
 
@@ -65,11 +68,13 @@ SampleSlot: TypeAlias = tuple[SampleGroup, int]  # a group and a member
 
 
 class RolloutBuffer:
-    """The groups of a replica that its next steps train. Its leader has them; every rank knows where the stream stands.
+    """The groups of a replica that its next steps train. Its leader has them; every rank knows the stream's position.
 
     Attributes:
-        num_prompts_taken: prompts of the stream that have been begun, over all replicas.
-        next_started: the next step's rollout is.
+        num_prompts_taken: prompts of the stream that have been started, over all replicas.
+        next_started: whether the next step's rollout is started.
+        groups_per_step: groups that a step trains, over all replicas.
+        groups_in_progress: groups that a step samples, over all replicas.
     """
 
     def __init__(self, session: Session, inference: InferenceEngine):
@@ -78,14 +83,14 @@ class RolloutBuffer:
         self.groups_per_step, self.groups_in_progress = trainer.prompts_per_step, groups_in_progress(session.settings)
         self.num_prompts_taken, self.next_started = 0, False
         self._groups: list[SampleGroup] = []  # in progress, the oldest first
-        self._next_groups: list[SampleGroup] = []  # of the next step
-        self._failed: list[tuple[SampleSlot, UserError]] = []  # of the rollout that was begun
-        self._max_failures = 0  # how many more samples of it may be lost
+        self._next_groups: list[SampleGroup] = []  # complete and rewarded, of the next step
+        self._failed: list[tuple[SampleSlot, UserError]] = []  # of the started rollout
+        self._max_failures = 0  # how many more of its samples may be lost
         self._thread = _WorkerThread() if self.rollout.overlap and session.is_replica_leader else None
         self._work: Future[None] | None = None
 
     def next_samples(self, last: bool) -> list[Sample]:
-        """The groups of a step, rewarded; those of the next are begun where it overlaps. Collective over the world.
+        """Return the rewarded samples of a step, and start the next step's rollout if it overlaps. Collective.
 
         Args:
             last: no step follows.
@@ -98,8 +103,8 @@ class RolloutBuffer:
             self._complete_next()
         assert self._work is None and not self._failed, "`finish_next` comes after a sync, and before this"
         samples = [
-            replace(sample, prompt=place)
-            for place, group in enumerate(self._next_groups)
+            replace(sample, prompt=index)
+            for index, group in enumerate(self._next_groups)
             for sample in group.started_samples()
         ]
         self.next_started, self._next_groups = False, []
@@ -109,17 +114,17 @@ class RolloutBuffer:
         return delivered
 
     def wait(self) -> None:
-        """Return once nothing is being sampled.
+        """Wait until nothing is being sampled.
 
         Raises:
-            UserError: it failed.
+            UserError: sampling failed.
         """
         if self._work:
             self._work.result()
             self._work = None
 
     def finish_next(self) -> None:
-        """Have the rollout whole that was begun before a sync, which brought servers that failed back. Collective.
+        """Complete the rollout that was started before a sync, which recovered failed servers. Collective.
 
         Raises:
             UserError: as `InferenceEngine.recover`.
@@ -130,12 +135,12 @@ class RolloutBuffer:
             self._complete_next()
 
     def _complete_next(self) -> None:
-        """Until nothing of the rollout failed. Collective over the world, while the actor has the servers' weights."""
+        """Sample until nothing of the rollout has failed. Collective, while the actor has the servers' weights."""
         self.wait()
         while self.inference.any_failed(self._failures()):
-            back = self.inference.recover(self._failures(), self._max_failures)
+            recovered = self.inference.recover(self._failures(), self._max_failures)
             if self._failed:
-                if not back:
+                if not recovered:
                     self._give_up_failed()
                 self._start_sampling(self._failed_slots())
                 self.wait()
@@ -144,18 +149,18 @@ class RolloutBuffer:
         return [error for _, error in self._failed]
 
     def _failed_slots(self) -> list[SampleSlot]:
-        """What failed and has not been given up."""
-        return [place for place, _ in self._failed]
+        """Return the slots that failed and have not been given up."""
+        return [slot for slot, _ in self._failed]
 
     def _give_up_failed(self) -> None:
-        """Give up what failed."""
+        """Mark the samples that failed as lost."""
         for (group, member), error in self._failed:
             group.samples[member] = lost_sample(0, group.prompt.ids, self.session.signature, str(error))
         self._max_failures -= len(self._failed)
         self._failed = []
 
     def _start_next(self) -> None:
-        """Take prompts, and have the next step's groups sampled."""
+        """Take prompts and start to sample the next step's groups."""
         session, settings = self.session, self.session.settings
         fresh = (self.groups_per_step if self.num_prompts_taken else self.groups_in_progress) // session.dp_size
         start = self.num_prompts_taken + session.dp_rank * fresh
@@ -163,122 +168,128 @@ class RolloutBuffer:
         if not session.is_replica_leader:
             return
         prompts = session.task.prompts("train", settings.run.seed, start, fresh)
-        blank: list[Sample | None] = [None] * settings.trainer.group_size
-        self._groups += [SampleGroup(start + i, prompt, list(blank)) for i, prompt in enumerate(prompts)]
+        not_started: list[Sample | None] = [None] * settings.trainer.group_size
+        self._groups += [SampleGroup(start + i, prompt, list(not_started)) for i, prompt in enumerate(prompts)]
         self._max_failures = self.inference.max_failures(
             self.groups_per_step // session.dp_size * settings.trainer.group_size
         )
         self._start_sampling(self._incomplete_slots())
 
-    def _start_sampling(self, places: list[SampleSlot]) -> None:
-        """Sample what is named, and what is needed besides."""
+    def _start_sampling(self, slots: list[SampleSlot]) -> None:
+        """Sample these slots and what the step needs besides, in the thread if rollouts overlap."""
         self._failed = []
         if self._thread:
-            self._work = self._thread.run(partial(self._sample, places))
+            self._work = self._thread.run(partial(self._sample, slots))
         else:
-            self._sample(places)
+            self._sample(slots)
 
-    def _sample(self, places: list[SampleSlot]) -> None:
-        """Rounds until enough groups are complete or a request failed. Runs in the thread where it overlaps."""
-        wanted = self.groups_per_step // self.session.dp_size
-        if places:
-            self._sample_round(places)
-        while not self._failed and sum(group.complete for group in self._groups) < wanted:
+    def _sample(self, slots: list[SampleSlot]) -> None:
+        """Sample in rounds until enough groups are complete or a request failed."""
+        num_needed = self.groups_per_step // self.session.dp_size
+        if slots:
+            self._sample_round(slots)
+        while not self._failed and sum(group.complete for group in self._groups) < num_needed:
             self._sample_round(self._incomplete_slots())
         if self._failed:
             return
-        complete = [group for group in self._groups if group.complete][:wanted]
+        complete = [group for group in self._groups if group.complete][:num_needed]
         chosen = {group.prompt_index for group in complete}
         self._groups = [group for group in self._groups if group.prompt_index not in chosen]
         self._reward(complete)
         self._next_groups = complete
 
     def _incomplete_slots(self) -> list[SampleSlot]:
-        """The samples that are not complete."""
-        samples = [(group, member, each) for group in self._groups for member, each in enumerate(group.samples)]
-        return [(group, member) for group, member, each in samples if each is None or not each.complete]
+        """Return the slots whose samples are not complete."""
+        slots = [(group, member, sample) for group in self._groups for member, sample in enumerate(group.samples)]
+        return [(group, member) for group, member, sample in slots if sample is None or not sample.complete]
 
-    def _sample_round(self, places: list[SampleSlot]) -> None:
-        seed, turns = f"train/{self.session.settings.run.seed}", {g.prompt_index: i for i, g in enumerate(self._groups)}
-        wanted = []
-        for group, member in places:
-            of = sampling_seed(seed, group.prompt_index, member)
-            wanted.append(Wanted(turns[group.prompt_index], list(group.prompt.ids), of, group.samples[member]))
-        for place, found in zip(places, self.inference.sample_partial(wanted, self._max_failures), strict=True):
-            if isinstance(found, UserError):  # what there was of the sample stays
-                self._failed.append((place, found))
+    def _sample_round(self, slots: list[SampleSlot]) -> None:
+        """Sample each slot's next tokens, at most `rollout.partial_tokens`."""
+        seed = f"train/{self.session.settings.run.seed}"
+        positions = {group.prompt_index: i for i, group in enumerate(self._groups)}
+        requests = []
+        for group, member in slots:
+            sample_seed = sampling_seed(seed, group.prompt_index, member)
+            position, prompt_ids = positions[group.prompt_index], list(group.prompt.ids)
+            requests.append(Wanted(position, prompt_ids, sample_seed, group.samples[member]))
+        for slot, result in zip(slots, self.inference.sample_partial(requests, self._max_failures), strict=True):
+            if isinstance(result, UserError):  # the tokens that the sample has already stay
+                self._failed.append((slot, result))
             else:
-                group, member = place
-                group.samples[member] = found
+                group, member = slot
+                group.samples[member] = result
 
     def _reward(self, groups: list[SampleGroup]) -> None:
+        """Add rewards to complete groups, in place."""
         samples = [replace(sample, prompt=i) for i, group in enumerate(groups) for sample in group.started_samples()]
         rewarded = iter(self.inference.add_rewards([group.prompt for group in groups], samples))
         for group in groups:
             group.samples = [next(rewarded) for _ in group.samples]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, the same on every rank, JSON; what it holds is `save_files`'s. Nothing is being sampled then."""
+        """Return the stream's position, as JSON and equal on every rank; `save_files` has the samples.
+
+        Nothing is being sampled then.
+        """
         return {"taken": self.num_prompts_taken, "begun": self.next_started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue from the stream's position in `state`."""
         self.num_prompts_taken, self.next_started = state["taken"], state["begun"]
 
     def save_files(self, directory: Path) -> None:
-        """Keep what this replica holds in a file of a checkpoint's directory.
+        """Write this replica's samples to a file of a checkpoint's directory.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if not self.session.is_replica_leader:
             return
         assert self._work is None and not self._failed, "a rollout is being sampled while it is saved"
         path = _file(directory, self.session.dp_rank, self.session.dp_size)
         path.parent.mkdir(exist_ok=True)
-        groups = [
-            *self._next_groups,
-            *self._groups,
-        ]  # all begun, since a step samples before it ends; `load_files` counts on it
+        # All are started, since a step samples before it ends; `load_files` relies on it.
+        groups = [*self._next_groups, *self._groups]
         samples = [(group.prompt_index, sample) for group in groups for sample in group.started_samples()]
         sample_file.write(path, samples, self.session.signature)
 
     def load_files(self, directory: Path) -> None:
-        """Continue with what `save_files` kept; after another number of replicas wrote it, with a share of all there is.
+        """Read the samples that `save_files` wrote; those of another number of replicas are distributed anew.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: files are missing or damaged.
         """
         session, size = self.session, self.session.settings.trainer.group_size
         if not session.is_replica_leader:
             return
-        own = _file(directory, session.dp_rank, session.dp_size)
-        files = [own] if own.is_file() else sorted((directory / _FILES).glob("*.npz"))
-        writers = session.dp_size if files == [own] else len(files)
-        ready, rest = [], []
+        replica_file = _file(directory, session.dp_rank, session.dp_size)
+        files = [replica_file] if replica_file.is_file() else sorted((directory / _FILES).glob("*.npz"))
+        num_writers = session.dp_size if files == [replica_file] else len(files)
+        num_ready = self.groups_per_step // num_writers if self.next_started else 0  # of each file
+        ready, waiting = [], []
         for file in files:
-            samples, chosen = (
-                sample_file.read(file, session.signature),
-                self.groups_per_step // writers if self.next_started else 0,
+            samples = sample_file.read(file, session.signature)
+            groups = [self._make_group(samples[i : i + size]) for i in range(0, len(samples), size)]
+            ready += groups[:num_ready]
+            waiting += groups[num_ready:]
+        if files != [replica_file]:
+            ready, waiting = (sorted(groups, key=lambda group: group.prompt_index) for groups in (ready, waiting))
+            ready, waiting = (groups[session.dp_rank :: session.dp_size] for groups in (ready, waiting))
+        num_needed = self.groups_per_step // session.dp_size if self.next_started else 0
+        if len(ready) != num_needed or len(ready) + len(waiting) != self._num_groups_held():
+            raise UserError(
+                f"{directory / _FILES} holds {len(ready)} groups, the next step needs {num_needed}: restore it"
             )
-            groups = [self._group(samples[i : i + size]) for i in range(0, len(samples), size)]
-            ready += groups[:chosen]
-            rest += groups[chosen:]
-        step = self.groups_per_step // session.dp_size if self.next_started else 0
-        if files != [own]:
-            ready, rest = (sorted(each, key=lambda group: group.prompt_index) for each in (ready, rest))
-            ready, rest = (each[session.dp_rank :: session.dp_size] for each in (ready, rest))
-        if len(ready) != step or len(ready) + len(rest) != self._num_groups_held():
-            raise UserError(f"{directory / _FILES} holds {len(ready)} groups, the next step needs {step}: restore it")
-        self._next_groups, self._groups = ready, rest
+        self._next_groups, self._groups = ready, waiting
 
-    def _group(self, members: list[tuple[int, Sample]]) -> SampleGroup:
-        number = members[0][0]
-        (prompt,) = self.session.task.prompts("train", self.session.settings.run.seed, number, 1)
-        return SampleGroup(number, prompt, [sample for _, sample in members])
+    def _make_group(self, members: list[tuple[int, Sample]]) -> SampleGroup:
+        """Make a group of the samples of a file, each with its prompt's index."""
+        prompt_index = members[0][0]
+        (prompt,) = self.session.task.prompts("train", self.session.settings.run.seed, prompt_index, 1)
+        return SampleGroup(prompt_index, prompt, [sample for _, sample in members])
 
     def _num_groups_held(self) -> int:
-        """Groups a replica has between two steps."""
+        """Return the number of groups that a replica holds between two steps."""
         waiting = self.groups_in_progress - self.groups_per_step + (self.groups_per_step if self.next_started else 0)
         return waiting // self.session.dp_size if self.num_prompts_taken else 0
 
@@ -288,25 +299,29 @@ def _file(directory: Path, rank: int, size: int) -> Path:
 
 
 def groups_in_progress(settings: config.Config) -> int:
-    """Groups that a step works on, over all replicas."""
-    trained, rollout = settings.trainer.prompts_per_step, settings.rollout
+    """Return the number of groups that a step samples, over all replicas."""
+    groups_per_step, rollout = settings.trainer.prompts_per_step, settings.rollout
     if not rollout.partial_tokens:
-        return trained
-    return rollout.prompts_in_progress or 2 * trained
+        return groups_per_step
+    return rollout.prompts_in_progress or 2 * groups_per_step
 
 
 Call: TypeAlias = Callable[[], None]
 
 
 class _WorkerThread:
-    """Runs calls one after another, in one thread that lasts: the kernel ends the processes of a reward with the thread
-    that started them. A run that fails does not wait for it."""
+    """One thread that runs calls in order and lasts as long as the process.
+
+    It lasts, since the kernel ends the processes of a reward with the thread that started them. A run that fails does
+    not wait for it.
+    """
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Call, Future[None]]] = SimpleQueue()
         Thread(target=self._loop, name="rollout", daemon=True).start()
 
     def run(self, call: Call) -> Future[None]:
+        """Run a call in the thread."""
         future: Future[None] = Future()
         self._calls.put((call, future))
         return future

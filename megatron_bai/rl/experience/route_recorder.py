@@ -1,4 +1,4 @@
-"""Keep the routes that training replays in a store (`replay.store`)."""
+"""The routes that training replays, written to a store (`replay.store`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,16 @@ from megatron_bai.routing.store.route_store import RouteStore, StoreWriter, cut,
 
 
 class RouteRecorder:
-    """The leader of each replica writes the routes of its samples to a file of its own, once a step."""
+    """Writes the routes of each step: the leader of each replica those of its samples, to a file of its own."""
 
     def __init__(self, session: Session, step: int = 0, same_run: bool = False):
         """Open the store. Collective.
 
         Args:
-            step: the first that will be kept.
-            same_run: the store is of the run that goes on with this step; what it holds of it and later ones is cut.
+            session: of the run.
+            step: the first that will be recorded.
+            same_run: the store is of the run that is resumed at this step; its records of this and later steps are
+                removed.
 
         Raises:
             UserError: it holds routes of another run, or cannot be written.
@@ -42,77 +44,79 @@ class RouteRecorder:
     def record_step(
         self, step: int, version: int, samples: list[Sample], micro_batches: list[Batch], routes: list[MicroRoutes]
     ) -> None:
-        """Write the routes of a step, as the engine was given them. Collective over the replica.
+        """Write the routes that the engine replayed in a step. Collective over the replica.
 
         Args:
+            step: global step, from 0.
             version: of the training engine's weights, which chose R2's routes.
             samples: of this replica, in the order they were sampled in.
-            micro_batches: the batch in parts, which hold the samples in any order (`Batch.sample_index`).
+            micro_batches: of the step, which hold the samples in any order (`Batch.sample_index`).
             routes: replayed in each of them on this rank.
 
         Raises:
             UserError: they cannot be written.
         """
-        kept: list[int] = []
-        for micro_batch, own in zip(micro_batches, routes, strict=True):
-            whole = self._gather_routes(micro_batch, own)
-            if self._writer is None or whole is None:
+        recorded_samples: list[int] = []
+        for micro_batch, local_routes in zip(micro_batches, routes, strict=True):
+            all_ids = self._gather_routes(micro_batch, local_routes)
+            if self._writer is None or all_ids is None:
                 continue
-            # R2 replays the trainer's own routes, which lack none.
-            known = micro_batch.routed if self.settings.mode == "r3" else micro_batch.routed | micro_batch.missing
-            for number, ids, routed in zip(micro_batch.sample_index.tolist(), whole, known.numpy(), strict=True):
-                sample = samples[number]
-                kept.append(number)
+            # R2 replays the trainer's own routes: none is missing.
+            route_mask = micro_batch.routed if self.settings.mode == "r3" else micro_batch.routed | micro_batch.missing
+            indices = micro_batch.sample_index.tolist()
+            for index, ids, valid in zip(indices, all_ids, route_mask.numpy(), strict=True):
+                sample = samples[index]
+                recorded_samples.append(index)
                 if sample.lost:
                     continue
                 rows = len(sample.tokens) - 1
-                mine = (VersionSpan(str(version), 0, rows),)
+                trainer_span = (VersionSpan(str(version), 0, rows),)
                 recording = Recording(
                     signature=self.session.signature,
                     ids=ids[:rows],
-                    valid=routed[:rows],
-                    spans=sample.row_spans if self.settings.mode == "r3" else mine,
+                    valid=valid[:rows],
+                    spans=sample.row_spans if self.settings.mode == "r3" else trainer_span,
                     token_hash=token_hash(sample.tokens),
                 )
                 envelope = encode(recording, self.settings.store_encoding)
-                self._writer.append(step, self.session.dp_rank * len(samples) + number, self.settings.mode, envelope)
+                self._writer.append(step, self.session.dp_rank * len(samples) + index, self.settings.mode, envelope)
         if self._writer:
-            assert sorted(kept) == list(range(len(samples))), "each sample's routes are kept once, if it has any"
+            assert sorted(recorded_samples) == list(range(len(samples))), "every sample is in one micro-batch"
             self._writer.sync()
 
-    def _gather_routes(self, micro_batch: Batch, own: MicroRoutes) -> np.ndarray | None:
-        """`[B, T, moe_layers, topk]` of a micro-batch on the leader, None elsewhere, from what each rank replayed.
+    def _gather_routes(self, micro_batch: Batch, routes: MicroRoutes) -> np.ndarray | None:
+        """Gather what each rank replayed of a micro-batch on the leader: `[B, T, moe_layers, topk]`, None elsewhere.
 
         Raises:
             RuntimeError: the ranks together do not hold a route of every token in every layer.
         """
         session, signature = self.session, self.session.signature
-        fed = micro_batch.pack(micro_batch.tokens)
-        place = torch.arange(fed.numel()).reshape(fed.shape)
-        tokens = session.engine.place.rows(place).numpy()  # where each of this rank's rows belongs
-        ids, columns = own.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
-        parts: list[Any] | None = (
+        model_tokens = micro_batch.pack(micro_batch.tokens)
+        positions = torch.arange(model_tokens.numel()).reshape(model_tokens.shape)
+        tokens = session.engine.place.rows(positions).numpy()  # the token of each of this rank's rows
+        ids, columns = routes.ids.cpu().numpy().astype(signature.dtype), session.engine.replay.columns
+        gathered: list[Any] | None = (
             [None] * dist.get_world_size(session.model_group) if session.is_replica_leader else None
         )
-        dist.gather_object((tokens, columns, ids), parts, group=session.model_group, group_dst=0)
-        if parts is None:
+        dist.gather_object((tokens, columns, ids), gathered, group=session.model_group, group_dst=0)
+        if gathered is None:
             return None
-        whole = np.full((fed.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
-        for rows, layers, replayed in parts:
-            whole[np.ix_(rows, layers)] = replayed
-        if (whole < 0).any():
+        all_ids = np.full((model_tokens.numel(), signature.moe_layers, signature.topk), -1, dtype=np.int16)
+        for rows, layers, replayed in gathered:
+            all_ids[np.ix_(rows, layers)] = replayed
+        if (all_ids < 0).any():
             raise RuntimeError("the ranks of a replica do not replay a route of every token in every layer")
-        return micro_batch.unpack(
-            torch.from_numpy(whole.astype(signature.dtype)).view(*fed.shape, *whole.shape[1:])
-        ).numpy()
+        packed = torch.from_numpy(all_ids.astype(signature.dtype)).view(*model_tokens.shape, *all_ids.shape[1:])
+        return micro_batch.unpack(packed).numpy()
 
     def close(self) -> None:
+        """Close the file."""
         if self._writer:
             self._writer.close()
 
 
 def _prepare_store(directory: str, step: int | None) -> None:
-    """Cut a store of the same run to the steps before `step`; refuse one of another run."""
+    """Remove the records of `step` and later steps from a store of the same run; refuse a store of another run."""
     if not is_store(directory):
         return
     if step is not None:
@@ -127,7 +131,15 @@ def _prepare_store(directory: str, step: int | None) -> None:
 
 @contextmanager
 def open_route_recorder(session: Session, step: int = 0, same_run: bool = False) -> Iterator[RouteRecorder | None]:
-    """A keeper where `replay.store` asks for one. Collective.
+    """Open a recorder if `replay.store` is set. Collective.
+
+    Args:
+        session: of the run.
+        step: as in `RouteRecorder`.
+        same_run: likewise.
+
+    Yields:
+        The recorder, or None.
 
     Raises:
         UserError: as `RouteRecorder`.

@@ -1,14 +1,14 @@
-"""How old the weights are that sampled a token, and what is still known of them.
+"""Staleness of the weights that sampled a token, and what the trainer still has of them.
 
-A token's age is the number of weight syncs between the version that sampled it and the step's own: 0 unless rollouts
-are partial or run ahead. With v the version that sampled it, μ_v the inference engine's policy then and π_v the
-training engine's with the same weights, the two factors of objectives.md are, for any age,
+A token's version age is the number of weight syncs between the version that sampled it and the step's: 0 unless
+rollouts are partial or overlapping. With v the version that sampled it, μ_v the inference engine's policy then and π_v
+the training engine's with the same weights, the two factors of objectives.md are, for any age,
 
     π_θ/μ_v  =  π_v/μ_v                               ×  π_θ/π_v
                 discrepancy, between the engines         staleness: of the version, and of the step's updates
 
 μ_v is what the rollout recorded, so that every weight π/μ_v is exact. π_v is π_old at age 0. At age 1 the trainer can
-score with the weights it had, where it keeps them (`rollout.measure_sampled`). Older ones are gone: such tokens are in
+score with the previous weights, if it has a copy (`rollout.measure_sampled`). Older ones are gone: such tokens are in
 no mean of the two factors, but in those of the product (`is_weight_mean`, `ess`) and in metrics that end in `_stale`.
 """
 
@@ -27,15 +27,17 @@ from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 
 def apply_max_staleness(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:
-    """Fill `batch.version_age`, and take tokens older than `limit` out of the mask, in place.
+    """Fill `batch.version_age`, and remove tokens older than `limit` from the mask, in place.
 
     Adds `stale_fraction`, the share of response tokens of an age over 0; `version_age_mean` and `version_age_max`, over
-    response tokens; with a limit `stale_masked`, the share taken out.
+    response tokens; with a limit `stale_masked`, the share removed.
 
     Args:
+        batch: of the samples.
         samples: of the batch, in its order.
         version: of the step's weights.
-        limit: the oldest that counts (`rollout.max_staleness`); None: all do.
+        limit: the highest age in the loss (`rollout.max_staleness`); None: no limit.
+        stats: gets the metrics.
     """
     for row, sample in enumerate(samples):
         for span in sample.spans:
@@ -52,7 +54,7 @@ def apply_max_staleness(batch: Batch, samples: list[Sample], version: int, limit
 
 
 class PreviousWeights:
-    """The weights of the step before, which sampled what was rolled out ahead: one more model in each rank's memory."""
+    """A copy of the weights of the step before, which sampled an overlapping rollout: one more model on each rank."""
 
     def __init__(self, engine: TrainingEngine):
         self._engine = engine
@@ -60,19 +62,26 @@ class PreviousWeights:
 
     @property
     def available(self) -> bool:
-        """False in the first step after a start."""
+        """Whether there is a copy: not in the first step after a start."""
         return self._copy is not None
 
     def capture(self) -> None:
-        """Keep the actor's weights as they are, in place of the former ones."""
+        """Copy the actor's current weights, in place of the earlier copy."""
         if self._copy is None:
             self._copy = WeightCopy(self._engine.actor)
         else:
             self._copy.refresh()
 
     def score(self, micro_batches: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
-        """`[B, T]` log-probabilities under them, with routes as in `TrainingEngine.score`; None on ranks that have none and
-        while there are no such weights. Collective."""
+        """Compute log-probabilities under the previous weights. Collective.
+
+        Args:
+            micro_batches: as in `TrainingEngine.score`.
+            routes: likewise.
+
+        Returns:
+            `[B, T]` float32; None on ranks without the last stage, and if there is no copy.
+        """
         if self._copy is None:
             return None
         with self._copy.swapped_in():
@@ -80,19 +89,21 @@ class PreviousWeights:
 
 
 def add_discrepancies(stats: Stats, batch: Batch, previous: torch.Tensor | None, live: torch.Tensor | None) -> None:
-    """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines of tokens for which they are known.
+    """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines over tokens for which they are known.
 
-    Those of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those of
-    the live router, `_live`, are of tokens of age 0.
+    Metrics of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those
+    of the live router, `_live`, are of tokens of age 0.
 
     Args:
-        previous: log-probabilities under the weights of the step before.
-        live: under the step's, without replay.
+        stats: gets the metrics.
+        batch: with `old_logprobs`.
+        previous: `[B, T]` log-probabilities under the previous weights; None: no copy of them.
+        live: `[B, T]` log-probabilities under the step's weights without replay; None: not measured.
     """
     old, age = batch.old_logprobs, batch.version_age
-    gone = torch.full_like(old, float("nan"))
-    one = gone if previous is None else previous.cpu()
-    batch.sampled_logprobs.copy_(torch.where(age == 0, old, torch.where(age == 1, one, gone)))
+    unknown = torch.full_like(old, float("nan"))
+    at_age_1 = unknown if previous is None else previous.cpu()
+    batch.sampled_logprobs.copy_(torch.where(age == 0, old, torch.where(age == 1, at_age_1, unknown)))
     known = batch.mask & ~batch.sampled_logprobs.isnan()
     add_discrepancy(stats, "", batch.sampled_logprobs, batch.infer_logprobs, known)
     add_discrepancy(stats, "_stale", old, batch.infer_logprobs, batch.mask & (age > 0))
@@ -141,7 +152,7 @@ def validate(settings: config.Config) -> None:
 
 
 def _corrects(objective: config.Objective) -> bool:
-    """Whether the loss has the weight π_old/μ_old; one from outside is trusted."""
+    """Return whether the loss has the weight π_old/μ_old; an objective from outside is trusted to have it."""
     if isinstance(objective, config.Minirl):
         return objective.train_infer_is
     return not isinstance(objective, config.Corrected) or objective.correction != "none"
