@@ -18,7 +18,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceC
 
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir
-from megatron_bai.data.arithmetic_text import Problem, checked, direct, draw_problem, prompt_text, steps
+from megatron_bai.data.arithmetic_text import (
+    Problem,
+    checked_derivation,
+    derivation,
+    direct_response,
+    draw_problem,
+    prompt_text,
+)
 from megatron_bai.data.tokenizer import build_tokenizer
 
 CLEAN, TOKENS_A_POINT = 1.0, 20
@@ -37,7 +44,7 @@ class Answer:
 
 def draw_answer(problem: Problem, tokenizer: PreTrainedTokenizerFast, rng: Random) -> Answer:
     """Direct, derived, or derived with lines said again; one in five is cut off."""
-    text = rng.choice((direct(problem), steps(problem), checked(problem, rng)))
+    text = rng.choice((direct_response(problem), derivation(problem), checked_derivation(problem, rng)))
     lines = text.split(";")
     ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
     cut = rng.random() < 0.2

@@ -1,7 +1,7 @@
 """What a decoding step does between its matrix products, in float32 on one core, compiled by Numba.
 
 torch needs ten small operators for what is one loop here, each of which costs more than its arithmetic as long as a
-batch has some hundred rows. A row's result does not depend on the others. Sums are in any order, so they differ from
+batch has some hundred rows. A row's result does not depend on the others. ArithmeticTask are in any order, so they differ from
 torch's in rounding.
 """
 

@@ -1,4 +1,4 @@
-"""The arithmetic task as training and rollouts see it: prompts, rewards and supervised batches in token ids."""
+"""The arithmetic task as a `Task`: prompts, rewards and supervised batches in token ids."""
 
 from collections.abc import Sequence
 from random import Random
@@ -11,28 +11,28 @@ from megatron_bai.config import Arithmetic
 from megatron_bai.data.arithmetic_text import (
     Document,
     Problem,
-    document,
     draw_problem,
     is_correct,
+    make_document,
     prompt_text,
-    validate,
+    validate_arithmetic,
 )
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 
 
-class Sums:
+class ArithmeticTask:
     """The arithmetic task in the ids of one tokenizer: a `Task`."""
 
     def __init__(self, data: Arithmetic, tokenizer: PreTrainedTokenizerFast):
-        validate(data)
+        validate_arithmetic(data)
         self.data = data
         self.tokenizer = tokenizer
         self.eval_size = data.eval_prompts
-        self._ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+        self._text_ids = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
-        """Prompts `[start, start + count)` of a split.
+        """Return prompts `[start, start + count)` of a split.
 
         `train` is an endless stream. `eval` has `data.eval_prompts` prompts, all different and none ever trained on.
 
@@ -66,19 +66,19 @@ class Sums:
         return list(problems)
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """1.0 for the exact answer and a well-formed end, else 0.0.
+        """Return 1.0 for the exact answer and a well-formed end, else 0.0.
 
         Well formed: the response ends with the end token, which appears nowhere before, and its last line is
         `answer:` and the number alone. A response cut off at the token limit has no end and earns nothing, and so does
         one with an id that is no text (a chat marker, padding, or a spare row of the embedding).
         """
         *body, end = response_ids if len(response_ids) else [-1]
-        if end != self.tokenizer.eos_token_id or not self._ordinary.issuperset(int(i) for i in body):
+        if end != self.tokenizer.eos_token_id or not self._text_ids.issuperset(int(i) for i in body):
             return 0.0
         return float(is_correct(prompt.answer, cast(str, self.tokenizer.decode(body))))
 
-    def supervised(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Task.supervised`: whole documents packed into rows, attention over the whole row.
+    def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a batch as `Task.supervised_batch` does: whole documents packed into rows, attention over the whole row.
 
         The style `pretrained` trains on every token, `instruct` and `reasoning` on responses and their end token.
         """
@@ -88,7 +88,7 @@ class Sums:
         for row in range(rows):
             rng, end = Random(f"{style}/{seed}/{step}/{row}"), 0
             while True:
-                ids, targets = self._encode(document(self.data, style, rng), style)
+                ids, targets = self._encode(make_document(self.data, style, rng), style)
                 if end + len(ids) > length:
                     break
                 tokens[row, end : end + len(ids)] = ids
@@ -100,7 +100,7 @@ class Sums:
         return tokens, mask
 
     def _encode(self, text: Document, style: str) -> tuple[list[int], list[float]]:
-        """Ids of a document with its end token, and which of them are targets."""
+        """Return the ids of a document with its end token, and which of them are targets."""
         prompt = self.tokenizer.encode(text.prompt)
         response = [*self.tokenizer.encode(text.response), self.tokenizer.eos_token_id]
         return prompt + response, [float(style == "pretrained")] * len(prompt) + [1.0] * len(response)

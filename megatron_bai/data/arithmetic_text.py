@@ -33,10 +33,12 @@ class Problem:
 
     @property
     def expression(self) -> str:
+        """The sum as the prompt writes it."""
         return "+".join(map(str, self.terms))
 
     @property
     def answer(self) -> str:
+        """The right answer."""
         return str(sum(self.terms))
 
     @property
@@ -53,7 +55,7 @@ class Document:
     response: str
 
 
-def validate(data: Arithmetic) -> None:
+def validate_arithmetic(data: Arithmetic) -> None:
     """Refuse settings under which the splits would overlap or no problem exists, naming the key.
 
     A derivation contains two-term sums, so problems have three terms or more: then no text ever contains the solution
@@ -68,7 +70,7 @@ def validate(data: Arithmetic) -> None:
 
 
 def draw_problem(data: Arithmetic, rng: Random, held_out: bool = False) -> Problem:
-    """A random problem of the eval split (`held_out`) or of the train split.
+    """Draw a random problem of the eval split (`held_out`) or of the train split.
 
     Raises:
         UserError: the settings allow so few problems that the split has none.
@@ -82,36 +84,37 @@ def draw_problem(data: Arithmetic, rng: Random, held_out: bool = False) -> Probl
 
 
 def prompt_text(problem: Problem) -> str:
+    """Return the prompt between its chat markers."""
     return f"{USER}{problem.expression}{ASSISTANT}"
 
 
-def direct(problem: Problem) -> str:
-    """The short response: the answer alone."""
+def direct_response(problem: Problem) -> str:
+    """Write the short response: the answer alone."""
     return f"answer:{problem.answer}"
 
 
-def steps(problem: Problem) -> str:
-    """The long response: a running sum, one line of the derivation a term, then the answer."""
+def derivation(problem: Problem) -> str:
+    """Write the long response: a running sum, one line of the derivation a term, then the answer."""
     total, lines = problem.terms[0], []
     for term in problem.terms[1:]:
         lines.append(f"{total}+{term}={total + term}")
         total += term
-    return ";".join([*lines, direct(problem)])
+    return ";".join([*lines, direct_response(problem)])
 
 
-def checked(problem: Problem, rng: Random) -> str:
-    """The longest response: each line of the derivation one to three times, as of a model that checks itself."""
-    *lines, answer = steps(problem).split(";")
+def checked_derivation(problem: Problem, rng: Random) -> str:
+    """Write the longest response: each line of the derivation one to three times, as of a model that checks itself."""
+    *lines, answer = derivation(problem).split(";")
     return ";".join([*(line for line in lines for _ in range(rng.randint(1, 3))), answer])
 
 
 def is_correct(problem_answer: str, response: str) -> bool:
-    """Whether the last line of a finished response (its end token removed) states the answer, exactly."""
+    """Return whether the last line of a finished response (its end token removed) states the answer, exactly."""
     return response.rpartition(";")[2] == f"answer:{problem_answer}"
 
 
 def _sum_fact(data: Arithmetic, rng: Random) -> str:
-    """Two-term sums of the sizes that running sums meet."""
+    """Write a two-term sum of the sizes that running sums have."""
     left, right = rng.randint(1, data.max_number * (data.max_terms - 1)), rng.randint(1, data.max_number)
     return f"{left}+{right}={left + right}"
 
@@ -126,7 +129,7 @@ def _order_fact(data: Arithmetic, rng: Random) -> str:
     return f"{first} is {'more' if first > second else 'less'} than {second}"
 
 
-def _counting(data: Arithmetic, rng: Random) -> str:
+def _counting_fact(data: Arithmetic, rng: Random) -> str:
     start = rng.randint(1, data.max_number * (data.max_terms - 1))
     return "count:" + " ".join(str(start + i) for i in range(rng.randint(3, 6)))
 
@@ -142,13 +145,13 @@ _FACTS: tuple[Callable[[Arithmetic, Random], str], ...] = (
     _sum_fact,
     _parity_fact,
     _order_fact,
-    _counting,
+    _counting_fact,
     _partial_expression,
 )
 
 
-def document(data: Arithmetic, style: str, rng: Random) -> Document:
-    """A random text of a style; its problem, if it has one, is of the train split.
+def make_document(data: Arithmetic, style: str, rng: Random) -> Document:
+    """Draw a random text of a style; its problem, if it has one, is of the train split.
 
     instruct is the direct answer, reasoning the derivation, checked one whose lines are repeated, and pretrained the
     language at large: a fifth of its texts answer directly, two fifths derive, the others are facts, counting and
@@ -163,5 +166,5 @@ def document(data: Arithmetic, style: str, rng: Random) -> Document:
         style = kind
     problem = draw_problem(data, rng)
     if style == "checked":
-        return Document(prompt_text(problem), checked(problem, rng))
-    return Document(prompt_text(problem), direct(problem) if style == "instruct" else steps(problem))
+        return Document(prompt_text(problem), checked_derivation(problem, rng))
+    return Document(prompt_text(problem), direct_response(problem) if style == "instruct" else derivation(problem))

@@ -1,4 +1,4 @@
-"""Rows of a data set on local disk, by number: JSON Lines, Parquet, or what `datasets.save_to_disk` wrote.
+"""Rows of a data set on local disk, by index: JSON Lines, Parquet, or what `datasets.save_to_disk` wrote.
 
 Nothing here runs code from a file. A JSON Lines file is read once to find its lines, and then one line at a time.
 """
@@ -14,21 +14,22 @@ from megatron_bai.utils import strict_json
 
 
 class Rows(Protocol):
-    """Rows that know where they stand."""
+    """Rows by index, each with its location in the file."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> dict[str, Any]: ...
 
-    def where(self, number: int) -> str:
-        """For messages: the file, and the line or row in it, both counted from 1."""
+    def location(self, number: int) -> str:
+        """Return, for messages, the file and the line or row in it, both counted from 1."""
 
 
 def open_rows(path: str, setting: str) -> Rows:
-    """Rows of a `.jsonl` file, of a `.parquet` file or a directory of such, or of a saved data set.
+    """Open the rows of a `.jsonl` file, of a `.parquet` file or a directory of such, or of a saved data set.
 
     Args:
-        setting: that named the path, for messages.
+        path: the file or directory.
+        setting: name of the setting that gave the path, for messages.
 
     Raises:
         UserError: there is nothing, it cannot be read, or a line is not a JSON object; named with file and line.
@@ -37,11 +38,11 @@ def open_rows(path: str, setting: str) -> Rows:
     if not place.exists():
         raise UserError(f"{setting}={path}: there is no such file or directory")
     if place.is_file() and place.suffix in (".jsonl", ".json"):
-        rows: Rows = JsonLines(place)
+        rows: Rows = JsonlRows(place)
     elif place.suffix == ".parquet" or (place.is_dir() and any(place.glob("*.parquet"))):
-        rows = Table(place, setting)
+        rows = ParquetRows(place, setting)
     elif place.is_dir():
-        rows = Saved(place, setting)
+        rows = SavedDatasetRows(place, setting)
     else:
         raise UserError(f"{setting}={path} is neither .jsonl nor .parquet, nor a directory of datasets.save_to_disk")
     if not len(rows):
@@ -49,7 +50,7 @@ def open_rows(path: str, setting: str) -> Rows:
     return rows
 
 
-class JsonLines:
+class JsonlRows:
     """One JSON object a line; blank lines do not count."""
 
     def __init__(self, path: Path):
@@ -74,7 +75,8 @@ class JsonLines:
         self._file.seek(self._starts[number])
         return self._parsed(self._file.readline(), self._lines[number])
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
+        """Return the file and the line or row in it, counted from 1."""
         return f"{self._path}:{self._lines[number]}"
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
@@ -91,11 +93,11 @@ class JsonLines:
         return found.st_size, found.st_mtime_ns
 
 
-class Table:
+class ParquetRows:
     """Parquet, kept in memory."""
 
     def __init__(self, path: Path, setting: str):
-        parquet = _package("pyarrow.parquet", path, setting)
+        parquet = _import_package("pyarrow.parquet", path, setting)
         self._path = path
         try:
             self._table = parquet.read_table(path)
@@ -110,15 +112,16 @@ class Table:
         row: dict[str, Any] = self._table.slice(number, 1).to_pylist()[0]
         return row
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
+        """Return the file and the line or row in it, counted from 1."""
         return f"{self._path}: row {number + 1}"
 
 
-class Saved:
+class SavedDatasetRows:
     """A directory of Hugging Face `datasets`, mapped into memory."""
 
     def __init__(self, path: Path, setting: str):
-        datasets = _package("datasets", path, setting)
+        datasets = _import_package("datasets", path, setting)
         self._path = path
         try:
             self._rows = datasets.load_from_disk(str(path))
@@ -135,11 +138,12 @@ class Saved:
         row: dict[str, Any] = self._rows[number]
         return row
 
-    def where(self, number: int) -> str:
+    def location(self, number: int) -> str:
+        """Return the file and the line or row in it, counted from 1."""
         return f"{self._path}: row {number + 1}"
 
 
-def _package(name: str, path: Path, setting: str) -> Any:
+def _import_package(name: str, path: Path, setting: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

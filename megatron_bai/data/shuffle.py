@@ -1,12 +1,12 @@
-"""A shuffled order that needs no memory: a permutation computed at one index."""
+"""A shuffled order without memory: a permutation computed at one index."""
 
 from hashlib import blake2b
 
 _ROUNDS = 6
 
 
-def permuted(index: int, size: int, key: str) -> int:
-    """Where a pseudo-random permutation of `range(size)` sends `index`; another key is another permutation.
+def permute_index(index: int, size: int, key: str) -> int:
+    """Apply a pseudo-random permutation of `range(size)` to `index`; another key is another permutation.
 
     A Feistel network over the smallest even number of bits that holds `size`; a value outside the range goes through it
     again until it is inside (cycle walking; Black and Rogaway, CT-RSA 2002), four times on average at worst. It is a
@@ -25,8 +25,7 @@ def permuted(index: int, size: int, key: str) -> int:
             return value
 
 
-def at(position: int, size: int, key: str) -> int:
-    """The element at a position of an endless stream that goes through `range(size)` anew, in another order, each
-    epoch."""
+def shuffled_index(position: int, size: int, key: str) -> int:
+    """Return the element at a position of an endless stream: `range(size)` in another order each epoch."""
     epoch, index = divmod(position, size)
-    return permuted(index, size, f"{key}/{epoch}")
+    return permute_index(index, size, f"{key}/{epoch}")

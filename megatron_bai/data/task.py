@@ -1,4 +1,4 @@
-"""What training and rollouts ask of a source of data.
+"""The interface of a source of data for training and rollouts.
 
 Everything is a function of (seed, index), never of a shared generator's state: any rank can make any part of any batch,
 however many ranks there are, and a resumed run continues where it stopped.
@@ -43,7 +43,7 @@ class Task(Protocol):
     eval_size: int
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
-        """Prompts `[start, start + count)` of a split: `train` is an endless stream, `eval` has `eval_size` prompts.
+        """Return prompts `[start, start + count)` of a split: `train` is an endless stream, `eval` has `eval_size` prompts.
 
         No prompt of `eval` is ever one of `train`.
 
@@ -52,12 +52,14 @@ class Task(Protocol):
         """
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """The data's own check (`reward=exact`): 1.0 or 0.0, of a response with its end token."""
+        """Score a response, its end token included, by the data's own check (`reward=exact`): 1.0 or 0.0."""
 
-    def supervised(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of one step of supervised training. Row b depends on (seed, step, b) alone.
+    def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the batch of one step of supervised training. Row b depends on (seed, step, b) alone.
 
         Args:
+            seed: of the run.
+            step: index of the step, from 0.
             rows: B.
             length: tokens in a row, T; what does not fill it is padded.
 

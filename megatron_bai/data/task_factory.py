@@ -1,4 +1,4 @@
-"""Where prompts and texts come from: the generated arithmetic task, or rows on local disk (docs/data.md)."""
+"""Make the task that the settings choose: the generated arithmetic task, or rows on local disk (docs/data.md)."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_bai import config
 from megatron_bai.data import arithmetic_text, dataset_task
-from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.arithmetic_task import ArithmeticTask
 from megatron_bai.data.dataset_task import DatasetTask
 from megatron_bai.data.task import Task
 from megatron_bai.errors import UserError
@@ -18,11 +18,12 @@ from megatron_bai.errors import UserError
 _KINDS = {kind.name: kind for kind in (config.Arithmetic, config.Dataset)}
 
 
-def check(data: config.Data, learned: bool, init: str) -> None:
+def validate_data(data: config.Data, supervised: bool, init: str) -> None:
     """Refuse settings that contradict each other, before any work.
 
     Args:
-        learned: for supervised training.
+        data: the settings.
+        supervised: whether it is for supervised training.
         init: the checkpoint that the run starts from.
 
     Raises:
@@ -33,38 +34,40 @@ def check(data: config.Data, learned: bool, init: str) -> None:
     if type(data) is not _KINDS[data.name]:
         raise UserError(f"data.name is {data.name!r}, but the settings are another's: choose with data={data.name}")
     if isinstance(data, config.Arithmetic):
-        arithmetic_text.validate(data)
+        arithmetic_text.validate_arithmetic(data)
         return
-    dataset_task.validate(data, learned)
+    dataset_task.validate_dataset(data, supervised)
     if not init:
-        raise UserError("data=dataset takes the tokenizer of the initial checkpoint: choose init=checkpoint or init=merge")
+        raise UserError(
+            "data=dataset takes the tokenizer of the initial checkpoint: choose init=checkpoint or init=merge"
+        )
 
 
 def make_task(
-    data: config.Data, tokenizer: PreTrainedTokenizerFast, longest: int, learned: bool, say: Callable[[str], None]
+    data: config.Data, tokenizer: PreTrainedTokenizerFast, max_tokens: int, supervised: bool, log: Callable[[str], None]
 ) -> Task:
-    """The task that the settings choose. See `DatasetTask` for the arguments."""
+    """Make the task that the settings choose. See `DatasetTask` for the arguments."""
     if isinstance(data, config.Arithmetic):
-        return Sums(data, tokenizer)
-    assert isinstance(data, config.Dataset), "`check` refuses others"
+        return ArithmeticTask(data, tokenizer)
+    assert isinstance(data, config.Dataset), "`validate_data` refuses others"
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no end token (eos_token): a response would never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # what stands in padding is never looked at
-    return DatasetTask(data, tokenizer, longest, learned, say)
+    return DatasetTask(data, tokenizer, max_tokens, supervised, log)
 
 
-def describe(data: config.Data) -> dict[str, Any]:
-    """The settings, with the SHA-256 of files they name: equal means the same prompts and texts."""
+def describe_data(data: config.Data) -> dict[str, Any]:
+    """Return the settings with the SHA-256 of files they name: equal means the same prompts and texts."""
     described = asdict(data)
     for name in ("train", "eval"):
         if path := getattr(data, name, ""):
-            described[f"{name}_sha256"] = _digest(Path(path))
+            described[f"{name}_sha256"] = _sha256(Path(path))
     return described
 
 
-def _digest(path: Path) -> str:
-    """Of a file, or of the names and contents of all files of a directory."""
+def _sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file, or of the names and contents of all files of a directory."""
     found = hashlib.sha256()
     for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if each.is_file():

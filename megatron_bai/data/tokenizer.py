@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic_text import ASSISTANT, USER, document, validate
+from megatron_bai.data.arithmetic_text import ASSISTANT, USER, make_document, validate_arithmetic
 from megatron_bai.errors import UserError
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -23,14 +23,15 @@ def build_tokenizer(data: Arithmetic, vocab_size: int) -> PreTrainedTokenizerFas
     `save_pretrained(folder)` writes what `AutoTokenizer.from_pretrained(folder)` reads. `<pad>` is id 0, `<eos>` id 1.
 
     Args:
+        data: settings of the task.
         vocab_size: ids the model has; the tokenizer's vocabulary is this large or smaller.
 
     Raises:
         UserError: the task's letters, digits and signs do not fit into `vocab_size`.
     """
-    validate(data)
+    validate_arithmetic(data)
     rng = Random("tokenizer")
-    texts = [document(data, "pretrained", rng) for _ in range(_TEXTS)]
+    texts = [make_document(data, "pretrained", rng) for _ in range(_TEXTS)]
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

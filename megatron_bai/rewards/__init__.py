@@ -1,4 +1,4 @@
-"""Rewards: what a response earns (docs/data.md). One file a kind; others come from outside with `register`.
+"""Score responses (docs/data.md). One file a kind of reward; others come from outside with `register`.
 
 A reward that raises, hangs or is no finite number costs its sample and not the run: the sample has none, and
 `rl/experience/collector.py` leaves it out.
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from megatron_bai.data.task import Prompt, Task
     from megatron_bai.rollout.sample import Sample
 
-__all__ = ["Item", "Reward", "Score", "Scorer", "check", "open_rewards", "per_sample", "register", "require", "rewarded"]
+__all__ = [
+    "Item",
+    "Reward",
+    "Score",
+    "Scorer",
+    "open_scorer",
+    "per_sample",
+    "register",
+    "require",
+    "resolve_reward",
+    "score_samples",
+]
 
 _BUILT_IN = (exact_match, math_verify_reward, user_function, reward_model)
 _REGISTRY: dict[str, Reward] = {module.REWARD.settings.name: module.REWARD for module in _BUILT_IN}
@@ -42,8 +53,8 @@ def register(reward: Reward) -> None:
     ConfigStore.instance().store(group="reward", name=name, node=reward.settings)
 
 
-def check(settings: config.Reward) -> Reward:
-    """The reward that the settings choose, after refusing what contradicts itself.
+def resolve_reward(settings: config.Reward) -> Reward:
+    """Return the reward that the settings choose, after refusing settings that contradict each other.
 
     Raises:
         UserError: names the settings.
@@ -64,38 +75,40 @@ def require(settings: config.Reward) -> None:
     Raises:
         UserError: names the package.
     """
-    check(settings).require(settings)
+    resolve_reward(settings).require(settings)
 
 
 @contextmanager
-def open_rewards(settings: config.Reward, task: Task, log: Path) -> Iterator[Scorer]:
-    """A scorer, for the time of the block.
+def open_scorer(settings: config.Reward, task: Task, log: Path) -> Iterator[Scorer]:
+    """Open a scorer for the time of the block.
 
     Args:
+        settings: of the reward.
+        task: the source of the prompts.
         log: a file for what rewards print.
 
     Raises:
         UserError: it cannot be started: a package, a function or a server is missing.
     """
     require(settings)
-    with check(settings).open(settings, task, log) as scorer:
+    with resolve_reward(settings).open(settings, task, log) as scorer:
         yield scorer
 
 
-def rewarded(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-    """The samples with their rewards, or why they have none. Those that are lost stay as they are."""
-    there = [sample for sample in samples if not sample.lost]
-    items = [Item(prompts[sample.prompt], _text(task, sample), sample.response.tolist()) for sample in there]
+def score_samples(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
+    """Return the samples with their rewards, or why they have none. Those that are lost stay as they are."""
+    sampled = [sample for sample in samples if not sample.lost]
+    items = [Item(prompts[sample.prompt], _response_text(task, sample), sample.response.tolist()) for sample in sampled]
     scores = scorer(items)
-    assert len(scores) == len(there), f"{len(scores)} rewards for {len(there)} samples"
-    given = iter(scores)
-    return [sample if sample.lost else _given(sample, next(given)) for sample in samples]
+    assert len(scores) == len(sampled), f"{len(scores)} rewards for {len(sampled)} samples"
+    remaining = iter(scores)
+    return [sample if sample.lost else _with_score(sample, next(remaining)) for sample in samples]
 
 
-def _given(sample: Sample, score: Score) -> Sample:
+def _with_score(sample: Sample, score: Score) -> Sample:
     return replace(sample, reward=score.value, failure=score.failure)
 
 
-def _text(task: Task, sample: Sample) -> str:
+def _response_text(task: Task, sample: Sample) -> str:
     ids = sample.response.tolist()
     return cast(str, task.tokenizer.decode(ids[:-1] if ids and ids[-1] == task.tokenizer.eos_token_id else ids))

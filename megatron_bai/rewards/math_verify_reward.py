@@ -5,7 +5,7 @@ from typing import Any
 from megatron_bai import config
 from megatron_bai.data import answers
 from megatron_bai.rewards.reward import Reward
-from megatron_bai.rewards.sample_function import check_limits, need, per_sample
+from megatron_bai.rewards.sample_function import per_sample, require_package, validate_limits
 
 
 def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settings: Any) -> float:
@@ -24,13 +24,13 @@ def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settin
     gold = math_verify.parse(answer if delimited else f"${answer}$", **limits)
     if not gold:
         raise ValueError(f"math-verify cannot read the row's answer {answer!r}")
-    last = answers.boxed(response)  # math-verify would read several as one answer, a set
+    last = answers.last_boxed(response)  # math-verify would read several as one answer, a set
     found = math_verify.parse(response if last is None else rf"\boxed{{{last}}}", **limits)
     return float(math_verify.verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
 
 def _require(settings: config.MathVerify) -> None:
-    need("math_verify", "math", "math_verify")
+    require_package("math_verify", "math", "math_verify")
 
 
-REWARD = Reward(config.MathVerify, per_sample(score), check_limits, _require)
+REWARD = Reward(config.MathVerify, per_sample(score), validate_limits, _require)

@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""The types of a reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # they bring transformers, which a worker process does not ne
 
 @dataclass(frozen=True)
 class Item:
-    """What is rewarded.
+    """One response to score.
 
     Attributes:
         response: text, the end token removed.
@@ -40,7 +40,7 @@ Scorer: TypeAlias = Callable[[list[Item]], list[Score]]
 
 
 def _nothing(settings: Any) -> None:
-    """Refuses nothing."""
+    """Refuse nothing."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
 
-SENDS = ("text", "ids", "chat")
+INPUT_FORMATS = ("text", "ids", "chat")
 
 
 @contextmanager
@@ -31,14 +31,16 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
 
     url = settings.url.rstrip("/")
     if control.get(url, "/model_info").get("is_generation") is not False:
-        raise UserError(f"reward.url={url} serves a model that generates: start SGLang on a reward model, --is-embedding")
-    body = _body(settings)
+        raise UserError(
+            f"reward.url={url} serves a model that generates: start SGLang on a reward model, --is-embedding"
+        )
+    body = _make_body(settings)
     limits = http_client.Limits(
         settings.concurrency, settings.request_timeout_s, settings.retries, "reward.request_timeout_s"
     )
 
     def scores(items: list[Item]) -> list[Score]:
-        asked = [(0, body(item), lambda reply: reward_of(reply, settings.label)) for item in items]
+        asked = [(0, body(item), lambda reply: parse_reward(reply, settings.label)) for item in items]
         found = http_client.ask_all([url], "/classify", asked, limits, tolerated=len(asked))
         return [
             Score(None, str(each)) if isinstance(each, UserError) else Score(each + checked(item))
@@ -51,8 +53,8 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
     yield scores
 
 
-def reward_of(reply: Any, label: int | None) -> float:
-    """The reward in a reply's JSON.
+def parse_reward(reply: Any, label: int | None) -> float:
+    """Return the reward in a reply's JSON.
 
     Raises:
         ValueError: it is not SGLang's, or not a finite number.
@@ -71,8 +73,8 @@ def reward_of(reply: Any, label: int | None) -> float:
     return float(value)
 
 
-def _body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]:
-    """What to send."""
+def _make_body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]:
+    """Return a function that makes the request's JSON of an item."""
     if settings.send == "text":
         return lambda item: {"text": item.prompt.text + item.response}
     if settings.send == "ids":
@@ -107,8 +109,8 @@ def _check(settings: config.RewardModel) -> None:
             f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it with "
             "reward.remote=true"
         )
-    if settings.send not in SENDS:
-        raise UserError(f"reward.send is {settings.send!r}: choose one of {', '.join(SENDS)}")
+    if settings.send not in INPUT_FORMATS:
+        raise UserError(f"reward.send is {settings.send!r}: choose one of {', '.join(INPUT_FORMATS)}")
     if (settings.send == "chat") != bool(settings.tokenizer):
         raise UserError("reward.tokenizer and reward.send=chat belong together: set both or neither")
     for name, least in (("concurrency", 1), ("retries", 0)):

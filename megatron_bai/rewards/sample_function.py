@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item, Scorer
-from megatron_bai.rewards.worker_pool import Pool
+from megatron_bai.rewards.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -21,27 +21,34 @@ if TYPE_CHECKING:
 def per_sample(
     function: Callable[..., float],
 ) -> Callable[[config.PerSample, Task, Path], AbstractContextManager[Scorer]]:
-    """The `open` of a `Reward` whose settings are a `config.PerSample`.
+    """Make the `open` of a `Reward` whose settings are a `config.PerSample`.
 
     Args:
         function: `(prompt, response, answer, extra, settings) → a number`, where a module has it under its own name.
             Prompt and response are texts, `extra` is a dict of the row's other columns, and settings have those of the
             dataclass as attributes.
     """
-    spelled = f"{function.__module__}:{function.__qualname__}"
+    function_path = f"{function.__module__}:{function.__qualname__}"
 
     def start(settings: config.PerSample, task: Task, log: Path) -> AbstractContextManager[Scorer]:
-        return scoring(spelled, settings, asdict(settings), log)
+        return worker_scorer(function_path, settings, asdict(settings), log)
 
     return start
 
 
 @contextmanager
-def scoring(
-    function: str, settings: config.PerSample, handed_on: dict[str, Any] | None, log: Path
+def worker_scorer(
+    function: str, settings: config.PerSample, worker_settings: dict[str, Any] | None, log: Path
 ) -> Iterator[Scorer]:
-    """A scorer that calls `module:function` in worker processes; `handed_on` are settings that it takes, if any."""
-    with Pool(function, handed_on, settings.workers, settings.timeout_s, log) as pool:
+    """Open a scorer that calls `module:function` in worker processes.
+
+    Args:
+        function: `module:function`.
+        settings: numbers of workers and seconds.
+        worker_settings: what the function takes as its last argument; None: nothing.
+        log: a file for what the function prints.
+    """
+    with WorkerPool(function, worker_settings, settings.workers, settings.timeout_s, log) as pool:
         yield lambda items: pool.scores([_arguments(item) for item in items])
 
 
@@ -50,15 +57,15 @@ def _arguments(item: Item) -> list[Any]:
     return [prompt.text, item.response, prompt.answer, prompt.extra]
 
 
-def check_limits(settings: config.PerSample) -> None:
-    """Raises a UserError that names the setting."""
+def validate_limits(settings: config.PerSample) -> None:
+    """Raise a UserError that names the setting unless limits are positive."""
     if not 0 < settings.timeout_s < float("inf"):
         raise UserError(f"reward.timeout_s is {settings.timeout_s:g}: it must be a number of seconds above 0")
     if settings.workers < 1:
         raise UserError(f"reward.workers is {settings.workers}: it must be at least 1")
 
 
-def need(module: str, extra: str, reward: str) -> None:
-    """Raises a UserError with pip's line unless a module of an optional package can be found."""
+def require_package(module: str, extra: str, reward: str) -> None:
+    """Raise a UserError with pip's line unless a module of an optional package can be found."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f"reward={reward} needs a package that is missing: pip install 'megatron-bai[{extra}]'")

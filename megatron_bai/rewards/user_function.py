@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Reward, Scorer
-from megatron_bai.rewards.sample_function import check_limits, scoring
+from megatron_bai.rewards.sample_function import validate_limits, worker_scorer
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
 
 
 def _open(settings: config.Function, task: Task, log: Path) -> AbstractContextManager[Scorer]:
-    return scoring(settings.function, settings, None, log)
+    return worker_scorer(settings.function, settings, None, log)
 
 
 def _check(settings: config.Function) -> None:
     if not re.fullmatch(r"[\w.]+:[\w.]+", settings.function):
         raise UserError(f"reward.function is {settings.function!r}: name it as module:function")
-    check_limits(settings)
+    validate_limits(settings)
 
 
 REWARD = Reward(config.Function, _open, _check)

@@ -1,4 +1,4 @@
-"""`python -m megatron_bai.rewards.worker_main PARENT FUNCTION SETTINGS`: calls a reward function, one sample at a time.
+"""Run `python -m megatron_bai.rewards.worker_main PARENT FUNCTION SETTINGS`: call a reward function, one sample at a time.
 
 Reads a JSON list of arguments a line, answers each with a line `{"value": …}` or `{"failure": …}`, after a first line
 that says whether the function was found. What the function prints goes to the log.
@@ -17,8 +17,8 @@ from typing import Any
 from megatron_bai.utils.child_processes import die_with_parent
 
 
-def find(name: str) -> Callable[..., Any]:
-    """`module:function`, imported."""
+def import_function(name: str) -> Callable[..., Any]:
+    """Import `module:function`."""
     module, _, path = name.partition(":")
     found: Any = importlib.import_module(module)
     for part in path.split("."):
@@ -29,8 +29,8 @@ def find(name: str) -> Callable[..., Any]:
     return function
 
 
-def call(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
-    """The reward of one sample, or what is wrong with it."""
+def call_function(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
+    """Return the reward of one sample, or what is wrong with it."""
     try:
         value = function(*arguments)
     except (Exception, SystemExit) as error:
@@ -43,6 +43,7 @@ def call(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Answer samples from standard input until it ends."""
     parent, name, settings = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     die_with_parent(parent)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -54,14 +55,14 @@ def main() -> None:
         replies.flush()
 
     try:
-        function = find(name)
+        function = import_function(name)
     except (Exception, SystemExit) as error:
         reply({"failure": f"{type(error).__name__}: {error}"[:300]})
         return
     reply({"value": 0.0})
     last = [] if settings is None else [SimpleNamespace(**settings)]
     for line in sys.stdin:
-        reply(call(function, [*json.loads(line), *last]))
+        reply(call_function(function, [*json.loads(line), *last]))
 
 
 if __name__ == "__main__":

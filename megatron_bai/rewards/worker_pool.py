@@ -1,4 +1,4 @@
-"""Worker processes for reward functions. One that is stuck is killed and replaced.
+"""Worker processes for reward functions. One that hangs is killed and replaced.
 
 A thread could not be stopped, least of all in code in C. Processes are started anew and not forked: the trainer has
 threads, collectives and perhaps a GPU. Nothing is pickled; one sample a line goes each way as JSON.
@@ -23,7 +23,7 @@ from megatron_bai.rewards.reward import Score
 _START_S = 300.0  # to import the function's module, on a busy machine
 
 
-class Pool:
+class WorkerPool:
     """Calls one function on many samples, in up to `workers` processes.
 
     Args:
@@ -38,15 +38,15 @@ class Pool:
         self._limit = workers
         self._workers: list[_Worker] = []
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "WorkerPool":
         """Start one worker.
 
         Raises:
             UserError: the function cannot be imported.
         """
         try:
-            self._grow(1)
-            self._until_ready()
+            self._start_workers(1)
+            self._wait_until_ready()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -60,37 +60,39 @@ class Pool:
         self._workers.clear()
 
     def scores(self, arguments: list[list[Any]]) -> list[Score]:
-        """One score for each list of arguments, in their order.
+        """Return one score for each list of arguments, in their order.
 
         Raises:
             UserError: a worker could not be started again.
         """
         scores: dict[int, Score] = {}
         waiting = deque(range(len(arguments)))
-        self._grow(min(self._limit, len(arguments)))
-        while waiting or any(worker.item is not None for worker in self._workers):
+        self._start_workers(min(self._limit, len(arguments)))
+        while waiting or any(worker.sample_index is not None for worker in self._workers):
             for worker in self._workers:
-                if waiting and worker.ready and worker.item is None:
-                    worker.give(waiting[0], arguments[waiting[0]], self.timeout_s)
+                if waiting and worker.ready and worker.sample_index is None:
+                    worker.send(waiting[0], arguments[waiting[0]], self.timeout_s)
                     waiting.popleft()
-            for worker in self._heard():
-                item, score = worker.item, self._outcome(worker)
+            for worker in self._wait_for_workers():
+                item, score = worker.sample_index, self._read_outcome(worker)
                 if item is not None and score is not None:
                     scores[item] = score
-            self._grow(min(self._limit, len(waiting) + sum(worker.item is not None for worker in self._workers)))
+            self._start_workers(
+                min(self._limit, len(waiting) + sum(worker.sample_index is not None for worker in self._workers))
+            )
         return [scores[item] for item in range(len(arguments))]
 
-    def _until_ready(self) -> None:
+    def _wait_until_ready(self) -> None:
         while not all(worker.ready for worker in self._workers):
-            for worker in self._heard():
-                self._outcome(worker)
+            for worker in self._wait_for_workers():
+                self._read_outcome(worker)
 
-    def _grow(self, count: int) -> None:
+    def _start_workers(self, count: int) -> None:
         while len(self._workers) < count:
             self._workers.append(_Worker(self.function, self.settings, self.log))
 
-    def _heard(self) -> "list[_Worker]":
-        """Wait for workers that said something, ended, or ran out of time."""
+    def _wait_for_workers(self) -> "list[_Worker]":
+        """Wait for workers that wrote a line, exited or exceeded their time."""
         busy = [(worker, worker.deadline) for worker in self._workers if worker.deadline is not None]
         with selectors.DefaultSelector() as selector:
             for worker, _ in busy:
@@ -99,12 +101,12 @@ class Pool:
             heard = [key.data for key, _ in selector.select(max(0.0, until))]
         return heard + [worker for worker, end in busy if worker not in heard and time.monotonic() >= end]
 
-    def _outcome(self, worker: "_Worker") -> Score | None:
-        """What became of what the worker was at; None: it goes on. One that is no use any more is removed."""
-        assert worker.deadline is not None, "it is at something"
+    def _read_outcome(self, worker: "_Worker") -> Score | None:
+        """Return the score of the worker's sample; None while it works. A worker that exited or is late is removed."""
+        assert worker.deadline is not None, "the worker is busy"
         started, late = worker.ready, time.monotonic() >= worker.deadline
-        reply = worker.reply()
-        if reply is None and not worker.ended and not late:
+        reply = worker.read_reply()
+        if reply is None and not worker.has_exited and not late:
             return None
         if reply is not None and "value" in reply:
             return Score(reply["value"])
@@ -112,7 +114,7 @@ class Pool:
             worker.kill()
             self._workers.remove(worker)
             took = f"it took longer than reward.timeout_s={self.timeout_s:g} s" if started else "it does not start"
-            reply = {"failure": f"it ended its process ({worker.process.returncode})" if worker.ended else took}
+            reply = {"failure": f"it ended its process ({worker.process.returncode})" if worker.has_exited else took}
         if not started:
             raise UserError(f"the reward {self.function} cannot be started: {reply['failure']} [{self.log}]")
         return Score(None, reply["failure"])
@@ -123,14 +125,21 @@ class _Worker:
 
     Attributes:
         ready: it has imported the function.
-        item: number of the sample that it is at.
-        deadline: on the monotonic clock, of what it is at; None while it is idle.
-        ended: it closed its end.
+        sample_index: index of the sample that it works on; None while it is idle.
+        deadline: on the monotonic clock, of its sample; None while it is idle.
+        has_exited: it closed its end of the pipe.
     """
 
     def __init__(self, function: str, settings: dict[str, Any] | None, log: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_bai.rewards.worker_main", str(os.getpid()), function, json.dumps(settings)]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_bai.rewards.worker_main",
+            str(os.getpid()),
+            function,
+            json.dumps(settings),
+        ]
         with open(log, "ab") as errors:
             self.process = subprocess.Popen(
                 command,
@@ -143,13 +152,13 @@ class _Worker:
             )
         assert self.process.stdin and self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.ready, self.ended = False, False
-        self.item: int | None = None
+        self.ready, self.has_exited = False, False
+        self.sample_index: int | None = None
         self.deadline: float | None = time.monotonic() + _START_S
         self._buffer = b""
 
-    def give(self, item: int, arguments: list[Any], timeout_s: float) -> None:
-        self.item, self.deadline = item, time.monotonic() + timeout_s
+    def send(self, sample_index: int, arguments: list[Any], timeout_s: float) -> None:
+        self.sample_index, self.deadline = sample_index, time.monotonic() + timeout_s
         line = json.dumps(arguments, default=str) + "\n"  # of columns that JSON does not have, such as dates
         with suppress(BrokenPipeError):  # it has ended, which reading finds
             self._write(line.encode())
@@ -158,24 +167,24 @@ class _Worker:
         while data:
             data = data[self.stdin.write(data) :]
 
-    def reply(self) -> dict[str, Any] | None:
-        """The line it wrote, when it is whole."""
+    def read_reply(self) -> dict[str, Any] | None:
+        """Return the line that the worker wrote; None until it is complete."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.stdout, selectors.EVENT_READ)
             if selector.select(0):
                 read = os.read(self.stdout.fileno(), 1 << 16)
-                self.ended = not read
+                self.has_exited = not read
                 self._buffer += read
         line, newline, rest = self._buffer.partition(b"\n")
         if not newline:
             return None
         self._buffer = rest
-        self.ready, self.item, self.deadline = True, None, None
+        self.ready, self.sample_index, self.deadline = True, None, None
         reply: dict[str, Any] = json.loads(line)
         return reply
 
     def kill(self) -> None:
-        """End it and all that it started."""
+        """Kill the process and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

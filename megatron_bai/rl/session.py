@@ -118,7 +118,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
             session = _build_session(settings, device)
             if session.is_replica_leader and objectives.get(settings.objective.name).rollouts:
                 log = Path(settings.run.dir) / "reward.log"
-                session.scorer = stack.enter_context(rewards.open_rewards(settings.reward, session.task, log))
+                session.scorer = stack.enter_context(rewards.open_scorer(settings.reward, session.task, log))
             yield session
     finally:
         backend.shutdown_backend()
@@ -226,8 +226,8 @@ def validate_settings(settings: config.Config) -> None:
         )
     rollouts = objectives.check(settings.objective).rollouts
     _check_packing(settings, rollouts)
-    task_factory.check(settings.data, not rollouts, config.initial_checkpoint(settings))
-    rewards.check(settings.reward)
+    task_factory.validate_data(settings.data, not rollouts, config.initial_checkpoint(settings))
+    rewards.resolve_reward(settings.reward)
     if not rollouts:
         if trainer.save_every:
             raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
@@ -329,7 +329,7 @@ def sft_fingerprint(settings: config.Config) -> str:
     described: dict[str, Any] = {
         name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")
     }
-    described["data"] = task_factory.describe(settings.data)
+    described["data"] = task_factory.describe_data(settings.data)
     for name in ("save", "save_every", "save_async", "keep", "grace_s"):
         del described["trainer"][name]
     described["seed"] = settings.run.seed

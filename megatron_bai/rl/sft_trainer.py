@@ -70,6 +70,6 @@ def _sft_batch(session: Session, step: int) -> Batch:
             f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro_batch_size}) × data-parallel ranks "
             f"({size})"
         )
-    tokens, target = session.task.supervised(session.settings.run.seed, step, rows, supervised.length)
+    tokens, target = session.task.supervised_batch(session.settings.run.seed, step, rows, supervised.length)
     part = slice(session.dp_rank * rows // size, (session.dp_rank + 1) * rows // size)
     return from_sft(tokens[part], target[part].astype(bool))

@@ -301,7 +301,7 @@ class TrainingLoop:
         return per_layer * self.session.signature.moe_layers
 
     def _sum_over_ranks(self, values: list[int]) -> list[int]:
-        """Sums over the world. Collective."""
+        """ArithmeticTask over the world. Collective."""
         tensor = torch.tensor(values, dtype=torch.int64, device=self.session.device.device)
         dist.all_reduce(tensor)
         return tensor.tolist()

@@ -6,15 +6,23 @@ from random import Random
 import pytest
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic_text import STYLES, Problem, checked, direct, document, draw_problem, steps
+from megatron_bai.data.arithmetic_text import (
+    STYLES,
+    Problem,
+    checked_derivation,
+    derivation,
+    direct_response,
+    draw_problem,
+    make_document,
+)
 from megatron_bai.errors import UserError
 
 
 def test_the_two_ways_to_answer():
     problem = Problem((7, 8, 5))
     assert (problem.expression, problem.answer) == ("7+8+5", "20")
-    assert direct(problem) == "answer:20"
-    assert steps(problem) == "7+8=15;15+5=20;answer:20"
+    assert direct_response(problem) == "answer:20"
+    assert derivation(problem) == "7+8=15;15+5=20;answer:20"
 
 
 def is_true(text: str) -> bool:
@@ -35,7 +43,7 @@ def is_true(text: str) -> bool:
 def test_every_statement_is_true(style):
     rng, kinds = Random(0), set()
     for _ in range(2000):
-        text = document(Arithmetic(), style, rng)
+        text = make_document(Arithmetic(), style, rng)
         *lines, last = text.response.split(";")
         assert all(is_true(line) for line in lines), text
         if text.prompt:
@@ -53,7 +61,7 @@ def test_every_statement_is_true(style):
 
 def test_a_checked_derivation_says_each_line_one_to_three_times():
     problem, rng = Problem((7, 8, 5)), Random(0)
-    found = {checked(problem, rng) for _ in range(200)}
+    found = {checked_derivation(problem, rng) for _ in range(200)}
     lines = "7+8=15;", "15+5=20;"
     assert found == {lines[0] * i + lines[1] * j + "answer:20" for i in (1, 2, 3) for j in (1, 2, 3)}
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_bai.config import Arithmetic, Dataset
 from megatron_bai.data import task_factory
 from megatron_bai.data.dataset_task import DatasetTask
-from megatron_bai.data.shuffle import at, permuted
+from megatron_bai.data.shuffle import permute_index, shuffled_index
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 
@@ -51,26 +51,26 @@ def write(tmp_path: Path):
 def task(write, tokenizer):
     """Makes a task of rows with the given settings."""
 
-    def make(rows: list[Any], longest: int = 64, learned: bool = False, say=lambda line: None, **settings: Any):
-        return DatasetTask(Dataset(train=write(rows), **settings), tokenizer, longest, learned, say)
+    def make(rows: list[Any], max_tokens: int = 64, supervised: bool = False, log=lambda line: None, **settings: Any):
+        return DatasetTask(Dataset(train=write(rows), **settings), tokenizer, max_tokens, supervised, log)
 
     return make
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
 def test_an_order_is_a_permutation_that_its_key_decides(size: int) -> None:
-    order = [permuted(i, size, "a") for i in range(size)]
+    order = [permute_index(i, size, "a") for i in range(size)]
     assert sorted(order) == list(range(size))
     if size > 60:
-        other = [permuted(i, size, "b") for i in range(size)]
+        other = [permute_index(i, size, "b") for i in range(size)]
         assert other != order != list(range(size))
         assert abs(np.corrcoef(order, range(size))[0, 1]) < 0.4 > abs(np.corrcoef(order, other)[0, 1])
-    assert sorted(at(i, size, "a") for i in range(5 * size, 6 * size)) == list(range(size))
+    assert sorted(shuffled_index(i, size, "a") for i in range(5 * size, 6 * size)) == list(range(size))
 
 
 def test_an_order_is_the_same_for_ever() -> None:
     """A run that is resumed with another release of anything must meet the same prompts."""
-    assert [permuted(i, 10, "train/0/0") for i in range(10)] == [0, 7, 4, 8, 5, 6, 9, 1, 3, 2]
+    assert [permute_index(i, 10, "train/0/0") for i in range(10)] == [0, 7, 4, 8, 5, 6, 9, 1, 3, 2]
 
 
 def test_each_epoch_has_every_row_once_in_an_order_of_its_own(task) -> None:
@@ -128,10 +128,10 @@ def test_eval_rows_are_taken_out_of_train_and_stand_once(write, tokenizer) -> No
 def test_prompts_that_are_too_long_are_left_out_and_counted(task) -> None:
     said: list[str] = []
     rows = [*sums(40), *({"prompt": "1+" * 20 + f"{i}", "answer": "1"} for i in range(7))]
-    found = task(rows, hold_out=0.3, eval_prompts=0, max_prompt_tokens=8, say=said.append)
+    found = task(rows, hold_out=0.3, eval_prompts=0, max_prompt_tokens=8, log=said.append)
     assert said == ["data.train: 7 of 47 rows are left out, their prompt has more than 8 tokens"]
     assert len(found._train_order) + found.eval_size == 40
-    task(rows, longest=7, hold_out=0.3, say=said.append)  # what model and server leave room for
+    task(rows, max_tokens=7, hold_out=0.3, log=said.append)  # what model and server leave room for
     assert "more than 7 tokens" in said[-1]
 
 
@@ -187,9 +187,9 @@ def test_the_final_answer_of_a_finished_response_is_rewarded(task, tokenizer) ->
 
 def test_a_response_is_learned_after_its_prompt_and_a_row_holds_one_document(task, tokenizer) -> None:
     said: list[str] = []
-    found = task(sums(30), longest=12, learned=True, hold_out=0.2, say=said.append)
+    found = task(sums(30), max_tokens=12, supervised=True, hold_out=0.2, log=said.append)
     size = len(found._train_order)
-    tokens, mask = found.supervised(0, 0, size, 12)
+    tokens, mask = found.supervised_batch(0, 0, size, 12)
     assert tokens.dtype == np.int64 and mask.dtype == np.float32 and tokens.shape == mask.shape == (size, 12)
     texts = set()
     for row, marked in zip(tokens, mask):
@@ -198,9 +198,9 @@ def test_a_response_is_learned_after_its_prompt_and_a_row_holds_one_document(tas
         assert learned == f"answer:{eval(question)}<eos>" and not row[int(marked.nonzero()[0][-1]) + 1 :].any()
         texts.add(question)
     assert len(texts) == size  # an epoch
-    again, _ = found.supervised(0, 1, size // 2, 12)
-    assert np.array_equal(again, found.supervised(0, 0, size, 12)[0][size // 2 : size // 2 * 2])
-    short = task(sums(30), longest=9, learned=True, hold_out=0.2, say=said.append)
+    again, _ = found.supervised_batch(0, 1, size // 2, 12)
+    assert np.array_equal(again, found.supervised_batch(0, 0, size, 12)[0][size // 2 : size // 2 * 2])
+    short = task(sums(30), max_tokens=9, supervised=True, hold_out=0.2, log=said.append)
     assert len(short._train_order) < size and "prompt and response have more than 9 tokens" in said[-1]
 
 
@@ -220,14 +220,14 @@ def test_a_response_is_learned_after_its_prompt_and_a_row_holds_one_document(tas
 )
 def test_settings_that_cannot_be_meant_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        task_factory.check(Dataset(**({"train": "t.jsonl"} | settings)), False, "actor")
+        task_factory.validate_data(Dataset(**({"train": "t.jsonl"} | settings)), False, "actor")
 
 
 def test_what_a_run_lacks_is_refused_by_name(write, tokenizer) -> None:
     with pytest.raises(UserError, match="choose init=checkpoint or init=merge"):
-        task_factory.check(Dataset(train="t.jsonl"), False, "")
+        task_factory.validate_data(Dataset(train="t.jsonl"), False, "")
     with pytest.raises(UserError, match="data.response is empty"):
-        task_factory.check(Dataset(train="t.jsonl", response=""), True, "actor")
+        task_factory.validate_data(Dataset(train="t.jsonl", response=""), True, "actor")
     for name in ("absent.jsonl", __file__):
         with pytest.raises(UserError, match=f"data.train={name}"):
             DatasetTask(Dataset(train=name), tokenizer, 64)

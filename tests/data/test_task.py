@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_bai.config import Arithmetic
-from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.arithmetic_task import ArithmeticTask
 from megatron_bai.data.task import Prompt
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
@@ -13,13 +13,13 @@ VOCAB = 64
 
 
 @pytest.fixture(scope="module")
-def task() -> Sums:
-    return Sums(Arithmetic(), build_tokenizer(Arithmetic(), VOCAB))
+def task() -> ArithmeticTask:
+    return ArithmeticTask(Arithmetic(), build_tokenizer(Arithmetic(), VOCAB))
 
 
-def batch(task: Sums, style: str, step: int, rows: int, length: int):
+def batch(task: ArithmeticTask, style: str, step: int, rows: int, length: int):
     """A supervised batch of a style, with the seed 0."""
-    return Sums(Arithmetic(style=style), task.tokenizer).supervised(0, step, rows, length)
+    return ArithmeticTask(Arithmetic(style=style), task.tokenizer).supervised_batch(0, step, rows, length)
 
 
 @pytest.fixture(scope="module")
@@ -127,4 +127,4 @@ def test_refusals(task):
 @pytest.mark.parametrize("wrong", [{"min_terms": 2}, {"min_terms": 5, "max_terms": 4}, {"max_number": 1}])
 def test_refuses_contradictory_settings(task, wrong):
     with pytest.raises(UserError, match=f"data.({'|'.join(wrong)})"):
-        Sums(Arithmetic(**wrong), task.tokenizer)
+        ArithmeticTask(Arithmetic(**wrong), task.tokenizer)

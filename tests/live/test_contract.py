@@ -26,7 +26,7 @@ from megatron_bai.config import RewardModel
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item
-from megatron_bai.rewards.reward_model import _body
+from megatron_bai.rewards.reward_model import _make_body
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers import control, fleet, releases, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import OverGroup
@@ -151,7 +151,7 @@ def test_the_fake_of_other_tests_answers_as_the_real_one(said: list[Said]) -> No
 @pytest.mark.parametrize("send", ["text", "ids"])
 def test_a_reward_models_request_is_in_the_schema(spec: dict[str, Any], send: str) -> None:
     item = Item(Prompt([5, 6], "5 6", ""), "7", [7])
-    body = _body(RewardModel(url="http://127.0.0.1:1", send=send))(item)
+    body = _make_body(RewardModel(url="http://127.0.0.1:1", send=send))(item)
     said = Said("POST", "/classify", {}, body, 200, None)
     Draft202012Validator(schema_of(spec, said) | {"components": spec["components"]}).validate(body)
     assert set(body) <= set(spec["components"]["schemas"]["EmbeddingReqInput"]["properties"])

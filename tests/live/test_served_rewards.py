@@ -84,7 +84,7 @@ def test_scores_are_those_of_transformers(url: str, checkpoint: Path) -> None:
     with_end = [wanted([*item.prompt.ids, *item.ids]) for item in items]
     chat = {"send": "chat", "tokenizer": str(checkpoint)}
     for settings, expected in (({}, open_end), ({"send": "ids"}, with_end), (chat, with_end)):
-        with rewards.open_rewards(config.RewardModel(url=url, concurrency=4, **settings), None, Path("no")) as scorer:
+        with rewards.open_scorer(config.RewardModel(url=url, concurrency=4, **settings), None, Path("no")) as scorer:
             found = scorer(items)
         assert [score.value for score in found] == pytest.approx(expected, abs=1e-4), settings
     assert len({round(value, 3) for value in with_end}) == len(items)
@@ -92,7 +92,7 @@ def test_scores_are_those_of_transformers(url: str, checkpoint: Path) -> None:
 
 def test_what_the_server_refuses_costs_its_sample(url: str) -> None:
     good, bad = (Item(Prompt([3, 4], "", ""), "", ids) for ids in ([5, 1], [5] * 300))  # longer than the context
-    with rewards.open_rewards(config.RewardModel(url=url, send="ids", retries=0), None, Path("no")) as scorer:
+    with rewards.open_scorer(config.RewardModel(url=url, send="ids", retries=0), None, Path("no")) as scorer:
         first, second, third = scorer([good, bad, good])
     assert first.value == third.value is not None and second.value is None
     assert "refused a request with 400" in second.failure, second.failure

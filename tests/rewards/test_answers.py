@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bai.data.answers import final, normalised
+from megatron_bai.data.answers import final_answer, normalise_answer
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from megatron_bai.data.answers import final, normalised
     ],
 )
 def test_final(response: str, answer: str) -> None:
-    assert final(response) == answer
+    assert final_answer(response) == answer
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_final(response: str, answer: str) -> None:
     [("42", " 42. ", True), ("$x  + 1$", "x + 1", True), ("$$x$$", "x", True), ("42", "420", False), ("a b", "ab", False)],
 )
 def test_normalised(one: str, other: str, equal: bool) -> None:
-    assert (normalised(one) == normalised(other)) is equal
+    assert (normalise_answer(one) == normalise_answer(other)) is equal

@@ -37,14 +37,14 @@ def chosen(*overrides: str) -> config.Config:
 def test_overrides_choose_and_set_rewards(overrides: list[str], wanted: config.Reward) -> None:
     found = chosen(*overrides).reward
     assert type(found) is type(wanted) and found == wanted
-    assert rewards.check(found).settings is type(wanted)
+    assert rewards.resolve_reward(found).settings is type(wanted)
 
 
 def test_overrides_choose_and_set_data() -> None:
     assert chosen().data == config.Arithmetic() and chosen("experiment=demo").data == config.Arithmetic()
     found = chosen("data=dataset", "data.train=t.jsonl", "+data.template_options.enable_thinking=false").data
     assert found == config.Dataset(train="t.jsonl", template_options={"enable_thinking": False})
-    task_factory.check(found, False, "actor")
+    task_factory.validate_data(found, False, "actor")
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,15 @@ def test_overrides_choose_and_set_data() -> None:
 )
 def test_settings_that_cannot_be_meant_are_refused_by_name(settings: config.Reward, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        rewards.check(settings)
+        rewards.resolve_reward(settings)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    rewards.check(config.MathVerify())  # settings that `plan` takes
+    rewards.resolve_reward(config.MathVerify())  # settings that `plan` takes
     with pytest.raises(UserError, match=r"reward=math_verify needs .* pip install 'megatron-bai\[math\]'"):
         rewards.require(config.MathVerify())
-    with pytest.raises(UserError, match=r"reward=math_verify needs"), rewards.open_rewards(config.MathVerify(), None, Path()):
+    with pytest.raises(UserError, match=r"reward=math_verify needs"), rewards.open_scorer(config.MathVerify(), None, Path()):
         pass
 
 
@@ -86,7 +86,7 @@ from megatron_bai import config, rewards
 config.register_schema()
 from types import SimpleNamespace as Prompt
 settings = rewards._REGISTRY["contains"].settings(bonus=0.5, workers=1)
-with rewards.open_rewards(settings, None, Path("reward.log")) as scorer:
+with rewards.open_scorer(settings, None, Path("reward.log")) as scorer:
     prompt = Prompt(text="1+2", answer="3", extra={})
     print([score.value for score in scorer([rewards.Item(prompt, text, []) for text in ("3", "4")])])
 """
@@ -103,6 +103,6 @@ def test_the_documented_function_scores(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     settings = config.Function(function="my_rewards:shorter", workers=1)
     items = [Item(Prompt([], "7+8", "15", extra={"source": source}), "it is 15", []) for source in ("", "unchecked")]
-    with rewards.open_rewards(settings, None, tmp_path / "reward.log") as scorer:
+    with rewards.open_scorer(settings, None, tmp_path / "reward.log") as scorer:
         found = scorer(items)
     assert found == [Score(pytest.approx(0.92)), Score(None, "ValueError: nobody knows the answer")]

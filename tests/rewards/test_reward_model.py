@@ -38,7 +38,7 @@ def scores(handler: Any, items: Sequence[Item] = (ITEM,), task: Any = None, **se
     settings_of_server = settings.pop("is_generation", False)
     with serve(answer) as url, ExitStack() as stack:
         chosen = config.RewardModel(url=url, **({"retries": 1} | settings))
-        scorer = stack.enter_context(rewards.open_rewards(chosen, task, Path("unused")))
+        scorer = stack.enter_context(rewards.open_scorer(chosen, task, Path("unused")))
         return scorer(list(items)), bodies
 
 
@@ -104,7 +104,7 @@ def test_a_server_that_generates_and_one_that_is_not_there_are_named_at_the_star
     with pytest.raises(UserError, match="serves a model that generates"):
         scores(lambda body, call: reply(1.0), is_generation=True)
     with pytest.raises(UserError, match="http://127.0.0.1:9 does not answer"):
-        rewards.open_rewards(config.RewardModel(url="http://127.0.0.1:9"), None, Path("unused")).__enter__()
+        rewards.open_scorer(config.RewardModel(url="http://127.0.0.1:9"), None, Path("unused")).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,6 @@ def test_a_server_that_generates_and_one_that_is_not_there_are_named_at_the_star
 )
 def test_settings_that_cannot_be_meant_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        rewards.check(config.RewardModel(**({"url": "http://[::1]:1"} | settings)))
-    rewards.check(config.RewardModel(url="http://rewards.example", remote=True))
-    rewards.check(config.RewardModel(url="http://localhost:30000"))
+        rewards.resolve_reward(config.RewardModel(**({"url": "http://[::1]:1"} | settings)))
+    rewards.resolve_reward(config.RewardModel(url="http://rewards.example", remote=True))
+    rewards.resolve_reward(config.RewardModel(url="http://localhost:30000"))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.arithmetic_task import ArithmeticTask
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
@@ -131,7 +131,7 @@ def session(replicas: int, rank: int, rollout: dict[str, Any] | None = None, **p
     settings.rollout = config.Rollout(**rollout or {})
     settings.objective = config.Minirl(**policy)
     settings.trainer = config.Trainer(prompts_per_step=PROMPTS, group_size=SIZE, eval_samples=3, eval_temperature=0.5)
-    task = Sums(settings.data, tokenizer())
+    task = ArithmeticTask(settings.data, tokenizer())
     signature = RouteSignature(1, 4, 1)
     place = SimpleNamespace(dp_rank=rank, dp_size=replicas, is_replica_leader=True, is_rank_0=rank == 0, task=task)
     place.signature, place.send_to_replica = signature, lambda samples: samples

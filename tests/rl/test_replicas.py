@@ -9,7 +9,7 @@ import pytest
 from processes import TESTS, launch
 
 from megatron_bai import config
-from megatron_bai.data.arithmetic_task import Sums
+from megatron_bai.data.arithmetic_task import ArithmeticTask
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.rl.experience.evaluation import confidence_interval
 from megatron_bai.rollout.client import sampling_seed
@@ -135,7 +135,7 @@ def test_evaluation_is_the_mean_over_problems_with_its_interval(found: Any, repl
 def stream() -> dict[str, int]:
     """Where a prompt is in it."""
     settings = config.Arithmetic(eval_prompts=10)
-    prompts = Sums(settings, build_tokenizer(settings, 64)).prompts("train", 0, 0, 100)
+    prompts = ArithmeticTask(settings, build_tokenizer(settings, 64)).prompts("train", 0, 0, 100)
     return {prompt.text: number for number, prompt in enumerate(prompts)}
 
 

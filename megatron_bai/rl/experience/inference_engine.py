@@ -15,7 +15,7 @@ from megatron_bai.data.task import Prompt
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
-from megatron_bai.rewards import rewarded
+from megatron_bai.rewards import score_samples
 from megatron_bai.rl.batches.batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, Wanted
@@ -112,7 +112,7 @@ class InferenceEngine:
     def add_rewards(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
         """Return the samples with rewards. Called on leaders."""
         assert self._session.scorer
-        return rewarded(self._session.scorer, self._session.task, prompts, samples)
+        return score_samples(self._session.scorer, self._session.task, prompts, samples)
 
     def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample | UserError]:
         """Sample at most `rollout.partial_tokens` more tokens each, without rewards. Called on leaders, not collective.
