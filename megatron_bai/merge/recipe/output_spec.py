@@ -1,4 +1,4 @@
-"""What the output looks like besides its values: dtypes, the vocabulary's size, the size of chunks and of files."""
+"""The output apart from its values: dtypes, the vocabulary's size, the sizes of chunks and of files."""
 
 import json
 import re
@@ -12,18 +12,18 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.param_groups import param_group
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ROUTER_BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # of the router, which both engines keep in float32
+ROUTER_BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # which both engines keep in float32
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """How the output is to be written; the defaults take everything from the pretrained checkpoint.
+    """How the output is written; the defaults take everything from the pretrained checkpoint.
 
     Attributes:
         dtype: of the tensors, or None.
-        vocab_size: how many rows of the vocabulary's tensors mean a token, or 0: what the checkpoints say.
-        chunk_bytes: of a `torch_dist` chunk at most, or 0.
-        file_bytes: that output files are filled to, or 0.
+        vocab_size: number of rows of the vocabulary's tensors that are a token's, or 0: what the checkpoints say.
+        chunk_bytes: the largest `torch_dist` chunk, or 0.
+        file_bytes: size to which output files are filled, or 0.
     """
 
     dtype: torch.dtype | None = None
@@ -33,7 +33,7 @@ class OutputSpec:
 
 
 def make_output_spec(settings: Merge) -> OutputSpec:
-    """The form that the settings ask for.
+    """Make the specification that the settings ask for.
 
     Raises:
         UserError: a setting is out of range, or two contradict each other.
@@ -52,26 +52,32 @@ def make_output_spec(settings: Merge) -> OutputSpec:
     return OutputSpec(dtype, settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20)
 
 
-def output_dtypes(tensors: dict[str, TensorInfo], wanted: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The dtype of every output tensor: `wanted` for floating point, the pretrained checkpoint's for the rest.
+def choose_output_dtypes(tensors: dict[str, TensorInfo], requested: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtype of every output tensor: `requested` for floating point, the base's for the rest.
 
-    It also stays where the pretrained checkpoint keeps a tensor in a wider dtype than its embeddings, such as a
-    router's weights in float32, and for the router's bias.
+    The pretrained checkpoint's dtype also stays where it is wider than that of the embeddings, such as float32 for a
+    router's weights, and for the router's bias.
+
+    Args:
+        tensors: of the pretrained checkpoint, by key.
+        requested: `merge.dtype`, or None.
     """
     floating = {key: entry.dtype for key, entry in tensors.items() if entry.dtype.is_floating_point}
     embeddings = [dtype.itemsize for key, dtype in floating.items() if param_group(key) == "embeddings"]
-    usual = min(embeddings or [dtype.itemsize for dtype in floating.values()], default=0)
+    narrowest = min(embeddings or [dtype.itemsize for dtype in floating.values()], default=0)
     dtypes = {key: entry.dtype for key, entry in tensors.items()}
-    if wanted is not None:
-        dtypes |= {k: wanted for k, dtype in floating.items() if dtype.itemsize <= usual and not ROUTER_BIAS.search(k)}
+    if requested is not None:
+        for key, dtype in floating.items():
+            if dtype.itemsize <= narrowest and not ROUTER_BIAS.search(key):
+                dtypes[key] = requested
     return dtypes
 
 
 def config_with_dtype(text: str, dtype: torch.dtype) -> str:
-    """A `config.json` that names the dtype the tensors are in: transformers loads them in what it says."""
+    """Return a `config.json` with the dtype that the tensors have, in which transformers loads them."""
     config = json.loads(text)
-    for part in (config, config.get("text_config") or {}):
+    for section in (config, config.get("text_config") or {}):
         for name in ("dtype", "torch_dtype"):
-            if name in part:
-                part[name] = str(dtype).removeprefix("torch.")
+            if name in section:
+                section[name] = str(dtype).removeprefix("torch.")
     return json.dumps(config, indent=2) + "\n"

@@ -1,6 +1,6 @@
-"""What a merge will do, decided from the checkpoints' indexes before any tensor is read.
+"""The plan of a merge, decided from the checkpoints' indexes before any tensor is read.
 
-Every tensor of every source gets one fate, and `make_plan` asserts that none is left over:
+Every tensor of every source gets one fate; `make_plan` asserts that none is forgotten:
 
     merged    floating point, by the recipe's method
     equal     anything else (token tables, counters): must be the same in all sources, and is copied
@@ -9,9 +9,9 @@ Every tensor of every source gets one fate, and `make_plan` asserts that none is
 
 The output has the names, shapes and objects of the pretrained checkpoint, the *base*:
 
-- Members that name or stack tensors otherwise are read through a `RenamedView`; together they must hold exactly the base's
-  elements. Other numbers of layers or experts and missing or additional tensors are refused by name.
-- The vocabulary's first rows, as many as there are tokens, are merged. How many that is, `vocabulary.unpadded_vocab_size` says.
+- Members that name or stack tensors otherwise are read through a `RenamedView`; together they must hold exactly the
+  base's elements. Other numbers of layers or experts and missing or additional tensors are refused by name.
+- The vocabulary's first rows, as many as there are tokens, are merged: `vocabulary.unpadded_vocab_size`.
 - Tied embeddings: where all are tied there is one tensor. A tied member of an untied base gives its embedding for the
   output layer. An untied member of a tied base is refused.
 - The router's bias (`expert_bias`) and, where the base has them in float32, the router's weights are merged like the
@@ -20,8 +20,8 @@ The output has the names, shapes and objects of the pretrained checkpoint, the *
 - Objects that are no tensors (`_extra_state`: FP8 scaling factors and the like) are the base's. Those of the members
   are dropped, and may differ in number: newer Transformer Engine releases write fewer.
 
-The work is cut into pieces (one item of the output each) and units (one file each). The cut depends on the base and the
-settings alone, never on the number of ranks.
+The work is split into items of the output and units (one file each), which depend on the base and the settings alone,
+never on the number of ranks.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ import torch
 from megatron_bai.checkpoint.boxes import Box, intersect_boxes, split_box
 from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ScratchBuffers, TensorInfo
 from megatron_bai.errors import UserError
-from megatron_bai.merge.recipe.output_spec import OutputSpec, output_dtypes
+from megatron_bai.merge.recipe.output_spec import OutputSpec, choose_output_dtypes
 from megatron_bai.merge.recipe.recipe import Recipe, SliceStats
 from megatron_bai.merge.recipe.regions import Fate, OutputTensor, Region, split_into_regions
 from megatron_bai.merge.recipe.slices import SliceBox, split_by_slice
@@ -46,12 +46,21 @@ from megatron_bai.merge.tensor_names.vocabulary import unpadded_vocab_size
 
 UNIT_BYTES = 256 << 20  # of one output file: small enough to balance ranks, large enough that files stay few
 ITEM_BYTES = 16 << 20  # of one output item at most, whatever the size of the tensor
-OPTIMIZER_STATE_KEY = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
+OPTIMIZER_STATE_KEY = re.compile(
+    r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b"
+)
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """The content of one output file."""
+    """The content of one output file.
+
+    Attributes:
+        name: of the unit, and of its file where the format has one for each.
+        items: regions and the boxes of them that are one item each.
+        objects: keys of the base's objects that are carried over.
+        nbytes: of items and objects.
+    """
 
     name: str
     items: tuple[tuple[Region, Box], ...]
@@ -61,18 +70,19 @@ class WorkUnit:
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge, ready to execute.
+    """A merge that is ready to be executed, into one result or several.
 
     Attributes:
         base: the pretrained checkpoint.
-        inputs: the checkpoints that are read, under the base's names; those that no sum needs are not among them.
-        recipes: for each checkpoint to write, the method.
-        input_weights: likewise, the weights of `inputs` in each merged region, by its name.
+        inputs: the checkpoints that are read, under the base's names; those that no result needs are not among them.
+        recipes: of each result.
+        input_weights: for each result, the weights of `inputs` in each merged region, by its name.
         outputs: every tensor to write, by key.
         regions: of every tensor, by its key.
-        output_spec: what the output looks like besides.
-        dropped: for each source's path, the tensors and objects that do not enter, by reason.
-        slice_stats: what the method's first passes found, by slice.
+        units: what is written, one file each.
+        output_spec: how the results are written.
+        dropped: for each source's path, the tensors and objects that are not used, by reason.
+        slice_stats: what the method measured before the merge, by slice.
     """
 
     base: CheckpointReader
@@ -89,35 +99,37 @@ class Plan:
     @property
     def has_kept_rows(self) -> bool:
         """Whether anything is kept as the base has it, which is then among the inputs."""
-        return any(region.fate is Fate.KEPT for each in self.regions.values() for region in each)
+        return any(region.fate is Fate.KEPT for region in chain(*self.regions.values()))
 
     @property
     def bytes_read(self) -> int:
+        """The bytes of all inputs."""
         return sum(source.tensors[key].nbytes for source in self.inputs for key in self.outputs)
 
     @property
     def bytes_written(self) -> int:
-        """For each sum."""
+        """The bytes of one result."""
         return sum(unit.nbytes for unit in self.units)
 
     def tiles(self, region: Region, box: Box, limit: int) -> Iterator[Box]:
-        """Cut a box into boxes of at most `limit` elements, each in one slice where the method distinguishes them."""
+        """Split a box into tiles of at most `limit` elements, each in one slice where the method needs that."""
         recipe = self.recipes[0]
         if region.fate is Fate.MERGED and (recipe.stats_passes or recipe.elementwise):
             return split_by_slice(region.output, box, limit)
         return split_box(*box, limit)
 
-    def stats_of(self, part: SliceBox) -> SliceStats | None:
-        """What was measured of the slice that `part` lies in."""
-        return self.slice_stats.get(part.slice_name) if self.slice_stats else None
+    def stats_of(self, slice_box: SliceBox) -> SliceStats | None:
+        """Return the statistics of the slice that `slice_box` lies in."""
+        return self.slice_stats.get(slice_box.slice_name) if self.slice_stats else None
 
     def coefficients(self, region: Region, box: Box) -> list[tuple[float, ...]]:
-        """For each sum, the coefficients of `inputs` in one of the `tiles`."""
+        """Return for each result the coefficients of `inputs` in one of the `tiles`."""
         stats = self.stats_of(SliceBox(region.output, box))
-        return [recipe.coefficients(row[region.name], stats) for recipe, row in zip(self.recipes, self.input_weights, strict=True)]
+        results = zip(self.recipes, self.input_weights, strict=True)
+        return [recipe.coefficients(weights[region.name], stats) for recipe, weights in results]
 
     def layout_hash(self) -> str:
-        """A hash of how the work is cut, which depends on the settings as well as on the checkpoints."""
+        """Return a hash of units and items, which depend on the settings as well as on the checkpoints."""
         names = [(unit.name, unit.objects, [(r.name, box) for r, box in unit.items]) for unit in self.units]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
@@ -129,23 +141,24 @@ def make_plan(
     unit_bytes: int = UNIT_BYTES,
     output_spec: OutputSpec | None = None,
 ) -> Plan:
-    """Decide every tensor's fate and cut the work.
+    """Decide every tensor's fate and split the work.
 
     Args:
         recipes: one for each checkpoint to write, over the same sources.
         sources: the opened checkpoint of every term.
         item_bytes: the largest item of the output, which one thread merges.
-        unit_bytes: the size that output files are filled to, unless the form says another.
-        output_spec: of the output.
+        unit_bytes: the size to which output files are filled, unless `output_spec` has another.
+        output_spec: how the results are written; None: as the pretrained checkpoint.
 
     Raises:
-        UserError: the sources do not hold the same weights in the same dtypes, the form does not fit them, or a
-            recipe's pattern fits no tensor; what is wrong is named.
+        UserError: the sources do not hold the same weights in the same dtypes, `output_spec` does not suit them, or a
+            recipe's pattern matches no tensor; what is wrong is named.
     """
     names = [term.source for term in recipes[0].terms()]  # the first gives the layout
     base = sources[names[0]]
-    kept = {name: _model_tensors(sources[name]) for name in names}
-    if not kept[names[0]]:
+    tensors = {name: _model_tensors(sources[name]) for name in names}
+    base_tensors = tensors[names[0]]
+    if not base_tensors:
         raise UserError(f"{base.path} holds no model tensors")
     output_spec = output_spec or OutputSpec()
     if output_spec.chunk_bytes and base.stores_whole_tensors:
@@ -153,42 +166,44 @@ def make_plan(
     for name in names[1:]:
         if type(base) is not type(sources[name]):
             raise UserError(f"{base.path} and {name} are in two formats: bring them into one with `convert`")
-    used = {sources[name].path: kept[name] for name in names}
-    rows = unpadded_vocab_size(used, output_spec.vocab_size)
-    chart, scratch = CanonicalIndex(base.path, kept[names[0]], rows), ScratchBuffers()
-    inputs = {name: rename_to_base(sources[name], kept[name], chart, rows, scratch) for name in names[1:]}
-    _require_dtypes(base, inputs.values(), kept[names[0]], any_float=output_spec.dtype is not None)
-    dtypes = output_dtypes(kept[names[0]], output_spec.dtype)
+    used = {sources[name].path: tensors[name] for name in names}
+    vocab_size = unpadded_vocab_size(used, output_spec.vocab_size)
+    base_index, scratch = CanonicalIndex(base.path, base_tensors, vocab_size), ScratchBuffers()
+    inputs = {
+        name: rename_to_base(sources[name], tensors[name], base_index, vocab_size, scratch) for name in names[1:]
+    }
+    _require_dtypes(base, inputs.values(), base_tensors, any_float=output_spec.dtype is not None)
+    dtypes = choose_output_dtypes(base_tensors, output_spec.dtype)
     outputs = {
         key: OutputTensor(key, dtypes[key], entry.shape, merged=entry.dtype.is_floating_point)
-        for key, entry in kept[names[0]].items()
+        for key, entry in base_tensors.items()
     }
-    cut = {key: split_into_regions(output, recipes[0].patterns, rows) for key, output in outputs.items()}
+    regions = {key: split_into_regions(output, recipes[0].patterns, vocab_size) for key, output in outputs.items()}
     objects = [key for key in base.objects if not OPTIMIZER_STATE_KEY.search(key)]
     dropped = {str(source.path): _dropped_keys(source, source is base) for source in sources.values()}
     for source in sources.values():
         fates = [*used[source.path], *(objects if source is base else ()), *chain(*dropped[str(source.path)].values())]
         assert sorted(fates) == sorted([*source.tensors, *source.objects]), f"{source.path}: not one fate for each key"
-    merged = [region for each in cut.values() for region in each if region.fate is Fate.MERGED]
-    keeps = any(region.fate is Fate.KEPT for each in cut.values() for region in each)
-    needed, weights = _input_weights(recipes, merged, {names[0]} if keeps else set())
-    units = _make_units(base, cut, objects, item_bytes, output_spec.file_bytes or unit_bytes, output_spec.chunk_bytes)
+    merged = [region for region in chain(*regions.values()) if region.fate is Fate.MERGED]
+    any_kept = any(region.fate is Fate.KEPT for region in chain(*regions.values()))
+    needed, weights = _input_weights(recipes, merged, {names[0]} if any_kept else set())
+    file_bytes = output_spec.file_bytes or unit_bytes
+    units = _make_units(base, regions, objects, item_bytes, file_bytes, output_spec.chunk_bytes)
     read = tuple(inputs.get(name, base) for name in needed)
-    return Plan(base, read, weights, outputs, cut, units, dropped, output_spec, tuple(recipes))
+    return Plan(base, read, weights, outputs, regions, units, dropped, output_spec, tuple(recipes))
 
 
 def _input_weights(
-    recipes: Sequence[Recipe], merged: list[Region], also: set[str]
+    recipes: Sequence[Recipe], merged: list[Region], always_needed: set[str]
 ) -> tuple[list[str], tuple[dict[str, tuple[float, ...]], ...]]:
-    """The sources that any region of any recipe needs and those in `also`, and their coefficients for each recipe and
-    region."""
+    """Return the sources that are needed by a region or always, and their weights for each recipe and region."""
     for pattern in recipes[0].patterns:
         if not any(matches(pattern, region.key, region.layer) for region in merged):
             raise UserError(f"the pattern {pattern!r} of {_setting_with_pattern(recipes[0], pattern)} fits no tensor")
     all_terms = [{region.name: recipe.terms(region.key, region.layer) for region in merged} for recipe in recipes]
     needed = {term.source for terms in all_terms for row in terms.values() for term in row if term.coefficient != 0}
-    needed |= also
-    if recipes[0].elementwise:  # its `combine` knows the sources by their places
+    needed |= always_needed
+    if recipes[0].elementwise:  # its `combine` identifies the sources by their index
         needed.update(term.source for term in recipes[0].terms())
     inputs = [term.source for term in recipes[0].terms() if term.source in needed]
     weights = tuple(
@@ -199,18 +214,20 @@ def _input_weights(
 
 
 def _setting_with_pattern(recipe: Recipe, pattern: str) -> str:
-    """Where a pattern was given."""
+    """Return the setting in which a pattern was given."""
     named = {name: value for name, value in recipe.settings.items() if name.endswith("_for")}
     return next(f"merge.{name}" for name, value in named.items() if pattern in dict(value))
 
 
 def _model_tensors(source: CheckpointReader) -> dict[str, TensorInfo]:
+    """Return the tensors of a source that are no optimizer or random-number state."""
     return {key: entry for key, entry in source.tensors.items() if not OPTIMIZER_STATE_KEY.search(key)}
 
 
 def _dropped_keys(source: CheckpointReader, is_base: bool) -> dict[str, list[str]]:
-    """What of a source does not enter, by reason."""
-    reasons = {"optimizer or random-number state": [k for k in (*source.tensors, *source.objects) if OPTIMIZER_STATE_KEY.search(k)]}
+    """Return the keys of a source that are not used, by reason."""
+    keys = (*source.tensors, *source.objects)
+    reasons = {"optimizer or random-number state": [key for key in keys if OPTIMIZER_STATE_KEY.search(key)]}
     if not is_base:
         reasons["objects are taken from the pretrained checkpoint"] = [
             key for key in source.objects if not OPTIMIZER_STATE_KEY.search(key)
@@ -219,12 +236,17 @@ def _dropped_keys(source: CheckpointReader, is_base: bool) -> dict[str, list[str
 
 
 def _require_dtypes(
-    base: CheckpointReader, others: Iterable[CheckpointReader | RenamedView], tensors: dict[str, TensorInfo], any_float: bool
+    base: CheckpointReader,
+    others: Iterable[CheckpointReader | RenamedView],
+    tensors: dict[str, TensorInfo],
+    any_float: bool,
 ) -> None:
-    """A tensor has one dtype in all sources; `any_float`: or several, all floating point of 16 bits or more."""
+    """Raise a UserError unless a tensor has one dtype in all sources, or with `any_float` any of 16 bits or more."""
     small = [key for key, entry in tensors.items() if entry.dtype.is_floating_point and entry.dtype.itemsize < 2]
     if small:
-        raise UserError(f"{base.path} holds quantised tensors ({format_names(small)}): merge checkpoints of 16 bits or more")
+        raise UserError(
+            f"{base.path} holds quantised tensors ({format_names(small)}): merge checkpoints of 16 bits or more"
+        )
     for other in others:
         pairs = {key: (entry.dtype, other.tensors[key].dtype) for key, entry in tensors.items()}
         differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -240,45 +262,44 @@ def _require_dtypes(
 
 def _make_units(
     base: CheckpointReader,
-    cut: dict[str, tuple[Region, ...]],
+    regions: dict[str, tuple[Region, ...]],
     objects: list[str],
     item_bytes: int,
     unit_bytes: int,
     chunk_bytes: int,
 ) -> tuple[WorkUnit, ...]:
-    """Pieces of regions along the base's chunks, or as large as `chunk_bytes` says, packed into units in the base's
-    order; the objects go first."""
+    """Pack items into units in the base's order, after the objects."""
     units: list[WorkUnit] = []
     items: list[tuple[Region, Box]] = []
-    size = sum(base.objects[key].length for key in objects)
+    nbytes = sum(base.objects[key].length for key in objects)
 
     def finish() -> None:
-        nonlocal items, objects, size
-        units.append(WorkUnit(f"__{len(units)}_0", tuple(items), tuple(objects), size))
-        items, objects, size = [], [], 0
+        nonlocal items, objects, nbytes
+        units.append(WorkUnit(f"__{len(units)}_0", tuple(items), tuple(objects), nbytes))
+        items, objects, nbytes = [], [], 0
 
-    for key, own in cut.items():
-        for region, box in _split_into_items(own, base.tensors[key].chunks, item_bytes, chunk_bytes):
-            nbytes = math.prod(box[1]) * region.dtype.itemsize
-            if size + nbytes > unit_bytes and (items or objects):
+    for key, tensor_regions in regions.items():
+        for region, box in _split_into_items(tensor_regions, base.tensors[key].chunks, item_bytes, chunk_bytes):
+            item_nbytes = math.prod(box[1]) * region.dtype.itemsize
+            if nbytes + item_nbytes > unit_bytes and (items or objects):
                 finish()
             items.append((region, box))
-            size += nbytes
+            nbytes += item_nbytes
     finish()
     return tuple(units)
 
 
 def _split_into_items(
-    parts: tuple[Region, ...], chunks: tuple[Chunk, ...], item_bytes: int, chunk_bytes: int
+    regions: tuple[Region, ...], chunks: tuple[Chunk, ...], item_bytes: int, chunk_bytes: int
 ) -> Iterator[tuple[Region, Box]]:
-    """The items of one tensor. None is in two regions."""
-    for region in parts:
+    """Yield the items of one tensor, along the base's chunks or of `chunk_bytes`; none is in two regions."""
+    for region in regions:
         limit = (chunk_bytes or item_bytes) // region.dtype.itemsize
         if chunk_bytes:
             boxes: Iterable[Box] = [region.box]
         else:
             boxes = [(chunk.offsets, chunk.sizes) for chunk in chunks]
-            if len(parts) > 1:
-                boxes = [part for box in boxes if (part := intersect_boxes(region.box, box)) is not None]
+            if len(regions) > 1:
+                boxes = [common for box in boxes if (common := intersect_boxes(region.box, box)) is not None]
         for offsets, sizes in boxes:
             yield from ((region, box) for box in split_box(offsets, sizes, limit))

@@ -29,7 +29,7 @@ T = TypeVar("T")
 ReadBlocks = Callable[[], Iterator[torch.Tensor]]  # yields a slice's values, some rows at a time
 SliceStats = tuple[float, ...]  # of one slice, as its method defines them
 
-NON_SETTINGS = ("method", "pretrained", "members", "terms")  # keys of `Recipe.describe` that are no settings of the method
+NON_SETTINGS = ("method", "pretrained", "members", "terms")  # keys of `Recipe.describe` that are no settings
 WEIGHT_SUM_TOLERANCE = 1e-6  # how far weights that must sum to 1 may be from it: the error of seven decimals
 
 
