@@ -1,4 +1,4 @@
-"""A run's first weights, as `init` says: random ones, a checkpoint's, or those of a merge that is done at the start."""
+"""A run's initial weights, as `init` says: random, a checkpoint's, or those of a merge that is run at the start."""
 
 import dataclasses
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ from megatron_bai.model.build import MegatronModel
 
 
 def validate_init(settings: config.Config) -> None:
-    """Refuse what `init` cannot start from, by name, before any work starts.
+    """Refuse initial weights that a run cannot start from, by name, before any work starts.
 
     Raises:
         UserError: names the settings.
@@ -40,11 +40,11 @@ def validate_init(settings: config.Config) -> None:
 
 
 def run_init_merge(settings: config.Config) -> None:
-    """Do the merge that `init=merge` asks for; the ranks share it, and nothing is done that is done already. Collective.
+    """Run the merge of `init=merge` on all ranks, unless it is complete already. Collective.
 
     Raises:
-        UserError: as the verb `merge`; or what it would give is not the configured model, or `merge.output` holds
-            another merge, which is left as it is.
+        UserError: as the verb `merge`; or its result would not be the configured model, or `merge.output` holds
+            another merge, which is left unchanged.
     """
     if not isinstance(settings.init, config.MergeInit):
         return
@@ -55,7 +55,7 @@ def run_init_merge(settings: config.Config) -> None:
 
 
 def _check_base(base: Path, model: config.Model) -> None:
-    """Refuse, before hours of merging, what could not be loaded afterwards."""
+    """Refuse a merge whose result could not be loaded, before hours of merging."""
     if not base.is_dir():
         raise UserError(f"no checkpoint at {base}: merge.pretrained and merge.members name directories")
     megatron_checkpoint.require_architecture(base, model)
@@ -63,7 +63,11 @@ def _check_base(base: Path, model: config.Model) -> None:
 
 
 def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
-    """Give the actor its first weights. Collective; `run_init_merge` was called.
+    """Load the actor's initial weights, after `run_init_merge`. Collective.
+
+    Args:
+        actor: in place.
+        settings: of the run.
 
     Returns:
         The directory of its tokenizer.
@@ -92,12 +96,13 @@ def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
 
 
 def require_tokenizer(directory: Path) -> None:
+    """Raise a UserError unless the directory holds a tokenizer."""
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} holds no tokenizer.json: copy the model's tokenizer files there")
 
 
 def weights_fingerprint(settings: config.Config) -> Any:
-    """What determines the first weights beside `run.seed`, as JSON: equal means the same ones.
+    """Return what determines the initial weights beside `run.seed`, as JSON: equal ones are the same weights.
 
     Raises:
         UserError: a checkpoint that they come from cannot be used.

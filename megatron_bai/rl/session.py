@@ -1,4 +1,4 @@
-"""What every training run starts with: the world, the actor with its weights, the tokenizer and the task."""
+"""A training session: the process groups, the actor with its weights, the tokenizer and the task."""
 
 import hashlib
 import json
@@ -45,17 +45,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """A rank's part of a run.
+    """A rank's models, task and position in a run.
 
     Attributes:
         tokenizer_dir: holds the tokenizer's files, to copy beside every checkpoint.
-        dp_rank, dp_size: index of this rank's replica, and number of data-parallel replicas.
-        is_replica_leader: it sends its replica's requests to servers and rewards.
-        is_rank_0: of the world, which owns the servers and the files.
+        signature: of the whole model's routes.
+        dp_rank: index of this rank's replica.
+        dp_size: number of data-parallel replicas.
+        is_replica_leader: whether this rank sends its replica's requests to servers and rewards.
+        is_rank_0: whether this is rank 0 of the world, which owns the servers and the files.
         model_group: the ranks of one replica (tensor × pipeline).
-        replica_moe_layers: the MoE layers, counted from 0, of each rank of the replica.
-        critic: where the objective has one.
-        scorer: gives rewards; a leader's, where the objective has rollouts.
+        replica_moe_layers: of each rank of the replica, its MoE layers, counted from 0.
+        critic: if the objective has one.
+        scorer: gives rewards; on a leader, if the objective has rollouts.
     """
 
     settings: config.Config
@@ -76,29 +78,39 @@ class Session:
 
     @property
     def reports_stats(self) -> bool:
-        """Whether this rank's statistics count: one rank of each replica's last stage."""
+        """Whether this rank's statistics are gathered: one rank of each replica's last stage."""
         return self.engine.last_stage and self.engine.tensor_rank == 0
 
     def send_to_replica(self, samples: list[Sample] | None) -> list[Sample]:
-        """The leader's samples on every rank of its replica, each with the routes of that rank's own layers.
+        """Send the leader's samples to every rank of its replica, each with the routes of that rank's own layers.
 
-        One rank is served after another, so that the leader never holds more than one copy. Collective over the replica.
+        The leader sends to one rank after another, so that it never holds more than one copy. Collective over the
+        replica.
+
+        Args:
+            samples: on the leader, with the routes of all layers; None on other ranks.
+
+        Returns:
+            The samples, with the routes of this rank's layers.
         """
         if not self.is_replica_leader:
-            box: list[Any] = [None]
-            dist.recv_object_list(box, group=self.model_group, group_src=0)
-            mine: list[Sample] = box[0]
-            return mine
+            received: list[Any] = [None]
+            dist.recv_object_list(received, group=self.model_group, group_src=0)
+            local_samples: list[Sample] = received[0]
+            return local_samples
         assert samples is not None, "the leader has samples"
         for rank, columns in enumerate(self.replica_moe_layers[1:], start=1):
-            cut = [sample.of_layers(columns) for sample in samples]
-            dist.send_object_list([cut], group=self.model_group, group_dst=rank)
+            rank_samples = [sample.of_layers(columns) for sample in samples]
+            dist.send_object_list([rank_samples], group=self.model_group, group_dst=rank)
         return [sample.of_layers(self.replica_moe_layers[0]) for sample in samples]
 
 
 @contextmanager
 def open_session(settings: config.Config) -> Iterator[Session]:
-    """Join the world, build the actor and give it its first weights; leave the world at the end.
+    """Initialise the process groups, build the actor and load its first weights; shut down at the end of the block.
+
+    Yields:
+        The session.
 
     Raises:
         UserError: settings that contradict each other or the machine, or a checkpoint or a merge that cannot be used.
@@ -106,7 +118,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     validate_settings(settings)
     require_packages(settings)
     if settings.rollout.api_key_file:
-        auth.read_key(settings.rollout.api_key_file)  # now, and not once a model is there
+        auth.read_key(settings.rollout.api_key_file)  # an error before models are built
     device = backend.init_backend(settings.backend)
     try:
         build.validate_layout(settings.model, settings.parallel, dist.get_world_size())
@@ -125,6 +137,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
 
 
 def _check_processes(cluster: config.Cluster, world: int) -> None:
+    """Raise a UserError unless as many processes run as `cluster.processes` says."""
     if cluster.processes not in (0, world):
         raise UserError(
             f"cluster.processes is {cluster.processes}, and {world} were started: start as many, or choose another "
@@ -133,29 +146,30 @@ def _check_processes(cluster: config.Cluster, world: int) -> None:
 
 
 def _require_shared_dir(directory: Path) -> None:
-    """Refuse a `run.dir` that only some machines see: each would keep its part of every checkpoint to itself."""
+    """Refuse a `run.dir` that machines do not share: each would have only its own files of every checkpoint."""
     group = current_ranks()
 
-    def look(mark: Path) -> None:
+    def require_visible(mark: Path) -> None:
         if not mark.exists():
             raise UserError(
                 f"{socket.gethostname()} does not see what rank 0 writes to run.dir={directory}: give a directory that "
                 "all machines of the run share"
             )
 
-    def leave() -> Path:
+    def make_mark() -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=".seen-", dir=directory))
 
-    mark = group.run_on_first(leave, directory)
+    mark = group.run_on_first(make_mark, directory)
     try:
-        group.run_on_all(lambda: look(mark))
+        group.run_on_all(lambda: require_visible(mark))
     finally:
         if group.rank == 0:
             mark.rmdir()
 
 
 def _build_session(settings: config.Config, device: backend.Device) -> Session:
+    """Build the actor, the task and, if the objective has one, the critic. Collective."""
     build.init_parallel(settings.parallel, settings.run.seed, settings.backend.timeout_s)
     from megatron.core import parallel_state
 
@@ -184,6 +198,7 @@ def _build_session(settings: config.Config, device: backend.Device) -> Session:
 
 
 def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
+    """Make the task, whose prompts leave room for a response."""
     supervised = not objectives.get(settings.objective.name).rollouts
     length = longest_request(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
     if supervised:
@@ -193,6 +208,7 @@ def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
 
 
 def _load_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer of a checkpoint."""
     from transformers import PreTrainedTokenizerFast
 
     init_weights.require_tokenizer(directory)
@@ -203,7 +219,7 @@ def _load_tokenizer(directory: Path) -> Any:
 
 
 def validate_settings(settings: config.Config) -> None:
-    """Refuse what contradicts itself, by name, before any work starts.
+    """Refuse settings that contradict each other, by name, before any work starts.
 
     Raises:
         UserError: names the settings.
@@ -268,7 +284,7 @@ def require_packages(settings: config.Config) -> None:
 
 
 def _check_groups(settings: config.Config) -> None:
-    """Refuse groups too small for what is asked of them."""
+    """Refuse groups that are too small for the objective."""
     objective, trainer = policy_settings(settings.objective), settings.trainer
     if trainer.group_size == 1 and not isinstance(objective, config.Ppo):
         raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
@@ -309,7 +325,7 @@ def _check_packing(settings: config.Config, rollouts: bool) -> None:
 
 
 def _check_store(settings: config.Config) -> None:
-    """Refuse a store that nothing would be written to, or not in the way asked for."""
+    """Refuse a store that nothing would be written to, and an encoding that cannot hold the model's routes."""
     replay, model = settings.replay, settings.model
     if not replay.store:
         return
@@ -325,7 +341,7 @@ def _check_store(settings: config.Config) -> None:
 
 
 def sft_fingerprint(settings: config.Config) -> str:
-    """A digest of what determines a supervised checkpoint, and of what it starts from: equal means the same work."""
+    """Return a digest of all that determines a supervised checkpoint: equal ones are the same work."""
     described: dict[str, Any] = {
         name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")
     }

@@ -18,7 +18,7 @@ from megatron_bai.rl.session import Session, open_session, sft_fingerprint
 def train_sft(settings: config.Config) -> None:
     """Train on the data's text and save to `trainer.save`.
 
-    A complete checkpoint made with the same settings is left as it is; one made with others is not overwritten.
+    A complete checkpoint made with the same settings is left unchanged; one made with others is not overwritten.
 
     Raises:
         UserError: nowhere to save, settings that contradict each other, or a checkpoint in the way.
@@ -27,9 +27,9 @@ def train_sft(settings: config.Config) -> None:
     if not target:
         raise UserError("trainer.save is empty: say where the checkpoint goes")
     made_by = sft_fingerprint(settings)
-    done = manifest.read_info(target)
-    if done is not None:
-        if done.get("made_by") != made_by:
+    info = manifest.read_info(target)
+    if info is not None:
+        if info.get("made_by") != made_by:
             raise UserError(f"{target} was made with other settings: remove it or choose another run.name")
         print(f"{target} is complete: nothing to do")  # noqa: T201, the verb's result
         return
@@ -42,18 +42,19 @@ def train_sft(settings: config.Config) -> None:
 
 
 def _run_steps(session: Session) -> None:
+    """Make `trainer.steps` updates, and log their metrics. Collective."""
     settings = session.settings
     objective = objectives.get(settings.objective.name)
     directory = Path(settings.run.dir) / f"{Path(settings.trainer.save).name}-log"
     with Progress(directory, settings, settings.trainer.steps, active=session.is_rank_0) as progress:
         for step in range(settings.trainer.steps):
-            began = time.monotonic()
+            start = time.monotonic()
             rate = set_learning_rate(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
             micro_batches = _sft_batch(session, step).split(settings.trainer.micro_batch_size)
             build.validate_micro_batches(settings.parallel, len(micro_batches))
             stats, norm = session.engine.update(micro_batches, None, objective, settings.objective)
             values = stats.gathered(session.reports_stats).values()
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start
             progress.step(
                 {"step": step + 1, **values, "grad_norm": norm, "learning_rate": rate, "seconds_step": seconds},
                 ("loss", "grad_norm"),
@@ -61,15 +62,15 @@ def _run_steps(session: Session) -> None:
 
 
 def _sft_batch(session: Session, step: int) -> Batch:
-    """This data-parallel rank's rows of a step's batch."""
+    """Build this data-parallel rank's rows of a step's batch."""
     supervised = session.settings.supervised
     rows, size = supervised.rows, session.dp_size
     micro_batch_size = session.settings.trainer.micro_batch_size
     if rows % (size * micro_batch_size):
         raise UserError(
-            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro_batch_size}) × data-parallel ranks "
-            f"({size})"
+            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro_batch_size}) × "
+            f"data-parallel ranks ({size})"
         )
     tokens, target = session.task.supervised_batch(session.settings.run.seed, step, rows, supervised.length)
-    part = slice(session.dp_rank * rows // size, (session.dp_rank + 1) * rows // size)
-    return from_sft(tokens[part], target[part].astype(bool))
+    local_rows = slice(session.dp_rank * rows // size, (session.dp_rank + 1) * rows // size)
+    return from_sft(tokens[local_rows], target[local_rows].astype(bool))

@@ -1,7 +1,7 @@
-"""What a run is asked from outside while it works: SIGUSR1, a checkpoint; SIGTERM, to end its step, save and stop.
+"""Requests to a running run by signals: SIGUSR1 for a checkpoint; SIGTERM to end the step, save and stop.
 
-A signal may reach one rank or all, each in another step's last moment. So a rank only notes it, and at the end of a step
-the ranks tell each other: what one was asked, all do, after the same step.
+A signal may reach one rank or all, and each at the end of another step. So a rank only records it, and at the end of a
+step the ranks agree: what was requested of one, all do, after the same step.
 """
 
 import logging
@@ -15,54 +15,63 @@ import torch
 import torch.distributed as dist
 
 _log = logging.getLogger(__name__)
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that was asked to stop
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM stopped
 
 
 @dataclass(frozen=True)
 class SignalActions:
-    """What all ranks have been asked since the last step: a checkpoint, and then an end."""
+    """What was requested of any rank since the last step.
+
+    Attributes:
+        save: a checkpoint.
+        stop: the end of the run, after a checkpoint.
+    """
 
     save: bool
     stop: bool
 
 
 class SignalRequests:
-    """What this rank was asked. Counts rather than flags: one that comes while another is answered is not lost."""
+    """The requests to this rank. They are counted: one that comes while another is being handled is not lost."""
 
     def __init__(self, grace_s: float):
         self._grace_s = grace_s
-        self._saves = self._answered = 0
+        self._saves = self._handled = 0
         self._stop = False
 
     def agree(self, device: torch.device) -> SignalActions:
-        """What any rank was asked since the last call. Collective over the world."""
-        saves, self._answered = self._saves - self._answered, self._saves
-        asked = torch.tensor([saves, int(self._stop)], device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stop = bool(asked[1])
-        return SignalActions(save=bool(asked[0]) or stop, stop=stop)
+        """Return what was requested of any rank since the last call. Collective."""
+        saves, self._handled = self._saves - self._handled, self._saves
+        requested = torch.tensor([saves, int(self._stop)], device=device)
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        stop = bool(requested[1])
+        return SignalActions(save=bool(requested[0]) or stop, stop=stop)
 
     def _on_save_requested(self, number: int, frame: FrameType | None) -> None:
+        """Record SIGUSR1."""
         self._saves += 1
 
     def _on_stop_requested(self, number: int, frame: FrameType | None) -> None:
-        """Once: Slurm tells a rank and torchrun, which tells the rank again."""
+        """Record SIGTERM, once: Slurm sends it to a rank and to torchrun, which sends it to the rank again."""
         if not self._stop:
             self._stop = True
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _on_grace_expired(self, number: int, frame: FrameType | None) -> None:
-        """Unwinds like an exception, so that the server is stopped and files are closed."""
+        """End the run by an exception, so that the server is stopped and files are closed."""
         _log.error("stopped within a step, %g s after SIGTERM (trainer.grace_s): it is not saved", self._grace_s)
         raise SystemExit(STOPPED)
 
 
 @contextmanager
 def handle_signals(grace_s: float) -> Iterator[SignalRequests]:
-    """Note SIGUSR1 and SIGTERM while the block runs, in the process's main thread.
+    """Record SIGUSR1 and SIGTERM while the block runs, in the process's main thread.
 
     Args:
-        grace_s: `trainer.grace_s`. With 0, SIGTERM does what it did before.
+        grace_s: `trainer.grace_s`, seconds from SIGTERM to the end of the step; 0 leaves SIGTERM's handler unchanged.
+
+    Yields:
+        The recorded requests.
     """
     requests = SignalRequests(grace_s)
     handlers = {signal.SIGUSR1: requests._on_save_requested}

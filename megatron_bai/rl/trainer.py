@@ -66,8 +66,9 @@ def train(settings: config.Config) -> None:
 
 
 def _run_training(session: Session, start: ResumePoint) -> None:
+    """Run the remaining steps, save the models and write the report. Collective."""
     settings, directory = session.settings, Path(session.settings.run.dir)
-    # of the weights the run began with, which the checkpoint's replace next
+    # A copy of the weights that the run started from: the checkpoint's are loaded next.
     reference = WeightCopy(session.actor) if policy_settings(settings.objective).kl_penalty else None
     models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
     start.load_models(models)
@@ -94,7 +95,7 @@ def _run_steps(
     progress: Progress,
     summary: Summary,
 ) -> int:
-    """What is left to do. Returns the version of the weights."""
+    """Run the remaining steps and return the version of the weights. Collective."""
     with (
         open_route_recorder(session, start.step, start.same_store) as route_recorder,
         start_inference(session, start.version) as inference,
@@ -115,19 +116,21 @@ def _run_steps(
         return inference.version
 
 
-def _act_on_requests(values: dict[str, Any], asked: SignalActions, checkpoints: RunCheckpoints, version: int) -> None:
-    """Save if it is time to, or if an alarm or a signal asks for it; then end the run if that is asked. Collective.
+def _act_on_requests(
+    values: dict[str, Any], requested: SignalActions, checkpoints: RunCheckpoints, version: int
+) -> None:
+    """Save if it is due, or if an alarm or a signal requests it; then end the run if one requests that. Collective.
 
     Raises:
         UserError: an alarm stops the run; the step's checkpoint is written.
-        SystemExit: a signal does, likewise.
+        SystemExit: a signal stops it, likewise.
     """
     step, action = values["step"], demanded(values)
-    checkpoints.save_if_due(step, version, asked.save or action != "warn")
+    checkpoints.save_if_due(step, version, requested.save or action != "warn")
     if action == "stop":
         checkpoints.wait()
         raise UserError(f"stopped by an alarm at step {step}, which is saved: {Alarm(**values['alarms'][0])}")
-    if asked.stop:
+    if requested.stop:
         checkpoints.wait()
         if dist.get_rank() == 0:
             _log.info("stopped after step %d, as SIGTERM asked: the same command goes on from there", step)
@@ -141,10 +144,11 @@ def _validated(session: Session) -> Session:
 
 
 class TrainingLoop:
-    """One global step after another.
+    """The global steps of a run.
 
     Attributes:
-        stateful: what goes on where it was when the run is resumed.
+        stateful: objects whose state a resumed run needs, by name.
+        warmup: steps that train the critic alone.
     """
 
     def __init__(
@@ -171,7 +175,14 @@ class TrainingLoop:
         self.warmup = session.critic.settings.critic_warmup if session.critic else 0
 
     def step(self, step: int) -> dict[str, Any]:
-        """Roll out, update N times, sync. Returns the step's metrics, the same on every rank. Collective."""
+        """Roll out, update N times, sync. Collective.
+
+        Args:
+            step: global step, from 0.
+
+        Returns:
+            The step's metrics, the same on every rank.
+        """
         clock = Clock()
         stats, router_stats = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
@@ -223,14 +234,14 @@ class TrainingLoop:
         return self._with_alarms(values)
 
     def _gather_metrics(self, stats: Stats, router_stats: Stats) -> dict[str, float]:
-        """The step's statistics over the world. Collective."""
+        """Gather the step's statistics over the world. Collective."""
         stats, router_stats = stats.gathered(self.session.reports_stats), router_stats.gathered(True)
         lengths = of_responses(stats, self.settings.monitor.bucket)
         load = router.of_load(router_stats, self.session.signature.num_experts)
         return {**stats.values(), **lengths, **router_stats.values(), **load}
 
     def _with_alarms(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The step's metrics with `alarms`, where there are any; every rank finds the same."""
+        """Return the metrics with `alarms`, if there are any; they are the same on every rank."""
         alarms = self.monitor.step(values)
         return values | ({"alarms": [alarm.json() for alarm in alarms]} if alarms else {})
 
@@ -257,51 +268,51 @@ class TrainingLoop:
             add_discrepancies(stats, batch, previous, None if live_scores is None else live_scores.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
         if self.reference:
-            with (
-                self.reference.swapped_in()
-            ):  # its own router decides: the reference is one distribution for the whole run
+            with self.reference.swapped_in():  # with its live router: it is one distribution for the whole run
                 reference = engine.score(micro_batches).logprobs
             if engine.last_stage:
                 assert reference is not None
                 batch.reference_logprobs.copy_(reference)
-        used = inference if mode == "r3" else old.routes
-        router.add_load(router_stats, used, engine.replay.columns)
-        return None if mode == "none" else used
+        routes = inference if mode == "r3" else old.routes
+        router.add_load(router_stats, routes, engine.replay.columns)
+        return None if mode == "none" else routes
 
     def _update(
         self, step: int, mini_batches: MiniBatches, routes: list[MicroRoutes] | None, stats: Stats
     ) -> dict[str, float]:
-        """N optimizer steps on consecutive mini-batches, each with the routes of its micro-batches."""
+        """Make an optimizer step on each mini-batch, with the routes of its micro-batches. Collective."""
         trainer, engine = self.settings.trainer, self.session.engine
         norms, rate, first = [], 0.0, (step - self.warmup) * trainer.mini_batches
         updates = (trainer.steps - self.warmup) * trainer.mini_batches
         remaining = iter(routes or ())
-        for number, micro_batches in enumerate(mini_batches):
-            rate = set_learning_rate(self.session.actor.optimizer, trainer, first + number, updates)
-            own = routes and list(islice(remaining, len(micro_batches)))
-            found, norm = engine.update(micro_batches, own, self.objective, self.settings.objective)
-            stats.add(found)
+        for update, micro_batches in enumerate(mini_batches, start=first):
+            rate = set_learning_rate(self.session.actor.optimizer, trainer, update, updates)
+            mini_batch_routes = routes and list(islice(remaining, len(micro_batches)))
+            update_stats, norm = engine.update(
+                micro_batches, mini_batch_routes, self.objective, self.settings.objective
+            )
+            stats.add(update_stats)
             norms.append(norm)
         return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}
 
     def _update_critic(self, step: int, mini_batches: MiniBatches, stats: Stats) -> dict[str, float]:
-        """N optimizer steps of the critic, on the same mini-batches."""
+        """Make the critic's optimizer steps, on the same mini-batches. Collective."""
         assert self.session.critic
-        found, norms, rate = self.session.critic.update(mini_batches, step * self.settings.trainer.mini_batches)
-        stats.add(found)
+        update_stats, norms, rate = self.session.critic.update(mini_batches, step * self.settings.trainer.mini_batches)
+        stats.add(update_stats)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
 
     def _expected_replay_rows(self, step: int, batch: Batch) -> int:
-        """(token, layer) rows that are to be replayed for this replica in the step, which has not begun to score."""
+        """Return the (token, layer) rows to be replayed for this replica in the step; called before it scores."""
         rows = int(batch.routed.sum())
-        fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes, which lack none
-        updated = step >= self.warmup
-        scored = 2 if self.previous_weights and self.previous_weights.available else 1
-        per_layer = {"none": 0, "r2": updated * fed, "r3": (scored + updated) * rows}[self.settings.replay.mode]
+        fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes: none is missing
+        updates = step >= self.warmup
+        scorings = 2 if self.previous_weights and self.previous_weights.available else 1
+        per_layer = {"none": 0, "r2": updates * fed, "r3": (scorings + updates) * rows}[self.settings.replay.mode]
         return per_layer * self.session.signature.moe_layers
 
     def _sum_over_ranks(self, values: list[int]) -> list[int]:
-        """ArithmeticTask over the world. Collective."""
+        """Sum over the world. Collective."""
         tensor = torch.tensor(values, dtype=torch.int64, device=self.session.device.device)
         dist.all_reduce(tensor)
         return tensor.tolist()

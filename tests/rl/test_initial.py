@@ -107,7 +107,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     monkeypatch.setattr(pipeline, "make_plan", lambda recipes, sources, *_: make_plan(recipes, sources, 1 << 14, 1 << 16, OutputSpec()))
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
     assert in_child(kind, at, init_weights.run_init_merge, settings) == -signal.SIGKILL
-    assert not actor.exists() and journal.names(atomic_dir.staging_path(actor))
+    assert not actor.exists() and journal.finished_names(atomic_dir.staging_path(actor))
     stage = atomic_dir.staging_path(actor).stat().st_ino
     init_weights.run_init_merge(settings)
     assert actor.stat().st_ino == stage  # and not a new one
