@@ -9,7 +9,7 @@ from command import all_succeeded, megatron_bai, succeeded, torchrun
 
 from megatron_bai.checkpoint import manifest
 
-pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
+pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.usefixtures("forked_servers")]
 REWARD = """
 def odd(prompt, response, answer, extra):
     print("rewarding", prompt)

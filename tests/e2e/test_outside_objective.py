@@ -7,7 +7,7 @@ import pytest
 from command import megatron_bai, succeeded
 from outside import install
 
-pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("forked_servers")]
 
 
 def test_it_trains_with_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

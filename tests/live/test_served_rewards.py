@@ -20,7 +20,7 @@ from megatron_bai.rewards import Item
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import _environment
 
-pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("forked_servers")]
 TEMPLATE = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}{% endfor %}<eos>"
 
 
