@@ -7,17 +7,17 @@ new one, complete, under its working name: `recover`, which every reader calls, 
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from megatron_bai.errors import UserError
+from megatron_bai.utils import file_lock
+from megatron_bai.utils.atomic_file import fsync_path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def staging_path(target: Path) -> Path:
@@ -35,46 +35,22 @@ def _sibling_path(target: Path, ending: str) -> Path:
     return target.parent / f".{target.name}.{ending}"
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a directory entry to disk, so that a power cut cannot reorder what is written after it."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 @contextmanager
 def lock(target: Path) -> Iterator[None]:
-    """The right to write `target`, which this process has until the block, or the process, ends.
+    """Hold the right to write `target` until the block, or the process, ends.
 
-    A file system without locks gives everyone the right.
+    On a file system without locks every process gets the right.
 
     Raises:
-        UserError: another process has it.
-        OSError: the lock's file cannot be made.
+        UserError: another process holds it.
+        OSError: the lock's file cannot be created.
     """
-    path = _sibling_path(target, "lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    with ExitStack() as stack:
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`, which a forked child would keep alive
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(fd)
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                raise UserError(f"{target} is being written by another process: let it end first") from None
-        with suppress(FileNotFoundError):
-            if os.fstat(fd).st_ino == os.stat(path).st_ino:
-                break
-        os.close(fd)  # whoever had it deleted it after we opened it
-    try:
+            stack.enter_context(file_lock.lock_file(_sibling_path(target, "lock")))
+        except BlockingIOError:
+            raise UserError(f"{target} is being written by another process: let it end first") from None
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
 
 
 def commit(target: Path) -> None:

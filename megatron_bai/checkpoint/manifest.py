@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_bai.checkpoint import atomic_dir, crc32
 from megatron_bai.errors import UserError
+from megatron_bai.utils.atomic_file import fsync_path
 from megatron_bai.utils.strict_json import parse
 
 NAME = "manifest.json"
@@ -49,14 +50,14 @@ def finalize(
     found = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
     names = sorted(path.as_posix() for path in found if path.as_posix() != NAME and path.parts[0] != scratch_dir)
     for name in names:
-        atomic_dir.fsync_path(stage / name)
+        fsync_path(stage / name)
     known = dict(crcs or {})
     known |= compute_crcs(stage, [name for name in names if name not in known])
     files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{known[name]:08x}"} for name in names}
     body = json.loads(json.dumps({"version": VERSION, "files": files, "info": info}))  # as it will be read
     (stage / NAME).write_text(json.dumps(body | {"crc32": _content_crc(body)}, indent=1) + "\n")
-    atomic_dir.fsync_path(stage / NAME)
-    atomic_dir.fsync_path(stage)
+    fsync_path(stage / NAME)
+    fsync_path(stage)
     if scratch_dir:
         shutil.rmtree(stage / scratch_dir, ignore_errors=True)
     atomic_dir.commit(target)

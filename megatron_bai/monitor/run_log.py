@@ -18,6 +18,7 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.loggers import Loggers
+from megatron_bai.utils import atomic_file
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Progress:
         OmegaConf.save(OmegaConf.structured(settings), self.directory / "config.yaml", resolve=True)
         path = self.directory / "metrics.jsonl"
         self.records = _records(path, after)
-        replace(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        atomic_file.write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(path, "a", encoding="utf-8")
         self._loggers = Loggers(self.directory, settings)
         self._console = Console(file=sys.stdout, highlight=False)
@@ -83,18 +84,6 @@ class Progress:
         for alarm in values.get("alarms", ()):
             _log.warning("alarm: %s", Alarm(**alarm))
         self._bar.advance(self._task)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one go: a reader sees the old one or the new one."""
-    replace(path, json.dumps(content, indent=1) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file in one go: a reader sees the old one or the new one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _records(path: Path, after: int) -> list[dict[str, Any]]:

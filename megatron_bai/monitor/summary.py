@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_bai import __version__, config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.run_log import write_json
+from megatron_bai.utils.atomic_file import write_json
 
 _PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine")
 

@@ -7,7 +7,6 @@ the CRC-32 of every item, computed when it was written: what no longer agrees is
 
 import dataclasses
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from megatron_bai.checkpoint import atomic_dir, crc32, manifest
 from megatron_bai.checkpoint.writer import WrittenItem
+from megatron_bai.utils import atomic_file
 
 DIRECTORY = ".journal"
 MARK = "mark"
@@ -39,7 +39,7 @@ def open_staging_dir(target: Path, mark: str) -> Path:
         pass
     path = manifest.make_staging_dir(target)
     (path / DIRECTORY).mkdir()
-    _write(path / DIRECTORY / MARK, mark)
+    atomic_file.write_text(path / DIRECTORY / MARK, mark, durable=True)
     return path
 
 
@@ -105,20 +105,12 @@ def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
 def record_unit(directory: Path, unit: str, result: UnitResult) -> None:
     """Remember a unit, after its data; both survive a power cut."""
     for name in {item.file for item in result.written}:
-        atomic_dir.fsync_path(directory / name)
+        atomic_file.fsync_path(directory / name)
     written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply
     text = json.dumps({"written": written, "squares": result.squares})
-    _write(directory / DIRECTORY / f"{unit}.json", f"{text}\n{crc32.compute(text.encode()):08x}")
+    crc = crc32.compute(text.encode())
+    atomic_file.write_text(directory / DIRECTORY / f"{unit}.json", f"{text}\n{crc:08x}", durable=True)
 
 
 def _tuple(value: list[int] | None) -> tuple[int, ...] | None:
     return None if value is None else tuple(value)
-
-
-def _write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    atomic_dir.fsync_path(new)
-    os.replace(new, path)
-    atomic_dir.fsync_path(path.parent)

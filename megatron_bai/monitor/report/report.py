@@ -1,6 +1,5 @@
 """A run, or several side by side, as one self-contained HTML file."""
 
-import os
 from html import escape
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.report import html_page
 from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, charts_of, others
 from megatron_bai.monitor.report.run_data import RunData, load_run, names
+from megatron_bai.utils import atomic_file
 from megatron_bai.utils.flatten import flatten
 
 
@@ -27,9 +27,8 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     parts.append(_chart_section("Other", "Metrics this report has no place for.", others(runs), charts))
     parts += [_merge_section(runs), _config_section(runs)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    partial.write_text(html_page.page("megatron-bai · " + ", ".join(named), "".join(parts), charts), encoding="utf-8")
-    os.replace(partial, output)
+    page = html_page.page("megatron-bai · " + ", ".join(named), "".join(parts), charts)
+    atomic_file.write_text(output, page)
 
 
 def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts: list[html_page.Chart]) -> str:

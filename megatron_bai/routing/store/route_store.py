@@ -12,7 +12,6 @@ A record is with the operating system when `append` returns, so a killed process
 it is on the disk after `sync`, so a power cut loses what came later.
 """
 
-import fcntl
 import os
 import struct
 import zlib
@@ -22,10 +21,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_bai.checkpoint.atomic_dir import fsync_path
 from megatron_bai.errors import UserError
 from megatron_bai.routing.store import codec
 from megatron_bai.routing.store.codec import Recording
+from megatron_bai.utils.atomic_file import fsync_path
+from megatron_bai.utils.file_lock import lock_open_file
 
 SUFFIX = ".routes"
 MAGIC = b"MBR\x01"  # the last byte is the version
@@ -112,7 +112,7 @@ class StoreWriter:
         except OSError as error:
             raise UserError(f"cannot write routes to {self.path}: {error.strerror}") from None
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_open_file(self._fd)
             self._recover()
         except BaseException as error:
             os.close(self._fd)

@@ -1,0 +1,54 @@
+"""Write a small file in one step: readers see the old content or the new."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to disk, so that a power cut cannot reorder what is written after it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Replace a file's content, in UTF-8.
+
+    Args:
+        path: of the file, which need not exist; its directory must.
+        text: the new content.
+        durable: return once the file would survive a power cut.
+
+    Raises:
+        OSError: it cannot be written; the file is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # two processes do not write into each other's
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_path(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file's content by an object as JSON.
+
+    Args:
+        path: as in `write_text`.
+        content: whatever `json` can write.
+
+    Raises:
+        OSError: it cannot be written; the file is unchanged.
+    """
+    write_text(path, json.dumps(content, indent=1) + "\n")
