@@ -17,8 +17,9 @@ import torch
 
 from megatron_bai.checkpoint import crc32, manifest
 from megatron_bai.checkpoint.boxes import row_major_strides, strided_extent
-from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, Record, ScratchBuffers, TensorInfo
+from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.checkpoint.record_crcs import ItemKey
+from megatron_bai.checkpoint.tensor_index import Chunk, Record, TensorInfo
 from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
 from megatron_bai.errors import Unfit, UserError
 from megatron_bai.utils.strict_json import parse

@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_bai.checkpoint import crc32, manifest, positional_io, torch_zip
-from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ObjectInfo, Record, ScratchBuffers, TensorInfo
+from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.checkpoint.safe_unpickle import read_metadata
+from megatron_bai.checkpoint.tensor_index import Chunk, ObjectInfo, Record, TensorInfo
 from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
 from megatron_bai.errors import UserError
 from megatron_bai.utils.strict_json import parse

@@ -12,7 +12,8 @@ from rich.table import Table
 from megatron_bai.checkpoint import manifest
 from megatron_bai.checkpoint.boxes import split_box
 from megatron_bai.checkpoint.formats import open_checkpoint
-from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers, TensorInfo
+from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
+from megatron_bai.checkpoint.tensor_index import TensorInfo
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution.output_dir import PROVENANCE

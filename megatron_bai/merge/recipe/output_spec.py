@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bai.checkpoint.reader import TensorInfo
+from megatron_bai.checkpoint.tensor_index import TensorInfo
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.param_groups import param_group

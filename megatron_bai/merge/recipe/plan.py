@@ -34,7 +34,8 @@ from itertools import chain
 import torch
 
 from megatron_bai.checkpoint.boxes import Box, intersect_boxes, split_box
-from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ScratchBuffers, TensorInfo
+from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
+from megatron_bai.checkpoint.tensor_index import Chunk, TensorInfo
 from megatron_bai.errors import UserError
 from megatron_bai.merge.recipe.output_spec import OutputSpec, choose_output_dtypes
 from megatron_bai.merge.recipe.recipe import Recipe, SliceStats

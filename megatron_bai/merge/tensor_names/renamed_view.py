@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_bai.checkpoint.boxes import Box, box_slices
-from megatron_bai.checkpoint.reader import CheckpointReader, Chunk, ChunkStream, ScratchBuffers, TensorInfo
+from megatron_bai.checkpoint.reader import CheckpointReader, ChunkStream, ScratchBuffers
+from megatron_bai.checkpoint.tensor_index import Chunk, TensorInfo
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.canonical_names import EXPERT, LAYER, canonical_box

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_bai.checkpoint.reader import TensorInfo
+from megatron_bai.checkpoint.tensor_index import TensorInfo
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.canonical_names import canonical_box
 from megatron_bai.utils.strict_json import parse
