@@ -78,7 +78,7 @@ def test_what_a_function_prints_goes_to_the_log(pool: WorkerPool, log: Path) -> 
 def test_several_workers_share_the_samples_and_end_with_the_block(log: Path) -> None:
     with WorkerPool("functions:misbehave", None, 2, 60.0, log) as pool:
         pool._start_workers(2)
-        pool._until_ready()
+        pool._wait_until_ready()
         pids = {int(score.value) for score in pool.scores(ask(*["pid"] * 40))}
         assert len(pids) == 2
     assert not any(map(psutil.pid_exists, pids))
