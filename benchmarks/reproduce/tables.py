@@ -140,7 +140,7 @@ def sticks(runs: Runs) -> str:
 def buckets(runs: Runs) -> str:
     """Mean reward of the responses of each length bucket, in the first and the last quarter of the steps."""
     words = []
-    for low in sorted({int(key.split("/")[1]) for run in runs for key in run.family("reward_by_length")}):
+    for low in sorted({int(key.split("/")[1]) for run in runs for key in run.numbered_metrics("reward_by_length")}):
         parts = [(_pooled(runs, low, 0, 0.25)), _pooled(runs, low, 0.75, 1)]
         if any(parts):
             words.append(f"{low}+: " + " → ".join("–" if part is None else f"{part:.2f}" for part in parts))

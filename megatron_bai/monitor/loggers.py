@@ -102,7 +102,11 @@ class Mlflow:
         self._client.set_terminated(self._id)
 
 
-_KINDS: dict[str, Callable[[Path, config.Config], Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
+_KINDS: dict[str, Callable[[Path, config.Config], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+}
 
 
 class Loggers:
@@ -114,7 +118,9 @@ class Loggers:
             if not getattr(settings.monitor, name):
                 continue
             if find_spec(name) is None:  # TensorBoard's only: `require` refuses the others
-                _log.warning("tensorboard is not installed: the run writes no event files (metrics.jsonl has everything)")
+                _log.warning(
+                    "tensorboard is not installed: the run writes no event files (metrics.jsonl has everything)"
+                )
                 continue
             self._open[name] = kind(directory, settings)
 
@@ -164,4 +170,6 @@ def require(monitor: config.Monitor) -> None:
     """
     for name in ("wandb", "mlflow"):
         if getattr(monitor, name) and find_spec(name) is None:
-            raise UserError(f"monitor.{name} is set, but {name} is not installed: pip install {name}, or leave it empty")
+            raise UserError(
+                f"monitor.{name} is set, but {name} is not installed: pip install {name}, or leave it empty"
+            )

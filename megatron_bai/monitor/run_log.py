@@ -11,8 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
@@ -23,7 +22,7 @@ from megatron_bai.utils import atomic_file
 _log = logging.getLogger(__name__)
 
 
-class Progress:
+class RunLog:
     """Writes steps as they end. On a rank that is not `active` it does nothing.
 
     Attributes:
@@ -46,18 +45,23 @@ class Progress:
         self.directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(settings), self.directory / "config.yaml", resolve=True)
         path = self.directory / "metrics.jsonl"
-        self.records = _records(path, after)
+        self.records = _read_records(path, after)
         atomic_file.write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(path, "a", encoding="utf-8")
         self._loggers = Loggers(self.directory, settings)
         self._console = Console(file=sys.stdout, highlight=False)
-        self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=self._console, disable=not self._console.is_terminal, transient=True,
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
         )
         self._task = self._bar.add_task("steps", total=steps, completed=after)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "RunLog":
         if self.active:
             self._bar.start()
         return self
@@ -70,7 +74,7 @@ class Progress:
             self._file.close()
             self._loggers.close()
 
-    def step(self, values: dict[str, Any], shown: tuple[str, ...]) -> None:
+    def log_step(self, values: dict[str, Any], shown: tuple[str, ...]) -> None:
         """Record one step's values, and show some of them."""
         if not self.active:
             return
@@ -86,7 +90,7 @@ class Progress:
         self._bar.advance(self._task)
 
 
-def _records(path: Path, after: int) -> list[dict[str, Any]]:
+def _read_records(path: Path, after: int) -> list[dict[str, Any]]:
     """Those of the first `after` steps."""
     if not after:
         return []

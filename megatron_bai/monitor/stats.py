@@ -63,13 +63,13 @@ class Stats:
             self.tallies[name].update(counts)
         return self
 
-    def gathered(self, contributes: bool) -> "Stats":
-        """The sum over the ranks that contribute, on every rank. Collective over the world."""
-        mine = (dict(self._means), dict(self._weights), self._maxima, dict(self.tallies)) if contributes else None
-        everyone: list[tuple[Any, ...] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+    def gather_sum(self, include: bool) -> "Stats":
+        """Sum the statistics of the ranks that `include` theirs, on every rank. Collective over the world."""
+        local = (dict(self._means), dict(self._weights), self._maxima, dict(self.tallies)) if include else None
+        gathered: list[tuple[Any, ...] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, local)
         total = Stats()
-        for found in everyone:
+        for found in gathered:
             if found is not None:
                 part = Stats()
                 part._means, part._weights, part._maxima, part.tallies = found
@@ -83,7 +83,7 @@ class Stats:
         return means | sizes | self._maxima
 
     def _add_weights(self, name: str, sums: Sequence[float]) -> None:
-        self._weights[name] = [mine + theirs for mine, theirs in zip(self._weights[name], sums, strict=True)]
+        self._weights[name] = [a + b for a, b in zip(self._weights[name], sums, strict=True)]
 
 
 def quantile(counts: Counter[int], share: float) -> int:

@@ -1,11 +1,11 @@
-"""Where a step's time goes."""
+"""Time the phases of a step."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Clock:
+class StepTimer:
     """Seconds by phase of a step."""
 
     def __init__(self) -> None:
@@ -14,12 +14,13 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Time the block as a phase."""
         began = time.monotonic()
         yield
         self._phases[phase] = time.monotonic() - began
 
-    def report(self, tokens: int) -> dict[str, float]:
-        """`seconds_PHASE`, `seconds_step`, and `tokens_per_second` of the whole step."""
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Return `seconds_PHASE`, `seconds_step`, and `tokens_per_second` of the whole step."""
         total = time.monotonic() - self._began
         phases = {f"seconds_{phase}": seconds for phase, seconds in self._phases.items()}
         return {**phases, "seconds_step": total, "tokens_per_second": tokens / total}

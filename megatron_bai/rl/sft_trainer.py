@@ -8,7 +8,7 @@ from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
-from megatron_bai.monitor.run_log import Progress
+from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_sft
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
@@ -46,16 +46,16 @@ def _run_steps(session: Session) -> None:
     settings = session.settings
     objective = objectives.get(settings.objective.name)
     directory = Path(settings.run.dir) / f"{Path(settings.trainer.save).name}-log"
-    with Progress(directory, settings, settings.trainer.steps, active=session.is_rank_0) as progress:
+    with RunLog(directory, settings, settings.trainer.steps, active=session.is_rank_0) as progress:
         for step in range(settings.trainer.steps):
             start = time.monotonic()
             rate = set_learning_rate(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
             micro_batches = _sft_batch(session, step).split(settings.trainer.micro_batch_size)
             build.validate_micro_batches(settings.parallel, len(micro_batches))
             stats, norm = session.engine.update(micro_batches, None, objective, settings.objective)
-            values = stats.gathered(session.reports_stats).values()
+            values = stats.gather_sum(session.reports_stats).values()
             seconds = time.monotonic() - start
-            progress.step(
+            progress.log_step(
                 {"step": step + 1, **values, "grad_norm": norm, "learning_rate": rate, "seconds_step": seconds},
                 ("loss", "grad_norm"),
             )

@@ -14,13 +14,13 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import megatron_checkpoint
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.detectors.alarm import Alarm
-from megatron_bai.monitor.detectors.run_monitor import Monitor, demanded
+from megatron_bai.monitor.detectors.run_monitor import Monitor, required_action
 from megatron_bai.monitor.metrics import router_metrics as router
-from megatron_bai.monitor.metrics.response_metrics import of_responses
+from megatron_bai.monitor.metrics.response_metrics import compute_response_metrics
 from megatron_bai.monitor.report.report import write_report
-from megatron_bai.monitor.run_log import Progress
+from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.monitor.step_timer import Clock
+from megatron_bai.monitor.step_timer import StepTimer
 from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch
@@ -72,7 +72,7 @@ def _run_training(session: Session, start: ResumePoint) -> None:
     reference = WeightCopy(session.actor) if policy_settings(settings.objective).kl_penalty else None
     models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
     start.load_models(models)
-    with Progress(directory, settings, settings.trainer.steps, session.is_rank_0, start.step) as progress:
+    with RunLog(directory, settings, settings.trainer.steps, session.is_rank_0, start.step) as progress:
         resumed = [*read_summary(directory).get("resumed", []), start.step] if start.checkpoint else []
         summary = Summary(settings, dist.get_world_size(), progress.records, resumed)
         version = start.version
@@ -92,7 +92,7 @@ def _run_steps(
     start: ResumePoint,
     models: dict[str, MegatronModel],
     reference: WeightCopy | None,
-    progress: Progress,
+    progress: RunLog,
     summary: Summary,
 ) -> int:
     """Run the remaining steps and return the version of the weights. Collective."""
@@ -108,7 +108,7 @@ def _run_steps(
         ):
             for step in range(start.step, session.settings.trainer.steps):
                 values = loop.step(step)
-                progress.step(values, _PRINTED_METRICS)
+                progress.log_step(values, _PRINTED_METRICS)
                 if session.is_rank_0:
                     summary.step(values)
                     summary.write(session.settings.run.dir, complete=False)
@@ -125,7 +125,7 @@ def _act_on_requests(
         UserError: an alarm stops the run; the step's checkpoint is written.
         SystemExit: a signal stops it, likewise.
     """
-    step, action = values["step"], demanded(values)
+    step, action = values["step"], required_action(values)
     checkpoints.save_if_due(step, version, requested.save or action != "warn")
     if action == "stop":
         checkpoints.wait()
@@ -183,7 +183,7 @@ class TrainingLoop:
         Returns:
             The step's metrics, the same on every rank.
         """
-        clock = Clock()
+        clock = StepTimer()
         stats, router_stats = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
         with clock("rollout"):
@@ -229,15 +229,15 @@ class TrainingLoop:
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
             **update_metrics,
             "sync_gap": self.inference.sync_gap,
-            **clock.report(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
+            **clock.metrics(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
         return self._with_alarms(values)
 
     def _gather_metrics(self, stats: Stats, router_stats: Stats) -> dict[str, float]:
         """Gather the step's statistics over the world. Collective."""
-        stats, router_stats = stats.gathered(self.session.reports_stats), router_stats.gathered(True)
-        lengths = of_responses(stats, self.settings.monitor.bucket)
-        load = router.of_load(router_stats, self.session.signature.num_experts)
+        stats, router_stats = stats.gather_sum(self.session.reports_stats), router_stats.gather_sum(True)
+        lengths = compute_response_metrics(stats, self.settings.monitor.bucket)
+        load = router.compute_load_metrics(router_stats, self.session.signature.num_experts)
         return {**stats.values(), **lengths, **router_stats.values(), **load}
 
     def _with_alarms(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class TrainingLoop:
         live_scores: Scores | None = None
         if mode != "r3" or self.settings.replay.measure_live:
             live_scores = engine.score(micro_batches, record=True)
-            router.add_mismatch(router_stats, inference, live_scores.routes, engine.replay.columns, self.stages)
+            router.add_route_mismatch(router_stats, inference, live_scores.routes, engine.replay.columns, self.stages)
         old = replayed or live_scores
         assert old, "replayed with r3, live with the other modes"
         previous = None
@@ -274,7 +274,7 @@ class TrainingLoop:
                 assert reference is not None
                 batch.reference_logprobs.copy_(reference)
         routes = inference if mode == "r3" else old.routes
-        router.add_load(router_stats, routes, engine.replay.columns)
+        router.add_expert_load(router_stats, routes, engine.replay.columns)
         return None if mode == "none" else routes
 
     def _update(

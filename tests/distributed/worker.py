@@ -162,7 +162,7 @@ class Run:
 
         settings = settings or self.settings.objective
         stats, norm = self.engine.update(self.micros, self.routes(mode), objectives.get(settings.name), settings)
-        return stats.gathered(self.reports_stats).values() | {"grad_norm": norm}
+        return stats.gather_sum(self.reports_stats).values() | {"grad_norm": norm}
 
     def export(self, target: Path) -> None:
         from megatron_bai.model import hf_checkpoint
@@ -272,7 +272,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     run.batch.in_loss.copy_(run.in_loss)
     run.micros = run.batch.split(case.micro)
     stats = critic.estimate_values(run.batch, run.micros)
-    found["statistics"] = stats.gathered(run.reports_stats).values()
+    found["statistics"] = stats.gather_sum(run.reports_stats).values()
     names = ("values", "returns", "advantages")
     mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None
     parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
@@ -280,7 +280,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     run.batch.values += run.noise  # so that some values have left the old ones by more than the limit
     run.batch.drop_excluded()
     (stats, norms, _), found["gradient"] = measured(critic.model, lambda: critic.update([run.micros], 0))
-    found["update"] = stats.gathered(run.reports_stats).values() | {"grad_norm": norms[0]}
+    found["update"] = stats.gather_sum(run.reports_stats).values() | {"grad_norm": norms[0]}
     found["diverged"] = diverged(critic.model)
     found["actor"] = measured(run.actor, lambda: run.update("none", PPO))
     return found
@@ -431,7 +431,7 @@ def statistics() -> dict[str, Any]:
         stats.mean("only", torch.tensor([5.0]))
     stats.sample_size("ess", torch.arange(rank + 1.0))
     stats.tally("seen", torch.arange(rank + 1))
-    both, second = stats.gathered(True), stats.gathered(rank == 1)
+    both, second = stats.gather_sum(True), stats.gather_sum(rank == 1)
     return {
         "all": gathered(both.values()), "one": gathered(second.values()), "own": stats.values(),
         "tallies": gathered([dict(each.tallies["seen"]) for each in (both, second)]),

@@ -12,7 +12,7 @@ import pytest
 from command import Result, succeeded
 from pipeline import STEPS, Demo
 
-from megatron_bai.monitor.report.charts import others
+from megatron_bai.monitor.report.charts import other_charts
 from megatron_bai.monitor.report.run_data import load_run
 from megatron_bai.routing.store.route_store import RouteStore
 
@@ -117,7 +117,7 @@ def test_the_report_stands_alone(demo: Demo, trained: Result) -> None:
     page = (demo.directory / "report.html").read_text()
     assert Links(page).found == []
     assert "Training–inference KL" in page and "Route coverage" in page and len(page) > 1_000_000  # plotly is inside
-    assert others([load_run(demo.directory, "demo", "")]) == []  # every metric of ours has a place of its own
+    assert other_charts([load_run(demo.directory, "demo", "")]) == []  # every metric of ours has a place of its own
 
 
 def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:

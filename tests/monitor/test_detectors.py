@@ -10,7 +10,7 @@ import pytest
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors.alarm import Alarm
-from megatron_bai.monitor.detectors.metric_track import Track
+from megatron_bai.monitor.detectors.metric_track import MetricTrack
 from megatron_bai.monitor.detectors.run_monitor import DETECTORS, Monitor, validate
 
 Record = dict[str, Any]
@@ -176,10 +176,10 @@ def test_the_noise_is_that_of_the_series_whatever_its_trend() -> None:
     for slope in (0.0, 0.05):
         found = []
         for _ in range(30):
-            track = Track(smooth=9, horizon=100)
+            track = MetricTrack(smooth=9, horizon=100)
             for step in range(150):
                 track.add(step, slope * step + random.normal(0, 0.3))
-            found.append(track.error(floor=0.0))
+            found.append(track.standard_error(floor=0.0))
         assert np.median(found) == pytest.approx(wanted, rel=0.2)
 
 

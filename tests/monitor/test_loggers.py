@@ -10,7 +10,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.loggers import Loggers, validate
-from megatron_bai.monitor.run_log import Progress
+from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.utils import terminal_logging
 
 ALARM = Alarm(2, "entropy_collapse", "entropy", 7.0, "entropy fell", "read the paper", 1, "warn", {"level": 0.1})
@@ -86,9 +86,9 @@ def test_a_logger_that_fails_is_named_and_the_run_goes_on(
 ) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file where the directory should be")
-    with Progress(tmp_path, settings(), 2, active=True) as progress:
+    with RunLog(tmp_path, settings(), 2, active=True) as progress:
         for record in RECORDS:
-            progress.step(record, ("reward_mean",))
+            progress.log_step(record, ("reward_mean",))
     said = capsys.readouterr().err
     assert said.count("tensorboard failed and is not used any more") == 1
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -96,9 +96,9 @@ def test_a_logger_that_fails_is_named_and_the_run_goes_on(
 
 
 def test_an_alarm_is_on_the_terminal_and_in_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(tmp_path, settings(tensorboard=False), 2, active=True) as progress:
+    with RunLog(tmp_path, settings(tensorboard=False), 2, active=True) as progress:
         for record in RECORDS:
-            progress.step(record, ("reward_mean",))
+            progress.log_step(record, ("reward_mean",))
     said = capsys.readouterr()
     assert said.out.splitlines()[1].startswith("[rank 0] step    2/2  reward_mean 0.75")
     assert said.err == "[rank 0] alarm: entropy collapse: entropy fell, 7 standard errors; read the paper\n"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.report import report
 from megatron_bai.monitor.report.report import load_run, write_report
-from megatron_bai.monitor.report.run_data import names
+from megatron_bai.monitor.report.run_data import run_names
 
 
 def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", config: str = "", **summary: Any) -> Path:
@@ -23,7 +23,7 @@ def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", con
     return directory
 
 
-def charts_of(html: str) -> dict[str, dict[str, Any]]:
+def section_charts(html: str) -> dict[str, dict[str, Any]]:
     """The charts in a report by title."""
     data = html.split('<script type="application/json" id="charts">')[1].split("</script>")[0]
     return {chart["title"]: chart for chart in json.loads(data)}
@@ -52,7 +52,7 @@ def test_one_file_with_headlines_and_charts(tmp_path, steps):
     html = (tmp_path / "out" / "report.html").read_text()
     assert "0.000 → 0.500" in html and "rollout, 60%" in html and "torch 2.13.0<" in html and "tensor 2" in html and "trainer.steps" in html
     assert "<script src" not in html and "<link" not in html  # opens offline
-    charts = charts_of(html)
+    charts = section_charts(html)
     kl = charts["Training–inference KL (k3)"]
     assert kl["log"] and [t["y"][0] for t in kl["traces"]] == [1e-9, 1e-5]
     rest = next(t for t in charts["Seconds per step: demo"]["traces"] if t["name"] == "rest")
@@ -66,7 +66,7 @@ def test_runs_side_by_side(tmp_path, steps):
     second = make_run(tmp_path / "b" / "demo", steps[:2], config="replay: {mode: none}\nseed: 1")
     write_report([first, second], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    traces = charts_of(html)["Reward, mean over the batch"]["traces"]
+    traces = section_charts(html)["Reward, mean over the batch"]["traces"]
     assert [len(t["x"]) for t in traces] == [3, 2]
     assert all(f"</i>{trace['name']}</span>" in html for trace in traces)  # the legend
     assert len({t["name"] for t in traces}) == 2 and len({t["line"]["color"] for t in traces}) == 2
@@ -78,7 +78,7 @@ def test_what_no_run_has_is_in_no_legend(tmp_path, steps):
         record["eval_accuracy"] = 0.5
     runs = [make_run(tmp_path / name, steps) for name in ("a", "b")]
     write_report(runs, tmp_path / "report.html")
-    charts = charts_of((tmp_path / "report.html").read_text())
+    charts = section_charts((tmp_path / "report.html").read_text())
     accuracy = charts["Mean reward on held-out problems, and its 95 % interval"]
     assert [trace["name"] for trace in accuracy["traces"]] == ["a", "b"]
 
@@ -90,13 +90,13 @@ def test_a_run_in_progress(tmp_path, steps):
     assert data.series("reward_mean") == ([0, 1, 2], [0.0, 0.25, None])
     assert data.series("loss") == ([2], [None])
     write_report([run], tmp_path / "report.html")
-    assert charts_of((tmp_path / "report.html").read_text())["Reward, mean over the batch"]["traces"][0]["y"][2] is None
+    assert section_charts((tmp_path / "report.html").read_text())["Reward, mean over the batch"]["traces"][0]["y"][2] is None
 
 
 def test_unknown_metrics_are_shown(tmp_path):
     run = make_run(tmp_path, [{"step": 0, "made_up": 0.5, "note": "text", "flag": True}])
     write_report([run], tmp_path / "report.html")
-    assert set(charts_of((tmp_path / "report.html").read_text())) == {"made_up"}
+    assert set(section_charts((tmp_path / "report.html").read_text())) == {"made_up"}
 
 
 def test_text_from_files_is_escaped(tmp_path):
@@ -150,17 +150,17 @@ def test_refuses_damaged_companions(tmp_path, name, text):
 
 
 def test_runs_are_named_by_what_tells_them_apart():
-    assert names([Path("/a/one"), Path("/b/two")]) == ["one", "two"]
-    assert names([Path("/s/bai/seed-0"), Path("/s/alone/seed-0")]) == ["bai/seed-0", "alone/seed-0"]
-    assert names([Path("/s/run"), Path("/s/run")]) == ["run", "run"]
+    assert run_names([Path("/a/one"), Path("/b/two")]) == ["one", "two"]
+    assert run_names([Path("/s/bai/seed-0"), Path("/s/alone/seed-0")]) == ["bai/seed-0", "alone/seed-0"]
+    assert run_names([Path("/s/run"), Path("/s/run")]) == ["run", "run"]
 
 
 def test_the_verb(tmp_path, steps, capsys):
     run = make_run(tmp_path / "demo", steps)
-    report.run(Config(run=Run(dir=str(run))))
+    report_verb.run(Config(run=Run(dir=str(run))))
     assert (run / "report.html").is_file() and str(run / "report.html") in capsys.readouterr().out
-    report.run(Config(report=Report(runs=[str(run), str(run)], output=str(tmp_path / "two.html"))))
-    assert len(charts_of((tmp_path / "two.html").read_text())["Reward, mean over the batch"]["traces"]) == 2
+    report_verb.run(Config(report=Report(runs=[str(run), str(run)], output=str(tmp_path / "two.html"))))
+    assert len(section_charts((tmp_path / "two.html").read_text())["Reward, mean over the batch"]["traces"]) == 2
 
 
 def test_needs_a_run(tmp_path):
@@ -180,7 +180,7 @@ def test_alarms_are_told_and_marked_on_their_curves(tmp_path, steps):
     run = make_run(tmp_path, steps)
     write_report([run], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    charts = charts_of(html)
+    charts = section_charts(html)
     mark = charts["Response length, tokens"]["traces"][-1]
     assert (mark["x"], mark["y"], mark["mode"]) == ([1], [9.0], "markers") and "fell &lt;b&gt;far" in mark["text"][0]
     assert f"▼</b> alarm · {tmp_path.name}</span>" in html  # the legend has the mark itself

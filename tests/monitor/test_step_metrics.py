@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
-from megatron_bai.monitor.metrics.response_metrics import add_responses, of_responses
-from megatron_bai.monitor.metrics.router_metrics import add_load, add_mismatch, of_load
+from megatron_bai.monitor.metrics.response_metrics import add_response_metrics, compute_response_metrics
+from megatron_bai.monitor.metrics.router_metrics import add_expert_load, add_route_mismatch, compute_load_metrics
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
@@ -65,9 +65,9 @@ def test_responses_of_two_replicas_are_described_as_one_batch(seed: int, bucket:
     stats = Stats()
     for part in (slice(0, size), slice(size, None)):
         own = Stats()
-        add_responses(own, *map(torch.from_numpy, (lengths[part], cut[part], rewards[part])), size, bucket)
+        add_response_metrics(own, *map(torch.from_numpy, (lengths[part], cut[part], rewards[part])), size, bucket)
         stats.add(own)
-    found = stats.values() | of_responses(stats, bucket)
+    found = stats.values() | compute_response_metrics(stats, bucket)
     of_groups = rewards.reshape(groups, size)
     wanted = {
         "reward_mean": rewards.mean(), "reward_std": of_groups.std(1).mean(), "group_variance": of_groups.var(1).mean(),
@@ -84,7 +84,7 @@ def test_responses_of_two_replicas_are_described_as_one_batch(seed: int, bucket:
 
 
 def test_a_step_without_responses_has_no_quantiles() -> None:
-    assert of_responses(Stats(), 100) == {}
+    assert compute_response_metrics(Stats(), 100) == {}
 
 
 EXPERTS, TOPK, LAYERS = 5, 2, [1, 4]
@@ -103,7 +103,7 @@ def test_routes_that_differ_are_counted_by_layer_and_by_token(seed: int) -> None
     theirs_, ours_, counted_ = map(torch.from_numpy, (theirs, ours, counted))
     stats, halves = Stats(), (slice(0, 5), slice(5, 12))
     given = [MicroRoutes(theirs_[part], counted_[part]) for part in halves]
-    add_mismatch(stats, given, [MicroRoutes(ours_[part]) for part in halves], LAYERS)
+    add_route_mismatch(stats, given, [MicroRoutes(ours_[part]) for part in halves], LAYERS)
     differ = np.array([[set(a) != set(b) for a, b in zip(*pair)] for pair in zip(theirs, ours)])[counted]
     assert stats.values() == pytest.approx(
         {
@@ -112,10 +112,10 @@ def test_routes_that_differ_are_counted_by_layer_and_by_token(seed: int) -> None
         }  # fmt: skip
     )
     load = Stats()
-    add_load(load, given, LAYERS)
+    add_expert_load(load, given, LAYERS)
     shares = [np.bincount(theirs[counted][:, i].ravel(), minlength=EXPERTS) / (counted.sum() * TOPK) for i in (0, 1)]
     nats = [-sum(p * np.log(p) for p in share if p) for share in shares]
-    assert of_load(load, EXPERTS) == pytest.approx(
+    assert compute_load_metrics(load, EXPERTS) == pytest.approx(
         {
             "expert_entropy/1": nats[0], "expert_entropy/4": nats[1], "expert_entropy": np.mean(nats),
             "experts_effective": np.exp(nats).mean(), "expert_load_max": np.max(shares) * EXPERTS,
@@ -129,8 +129,8 @@ def test_even_and_one_sided_loads() -> None:
     found = {}
     for name, ids in (("even", even), ("one", one)):
         stats = Stats()
-        add_load(stats, [MicroRoutes(ids)], [0])
-        found[name] = of_load(stats, 4)
+        add_expert_load(stats, [MicroRoutes(ids)], [0])
+        found[name] = compute_load_metrics(stats, 4)
     assert found["even"] == {
         "expert_entropy/0": pytest.approx(np.log(4)), "expert_entropy": pytest.approx(np.log(4)),
         "experts_effective": pytest.approx(4), "expert_load_max": 1.0, "experts_unused": 0.0,
@@ -141,6 +141,6 @@ def test_even_and_one_sided_loads() -> None:
 
 def test_an_expert_out_of_range_is_not_counted_silently() -> None:
     stats = Stats()
-    add_load(stats, [MicroRoutes(torch.tensor([[[0, 4]]]))], [0])
+    add_expert_load(stats, [MicroRoutes(torch.tensor([[[0, 4]]]))], [0])
     with pytest.raises(AssertionError, match="out of range"):
-        of_load(stats, 4)
+        compute_load_metrics(stats, 4)

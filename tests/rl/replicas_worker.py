@@ -156,7 +156,7 @@ def collected(
         texts = {text: number for number, _, text, _ in engine.asked[asked:]}
         groups = [texts[here.task.tokenizer.decode(s.tokens[: s.prompt_length])] for s in samples[::SIZE]]
         assert [s.reward for s in samples[::SIZE]] == [rewards_of(g)[0] for g in groups] or mode not in ("", "lost")
-        values = stats.gathered(True).values()
+        values = stats.gather_sum(True).values()
         steps.append({"groups": groups, "asked": engine.asked[asked:], "values": values, **collector.state_dict()})
     return {"steps": steps}
 
@@ -199,7 +199,7 @@ def _ahead_step(here: Any, collector: Collector, engine: Parts, step: int) -> di
     held = collector.buffer._groups + collector.buffer._next_groups
     return {
         "samples": told(samples, here.task), "rounds": engine.rounds[rounds:], **collector.state_dict(),
-        "held": [group.prompt_index for group in held], "values": stats.gathered(True).values(),
+        "held": [group.prompt_index for group in held], "values": stats.gather_sum(True).values(),
     }  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def evaluated(replicas: int, rank: int, mode: str = "", other_reward: bool = Fal
     if other_reward:
         here.settings.reward, engine.tokenizer = config.Function(), here.task.tokenizer
     evaluate(here, engine, stats)
-    return {"values": stats.gathered(True).values(), "asked": engine.asked}
+    return {"values": stats.gather_sum(True).values(), "asked": engine.asked}
 
 
 def work(directory: Path, replicas: int, rank: int) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.run_log import Progress
+from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import checkpointing
 from megatron_bai.rl.session import validate_settings
 from megatron_bai.rl.signals import STOPPED
@@ -230,7 +230,7 @@ def test_the_settings_a_run_writes_down_are_those_it_has(tmp_path: Path) -> None
     merge = config.Merge(members=["a"], alpha_for={"b": 1.0})
     run = config.Run(dir=str(tmp_path))
     settings = config.Config(run=run, model=TINY, objective=config.Sequence(kl_penalty=1e-6), merge=merge)
-    with Progress(tmp_path, settings, 1, active=True):
+    with RunLog(tmp_path, settings, 1, active=True):
         pass
     assert flatten(yaml.safe_load((tmp_path / "config.yaml").read_text())) == flatten(asdict(settings))
 
@@ -261,7 +261,7 @@ def test_a_record_that_does_not_reach_the_checkpoint_is_named(damage: str, tmp_p
     if damage != "gone":
         path.write_text('{"step": 1}\n' + {"cut": '{"st', "other": '{"step": 3}\n'}[damage])
     with pytest.raises(UserError, match="metrics.jsonl"):
-        Progress(tmp_path, config.Config(model=TINY), 3, active=True, after=2)
+        RunLog(tmp_path, config.Config(model=TINY), 3, active=True, after=2)
 
 
 def test_an_alarm_saves_a_checkpoint_or_stops_the_run_with_one(found: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
         (part for part in gathered((rank, scores.logprobs) if reports_stats else None) if part), key=lambda part: part[0]
     )
     return {
-        "loss": stats.gathered(reports_stats).values()["loss"],
+        "loss": stats.gather_sum(reports_stats).values()["loss"],
         "logprobs": torch.cat([part[1] for part in everyone]),
         "gradient": {key: (BEFORE[0][key].double() - after[key].double()) / SCALE for key in after},
         "scored": sum(gathered(scored)),

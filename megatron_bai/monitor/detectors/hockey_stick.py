@@ -3,8 +3,8 @@
 from typing import Any
 
 from megatron_bai.monitor.detectors.alarm import Alarm
-from megatron_bai.monitor.detectors.metric_track import Track
-from megatron_bai.monitor.metrics.metric_names import COUNTS, REWARDS
+from megatron_bai.monitor.detectors.metric_track import MetricTrack
+from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX
 
 DETECTOR = "reward_hockey_stick"
 _DROP_ADVICE = (
@@ -14,7 +14,7 @@ _DROP_ADVICE = (
 _RECOVERY_ADVICE = "the final reward does not show it (arXiv 2509.00309): compare lengths and held-out accuracy with a run from a merge"
 
 
-class HockeyStick:
+class HockeyStickDetector:
     """One per length bucket.
 
     Rewards are pooled until there are `responses` of them in the bucket: the noise of a pool is then alike from pool to
@@ -28,15 +28,15 @@ class HockeyStick:
         self, low: int, bucket: int, action: str, smooth: int, horizon: int, drop: float, recovery: float,
         responses: int, deviations: float,
     ):  # fmt: skip
-        self.metric, self._counts = f"{REWARDS}{low}", f"{COUNTS}{low}"
+        self.metric, self._counts = f"{REWARD_PREFIX}{low}", f"{COUNT_PREFIX}{low}"
         self._where = f"reward of responses of {low} to {low + bucket - 1} tokens"
         self.action, self.drop, self.recovery, self.deviations = action, drop, recovery, deviations
         self.responses = responses
-        self._track = Track(smooth, horizon)
+        self._track = MetricTrack(smooth, horizon)
         self._pool = [0.0, 0.0]  # sum of rewards, responses
         self._peak: tuple[int, float] | None = None
         self._trough: tuple[int, float] | None = None  # None: no drop is under way
-        self._sure = 0.0
+        self._deviations = 0.0
 
     def step(self, step: int, values: dict[str, Any]) -> list[Alarm]:
         """The step's metrics in, an alarm or none out; a step without the bucket is passed over."""
@@ -54,14 +54,14 @@ class HockeyStick:
             return []
         at, level = track.levels[-1]
         if self._trough is not None:
-            return self._falling(step, at, level)
+            return self._follow_trough(step, at, level)
         if self._peak is None or level > self._peak[1]:
             self._peak = at, level
         depth = self._peak[1] - level
         if depth < self.drop:
             return []
-        self._sure = depth / track.error(floor=self.drop / 50)
-        if self._sure < self.deviations:
+        self._deviations = depth / track.standard_error(floor=self.drop / 50)
+        if self._deviations < self.deviations:
             return []
         self._trough = at, level
         evidence = (
@@ -70,14 +70,14 @@ class HockeyStick:
         facts = {"depth": depth, "peak_step": self._peak[0], "peak": self._peak[1], "level": level}
         return [self._alarm(step, evidence, _DROP_ADVICE, facts)]
 
-    def _falling(self, step: int, at: int, level: float) -> list[Alarm]:
+    def _follow_trough(self, step: int, at: int, level: float) -> list[Alarm]:
         """Follow the trough, until the recovery."""
         peak, trough = self._peak, self._trough
         assert peak is not None and trough is not None, "a drop is under way"
         if level < trough[1]:
             self._trough = trough = at, level
         depth = peak[1] - trough[1]
-        self._sure = max(self._sure, depth / self._track.error(floor=self.drop / 50))
+        self._deviations = max(self._deviations, depth / self._track.standard_error(floor=self.drop / 50))
         if level < trough[1] + self.recovery * depth:
             return []
         evidence = (
@@ -89,20 +89,20 @@ class HockeyStick:
             "recovery_step": at, "level": level,
         }  # fmt: skip
         alarm = self._alarm(step, evidence, _RECOVERY_ADVICE, facts)
-        self._peak, self._trough, self._sure = (at, level), None, 0.0
+        self._peak, self._trough, self._deviations = (at, level), None, 0.0
         return [alarm]
 
     def _alarm(self, step: int, evidence: str, advice: str, facts: dict[str, float]) -> Alarm:
         assert self._peak is not None
-        return Alarm(step, DETECTOR, self.metric, self._sure, evidence, advice, self._peak[0], self.action, facts)
+        return Alarm(step, DETECTOR, self.metric, self._deviations, evidence, advice, self._peak[0], self.action, facts)
 
     def state_dict(self) -> dict[str, Any]:
         """All it knows, JSON."""
         pair = {"peak": self._peak, "trough": self._trough}
         found = {name: None if value is None else list(value) for name, value in pair.items()}
-        return {"track": self._track.state_dict(), "pool": list(self._pool), "sure": self._sure, **found}
+        return {"track": self._track.state_dict(), "pool": list(self._pool), "sure": self._deviations, **found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._track.load_state_dict(state["track"])
-        self._pool, self._sure = list(state["pool"]), state["sure"]
+        self._pool, self._deviations = list(state["pool"]), state["sure"]
         self._peak, self._trough = (None if state[k] is None else tuple(state[k]) for k in ("peak", "trough"))

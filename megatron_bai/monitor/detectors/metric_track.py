@@ -11,7 +11,7 @@ _NORMAL = 1.4826  # standard deviation of normal values over the median of their
 _MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean, of normal noise: √(π/2)
 
 
-class Track:
+class MetricTrack:
     """The last values of a metric.
 
     A *level* is the median of `smooth` values in a row, and its step is that of the middle one.
@@ -31,7 +31,7 @@ class Track:
             last = list(self._values)[-self.smooth :]
             self.levels.append((last[self.smooth // 2][0], median(value for _, value in last)))
 
-    def error(self, floor: float) -> float:
+    def standard_error(self, floor: float) -> float:
         """Standard error of the difference of two levels that share no value: the larger of two estimates.
 
         One takes noise as independent from step to step: from the differences of neighbouring values, into which no trend

@@ -6,9 +6,9 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors import hockey_stick
 from megatron_bai.monitor.detectors.alarm import ACTIONS, Alarm
-from megatron_bai.monitor.detectors.drift_detector import Drift, Rule
-from megatron_bai.monitor.detectors.hockey_stick import HockeyStick
-from megatron_bai.monitor.metrics.metric_names import REWARDS, TOKENS
+from megatron_bai.monitor.detectors.drift_detector import DriftDetector, DriftRule
+from megatron_bai.monitor.detectors.hockey_stick import HockeyStickDetector
+from megatron_bai.monitor.metrics.metric_names import REWARD_PREFIX, TOKENS_METRIC
 
 _ADVICE = {
     "length_collapse": (
@@ -43,8 +43,10 @@ class Monitor:
     def __init__(self, settings: config.Monitor):
         self.settings = settings
         shape = settings.smooth, settings.horizon, settings.deviations
-        self._drifts = [Drift(rule, *shape) for rule in _rules(settings)]
-        self._sticks: dict[str, HockeyStick] = {}  # by low end of the bucket, as text: JSON knows no other keys
+        self._drifts = [DriftDetector(rule, *shape) for rule in _rules(settings)]
+        self._hockey_sticks: dict[
+            str, HockeyStickDetector
+        ] = {}  # by low end of the bucket, as text: JSON knows no other keys
 
     def step(self, values: dict[str, Any]) -> list[Alarm]:
         """Alarms of a step, the most drastic action first.
@@ -54,26 +56,26 @@ class Monitor:
         """
         step = int(values["step"])
         for name in values:
-            if name.startswith(REWARDS):
-                self._stick(name.removeprefix(REWARDS))
-        detectors: list[Drift | HockeyStick] = [*self._drifts, *self._sticks.values()]
+            if name.startswith(REWARD_PREFIX):
+                self._stick(name.removeprefix(REWARD_PREFIX))
+        detectors: list[DriftDetector | HockeyStickDetector] = [*self._drifts, *self._hockey_sticks.values()]
         alarms = [alarm for detector in detectors for alarm in detector.step(step, values)]
         return sorted(alarms, key=lambda alarm: -ACTIONS.index(alarm.action))
 
-    def _stick(self, low: str) -> HockeyStick:
-        if low not in self._sticks:
+    def _stick(self, low: str) -> HockeyStickDetector:
+        if low not in self._hockey_sticks:
             s = self.settings
-            self._sticks[low] = HockeyStick(
+            self._hockey_sticks[low] = HockeyStickDetector(
                 low=int(low), bucket=s.bucket, action=_action(s, hockey_stick.DETECTOR), smooth=s.reward_smooth,
                 horizon=s.horizon, drop=s.reward_drop, recovery=s.reward_recovery, responses=s.reward_responses,
                 deviations=s.deviations,
             )  # fmt: skip
-        return self._sticks[low]
+        return self._hockey_sticks[low]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the detectors know, the same on every rank, JSON: a restored monitor goes on as if never stopped."""
         drifts = {f"{d.rule.detector} {d.rule.metric}": d.state_dict() for d in self._drifts}
-        sticks = {low: stick.state_dict() for low, stick in self._sticks.items()}
+        sticks = {low: stick.state_dict() for low, stick in self._hockey_sticks.items()}
         return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": sticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -85,23 +87,23 @@ class Monitor:
             self._stick(low).load_state_dict(own)
 
 
-def demanded(values: dict[str, Any]) -> str:
+def required_action(values: dict[str, Any]) -> str:
     """The most drastic action that the alarms of a step's record ask for; warn for none."""
     actions = [alarm["action"] for alarm in values.get("alarms", ())]
     return max(actions, key=ACTIONS.index, default="warn")
 
 
-def _rules(s: config.Monitor) -> list[Rule]:
+def _rules(s: config.Monitor) -> list[DriftRule]:
     watched = [
         ("length_collapse", "response_length_mean", 1 - s.length_fall, 0.0, ""),
         ("discrepancy_divergence", "kl_k3", s.discrepancy_rise, _KL_FLOOR, ""),
-        ("discrepancy_divergence", "f_2", s.discrepancy_rise, _F_FLOOR, TOKENS),
+        ("discrepancy_divergence", "f_2", s.discrepancy_rise, _F_FLOOR, TOKENS_METRIC),
         ("entropy_collapse", "entropy", 1 - s.entropy_fall, 0.0, ""),
-        ("router_drift", "route_mismatch", s.router_rise, _MISMATCH_FLOOR, TOKENS),
+        ("router_drift", "route_mismatch", s.router_rise, _MISMATCH_FLOOR, TOKENS_METRIC),
         ("router_drift", "experts_effective", 1 - s.experts_fall, 0.0, ""),
     ]
     return [
-        Rule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor, counted)
+        DriftRule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor, counted)
         for detector, metric, factor, floor, counted in watched
     ]
 

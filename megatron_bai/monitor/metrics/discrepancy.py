@@ -8,7 +8,7 @@ import torch
 
 from megatron_bai.monitor.stats import Stats
 
-THRESHOLDS = (1.5, 2.0, 5.0)  # τ
+RATIO_THRESHOLDS = (1.5, 2.0, 5.0)  # τ
 
 
 def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch.Tensor, mask: torch.Tensor) -> None:
@@ -29,7 +29,7 @@ def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch
     tokens = log_ratio[mask]
     stats.mean("kl_k1" + suffix, -tokens)
     stats.mean("kl_k3" + suffix, tokens.expm1() - tokens)
-    for threshold in THRESHOLDS:
+    for threshold in RATIO_THRESHOLDS:
         stats.mean(f"f_{threshold:g}{suffix}", tokens.abs().exp() > threshold)
     stats.sample_size("ess_discrepancy" + suffix, tokens.exp())
     lengths = mask.sum(1)

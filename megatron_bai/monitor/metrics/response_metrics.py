@@ -2,13 +2,13 @@
 
 import torch
 
-from megatron_bai.monitor.metrics.metric_names import COUNTS, REWARDS, TOKENS
+from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX, TOKENS_METRIC
 from megatron_bai.monitor.stats import Stats, quantile
 
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-def add_responses(
+def add_response_metrics(
     stats: Stats,
     lengths: torch.Tensor,
     truncated: torch.Tensor,
@@ -45,7 +45,7 @@ def add_responses(
     stats.tally("response_length", lengths[sampled])
     lows = lengths // bucket * bucket
     for low in lows[valid].unique().tolist():
-        stats.mean(f"{REWARDS}{low}", rewards[valid & (lows == low)])
+        stats.mean(f"{REWARD_PREFIX}{low}", rewards[valid & (lows == low)])
 
 
 def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> None:
@@ -61,15 +61,15 @@ def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> Non
     stats.mean("uniform_groups", low.amin(dim=1) == high.amax(dim=1))
 
 
-def of_responses(stats: Stats, bucket: int) -> dict[str, float]:
+def compute_response_metrics(stats: Stats, bucket: int) -> dict[str, float]:
     """From the whole step: `response_length_p10`, `_p50`, `_p90` (see `stats.quantile`), `response_tokens`, their sum, and
     `responses_by_length/LOW`, how many responses a length bucket has."""
     lengths = stats.tallies.get("response_length")
     if not lengths:
         return {}
     found: dict[str, float] = {f"response_length_p{share * 100:g}": quantile(lengths, share) for share in QUANTILES}
-    found[TOKENS] = sum(length * count for length, count in lengths.items())
+    found[TOKENS_METRIC] = sum(length * count for length, count in lengths.items())
     for length, count in sorted(lengths.items()):
-        name = f"{COUNTS}{length // bucket * bucket}"
+        name = f"{COUNT_PREFIX}{length // bucket * bucket}"
         found[name] = found.get(name, 0) + count
     return found

@@ -16,7 +16,7 @@ from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
 _LOAD = "expert_load/"
 
 
-def add_mismatch(
+def add_route_mismatch(
     stats: Stats,
     theirs: Sequence[MicroRoutes],
     ours: Sequence[MicroRoutes],
@@ -45,7 +45,7 @@ def add_mismatch(
     stats.mean("tokens_route_mismatch", anywhere)  # every stage adds the same tokens: their share stays what it is
 
 
-def add_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int]) -> None:
+def add_expert_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int]) -> None:
     """Count the experts of the rows that count, layer by layer."""
     for micro in routes:
         ids = micro.ids[_counted(micro)]
@@ -53,7 +53,7 @@ def add_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int])
             stats.tally(f"{_LOAD}{layer}", ids[:, position])
 
 
-def of_load(stats: Stats, num_experts: int) -> dict[str, float]:
+def compute_load_metrics(stats: Stats, num_experts: int) -> dict[str, float]:
     """How evenly the step's tokens use the experts, from the whole step's counts. With p the shares of a layer's experts:
 
     `expert_entropy/LAYER`: −Σ p log p in nats; log(num_experts) when all are used alike. `expert_entropy` is the mean

@@ -7,7 +7,7 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from megatron_bai.monitor.metrics.metric_names import COUNTS, REWARDS
+from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX
 from megatron_bai.monitor.report.html_page import Chart
 from megatron_bai.monitor.report.run_data import RunData, is_number
 
@@ -15,7 +15,7 @@ COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#c
 PHASES = ("rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval")
 _ALARM = "#d9304f"
 _DASHES = ("solid", "dot", "dash")  # of a chart's first, second and third metric
-_BY_LENGTH = (REWARDS.rstrip("/"), COUNTS.rstrip("/"))
+_BY_LENGTH = (REWARD_PREFIX.rstrip("/"), COUNT_PREFIX.rstrip("/"))
 _LAYERS = {  # metrics PREFIX/LAYER → title
     "route_mismatch": "Routes that differ, by MoE layer",
     "expert_entropy": "Entropy of the expert load, nats, by MoE layer",
@@ -133,7 +133,7 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
 }
 
 
-def charts_of(section: str, runs: list[RunData]) -> list[Chart]:
+def section_charts(section: str, runs: list[RunData]) -> list[Chart]:
     """What there is to draw in a section."""
     drawn = [_lines(runs, *chart) for chart in SECTIONS[section][1]]
     if section == "Speed":
@@ -145,7 +145,7 @@ def charts_of(section: str, runs: list[RunData]) -> list[Chart]:
     return [chart for chart in drawn if chart]
 
 
-def others(runs: list[RunData]) -> list[Chart]:
+def other_charts(runs: list[RunData]) -> list[Chart]:
     """A chart for every metric that no section shows."""
     return [chart for chart in (_lines(runs, key, {key: key}, False) for key in _other_keys(runs)) if chart]
 
@@ -200,7 +200,7 @@ def _alarms(run: RunData, key: str) -> list[dict[str, Any]]:
 
 def _buckets(run: RunData, prefix: str, title: str) -> Chart | None:
     """A line for each length bucket of one run, from blue (short) to red (long)."""
-    keys = run.family(prefix)
+    keys = run.numbered_metrics(prefix)
     traces, marks = [], []
     for number, key in enumerate(keys):
         hue = 215 - 215 * number / max(len(keys) - 1, 1)
@@ -213,7 +213,7 @@ def _buckets(run: RunData, prefix: str, title: str) -> Chart | None:
 
 def _map(run: RunData, prefix: str, title: str) -> Chart | None:
     """A map over layers and steps of one run; nothing for one layer, which the mean shows."""
-    keys = run.family(prefix)
+    keys = run.numbered_metrics(prefix)
     if len(keys) < 2:
         return None
     series = {key: dict(zip(*run.series(key), strict=True)) for key in keys}
@@ -255,7 +255,7 @@ def _phases(run: RunData) -> Chart | None:
 def _other_keys(runs: list[RunData]) -> list[str]:
     """Numeric metrics no section shows, in alphabetical order."""
     shown = {key for _, charts in SECTIONS.values() for _, keys, _ in charts for key in keys}
-    shown |= {key for run in runs for prefix in (*_LAYERS, *_BY_LENGTH) for key in run.family(prefix)}
+    shown |= {key for run in runs for prefix in (*_LAYERS, *_BY_LENGTH) for key in run.numbered_metrics(prefix)}
     shown |= {f"seconds_{phase}" for phase in PHASES} | {"seconds_step", "step", "weight_version"}
     found = {key for run in runs for record in run.records for key, value in record.items() if is_number(value)}
     return sorted(found - shown)

@@ -84,15 +84,15 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 """
 
 
-def figure(index: int, chart: Chart) -> str:
+def figure_html(index: int, chart: Chart) -> str:
     """The place where the script draws chart number `index`."""
-    keys = "".join(_key(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
+    keys = "".join(_legend_entry(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     title = f"<figcaption>{escape(chart['title'])}</figcaption>"
     return f'<figure>{title}{legend}<div class="plot" id="chart{index}"></div></figure>'
 
 
-def _key(trace: dict[str, Any]) -> str:
+def _legend_entry(trace: dict[str, Any]) -> str:
     """A legend's entry: the alarms' mark, or a piece of the line or the bar, and the trace's name (escaped already, for
     plotly)."""
     if trace.get("mode") == "markers":
@@ -102,21 +102,21 @@ def _key(trace: dict[str, Any]) -> str:
     return f'<span><i style="border-top:{style}"></i>{trace["name"]}</span>'
 
 
-def facts(items: list[tuple[str, str]], big: int = 0) -> str:
+def facts_html(items: list[tuple[str, str]], big: int = 0) -> str:
     """Named values: the first `big` of them large and side by side, the others one a line."""
     cells = (
-        f'<div{"" if i < big else " class=line"}><dt>{escape(name)}</dt>'
-        f'<dd{" class=big" if i < big else ""}>{escape(value)}</dd></div>'
+        f"<div{'' if i < big else ' class=line'}><dt>{escape(name)}</dt>"
+        f"<dd{' class=big' if i < big else ''}>{escape(value)}</dd></div>"
         for i, (name, value) in enumerate(items)
     )
     return f"<dl>{''.join(cells)}</dl>"
 
 
-def table(header: list[str], rows: list[list[str]], compare: bool = True) -> str:
+def table_html(header: list[str], rows: list[list[str]], compare: bool = True) -> str:
     """A table whose rows begin with a name; `compare` marks the rows whose values differ."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = (
-        f'<tr{" class=differs" if compare and len(set(row[1:])) > 1 else ""}><th>{escape(row[0])}</th>'
+        f"<tr{' class=differs' if compare and len(set(row[1:])) > 1 else ''}><th>{escape(row[0])}</th>"
         + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
@@ -125,7 +125,7 @@ def table(header: list[str], rows: list[list[str]], compare: bool = True) -> str
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def page(title: str, body: str, charts: list[Chart]) -> str:
+def render_page(title: str, body: str, charts: list[Chart]) -> str:
     """The whole document. It loads nothing from anywhere."""
     # A browser ends a script element at "</", wherever it stands: no "<" is left in the data.
     data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.report import html_page
-from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, charts_of, others
-from megatron_bai.monitor.report.run_data import RunData, load_run, names
+from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, other_charts, section_charts
+from megatron_bai.monitor.report.run_data import RunData, load_run, run_names
 from megatron_bai.utils import atomic_file
 from megatron_bai.utils.flatten import flatten
 
@@ -19,15 +19,19 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     """
     if not run_dirs:
         raise UserError("there is no run to report: name run directories in report.runs")
-    named = names(run_dirs)
-    runs = [load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, named, strict=True))]
+    named = run_names(run_dirs)
+    runs = [
+        load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, named, strict=True))
+    ]
     charts: list[html_page.Chart] = []
-    parts = [_headlines(runs), _alarm_section(runs)]
-    parts += [_chart_section(title, intro, charts_of(title, runs), charts) for title, (intro, _) in SECTIONS.items()]
-    parts.append(_chart_section("Other", "Metrics this report has no place for.", others(runs), charts))
+    parts = [_summary_cards(runs), _alarm_section(runs)]
+    parts += [
+        _chart_section(title, intro, section_charts(title, runs), charts) for title, (intro, _) in SECTIONS.items()
+    ]
+    parts.append(_chart_section("Other", "Metrics this report has no place for.", other_charts(runs), charts))
     parts += [_merge_section(runs), _config_section(runs)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    page = html_page.page("megatron-bai · " + ", ".join(named), "".join(parts), charts)
+    page = html_page.render_page("megatron-bai · " + ", ".join(named), "".join(parts), charts)
     atomic_file.write_text(output, page)
 
 
@@ -35,14 +39,14 @@ def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts:
     """Append the charts to the page's list and give the HTML that places them; nothing for no chart."""
     if not drawn:
         return ""
-    figures = "".join(html_page.figure(len(charts) + i, chart) for i, chart in enumerate(drawn))
+    figures = "".join(html_page.figure_html(len(charts) + i, chart) for i, chart in enumerate(drawn))
     charts.extend(drawn)
     return f'<h2>{title}</h2><p>{intro}</p><div class="charts">{figures}</div>'
 
 
-def _headlines(runs: list[RunData]) -> str:
+def _summary_cards(runs: list[RunData]) -> str:
     cards = (
-        f'<div class="card"><h3><i style="background:{run.colour}"></i>{escape(run.name)}</h3>{_headline(run)}</div>'
+        f'<div class="card"><h3><i style="background:{run.colour}"></i>{escape(run.name)}</h3>{_summary_card(run)}</div>'
         for run in runs
     )
     return "<p>Every chart has the global step on its x axis.</p>" + "".join(cards)
@@ -53,18 +57,20 @@ def _alarm_section(runs: list[RunData]) -> str:
     cards = []
     for run in runs:
         alarms = run.alarms()
-        told = dict.fromkeys((alarm.detector, alarm.advice) for alarm in alarms)  # advice once, whatever it was given for
+        told = dict.fromkeys(
+            (alarm.detector, alarm.advice) for alarm in alarms
+        )  # advice once, whatever it was given for
         for detector, advice in told:
             own = [alarm for alarm in alarms if (alarm.detector, alarm.advice) == (detector, advice)]
             rows = [[str(a.step), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.action] for a in own]
             name = f"{escape(run.name)}: {escape(detector.replace('_', ' '))}"
             title = f'<h3><i style="background:{run.colour}"></i>{name}</h3>'
-            shown = html_page.table(["step", "evidence", "action"], rows, compare=False)
+            shown = html_page.table_html(["step", "evidence", "action"], rows, compare=False)
             cards.append(f'<div class="card prose">{title}{shown}<p>{escape(advice)}.</p></div>')
     return "<h2>Alarms</h2><p>Marked ▼ on the curves below.</p>" + "".join(cards) if cards else ""
 
 
-def _headline(run: RunData) -> str:
+def _summary_card(run: RunData) -> str:
     """First and last reward and accuracy, time, the slowest phase, layout and versions, as far as known."""
     items = []
     for key, label in (("reward_mean", "Reward, first → last"), ("eval_accuracy", "Held-out reward, first → last")):
@@ -89,7 +95,7 @@ def _headline(run: RunData) -> str:
     for label, group in (("Layout", layout), ("Versions", run.summary.get("versions"))):
         if isinstance(group, dict):
             items.append((label, " · ".join(f"{key} {value}" for key, value in flatten(group).items() if value)))
-    return html_page.facts(items, big)
+    return html_page.facts_html(items, big)
 
 
 def _merge_section(runs: list[RunData]) -> str:
@@ -100,8 +106,8 @@ def _merge_section(runs: list[RunData]) -> str:
         rows = [[str(s.get("path")), str(s.get("coefficient")), str(s.get("digest", ""))[:12]] for s in sources]
         recipe = flatten({key: run.provenance.get(key) for key in ("recipe", "created")})
         recipe.pop("recipe.terms", None)  # the table below
-        cards.append(f'<div class="card"><h3>{escape(run.name)}</h3>{html_page.facts(list(recipe.items()))}<br>')
-        cards.append(html_page.table(["checkpoint", "coefficient", "digest"], rows, compare=False) + "</div>")
+        cards.append(f'<div class="card"><h3>{escape(run.name)}</h3>{html_page.facts_html(list(recipe.items()))}<br>')
+        cards.append(html_page.table_html(["checkpoint", "coefficient", "digest"], rows, compare=False) + "</div>")
     return "<h2>Merge</h2><p>The weights that training started from.</p>" + "".join(cards) if cards else ""
 
 
@@ -113,10 +119,12 @@ def _config_section(runs: list[RunData]) -> str:
         return ""
     rows = [[key, *(one.get(key, "–") or "(empty)" for one in settings)] for key in keys]
     header, differing = ["setting", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1]
-    diff = f"<div class=card>{html_page.table(header, differing, compare=False)}</div>" if differing else ""
-    table = f"<div class=card>{html_page.table(header, rows)}</div>"
+    diff = f"<div class=card>{html_page.table_html(header, differing, compare=False)}</div>" if differing else ""
+    table = f"<div class=card>{html_page.table_html(header, rows)}</div>"
     everything = f"<details><summary>{len(keys)} settings</summary>{table}</details>"
     intro = ""
     if len(runs) > 1:
-        intro = f"<p>The runs differ in {len(differing)} settings.</p>" if differing else "<p>The runs do not differ.</p>"
+        intro = (
+            f"<p>The runs differ in {len(differing)} settings.</p>" if differing else "<p>The runs do not differ.</p>"
+        )
     return f"<h2>Configuration</h2>{intro}{diff}{everything}"

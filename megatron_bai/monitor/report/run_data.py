@@ -33,7 +33,7 @@ class RunData:
         found = [(int(r["step"]), r[key]) for r in self.records if key in r and (r[key] is None or is_number(r[key]))]
         return [step for step, _ in found], [float(v) if v is not None and math.isfinite(v) else None for _, v in found]
 
-    def family(self, prefix: str) -> list[str]:
+    def numbered_metrics(self, prefix: str) -> list[str]:
         """Metrics named PREFIX/NUMBER, in the order of the numbers."""
         found = {key for record in self.records for key in record if key.startswith(prefix + "/")}
         numbers = {int(key.split("/", 1)[1]): key for key in found if key.split("/", 1)[1].isdigit()}
@@ -102,7 +102,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return [records[step] for step in sorted(records)]
 
 
-def names(run_dirs: list[Path]) -> list[str]:
+def run_names(run_dirs: list[Path]) -> list[str]:
     """The directories' own names; where these collide, their paths from where they part."""
     paths = [d.resolve() for d in run_dirs]
     own = [path.name for path in paths]

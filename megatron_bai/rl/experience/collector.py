@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.monitor.metrics.response_metrics import add_responses
+from megatron_bai.monitor.metrics.response_metrics import add_response_metrics
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import group_advantages, has_peer, in_uniform_group
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
@@ -181,7 +181,7 @@ class Collector:
         sampled = torch.tensor([not sample.lost for sample in samples], dtype=torch.bool)
         rewards, valid = map(torch.from_numpy, rewards_and_mask(samples))
         size, width = self.settings.trainer.group_size, self.settings.monitor.bucket
-        add_responses(stats, lengths, truncated, rewards, size, width, valid, sampled)
+        add_response_metrics(stats, lengths, truncated, rewards, size, width, valid, sampled)
 
     def _gather_per_replica(self, value: int) -> list[int]:
         """Gather a value of each replica, by data-parallel rank. Collective."""
