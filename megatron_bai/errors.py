@@ -13,24 +13,29 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
-class Unfit(UserError):
-    """A fault that the same input would have again: a retry cannot help, and nothing done for it is kept."""
+class PermanentError(UserError):
+    """A fault that the same input would have again: a retry cannot help, and the unfinished output is removed."""
 
 
-def of_system(error: OSError, where: object = "") -> UserError:
-    """Describe in one line what the operating system refused: a full disk, a missing file, missing rights."""
-    return UserError(f"{error.filename or where or 'the system'}: {error.strerror or error}")
+def from_os_error(error: OSError, location: object = "") -> UserError:
+    """Make a one-line error of what the operating system refused: a full disk, a missing file, missing rights.
+
+    Args:
+        error: with its `strerror` and, where the system knew it, its file name.
+        location: printed where the error names no file.
+    """
+    return UserError(f"{error.filename or location or 'the system'}: {error.strerror or error}")
 
 
-def of_peer(error: Exception) -> UserError | None:
-    """Describe gloo's or torch's store's error about a process that ended or cannot be reached; None for other errors."""
-    words = str(error)
-    if "gloo/transport" not in words and type(error).__name__ not in ("DistNetworkError", "DistStoreError"):
+def from_peer_error(error: Exception) -> UserError | None:
+    """Make a one-line error of gloo's or the torch store's about a lost process; return None for other errors."""
+    text = str(error)
+    if "gloo/transport" not in text and type(error).__name__ not in ("DistNetworkError", "DistStoreError"):
         return None
-    if silence := re.search(r"Timed out waiting (\d+)ms", words):
+    if silence := re.search(r"Timed out waiting (\d+)ms", text):
         reason = f"it did not answer within {int(silence[1]) / 1000:g} s, backend.timeout_s"
     else:
-        reason = re.sub(r"^\[[^\]]*\] |\. This is typically .*", "", words.splitlines()[0])
+        reason = re.sub(r"^\[[^\]]*\] |\. This is typically .*", "", text.splitlines()[0])
     return UserError(
         f"another process of the run ended or cannot be reached ({reason}): see its log. The same command goes on from "
         "what is saved"

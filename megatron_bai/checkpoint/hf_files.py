@@ -21,7 +21,7 @@ from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.checkpoint.record_crcs import ItemKey
 from megatron_bai.checkpoint.tensor_index import Chunk, Record, TensorInfo
 from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
-from megatron_bai.errors import Unfit, UserError
+from megatron_bai.errors import PermanentError, UserError
 from megatron_bai.utils.strict_json import parse
 
 INDEX = "model.safetensors.index.json"
@@ -88,7 +88,7 @@ class SafetensorsReader(CheckpointReader):
             try:
                 manifest.require_crc(self.path / file, crc, noted[file])
             except UserError as error:
-                raise Unfit(str(error)) from None
+                raise PermanentError(str(error)) from None
 
     def is_own_file(self, file: Path) -> bool:
         return file.suffix == SUFFIX or file.as_posix() == INDEX

@@ -27,7 +27,7 @@ from megatron_bai.checkpoint.record_crcs import ByteRange, ItemKey, RecordCrcs
 from megatron_bai.checkpoint.tensor_index import Chunk, ObjectInfo, Record, TensorInfo
 from megatron_bai.checkpoint.writer import CheckpointWriter, TensorSpec
 from megatron_bai.distributed.rank_group import RankGroup
-from megatron_bai.errors import Unfit, UserError
+from megatron_bai.errors import PermanentError, UserError
 
 READ_BYTES = 16 << 20  # most that one read takes in; larger regions are read in parts
 
@@ -240,7 +240,7 @@ class CheckpointReader(ABC):
             a hash of these tensors' names, types, shapes, chunks and contents, the latter by their records' CRC-32.
 
         Raises:
-            Unfit: the bytes of a record are not those that were saved.
+            PermanentError: the bytes of a record are not those that were saved.
         """
         tensors = sorted((key, self.tensors[key]) for key in keys)
         chunks = {(c.file, c.start): (entry, c) for _, entry in tensors for c in entry.chunks}
@@ -293,7 +293,8 @@ class CheckpointReader(ABC):
 
     def _require_crc(self, key: str, file: str, record: Record, crc: int) -> None:
         if record.crc32 is not None and crc != record.crc32:
-            raise Unfit(  # units that were finished may hold such bytes, since a record is proven when it is read whole
+            # Units that were finished may hold such bytes, since a record is verified when it is read whole.
+            raise PermanentError(
                 f"{self.path / file}: the bytes of {key} are not those that were saved (CRC-32 {crc:08x}, saved"
                 f" {record.crc32:08x}): restore the file from a copy"
             )

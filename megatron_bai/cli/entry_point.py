@@ -17,7 +17,7 @@ from megatron_bai.cli import multirun
 from megatron_bai.cli.compose import compose, hydra_errors_as_user_errors
 from megatron_bai.cli.help_text import overview, verb_help
 from megatron_bai.cli.verbs import VERBS
-from megatron_bai.errors import UserError, of_peer
+from megatron_bai.errors import UserError, from_peer_error
 from megatron_bai.utils import terminal_logging
 from megatron_bai.utils.imports import without_collections
 
@@ -45,7 +45,7 @@ def main() -> None:
         print("megatron-bai: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not (lost := of_peer(error)):
+        if not (lost := from_peer_error(error)):
             _wait_for_rank_0()
             raise
         if _print_error(lost) == 0:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from megatron_bai.distributed.hosts import set_gloo_interface
-from megatron_bai.errors import UserError, of_system
+from megatron_bai.errors import UserError, from_os_error
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class RankGroup:
         try:
             result = function()
         except OSError as caught:
-            error = caught if caught.errno is None else of_system(caught, location)
+            error = caught if caught.errno is None else from_os_error(caught, location)
         except Exception as caught:
             error = caught
         if self.num_ranks == 1:

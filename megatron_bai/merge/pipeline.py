@@ -20,7 +20,7 @@ from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.checkpoint.reader import READ_BYTES, ScratchBuffers
 from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import RankGroup, cores_per_rank, merge_ranks
-from megatron_bai.errors import Unfit, UserError
+from megatron_bai.errors import PermanentError, UserError
 from megatron_bai.merge.execution import executor, journal
 from megatron_bai.merge.execution.output_dir import (
     bytes_left,
@@ -175,7 +175,7 @@ def execute_jobs(
         how many targets were written, the others being up to date, and how many elements were compared.
 
     Raises:
-        Unfit: these sources cannot be merged, or a result is not what it should be; nothing is kept.
+        PermanentError: these sources cannot be merged, or a result is not what it should be; nothing is kept.
         UserError: a source or a target does not allow the merge, or another process writes a target.
     """
     identities = group.run_on_first(lambda: {str(source.path): source.stat_fingerprint() for source in work.inputs})
@@ -266,7 +266,7 @@ def _handle_failure(work: Plan, stages: Sequence[Path], error: Exception) -> Non
     stages = [stage for stage in stages if stage.is_dir()]  # of a sweep some may be in place
     left = bytes_left(work, stages)
     kept = work.bytes_written * len(stages) - left
-    if isinstance(error, Unfit) or not kept:
+    if isinstance(error, PermanentError) or not kept:
         for stage in stages:
             shutil.rmtree(stage, ignore_errors=True)
         return

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_bai.errors import of_peer
+from megatron_bai.errors import from_peer_error
 from megatron_bai.rl.signals import handle_signals
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def lost(number: int, directory: Path) -> None:
         try:
             dist.all_reduce(torch.ones(1), group=group)
         except RuntimeError as error:
-            said = str(of_peer(error))
+            said = str(from_peer_error(error))
         store.set("given up", "")
     (directory / f"{number}.json").write_text(json.dumps(said))
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 from processes import TESTS, launch
 
-from megatron_bai.errors import of_peer
+from megatron_bai.errors import from_peer_error
 from megatron_bai.rl.signals import handle_signals
 
 
@@ -37,7 +37,7 @@ def test_another_process_that_is_gone_or_silent_is_one_line(outcome: dict) -> No
     known = r"another process of the run ended or cannot be reached \((.*)\): see its log\. The same command goes on .*"
     assert re.fullmatch(r"(Read error|Connection closed).*", re.fullmatch(known, gone)[1]) and "typically" not in gone
     assert re.fullmatch(known, silent)[1] == "it did not answer within 0.5 s, backend.timeout_s"
-    assert of_peer(RuntimeError("a bug")) is None
+    assert from_peer_error(RuntimeError("a bug")) is None
 
 
 def test_no_grace_leaves_sigterm_alone_and_nothing_stays_behind() -> None:

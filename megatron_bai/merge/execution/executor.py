@@ -52,7 +52,8 @@ def execute_plan(
         for each sum, the 2-norm of every merged tensor, before rounding; on every rank.
 
     Raises:
-        Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
+        PermanentError: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal
+            is not.
         UserError: a source cannot be read, or the disk is full; the units finished until then count.
     """
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 
 from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.errors import Unfit
+from megatron_bai.errors import PermanentError
 from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Region
 
@@ -37,16 +37,16 @@ def require_finite(plan: Plan, region: Region, box: Box) -> None:
         finite = source.read(region.key, *box).isfinite()
         if not finite.all():
             at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0], strict=True))
-            raise Unfit(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
+            raise PermanentError(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
 
 
 def raise_not_finite(plan: Plan, region: Region, box: Box) -> NoReturn:
     """Say why the sums of a box are not finite.
 
     Raises:
-        Unfit: always.
+        PermanentError: always.
     """
     require_finite(plan, region, box)
-    raise Unfit(  # negative weights can leave the sources' range
+    raise PermanentError(  # negative weights can leave the sources' range
         f"{region.key}: the merged values are too large for {region.dtype}: check the weights and merge.dtype"
     )

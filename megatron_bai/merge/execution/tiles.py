@@ -20,7 +20,7 @@ import torch
 from megatron_bai.checkpoint.boxes import Box
 from megatron_bai.checkpoint.reader import ChunkStream, ScratchBuffers
 from megatron_bai.checkpoint.writer import ItemWriter
-from megatron_bai.errors import Unfit
+from megatron_bai.errors import PermanentError
 from megatron_bai.merge.execution.source_values import inputs_with_weight, raise_not_finite, read_inputs
 from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Fate, Region
@@ -57,7 +57,8 @@ def merge_item(plan: Plan, region: Region, piece: Box, items: Sequence[ItemWrite
         for each sum the sum of the squares, before rounding; 0 for what is not merged.
 
     Raises:
-        Unfit: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal is not.
+        PermanentError: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal
+            is not.
         UserError: a source cannot be read.
     """
     if _is_bf16_sum(plan, region):
@@ -221,7 +222,7 @@ def _copy_tile(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) ->
     tile.copy_(plan.base.read(region.key, *box).reshape(-1))
     for source in plan.inputs if region.fate is Fate.EQUAL else ():
         if not torch.equal(source.read(region.key, *box).reshape(-1), tile):
-            raise Unfit(
+            raise PermanentError(
                 f"{source.path} and {plan.base.path} differ in {region.key}, which is {region.dtype}: only floating"
                 " point tensors can be merged"
             )

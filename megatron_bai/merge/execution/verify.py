@@ -10,7 +10,7 @@ from megatron_bai.checkpoint import crc32
 from megatron_bai.checkpoint.boxes import Box, split_box
 from megatron_bai.checkpoint.reader import CheckpointReader
 from megatron_bai.distributed.rank_group import RankGroup
-from megatron_bai.errors import Unfit
+from megatron_bai.errors import PermanentError
 from megatron_bai.merge.execution.source_values import read_inputs
 from megatron_bai.merge.execution.thread_pool import single_torch_thread
 from megatron_bai.merge.execution.tiles import TILE
@@ -37,7 +37,7 @@ def verify_result(plan: Plan, result_index: int, output: CheckpointReader, ranks
         how many elements were compared, over all ranks.
 
     Raises:
-        Unfit: the output lacks a tensor, or an element is outside the bound.
+        PermanentError: the output lacks a tensor, or an element is outside the bound.
     """
 
     def work() -> int:
@@ -71,7 +71,7 @@ def _tiles_to_check(plan: Plan, check_all: bool) -> Iterator[tuple[Region, Box]]
 def _compare_tile(plan: Plan, result_index: int, output: CheckpointReader, region: Region, box: Box) -> None:
     key, found, recipe = region.key, output.tensors.get(region.key), plan.recipes[result_index]
     if found is None or (found.dtype, found.shape) != (region.dtype, region.output.shape):
-        raise Unfit(f"{output.path} lacks {key} as {region.dtype} {region.output.shape}: merge again")
+        raise PermanentError(f"{output.path} lacks {key} as {region.dtype} {region.output.shape}: merge again")
     written = output.read(key, *box).clone()
     if region.fate is not Fate.MERGED:
         expected = plan.base.read(key, *box).to(region.dtype)
@@ -90,4 +90,4 @@ def _compare_tile(plan: Plan, result_index: int, output: CheckpointReader, regio
     if wrong.any():
         at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0], strict=True))
         what = f"is not what merge.method={recipe.method} makes of its sources"
-        raise Unfit(f"{output.path}: {key} at {at} {what}: merge again")
+        raise PermanentError(f"{output.path}: {key} at {at} {what}: merge again")

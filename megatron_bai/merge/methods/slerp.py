@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_bai.errors import Unfit, UserError
+from megatron_bai.errors import PermanentError, UserError
 from megatron_bai.merge.recipe.recipe import (
     ReadBlocks,
     Recipe,
@@ -77,7 +77,7 @@ class Slerp(Recipe):
                 row += product.sum(-1).view(-1).tolist()
         aa, bb, ab = map(math.fsum, rows)
         if not all(map(math.isfinite, (aa, bb, ab))):
-            raise Unfit(f"{name}: the squares of its values are beyond float64: they must not be merged")
+            raise PermanentError(f"{name}: the squares of its values are beyond float64: they must not be merged")
         return aa, bb, ab
 
     def coefficients(self, weights: tuple[float, ...], stats: SliceStats | None) -> tuple[float, ...]:
