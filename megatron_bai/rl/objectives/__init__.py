@@ -1,8 +1,8 @@
 """Training objectives: pure functions from log-probabilities to a loss, one file each.
 
 An objective gives one loss a token and says how tokens are averaged. What all have in common is done here, once: the
-factorisation of π_θ/μ_old is measured, a penalty and a bonus are added, and the mean is taken with denominators of the
-whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does not depend on how the batch was cut.
+factors of π_θ/μ_old are measured, a penalty and a bonus are added, and the mean is taken with denominators of the
+whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does not depend on how the batch was split.
 """
 
 from hydra.core.config_store import ConfigStore
@@ -25,7 +25,7 @@ _REGISTRY: dict[str, Objective] = {module.OBJECTIVE.settings.name: module.OBJECT
 
 
 def register(objective: Objective) -> None:
-    """Make an objective from outside available as `objective=NAME`, NAME the default `name` of its settings.
+    """Register an objective of another package as `objective=NAME`, NAME the default `name` of its settings.
 
     Raises:
         UserError: the name is taken, or the settings lack those that every objective on rollouts has.
@@ -50,7 +50,7 @@ def get(name: str) -> Objective:
 
 
 def check(settings: config.Objective) -> Objective:
-    """The objective that the settings choose, after refusing what contradicts itself or is never read.
+    """Return the objective that the settings choose; refuse settings that contradict each other or are never read.
 
     Raises:
         UserError: names the settings.
@@ -74,11 +74,14 @@ def batch_loss(
     batch: Batch,
     entropy: PerToken | None = None,
 ) -> tuple[Scalar, Stats]:
-    """The batch's share of the loss: a sum, to be divided by `aggregate.loss_denominator` of the whole mini-batch.
+    """Compute the batch's part of the loss: a sum, to be divided by the whole mini-batch's `loss_denominator`.
 
     Args:
-        logprobs: log π_θ, with gradient.
-        entropy: of the policy in nats, with gradient; needed when `objective.entropy_bonus` is not 0.
+        objective: gives the losses.
+        settings: of the objective.
+        logprobs: `[B, T]` log π_θ, with gradient.
+        batch: B samples.
+        entropy: `[B, T]` of the policy in nats, with gradient; needed if `objective.entropy_bonus` is not 0.
 
     Returns:
         The sum over the batch, and its metrics: the objective's own and, learning from rollouts, those of

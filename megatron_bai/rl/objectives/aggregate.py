@@ -1,4 +1,4 @@
-"""From losses of tokens to the loss of a mini-batch, exact however the mini-batch is cut.
+"""The loss of a mini-batch from those of its tokens, exact however the mini-batch is split.
 
 With ℓ the loss of token t of response i, y its length, over all micro-batches and data-parallel ranks:
 
@@ -7,8 +7,8 @@ With ℓ the loss of token t of response i, y its length, over all micro-batches
     token_mean    (1/tokens)  Σ_i Σ_t ℓ            DAPO over the mini-batch
     prompt_mean   (1/prompts) Σ_i Σ_t ℓ / (tokens of all responses to i's prompt)     DAPO as in its paper
 
-A micro-batch gives its part of the sum (`loss_numerator`); the engine divides by `loss_denominator`, summed over data-parallel ranks.
-Samples that do not count (`Batch.in_loss`) are in neither; an empty response is a sample without tokens.
+A micro-batch gives its part of the sum (`loss_numerator`); the engine divides by `loss_denominator`, summed over
+data-parallel ranks. Samples that are not `Batch.in_loss` are in neither; an empty response is a sample without tokens.
 """
 
 import torch
@@ -19,7 +19,13 @@ from megatron_bai.rl.objectives.terms import response_lengths
 
 
 def loss_numerator(losses: PerToken, batch: Batch, mean: Mean) -> Scalar:
-    """The numerator over a micro-batch. `losses` are 0 outside the mask."""
+    """Sum the losses of a micro-batch: its part of the numerator.
+
+    Args:
+        losses: `[B, T]`, 0 outside the mask.
+        batch: of the micro-batch.
+        mean: how tokens are averaged.
+    """
     if mean == "sample_mean":
         losses = losses / response_lengths(batch.mask)
     elif mean == "prompt_mean":
@@ -28,7 +34,12 @@ def loss_numerator(losses: PerToken, batch: Batch, mean: Mean) -> Scalar:
 
 
 def loss_denominator(micro_batches: list[Batch], mean: Mean) -> int:
-    """The denominator over a rank's part of the mini-batch, which holds whole groups."""
+    """Count the denominator of a rank's part of the mini-batch.
+
+    Args:
+        micro_batches: of this rank, with complete groups.
+        mean: how tokens are averaged.
+    """
     if mean == "token_mean":
         return sum(int(micro_batch.mask.sum()) for micro_batch in micro_batches)
     if mean == "prompt_mean":

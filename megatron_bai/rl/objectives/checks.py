@@ -1,4 +1,4 @@
-"""Refusing settings of objectives by name."""
+"""Validation of settings of objectives, by name."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,13 +11,13 @@ from megatron_bai.rl.objectives.regularise import KL_ESTIMATORS
 
 
 def require_choice(settings: Any, name: str, choices: Iterable[str]) -> None:
-    """Raises UserError unless the setting is one of `choices`."""
+    """Raise a UserError unless `settings.name` is one of `choices`."""
     if getattr(settings, name) not in choices:
         raise UserError(f"objective.{name} is {getattr(settings, name)!r}: choose one of {', '.join(choices)}")
 
 
 def require_range(settings: Any, name: str, low: float, high: float = float("inf")) -> None:
-    """Raises UserError unless low ≤ the setting ≤ high; NaN never is."""
+    """Raise a UserError unless low ≤ `settings.name` ≤ high; NaN never is."""
     value = getattr(settings, name)
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
@@ -25,13 +25,13 @@ def require_range(settings: Any, name: str, low: float, high: float = float("inf
 
 
 def require_positive(settings: Any, name: str) -> None:
-    """Raises UserError unless the setting is above 0."""
+    """Raise a UserError unless `settings.name` is above 0."""
     if not getattr(settings, name) > 0:
         raise UserError(f"objective.{name} is {getattr(settings, name):g}: it must be above 0")
 
 
 def refuse_unused(settings: Any, names: Iterable[str], because: str) -> None:
-    """Raises UserError when a setting that is never read, given `because`, was changed from its default."""
+    """Raise a UserError if one of the settings `names`, never read because of `because`, is not at its default."""
     for name in names:
         value, default = getattr(settings, name), getattr(type(settings), name)
         if value != default:
@@ -39,7 +39,7 @@ def refuse_unused(settings: Any, names: Iterable[str], because: str) -> None:
 
 
 def validate_policy(settings: config.Policy) -> None:
-    """What all objectives on rollouts share."""
+    """Validate the settings that all objectives on rollouts have."""
     require_choice(settings, "advantage", ("gae",) if isinstance(settings, config.Ppo) else ADVANTAGE_ESTIMATORS)
     require_choice(settings, "kl_estimator", KL_ESTIMATORS)
     require_range(settings, "entropy_bonus", 0)
@@ -52,7 +52,7 @@ def validate_policy(settings: config.Policy) -> None:
 
 
 def validate_clipping(settings: Any) -> None:
-    """Limits of a ratio, the correction, and the kind of token mean where there is one."""
+    """Validate limits of a ratio, the correction and, if there is one, the kind of token mean."""
     require_range(settings, "clip_low", 0, 1)
     require_range(settings, "clip_high", 0)
     require_choice(settings, "correction", CORRECTIONS)

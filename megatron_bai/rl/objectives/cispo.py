@@ -11,16 +11,17 @@ from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advan
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerToken, Stats]:
-    """−sg[clip(r, 1 − clip_low, 1 + clip_high)] · A · log π_θ at each token, r = π_θ/π_old.
+    """Compute −sg[clip(r, 1 − clip_low, 1 + clip_high)] · A · log π_θ at each token, r = π_θ/π_old.
 
     A ratio beyond its limit is clipped and its token still learns, whatever the sign of A.
 
     Args:
-        logprobs: log π_θ, with gradient.
+        logprobs: `[B, T]` log π_θ, with gradient.
         batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
+        settings: of the objective.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens whose ratio was clipped, also by sign of A.
+        Losses `[B, T]`, and `clip_fraction`, the share of tokens whose ratio was clipped, also by sign of A.
     """
     mask = batch.mask
     ratio = log_ratio(logprobs.detach(), batch.old_logprobs, mask).exp()

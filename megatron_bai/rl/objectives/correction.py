@@ -1,4 +1,4 @@
-"""Correction of a loss for the gap between the engines: importance weights π_old/μ_old, truncated or masked.
+"""Correction of a loss for the discrepancy between the engines: importance weights π_old/μ_old, truncated or masked.
 
 Truncated importance sampling (TIS) multiplies a token's loss by min(π_old/μ_old, C). Its peers put 0 where the weight
 is above C (masking), or take the whole response's weight, Π_t π_old/μ_old, at each of its tokens (sequence level).
@@ -16,10 +16,12 @@ CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "seq
 def correction_weights(
     old: PerToken, infer: PerToken, mask: PerToken, correction: str, limit: float
 ) -> tuple[PerToken, PerToken]:
-    """Importance weights w = π_old/μ_old, without gradient.
+    """Compute importance weights w = π_old/μ_old, without gradient.
 
     Args:
-        old, infer: log π_old and log μ_old.
+        old: `[B, T]` log π_old.
+        infer: `[B, T]` log μ_old.
+        mask: `[B, T]` bool, the response's tokens.
         correction: one of `CORRECTIONS` but none.
         limit: C.
 
@@ -33,7 +35,14 @@ def correction_weights(
 
 
 def apply_correction(losses: PerToken, batch: Batch, settings: config.Corrected, stats: Stats) -> PerToken:
-    """The losses times their weights; adds `corrected_fraction`, the share of tokens whose weight is above C."""
+    """Multiply losses by their weights; add `corrected_fraction`, the share of tokens whose weight is above C.
+
+    Args:
+        losses: `[B, T]`.
+        batch: `mask`, `old_logprobs` and `infer_logprobs` are used.
+        settings: of the objective.
+        stats: gets the metric.
+    """
     if settings.correction == "none":
         return losses
     weight, over = correction_weights(

@@ -7,8 +7,11 @@ from megatron_bai.rl.objectives.objective import Mean, Objective
 
 
 def token_mean(settings: config.Dapo | config.Cispo) -> Mean:
-    """The paper takes the mean over the tokens of each prompt's group, then over prompts (`token_mean=prompt`); its
-    implementations take one mean over the mini-batch (`batch`)."""
+    """Return how tokens are averaged.
+
+    The paper takes the mean over the tokens of each prompt's group, then over prompts (`token_mean=prompt`); its
+    implementations take one mean over the mini-batch (`batch`).
+    """
     return "prompt_mean" if settings.token_mean == "prompt" else "token_mean"
 
 

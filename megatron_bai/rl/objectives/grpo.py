@@ -10,17 +10,18 @@ from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advan
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo | config.Ppo) -> tuple[PerToken, Stats]:
-    """−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) at each token, r = π_θ/π_old.
+    """Compute −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) at each token, r = π_θ/π_old.
 
     A response's tokens are averaged, then the responses. A is divided by the group's deviation. The paper's KL penalty
     is an option (`kl_penalty`, k3), and so is the weight π_old/μ_old (`correction`).
 
     Args:
-        logprobs: log π_θ, with gradient.
+        logprobs: `[B, T]` log π_θ, with gradient.
         batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
+        settings: of the objective.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens whose gradient the limit removes, also by sign of A.
+        Losses `[B, T]`, and `clip_fraction`, the share of tokens whose gradient the limit removes, also by sign of A.
     """
     logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
     advantages = broadcast_advantages(batch.advantages)

@@ -17,14 +17,15 @@ from megatron_bai.rl.objectives.terms import (
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerToken, Stats]:
-    """−min(s·A, clip(s, 1 − clip_low, 1 + clip_high)·A) of each response, s = (π_θ(y)/π_old(y))^(1/|y|).
+    """Compute −min(s·A, clip(s, 1 − clip_low, 1 + clip_high)·A) of each response, s = (π_θ(y)/π_old(y))^(1/|y|).
 
     Args:
-        logprobs: log π_θ, with gradient.
+        logprobs: `[B, T]` log π_θ, with gradient.
         batch: `mask`, `old_logprobs`, `advantages` (one a sample) and, for a correction, `infer_logprobs` are used.
+        settings: of the objective.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens in responses whose gradient the limit removes, also by
+        Losses `[B, T]`, and `clip_fraction`, the share of tokens in responses whose gradient the limit removes, also by
         sign of A.
     """
     mask = batch.mask

@@ -9,7 +9,7 @@ from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advan
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[PerToken, Stats]:
-    """−M_t · sg[min(π_θ/μ_old, is_max)] · A · log π_θ at each token.
+    """Compute −M_t · sg[min(π_θ/μ_old, is_max)] · A · log π_θ at each token.
 
     M_t = 0 where (A > 0 and r_t > 1 + clip_high) or (A < 0 and r_t < 1 − clip_low), r_t = π_θ/π_old in the training
     engine; 1 elsewhere. The paper sums over a response's tokens, without 1/|y|, and A is not divided by the group's
@@ -17,11 +17,12 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
     leaves out the discrepancy π_old/μ_old, and `length_norm=true` takes the mean over a response's tokens.
 
     Args:
-        logprobs: log π_θ, with gradient.
+        logprobs: `[B, T]` log π_θ, with gradient.
         batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
+        settings: of the objective.
 
     Returns:
-        Losses, and `clip_fraction`, the share of tokens with M_t = 0, also by sign of A.
+        Losses `[B, T]`, and `clip_fraction`, the share of tokens with M_t = 0, also by sign of A.
     """
     mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
     detached_logprobs = logprobs.detach()
@@ -37,10 +38,12 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
 
 
 def mean(settings: config.Minirl) -> Mean:
+    """Return how tokens are averaged: the paper's sum over a response's tokens, or `length_norm`'s mean."""
     return "sample_mean" if settings.length_norm else "sample_sum"
 
 
 def check(settings: config.Minirl) -> None:
+    """Validate the settings by name."""
     require_range(settings, "clip_low", 0, 1)
     require_range(settings, "clip_high", 0)
     require_positive(settings, "is_max")

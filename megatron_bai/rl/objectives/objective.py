@@ -1,4 +1,4 @@
-"""What an objective is."""
+"""The interface of an objective."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 
-# Shapes: B samples, T positions; what belongs to token t + 1 stands at position t.
+# Shapes: B samples, T positions; position t belongs to token t + 1.
 PerToken = Annotated[torch.Tensor, "[B, T]"]
 PerSample = Annotated[torch.Tensor, "[B]"]
 Scalar = Annotated[torch.Tensor, "[]"]
 
-# How the losses of tokens become that of a mini-batch; `aggregate.py` defines each.
+# How tokens' losses are averaged over a mini-batch; `aggregate.py` defines each.
 Mean = Literal["sample_sum", "sample_mean", "token_mean", "prompt_mean"]
 
 
 def _accept_all(settings: Any) -> None:
-    """Refuses nothing."""
+    """Accept all settings."""
 
 
 def policy_settings(settings: config.Objective) -> config.Policy:
@@ -34,13 +34,12 @@ class Objective:
     """How a batch becomes a loss to minimise.
 
     Attributes:
-        loss: `(log π_θ [B, T] with gradient, batch, settings) → (losses [B, T], metrics)`. What stands outside
-            `batch.mask` is not looked at. A loss of whole responses stands at every token of its response, with
-            `sample_mean`.
+        loss: `(log π_θ [B, T] with gradient, batch, settings) → (losses [B, T], metrics)`. Losses outside `batch.mask`
+            are ignored. A loss of whole responses is given at every token of its response, with `sample_mean`.
         settings: the dataclass of its settings; its `name` is what `objective=NAME` chooses.
         mean: of its settings, how the tokens' losses are averaged.
         check: refuses its settings by name with a `UserError`.
-        rollouts: it learns from sampled responses; otherwise from given text.
+        rollouts: whether it learns from sampled responses; otherwise from given text.
     """
 
     loss: Callable[[PerToken, Batch, Any], tuple[PerToken, Stats]]

@@ -17,19 +17,22 @@ from megatron_bai.rl.objectives.objective import Objective, PerToken
 def critic_loss(
     values: PerToken, old: PerToken, returns: PerToken, mask: PerToken, clip: float = 0.2
 ) -> tuple[PerToken, Stats]:
-    """½ max((V − R)², (V_clip − R)²), V_clip = V_old + clip(V − V_old, ±clip): V gains nothing by leaving V_old by more
-    than `clip` (value clipping, from the authors' implementation of the paper; inf switches it off).
+    """Compute ½ max((V − R)², (V_clip − R)²), V_clip = V_old + clip(V − V_old, ±clip).
+
+    V gains nothing by leaving V_old by more than `clip` (value clipping, as the authors implement the paper).
 
     Args:
-        values: V of the states before each token, with gradient.
-        old: V when the batch was sampled.
-        returns: R, the targets, as `advantages.gae` gives them.
+        values: `[B, T]` V of the states before each token, with gradient.
+        old: `[B, T]` V when the batch was sampled.
+        returns: `[B, T]` R, the targets, as `advantages.gae` gives them.
+        mask: `[B, T]` bool, the response's tokens.
+        clip: bound of V − V_old; inf switches it off.
 
     Returns:
-        Losses, 0 outside `mask`; `value_clip_fraction`, where the bounded error is the larger, and `value_error`, the
-        mean of (V − R)².
+        Losses `[B, T]`, 0 outside `mask`; `value_clip_fraction`, where the bounded error is the larger, and
+        `value_error`, the mean of (V − R)².
     """
-    values, old, returns = (each.masked_fill(~mask, 0.0) for each in (values, old, returns))
+    values, old, returns = (tensor.masked_fill(~mask, 0.0) for tensor in (values, old, returns))
     limited = values.clamp(old - clip, old + clip)
     plain, bounded = (values - returns).square(), (limited - returns).square()
     stats = Stats()
@@ -39,6 +42,7 @@ def critic_loss(
 
 
 def check(settings: config.Ppo) -> None:
+    """Validate the settings by name."""
     validate_clipping(settings)
     require_range(settings, "gamma", 0, 1)
     require_range(settings, "lam", 0, 1)

@@ -11,17 +11,18 @@ from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, se
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[PerToken, Stats]:
-    """−min(w, is_max) · A of each response, w = π_θ(y)/μ_old(y) = Π_t π_θ/μ_old.
+    """Compute −min(w, is_max) · A of each response, w = π_θ(y)/μ_old(y) = Π_t π_θ/μ_old.
 
     The gradient is −min(w, is_max) · A · ∇ log π_θ(y): truncation bounds a response's weight, it does not drop it.
 
     Args:
-        logprobs: log π_θ, with gradient.
+        logprobs: `[B, T]` log π_θ, with gradient.
         batch: `mask`, `infer_logprobs` and `advantages` (one a sample) are used.
+        settings: of the objective.
 
     Returns:
-        Losses, and the response's weight before truncation: `sequence_weight_mean` and `sequence_weight_max`, over
-        tokens. Its spread grows exponentially with the length, which is why token-level objectives exist.
+        Losses `[B, T]`, and the response's weight before truncation: `sequence_weight_mean` and `sequence_weight_max`,
+        over tokens. Its spread grows exponentially with the length, which is why token-level objectives exist.
     """
     logs = sequence_log_ratio(log_ratio(logprobs, batch.infer_logprobs, batch.mask))
     weight = logs.detach().exp()
@@ -36,6 +37,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[P
 
 
 def check(settings: config.Sequence) -> None:
+    """Validate the settings by name."""
     require_positive(settings, "is_max")
 
 

@@ -7,10 +7,15 @@ from megatron_bai.rl.objectives.objective import Objective, PerToken
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Sft) -> tuple[PerToken, Stats]:
-    """−log π_θ of each target token. Of the batch only `mask` is used.
+    """Compute −log π_θ of each target token.
+
+    Args:
+        logprobs: `[B, T]` log π_θ, with gradient.
+        batch: `mask` is used.
+        settings: of the objective.
 
     Returns:
-        Losses, and their mean as `cross_entropy` in nats.
+        Losses `[B, T]`, and their mean as `cross_entropy` in nats.
     """
     stats = Stats()
     stats.mean("cross_entropy", -logprobs.detach()[batch.mask])

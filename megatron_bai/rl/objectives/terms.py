@@ -1,4 +1,4 @@
-"""What several objectives are made of.
+"""Terms that several objectives share.
 
 The ratio of the policy to the one that sampled has two factors (arXiv 2512.01374):
 
@@ -14,40 +14,62 @@ from megatron_bai.rl.objectives.objective import PerToken
 
 
 def log_ratio(new: PerToken, old: PerToken, mask: PerToken) -> PerToken:
-    """log(new/old) of log-probabilities, 0 outside `mask`, where padding may hold anything."""
+    """Compute log(new/old) of log-probabilities.
+
+    Args:
+        new: `[B, T]`.
+        old: `[B, T]`.
+        mask: `[B, T]` bool; padding may hold anything.
+
+    Returns:
+        `[B, T]`, 0 outside `mask`.
+    """
     return (new - old).masked_fill(~mask, 0.0)
 
 
 def sequence_log_ratio(logs: PerToken) -> PerToken:
-    """The log-ratio of the response, the sum over its tokens, at each of its tokens."""
+    """Return the response's log-ratio, the sum over its tokens, at each of its tokens, `[B, T]`."""
     return logs.sum(1, keepdim=True).expand_as(logs)
 
 
 def response_lengths(mask: PerToken) -> torch.Tensor:
-    """`[B, 1]` tokens of each response, at least 1."""
+    """Count the tokens of each response, `[B, 1]`, at least 1."""
     return mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def broadcast_advantages(advantages: torch.Tensor) -> torch.Tensor:
-    """Advantages of samples `[B]` or of tokens `[B, T]`, in a shape that goes with `[B, T]`."""
+    """Return advantages of samples `[B]` or of tokens `[B, T]` in a shape that broadcasts with `[B, T]`."""
     return advantages[:, None] if advantages.dim() == 1 else advantages
 
 
 def outside_trust_region(ratio: PerToken, advantages: torch.Tensor, low: float, high: float) -> PerToken:
-    """Where a ratio has left the trust region on the side its advantage pushes to: r > 1 + high with A > 0, or
-    r < 1 − low with A < 0. Bool."""
+    """Return whether a ratio has left the trust region on the side that its advantage pushes to.
+
+    That is r > 1 + high with A > 0, or r < 1 − low with A < 0.
+
+    Args:
+        ratio: `[B, T]` r.
+        advantages: `[B, T]` or `[B, 1]` A.
+        low: limit below 1.
+        high: limit above 1.
+
+    Returns:
+        `[B, T]` bool.
+    """
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
 
 
 def clipped_surrogate(logs: PerToken, advantages: torch.Tensor, low: float, high: float) -> tuple[PerToken, PerToken]:
-    """−min(r·A, clip(r, 1 − low, 1 + high)·A), r = exp(logs) (PPO, arXiv 1707.06347, eq. 7).
+    """Compute −min(r·A, clip(r, 1 − low, 1 + high)·A), r = exp(logs) (PPO, arXiv 1707.06347, eq. 7).
 
     Args:
-        logs: log r, with gradient.
-        advantages: `[B, T]` or `[B, 1]`.
+        logs: `[B, T]` log r, with gradient.
+        advantages: `[B, T]` or `[B, 1]` A.
+        low: limit below 1.
+        high: limit above 1.
 
     Returns:
-        The loss, and where the limit holds: there the gradient is 0.
+        The loss `[B, T]`, and `[B, T]` bool, where the limit holds: there the gradient is 0.
     """
     ratio = logs.exp()
     losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
@@ -55,12 +77,16 @@ def clipped_surrogate(logs: PerToken, advantages: torch.Tensor, low: float, high
 
 
 def add_clip_fractions(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask: PerToken) -> None:
-    """Add `clip_fraction`, the share of response tokens in `clipped`, and its two parts by the sign of the advantage,
-    `clip_fraction_positive` and `clip_fraction_negative`, as shares of all response tokens, too.
+    """Add `clip_fraction`, the share of response tokens in `clipped`.
+
+    Its two parts by the sign of the advantage, `clip_fraction_positive` and `clip_fraction_negative`, are shares of all
+    response tokens, too.
 
     Args:
+        stats: gets the metrics.
         clipped: `[B, T]` bool.
         advantages: `[B, T]` or `[B, 1]`.
+        mask: `[B, T]` bool, the response's tokens.
     """
     stats.mean("clip_fraction", clipped[mask])
     stats.mean("clip_fraction_positive", (clipped & (advantages > 0))[mask])
@@ -68,16 +94,20 @@ def add_clip_fractions(stats: Stats, clipped: PerToken, advantages: torch.Tensor
 
 
 def ratio_metrics(logprobs: PerToken, batch: Batch) -> Stats:
-    """Both factors and their product, over response tokens.
+    """Measure both factors of π_θ/μ_old and their product, over response tokens.
 
     The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts
     are stale (`rl/experience/staleness.py`). Tokens for which that is not known are in the product alone.
 
+    Args:
+        logprobs: `[B, T]` log π_θ.
+        batch: `mask`, `sampled_logprobs` and `infer_logprobs` are used.
+
     Returns:
         Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and
         largest ratio of each factor and of the product, `discrepancy_ratio_mean`, `staleness_ratio_mean`,
-        `is_weight_mean` and so on with `_max`; `ess`, the effective sample size of the token weights π_θ/μ_old, as a share
-        of the tokens (`Stats.sample_size`).
+        `is_weight_mean` and so on with `_max`; `ess`, the effective sample size of the token weights π_θ/μ_old, as a
+        share of the tokens (`Stats.sample_size`).
     """
     new, sampled = logprobs.detach(), batch.sampled_logprobs
     known = batch.mask & ~sampled.isnan()
