@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from megatron_bai.checkpoint.boxes import Box
+from megatron_bai.checkpoint.boxes import Box, intersect_boxes
 
 
 @dataclass(frozen=True, slots=True)
