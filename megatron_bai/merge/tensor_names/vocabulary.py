@@ -1,8 +1,8 @@
-"""The vocabulary's true size and whether the output layer is the embedding: what a checkpoint says beside its tensors.
+"""The vocabulary's size without padding, and tied embeddings: what a checkpoint says beside its tensors.
 
 Megatron pads the vocabulary to a multiple that depends on the tensor-parallel size, so the same model has embeddings of
 different heights. Only `config.json` (Hugging Face's, which our Megatron checkpoints have too) or the arguments in
-Megatron-LM's `common.pt` tell how many rows mean a token.
+Megatron-LM's `common.pt` tell how many rows are a token's.
 """
 
 import argparse
@@ -24,10 +24,11 @@ OUTPUT = re.compile(r"(^|\.)(output_layer|lm_head)\.(weight|bias)$")
 
 @dataclass(frozen=True)
 class VocabInfo:
-    """What lies beside a checkpoint's tensors; None where nothing says.
+    """What the files beside a checkpoint's tensors say; None where nothing does.
 
     Attributes:
-        vocab_size: rows of the embedding that mean a token, and the file that says so.
+        vocab_size: number of rows of the embedding that are a token's.
+        origin: the file that says so.
         tied: whether the output layer is the embedding.
     """
 
@@ -56,12 +57,13 @@ def read_vocab_info(path: Path) -> VocabInfo:
 
 
 def _make_vocab_info(file: Path, size: Any, tied: Any) -> VocabInfo:
+    """Make the info from values that may be of any type."""
     size = size if isinstance(size, int) and size > 0 else None
     return VocabInfo(size, str(file), tied if isinstance(tied, bool) else None)
 
 
 def _megatron_args(file: Path) -> dict[str, Any]:
-    """Megatron-LM's arguments. Of a class that `weights_only` refuses, nothing is run and nothing is known."""
+    """Read Megatron-LM's arguments; none where the file has classes that `weights_only` refuses; no code is run."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             arguments: dict[str, Any] = vars(torch.load(file, map_location="cpu", weights_only=True)["args"])
@@ -71,16 +73,16 @@ def _megatron_args(file: Path) -> dict[str, Any]:
 
 
 def is_vocab_tensor(key: str) -> bool:
-    """Whether a tensor has a row for each token."""
+    """Return whether a tensor has a row for each token."""
     return bool(EMBEDDING.search(key) or OUTPUT.search(key)) and not canonical_box(key, (1,)).axes
 
 
 def unpadded_vocab_size(sources: dict[Path, dict[str, TensorInfo]], given: int) -> int | None:
-    """How many rows of the vocabulary's tensors mean a token, or None: all, for want of a statement.
+    """Return the number of rows of the vocabulary's tensors that are a token's; None: all, since nothing says.
 
     Args:
         sources: the tensors to merge of each checkpoint, by its directory.
-        given: `merge.vocab_size`, which decides where it is not 0; else what the checkpoints say does.
+        given: `merge.vocab_size`, which decides where it is not 0; else the checkpoints do.
 
     Raises:
         UserError: they say different things, there are fewer rows than that, or the numbers of rows differ and nothing
@@ -94,24 +96,24 @@ def unpadded_vocab_size(sources: dict[Path, dict[str, TensorInfo]], given: int) 
     if given:
         size, origin = given, "merge.vocab_size"
     else:
-        found = {path: note for path in rows if rows[path] and (note := read_vocab_info(path)).vocab_size}
-        said: dict[int, str] = {}
-        for note in found.values():
-            assert note.vocab_size is not None  # `found` has only such
-            said.setdefault(note.vocab_size, note.origin)
-        if len(said) > 1:
-            listed = " and ".join(f"{number} tokens ({file})" for number, file in said.items())
+        infos = {path: info for path in rows if rows[path] and (info := read_vocab_info(path)).vocab_size}
+        sizes: dict[int, str] = {}
+        for info in infos.values():
+            assert info.vocab_size is not None  # `infos` has only such
+            sizes.setdefault(info.vocab_size, info.origin)
+        if len(sizes) > 1:
+            listed = " and ".join(f"{size} tokens ({file})" for size, file in sizes.items())
             raise UserError(f"the sources have different vocabularies, {listed}: {advice}")
-        unknown = [path for path in rows if rows[path] and path not in found]
+        unknown = [path for path in rows if rows[path] and path not in infos]
         heights = set().union(*rows.values())
         if unknown and len(heights) > 1:
             raise UserError(
                 f"the embeddings have {' and '.join(map(str, sorted(heights)))} rows, and nothing says how many of"
                 f" {unknown[0]} are tokens and how many padding: {advice}"
             )
-        if not said:
+        if not sizes:
             return None
-        size, origin = next(iter(said.items()))
+        size, origin = next(iter(sizes.items()))
     for path, heights in rows.items():
         if heights and min(heights) < size:
             raise UserError(f"{path} has {min(heights)} rows in its vocabulary, {origin} says {size} tokens: {advice}")
