@@ -22,15 +22,8 @@ from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import RankGroup, cores_per_rank, merge_ranks
 from megatron_bai.errors import PermanentError, UserError
 from megatron_bai.merge.execution import executor, journal
-from megatron_bai.merge.execution.output_dir import (
-    bytes_left,
-    check_space,
-    check_target,
-    describe_difference,
-    fingerprint,
-    is_up_to_date,
-    write_provenance,
-)
+from megatron_bai.merge.execution.output_dir import bytes_left, check_space, check_target
+from megatron_bai.merge.execution.provenance import describe_difference, fingerprint, is_up_to_date, write_provenance
 from megatron_bai.merge.execution.slice_stats import slices_to_measure, with_slice_stats
 from megatron_bai.merge.execution.thread_pool import gc_disabled
 from megatron_bai.merge.execution.tiles import SMALL_TILE, TILE

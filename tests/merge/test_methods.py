@@ -26,7 +26,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.compare import inspect_checkpoint
 from megatron_bai.merge.execution import executor, slice_stats, tiles
-from megatron_bai.merge.execution.output_dir import model_card
+from megatron_bai.merge.execution.provenance import make_model_card
 from megatron_bai.merge.methods import METHODS, make_recipes
 from megatron_bai.merge.methods.dare import keep_mask
 from megatron_bai.merge.methods.slerp import Slerp
@@ -230,7 +230,7 @@ def die(*_, **__):
 
 def killed(settings: Merge, moment: str) -> None:
     if moment == "measuring":
-        slice_stats._measure = die
+        slice_stats._measure_slice = die
     else:
         write, written = executor._write_unit, []
 
@@ -622,6 +622,6 @@ def test_methods_meet_where_they_should(three, tmp_path):
 
 def test_the_model_card_names_the_method():
     recipe = make_recipes(Merge(method="dare", pretrained="a", members=["b"], drop_rate=0.9, seed=3))[""]
-    card = model_card(recipe)
+    card = make_model_card(recipe)
     assert "by DARE (arXiv 2311.03099) with weights 1, scale 1, drop_rate 0.9, seed 3;" in card
     assert "| Checkpoint | Weight |" in card and "| b | 1 |" in card

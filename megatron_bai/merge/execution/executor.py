@@ -1,6 +1,6 @@
-"""The streaming: any number of checkpoints are read once and merged in bounded memory, a unit of output after another.
+"""The executor: any number of checkpoints are read once and merged in bounded memory, a unit of output after another.
 
-A unit's pieces are shared by this rank's threads, each of which reads, merges (`tiles`) and writes its own.
+A unit's items are divided among this rank's threads, each of which reads, merges (`tiles`) and writes its own.
 """
 
 import functools
@@ -20,17 +20,19 @@ from megatron_bai.merge.execution.thread_pool import OrderedMap, background_writ
 from megatron_bai.merge.recipe.plan import Plan, WorkUnit
 from megatron_bai.merge.recipe.regions import Fate, Region
 
-BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: each is a turn of the lock for three threads
+BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: the interpreter lock is taken for each
 
 
 class HasBytes(Protocol):
-    """A portion of work."""
+    """Work of a known size, which ranks share."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """A name that orders work of the same size."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """The size by which it is shared."""
 
 
 T = TypeVar("T", bound=HasBytes)
@@ -39,59 +41,63 @@ T = TypeVar("T", bound=HasBytes)
 def execute_plan(
     plan: Plan, directories: Sequence[Path], ranks: RankGroup, on_bytes_read: Callable[[int], None], threads: int = 1
 ) -> list[dict[str, float]]:
-    """Write the tensors and the index of each of the plan's sums into its directory; every rank calls it.
+    """Write the tensors and the index of each of the plan's results into its directory. Collective.
 
-    Units that the directories' journals have, and whose items are as they were written, are not written again.
+    Units that the directories' journals have, and whose items have their CRC-32s, are not written again.
 
     Args:
-        directories: one for each sum, from `journal.open_staging_dir`.
-        on_bytes_read: told the number of input bytes whenever some have been merged, by any thread.
-        threads: of this rank, that merge.
+        plan: the merge.
+        directories: one for each result, from `journal.open_staging_dir`.
+        ranks: which share the units.
+        on_bytes_read: called with the number of input bytes whenever some have been merged, by any thread.
+        threads: number of threads of this rank that merge.
 
     Returns:
-        for each sum, the 2-norm of every merged tensor, before rounding; on every rank.
+        For each result the 2-norm of every merged tensor, before rounding; on every rank.
 
     Raises:
-        PermanentError: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal
-            is not.
-        UserError: a source cannot be read, or the disk is full; the units finished until then count.
+        PermanentError: a source holds NaN or Inf, a value leaves the dtype's range, or a tensor that must be equal is not.
+        UserError: a source cannot be read, or the disk is full; the units finished until then are in the journal.
     """
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]
-    target = plan.base.make_writer(outputs, plan.output_spec.file_bytes)
+    checkpoint_writer = plan.base.make_writer(outputs, plan.output_spec.file_bytes)
 
-    def begin() -> None:
+    def prepare() -> None:
         for directory in directories:
-            target.prepare(directory)
+            checkpoint_writer.prepare(directory)
 
-    def found() -> dict[str, list[UnitResult]]:
-        notes = [journal.read_finished(directory, ranks.rank, ranks.num_ranks) for directory in directories]
-        return {name: [n[name] for n in notes] for name in notes[0] if all(name in n for n in notes)}
+    def read_journals() -> dict[str, list[UnitResult]]:
+        journals = [journal.read_finished(directory, ranks.rank, ranks.num_ranks) for directory in directories]
+        names = [name for name in journals[0] if all(name in units for units in journals)]
+        return {name: [units[name] for units in journals] for name in names}
 
-    def work() -> dict[str, list[UnitResult]]:
+    def write_units() -> dict[str, list[UnitResult]]:
         units = assign_to_rank(tuple(unit for unit in plan.units if unit.name not in done), ranks)
         buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
-        found = {}
-        with background_writer() as note, thread_map(threads) as run:  # the disk takes in one unit while the next is made
+        written = {}
+        with background_writer() as in_background, thread_map(threads) as run:  # a unit is flushed during the next
             for unit in units:
-                found[unit.name] = results = _write_unit(plan, unit, target, directories, run, buffers, on_bytes_read)
-                note(functools.partial(_record_unit, directories, unit.name, results))
-        return found
+                results = _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
+                written[unit.name] = results
+                in_background(functools.partial(_record_unit, directories, unit.name, results))
+        return written
 
-    ranks.run_on_first(begin, directories[0])
-    done = {name: results for share in ranks.run_on_all(found) for name, results in share.items()}
-    done |= {name: result for shares in ranks.run_on_all(work) for name, result in shares.items()}
+    ranks.run_on_first(prepare, directories[0])
+    done = {name: results for units in ranks.run_on_all(read_journals) for name, results in units.items()}
+    done |= {name: results for units in ranks.run_on_all(write_units) for name, results in units.items()}
     norms = []
-    for k, directory in enumerate(directories):
-        results = [done[unit.name][k] for unit in plan.units]  # in the plan's order: nothing depends on the ranks
+    for result_index, directory in enumerate(directories):
+        # in the plan's order: nothing depends on the number of ranks
+        results = [done[unit.name][result_index] for unit in plan.units]
         items = [item for result in results for item in result.written]
         _assert_covered(plan, items)
-        ranks.run_on_first(functools.partial(target.finalize, directory, outputs, items), directory)
-        norms.append(_norms(plan, results))
+        ranks.run_on_first(functools.partial(checkpoint_writer.finalize, directory, outputs, items), directory)
+        norms.append(_compute_norms(plan, results))
     return norms
 
 
-def _norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:
-    """The 2-norm of every merged tensor."""
+def _compute_norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:
+    """Compute the 2-norm of every merged tensor from the sums of squares of its items."""
     squares = {key: 0.0 for key, output in plan.outputs.items() if output.merged}
     for result in results:
         for key, value in result.squares.items():
@@ -100,49 +106,50 @@ def _norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:
 
 
 def assign_to_rank(units: Sequence[T], ranks: RankGroup) -> list[T]:
-    """This rank's portions of the work: the largest first, each to the rank with the fewest bytes so far."""
+    """Return this rank's units: the largest first, each assigned to the rank with the fewest bytes so far."""
     loads = [0] * ranks.num_ranks
-    mine = []
+    assigned = []
     for unit in sorted(units, key=lambda u: (-u.nbytes, u.name)):
         rank = loads.index(min(loads))
         loads[rank] += unit.nbytes
         if rank == ranks.rank:
-            mine.append(unit)
-    return mine
+            assigned.append(unit)
+    return assigned
 
 
 def _write_unit(
     plan: Plan,
     unit: WorkUnit,
-    target: CheckpointWriter,
+    checkpoint_writer: CheckpointWriter,
     directories: Sequence[Path],
     run: OrderedMap,
     buffers: tiles.ThreadBuffers,
     on_bytes_read: Callable[[int], None],
 ) -> list[UnitResult]:
-    """Write one unit of every sum: this thread says where its pieces go, those of `run` merge and write them."""
-    done = [UnitResult() for _ in plan.input_weights]
+    """Write one unit of every result: this thread allocates its items, those of `run` merge and write them."""
+    results = [UnitResult() for _ in plan.input_weights]
     try:
         with ExitStack() as stack:
-            writers = [stack.enter_context(target.open_unit(directory, unit.name)) for directory in directories]
+            units = [checkpoint_writer.open_unit(directory, unit.name) for directory in directories]
+            writers = [stack.enter_context(writer) for writer in units]
             for key in unit.objects:
                 data = plan.base.read_object(key)
                 for writer in writers:
                     writer.write_object(key, data)
-            work = functools.partial(_merge_batch, plan, buffers, on_bytes_read)
-            for squares in stack.enter_context(closing(run(work, _batch_items(unit, writers)))):
-                for key, found in squares:
-                    for result, square in zip(done, found, strict=True):
+            merge_batch = functools.partial(_merge_batch, plan, buffers, on_bytes_read)
+            for squares in stack.enter_context(closing(run(merge_batch, _batch_items(unit, writers)))):
+                for key, squares_of_results in squares:
+                    for result, square in zip(results, squares_of_results, strict=True):
                         result.squares[key] = result.squares.get(key, 0.0) + square
-            for result, writer in zip(done, writers, strict=True):
+            for result, writer in zip(results, writers, strict=True):
                 result.written = writer.written_items
     except OSError as error:
         raise _write_error(directories, error) from None
-    return done
+    return results
 
 
 def _record_unit(directories: Sequence[Path], unit: str, results: Sequence[UnitResult]) -> None:
-    """Have a unit of every sum on disk, and remember that it is."""
+    """Flush a unit of every result to disk, and record it in the journal."""
     try:
         for directory, result in zip(directories, results, strict=True):
             journal.record_unit(directory, unit, result)
@@ -151,24 +158,25 @@ def _record_unit(directories: Sequence[Path], unit: str, results: Sequence[UnitR
 
 
 def _write_error(directories: Sequence[Path], error: OSError) -> UserError:
+    """Make the error of a write that failed."""
     return UserError(f"{directories[0]} cannot be written: {error.strerror}")
 
 
 ItemToMerge = tuple[Region, Box, list[ItemWriter]]
-"""A box to merge, and where it goes for each sum."""
+"""A box to merge, and the item it is in each result."""
 
 
 def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list[ItemToMerge]]:
-    """A unit's pieces in order, many small ones together: a thread has no time for one expert's bias."""
+    """Yield a unit's items in order, many small ones together: a call for one expert's bias would cost more than it."""
     batch: list[ItemToMerge] = []
-    size = 0
+    batch_nbytes = 0
     for region, box in unit.items:
         nbytes = math.prod(box[1]) * region.dtype.itemsize
-        if batch and size + nbytes > BATCH_BYTES:
+        if batch and batch_nbytes + nbytes > BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch, batch_nbytes = [], 0
         batch.append((region, box, [writer.add_item(region.key, box[0], region.dtype, box[1]) for writer in writers]))
-        size += nbytes
+        batch_nbytes += nbytes
     if batch:
         yield batch
 
@@ -176,23 +184,24 @@ def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list
 def _merge_batch(
     plan: Plan, buffers: tiles.ThreadBuffers, on_bytes_read: Callable[[int], None], batch: list[ItemToMerge]
 ) -> list[tuple[str, list[float]]]:
-    """Merge and write some pieces; returns, of those that are merged, the key and each sum's sum of squares."""
+    """Merge and write a batch; return the key and each result's sum of squares for the items that are merged."""
     squares = []
-    read = 0
+    bytes_read = 0
     for region, box, items in batch:
-        found = tiles.merge_item(plan, region, box, items, buffers)
+        item_squares = tiles.merge_item(plan, region, box, items, buffers)
         if region.fate is Fate.MERGED:
-            squares.append((region.key, found))
-        read += math.prod(box[1]) * sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)
-    on_bytes_read(read)
+            squares.append((region.key, item_squares))
+        bytes_read += math.prod(box[1]) * sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)
+    on_bytes_read(bytes_read)
     return squares
 
 
 def _assert_covered(plan: Plan, items: list[WrittenItem]) -> None:
-    """Every element of every output was written once."""
-    elements = dict.fromkeys(plan.outputs, 0)
+    """Assert that every element of every output was written once."""
+    num_elements = dict.fromkeys(plan.outputs, 0)
     for item in items:
         if item.sizes is not None:
-            elements[item.key] += math.prod(item.sizes)
+            num_elements[item.key] += math.prod(item.sizes)
     for key, output in plan.outputs.items():
-        assert elements[key] == math.prod(output.shape), f"{key}: {elements[key]} elements of {output.shape} written"
+        message = f"{key}: {num_elements[key]} elements of {output.shape} written"
+        assert num_elements[key] == math.prod(output.shape), message

@@ -1,8 +1,9 @@
-"""Which units of an unfinished merge are on disk, so that a merge that was killed goes on where it stopped.
+"""The journal of an unfinished merge: the units that are on disk, so that a merge that was killed can be resumed.
 
-An unfinished output holds, in `.journal/`, the mark of its merge and a file for each finished unit, written after the
-unit's data were flushed to disk. A merge with the same mark takes up what is noted; any other begins anew. A note holds
-the CRC-32 of every item, computed when it was written: what no longer agrees is written again.
+An unfinished output holds, in `.journal/`, the mark of its merge (the fingerprint of its inputs and how the work is
+split) and a record for each finished unit, written after the unit's data were flushed to disk. A merge with the same
+mark uses what is recorded; any other starts from nothing. A record holds the CRC-32 of every item, computed when it was
+written: an item that has another is written again.
 """
 
 import dataclasses
@@ -23,14 +24,14 @@ _FIELDS = [field.name for field in dataclasses.fields(WrittenItem)]
 
 @dataclass
 class UnitResult:
-    """One unit of one output: its items, and for each merged tensor the sum of its squares before rounding."""
+    """One unit of one result: its items, and for each merged tensor the sum of its squares before rounding."""
 
     written: list[WrittenItem] = field(default_factory=list)
     squares: dict[str, float] = field(default_factory=dict)
 
 
 def open_staging_dir(target: Path, mark: str) -> Path:
-    """The directory to write `target` into: the one a merge with this mark left behind, or an empty one."""
+    """Return the directory in which to write `target`: that of an unfinished merge with this mark, or an empty one."""
     path = atomic_dir.staging_path(target)
     try:
         if (path / DIRECTORY / MARK).read_text() == mark:
@@ -43,46 +44,49 @@ def open_staging_dir(target: Path, mark: str) -> Path:
     return path
 
 
-def read_finished(directory: Path, rank: int = 0, size: int = 1) -> dict[str, UnitResult]:
-    """The units that are on disk, by name; `size` processes share the reading."""
-    notes = sorted(_read_records(directory), key=lambda note: note[0])[rank::size]
-    return {name: unit for name, unit in notes if all(_is_there(directory, item) for item in unit.written)}
+def read_finished(directory: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, UnitResult]:
+    """Read the units that are on disk, by name; `num_ranks` processes share the reading."""
+    records = sorted(_read_records(directory), key=lambda record: record[0])[rank::num_ranks]
+    return {name: unit for name, unit in records if all(_is_on_disk(directory, item) for item in unit.written)}
 
 
 def finished_names(directory: Path) -> set[str]:
-    """The units that were noted; that they are on disk is not looked at."""
+    """Return the units that are recorded, without reading their data."""
     return {name for name, _ in _read_records(directory)}
 
 
 def file_crcs(directory: Path) -> dict[str, int]:
-    """The CRC-32 of every file that units were written into, put together from their items'.
+    """Combine the CRC-32 of every file of units from those of its items.
 
-    What lies between the items, such as a header, is read.
+    Bytes between the items, such as a header, are read.
     """
     items: dict[str, list[WrittenItem]] = defaultdict(list)
     for _, unit in _read_records(directory):
         for item in unit.written:
             items[item.file].append(item)
-    return {name: _checksum(directory / name, found) for name, found in items.items()}
+    return {name: _file_crc(directory / name, file_items) for name, file_items in items.items()}
 
 
-def _checksum(file: Path, items: list[WrittenItem]) -> int:
-    crc = at = 0
+def _file_crc(file: Path, items: list[WrittenItem]) -> int:
+    """Combine the CRC-32 of a file from its items' and what lies between them."""
+    crc = offset = 0
 
     def skip_to(start: int) -> None:
-        nonlocal crc, at
-        assert start >= at, f"{file}: two items overlap"
-        if start > at:
-            crc, at = crc32.combine(crc, crc32.compute_file(file, at, start - at), start - at), start
+        nonlocal crc, offset
+        assert start >= offset, f"{file}: two items overlap"
+        if start > offset:
+            length = start - offset
+            crc, offset = crc32.combine(crc, crc32.compute_file(file, offset, length), length), start
 
     for item in sorted(items, key=lambda item: (item.start, item.length)):
         skip_to(item.start)
-        crc, at = crc32.combine(crc, item.crc32, item.length), item.start + item.length
+        crc, offset = crc32.combine(crc, item.crc32, item.length), item.start + item.length
     skip_to(file.stat().st_size)
     return crc
 
 
-def _is_there(directory: Path, item: WrittenItem) -> bool:
+def _is_on_disk(directory: Path, item: WrittenItem) -> bool:
+    """Return whether an item has the CRC-32 with which it was written."""
     try:
         return crc32.compute_file(directory / item.file, item.start, item.length) == item.crc32
     except FileNotFoundError:
@@ -90,20 +94,21 @@ def _is_there(directory: Path, item: WrittenItem) -> bool:
 
 
 def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
-    """Every readable note, with the unit's name."""
+    """Yield every readable record, with the unit's name."""
     for file in (directory / DIRECTORY).glob("*.json"):
         text, _, crc = file.read_text().rpartition("\n")
         if crc != f"{crc32.compute(text.encode()):08x}":
             continue  # damaged: the unit is written again
-        noted = json.loads(text)
+        record = json.loads(text)
         written = [
-            WrittenItem(key, _tuple(offsets), _tuple(sizes), *place) for key, offsets, sizes, *place in noted["written"]
+            WrittenItem(key, _tuple(offsets), _tuple(sizes), *location)
+            for key, offsets, sizes, *location in record["written"]
         ]
-        yield file.stem, UnitResult(written, noted["squares"])
+        yield file.stem, UnitResult(written, record["squares"])
 
 
 def record_unit(directory: Path, unit: str, result: UnitResult) -> None:
-    """Remember a unit, after its data; both survive a power cut."""
+    """Flush a unit's data to disk, then write its record; both survive a power cut."""
     for name in {item.file for item in result.written}:
         atomic_file.fsync_path(directory / name)
     written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply
@@ -113,4 +118,5 @@ def record_unit(directory: Path, unit: str, result: UnitResult) -> None:
 
 
 def _tuple(value: list[int] | None) -> tuple[int, ...] | None:
+    """Convert what JSON has as a list."""
     return None if value is None else tuple(value)

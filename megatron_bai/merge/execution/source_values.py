@@ -1,4 +1,4 @@
-"""The sources' values of a box side by side, for methods that need them all at once."""
+"""The values of all sources in a box, for methods that need them at once."""
 
 import math
 from collections.abc import Collection
@@ -13,12 +13,22 @@ from megatron_bai.merge.recipe.regions import Region
 
 
 def inputs_with_weight(plan: Plan, names: Collection[str]) -> list[int]:
-    """The inputs that have a weight in one of the regions, in any sum."""
-    return [i for i in range(len(plan.inputs)) if any(row[name][i] != 0 for row in plan.input_weights for name in names)]
+    """Return the indices of the inputs that have a weight in one of the regions, in any result."""
+    rows = [weights[name] for weights in plan.input_weights for name in names]
+    return [i for i in range(len(plan.inputs)) if any(row[i] != 0 for row in rows)]
 
 
 def read_inputs(plan: Plan, region: Region, box: Box, inputs: Collection[int]) -> torch.Tensor:
-    """The inputs' values, float64 [inputs, *sizes of the box]; 0 for those not among `inputs`, which are not read.
+    """Read the inputs' values of a box.
+
+    Args:
+        plan: the merge.
+        region: which the box lies in.
+        box: to read, in the output tensor.
+        inputs: indices of the inputs to read.
+
+    Returns:
+        float64 `[inputs, *sizes of the box]`; 0 for those not among `inputs`.
 
     Raises:
         UserError: one of them is NaN or Inf.
@@ -32,16 +42,16 @@ def read_inputs(plan: Plan, region: Region, box: Box, inputs: Collection[int]) -
 
 
 def require_finite(plan: Plan, region: Region, box: Box) -> None:
-    """Say which source a NaN or Inf came from, if one did."""
+    """Raise an error that names the source of a NaN or Inf, if one has it."""
     for source in plan.inputs:
         finite = source.read(region.key, *box).isfinite()
         if not finite.all():
-            at = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0], strict=True))
-            raise PermanentError(f"{source.path}: {region.key} holds NaN or Inf at {at}: it must not be merged")
+            position = tuple(o + int(i) for o, i in zip(box[0], finite.logical_not().nonzero()[0], strict=True))
+            raise PermanentError(f"{source.path}: {region.key} holds NaN or Inf at {position}: it must not be merged")
 
 
 def raise_not_finite(plan: Plan, region: Region, box: Box) -> NoReturn:
-    """Say why the sums of a box are not finite.
+    """Raise an error that says why the merged values of a box are not finite.
 
     Raises:
         PermanentError: always.

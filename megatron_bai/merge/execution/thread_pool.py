@@ -1,4 +1,4 @@
-"""How a merge uses its process: threads that work side by side, with their results in order, and no other work."""
+"""Threads of a merge, with their results in order, and what else of the process would slow them down."""
 
 import gc
 from collections import deque
@@ -14,16 +14,17 @@ R = TypeVar("R")
 
 
 class OrderedMap(Protocol):
-    """The results of `work(item)` in the order of `items`, made while they are asked for, until it is closed."""
+    """The type of a map whose results come in the order of the items."""
 
     def __call__(
         self, work: Callable[[T], R], items: Iterable[T], /
-    ) -> Generator[R, None, None]: ...
+    ) -> Generator[R, None, None]:
+        """Yield `work(item)` for each item in order, computed while the results are consumed, until it is closed."""
 
 
 @contextmanager
 def single_torch_thread() -> Iterator[None]:
-    """Tiles are too small for OpenMP, which is slower than one thread as soon as another process wants the core."""
+    """Have torch use one thread in the block: tiles are too small for OpenMP, which is slow where cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -34,8 +35,11 @@ def single_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """The index of many chunks is many objects, all in use to the end. To search them for cycles, in which a merge leaves
-    some 200, took Python a third of the time of one of small chunks."""
+    """Disable the garbage collector in the block.
+
+    The index of many chunks is many objects, all in use to the end. Searching them for cycles, of which a merge leaves
+    some 200, took a third of the time of a merge of small chunks.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -47,32 +51,35 @@ def gc_disabled() -> Iterator[None]:
 
 @contextmanager
 def background_writer() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Has calls done by a thread beside this one, in their order, at most one behind: a call waits for that before.
+    """Run calls in a second thread, in their order; a call waits for the one before.
+
+    Yields:
+        The function that takes a call and returns at once, unless the call before is still running.
 
     Raises:
-        Exception: what a call raises, at the next one or at the end.
+        Exception: a call's, at the next one or at the end.
     """
     last: Future[None] = Future()
     last.set_result(None)
 
-    def hand_over(work: Callable[[], None]) -> None:
+    def submit(work: Callable[[], None]) -> None:
         nonlocal last
         last.result()
         last = executor.submit(work)
 
     with ThreadPoolExecutor(1) as executor:
-        yield hand_over
+        yield submit
         last.result()
 
 
 @contextmanager
 def thread_map(threads: int) -> Iterator[OrderedMap]:
-    """A `map` over `threads` threads, which let go of Python's lock while they read, check, add and write.
+    """Yield a `map` over `threads` threads, which release the GIL while they read, check, add and write.
 
-    They are at most an item each ahead of the caller. Once a map is closed, nothing of it is running.
+    They are at most one item each ahead of the caller. Once a map is closed, none of its calls is running.
     """
 
-    def alone(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+    def sequential(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
         yield from map(work, items)
 
     def threaded(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
@@ -88,8 +95,8 @@ def thread_map(threads: int) -> Iterator[OrderedMap]:
             wait([future for future in waiting if not future.cancel()])
 
     with single_torch_thread():
-        if threads == 1:  # it would only take turns with the caller
-            yield alone
+        if threads == 1:  # a thread would only alternate with the caller
+            yield sequential
             return
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
             yield threaded

@@ -1,4 +1,4 @@
-"""Checking a merge against its formula, by reading the written checkpoint again."""
+"""Verify a merge against its formula, by reading the written checkpoint again."""
 
 import math
 from collections import defaultdict
@@ -18,76 +18,80 @@ from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Fate, Region
 from megatron_bai.merge.recipe.slices import SliceBox
 
-SAMPLE_EVERY = 50  # of a tensor's tiles one in this many is sampled, and at least one
+SAMPLE_EVERY = 50  # one in this many of a tensor's tiles is sampled, and at least one
 SAMPLE = 1 << 12  # elements that are compared of a sampled tile
 
 
 def verify_result(plan: Plan, result_index: int, output: CheckpointReader, ranks: RankGroup, check_all: bool) -> int:
-    """Compare `output` with the method's formula in float64; every rank calls it.
+    """Compare `output` with the method's formula in float64. Collective.
 
     Let x be the exact value. The written one may differ from x by one rounding to the output's dtype, |x|·ε/2, and by
     that of the accumulation, (n + 1)·ε_acc·Σ|summand| for n sources. (ε is `torch.finfo(…).eps`.)
 
     Args:
-        result_index: the number of the plan's sum.
+        plan: the merge.
+        result_index: of the result among the plan's.
         output: the written checkpoint.
+        ranks: which share the tiles.
         check_all: compare every element; else a sample, the same on every run.
 
     Returns:
-        how many elements were compared, over all ranks.
+        The number of elements compared, over all ranks.
 
     Raises:
         PermanentError: the output lacks a tensor, or an element is outside the bound.
     """
 
-    def work() -> int:
-        compared = 0
+    def compare() -> int:
+        num_compared = 0
         with single_torch_thread():
             for region, box in list(_tiles_to_check(plan, check_all))[ranks.rank :: ranks.num_ranks]:
                 _compare_tile(plan, result_index, output, region, box)
-                compared += math.prod(box[1])
-        return compared
+                num_compared += math.prod(box[1])
+        return num_compared
 
-    return sum(ranks.run_on_all(work))
+    return sum(ranks.run_on_all(compare))
 
 
 def _tiles_to_check(plan: Plan, check_all: bool) -> Iterator[tuple[Region, Box]]:
-    """Along the items that were written; of a sample every region has some."""
-    pieces: dict[str, list[tuple[Region, Box]]] = defaultdict(list)
+    """Yield the tiles of the items that were written, or a sample that has some of every region."""
+    tiles_of: dict[str, list[tuple[Region, Box]]] = defaultdict(list)
     for unit in plan.units:
         for region, box in unit.items:
-            pieces[region.name] += ((region, tile) for tile in plan.tiles(region, box, TILE))
-    for name, tiles in pieces.items():
-        if not check_all:  # a different place in each region: the name's hash says where
-            place = crc32.compute(name.encode())
-            parts = [
+            tiles_of[region.name] += ((region, tile) for tile in plan.tiles(region, box, TILE))
+    for name, tiles in tiles_of.items():
+        if not check_all:  # a different position in each region, by the name's hash
+            position = crc32.compute(name.encode())
+            boxes_of = [
                 (region, list(split_box(*box, SAMPLE)))
-                for region, box in tiles[place % min(SAMPLE_EVERY, len(tiles)) :: SAMPLE_EVERY]
+                for region, box in tiles[position % min(SAMPLE_EVERY, len(tiles)) :: SAMPLE_EVERY]
             ]
-            tiles = [(region, part[place % len(part)]) for region, part in parts]
+            tiles = [(region, boxes[position % len(boxes)]) for region, boxes in boxes_of]
         yield from tiles
 
 
 def _compare_tile(plan: Plan, result_index: int, output: CheckpointReader, region: Region, box: Box) -> None:
-    key, found, recipe = region.key, output.tensors.get(region.key), plan.recipes[result_index]
-    if found is None or (found.dtype, found.shape) != (region.dtype, region.output.shape):
+    """Compare one tile with the base's values or with the method's formula."""
+    key, entry, recipe = region.key, output.tensors.get(region.key), plan.recipes[result_index]
+    if entry is None or (entry.dtype, entry.shape) != (region.dtype, region.output.shape):
         raise PermanentError(f"{output.path} lacks {key} as {region.dtype} {region.output.shape}: merge again")
     written = output.read(key, *box).clone()
     if region.fate is not Fate.MERGED:
         expected = plan.base.read(key, *box).to(region.dtype)
         wrong = (written != expected) & ~(written.isnan() & expected.isnan())  # padding may hold anything
     else:
-        part = SliceBox(region.output, box)
+        slice_box = SliceBox(region.output, box)
         weights = plan.input_weights[result_index][region.name]
         values = read_inputs(plan, region, box, [i for i, weight in enumerate(weights) if weight != 0])
-        checked = recipe.reference_values(values.view(len(weights), -1), weights, part, plan.stats_of(part))
-        exact, magnitude = (each.view(box[1]) for each in checked)
+        stats = plan.stats_of(slice_box)
+        reference = recipe.reference_values(values.view(len(weights), -1), weights, slice_box, stats)
+        exact, magnitude = (tensor.view(box[1]) for tensor in reference)
         out_info = torch.finfo(region.dtype)
         accumulator = torch.finfo(torch.float64 if region.dtype.itemsize > 2 else torch.float32)
         subnormal = out_info.smallest_normal * out_info.eps
         bound = exact.abs() * out_info.eps / 2 + magnitude * (len(plan.inputs) + 1) * accumulator.eps + subnormal
         wrong = ~((written.double() - exact).abs() <= bound)  # so that a NaN is wrong
     if wrong.any():
-        at = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0], strict=True))
-        what = f"is not what merge.method={recipe.method} makes of its sources"
-        raise PermanentError(f"{output.path}: {key} at {at} {what}: merge again")
+        position = tuple(o + int(i) for o, i in zip(box[0], wrong.nonzero()[0], strict=True))
+        message = f"is not what merge.method={recipe.method} makes of its sources"
+        raise PermanentError(f"{output.path}: {key} at {position} {message}: merge again")

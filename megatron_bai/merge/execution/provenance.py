@@ -1,0 +1,176 @@
+"""Provenance: what a result depends on, as a fingerprint, and the record of it beside the result."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_bai
+from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint.hf_files import SafetensorsReader
+from megatron_bai.errors import UserError
+from megatron_bai.merge.execution.output_dir import CARD, CONFIG, PROVENANCE, carried_files
+from megatron_bai.merge.recipe.output_spec import config_with_dtype
+from megatron_bai.merge.recipe.plan import Plan
+from megatron_bai.merge.recipe.recipe import Recipe
+from megatron_bai.merge.recipe.regions import Fate, OutputTensor, Region
+from megatron_bai.merge.tensor_names.param_groups import matches
+
+REVISION = 1  # of the merge's definition: raised when the same inputs would give other tensors
+
+
+def fingerprint(plan: Plan, result_index: int, sources: dict[str, str]) -> str:
+    """Return a hash of everything that a result depends on, whatever the paths are called.
+
+    Args:
+        plan: the merge.
+        result_index: of the result among the plan's.
+        sources: by path, a string for each source's tensors: `stat_fingerprint` before they are read, the digest of
+            `verify_records` afterwards.
+    """
+    base, weights = plan.base, plan.input_weights[result_index]
+    used = [i for i in range(len(plan.inputs)) if any(row[i] != 0 for row in weights.values())]
+    fields = {
+        "revision": REVISION,
+        "inputs": [sources[str(plan.inputs[i].path)] for i in used],
+        "layout": [(key, [(c.offsets, c.sizes) for c in base.tensors[key].chunks]) for key in plan.outputs],
+        "outputs": [
+            (r.name, str(r.dtype), [weights[r.name][i] for i in used] if r.name in weights else r.fate.value)
+            for regions in plan.regions.values()
+            for r in regions
+        ],
+        "recipe": plan.recipes[result_index].fingerprint_fields(),
+        "places": used if plan.recipes[result_index].elementwise else None,
+        "kept": sources[str(base.path)] if plan.has_kept_rows else None,
+        "form": dataclasses.astuple(dataclasses.replace(plan.output_spec, dtype=None)),
+        "objects": [
+            (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
+        ],
+        "files": [
+            (path.as_posix(), hashlib.sha256((base.path / path).read_bytes()).hexdigest())
+            for path in carried_files(base)
+        ],
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def is_up_to_date(target: Path, input_fingerprint: str) -> bool:
+    """Return whether `target` is complete and was written by a merge with this fingerprint of its inputs."""
+    try:
+        info = manifest.read_info(target)
+    except UserError:
+        return False  # damaged: merge again
+    return info is not None and info.get("merge", {}).get("mark") == input_fingerprint
+
+
+def describe_difference(target: Path, recipe: Recipe) -> str:
+    """Describe how the merge at `target` differs from this recipe, by its provenance."""
+    try:
+        recorded = json.loads((target / PROVENANCE).read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"whose {PROVENANCE} cannot be read"
+    described = json.loads(json.dumps(recipe.describe()))
+    for name in (name for name in described if name != "terms"):
+        if recorded.get(name) != described[name]:
+            return f"with merge.{name} {recorded.get(name)} instead of {described[name]}"
+    return "of sources that have changed since, or in another form"
+
+
+def write_provenance(
+    stage: Path, recipe: Recipe, plan: Plan, digests: dict[str, str], result_index: int, norms: dict[str, float]
+) -> str:
+    """Copy the carried files and write `provenance.json`, with which the merge can be checked and repeated.
+
+    Args:
+        stage: the directory in which the result is written.
+        recipe: of the result.
+        plan: the merge.
+        digests: of the tensors of every source that was read, by path.
+        result_index: of the result among the plan's.
+        norms: the 2-norm of every merged tensor, by key.
+
+    Returns:
+        The result's fingerprint.
+    """
+    for path in carried_files(plan.base):
+        (stage / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.base.path / path, stage / path)
+    if plan.output_spec.dtype is not None and (stage / CONFIG).is_file():
+        (stage / CONFIG).write_text(config_with_dtype((stage / CONFIG).read_text(), plan.output_spec.dtype))
+    coefficients = {term.source: term.coefficient for term in recipe.terms()}
+    sources = [
+        {"path": path, "coefficient": coefficient, "digest": digests.get(path), "dropped": plan.dropped[path]}
+        for path, coefficient in coefficients.items()
+        if path in digests or path == str(plan.base.path)  # of a base with coefficient 0, only the layout was used
+    ]
+    result_fingerprint = fingerprint(plan, result_index, digests)
+    provenance: dict[str, Any] = {
+        "fingerprint": result_fingerprint,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "recipe": recipe.describe(),
+        "sources": sources,
+        "carried_files": [path.as_posix() for path in carried_files(plan.base)],
+        "carried_objects": [key for unit in plan.units for key in unit.objects],
+        "versions": {
+            "megatron_bai": megatron_bai.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "tensors": {
+            key: _describe_tensor(output, plan.regions[key], recipe, norms) for key, output in plan.outputs.items()
+        },
+    }
+    (stage / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    if isinstance(plan.base, SafetensorsReader):
+        (stage / CARD).write_text(make_model_card(recipe))
+    return result_fingerprint
+
+
+def _describe_tensor(
+    output: OutputTensor, regions: tuple[Region, ...], recipe: Recipe, norms: dict[str, float]
+) -> dict[str, Any]:
+    """Describe an output tensor and its regions."""
+    about = {"dtype": str(output.dtype).removeprefix("torch."), "shape": output.shape}
+    norm = {"norm": norms[output.key]} if output.merged else {}
+    fates = [_describe_region(region, recipe) for region in regions]
+    return about | norm | (fates[0] if len(fates) == 1 else {"fate": "by rows", "rows": fates})
+
+
+def _describe_region(region: Region, recipe: Recipe) -> dict[str, Any]:
+    """Return a region's fate, its rows where it is not all of its tensor, and its coefficients if by a pattern."""
+    about: dict[str, Any] = {"fate": region.fate.value}
+    if region.box[1] != region.output.shape:
+        about["rows"] = [region.box[0][0], region.box[0][0] + region.box[1][0]]
+    if region.fate is Fate.MERGED and any(matches(pattern, region.key, region.layer) for pattern in recipe.patterns):
+        about["coefficients"] = [term.coefficient for term in recipe.terms(region.key, region.layer)]
+    return about
+
+
+def make_model_card(recipe: Recipe) -> str:
+    """Make the text that Hugging Face shows of a merged model."""
+    names = [Path(term.source).name for term in recipe.terms()]
+    rows = [f"| {Path(term.source).name} | {term.coefficient:.6g} |" for term in recipe.terms()]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [merge]",
+            "base_model:",
+            *(f"- {json.dumps(name)}" for name in names),
+            "---",
+            "",
+            f"Merged from {len(names)} checkpoints by {recipe.title} with {recipe.summarize()}; made with megatron_bai"
+            f" {megatron_bai.__version__}. See `{PROVENANCE}`.",
+            "",
+            f"| Checkpoint | {'Weight' if recipe.stats_passes or recipe.elementwise else 'Coefficient'} |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
