@@ -1,9 +1,10 @@
-"""The checkpoints of a run, and going on from them: starting the same command again is all that it takes.
+"""Checkpoints of a run, and resuming it from them: starting the same command again is all that it takes.
 
-    run.dir/checkpoints/step-00010    after the 10th global step: `training_state.py`, and in its manifest where the run
-                                      stood and with which settings
+    run.dir/checkpoints/step-00010    after the 10th global step: `training_state.py`, and in its manifest the state of
+                                      `Stateful` objects and the settings
 
-The newest one counts. One that is damaged stops the run: an older one would silently undo steps that were reported.
+A run is resumed from the newest one. One that is damaged stops the run: an older one would silently undo steps that
+were reported.
 """
 
 import logging
@@ -32,7 +33,7 @@ from megatron_bai.rl.session import Session
 from megatron_bai.utils.flatten import flatten
 
 _log = logging.getLogger(__name__)
-# Settings that a run may change where it goes on: those that change no number, or only its rounding, and how long the
+# Settings that may differ when a run is resumed: those that change no number, or only its rounding, and how long the
 # run is. A name that ends in a dot stands for its group.
 MAY_CHANGE = (
     "run.name", "run.dir", "backend.kind", "backend.timeout_s", "parallel.",
@@ -45,7 +46,8 @@ MAY_CHANGE = (
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",
     "trainer.save", "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s",
-    "objective.critic_save", "monitor.", "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.", "report.",
+    "objective.critic_save", "monitor.", "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.",
+    "report.",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d{5,})")
 
@@ -53,32 +55,40 @@ _NAME = re.compile(r"step-(\d{5,})")
 class Stateful(Protocol):
     """Something of a run that goes on where it was: what it says of itself is JSON, the same on every rank."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as JSON and equal on every rank."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        ...
 
 
 @runtime_checkable
 class StatefulWithFiles(Stateful, Protocol):
-    """A part that also has arrays, each rank its own: files of the checkpoint's directory."""
+    """An object that also has arrays, each rank its own: files of the checkpoint's directory."""
 
-    def save_files(self, directory: Path) -> None: ...
+    def save_files(self, directory: Path) -> None:
+        """Write this rank's files. Raises an OSError."""
+        ...
 
-    def load_files(self, directory: Path) -> None: ...
+    def load_files(self, directory: Path) -> None:
+        """Read this rank's files. Raises a UserError."""
+        ...
 
 
 @dataclass
 class ResumePoint:
-    """Where a run begins.
+    """The state that a run starts or resumes from.
 
     Attributes:
-        step: global steps that are done.
+        step: number of global steps that are done.
         version: of the weights, counted in syncs.
-        checkpoint: to go on from; None for a run that begins at its beginning.
-        states: what each `Stateful` said of itself.
+        checkpoint: to resume from; None for a new run.
+        states: of each `Stateful`, by name.
         restore_rng: whether the random-number generators' states are of this layout.
         same_store: whether the records in `replay.store` are this run's.
-        is_finished: there is nothing to do.
+        is_finished: whether there is nothing to do.
     """
 
     step: int = 0
@@ -90,7 +100,7 @@ class ResumePoint:
     is_finished: bool = False
 
     def load_models(self, models: dict[str, MegatronModel]) -> None:
-        """Give the models the checkpoint's state, where there is one. Collective.
+        """Load the checkpoint's state into the models, if there is one. Collective.
 
         Raises:
             UserError: the checkpoint cannot be used.
@@ -107,10 +117,13 @@ class ResumePoint:
                 _log.info("it was written in another layout: the random-number generators start anew")
 
     def load_states(self, stateful: Mapping[str, Stateful]) -> None:
-        """Let each part go on where it was. Collective.
+        """Load the checkpoint's states, if there is one. Collective.
+
+        Args:
+            stateful: objects by name.
 
         Raises:
-            UserError: the checkpoint knows other parts, or a part cannot read its files.
+            UserError: the checkpoint has states of other names, or files cannot be read.
         """
         if self.checkpoint is None:
             return
@@ -126,10 +139,13 @@ class ResumePoint:
 
 @contextmanager
 def open_run(session: Session) -> Iterator[ResumePoint]:
-    """Where the run in `run.dir` stands, which nobody else runs until the block ends. Collective.
+    """Lock the run in `run.dir` until the block ends, and find the point to resume it from. Collective.
+
+    Yields:
+        The point.
 
     Raises:
-        UserError: somebody does; or the directory holds a run with other settings, or a checkpoint that is damaged.
+        UserError: another process runs it; or the directory holds a run with other settings, or a damaged checkpoint.
     """
     group, directory = current_ranks(), Path(session.settings.run.dir)
     with ExitStack() as stack:
@@ -138,12 +154,13 @@ def open_run(session: Session) -> Iterator[ResumePoint]:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Those of a run, the oldest first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in (directory / "checkpoints").glob("step-*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    """Return a run's checkpoints, the oldest first."""
+    matches = ((_NAME.fullmatch(path.name), path) for path in (directory / "checkpoints").glob("step-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
+    """Find the point to resume from, on one rank; remove what killed saves left behind."""
     settings, found = session.settings, checkpoints(directory)
     for path in (directory / "checkpoints").glob(".step-*"):  # what killed savings left
         rmtree(path) if path.is_dir() else path.unlink()
@@ -175,7 +192,7 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
 
 
 def _start_without_checkpoint(settings: config.Config, directory: Path, complete: bool) -> ResumePoint:
-    """A start where there is no checkpoint: nothing is lost unless the run was finished."""
+    """Return the point of a run without a checkpoint: its beginning, unless the run was finished."""
     path = directory / "config.yaml"
     former = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
     same = not _list_changes(former, settings)
@@ -191,21 +208,21 @@ def _start_without_checkpoint(settings: config.Config, directory: Path, complete
 
 
 def _same_store(former: dict[str, str], settings: config.Config) -> bool:
-    """Whether the store of routes is the run's own, which may have moved with the run's directory."""
-    own, dir = former.get("replay.store"), former.get("run.dir")
-    if not own or not dir:
+    """Return whether the store of routes is the run's own, which may have moved with the run's directory."""
+    store, run_dir = former.get("replay.store"), former.get("run.dir")
+    if not store or not run_dir:
         return False
-    return settings.replay.store == own or relpath(settings.replay.store, settings.run.dir) == relpath(own, dir)
+    return settings.replay.store == store or relpath(settings.replay.store, settings.run.dir) == relpath(store, run_dir)
 
 
 def result_paths(settings: config.Config) -> dict[str, str]:
-    """Where the run's results are to go, by model."""
+    """Return the paths of the run's results, by model."""
     critic = settings.objective.critic_save if isinstance(settings.objective, config.Ppo) else ""
     return {name: path for name, path in (("actor", settings.trainer.save), ("critic", critic)) if path}
 
 
 def _results_exist(settings: config.Config) -> bool:
-    """Whether the run's results are where they were asked for."""
+    """Return whether the run's results are complete at their paths."""
     return all(manifest.read_info(path) is not None for path in result_paths(settings).values())
 
 
@@ -230,51 +247,63 @@ def _refuse_changes(former: dict[str, str], settings: config.Config, directory: 
 
 
 def initial_crcs(settings: config.Config) -> dict[str, int]:
-    """The checksums of what the run starts from: the reference policy must be the same after a restart."""
+    """Return the CRCs of the initial checkpoint: the reference policy must be the same after a restart."""
     source = config.initial_checkpoint(settings)
     return manifest.recorded_crcs(source) if source else {}
 
 
 def _rng_layout(session: Session) -> dict[str, Any]:
-    """What the states of random-number generators belong to."""
+    """Return the layout that states of random-number generators belong to."""
     return asdict(session.settings.parallel) | {"processes": dist.get_world_size(), "device": session.device.kind}
 
 
 def _unusable_error(path: Path, error: UserError) -> UserError:
-    former = [other for other in checkpoints(path.parent.parent) if other != path]
-    back = f"from {former[-1].name}" if former else "at its beginning"
-    return UserError(f"{error}. The run cannot go on from {path}; without that directory it begins again {back}")
+    """Make the error of a checkpoint that cannot be resumed from."""
+    others = [other for other in checkpoints(path.parent.parent) if other != path]
+    start = f"from {others[-1].name}" if others else "at its beginning"
+    return UserError(f"{error}. The run cannot go on from {path}; without that directory it begins again {start}")
 
 
 class RunCheckpoints:
-    """Writes them, and deletes all but the last `trainer.keep`."""
+    """The checkpoints that a run writes: all but the last `trainer.keep` are deleted."""
 
     def __init__(self, session: Session, models: dict[str, MegatronModel], stateful: Mapping[str, Stateful]):
-        """
+        """Write nothing yet.
+
         Args:
+            session: of the run.
             models: by name; one is the `actor`.
-            stateful: what else goes on where it was.
+            stateful: objects whose states are saved, by name.
         """
         self._session, self._models, self._stateful = session, models, stateful
         self._directory = Path(session.settings.run.dir)
         self._saving: CheckpointSave | None = None
 
-    def save_if_due(self, step: int, version: int, asked: bool = False) -> None:
-        """Save if it is time to, or `asked` for; called after every step, counted from 1. Collective.
+    def save_if_due(self, step: int, version: int, requested: bool = False) -> None:
+        """Save if a checkpoint is due or requested; called after every step. Collective.
+
+        Args:
+            step: of the run, from 1.
+            version: of the weights.
+            requested: by a signal or an alarm.
 
         Raises:
-            UserError: it cannot be written; the former ones are as they were.
+            UserError: the checkpoint cannot be written; earlier ones are unchanged.
         """
         trainer = self._session.settings.trainer
         self._finalize_pending(wait=False)
         due = trainer.save_every and (step % trainer.save_every == 0 or step == trainer.steps)
-        if due or asked:
+        if due or requested:
             self.save(step, version)
 
     def save(self, step: int, version: int) -> None:
-        """Save now; with `trainer.save_async` it counts once `save_if_due` or `wait` has found it written. Collective.
+        """Save now; with `trainer.save_async` a later `save_if_due` or `wait` completes the checkpoint. Collective.
 
         While a critic warms up nothing is saved: the actor's optimizer, which has taken no step, has no state.
+
+        Args:
+            step: of the run, from 1.
+            version: of the weights.
         """
         self.wait()
         session, settings = self._session, self._session.settings
@@ -297,21 +326,23 @@ class RunCheckpoints:
             self.wait()
 
     def _save_files(self, directory: Path) -> None:
+        """Write this rank's files of the stateful objects."""
         for item in self._stateful.values():
             if isinstance(item, StatefulWithFiles):
                 item.save_files(directory)
 
     def wait(self) -> None:
-        """Return once the last one counts. Collective."""
+        """Wait until the last checkpoint is complete. Collective."""
         self._finalize_pending(wait=True)
 
     def _finalize_pending(self, wait: bool) -> None:
+        """Complete a checkpoint whose files are written, and delete old ones. Collective."""
         if self._saving and self._saving.finalize(wait):
             self._saving = None
             current_ranks().run_on_first(self._delete_old, self._directory)
 
     def _delete_old(self) -> None:
-        """A directory that is being deleted has a name that no one reads."""
+        """Delete old checkpoints, each under a name that is not read."""
         for path in checkpoints(self._directory)[: -self._session.settings.trainer.keep]:
             path.rename(atomic_dir.staging_path(path))
             atomic_dir.remove_leftovers(path)

@@ -121,7 +121,7 @@ def has_peer(valid: np.ndarray, group_size: int) -> np.ndarray:
 def _grouped(
     rewards: np.ndarray, group_size: int, valid: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return `[groups, group_size]` rewards, 0 where there is none, where there is one, and `[groups, 1]` their number."""
+    """Return `[groups, group_size]` rewards (0 where none), where there is one, and `[groups, 1]` their number."""
     groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
     valid = np.ones(groups.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).reshape(groups.shape)
     return np.where(valid, groups, 0.0), valid, valid.sum(axis=1, keepdims=True)
