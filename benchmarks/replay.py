@@ -34,7 +34,7 @@ import numpy as np
 import replay_step
 
 from megatron_bai.routing.routes import RouteSignature, check_ids
-from megatron_bai.routing.store.codec import Recording, bound_bytes, cut, decode, encode
+from megatron_bai.routing.store.codec import SampleRoutes, decode, encode, min_bytes, slice_layers
 
 METHODS = ("int32", "plain", "compact")
 DATA, PIPELINE = 4, 2
@@ -62,8 +62,8 @@ def draw(scale: Scale) -> list[np.ndarray]:
     return [pool[random.integers(0, len(pool), shape)] for _ in range(scale.samples)]
 
 
-def recording(ids: np.ndarray, signature: RouteSignature) -> Recording:
-    return Recording(signature, ids, np.ones(len(ids), dtype=bool), (), bytes(16))
+def recording(ids: np.ndarray, signature: RouteSignature) -> SampleRoutes:
+    return SampleRoutes(signature, ids, np.ones(len(ids), dtype=bool), (), bytes(16))
 
 
 # The codec.
@@ -92,13 +92,13 @@ def run_codec(scale: Scale, method: str) -> dict[str, float]:
 
 def report_codec(scale: Scale, results: dict[str, dict[str, float]]) -> None:
     tokens, s = scale.samples * scale.tokens, scale.signature
-    bound = bound_bytes(s, scale.sets) / tokens
+    bound = min_bytes(s, scale.num_sets) / tokens
     print(f"{scale.samples} samples × {scale.tokens} tokens × {s.moe_layers} layers, {s.topk} of {s.num_experts} experts")
     print(f"bound {bound:.1f} bytes a token; seconds are those of one core for 256 × 8192 tokens × 48 layers")
     header = ("bytes/token", "of bound", "encode M/s", "decode M/s", "encode s", "decode s")
     print(f"{'':10}" + "".join(f"{name:>13}" for name in header))
     for method, found in results.items():
-        rate = [scale.sets / found[name] for name in ("encode", "decode")]
+        rate = [scale.num_sets / found[name] for name in ("encode", "decode")]
         size = found["bytes"] / tokens
         values = (size, size / bound, rate[0] / 1e6, rate[1] / 1e6, FULL / rate[0], FULL / rate[1])
         digits = (1, 3, 1, 1, 2, 2)
@@ -148,7 +148,7 @@ def run_deliver(scale: Scale, method: str) -> dict[str, float]:
         data = ids.astype("<i4").tobytes() if method == "int32" else encode(recording(ids, scale.signature), method)
         for pipe, (own, layers) in zip(pipes, parts(scale)):
             if method == "int32" or number in own:
-                message = data if method == "int32" else cut(data, layers.start, layers.stop)
+                message = data if method == "int32" else slice_layers(data, layers.start, layers.stop)
                 pipe.send_bytes(message)
                 sent += len(message)
     for pipe in pipes:

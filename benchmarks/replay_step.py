@@ -64,7 +64,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     rows = arguments.tokens - 1
     samples = [
         Sample(
-            prompt=0,
+            prompt_index=0,
             tokens=random.integers(0, MODEL.vocab_size, arguments.tokens),
             prompt_length=16,
             logprobs=np.full(arguments.tokens - 16, -7, dtype=np.float32),

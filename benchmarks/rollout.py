@@ -31,7 +31,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.parse_reply import to_sample
+from megatron_bai.rollout.parse_reply import parse_sample
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.routing.routes import RouteSignature
 
@@ -108,7 +108,7 @@ def report(
     replies = asyncio.run(ask(url, samples, asked.tokens, concurrency, True))
     began = time.perf_counter()
     for reply in replies:
-        to_sample(reply, 0, PROMPT, signature, asked.tokens, NEVER)
+        parse_sample(reply, 0, PROMPT, signature, asked.tokens, NEVER)
     checks = time.perf_counter() - began
     speeds = "".join(f"{samples * asked.tokens / best[name]:12.0f}" for name in ("plain", "routes", "checked"))
     print(f"{concurrency:>10}{speeds}{'':9}{checks / best['checked']:>17.1%}", flush=True)
@@ -130,7 +130,7 @@ def alone(signature: RouteSignature, prompt: int, tokens: int, repeat: int) -> N
         began = time.process_time()
         reply = json.loads(text)
         parsed = time.process_time()
-        to_sample(reply, 0, [2] * prompt, signature, tokens, NEVER)
+        parse_sample(reply, 0, [2] * prompt, signature, tokens, NEVER)
         parsing.append(parsed - began)
         checking.append(time.process_time() - parsed)
     print(f"{prompt} + {tokens} tokens, {signature.moe_layers} layers, {signature.topk} of {signature.num_experts} experts: "

@@ -31,7 +31,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers import weight_sync
-from megatron_bai.rollout.servers.broadcast_transport import OverGroup
+from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.routing.routes import RouteSignature
 
@@ -76,18 +76,18 @@ def _measure(root: Path, asked: argparse.Namespace) -> None:
         client = RolloutClient(urls, rollout, signature, VOCAB, 256)
         expected = []
         for which, source in enumerate(sources):
-            weight_sync.from_disk(urls, source, f"reference-{which}", shapes)
+            weight_sync.sync_from_disk(urls, source, f"reference-{which}", shapes)
             expected.append(client.score(PROBE)[0])
-        http = weight_sync.OverHttp(urls, [1])
-        with closing(OverGroup(urls, [1], "127.0.0.1", torch.device("cpu"))) as group:
+        http = weight_sync.HttpTransport(urls, [1])
+        with closing(BroadcastTransport(urls, [1], "127.0.0.1", torch.device("cpu"))) as group:
             ways: dict[str, Callable[[int, str], None]] = {
                 "copy": lambda which, version: copy(weights[which]),
                 "file": lambda which, version: through_file(weights[which], root / "file"),
                 "disk": lambda which, version: through_disk(urls, weights[which], sources[which], version, shapes),
-                "tensors": lambda which, version: weight_sync.from_tensors(
+                "tensors": lambda which, version: weight_sync.sync_from_tensors(
                     urls, weights[which].items(), version, shapes, http, bucket
                 ),
-                "group": lambda which, version: weight_sync.from_tensors(
+                "group": lambda which, version: weight_sync.sync_from_tensors(
                     urls, weights[which].items(), version, shapes, group, bucket
                 ),
             }
@@ -122,7 +122,7 @@ def through_disk(
 ) -> None:
     """As the trainer does: the file is new each time, the server reads it."""
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    weight_sync.from_disk(urls, directory, version, shapes)
+    weight_sync.sync_from_disk(urls, directory, version, shapes)
 
 
 if __name__ == "__main__":

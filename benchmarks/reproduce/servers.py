@@ -60,7 +60,7 @@ def _running(command: list[str], port: int, log: Path) -> Iterator[str]:
 
     url = f"http://{_HOST}:{port}"
     try:
-        if not control.becomes_healthy(url, _START_S, check):
+        if not control.wait_until_healthy(url, _START_S, check):
             raise SystemExit(f"a server did not answer within {_START_S:g} s: {last_error(log)} [{log}]")
         yield url
     finally:

@@ -17,9 +17,9 @@ def run(settings: config.Config) -> None:
     if other and is_store(path) != is_store(other):
         raise UserError(f"one of {path} and {other} holds routes and the other does not: compare two of one kind")
     if is_store(path):
-        from megatron_bai.routing.store.store_stats import describe
+        from megatron_bai.routing.store.store_stats import print_store
 
-        describe(path, other)
+        print_store(path, other)
         return
     from megatron_bai.merge.compare import inspect_checkpoint
 

@@ -18,15 +18,15 @@ class SGLangRelease:
     """What is particular to a release of SGLang that a running server may be of.
 
     Attributes:
-        weight_session: tensors are taken only between /begin_weight_update and /end_weight_update.
+        needs_update_session: tensors are taken only between /begin_weight_update and /end_weight_update.
     """
 
-    weight_session: bool = True
+    needs_update_session: bool = True
 
 
 SERVERS = {
-    "0.5.19": SGLangRelease(weight_session=False),
-    "0.5.20": SGLangRelease(weight_session=False),
+    "0.5.19": SGLangRelease(needs_update_session=False),
+    "0.5.20": SGLangRelease(needs_update_session=False),
     SGLANG: SGLangRelease(),
 }
 # What is wrong with releases of SGLang before the one named, for those that look behind the times.

@@ -9,7 +9,7 @@ from megatron_bai.memory_plan import rank_memory
 from megatron_bai.model import build
 from megatron_bai.rl import objectives, session
 from megatron_bai.rl.batches import micro_batches
-from megatron_bai.rollout.client import longest_request
+from megatron_bai.rollout.client import max_request_tokens
 
 GB = 1e9
 # Of each process on a GPU: CUDA's context, NCCL's buffers, workspaces, what the allocator cannot use. An allowance.
@@ -56,7 +56,7 @@ def check(settings: Config) -> int:
 
 def longest_sample(settings: Config) -> int:
     """Return the most tokens that a prompt and its response have."""
-    most = longest_request(settings.rollout, settings.model.max_position_embeddings)
+    most = max_request_tokens(settings.rollout, settings.model.max_position_embeddings)
     return min(most, getattr(settings.data, "max_prompt_tokens", most) + settings.rollout.max_new_tokens)
 
 

@@ -35,13 +35,13 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
             f"reward.url={url} serves a model that generates: start SGLang on a reward model, --is-embedding"
         )
     body = _make_body(settings)
-    limits = http_client.Limits(
+    limits = http_client.RequestLimits(
         settings.concurrency, settings.request_timeout_s, settings.retries, "reward.request_timeout_s"
     )
 
     def scores(items: list[Item]) -> list[Score]:
         asked = [(0, body(item), lambda reply: parse_reward(reply, settings.label)) for item in items]
-        found = http_client.ask_all([url], "/classify", asked, limits, tolerated=len(asked))
+        found = http_client.post_all([url], "/classify", asked, limits, max_failures=len(asked))
         return [
             Score(None, str(each)) if isinstance(each, UserError) else Score(each + checked(item))
             for each, item in zip(found, items, strict=True)

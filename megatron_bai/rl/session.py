@@ -31,10 +31,10 @@ from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rl.policy.critic import Critic
 from megatron_bai.rl.policy.training_engine import TrainingEngine
-from megatron_bai.rollout.client import longest_request
+from megatron_bai.rollout.client import max_request_tokens
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import auth, fleet
-from megatron_bai.routing.missing import check_policy
+from megatron_bai.routing.missing import validate_missing_policy
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
 from megatron_bai.routing.store.codec import ENCODINGS
@@ -100,9 +100,9 @@ class Session:
             return local_samples
         assert samples is not None, "the leader has samples"
         for rank, columns in enumerate(self.replica_moe_layers[1:], start=1):
-            rank_samples = [sample.of_layers(columns) for sample in samples]
+            rank_samples = [sample.select_layers(columns) for sample in samples]
             dist.send_object_list([rank_samples], group=self.model_group, group_dst=rank)
-        return [sample.of_layers(self.replica_moe_layers[0]) for sample in samples]
+        return [sample.select_layers(self.replica_moe_layers[0]) for sample in samples]
 
 
 @contextmanager
@@ -200,7 +200,7 @@ def _build_session(settings: config.Config, device: backend.Device) -> Session:
 def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
     """Make the task, whose prompts leave room for a response."""
     supervised = not objectives.get(settings.objective.name).rollouts
-    length = longest_request(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
+    length = max_request_tokens(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
     if supervised:
         length = settings.supervised.length
     log = _log.warning if dist.get_rank() == 0 else (lambda line: None)
@@ -227,7 +227,7 @@ def validate_settings(settings: config.Config) -> None:
     trainer, model = settings.trainer, settings.model
     if settings.replay.mode not in ("none", "r2", "r3"):
         raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
-    check_policy(settings.replay.missing)
+    validate_missing_policy(settings.replay.missing)
     init_weights.validate_init(settings)
     lr_schedule.validate(settings)
     _check_store(settings)

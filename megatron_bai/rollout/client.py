@@ -9,31 +9,31 @@ import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.http_client import Limits, Request, ask_all
-from megatron_bai.rollout.parse_reply import largest, to_sample, to_scores
+from megatron_bai.rollout.http_client import HttpRequest, RequestLimits, post_all
+from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
 from megatron_bai.rollout.sample import PARTIAL, Sample
-from megatron_bai.rollout.servers.auth import use_key
+from megatron_bai.rollout.servers.auth import register_key
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
-_RESERVED = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
+_RESERVED_TOKENS = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleRequest:
     """One sample to ask for.
 
     Attributes:
-        prompt: index of its prompt in the batch.
-        ids: of the prompt.
+        prompt_index: index of its prompt in the batch.
+        prompt_ids: of the prompt.
         seed: of the sample. SGLang's draw depends on it and the token's position, so it serves every part of a sample.
-        former: what there is of it; None: it begins.
+        partial: what there is of it; None: it begins.
     """
 
-    prompt: int
-    ids: list[int]
+    prompt_index: int
+    prompt_ids: list[int]
     seed: int
-    former: Sample | None = None
+    partial: Sample | None = None
 
 
 class RolloutClient:
@@ -61,8 +61,8 @@ class RolloutClient:
     ):
         self.urls, self.rollout, self.signature = list(urls), rollout, signature
         self.vocab_size, self.first_server = vocab_size, first_server
-        self.max_length = longest_request(rollout, max_length)
-        use_key(self.urls, rollout.api_key_file)
+        self.max_length = max_request_tokens(rollout, max_length)
+        register_key(self.urls, rollout.api_key_file)
 
     def generate(
         self,
@@ -70,11 +70,11 @@ class RolloutClient:
         group_size: int,
         seed: int | str,
         stop_token_id: int,
-        first: int = 0,
+        first_prompt: int = 0,
         temperature: float | None = None,
         version: str | None = None,
-        tolerated: int | None = None,
-        known: Sequence[Sample | UserError] = (),
+        max_failures: int | None = None,
+        previous: Sequence[Sample | UserError] = (),
     ) -> list[Sample | UserError]:
         """Sample `group_size` responses to every prompt.
 
@@ -82,13 +82,13 @@ class RolloutClient:
             prompts: token ids.
             seed: under `rollout.deterministic` it determines the samples, whatever order the server takes them in.
             stop_token_id: ends a response, and belongs to it.
-            first: number of the first prompt in the stream: the seed of a sample depends on its prompt's number, so that
+            first_prompt: number of the first prompt in the stream: the seed of a sample depends on its prompt's number, so that
                 it does not matter who asks for which part of the stream.
             temperature: None takes `rollout.temperature`.
             version: of the weights that must have sampled; None takes any.
-            tolerated: how many samples may fail: why they did is returned in their place. When one more has failed
+            max_failures: how many samples may fail: why they did is returned in their place. When one more has failed
                 nobody waits for the rest, which have failed then, too. None: the first failure is raised.
-            known: what an earlier call with the same arguments returned: only what failed is asked again.
+            previous: what an earlier call with the same arguments returned: only what failed is asked again.
 
         Returns:
             `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted says so in
@@ -98,25 +98,25 @@ class RolloutClient:
             UserError: a prompt the model cannot take, before anything is sent; or a sample failed.
         """
         members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
-        wanted = [Wanted(index, ids, sampling_seed(seed, first + index, member)) for index, ids, member in members]
-        lacking = [i for i in range(len(members)) if not known or not isinstance(known[i], Sample)]
-        asked = self.sample([wanted[i] for i in lacking], stop_token_id, temperature, 0, version, tolerated)
+        wanted = [SampleRequest(index, ids, sampling_seed(seed, first_prompt + index, member)) for index, ids, member in members]
+        lacking = [i for i in range(len(members)) if not previous or not isinstance(previous[i], Sample)]
+        asked = self.sample([wanted[i] for i in lacking], stop_token_id, temperature, 0, version, max_failures)
         found = dict(zip(lacking, asked, strict=True))
-        return [found[i] if i in found else known[i] for i in range(len(members))]
+        return [found[i] if i in found else previous[i] for i in range(len(members))]
 
     def sample(
         self,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[SampleRequest],
         stop_token_id: int,
         temperature: float | None = None,
         budget: int = 0,
         version: str | None = None,
-        tolerated: int | None = None,
+        max_failures: int | None = None,
     ) -> list[Sample | UserError]:
         """Begin samples, or go on with them.
 
         Args:
-            stop_token_id, temperature, tolerated: as in `generate`.
+            stop_token_id, temperature, max_failures: as in `generate`.
             budget: new tokens of each at most; 0: `rollout.max_new_tokens`, which always is the most of all its parts.
             version: of the weights that must have sampled what is new; None takes any.
 
@@ -127,11 +127,11 @@ class RolloutClient:
             UserError: as `generate`.
         """
         for each in wanted:
-            self._check_ids(each.ids, self.rollout.max_new_tokens, f"prompt {each.prompt}")
+            self._check_ids(each.prompt_ids, self.rollout.max_new_tokens, f"prompt {each.prompt_index}")
         budget = budget or self.rollout.max_new_tokens
         requests = [self._sampling_request(each, stop_token_id, temperature, budget, version) for each in wanted]
-        longest = max((len(each.ids) for each in wanted), default=0) + self.rollout.max_new_tokens
-        return self._run(requests, longest, tolerated)
+        longest = max((len(each.prompt_ids) for each in wanted), default=0) + self.rollout.max_new_tokens
+        return self._post_all(requests, longest, max_failures)
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
         """The server's own log-probabilities of given tokens, at temperature 1.
@@ -149,7 +149,7 @@ class RolloutClient:
             self._check_ids(ids, 0, f"sequence {index}")
 
         requests = [self._scoring_request(list(ids)) for ids in token_lists]
-        return cast(list[np.ndarray], self._run(requests, max(map(len, token_lists))))  # a failure is raised
+        return cast(list[np.ndarray], self._post_all(requests, max(map(len, token_lists))))  # a failure is raised
 
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
@@ -161,11 +161,11 @@ class RolloutClient:
             )
 
     def _sampling_request(
-        self, wanted: Wanted, stop_token_id: int, temperature: float | None, budget: int, version: str | None
-    ) -> Request[Sample]:
-        former = wanted.former
-        ids = wanted.ids if former is None else former.tokens.tolist()
-        left = self.rollout.max_new_tokens - (len(ids) - len(wanted.ids))
+        self, wanted: SampleRequest, stop_token_id: int, temperature: float | None, budget: int, version: str | None
+    ) -> HttpRequest[Sample]:
+        partial = wanted.partial
+        ids = wanted.prompt_ids if partial is None else partial.tokens.tolist()
+        left = self.rollout.max_new_tokens - (len(ids) - len(wanted.prompt_ids))
         limit = min(budget, left)
         params: dict[str, Any] = {
             "temperature": self.rollout.temperature if temperature is None else temperature,
@@ -177,53 +177,53 @@ class RolloutClient:
         if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
             params["sampling_seed"] = wanted.seed
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
-        start = 0 if former is None else len(ids) - 1  # rows that there are already are not sent once more
+        start = 0 if partial is None else len(ids) - 1  # rows that there are already are not sent once more
         if start:
             body["routed_experts_start_len"] = start
 
         def read(reply: Any) -> Sample:
-            part = to_sample(reply, wanted.prompt, ids, self.signature, limit, stop_token_id, start)
+            part = parse_sample(reply, wanted.prompt_index, ids, self.signature, limit, stop_token_id, start)
             if part.tokens.max() >= self.vocab_size:
                 raise ValueError(f"token {part.tokens.max()} is outside the vocabulary of {self.vocab_size}")
             if version is not None and (wrong := {span.version for span in part.spans} - {version}):
                 raise ValueError(f"sampled with weights {sorted(wrong)}, the trainer is at {version}")
             if part.finish == "length" and limit < left:
                 part = replace(part, finish=PARTIAL)
-            return part if former is None else former.followed_by(part)
+            return part if partial is None else partial.append(part)
 
-        return wanted.prompt, body, read
+        return wanted.prompt_index, body, read
 
-    def _scoring_request(self, ids: list[int]) -> Request[np.ndarray]:
+    def _scoring_request(self, ids: list[int]) -> HttpRequest[np.ndarray]:
         params = {"temperature": 1.0, "max_new_tokens": 0}
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
-        return 0, body, lambda reply: to_scores(reply, ids, self.vocab_size)
+        return 0, body, lambda reply: parse_logprobs(reply, ids, self.vocab_size)
 
-    def _run(self, requests: list[Request[T]], longest: int, tolerated: int | None = None) -> list[T | UserError]:
-        """Results in order; `tolerated` as in `generate`.
+    def _post_all(self, requests: list[HttpRequest[T]], longest: int, max_failures: int | None = None) -> list[T | UserError]:
+        """Results in order; `max_failures` as in `generate`.
 
         Args:
             longest: tokens of a request and its reply together.
         """
         rollout = self.rollout
-        reply_bytes = largest(longest, self.signature)
+        reply_bytes = max_reply_bytes(longest, self.signature)
         setting = "rollout.request_timeout_s"
-        limits = Limits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
+        limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         turned = [(self.first_server + turn, body, read) for turn, body, read in requests]
-        found = ask_all(self.urls, "/generate", turned, limits, tolerated or 0)
-        if tolerated is None:
+        found = post_all(self.urls, "/generate", turned, limits, max_failures or 0)
+        if max_failures is None:
             for each in found:
                 if isinstance(each, UserError):
                     raise each
         return found
 
 
-def longest_request(rollout: Rollout, max_length: int) -> int:
+def max_request_tokens(rollout: Rollout, max_length: int) -> int:
     """Tokens of a prompt and its response together that a server of a model takes.
 
     Args:
         max_length: the model's longest sequence.
     """
-    return min(max_length, rollout.max_total_tokens) - _RESERVED
+    return min(max_length, rollout.max_total_tokens) - _RESERVED_TOKENS
 
 
 def sampling_seed(seed: int | str, prompt: int, member: int) -> int:

@@ -8,16 +8,16 @@ from typing import Any, TypeAlias, TypeVar
 import aiohttp
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.servers.auth import headers
+from megatron_bai.rollout.servers.auth import request_headers
 from megatron_bai.utils.strict_json import parse
 
 T = TypeVar("T")
-Request: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply
+HttpRequest: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply
 _BACKOFF_S = 0.5  # before the first retry; doubles
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """How a server is asked.
 
     Attributes:
@@ -34,8 +34,8 @@ class Limits:
     reply_bytes: int = 1 << 20
 
 
-def ask_all(
-    urls: Sequence[str], path: str, requests: Sequence[Request[T]], limits: Limits, tolerated: int = 0
+def post_all(
+    urls: Sequence[str], path: str, requests: Sequence[HttpRequest[T]], limits: RequestLimits, max_failures: int = 0
 ) -> list[T | UserError]:
     """Post every request; results in order. Holds no connection. Call it where no event loop runs.
 
@@ -43,7 +43,7 @@ def ask_all(
         urls: of servers that answer alike.
         requests: the first part of each is the place in `urls`, counted round, of the server that is asked first, and of
             the others after it where that fails; the last part raises ValueError for a reply that it cannot take.
-        tolerated: how many requests may fail for good. When one more has, nobody waits for the rest.
+        max_failures: how many requests may fail for good. When one more has, nobody waits for the rest.
 
     Returns:
         What each became. A request that failed, or that nobody waited for, has a UserError in its place, which names
@@ -51,18 +51,18 @@ def ask_all(
     """
 
     async def run() -> list[T | UserError]:
-        gate = asyncio.Semaphore(limits.concurrency)
+        semaphore = asyncio.Semaphore(limits.concurrency)
         timeout = aiohttp.ClientTimeout(total=limits.timeout_s)
-        connector = aiohttp.TCPConnector(limit=0)  # the gate limits: waiting for it is not the server's fault
+        connector = aiohttp.TCPConnector(limit=0)  # the semaphore limits: waiting for it is not the server's fault
         # Bodies stay as they were sent, so that `_read` sees their size.
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
-            asked = [asyncio.ensure_future(_ask(session, gate, urls, path, limits, *each)) for each in requests]
-            return await _collected(asked, tolerated)
+            asked = [asyncio.ensure_future(_post_with_retries(session, semaphore, urls, path, limits, *each)) for each in requests]
+            return await _gather_until(asked, max_failures)
 
     return asyncio.run(run())
 
 
-async def _collected(asked: Sequence[asyncio.Future[Any]], tolerated: int) -> list[Any]:
+async def _gather_until(asked: Sequence[asyncio.Future[Any]], max_failures: int) -> list[Any]:
     """Results or UserErrors, in order; what is not a UserError is raised."""
     failures: list[UserError] = []
     try:
@@ -71,7 +71,7 @@ async def _collected(asked: Sequence[asyncio.Future[Any]], tolerated: int) -> li
                 await done
             except UserError as error:
                 failures.append(error)
-                if len(failures) > tolerated:
+                if len(failures) > max_failures:
                     break
     finally:
         for each in asked:
@@ -81,12 +81,12 @@ async def _collected(asked: Sequence[asyncio.Future[Any]], tolerated: int) -> li
     return [given_up if isinstance(each, asyncio.CancelledError) else each for each in found]
 
 
-async def _ask(
+async def _post_with_retries(
     session: aiohttp.ClientSession,
-    gate: asyncio.Semaphore,
+    semaphore: asyncio.Semaphore,
     urls: Sequence[str],
     path: str,
-    limits: Limits,
+    limits: RequestLimits,
     turn: int,
     body: dict[str, Any],
     read: Callable[[Any], T],
@@ -97,12 +97,12 @@ async def _ask(
             await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
         url = urls[(turn + attempt) % len(urls)]
         try:
-            async with gate, _post(session, url, path, body) as reply:
+            async with semaphore, _post(session, url, path, body) as reply:
                 text, status = await _read(reply, limits.reply_bytes), reply.status
             if 400 <= status < 500:  # asking again would not help
-                raise UserError(f"SGLang at {url} refused a request with {status}: {_shown(text)}")
+                raise UserError(f"SGLang at {url} refused a request with {status}: {_excerpt(text)}")
             if status != 200:
-                raise ValueError(f"status {status}: {_shown(text)}")
+                raise ValueError(f"status {status}: {_excerpt(text)}")
             return read(parse(text))
         except TimeoutError:
             failure = f"no answer within {limits.setting}={limits.timeout_s:g} s"
@@ -114,7 +114,7 @@ async def _ask(
 
 
 def _post(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
-    return session.post(url + path, json=body, headers=headers(url), allow_redirects=False)  # the key is this server's
+    return session.post(url + path, json=body, headers=request_headers(url), allow_redirects=False)  # the key is this server's
 
 
 async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -134,5 +134,5 @@ async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _shown(text: bytes) -> str:
+def _excerpt(text: bytes) -> str:
     return text[:300].decode(errors="replace")

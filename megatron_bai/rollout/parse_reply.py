@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.layout import fillers
-from megatron_bai.routing.missing import of_last_version
+from megatron_bai.routing.layout import filler_routes
+from megatron_bai.routing.missing import last_version_rows
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def largest(tokens: int, signature: RouteSignature) -> int:
+def max_reply_bytes(tokens: int, signature: RouteSignature) -> int:
     """Bytes that no true reply about so many tokens exceeds: routes in base64, and what is said of each besides."""
     rows = tokens * signature.moe_layers * signature.topk * 4
     return -(-rows // 3) * 4 + 256 * tokens + (1 << 16)
 
 
-def to_sample(
+def parse_sample(
     reply: Any,
     prompt: int,
     prompt_ids: list[int],
@@ -51,9 +51,9 @@ def to_sample(
     try:
         output, meta = reply["output_ids"], reply["meta_info"]
         _check_output(output, max_new_tokens)
-        logprobs = _logprobs(meta["output_token_logprobs"], output)
-        spans = _spans(meta["weight_versions"], len(output))
-        routes, recorded = _routes(meta["routed_experts"], len(prompt_ids), len(output), spans, signature, start)
+        logprobs = _convert_logprobs(meta["output_token_logprobs"], output)
+        spans = _parse_spans(meta["weight_versions"], len(output))
+        routes, recorded = _parse_routes(meta["routed_experts"], len(prompt_ids), len(output), spans, signature, start)
         finish = meta["finish_reason"]["type"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
@@ -62,7 +62,7 @@ def to_sample(
     return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, recorded)
 
 
-def to_scores(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
+def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
     """Log-probabilities `[T − 1]` float32 of tokens 1…T−1 of `ids` given those before, from a reply with
     `logprob_start_len` 0. The first token has none.
 
@@ -76,7 +76,7 @@ def to_scores(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
         entries = reply["meta_info"]["input_token_logprobs"]
         if [entry[1] for entry in entries] != named:
             raise ValueError(f"log-probabilities of other tokens than the {len(ids)} asked for")
-        return _logprobs(entries[1:], named[1:])
+        return _convert_logprobs(entries[1:], named[1:])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
 
@@ -98,22 +98,22 @@ def decode_routes(encoded: str, rows: int, signature: RouteSignature) -> np.ndar
     return check_ids(ids, signature, "SGLang's reply")
 
 
-def _routes(
+def _parse_routes(
     encoded: str | None, prompt: int, output: int, spans: tuple[VersionSpan, ...], signature: RouteSignature, start: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Routes, and which rows can be believed (None: all)."""
     rows = prompt + output - 1
     if encoded is None:
-        return fillers(rows, signature), np.zeros(rows, dtype=bool)
+        return filler_routes(rows, signature), np.zeros(rows, dtype=bool)
     changes = [span.start for span, before in zip(spans, (None, *spans), strict=False) if not before or span.version != before.version]
-    recorded = of_last_version(rows, prompt, changes) & (np.arange(rows) >= start)
+    recorded = last_version_rows(rows, prompt, changes) & (np.arange(rows) >= start)
     routes = decode_routes(encoded, rows - start, signature)
     if start:
-        routes = np.concatenate([fillers(start, signature), routes])
+        routes = np.concatenate([filler_routes(start, signature), routes])
     return routes, None if recorded.all() else recorded
 
 
-def _logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:
+def _convert_logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:
     """`[len(ids)]` float32 from [log-probability, token id, text] entries of exactly these tokens."""
     if [entry[1] for entry in entries] != ids:
         raise ValueError(f"{len(entries)} log-probabilities do not belong to the {len(ids)} tokens returned")
@@ -123,7 +123,7 @@ def _logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:
     return np.array(values, dtype=np.float32)
 
 
-def _spans(entries: list[dict[str, Any]], length: int) -> tuple[VersionSpan, ...]:
+def _parse_spans(entries: list[dict[str, Any]], length: int) -> tuple[VersionSpan, ...]:
     """Weight versions covering tokens `[0, length)` in order and without a gap."""
     spans = tuple(VersionSpan(str(entry["version"]), entry["start"], entry["end"]) for entry in entries)
     ends = [0, *(span.end for span in spans)]

@@ -15,7 +15,7 @@ class Sample:
     """One sampled response.
 
     Attributes:
-        prompt: index of the prompt in its batch; samples of one group share it.
+        prompt_index: index of the prompt in its batch; samples of one group share it.
         tokens: `[T]` int64, the prompt's ids then the response's.
         prompt_length: tokens of the prompt.
         logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
@@ -24,18 +24,18 @@ class Sample:
         spans: weight versions that the response's tokens were sampled with, covering them in order.
         finish: `stop` (end token), `length` (ran out of tokens), `abort`, `partial` (ran out of those of one go, and is to
             be gone on with), or `lost` (see `lost_sample`).
-        recorded: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
+        route_mask: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and for good where `failure` says why there is none.
     """
 
-    prompt: int
+    prompt_index: int
     tokens: np.ndarray
     prompt_length: int
     logprobs: np.ndarray
     routes: np.ndarray
     spans: tuple[VersionSpan, ...]
     finish: str
-    recorded: np.ndarray | None = None
+    route_mask: np.ndarray | None = None
     reward: float | None = None
     failure: str = ""
 
@@ -50,9 +50,9 @@ class Sample:
         return self.tokens[self.prompt_length :]
 
     @property
-    def rows_recorded(self) -> np.ndarray:
-        """`recorded`, as an array also where all are."""
-        return np.ones(len(self.routes), dtype=bool) if self.recorded is None else self.recorded
+    def full_route_mask(self) -> np.ndarray:
+        """`route_mask`, as an array also where all are."""
+        return np.ones(len(self.routes), dtype=bool) if self.route_mask is None else self.route_mask
 
     @property
     def row_spans(self) -> tuple[VersionSpan, ...]:
@@ -67,7 +67,7 @@ class Sample:
         """Whether nothing more is to be sampled of it."""
         return self.finish != PARTIAL
 
-    def followed_by(self, part: "Sample") -> "Sample":
+    def append(self, part: "Sample") -> "Sample":
         """This and what was sampled after it, with the weights that the server had then.
 
         Args:
@@ -81,17 +81,17 @@ class Sample:
         for span in part.spans:
             start = spans.pop().start if spans[-1].version == span.version else span.start + length
             spans.append(VersionSpan(span.version, start, span.end + length))
-        recorded = np.concatenate([self.rows_recorded, part.rows_recorded[kept:]])
+        recorded = np.concatenate([self.full_route_mask, part.full_route_mask[kept:]])
         return replace(
             part,
             prompt_length=self.prompt_length,
             logprobs=np.concatenate([self.logprobs, part.logprobs]),
             routes=np.concatenate([self.routes, part.routes[kept:]]),
             spans=tuple(spans),
-            recorded=None if recorded.all() else recorded,
+            route_mask=None if recorded.all() else recorded,
         )
 
-    def of_layers(self, columns: Sequence[int]) -> "Sample":
+    def select_layers(self, columns: Sequence[int]) -> "Sample":
         """The same with the routes of some MoE layers, which are counted from 0."""
         return replace(self, routes=self.routes[:, list(columns)])
 

@@ -17,7 +17,7 @@ from megatron_bai.rollout.sample import LOST, Sample
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 
-def write(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSignature) -> None:
+def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSignature) -> None:
     """Keep samples, each with a number that says what it belongs to.
 
     Raises:
@@ -25,16 +25,16 @@ def write(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSig
     """
     made = [sample for _, sample in samples]
     arrays: dict[str, Any] = {
-        "about": np.frombuffer(json.dumps([_about(*each) for each in samples]).encode(), dtype=np.uint8),
-        "tokens": _joined([sample.tokens for sample in made], np.int64),
-        "logprobs": _joined([sample.logprobs for sample in made], np.float32),
-        "routes": _joined([sample.routes for sample in made], signature.dtype, signature.moe_layers, signature.topk),
-        "recorded": _joined([sample.rows_recorded for sample in made], bool),
+        "about": np.frombuffer(json.dumps([_sample_metadata(*each) for each in samples]).encode(), dtype=np.uint8),
+        "tokens": _concatenate([sample.tokens for sample in made], np.int64),
+        "logprobs": _concatenate([sample.logprobs for sample in made], np.float32),
+        "routes": _concatenate([sample.routes for sample in made], signature.dtype, signature.moe_layers, signature.topk),
+        "recorded": _concatenate([sample.full_route_mask for sample in made], bool),
     }
     np.savez(path, **arrays)
 
 
-def read(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
+def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
     """What `write` kept.
 
     Raises:
@@ -49,7 +49,7 @@ def read(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
         totals = [each["tokens"] for each in about]
         responses = [each["tokens"] - each["prompt"] for each in about]
         rows = [0 if each["finish"] == LOST else each["tokens"] - 1 for each in about]
-        parts = (_parts(tokens, totals), _parts(logprobs, responses), _parts(routes, rows), _parts(recorded, rows))
+        parts = (_split_rows(tokens, totals), _split_rows(logprobs, responses), _split_rows(routes, rows), _split_rows(recorded, rows))
         return [(each["number"], _sample(each, *own)) for each, *own in zip(about, *parts, strict=True)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -57,7 +57,7 @@ def read(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
         raise UserError(f"{path} does not hold samples ({error}): restore the checkpoint from a copy") from None
 
 
-def _about(number: int, sample: Sample) -> dict[str, Any]:
+def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     spans = [[span.version, span.start, span.end] for span in sample.spans]
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
@@ -68,24 +68,24 @@ def _sample(
     about: dict[str, Any], tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray, recorded: np.ndarray
 ) -> Sample:
     return Sample(
-        prompt=0,
+        prompt_index=0,
         tokens=tokens,
         prompt_length=about["prompt"],
         logprobs=logprobs,
         routes=routes,
         spans=tuple(VersionSpan(*span) for span in about["spans"]),
         finish=about["finish"],
-        recorded=None if recorded.all() else recorded,
+        route_mask=None if recorded.all() else recorded,
         reward=about["reward"],
         failure=about["failure"],
     )
 
 
-def _joined(arrays: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
     return np.concatenate([np.zeros((0, *shape), dtype=dtype), *arrays]).astype(dtype, copy=False)
 
 
-def _parts(array: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+def _split_rows(array: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
     """Consecutive parts, which must be all there is."""
     if sum(lengths) != len(array):
         raise ValueError(f"{len(array)} rows for {sum(lengths)}")

@@ -49,7 +49,7 @@ class Place:
         """
         if self.context[1] == 1:
             return values
-        return values[:, _zigzag([values.shape[1]] if lengths is None else lengths, *self.context)]
+        return values[:, _zigzag_positions([values.shape[1]] if lengths is None else lengths, *self.context)]
 
     def rows(self, values: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """What the routers see here, in their order: `[B, T, …]` → `[T / C / R · B, …]`."""
@@ -59,7 +59,7 @@ class Place:
         return values[:, rank * part : (rank + 1) * part].transpose(0, 1).flatten(0, 1)
 
 
-def _zigzag(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
+def _zigzag_positions(lengths: Sequence[int], rank: int, ranks: int) -> torch.Tensor:
     """Positions, in sequences side by side, that one context-parallel rank holds."""
     starts = np.cumsum([0, *lengths])
     held = []
@@ -147,7 +147,7 @@ def stage_layers(num_layers: int, stage: int, stages: int, chunks: int = 1) -> l
     return [layer for start in starts for layer in range(start, start + size)]
 
 
-def fillers(count: int, signature: RouteSignature, columns: Sequence[int] | None = None) -> np.ndarray:
+def filler_routes(count: int, signature: RouteSignature, columns: Sequence[int] | None = None) -> np.ndarray:
     """Routes of rows that have none: distinct experts, spread evenly over rows and layers.
 
     Equal ids would break the dispatcher's split sizes. Rows that all go to the same few experts would overload them,
@@ -168,16 +168,16 @@ def assemble(
     samples: Sequence[np.ndarray],
     length: int,
     signature: RouteSignature,
-    recorded: Sequence[np.ndarray | None] | None = None,
+    route_masks: Sequence[np.ndarray | None] | None = None,
     columns: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stack the routes of samples of different length. Rows that hold no route get `fillers`.
+    """Stack the routes of samples of different length. Rows that hold no route get `filler_routes`.
 
     Args:
         samples: `[rows_i, columns, topk]` each, with rows_i < length: a sample's last token was never fed to the
             rollout model and has no row.
         length: T, tokens of the padded batch.
-        recorded: `[rows_i]` bool each, rows that were recorded; None where all were.
+        route_masks: `[rows_i]` bool each, rows that were recorded; None where all were.
         columns: MoE layers present in `samples`, counted from 0; None: all of the model's.
 
     Returns:
@@ -186,11 +186,11 @@ def assemble(
         is padding.
     """
     b = len(samples)
-    ids = fillers(b * length, signature, columns).reshape(b, length, -1, signature.topk)
+    ids = filler_routes(b * length, signature, columns).reshape(b, length, -1, signature.topk)
     routed, missing = np.zeros((2, b, length), dtype=bool)
     for i, routes in enumerate(samples):
         rows = len(routes)
-        known = None if recorded is None else recorded[i]
+        known = None if route_masks is None else route_masks[i]
         known = np.ones(rows, dtype=bool) if known is None else known
         ids[i, :rows][known] = routes[known]
         routed[i, :rows], missing[i, :rows] = known, ~known

@@ -13,25 +13,25 @@ POLICIES = ("strict", "mask", "live")
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingCounts:
     """Counts over one rank's batch.
 
     Attributes:
-        rows: tokens that were fed to the rollout model and have no route.
-        fed: tokens that were fed to it.
-        masked: loss tokens dropped for it.
-        tokens: loss tokens before that.
+        num_missing: tokens that were fed to the rollout model and have no route.
+        num_fed: tokens that were fed to it.
+        num_masked: loss tokens dropped for it.
+        num_loss_tokens: loss tokens before that.
     """
 
-    rows: int
-    fed: int
-    masked: int
-    tokens: int
+    num_missing: int
+    num_fed: int
+    num_masked: int
+    num_loss_tokens: int
 
 
-def settle(
+def apply_missing_policy(
     policy: str, mask: torch.Tensor, routed: torch.Tensor, missing: torch.Tensor
-) -> tuple[torch.Tensor, Missing]:
+) -> tuple[torch.Tensor, MissingCounts]:
     """Apply a policy to a batch. In every policy the router chooses for the rows that are left without a route.
 
     Args:
@@ -45,7 +45,7 @@ def settle(
     Raises:
         UserError: `strict`, and a row is missing.
     """
-    check_policy(policy)
+    validate_missing_policy(policy)
     rows = int(missing.sum())
     if policy == "strict" and rows:
         raise UserError(
@@ -54,10 +54,10 @@ def settle(
         )
     kept = mask & ~missing if policy == "mask" else mask
     tokens = int(mask.sum())
-    return kept, Missing(rows, rows + int(routed.sum()), tokens - int(kept.sum()), tokens)
+    return kept, MissingCounts(rows, rows + int(routed.sum()), tokens - int(kept.sum()), tokens)
 
 
-def check_policy(policy: str) -> None:
+def validate_missing_policy(policy: str) -> None:
     """Refuse an unknown policy.
 
     Raises:
@@ -67,7 +67,7 @@ def check_policy(policy: str) -> None:
         raise UserError(f"replay.missing is {policy!r}: choose {', '.join(POLICIES[:-1])} or {POLICIES[-1]}")
 
 
-def of_last_version(rows: int, prompt_length: int, starts: list[int]) -> np.ndarray:
+def last_version_rows(rows: int, prompt_length: int, starts: list[int]) -> np.ndarray:
     """Rows of a sample that belong to the weights it ended with.
 
     After a weight update in mid-sample SGLang computes what came before again, and returns the *new* weights' routes
@@ -82,3 +82,6 @@ def of_last_version(rows: int, prompt_length: int, starts: list[int]) -> np.ndar
     """
     first = prompt_length + starts[-1] - 1 if len(starts) > 1 else 0
     return np.arange(rows) >= first
+
+
+settle, of_last_version = apply_missing_policy, last_version_rows  # the names that earlier releases documented

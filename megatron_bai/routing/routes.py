@@ -19,7 +19,7 @@ class VersionSpan:
     end: int
 
 
-_CHUNK = 1 << 16  # sets
+_CHUNK_SETS = 1 << 16  # sets
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def check_ids(ids: np.ndarray, signature: RouteSignature, where: str) -> np.ndar
         ValueError: another shape, an id outside `[0, num_experts)`, or an expert chosen twice for one token.
     """
     ids = check_range(ids, signature, where)
-    for layers in chunks(len(ids), signature.moe_layers):
-        check_distinct(ascending(ids[:, layers]), where)
+    for layers in layer_chunks(len(ids), signature.moe_layers):
+        check_distinct(sorted_sets(ids[:, layers]), where)
     return ids
 
 
@@ -64,7 +64,7 @@ def check_range(ids: np.ndarray, signature: RouteSignature, where: str, layers: 
 
 
 def check_distinct(columns: np.ndarray, where: str) -> None:
-    """Prove that no set, as `ascending` returns them, holds an expert twice.
+    """Prove that no set, as `sorted_sets` returns them, holds an expert twice.
 
     Raises:
         ValueError: one does.
@@ -73,7 +73,7 @@ def check_distinct(columns: np.ndarray, where: str) -> None:
         raise ValueError(f"{where}: a token has the same expert twice in one layer")
 
 
-def ascending(ids: np.ndarray) -> np.ndarray:
+def sorted_sets(ids: np.ndarray) -> np.ndarray:
     """Every set in ascending order, as columns: a sorting network of minima and maxima over whole columns takes a
     twentieth of the time of `np.sort` over short rows.
 
@@ -95,9 +95,9 @@ def ascending(ids: np.ndarray) -> np.ndarray:
     return columns
 
 
-def chunks(rows: int, layers: int) -> list[slice]:
+def layer_chunks(rows: int, layers: int) -> list[slice]:
     """Consecutive layers, as many at a time as keeps the sets in work within a core's cache."""
-    step = max(1, _CHUNK // max(rows, 1))
+    step = max(1, _CHUNK_SETS // max(rows, 1))
     return [slice(start, min(start + step, layers)) for start in range(0, layers, step)]
 
 

@@ -34,7 +34,7 @@ class Given:
     def collect(self, stats: Any, last: bool) -> tuple[list, Any]:
         from megatron_bai.rl.batches.batch import from_samples
 
-        rollouts = [sample.of_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
+        rollouts = [sample.select_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
         made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, columns=self.columns, rewards=self.rewards)
         return rollouts, made
 

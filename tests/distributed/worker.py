@@ -130,7 +130,7 @@ class Run:
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
-        mine = [sample.of_layers(self.replay.columns) for sample in rollouts[own]]
+        mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
         batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
         self.batch, (self.micros,) = make_mini_batches(batch, self.settings, Stats())
         self.noise = torch.from_numpy(noise[own])[self.batch.sample_index]

@@ -27,7 +27,7 @@ from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_i
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.quantize import FORMATS
-from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
+from megatron_bai.routing.replay.replay_pass import MicroRoutes, sets_differ
 
 _PROMPTS, _GROUP = 8, 4
 
@@ -98,7 +98,7 @@ def _quantized(session: Session, inference: InferenceEngine, form: str) -> dict[
 def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, int]:
     """Of the (token, layer) routes the server recorded: how many differ from `ours`, and how many there are."""
     theirs = session.engine.local_routes(batch)
-    different = differing(ours.ids, theirs.ids)[theirs.counted]
+    different = sets_differ(ours.ids, theirs.ids)[theirs.checked]
     return _sum([int(different.sum()), different.numel()])
 
 
@@ -154,7 +154,7 @@ def _experts_used(session: Session, batch: Batch) -> Iterator[list[int]]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     routes = session.engine.local_routes(batch)
-    theirs, routed = dict(zip(session.engine.replay.layers, routes.ids.long().unbind(dim=1))), routes.counted
+    theirs, routed = dict(zip(session.engine.replay.layers, routes.ids.long().unbind(dim=1))), routes.checked
     counts: list[int] = []
 
     def watch(layer: int, original: Any) -> Any:

@@ -195,7 +195,7 @@ def old_weights(demo: Demo) -> Recovered:
         command.until(lambda: "step    1/2" in command.said())
         before = server.log_path.read_text().count("POST /generate")
         command.until(lambda: server.log_path.read_text().count("POST /generate") > before + 16)
-        server.stop(politely=False)
+        server.stop(graceful=False)
         start = time.monotonic()
         server.start()
         seconds = time.monotonic() - start + until_asked_again(command, server.log_path)

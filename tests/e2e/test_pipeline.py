@@ -131,7 +131,7 @@ def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:
 def test_the_routes_of_every_step_are_kept_and_described(demo: Demo, summary: dict[str, Any]) -> None:
     samples = 16 * 8
     with RouteStore(demo.directory / "routes") as store:
-        kept = list(store.recordings())
+        kept = list(store.iter_records())
     assert [(entry.step, entry.sample) for entry, _ in kept] == [(s, i) for s in range(STEPS) for i in range(samples)]
     for number, step in enumerate(summary["steps"]):
         own = [recording for entry, recording in kept if entry.step == number]

@@ -101,7 +101,7 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
         os.environ.update(request["environment"])
         os.chdir(request["directory"])
         sys.argv = [server_main.__file__, "--parent", str(os.getppid()), *request["arguments"]]
-        server_main.main(server_main.enter())
+        server_main.run_server(server_main.init_process())
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1

@@ -9,7 +9,7 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, VOCAB, save_tiny
 
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
-from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
+from megatron_bai.rollout.servers.weight_sync import sync_from_disk, tensor_shapes
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +38,4 @@ def client(server: SGLangServer) -> Callable[..., RolloutClient]:
 @pytest.fixture
 def serving(server: SGLangServer, checkpoints: dict[str, Path]) -> Callable[[str], None]:
     """Brings a version's weights to the server; tests that depend on the weights ask for theirs first."""
-    return lambda version: from_disk([server.url], checkpoints[version], version, tensor_shapes(checkpoints[version]))
+    return lambda version: sync_from_disk([server.url], checkpoints[version], version, tensor_shapes(checkpoints[version]))

@@ -29,7 +29,7 @@ from megatron_bai.rewards.reward import Item
 from megatron_bai.rewards.reward_model import _make_body
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers import control, fleet, releases, weight_sync
-from megatron_bai.rollout.servers.broadcast_transport import OverGroup
+from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 pytestmark = pytest.mark.live
@@ -70,20 +70,20 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
                 return web.Response(text=text, status=reply.status, content_type=kind)
 
     with fake_sglang.serve(pass_on) as url:
-        assert control.healthy(url)
-        servers = fleet.running(replace(ROLLOUT, urls=[url])).fleet
-        client = RolloutClient(servers.ask, replace(ROLLOUT, max_new_tokens=4), SIGNATURE, VOCAB, LENGTH)
+        assert control.is_healthy(url)
+        servers = fleet.connect_servers(replace(ROLLOUT, urls=[url])).fleet
+        client = RolloutClient(servers.sampling_urls, replace(ROLLOUT, max_new_tokens=4), SIGNATURE, VOCAB, LENGTH)
         client.generate([[5, 6, 7]], 2, 0, STOP)
         client.score([[5, 6, 7]])
         shapes, weights = (
             weight_sync.tensor_shapes(checkpoints["v0"]),
             load_file(checkpoints["v0"] / "model.safetensors"),
         )
-        weight_sync.from_disk(servers.urls, checkpoints["v0"], "by-disk", shapes)
-        over_http = weight_sync.OverHttp(servers.urls, servers.sizes)
-        weight_sync.from_tensors(servers.urls, weights.items(), "by-http", shapes, over_http, 1 << 17)
-        with closing(OverGroup(servers.urls, servers.sizes, "127.0.0.1", torch.device("cpu"), 60)) as group:
-            weight_sync.from_tensors(servers.urls, weights.items(), "by-group", shapes, group, 1 << 17)
+        weight_sync.sync_from_disk(servers.urls, checkpoints["v0"], "by-disk", shapes)
+        over_http = weight_sync.HttpTransport(servers.urls, servers.tp_sizes)
+        weight_sync.sync_from_tensors(servers.urls, weights.items(), "by-http", shapes, over_http, 1 << 17)
+        with closing(BroadcastTransport(servers.urls, servers.tp_sizes, "127.0.0.1", torch.device("cpu"), 60)) as group:
+            weight_sync.sync_from_tensors(servers.urls, weights.items(), "by-group", shapes, group, 1 << 17)
     return heard
 
 
@@ -111,7 +111,7 @@ def test_no_path_is_left_unsaid(said: list[Said], spec: dict[str, Any]) -> None:
     """A new endpoint in the source must pass through this test, too."""
     source = Path(megatron_bai.__file__).parent
     texts = [path.read_text() for part in ("rollout", "rewards", "rl") for path in (source / part).rglob("*.py")]
-    asks = re.compile(r"""(?:\b(?:get|post)\(url, |ask_all\([^"]*|url \+ )f?"(/[a-z_0-9]+)""")
+    asks = re.compile(r"""(?:\b(?:get|post)\(url, |post_all\([^"]*|url \+ )f?"(/[a-z_0-9]+)""")
     written = {path for text in texts for path in asks.findall(text)}
     assert written >= ELSEWHERE and written - ELSEWHERE == {each.path for each in said}
 
@@ -129,7 +129,7 @@ def test_sampling_parameters_are_checked_by_sglang_itself(server: SGLangServer, 
 def test_what_is_read_of_a_server_is_what_it_says(said: list[Said]) -> None:
     """All that is looked up with a default: its absence would pass for an answer."""
     (info, *_) = [each.reply for each in said if each.path == "/server_info"]
-    assert {"version", "tp_size", "dp_size", *releases._NEEDED, *releases._SEEDED, *releases._BARRED} <= set(info)
+    assert {"version", "tp_size", "dp_size", *releases._REQUIRED_FLAGS, *releases._SEED_FLAGS, *releases._FORBIDDEN_FLAGS} <= set(info)
     assert info["version"] == SGLANG
     (model, *_) = [each.reply for each in said if each.path == "/model_info"]
     assert {"weight_version", "is_generation"} <= set(model)

@@ -35,19 +35,19 @@ def left(fork: list[psutil.Process]) -> list[psutil.Process]:
 @pytest.mark.live
 @pytest.mark.long
 @pytest.mark.usefixtures("forked_servers")
-@pytest.mark.parametrize("politely", [True, False])
-def test_a_fork_serves_and_ends_with_the_process_that_stands_for_it(checkpoints, tmp_path, politely) -> None:
+@pytest.mark.parametrize("graceful", [True, False])
+def test_a_fork_serves_and_ends_with_the_process_that_stands_for_it(checkpoints, tmp_path, graceful) -> None:
     with SGLangServer(checkpoints["v0"], ROLLOUT, tmp_path / "log") as server:
         fork = fork_of(server)
         assert len(fork) >= 3, "server, scheduler, detokenizer"
         assert psutil.Process(server.pid).children() == []
         client = RolloutClient([server.url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
         assert len(client.generate([[5, 6]], 2, 0, STOP)) == 2
-        server.stop(politely)
+        server.stop(graceful)
     gone_by = time.monotonic() + 60
     while left(fork) and time.monotonic() < gone_by:
         time.sleep(0.05)
-    assert not left(fork) and not control.healthy(server.url)
+    assert not left(fork) and not control.is_healthy(server.url)
 
 
 def test_a_process_with_threads_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:

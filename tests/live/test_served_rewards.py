@@ -57,7 +57,7 @@ def url(checkpoint: Path) -> Iterator[str]:
         )
     try:
         deadline = time.monotonic() + 900
-        while not control.healthy(f"http://127.0.0.1:{port}"):
+        while not control.is_healthy(f"http://127.0.0.1:{port}"):
             assert server.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"

@@ -18,11 +18,11 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB, save_tiny
 from transformers import Qwen3MoeForCausalLM
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.client import RolloutClient, Wanted, sampling_seed
+from megatron_bai.rollout.client import RolloutClient, SampleRequest, sampling_seed
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
-from megatron_bai.rollout.servers.weight_sync import from_disk, tensor_shapes
+from megatron_bai.rollout.servers.weight_sync import sync_from_disk, tensor_shapes
 
 pytestmark = pytest.mark.live
 MakeClient = Callable[..., RolloutClient]
@@ -79,10 +79,10 @@ def test_logprobs_and_routes_are_those_of_transformers(
 ) -> None:
     serving("v0")
     samples = client(temperature=temperature).generate(PROMPTS, 4, seed=0, stop_token_id=STOP)
-    assert [s.prompt for s in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [s.prompt_index for s in samples] == [0] * 4 + [1] * 4 + [2] * 4
     for sample in samples:
         reference["v0"].agrees(sample, temperature)
-        assert sample.tokens[: sample.prompt_length].tolist() == PROMPTS[sample.prompt]
+        assert sample.tokens[: sample.prompt_length].tolist() == PROMPTS[sample.prompt_index]
         assert [(span.version, span.start, span.end) for span in sample.spans] == [("v0", 0, len(sample.response))]
         assert sample.finish == ("stop" if sample.tokens[-1] == STOP else "length")
 
@@ -159,7 +159,7 @@ def test_a_sample_in_parts_is_the_sample_in_one(client: MakeClient, serving: Cal
     samples: list[Sample | None] = [None] * len(whole)
     while any(sample is None or not sample.complete for sample in samples):
         wanted = [
-            Wanted(0, PROMPTS[i // 2], sampling_seed(5, i // 2, i % 2), sample)
+            SampleRequest(0, PROMPTS[i // 2], sampling_seed(5, i // 2, i % 2), sample)
             for i, sample in enumerate(samples)
             if sample is None or not sample.complete
         ]
@@ -169,7 +169,7 @@ def test_a_sample_in_parts_is_the_sample_in_one(client: MakeClient, serving: Cal
         np.testing.assert_array_equal(sample.tokens, one.tokens)
         np.testing.assert_array_equal(np.sort(sample.routes, -1), np.sort(one.routes, -1))
         np.testing.assert_allclose(sample.logprobs, one.logprobs, atol=1e-4, rtol=0)
-        assert (sample.finish, sample.spans, sample.recorded) == (one.finish, one.spans, None)
+        assert (sample.finish, sample.spans, sample.route_mask) == (one.finish, one.spans, None)
 
 
 def test_a_sample_goes_on_with_new_weights(
@@ -178,7 +178,7 @@ def test_a_sample_goes_on_with_new_weights(
     """Each part has the log-probabilities and the routes of the weights that sampled it."""
     serving("v0")
     asking = client(max_new_tokens=24)
-    wanted = [Wanted(0, ids, 9 + i) for i, ids in enumerate(PROMPTS * 2)]
+    wanted = [SampleRequest(0, ids, 9 + i) for i, ids in enumerate(PROMPTS * 2)]
     first = asking.sample(wanted, STOP, budget=10)
     serving("v1")
     going_on = [i for i, sample in enumerate(first) if not sample.complete]
@@ -191,7 +191,7 @@ def test_a_sample_goes_on_with_new_weights(
             _, routes, sure = reference[span.version](sample.tokens)
             own, theirs, known = (each[rows.start : rows.end] for each in (np.sort(sample.routes, -1), routes, sure))
             np.testing.assert_array_equal(own[known], theirs[known])
-        assert len(sample.routes) == len(sample.tokens) - 1 and sample.recorded is None
+        assert len(sample.routes) == len(sample.tokens) - 1 and sample.route_mask is None
 
 
 def test_another_models_weights_never_reach_the_server(
@@ -199,14 +199,14 @@ def test_another_models_weights_never_reach_the_server(
 ) -> None:
     serving("v0")
     with pytest.raises(UserError, match="is not the served model"):
-        from_disk([server.url], save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", tensor_shapes(server.model_dir))
+        sync_from_disk([server.url], save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", tensor_shapes(server.model_dir))
     assert control.weight_version(server.url) == "v0" and client().generate([[5]], 1, 0, STOP)
 
 
 def test_a_prompt_outside_the_vocabulary_is_refused_and_the_server_lives(client: MakeClient) -> None:
     with pytest.raises(UserError, match=rf"outside \[0, {VOCAB}\)"):
         client().generate([[5], [VOCAB]], 1, 0, STOP)
-    assert control.healthy(client().urls[0]) and client().generate([[VOCAB - 1]], 1, 0, STOP)
+    assert control.is_healthy(client().urls[0]) and client().generate([[VOCAB - 1]], 1, 0, STOP)
 
 
 def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) -> None:

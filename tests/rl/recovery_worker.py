@@ -25,7 +25,7 @@ from megatron_bai.rewards import Score
 from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
-from megatron_bai.rollout.servers.fleet import Fleet, Servers
+from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
 
 PROMPTS, SIZE, VERSION = 3, 4, 7
 
@@ -60,8 +60,8 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
         settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE, send_to_replica=lambda samples: samples,
         scorer=lambda items: [Score(1.0) for _ in items],
     )  # fmt: skip
-    made._servers = Fleet([url], [1], [url])
-    made._fleet = Servers(made._servers, settings.rollout) if rank == 0 else None
+    made._servers = FleetInfo([url], [1], [url])
+    made._fleet = ServerFleet(made._servers, settings.rollout) if rank == 0 else None
     made._client = RolloutClient([url], settings.rollout, SIGNATURE, 64, 64)
     made.version, made._disk_version, made._transport = VERSION, VERSION, None
 
@@ -92,7 +92,7 @@ def asking(rank: int, prompts: list[Prompt], url: list, server: Server, rollout:
     try:
         samples = own.sample(prompts, SIZE, "train/0")
         found = {
-            "prompts": [[sample.prompt, int(sample.tokens[0])] for sample in samples],
+            "prompts": [[sample.prompt_index, int(sample.tokens[0])] for sample in samples],
             "lost": [sample.failure for sample in samples],
             "rewards": [sample.reward for sample in samples],
             "versions": sorted({span.version for sample in samples for span in sample.spans}),

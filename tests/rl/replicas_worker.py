@@ -27,7 +27,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
-from megatron_bai.rollout.client import Wanted, sampling_seed
+from megatron_bai.rollout.client import SampleRequest, sampling_seed
 from megatron_bai.rollout.sample import PARTIAL, Sample, lost_sample
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
@@ -66,7 +66,7 @@ class FakeInference:
                     body = self.tokenizer.encode(f"answer:{prompts[index].answer}")
                 prompt, response = prompts[index].ids, [*body, 1]
                 tokens, logprobs = np.array([*prompt, *response]), np.zeros(len(response), np.float32)
-                of = dict(prompt=index, tokens=tokens, prompt_length=len(prompt), logprobs=logprobs)
+                of = dict(prompt_index=index, tokens=tokens, prompt_length=len(prompt), logprobs=logprobs)
                 sample = Sample(routes=np.zeros((len(tokens) - 1, 1, 1), np.uint8), spans=(), finish="stop", **of)
                 sample = replace(sample, reward=reward, failure="" if reward is not None else "broken")
                 if self.mode == "lost" and reward is None:
@@ -88,7 +88,7 @@ class Parts(FakeInference):
         self.budget, self.fault, self.failing = rollout.get("partial_tokens", LONGEST), fault, set(fault and FAILING)
         self.version, self.rounds, self.threads, self.recovered = version, [], set(), []
 
-    def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample | UserError]:
+    def sample_partial(self, wanted: list[SampleRequest], max_failures: int) -> list[Sample | UserError]:
         self.threads.add(threading.current_thread().name)
         self.rounds.append(len(wanted))
         fails, self.failing = self.version in self.failing, self.failing - {self.version}
@@ -106,10 +106,10 @@ class Parts(FakeInference):
         self.recovered.append([self.version, threading.current_thread().name])
         return self.fault == "back"
 
-    def _part(self, each: Wanted) -> Sample:
-        former, length = each.former, 1 + each.seed % LONGEST
-        ids = each.ids if former is None else former.tokens.tolist()
-        start = len(ids) - len(each.ids)
+    def _part(self, each: SampleRequest) -> Sample:
+        former, length = each.partial, 1 + each.seed % LONGEST
+        ids = each.prompt_ids if former is None else former.tokens.tolist()
+        start = len(ids) - len(each.prompt_ids)
         end = min(start + self.budget, length)
         response = np.array([2 + (each.seed + place) % 50 for place in range(start, end)])
         rows, known = len(ids) + len(response) - 1, len(ids) - 1 if former else 0
@@ -118,8 +118,8 @@ class Parts(FakeInference):
         spans = (VersionSpan(str(self.version), 0, len(response)),)
         logprobs = np.full(len(response), -1.0 - self.version, np.float32)
         finish = "stop" if end == length else PARTIAL
-        part = Sample(each.prompt, np.array([*ids, *response]), len(ids), logprobs, routes, spans, finish)
-        return former.followed_by(part) if former else part
+        part = Sample(each.prompt_index, np.array([*ids, *response]), len(ids), logprobs, routes, spans, finish)
+        return former.append(part) if former else part
 
     def add_rewards(self, prompts: list[Any], samples: list[Sample]) -> list[Sample]:
         given = [replace(sample, reward=float(len(sample.response) % 2)) for sample in samples]
@@ -152,7 +152,7 @@ def collected(
             samples = collector._sample_groups(stats)
         except UserError as error:
             return {"error": str(error)}
-        assert [sample.prompt for sample in samples] == list(np.repeat(range(PROMPTS // replicas), SIZE))
+        assert [sample.prompt_index for sample in samples] == list(np.repeat(range(PROMPTS // replicas), SIZE))
         texts = {text: number for number, _, text, _ in engine.asked[asked:]}
         groups = [texts[here.task.tokenizer.decode(s.tokens[: s.prompt_length])] for s in samples[::SIZE]]
         assert [s.reward for s in samples[::SIZE]] == [rewards_of(g)[0] for g in groups] or mode not in ("", "lost")
@@ -163,7 +163,7 @@ def collected(
 
 def told(samples: list[Sample], task: Any) -> list[Any]:
     return [
-        [s.prompt, task.tokenizer.decode(s.tokens[: s.prompt_length]), s.response.tolist(), s.finish, s.reward]
+        [s.prompt_index, task.tokenizer.decode(s.tokens[: s.prompt_length]), s.response.tolist(), s.finish, s.reward]
         + [[[span.version, span.start, span.end] for span in s.spans], s.logprobs.tolist(), s.routes.ravel().tolist()]
         for s in samples
     ]

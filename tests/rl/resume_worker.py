@@ -30,7 +30,7 @@ from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors.run_monitor import DETECTORS
-from megatron_bai.rollout.client import Wanted
+from megatron_bai.rollout.client import SampleRequest
 from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.routing.routes import VersionSpan
 from megatron_bai.utils import terminal_logging
@@ -59,7 +59,7 @@ class Rollouts:
     def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:
         self.seen(self.version)
         made = [self._sample(i, n, prompt, first + i) for i, prompt in enumerate(prompts) for n in range(group_size)]
-        return [sample.of_layers(self.session.engine.replay.columns) for sample in made]
+        return [sample.select_layers(self.session.engine.replay.columns) for sample in made]
 
     def _sample(self, place: int, number: int, prompt: Any, seed: int) -> Sample:
         random, tokenizer = np.random.default_rng([seed, number, self.version]), self.session.task.tokenizer
@@ -72,7 +72,7 @@ class Rollouts:
         routes, reward = random_routes(len(tokens) - 1, random), float(number % 2)
         return Sample(place, tokens, len(prompt.ids), logprobs, routes, spans, "stop", reward=reward)
 
-    def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample]:
+    def sample_partial(self, wanted: list[SampleRequest], max_failures: int) -> list[Sample]:
         """Parts of samples, of `rollout.partial_tokens` each."""
         self.seen(self.version)
         return [self._part(each) for each in wanted]
@@ -83,17 +83,17 @@ class Rollouts:
     def any_failed(self, failures: list) -> bool:
         return False
 
-    def _part(self, wanted: Wanted) -> Sample:
-        former, budget = wanted.former, self.session.settings.rollout.partial_tokens
-        ids = wanted.ids if former is None else former.tokens.tolist()
+    def _part(self, wanted: SampleRequest) -> Sample:
+        former, budget = wanted.partial, self.session.settings.rollout.partial_tokens
+        ids = wanted.prompt_ids if former is None else former.tokens.tolist()
         random = np.random.default_rng([wanted.seed, len(ids), self.version])
-        left = 2 + wanted.seed % 14 - (len(ids) - len(wanted.ids))
+        left = 2 + wanted.seed % 14 - (len(ids) - len(wanted.prompt_ids))
         response = random.integers(0, MODEL.vocab_size, min(left, budget))
         logprobs = random.normal(-4.2, 0.5, len(response)).astype(np.float32)
         tokens, spans = np.array([*ids, *response]), (VersionSpan(str(self.version), 0, len(response)),)
         routes, finish = random_routes(len(tokens) - 1, random), "stop" if left <= budget else PARTIAL
-        part = Sample(wanted.prompt, tokens, len(ids), logprobs, routes, spans, finish)
-        return former.followed_by(part) if former else part
+        part = Sample(wanted.prompt_index, tokens, len(ids), logprobs, routes, spans, finish)
+        return former.append(part) if former else part
 
     def add_rewards(self, prompts: list, samples: list[Sample]) -> list[Sample]:
         return [replace(sample, reward=float(sample.tokens[-1] % 2)) for sample in samples]

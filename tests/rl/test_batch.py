@@ -20,7 +20,7 @@ def sample(total: int, prompt: int, seed: int) -> Sample:
     """`total` tokens of which the first `prompt` are the prompt's; everything in it is telling."""
     random = np.random.default_rng(seed)
     return Sample(
-        prompt=0,
+        prompt_index=0,
         tokens=random.integers(0, 60, total),
         prompt_length=prompt,
         logprobs=-random.exponential(1, total - prompt).astype(np.float32),
@@ -63,7 +63,7 @@ def test_an_empty_response_counts_nothing_and_a_single_token_counts_once() -> No
 
 def test_rows_without_a_route_are_missing_and_padding_is_neither() -> None:
     whole, part = sample(6, 2, 0), sample(5, 2, 1)
-    part = replace(part, recorded=np.array([True, False, False, True]))
+    part = replace(part, route_mask=np.array([True, False, False, True]))
     batch = from_samples([whole, part], np.zeros(2), 7, PAD, SIGNATURE)
     assert batch.routed.tolist() == [[True] * 5 + [False] * 2, [True, False, False, True] + [False] * 3]
     assert batch.missing.tolist() == [[False] * 7, [False, True, True] + [False] * 4]
@@ -73,7 +73,7 @@ def test_rows_without_a_route_are_missing_and_padding_is_neither() -> None:
 def test_a_rank_takes_the_routes_of_its_layers() -> None:
     samples = [sample(6, 2, 0), sample(4, 2, 1)]
     whole = from_samples(samples, np.zeros(2), 7, PAD, SIGNATURE)
-    part = from_samples([s.of_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE, columns=[0, 2])
+    part = from_samples([s.select_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE, columns=[0, 2])
     assert torch.equal(part.routes, whole.routes[:, :, [0, 2]]) and torch.equal(part.routed, whole.routed)
 
 

@@ -13,7 +13,7 @@ from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.experience import collector
 from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rollout.sample import lost_sample
-from megatron_bai.routing.missing import settle
+from megatron_bai.routing.missing import apply_missing_policy
 
 REWARDS = np.array([0.0, 1, 0, 0, 1, 1, 1, 1])  # two groups of four
 CUT = (0, 5)  # at the token limit
@@ -62,14 +62,14 @@ def test_samples_without_reward_are_left_out_alone_or_with_their_group(
 
 def test_a_lost_sample_is_padding_to_everything_but_its_group() -> None:
     there = samples(3, np.random.default_rng(0))
-    gone = lost_sample(there[0].prompt, there[0].tokens[: there[0].prompt_length], SIGNATURE, "no server")
+    gone = lost_sample(there[0].prompt_index, there[0].tokens[: there[0].prompt_length], SIGNATURE, "no server")
     batch = from_samples([*there, gone], REWARDS[:4], 24, 0, SIGNATURE, in_loss=np.array([True, True, True, False]))
     alone = from_samples(there, REWARDS[:3], 24, 0, SIGNATURE)
     assert not (batch.mask[3].any() or batch.routed[3].any() or batch.missing[3].any())
     assert batch.lengths[3] == there[0].prompt_length and (batch.targets[3] >= 0).sum() == batch.lengths[3] - 1
     for name in ("tokens", "mask", "infer_logprobs", "routed", "prompt_tokens"):
         assert torch.equal(getattr(batch, name)[:3], getattr(alone, name)), name
-    assert settle("strict", batch.mask, batch.routed, batch.missing)[1].rows == 0
+    assert apply_missing_policy("strict", batch.mask, batch.routed, batch.missing)[1].num_missing == 0
 
 
 def test_what_is_left_out_is_in_no_count_but_is_still_measured_before() -> None:

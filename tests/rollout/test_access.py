@@ -13,7 +13,7 @@ from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.servers import auth, control, fleet
-from megatron_bai.rollout.servers.server_main import keep_out_of_logs, own
+from megatron_bai.rollout.servers.server_main import keep_out_of_logs, parse_args
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 KEY = "sesame-0123456789"
@@ -47,7 +47,7 @@ def test_every_request_carries_the_key_and_none_without_it_is_served(key_file: s
         assert client(url, api_key_file=key_file).generate([[2]], 1, 0, STOP)
         assert control.weight_version(url) == "v0"
         client(url)
-        assert auth.headers(url) == {"Accept-Encoding": "identity"}
+        assert auth.request_headers(url) == {"Accept-Encoding": "identity"}
 
 
 def test_the_key_goes_to_its_server_alone(key_file: str) -> None:
@@ -126,7 +126,7 @@ def test_the_command_line_names_the_file_and_the_log_shows_stars(
     SGLangServer(tmp_path, Rollout(host="0.0.0.0", api_key_file=key_file), tmp_path / "log").launch()
     words = started[0][3:]
     assert KEY not in " ".join(words)
-    found = own(words)
+    found = parse_args(words)
     assert (found.parent, found.key, found.take_tensors) == (os.getpid(), KEY, False)
     assert found.rest[0] == "--model-path" and found.words == ("--key-file", key_file)
     former = logging.getLogRecordFactory()

@@ -20,31 +20,31 @@ def made() -> list[tuple[int, Sample]]:
     spans = (VersionSpan("4", 0, 1), VersionSpan("5", 1, len(found[2].response)))
     found[2] = replace(found[2], spans=spans, finish=PARTIAL)
     found[3] = replace(found[3], failure="it took longer")
-    found[4] = replace(found[4], reward=0.1, recorded=np.arange(len(found[4].routes)) > 2)
+    found[4] = replace(found[4], reward=0.1, route_mask=np.arange(len(found[4].routes)) > 2)
     found[5] = lost_sample(0, [5, 6, 7], SIGNATURE, "no server")
     return [(100 + i // 2, sample) for i, sample in enumerate(found)]
 
 
 def test_what_was_written_is_read(made: list[tuple[int, Sample]], tmp_path: Path) -> None:
-    sample_file.write(tmp_path / "a.npz", made, SIGNATURE)
-    for (number, wrote), (found, read) in zip(made, sample_file.read(tmp_path / "a.npz", SIGNATURE), strict=True):
+    sample_file.write_samples(tmp_path / "a.npz", made, SIGNATURE)
+    for (number, wrote), (found, read) in zip(made, sample_file.read_samples(tmp_path / "a.npz", SIGNATURE), strict=True):
         assert found == number
         for name, value in vars(wrote).items():
             if isinstance(value, np.ndarray):
                 assert getattr(read, name).dtype == value.dtype
                 np.testing.assert_array_equal(getattr(read, name), value)
             else:
-                assert getattr(read, name) == (0 if name == "prompt" else value), name
+                assert getattr(read, name) == (0 if name == "prompt_index" else value), name
 
 
 def test_no_samples_are_none(tmp_path: Path) -> None:
-    sample_file.write(tmp_path / "a.npz", [], SIGNATURE)
-    assert sample_file.read(tmp_path / "a.npz", SIGNATURE) == []
+    sample_file.write_samples(tmp_path / "a.npz", [], SIGNATURE)
+    assert sample_file.read_samples(tmp_path / "a.npz", SIGNATURE) == []
 
 
 @pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded"])
 def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]], tmp_path: Path) -> None:
-    sample_file.write(tmp_path / "a.npz", made, SIGNATURE)
+    sample_file.write_samples(tmp_path / "a.npz", made, SIGNATURE)
     arrays = dict(np.load(tmp_path / "a.npz"))
     np.savez(tmp_path / "short.npz", **(arrays | {name: arrays[name][:-1]}))
     del arrays[name]
@@ -53,4 +53,4 @@ def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]],
     np.savez(tmp_path / "object.npz", **(arrays | {name: np.array([{}, {}], dtype=object)}))
     for damaged in ("short", "without", "cut", "object", "gone"):
         with pytest.raises(UserError, match=f"{damaged}.npz"):
-            sample_file.read(tmp_path / f"{damaged}.npz", SIGNATURE)
+            sample_file.read_samples(tmp_path / f"{damaged}.npz", SIGNATURE)

@@ -13,7 +13,7 @@ from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import http_client
-from megatron_bai.rollout.client import RolloutClient, Wanted, sampling_seed
+from megatron_bai.rollout.client import RolloutClient, SampleRequest, sampling_seed
 from megatron_bai.routing.routes import VersionSpan
 
 
@@ -37,7 +37,7 @@ def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:
 
     with serve(answer) as url:
         samples = client(url, temperature=0.7).generate([[2, 3], [4]], 2, seed=5, stop_token_id=STOP)
-    assert [(s.prompt, s.tokens[0]) for s in samples] == [(0, 2), (0, 2), (1, 4), (1, 4)]
+    assert [(s.prompt_index, s.tokens[0]) for s in samples] == [(0, 2), (0, 2), (1, 4), (1, 4)]
     asked = {(tuple(b["input_ids"]), b["sampling_params"]["sampling_seed"]) for b in bodies}
     prompts = {0: (2, 3), 1: (4,)}
     assert asked == {(ids, sampling_seed(5, index, m)) for index, ids in prompts.items() for m in (0, 1)}
@@ -74,7 +74,7 @@ def test_a_sample_in_parts_keeps_what_each_was_sampled_with() -> None:
     with serve(answer) as url:
         asking, sample = client(url, max_new_tokens=9), None
         for _ in range(3):
-            (sample,) = asking.sample([Wanted(0, [3, 4, 5], 77, sample)], STOP, budget=4)
+            (sample,) = asking.sample([SampleRequest(0, [3, 4, 5], 77, sample)], STOP, budget=4)
             assert sample.complete == (len(bodies) == 3)
     assert [body["input_ids"] for body in bodies] == [sample.tokens[:n].tolist() for n in (3, 7, 11)]
     assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [4, 4, 1]
@@ -84,7 +84,7 @@ def test_a_sample_in_parts_keeps_what_each_was_sampled_with() -> None:
     assert sample.response.tolist() == [2 + place % 8 for place in range(3, 12)]
     assert sample.logprobs.tolist() == [-1.0] * 4 + [-2.0] * 4 + [-3.0]
     # 11 rows: the last token sampled in a call has its row from the next one, which was fed it.
-    assert sample.routes[:, 0, 0].tolist() == [0] * 6 + [1] * 4 + [2] and sample.recorded is None
+    assert sample.routes[:, 0, 0].tolist() == [0] * 6 + [1] * 4 + [2] and sample.route_mask is None
     assert sample.spans == (VersionSpan("3", 0, 4), VersionSpan("4", 4, 9))
     assert sample.row_spans == (VersionSpan("3", 0, 6), VersionSpan("4", 6, 11))
 
@@ -98,9 +98,9 @@ def test_a_part_with_routes_of_all_its_tokens_is_refused() -> None:
 
     with serve(whole) as url:
         asking = client(url, max_new_tokens=9)
-        former = asking.sample([Wanted(0, [3, 4, 5], 77)], STOP, budget=4)[0]
+        former = asking.sample([SampleRequest(0, [3, 4, 5], 77)], STOP, budget=4)[0]
         with pytest.raises(UserError, match="routes have .* bytes, 4 tokens of 16 bytes need 64"):
-            asking.sample([Wanted(0, [3, 4, 5], 77, former)], STOP, budget=4)
+            asking.sample([SampleRequest(0, [3, 4, 5], 77, former)], STOP, budget=4)
 
 
 def test_no_seed_is_sent_to_a_server_that_would_ignore_it() -> None:
@@ -226,12 +226,12 @@ def test_samples_that_fail_leave_the_reason_in_their_place_and_are_asked_again()
 
     asked: list[int] = []
     with serve(answer) as url:
-        first = client(url).generate([[2], [3], [4]], 2, 0, STOP, tolerated=2)
+        first = client(url).generate([[2], [3], [4]], 2, 0, STOP, max_failures=2)
         assert [isinstance(each, UserError) for each in first] == [False, False, True, True, False, False]
         assert "failed 2 times at /generate: status 500" in str(first[2])
         failing.clear()
         asked.clear()
-        again = client(url).generate([[2], [3], [4]], 2, 0, STOP, tolerated=2, known=first)
+        again = client(url).generate([[2], [3], [4]], 2, 0, STOP, max_failures=2, previous=first)
     assert asked == [3, 3] and [sample.tokens[0] for sample in again] == [2, 2, 3, 3, 4, 4]
     assert all(after is before for before, after in zip(first, again) if not isinstance(before, UserError))
 
@@ -245,7 +245,7 @@ def test_nobody_waits_for_the_rest_of_too_many_failures() -> None:
 
     asked: list[int] = []
     with serve(answer) as url:
-        found = client(url, retries=0, concurrency=2).generate([[2], [3], [4], [5]], 5, 0, STOP, tolerated=1)
+        found = client(url, retries=0, concurrency=2).generate([[2], [3], [4], [5]], 5, 0, STOP, max_failures=1)
     assert len(found) == 20 and all(isinstance(each, UserError) and "status 500" in str(each) for each in found)
     assert len(asked) < 20
 
@@ -319,7 +319,7 @@ def test_prompts_go_to_the_servers_in_turn_and_failures_to_the_next() -> None:
 
     with serve(answer("a")) as a, serve(answer("b")) as b:
         samples = client(a, b).generate([[2], [3], [4]], 2, seed=0, stop_token_id=STOP)
-        assert [s.prompt for s in samples] == [0, 0, 1, 1, 2, 2]
+        assert [s.prompt_index for s in samples] == [0, 0, 1, 1, 2, 2]
         assert (sorted(asked["a"]), asked["b"]) == ([2, 2, 3, 3, 4, 4], [3, 3])
         for name in asked:
             asked[name].clear()

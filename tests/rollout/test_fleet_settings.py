@@ -35,17 +35,17 @@ def test_defaults_are_fine() -> None:
     fleet.validate(Rollout(urls=["http://127.0.0.1:1", "http://localhost:2"], router="http://127.0.0.1:3"))
 
 
-def found(info: dict[str, Any], **settings: Any) -> fleet.Fleet:
+def found(info: dict[str, Any], **settings: Any) -> fleet.FleetInfo:
     def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
         return info
 
     with serve(answer) as url:
-        return fleet.running(Rollout(urls=[url], **settings)).fleet
+        return fleet.connect_servers(Rollout(urls=[url], **settings)).fleet
 
 
 def test_a_server_says_what_it_is() -> None:
-    assert found(GOOD).sizes == [4]
-    assert found(GOOD | {"enable_deterministic_inference": False}, deterministic=False).sizes == [4]
+    assert found(GOOD).tp_sizes == [4]
+    assert found(GOOD | {"enable_deterministic_inference": False}, deterministic=False).tp_sizes == [4]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import sglang_server as module
-from megatron_bai.rollout.servers.server_main import on_cpu
+from megatron_bai.rollout.servers.server_main import uses_cpu
 from megatron_bai.rollout.servers.sglang_server import SGLangServer, last_error
 
 
@@ -97,16 +97,16 @@ def test_environment_leaves_out_torchrun_and_proxies(monkeypatch: pytest.MonkeyP
 def test_arguments_follow_the_settings(model: Path) -> None:
     rollout = Rollout(deterministic=False, dtype="bfloat16", max_total_tokens=99)
     cpu = SGLangServer(model, rollout, model / "log")._arguments()
-    assert on_cpu(cpu) and "--skip-tokenizer-init" in cpu and "--enable-deterministic-inference" not in cpu
+    assert uses_cpu(cpu) and "--skip-tokenizer-init" in cpu and "--enable-deterministic-inference" not in cpu
     assert cpu[cpu.index("--dtype") + 1] == "bfloat16" and cpu[cpu.index("--max-total-tokens") + 1] == "99"
     cuda = SGLangServer(model, Rollout(), model / "log", device="cuda", text=True)._arguments()
-    assert not on_cpu(cuda) and "--attention-backend" not in cuda and "--skip-tokenizer-init" not in cuda
+    assert not uses_cpu(cuda) and "--attention-backend" not in cuda and "--skip-tokenizer-init" not in cuda
     assert {"--enable-deterministic-inference", "--enable-return-routed-experts"} <= set(cuda)
 
 
 @pytest.mark.parametrize("way", [["--device", "cpu"], ["--device=cpu"]])
 def test_cpu_is_recognised_either_way(way: list[str]) -> None:
-    assert on_cpu(["--dtype", "float32", *way]) and not on_cpu(["--device", "cuda", "--served-model-name", "cpu"])
+    assert uses_cpu(["--dtype", "float32", *way]) and not uses_cpu(["--device", "cuda", "--served-model-name", "cpu"])
 
 
 DIES = """

@@ -7,7 +7,7 @@ import torch
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import fleet
-from megatron_bai.rollout.servers.quantize import quantized
+from megatron_bai.rollout.servers.quantize import fake_quantize
 
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
 
@@ -30,7 +30,7 @@ def nearest(scaled: float) -> float:
 def test_fp8_is_the_nearest_value_of_each_block(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[0, 0] = 100.0  # the first block has coarse steps, the others must not
-    found = quantized(NAME, weight, "fp8")
+    found = fake_quantize(NAME, weight, "fp8")
     assert found.shape == weight.shape and found.dtype == weight.dtype
     for i, j in np.random.default_rng(0).integers(0, shape, (300, 2)).tolist() + [[0, 0], [shape[0] - 1, shape[1] - 1]]:
         block = weight[i // 128 * 128 :, j // 128 * 128 :][:128, :128]
@@ -41,7 +41,7 @@ def test_fp8_is_the_nearest_value_of_each_block(shape: tuple[int, int]) -> None:
 def test_int8_has_a_scale_a_row() -> None:
     weight = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7)[:, None]
     weight[3] = 0
-    found = quantized(NAME, weight, "int8").numpy()
+    found = fake_quantize(NAME, weight, "int8").numpy()
     for row, kept in zip(weight.numpy(), found):
         scale = max(np.abs(row).max() / np.float32(127), np.finfo(np.float32).tiny)
         np.testing.assert_array_equal(kept, np.rint(row / scale) * scale)
@@ -51,15 +51,15 @@ def test_int8_has_a_scale_a_row() -> None:
 def test_rounding_again_changes_nothing_and_some_weights_stay() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     for form in ("fp8", "int8"):
-        once = quantized(NAME, weight, form)
-        assert not torch.equal(once, weight) and quantized(NAME, weight.bfloat16(), form).dtype == torch.bfloat16
-        torch.testing.assert_close(quantized(NAME, once, form), once, rtol=1e-6, atol=0)
+        once = fake_quantize(NAME, weight, form)
+        assert not torch.equal(once, weight) and fake_quantize(NAME, weight.bfloat16(), form).dtype == torch.bfloat16
+        torch.testing.assert_close(fake_quantize(NAME, once, form), once, rtol=1e-6, atol=0)
         for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"):
-            assert quantized(kept, weight, form) is weight
+            assert fake_quantize(kept, weight, form) is weight
         norm = torch.ones(64)
         for kept in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"):
-            assert quantized(kept, norm, form) is norm
-    assert quantized(NAME, weight, "") is weight
+            assert fake_quantize(kept, norm, form) is norm
+    assert fake_quantize(NAME, weight, "") is weight
 
 
 def test_another_format_is_refused_by_name() -> None:

@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply
 
-from megatron_bai.rollout.parse_reply import decode_routes, to_sample, to_scores
+from megatron_bai.rollout.parse_reply import decode_routes, parse_logprobs, parse_sample
 from megatron_bai.rollout.sample import Sample, VersionSpan
 
 PROMPT = [7, 8, 9]
 
 
 def convert(reply: Any) -> Sample:
-    return to_sample(reply, 2, PROMPT, SIGNATURE, NEW_TOKENS, STOP)
+    return parse_sample(reply, 2, PROMPT, SIGNATURE, NEW_TOKENS, STOP)
 
 
 def test_good_reply() -> None:
     sample = convert(good_reply(PROMPT))
-    assert sample.prompt == 2 and sample.prompt_length == 3 and sample.finish == "length"
+    assert sample.prompt_index == 2 and sample.prompt_length == 3 and sample.finish == "length"
     assert sample.tokens.tolist() == PROMPT + [5] * NEW_TOKENS and sample.tokens.dtype == np.int64
     assert sample.response.tolist() == [5] * NEW_TOKENS
     assert sample.logprobs.tolist() == [-1.5] * NEW_TOKENS and sample.logprobs.dtype == np.float32
     assert sample.routes.shape == (6, 2, 2) and sample.routes.dtype == np.uint8
-    assert sample.spans == (VersionSpan("v0", 0, NEW_TOKENS),) and sample.recorded is None
+    assert sample.spans == (VersionSpan("v0", 0, NEW_TOKENS),) and sample.route_mask is None
 
 
 def test_two_weight_versions() -> None:
@@ -36,21 +36,21 @@ def test_two_weight_versions() -> None:
     sample = convert(reply)
     assert sample.spans == (VersionSpan("v0", 0, 1), VersionSpan("v1", 1, 4))
     # Rows 0 … 2 are the new weights' routes beside the old weights' log-probabilities.
-    assert sample.recorded is not None and sample.recorded.tolist() == [False] * 3 + [True] * 3
+    assert sample.route_mask is not None and sample.route_mask.tolist() == [False] * 3 + [True] * 3
 
 
 def test_two_spans_of_one_version_are_one() -> None:
     reply = good_reply(PROMPT)
     spans = [{"version": "v0", "start": 0, "end": 1}, {"version": "v0", "start": 1, "end": 4}]
     reply["meta_info"]["weight_versions"] = spans
-    assert convert(reply).recorded is None
+    assert convert(reply).route_mask is None
 
 
 def test_a_reply_without_routes_has_no_recorded_row() -> None:
     reply = good_reply(PROMPT)
     reply["meta_info"]["routed_experts"] = None
     sample = convert(reply)
-    assert sample.routes.shape == (6, 2, 2) and sample.recorded is not None and not sample.recorded.any()
+    assert sample.routes.shape == (6, 2, 2) and sample.route_mask is not None and not sample.route_mask.any()
 
 
 def test_stop_token_belongs_to_the_response() -> None:
@@ -160,7 +160,7 @@ def test_refuses(fault: str) -> None:
 
 def test_refuses_a_response_cut_short() -> None:
     with pytest.raises(ValueError, match="cut at 4 tokens, 5 were asked for"):
-        to_sample(good_reply(PROMPT), 0, PROMPT, SIGNATURE, NEW_TOKENS + 1, STOP)
+        parse_sample(good_reply(PROMPT), 0, PROMPT, SIGNATURE, NEW_TOKENS + 1, STOP)
 
 
 @pytest.mark.parametrize("reply", [None, [], {}, "text", {"output_ids": [1]}, {"output_ids": 3, "meta_info": {}}])
@@ -176,16 +176,16 @@ def test_routes_are_little_endian_int32_in_row_order() -> None:
 
 def test_scores_leave_out_the_first_token() -> None:
     reply = {"meta_info": {"input_token_logprobs": [[None, 7, None], [-0.5, 8, None], [-2.0, 9, None]]}}
-    assert to_scores(reply, PROMPT, 64).tolist() == [-0.5, -2.0]
+    assert parse_logprobs(reply, PROMPT, 64).tolist() == [-0.5, -2.0]
     with pytest.raises(ValueError, match="other tokens"):
-        to_scores(reply, [7, 8, 8], 64)
+        parse_logprobs(reply, [7, 8, 8], 64)
     reply["meta_info"]["input_token_logprobs"][1][0] = None
     with pytest.raises(ValueError, match="not a finite number"):
-        to_scores(reply, PROMPT, 64)
+        parse_logprobs(reply, PROMPT, 64)
 
 
 def test_the_last_of_the_vocabulary_is_named_zero_by_sglang() -> None:
     reply = {"meta_info": {"input_token_logprobs": [[None, 7, None], [-0.5, 0, None]]}}
-    assert to_scores(reply, [7, 63], 64).tolist() == [-0.5]
+    assert parse_logprobs(reply, [7, 63], 64).tolist() == [-0.5]
     with pytest.raises(ValueError, match="other tokens"):
-        to_scores(reply, [7, 62], 64)
+        parse_logprobs(reply, [7, 62], 64)

@@ -10,7 +10,7 @@ from fake_sglang import serve
 from safetensors.numpy import save_file
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.servers.weight_sync import check_shapes, from_disk, tensor_shapes
+from megatron_bai.rollout.servers.weight_sync import check_shapes, sync_from_disk, tensor_shapes
 
 
 class Server:
@@ -47,7 +47,7 @@ def test_reads_shapes_of_every_shard(checkpoint: Path) -> None:
 def test_order_of_an_update(checkpoint: Path) -> None:
     server = Server()
     with serve(server) as url:
-        from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
+        sync_from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
     assert server.paths == [
         "/pause_generation",
         "/flush_cache",
@@ -64,24 +64,24 @@ def test_order_of_an_update(checkpoint: Path) -> None:
 def test_the_server_goes_on_after_a_failure(checkpoint: Path, failing: str) -> None:
     server = Server(failing)
     with serve(server) as url, pytest.raises(UserError, match=rf"{url} refused {failing}.* 400: did not work"):
-        from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
+        sync_from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
     assert server.paths[-2:] == [failing, "/continue_generation"]
 
 
 def test_a_server_that_stays_paused_is_an_error(checkpoint: Path) -> None:
     with serve(Server("/continue_generation")) as url, pytest.raises(UserError, match="refused /continue_generation"):
-        from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
+        sync_from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
 
 
 def test_the_version_must_arrive(checkpoint: Path) -> None:
     with serve(Server(version="v0")) as url, pytest.raises(UserError, match="reports weights 'v0' after .* to 'v1'"):
-        from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
+        sync_from_disk([url], checkpoint, "v1", tensor_shapes(checkpoint))
 
 
 def test_another_models_checkpoint_is_not_sent(checkpoint: Path) -> None:
     server = Server()
     with serve(server) as url, pytest.raises(UserError, match=r"b has shape \(4,\) for \(5,\) \(1 such"):
-        from_disk([url], checkpoint, "v1", {"a": (2, 3), "b": (5,)})
+        sync_from_disk([url], checkpoint, "v1", {"a": (2, 3), "b": (5,)})
     assert server.paths == []
 
 
@@ -102,4 +102,4 @@ def test_refuses_a_directory_without_weights(tmp_path: Path) -> None:
 
 def test_nobody_there(checkpoint: Path) -> None:
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer /pause_generation"):
-        from_disk(["http://127.0.0.1:9"], checkpoint, "v1", tensor_shapes(checkpoint))
+        sync_from_disk(["http://127.0.0.1:9"], checkpoint, "v1", tensor_shapes(checkpoint))

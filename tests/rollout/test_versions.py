@@ -34,7 +34,7 @@ SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
 )
 def test_a_release_that_is_not_known_is_refused_with_the_reason(found: str | None, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        releases.known(found, "answers")
+        releases.release_of(found, "answers")
 
 
 def test_servers_of_ours_are_the_pinned_release() -> None:
@@ -75,7 +75,7 @@ def test_each_server_of_a_fleet_is_told_what_its_release_understands() -> None:
     old: list[str] = []
     with serve(answers("0.5.21", new)) as one, serve(answers("0.5.20", old)) as other:
         urls = [one, other]
-        weight_sync.from_tensors(urls, WEIGHTS.items(), "v1", SHAPES, weight_sync.OverHttp(urls, [1, 1]), 1 << 20)
+        weight_sync.sync_from_tensors(urls, WEIGHTS.items(), "v1", SHAPES, weight_sync.HttpTransport(urls, [1, 1]), 1 << 20)
     shared = ["/server_info", "/pause_generation", "/flush_cache", "/update_weights_from_tensor",
               "/update_weight_version", "/flush_cache", "/continue_generation", "/model_info"]  # fmt: skip
     assert old == shared
@@ -85,5 +85,5 @@ def test_each_server_of_a_fleet_is_told_what_its_release_understands() -> None:
 def test_a_release_that_is_not_known_gets_no_weights() -> None:
     paths: list[str] = []
     with serve(answers("0.5.18", paths)) as url, pytest.raises(UserError, match="0.5.18 answers at http"):
-        weight_sync.from_tensors([url], WEIGHTS.items(), "v1", SHAPES, weight_sync.OverHttp([url], [1]), 1 << 20)
+        weight_sync.sync_from_tensors([url], WEIGHTS.items(), "v1", SHAPES, weight_sync.HttpTransport([url], [1]), 1 << 20)
     assert paths == ["/server_info"]

@@ -43,9 +43,9 @@ class Rollouts:
         found = []
         for number, sample in enumerate(samples(len(prompts) * group_size, np.random.default_rng(first))):
             span = VersionSpan(str(self.version), 0, len(sample.response))
-            found.append(replace(sample, prompt=number // group_size, spans=(span,), reward=0.0))
+            found.append(replace(sample, prompt_index=number // group_size, spans=(span,), reward=0.0))
         self.sampled.append(found)
-        return [sample.of_layers(self.session.engine.replay.columns) for sample in found]  # as it is delivered
+        return [sample.select_layers(self.session.engine.replay.columns) for sample in found]  # as it is delivered
 
     def sync(self) -> None:
         self.version += 1

@@ -91,7 +91,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     engine = TrainingEngine(actor, replay, device.device, temperature=1.0)
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rollouts = samples(SAMPLES, np.random.default_rng(3))[rank * SAMPLES // size : (rank + 1) * SAMPLES // size]
-    rollouts = [sample.of_layers(replay.columns) for sample in rollouts]
+    rollouts = [sample.select_layers(replay.columns) for sample in rollouts]
     batch = from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature, columns=replay.columns)
     parts = batch.split(len(batch) // micros)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
-from megatron_bai.routing.store.codec import Recording, token_hash
+from megatron_bai.routing.store.codec import SampleRoutes, token_hash
 
 SMALL = RouteSignature(moe_layers=3, num_experts=8, topk=2)
 
@@ -14,7 +14,7 @@ def routes(rows: int, signature: RouteSignature, random: np.random.Generator) ->
     return scores.argsort(axis=-1)[..., : signature.topk].astype(signature.dtype)
 
 
-def recording(rows: int, signature: RouteSignature = SMALL, seed: int = 0, valid: float = 1.0) -> Recording:
+def recording(rows: int, signature: RouteSignature = SMALL, seed: int = 0, valid: float = 1.0) -> SampleRoutes:
     """Of random tokens; each row has a route with probability `valid`."""
     random = np.random.default_rng(seed)
     middle = int(random.integers(0, rows + 1))
@@ -22,10 +22,10 @@ def recording(rows: int, signature: RouteSignature = SMALL, seed: int = 0, valid
     has = random.random(rows) < valid
     ids = routes(rows, signature, random)
     ids[~has] = 0
-    return Recording(signature, ids, has, spans, token_hash(random.integers(0, 99, rows + 1)))
+    return SampleRoutes(signature, ids, has, spans, token_hash(random.integers(0, 99, rows + 1)))
 
 
-def same(a: Recording, b: Recording, ordered: bool = False) -> bool:
+def same(a: SampleRoutes, b: SampleRoutes, ordered: bool = False) -> bool:
     """Whether two recordings agree in everything, and in the order within sets if `ordered`."""
     x, y = (r.ids if ordered else np.sort(r.ids, axis=-1) for r in (a, b))
     facts = [(r.signature, r.spans, r.token_hash, r.first_layer, r.ids.dtype) for r in (a, b)]

@@ -123,7 +123,7 @@ def forced(bench: Bench) -> dict[str, Any]:
         "routes": bench.batch.routes,
         "cotangent": bench.cotangent,
         "rows": bench.replay.rows - before,
-        "counted": int(bench.routes.counted.sum()),
+        "counted": int(bench.routes.checked.sum()),
         "held": bench.held(),
         "weights": bench.weights(),
     }
@@ -197,7 +197,7 @@ def failures(bench: Bench) -> dict[str, str]:
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
     from megatron_bai.routing.replay.replay_pass import MicroRoutes
-    from megatron_bai.routing.replay.router_binding import bind
+    from megatron_bai.routing.replay.router_binding import bind_routers
 
     layers = list(bench.gpt.decoder.layers)
     force, record, ids = bench.replay.force, bench.replay.record, bench.routes.ids
@@ -273,10 +273,10 @@ def failures(bench: Bench) -> dict[str, str]:
         assert not into
 
     skip = lambda hidden, *args, **kwargs: (hidden, None)  # noqa: E731
-    said("a layer is missing", lambda: bind(layers[:2] + layers[3:], range(4)))
-    said("a layer too few", lambda: bind([bench.gpt], range(5)))
-    said("two of one layer", lambda: briefly(bench.routers[2], "layer_number", 2, lambda: bind([bench.gpt], range(4))))
-    said("no handle", lambda: briefly(bench.routers[1], "router_replay", None, lambda: bind([bench.gpt], range(4))))
+    said("a layer is missing", lambda: bind_routers(layers[:2] + layers[3:], range(4)))
+    said("a layer too few", lambda: bind_routers([bench.gpt], range(5)))
+    said("two of one layer", lambda: briefly(bench.routers[2], "layer_number", 2, lambda: bind_routers([bench.gpt], range(4))))
+    said("no handle", lambda: briefly(bench.routers[1], "router_replay", None, lambda: bind_routers([bench.gpt], range(4))))
     said("bypass", lambda: briefly(bench.routers[2], "routing", fused, lambda: forcing(bench.routes)))
     said("nothing runs", lambda: forcing(bench.routes, passes=0))
     said("nothing is recorded", nothing_recorded)
@@ -291,7 +291,7 @@ def failures(bench: Bench) -> dict[str, str]:
     said("not ids", lambda: forcing(MicroRoutes(ids.float())))
     said("a layer less", lambda: forcing(MicroRoutes(ids[:, 1:])))
     said("other rows", lambda: forcing(MicroRoutes(ids[1:])))
-    said("another mask", lambda: forcing(MicroRoutes(ids, bench.routes.counted[1:])))
+    said("another mask", lambda: forcing(MicroRoutes(ids, bench.routes.checked[1:])))
     said("interrupted", interrupted)
     said("interrupted recording", interrupted_recording)
     said("failing layer", lambda: briefly(layers[2].mlp.experts, "forward", fails, lambda: forcing(bench.routes)))
@@ -322,7 +322,7 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
     holes = [np.arange(len(sample.routes)) % 4 != 2 for sample in rollouts]
     rewards = [float(len(sample.response) % 2) for sample in rollouts]
     rollouts = [
-        replace(sample, recorded=known, reward=reward) for sample, known, reward in zip(rollouts, holes, rewards)
+        replace(sample, route_mask=known, reward=reward) for sample, known, reward in zip(rollouts, holes, rewards)
     ]
     targets = sum(int((~known[sample.prompt_length - 1 :]).sum()) for sample, known in zip(rollouts, holes))
     counts = {

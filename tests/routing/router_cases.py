@@ -106,7 +106,7 @@ def sparse_model(device: Any) -> dict[str, Any]:
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_bai.model.build import _decoder_spec
-    from megatron_bai.routing.layout import fillers
+    from megatron_bai.routing.layout import filler_routes
     from megatron_bai.routing.replay.replay_pass import MicroRoutes
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -121,7 +121,7 @@ def sparse_model(device: Any) -> dict[str, Any]:
         mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
     )
     replay = RoutingReplay([gpt])
-    ids = torch.from_numpy(fillers(16, replay.signature)).flip(0)
+    ids = torch.from_numpy(filler_routes(16, replay.signature)).flip(0)
     maps: dict[str, Tensor] = {}
     for name, module in gpt.named_modules():
         if isinstance(module, TopKRouter):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import SMALL, recording, routes, same
 
-from megatron_bai.routing.routes import RouteSignature, VersionSpan, ascending
+from megatron_bai.routing.routes import RouteSignature, VersionSpan, sorted_sets
 from megatron_bai.routing.store import bit_planes
-from megatron_bai.routing.store.codec import ENCODINGS, bound_bytes, cut, decode, encode, token_hash
-from megatron_bai.routing.store.expert_set_code import bound_bits, set_code
+from megatron_bai.routing.store.codec import ENCODINGS, decode, encode, min_bytes, slice_layers, token_hash
+from megatron_bai.routing.store.expert_set_code import min_bits, set_code
 
 # Experts and top-k of models in use, and the corners of what is supported.
 MODELS = [(4, 2), (8, 2), (60, 4), (64, 6), (64, 8), (128, 4), (128, 8), (160, 8), (256, 8), (257, 8), (384, 8),
@@ -37,8 +37,8 @@ def test_every_set_has_a_number_of_its_own_and_is_found_by_it(experts: int) -> N
         code = set_code(experts, topk)
         every = np.array(list(itertools.combinations(range(experts), topk)), dtype=np.uint8)
         columns = np.ascontiguousarray(every.T)[:, None]
-        words = code.words(columns)
-        assert np.array_equal(code.columns(words, len(every)), columns)
+        words = code.encode(columns)
+        assert np.array_equal(code.decode(words, len(every)), columns)
         assert len(every) == comb(experts, topk) == code.count  # small tables round nothing
         if code.group == 1:
             assert len(np.unique(words[0])) == len(every)
@@ -46,20 +46,20 @@ def test_every_set_has_a_number_of_its_own_and_is_found_by_it(experts: int) -> N
 
 def test_without_rounding_the_number_is_the_combinatorial_number_systems() -> None:
     columns = np.array([1, 4, 6, 9], dtype=np.uint8).reshape(4, 1, 1)
-    assert set_code(16, 4).words(columns)[0].item() == comb(1, 1) + comb(4, 2) + comb(6, 3) + comb(9, 4)
+    assert set_code(16, 4).encode(columns)[0].item() == comb(1, 1) + comb(4, 2) + comb(6, 3) + comb(9, 4)
 
 
 @pytest.mark.parametrize(("experts", "topk"), MODELS)
 def test_a_set_takes_at_most_1_04_of_the_bound(experts: int, topk: int) -> None:
     code = set_code(experts, topk)
     assert code.count >= comb(experts, topk) and code.count**code.group <= 1 << code.bits
-    assert 1 <= code.bits / code.group / bound_bits(experts, topk) <= 1.04
+    assert 1 <= code.bits / code.group / min_bits(experts, topk) <= 1.04
 
 
 def test_the_bound_is_5_05_bytes_for_8_of_128() -> None:
-    assert bound_bits(128, 8) / 8 == pytest.approx(5.047, abs=1e-3)
+    assert min_bits(128, 8) / 8 == pytest.approx(5.047, abs=1e-3)
     assert set_code(128, 8).bits == 41
-    assert bound_bytes(RouteSignature(48, 128, 8), 1000) == pytest.approx(1000 * np.log2(float(comb(128, 8))) / 8)
+    assert min_bytes(RouteSignature(48, 128, 8), 1000) == pytest.approx(1000 * np.log2(float(comb(128, 8))) / 8)
 
 
 @pytest.mark.parametrize(("experts", "topk"), [(8, 2), (3, 1), (64, 6), (128, 8), (512, 10), (128, 16), (5, 5)])
@@ -70,17 +70,17 @@ def test_a_number_no_set_has_is_refused(experts: int, topk: int) -> None:
     for _ in range(300):
         words = [random.integers(0, 1 << bits, (1, 1)) for bits in code.fields]
         try:
-            columns = code.columns(words, code.group)
+            columns = code.decode(words, code.group)
         except ValueError as error:
             assert "no set of experts" in str(error)
             refused += 1
             continue
-        assert all(np.array_equal(a, b) for a, b in zip(code.words(columns), words))
+        assert all(np.array_equal(a, b) for a, b in zip(code.encode(columns), words))
         assert (np.diff(columns.astype(int), axis=0) > 0).all()
     assert refused or code.count == 1
     beyond = [np.array([[code.count**code.group >> shift & mask]]) for shift, mask in _limbs(code)]
     with pytest.raises(ValueError, match="no set of experts"):
-        code.columns(beyond, code.group)
+        code.decode(beyond, code.group)
 
 
 def _limbs(code) -> list[tuple[int, int]]:
@@ -91,17 +91,17 @@ def _limbs(code) -> list[tuple[int, int]]:
 def test_planes_return_the_bits_they_were_given(bits: int, layers: int, count: int, seed: int) -> None:
     words = np.random.default_rng(seed).integers(0, 1 << bits, (layers, count))
     found = np.zeros_like(words)
-    for shift, width in bit_planes.split(bits):
-        plane = np.zeros((layers, bit_planes.size(count, width)), dtype=np.uint8)
-        bit_planes.write(words, shift, width, plane)
-        bit_planes.read(plane, shift, width, found)
+    for shift, width in bit_planes.plane_layout(bits):
+        plane = np.zeros((layers, bit_planes.plane_bytes(count, width)), dtype=np.uint8)
+        bit_planes.write_plane(words, shift, width, plane)
+        bit_planes.read_plane(plane, shift, width, found)
     assert np.array_equal(found, words)
 
 
 @given(signatures, st.integers(0, 9), st.integers(0, 2**31))
 def test_the_sorting_network_sorts(signature: RouteSignature, rows: int, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, 5, (rows, signature.moe_layers, signature.topk), dtype=np.uint8)
-    assert np.array_equal(ascending(ids), np.sort(ids, axis=-1).transpose(2, 1, 0))
+    assert np.array_equal(sorted_sets(ids), np.sort(ids, axis=-1).transpose(2, 1, 0))
 
 
 # Envelopes
@@ -115,7 +115,7 @@ def test_what_is_encoded_comes_back(encoding: str, signature: RouteSignature, sh
     wanted = recording(rows, signature, seed, valid)
     found = decode(encode(wanted, encoding), signature)
     assert same(found, wanted, ordered=encoding == "plain")
-    assert found.sets == int(wanted.valid.sum()) * signature.moe_layers
+    assert found.num_sets == int(wanted.valid.sum()) * signature.moe_layers
     if encoding == "compact":
         assert (np.diff(found.ids[found.valid].astype(int), axis=-1) > 0).all()
 
@@ -136,7 +136,7 @@ def test_every_model_in_both_encodings(experts: int, topk: int) -> None:
 def test_a_whole_envelope_is_within_1_05_of_the_bound(signature: RouteSignature, rows: int) -> None:
     wanted = recording(rows, signature)
     size = len(encode(wanted, "compact"))
-    assert bound_bytes(signature, wanted.sets) <= size <= 1.05 * bound_bytes(signature, wanted.sets)
+    assert min_bytes(signature, wanted.num_sets) <= size <= 1.05 * min_bytes(signature, wanted.num_sets)
 
 
 @encodings
@@ -149,13 +149,13 @@ def test_layers_cut_out_are_those_layers(
     whole = recording(rows, signature, seed, valid)
     stop = data.draw(st.integers(1, signature.moe_layers))
     start = data.draw(st.integers(0, stop - 1))
-    part = cut(encode(whole, encoding), start, stop)
+    part = slice_layers(encode(whole, encoding), start, stop)
     assert same(decode(part), replace(whole, ids=whole.ids[:, start:stop], first_layer=start))
     assert part == encode(decode(part), encoding)  # the same bytes as had those layers been encoded alone
-    assert cut(part, stop - 1, stop) == cut(encode(whole, encoding), stop - 1, stop)
+    assert slice_layers(part, stop - 1, stop) == slice_layers(encode(whole, encoding), stop - 1, stop)
     for outside in ((stop - 1, stop + 1), (start - 1, stop), (stop, stop)):
         with pytest.raises(ValueError, match="of an envelope with"):
-            cut(part, *outside)
+            slice_layers(part, *outside)
 
 
 def test_the_token_hash_knows_tokens_and_not_their_dtype() -> None:

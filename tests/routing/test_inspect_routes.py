@@ -12,11 +12,11 @@ from megatron_bai.cli import inspect_verb as verb
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
 from megatron_bai.routing.routes import RouteSignature
-from megatron_bai.routing.store.codec import Recording, encode
+from megatron_bai.routing.store.codec import SampleRoutes, encode
 from megatron_bai.routing.store.route_store import RouteStore, StoreWriter
-from megatron_bai.routing.store.store_stats import content, entropy, overlap
+from megatron_bai.routing.store.store_stats import compare_stores, compute_stats, load_entropy
 
-Kept = dict[tuple[int, int], Recording]
+Kept = dict[tuple[int, int], SampleRoutes]
 
 
 def write(directory: Path, kept: Kept, encoding: str = "compact") -> Path:
@@ -33,7 +33,7 @@ def recordings(**changes) -> Kept:
 def test_loads_are_counted_over_rows_with_a_route(tmp_path: Path) -> None:
     kept = recordings(valid=0.7)
     with RouteStore(write(tmp_path, kept)) as store:
-        found = content(store)
+        found = compute_stats(store)
     counted = Counter(
         (layer, expert)
         for one in kept.values()
@@ -50,7 +50,7 @@ def test_loads_are_counted_over_rows_with_a_route(tmp_path: Path) -> None:
 
 def test_entropy_is_that_of_shares() -> None:
     load = np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0], [0, 0, 0, 0]])
-    assert entropy(load)[:3].tolist() == pytest.approx([1, 0, 0.5]) and np.isnan(entropy(load)[3])
+    assert load_entropy(load)[:3].tolist() == pytest.approx([1, 0, 0.5]) and np.isnan(load_entropy(load)[3])
 
 
 def test_overlaps_are_those_of_the_sets_row_by_row(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_overlaps_are_those_of_the_sets_row_by_row(tmp_path: Path) -> None:
         half = min(len(kept[key].ids), len(other[key].ids)) // 2
         other[key].ids[:half], other[key].valid[:half] = kept[key].ids[:half, :, ::-1], kept[key].valid[:half]
     with RouteStore(write(tmp_path / "a", kept)) as a, RouteStore(write(tmp_path / "b", other, "plain")) as b:
-        found = overlap(a, b)
+        found = compare_stores(a, b)
     for layer in range(SMALL.moe_layers):
         pairs = [
             (set(x[layer].tolist()), set(y[layer].tolist()))

@@ -36,7 +36,7 @@ def test_every_kept_route_is_what_the_router_did(directory: Path, layout: str, m
     """Walks over the routing maps of all ranks: row s · B + b of a micro-batch is token s of its sample b."""
     replicas = 2 if layout == "dp2" else 1
     with RouteStore(directory / f"{layout}-{mode}") as store:
-        kept = {(entry.step, entry.sample): recording for entry, recording in store.recordings()}
+        kept = {(entry.step, entry.sample): recording for entry, recording in store.iter_records()}
     assert sorted(kept) == [(step, sample) for step in range(STEPS) for sample in range(SAMPLES)]
     seen = {key: np.zeros((len(r.ids), MODEL.num_layers), dtype=bool) for key, r in kept.items()}
     for rank in facts(directory, layout, mode):
@@ -62,7 +62,7 @@ def test_a_recording_says_what_it_belongs_to(directory: Path, layout: str, mode:
     with RouteStore(directory / f"{layout}-{mode}") as store:
         assert store.damage == [] and {entry.source for entry in store.entries} == {mode}
         assert len({entry.file for entry in store.entries}) == (2 if layout == "dp2" else 1)
-        kept = {(entry.step, entry.sample): recording for entry, recording in store.recordings()}
+        kept = {(entry.step, entry.sample): recording for entry, recording in store.iter_records()}
     different = 0
     for rank in facts(directory, layout, mode):
         assert rank["coverage"] == [1.0] * STEPS
@@ -82,7 +82,7 @@ def test_the_monitor_counts_the_routes_of_all_ranks_once(directory: Path, layout
     """Against the store, which has what the training engine's routers did, and the rollouts, in plain numpy."""
     ranks = facts(directory, layout, mode)
     with RouteStore(directory / f"{layout}-{mode}") as store:
-        kept = {(entry.step, entry.sample): recording.ids for entry, recording in store.recordings()}
+        kept = {(entry.step, entry.sample): recording.ids for entry, recording in store.iter_records()}
     for step in range(STEPS):
         found = ranks[0]["values"][step]
         timed = ("seconds", "tokens_per_second")
@@ -117,7 +117,7 @@ def test_packing_samples_changes_neither_what_is_kept_nor_the_step(directory: Pa
     kept = []
     for name in (layout, layout.removesuffix("_packed")):
         with RouteStore(directory / f"{name}-{mode}") as store:
-            kept.append({(entry.step, entry.sample): recording for entry, recording in store.recordings()})
+            kept.append({(entry.step, entry.sample): recording for entry, recording in store.iter_records()})
     packed, padded = kept
     assert packed.keys() == padded.keys() and len(packed) == STEPS * SAMPLES
     for key, recording in packed.items():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routing.test_routes import draw, signatures
 
-from megatron_bai.routing.layout import Packing, Place, assemble, fillers, stage_layers
+from megatron_bai.routing.layout import Packing, Place, assemble, filler_routes, stage_layers
 from megatron_bai.routing.routes import RouteSignature, check_ids
 
 
@@ -31,7 +31,7 @@ def test_stacked_routes_are_the_samples_and_everything_else_is_distinct_and_not_
         assert missing[i].tolist() == (~there).tolist() + [False] * (length - n)
     part = RouteSignature(len(columns), signature.num_experts, signature.topk)
     check_ids(ids.reshape(-1, *ids.shape[2:]), part, "fillers are routes too")
-    everywhere = fillers(len(rows) * length, signature).reshape(*ids.shape[:2], -1, signature.topk)
+    everywhere = filler_routes(len(rows) * length, signature).reshape(*ids.shape[:2], -1, signature.topk)
     assert np.array_equal(ids[~routed], everywhere[~routed][:, columns])  # the same, whoever holds the layer
 
 

@@ -106,7 +106,7 @@ def test_recording_and_replaying_a_first_update_changes_no_bit_of_it(facts: Fact
         ("not ids", "ValueError: micro-batch 0: routes are torch.float32 (144, 4, 2), this rank needs [rows, 4, 2]"),
         ("a layer less", "ValueError: micro-batch 0: routes are torch.uint8 (144, 3, 2), this rank needs [rows, 4, 2]"),
         ("other rows", "RuntimeError: the router of layer 0 sees 144 tokens, its routes are for 143"),
-        ("another mask", "ValueError: micro-batch 0: `counted` is torch.bool (143,), not bool [144]"),
+        ("another mask", "ValueError: micro-batch 0: `checked` is torch.bool (143,), not bool [144]"),
         ("interrupted", "ZeroDivisionError: in the body of force"),
         ("interrupted recording", "ZeroDivisionError: in the body of record"),
         ("failing layer", "ZeroDivisionError: in the middle of the model"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.routing.layout import assemble
-from megatron_bai.routing.replay.replay_pass import differing
+from megatron_bai.routing.replay.replay_pass import sets_differ
 from megatron_bai.routing.routes import RouteSignature, check_ids
 
 SMALL = RouteSignature(moe_layers=3, num_experts=8, topk=2)
@@ -64,6 +64,6 @@ def test_rows_differ_when_their_sets_do_whatever_the_order(topk: int, rows: int,
     signature = RouteSignature(1, topk + 2, topk)
     ours, theirs = (torch.from_numpy(draw(rows, signature, seed + i)[:, 0]) for i in (0, 1))
     wanted = [set(a) != set(b) for a, b in zip(ours.tolist(), theirs.tolist())]
-    assert differing(ours, theirs).tolist() == wanted
+    assert sets_differ(ours, theirs).tolist() == wanted
     shuffled = ours[:, torch.randperm(topk, generator=torch.Generator().manual_seed(seed))]
-    assert not differing(ours, shuffled).any()
+    assert not sets_differ(ours, shuffled).any()

@@ -14,10 +14,10 @@ from recordings import recording, same
 
 from megatron_bai.errors import UserError
 from megatron_bai.routing.store.codec import encode
-from megatron_bai.routing.store.route_store import Entry, RouteStore, StoreWriter, cut, is_store
+from megatron_bai.routing.store.route_store import RecordEntry, RouteStore, StoreWriter, is_store, truncate_store
 
 
-def fill(directory: Path, name: str = "a", step: int = 0, count: int = 5) -> list[Entry]:
+def fill(directory: Path, name: str = "a", step: int = 0, count: int = 5) -> list[RecordEntry]:
     """Records of samples 0 … count − 1, sample i with i + 3 rows."""
     with StoreWriter(directory, name) as writer:
         return [writer.append(step, i, "r3", encode(recording(i + 3, seed=i))) for i in range(count)]
@@ -27,7 +27,7 @@ def held(directory: Path, skip_damaged: bool = True) -> list[tuple[int, int]]:
     """(step, sample) of what can be read, each proven to be what was written."""
     found = []
     with RouteStore(directory) as store:
-        for entry, read in store.recordings(skip_damaged):
+        for entry, read in store.iter_records(skip_damaged):
             assert same(read, recording(entry.sample + 3, seed=entry.sample), ordered=True)
             found.append((entry.step, entry.sample))
     return found
@@ -54,11 +54,11 @@ def test_a_store_is_cut_to_the_steps_before_one(tmp_path: Path) -> None:
         fill(tmp_path, step=step, count=2)
     with open(tmp_path / "a.routes", "ab") as file:
         file.write(b"MBR")  # and what a kill left
-    cut(tmp_path, 1)
+    truncate_store(tmp_path, 1)
     assert held(tmp_path, skip_damaged=False) == [(0, 0), (0, 1)]
     fill(tmp_path, step=1, count=1)
     assert held(tmp_path, skip_damaged=False) == [(0, 0), (0, 1), (1, 0)]
-    cut(tmp_path, 0)
+    truncate_store(tmp_path, 0)
     assert held(tmp_path) == []
 
 
@@ -67,7 +67,7 @@ def test_a_store_that_is_not_by_step_is_not_cut(tmp_path: Path) -> None:
     fill(tmp_path, step=0)
     before = (tmp_path / "a.routes").read_bytes()
     with pytest.raises(UserError, match="a.routes does not hold its records by step: it cannot be cut to those before 1"):
-        cut(tmp_path, 1)
+        truncate_store(tmp_path, 1)
     assert (tmp_path / "a.routes").read_bytes() == before
 
 
@@ -87,7 +87,7 @@ def test_every_length_a_killed_writer_may_leave_is_read_up_to_the_last_whole_rec
             assert torn == ([(ends[whole], size)] if size > ends[whole] else [])
             assert all("an unfinished record at the end" in str(damage) for damage in store.damage)
         with StoreWriter(directory, "a") as writer:
-            assert writer.cut == size - ends[whole] and len(writer.entries) == whole
+            assert writer.num_bytes_cut == size - ends[whole] and len(writer.entries) == whole
             writer.append(0, 4, "r3", encode(recording(7, seed=4)))
         assert held(directory, skip_damaged=False) == [(0, i) for i in (*range(whole), 4)]
 
@@ -104,10 +104,10 @@ def test_every_flipped_byte_costs_one_record_and_is_named(tmp_path: Path) -> Non
             held(tmp_path, skip_damaged=False)
         assert str(second.offset - 32) in str(error.value).replace(",", "")
         with RouteStore(tmp_path) as store:
-            list(store.recordings(skip_damaged=True))
+            list(store.iter_records(skip_damaged=True))
             (damage,) = store.damage
             assert not damage.tail and damage.start <= at < damage.end
-    assert StoreWriter(tmp_path, "a").cut == 0  # it is not at the end: nothing is thrown away
+    assert StoreWriter(tmp_path, "a").num_bytes_cut == 0  # it is not at the end: nothing is thrown away
 
 
 def test_headers_that_arrived_without_their_data_are_cut(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_headers_that_arrived_without_their_data_are_cut(tmp_path: Path) -> None
     file.write_bytes(data)
     assert held(tmp_path) == [(0, 0), (0, 1)]
     with StoreWriter(tmp_path, "a") as writer:
-        assert writer.cut == len(data) - entries[1].offset - entries[1].length
+        assert writer.num_bytes_cut == len(data) - entries[1].offset - entries[1].length
     assert held(tmp_path, skip_damaged=False) == [(0, 0), (0, 1)]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.monitor.stats import Stats, entropy
-from megatron_bai.routing.replay.replay_pass import MicroRoutes, differing
+from megatron_bai.routing.replay.replay_pass import MicroRoutes, sets_differ
 
 _LOAD = "expert_load/"
 
@@ -35,7 +35,7 @@ def add_route_mismatch(
         stages: the pipeline's group, whose ranks see other layers of the same tokens; None for one stage.
     """
     compared = zip(theirs, ours, strict=True)
-    rows = torch.cat([differing(live.ids, given.ids)[_counted(given)] for given, live in compared])
+    rows = torch.cat([sets_differ(live.ids, given.ids)[_counted(given)] for given, live in compared])
     stats.ratio("route_mismatch", int(rows.sum()), rows.numel())
     for layer, different in zip(layers, rows.sum(0).tolist(), strict=True):
         stats.ratio(f"route_mismatch/{layer}", different, len(rows))
@@ -76,4 +76,4 @@ def compute_load_metrics(stats: Stats, num_experts: int) -> dict[str, float]:
 
 
 def _counted(routes: MicroRoutes) -> torch.Tensor | slice:
-    return slice(None) if routes.counted is None else routes.counted
+    return slice(None) if routes.checked is None else routes.checked

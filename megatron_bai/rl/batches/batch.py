@@ -165,9 +165,9 @@ def from_samples(
         predicted = slice(sample.prompt_length - 1, total - 1)
         mask[i, predicted] = True
         logprobs[i, predicted] = sample.logprobs
-    recorded = [sample.recorded for sample in samples]
+    recorded = [sample.route_mask for sample in samples]
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
-    prompt_index = torch.tensor([sample.prompt for sample in samples])
+    prompt_index = torch.tensor([sample.prompt_index for sample in samples])
     return Batch(
         tokens=torch.from_numpy(tokens),
         mask=torch.from_numpy(mask),

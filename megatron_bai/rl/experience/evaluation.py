@@ -35,10 +35,10 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
     rewards: list[list[float]] = [[] for _ in prompts]
     for sample in samples:
         if sample.reward is not None:
-            rewards[sample.prompt].append(sample.reward)
+            rewards[sample.prompt_index].append(sample.reward)
         sampled = not sample.lost
-        if sampled and settings.reward.name != "exact" and prompts[sample.prompt].answer:
-            stats.ratio("eval_exact", task.reward(prompts[sample.prompt], sample.response.tolist()), 1)
+        if sampled and settings.reward.name != "exact" and prompts[sample.prompt_index].answer:
+            stats.ratio("eval_exact", task.reward(prompts[sample.prompt_index], sample.response.tolist()), 1)
         stats.ratio("eval_length", len(sample.response), sampled)
         stats.ratio("eval_truncated", sampled and sample.finish != "stop", sampled)
     gathered: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]

@@ -18,13 +18,13 @@ from megatron_bai.model import hf_checkpoint
 from megatron_bai.rewards import score_samples
 from megatron_bai.rl.batches.batch import padded_length
 from megatron_bai.rl.session import Session
-from megatron_bai.rollout.client import RolloutClient, Wanted
+from megatron_bai.rollout.client import RolloutClient, SampleRequest
 from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout.servers import fleet, weight_sync
-from megatron_bai.rollout.servers.broadcast_transport import OverGroup
-from megatron_bai.rollout.servers.fleet import Fleet, Servers
-from megatron_bai.rollout.servers.quantize import quantized
-from megatron_bai.rollout.servers.weight_sync import Carrier
+from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
+from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
+from megatron_bai.rollout.servers.quantize import fake_quantize
+from megatron_bai.rollout.servers.weight_sync import WeightTransport
 
 _PROBES = 4  # held-out prompts whose log-probabilities verify that new weights arrived
 
@@ -38,7 +38,7 @@ class InferenceEngine:
             largest of the servers'.
     """
 
-    def __init__(self, session: Session, servers: Fleet, version: int, server_fleet: Servers | None = None):
+    def __init__(self, session: Session, servers: FleetInfo, version: int, server_fleet: ServerFleet | None = None):
         """Make a client of the servers; nothing is sent.
 
         Args:
@@ -49,10 +49,10 @@ class InferenceEngine:
         """
         settings = session.settings
         self._session, self._servers, self._fleet = session, servers, server_fleet
-        self._transport: Carrier | None = None
+        self._transport: WeightTransport | None = None
         self._has_pushed = False
         self._disk_version = version + 1  # the checkpoint below run.dir that a server can be started from
-        self._client = self._make_client(servers.ask, session.dp_rank)
+        self._client = self._make_client(servers.sampling_urls, session.dp_rank)
         self._shapes = hf_checkpoint.hf_shapes(session.actor.modules, settings.model)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
@@ -96,7 +96,7 @@ class InferenceEngine:
             if session.is_replica_leader:
                 end, version = session.task.tokenizer.eos_token_id, str(self.version)
                 arguments = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
-                results = self._client.generate(*arguments, version=version, tolerated=max_failures, known=results)
+                results = self._client.generate(*arguments, version=version, max_failures=max_failures, previous=results)
                 self._refuse_aborted(results)
             failures = [result for result in results if isinstance(result, UserError)]
             if not self.any_failed(failures) or not self.recover(failures, max_failures):
@@ -114,7 +114,7 @@ class InferenceEngine:
         assert self._session.scorer
         return score_samples(self._session.scorer, self._session.task, prompts, samples)
 
-    def sample_partial(self, wanted: list[Wanted], max_failures: int) -> list[Sample | UserError]:
+    def sample_partial(self, wanted: list[SampleRequest], max_failures: int) -> list[Sample | UserError]:
         """Sample at most `rollout.partial_tokens` more tokens each, without rewards. Called on leaders, not collective.
 
         Args:
@@ -129,14 +129,14 @@ class InferenceEngine:
         """
         session = self._session
         end, budget = session.task.tokenizer.eos_token_id, session.settings.rollout.partial_tokens
-        results = self._client.sample(wanted, end, budget=budget, version=str(self.version), tolerated=max_failures)
+        results = self._client.sample(wanted, end, budget=budget, version=str(self.version), max_failures=max_failures)
         self._refuse_aborted(results)
         return results
 
     def _refuse_aborted(self, results: list[Sample | UserError]) -> None:
         """Raise a UserError if a server aborted a sample."""
         if any(isinstance(result, Sample) and result.finish == "abort" for result in results):
-            urls = ", ".join(self._servers.ask)
+            urls = ", ".join(self._servers.sampling_urls)
             raise UserError(f"{urls} aborted a rollout: somebody else controls the server; run your own")
 
     def max_failures(self, num_samples: int) -> int:
@@ -185,7 +185,7 @@ class InferenceEngine:
 
         def revive() -> list[str]:
             assert self._fleet
-            return self._fleet.revive(checkpoint, version)
+            return self._fleet.recover(checkpoint, version)
 
         if not current_ranks().run_on_first(revive):
             return False
@@ -202,7 +202,7 @@ class InferenceEngine:
             self._recover_servers()
         if self._session.is_rank_0:
             assert self._fleet
-            self._fleet.step()
+            self._fleet.reset_restarts()
         self.version += 1
         self._push_weights()
 
@@ -226,7 +226,7 @@ class InferenceEngine:
         session = self._session
         directory = _export_weights(session, self.version) if export else _weights_dir(session, self.version)
         if session.is_rank_0:
-            weight_sync.from_disk(self._servers.urls, directory, str(self.version), self._shapes)
+            weight_sync.sync_from_disk(self._servers.urls, directory, str(self.version), self._shapes)
             if self._disk_version != self.version:
                 rmtree(_weights_dir(session, self._disk_version), ignore_errors=True)
         self._disk_version = self.version
@@ -236,26 +236,26 @@ class InferenceEngine:
         session, rollout = self._session, self._session.settings.rollout
         tensors = hf_checkpoint.iter_hf_tensors(session.actor.modules, session.settings.model)
         if session.is_rank_0:
-            tensors = ((name, quantized(name, tensor, rollout.quantize)) for name, tensor in tensors)
+            tensors = ((name, fake_quantize(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._transport = self._transport or self._make_transport()
             bucket = rollout.sync_bucket_mib << 20
-            weight_sync.from_tensors(
+            weight_sync.sync_from_tensors(
                 self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket
             )
         else:
             for _ in tensors:  # takes part in gathering, and sends nothing
                 pass
 
-    def _make_transport(self) -> Carrier:
+    def _make_transport(self) -> WeightTransport:
         """Make a transport of tensors to the current servers."""
         servers, rollout, device = self._servers, self._session.settings.rollout, self._session.device.device
         if rollout.sync == "tensors":
-            return weight_sync.OverHttp(servers.urls, servers.sizes)
-        return OverGroup(servers.urls, servers.sizes, rollout.sync_host, device)
+            return weight_sync.HttpTransport(servers.urls, servers.tp_sizes)
+        return BroadcastTransport(servers.urls, servers.tp_sizes, rollout.sync_host, device)
 
     def close(self) -> None:
         """Leave the process group shared with the servers, where there is one."""
-        if isinstance(self._transport, OverGroup):
+        if isinstance(self._transport, BroadcastTransport):
             self._transport.close()
         self._transport = None
 
@@ -302,7 +302,7 @@ def _export_weights(session: Session, version: int) -> Path:
     """Export the actor's weights in the format of Hugging Face. Collective."""
     directory = _weights_dir(session, version)
     settings = session.settings
-    change = partial(quantized, form=settings.rollout.quantize)
+    change = partial(fake_quantize, fmt=settings.rollout.quantize)
     hf_checkpoint.save_hf(
         session.actor.modules, settings.model, directory, session.tokenizer_dir, {"version": version}, change
     )
@@ -328,14 +328,14 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
     settings = session.settings
     directory = None if settings.rollout.urls else _export_weights(session, version)
     with ExitStack() as stack:
-        server_fleet: Servers | None = None
+        server_fleet: ServerFleet | None = None
         info: list[Any] = [None]
         if session.is_rank_0:
             server_fleet = (
-                fleet.running(settings.rollout)
+                fleet.connect_servers(settings.rollout)
                 if directory is None
                 else stack.enter_context(
-                    fleet.started(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
+                    fleet.start_servers(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
                 )
             )
             info[0] = server_fleet.fleet

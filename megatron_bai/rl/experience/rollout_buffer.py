@@ -32,7 +32,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout import sample_file
-from megatron_bai.rollout.client import Wanted, sampling_seed
+from megatron_bai.rollout.client import SampleRequest, sampling_seed
 from megatron_bai.rollout.sample import Sample, lost_sample
 
 _FILES = "rollouts"  # directory in a checkpoint
@@ -103,7 +103,7 @@ class RolloutBuffer:
             self._complete_next()
         assert self._work is None and not self._failed, "`finish_next` comes after a sync, and before this"
         samples = [
-            replace(sample, prompt=index)
+            replace(sample, prompt_index=index)
             for index, group in enumerate(self._next_groups)
             for sample in group.started_samples()
         ]
@@ -211,7 +211,7 @@ class RolloutBuffer:
         for group, member in slots:
             sample_seed = sampling_seed(seed, group.prompt_index, member)
             position, prompt_ids = positions[group.prompt_index], list(group.prompt.ids)
-            requests.append(Wanted(position, prompt_ids, sample_seed, group.samples[member]))
+            requests.append(SampleRequest(position, prompt_ids, sample_seed, group.samples[member]))
         for slot, result in zip(slots, self.inference.sample_partial(requests, self._max_failures), strict=True):
             if isinstance(result, UserError):  # the tokens that the sample has already stay
                 self._failed.append((slot, result))
@@ -221,7 +221,7 @@ class RolloutBuffer:
 
     def _reward(self, groups: list[SampleGroup]) -> None:
         """Add rewards to complete groups, in place."""
-        samples = [replace(sample, prompt=i) for i, group in enumerate(groups) for sample in group.started_samples()]
+        samples = [replace(sample, prompt_index=i) for i, group in enumerate(groups) for sample in group.started_samples()]
         rewarded = iter(self.inference.add_rewards([group.prompt for group in groups], samples))
         for group in groups:
             group.samples = [next(rewarded) for _ in group.samples]
@@ -251,7 +251,7 @@ class RolloutBuffer:
         # All are started, since a step samples before it ends; `load_files` relies on it.
         groups = [*self._next_groups, *self._groups]
         samples = [(group.prompt_index, sample) for group in groups for sample in group.started_samples()]
-        sample_file.write(path, samples, self.session.signature)
+        sample_file.write_samples(path, samples, self.session.signature)
 
     def load_files(self, directory: Path) -> None:
         """Read the samples that `save_files` wrote; those of another number of replicas are distributed anew.
@@ -268,7 +268,7 @@ class RolloutBuffer:
         num_ready = self.groups_per_step // num_writers if self.next_started else 0  # of each file
         ready, waiting = [], []
         for file in files:
-            samples = sample_file.read(file, session.signature)
+            samples = sample_file.read_samples(file, session.signature)
             groups = [self._make_group(samples[i : i + size]) for i in range(0, len(samples), size)]
             ready += groups[:num_ready]
             waiting += groups[num_ready:]

@@ -15,8 +15,8 @@ from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.routes import VersionSpan
-from megatron_bai.routing.store.codec import Recording, encode, token_hash
-from megatron_bai.routing.store.route_store import RouteStore, StoreWriter, cut, is_store
+from megatron_bai.routing.store.codec import SampleRoutes, encode, token_hash
+from megatron_bai.routing.store.route_store import RouteStore, StoreWriter, is_store, truncate_store
 
 
 class RouteRecorder:
@@ -71,7 +71,7 @@ class RouteRecorder:
                     continue
                 rows = len(sample.tokens) - 1
                 trainer_span = (VersionSpan(str(version), 0, rows),)
-                recording = Recording(
+                recording = SampleRoutes(
                     signature=self.session.signature,
                     ids=ids[:rows],
                     valid=valid[:rows],
@@ -120,7 +120,7 @@ def _prepare_store(directory: str, step: int | None) -> None:
     if not is_store(directory):
         return
     if step is not None:
-        cut(directory, step)
+        truncate_store(directory, step)
     with RouteStore(directory) as store:
         if store.entries and step is None:
             raise UserError(

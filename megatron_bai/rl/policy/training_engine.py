@@ -15,7 +15,7 @@ from megatron_bai.rl.batches.batch import Batch, empty_batch
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.rl.policy.forward_backward import ForwardBackward
 from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
-from megatron_bai.routing.layout import Place, fillers
+from megatron_bai.routing.layout import Place, filler_routes
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -51,7 +51,7 @@ class TrainingEngine:
     def local_routes(self, micro_batch: Batch) -> MicroRoutes:
         """Return the inference engine's routes of a micro-batch, of this rank's tokens."""
         tail = micro_batch.packing.tail if micro_batch.packing else 0
-        fill = torch.from_numpy(fillers(tail, self.replay.signature, self.replay.columns))
+        fill = torch.from_numpy(filler_routes(tail, self.replay.signature, self.replay.columns))
         ids = self.place.rows(micro_batch.pack(micro_batch.routes, fill))
         routed, missing = (
             self.place.rows(micro_batch.pack(rows)) for rows in (micro_batch.routed, micro_batch.missing)
@@ -78,7 +78,7 @@ class TrainingEngine:
             self.place.rows(micro_batch.pack(micro_batch.routed | micro_batch.missing)).to(self.device)
             for micro_batch in micro_batches
         ]
-        chosen = [replace(routes, counted=rows) for routes, rows in zip(recorded or (), fed, strict=False)]
+        chosen = [replace(routes, checked=rows) for routes, rows in zip(recorded or (), fed, strict=False)]
         if not self.last_stage:
             return Scores(None, None, chosen)
         logprobs, entropy = map(torch.cat, zip(*outputs, strict=True))

@@ -17,7 +17,7 @@ from megatron_bai.errors import UserError
 _keys: dict[str, str] = {}  # by URL: no request carries a server's key anywhere else
 
 
-def check(rollout: Rollout) -> None:
+def require_key_or_loopback(rollout: Rollout) -> None:
     """Refuse servers that other machines reach and that ask nobody for a key. The file need not be there (`read_key`).
 
     Raises:
@@ -51,7 +51,7 @@ def read_key(path: str) -> str:
     return key
 
 
-def use_key(urls: Iterable[str], path: str) -> None:
+def register_key(urls: Iterable[str], path: str) -> None:
     """From now on this process shows these servers the key in a file; none where `path` is empty.
 
     Raises:
@@ -63,7 +63,7 @@ def use_key(urls: Iterable[str], path: str) -> None:
             _keys[url] = read_key(path)
 
 
-def headers(url: str) -> dict[str, str]:
+def request_headers(url: str) -> dict[str, str]:
     """What a request to a server carries besides its body. Replies are asked for uncompressed: a compressed one says
     nothing of its size."""
     key = _keys.get(url)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import control
-from megatron_bai.rollout.servers.weight_sync import Bucket, each
+from megatron_bai.rollout.servers.weight_sync import Bucket, on_all_servers
 
-_NAME = "megatron_bai_weights"
+GROUP_NAME = "megatron_bai_weights"
 
 
-class OverGroup:
-    """A carrier (`sync.Carrier`): a bucket's bytes are one broadcast from the trainer.
+class BroadcastTransport:
+    """A carrier (`sync.WeightTransport`): a bucket's bytes are one broadcast from the trainer.
 
     Args:
         urls: of the servers.
@@ -49,12 +49,12 @@ class OverGroup:
 
         def join(url: str) -> None:
             where = {"master_address": host, "master_port": self._store.port, "backend": backend}
-            body = {"rank_offset": offsets[url], "world_size": world, "group_name": _NAME, **where}
+            body = {"rank_offset": offsets[url], "world_size": world, "group_name": GROUP_NAME, **where}
             control.post(url, "/init_weights_update_group", body, timeout_s)
 
-        joining = self._thread.submit(each, self._urls, join)
+        joining = self._thread.submit(on_all_servers, self._urls, join)
         try:
-            self._group = _join(backend, self._store, world, limit)
+            self._group = _make_process_group(backend, self._store, world, limit)
         except RuntimeError as error:
             if joining.done():
                 joining.result()
@@ -67,7 +67,7 @@ class OverGroup:
             "names": [name for name, _ in bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
             "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": _NAME,
+            "group_name": GROUP_NAME,
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
@@ -75,7 +75,7 @@ class OverGroup:
         def post(url: str) -> None:
             control.post(url, "/update_weights_from_distributed", body, self._timeout_s)
 
-        loading = self._thread.submit(each, self._urls, post)
+        loading = self._thread.submit(on_all_servers, self._urls, post)
         flat = torch.cat([tensor.detach().flatten().view(torch.uint8) for _, tensor in bucket]).to(self._device)
         self._wait(self._group.broadcast(flat, 0), loading)
         loading.result()
@@ -91,20 +91,20 @@ class OverGroup:
     def close(self) -> None:
         """Have the servers leave the group, as far as they still answer."""
         try:
-            each(self._urls, lambda url: control.post(url, "/destroy_weights_update_group", {"group_name": _NAME}))
+            on_all_servers(self._urls, lambda url: control.post(url, "/destroy_weights_update_group", {"group_name": GROUP_NAME}))
         except UserError:
             pass  # they ended before the trainer did
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _join(backend: str, store: dist.Store, world: int, limit: timedelta) -> Any:
+def _make_process_group(backend: str, store: dist.Store, world: int, limit: timedelta) -> Any:
     """The trainer's end, as rank 0.
 
     A group beside the default one has no public constructor. What it is made of has: the backend itself, on the store
     with the prefixes that torch 2.13 and SGLang 0.5.21 give it there (`init_custom_process_group`).
     """
     device = "cpu" if backend == "gloo" else "cuda"
-    for prefix in (_NAME, f"{_NAME}/", f"{device}/"):
+    for prefix in (GROUP_NAME, f"{GROUP_NAME}/", f"{device}/"):
         store = dist.PrefixStore(prefix, store)
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, 0, world, limit)

@@ -9,35 +9,35 @@ from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.servers.auth import headers
+from megatron_bai.rollout.servers.auth import request_headers
 from megatron_bai.utils.strict_json import parse
 
 _REPLY_BYTES = 64 << 20  # more than any server has to say of itself
 
 
-class _Stay(HTTPRedirectHandler):
+class _NoRedirect(HTTPRedirectHandler):
     """What a server is sent, its key with it, goes nowhere else."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-_open = build_opener(ProxyHandler({}), _Stay).open  # the server is never behind a proxy
+_open = build_opener(ProxyHandler({}), _NoRedirect).open  # the server is never behind a proxy
 
 
 def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
     """GET a JSON object; plain text comes as {"text": …}. Raises a UserError that names the server and the path."""
-    return _call(Request(url + path, headers=headers(url)), url, path, timeout_s)
+    return _call(Request(url + path, headers=request_headers(url)), url, path, timeout_s)
 
 
 def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
     """POST a JSON object, read one. Raises a UserError that names the server, the path and the server's reason."""
     kind = {"Content-Type": "application/json"}
-    request = Request(url + path, json.dumps(body).encode(), kind | headers(url), method="POST")
+    request = Request(url + path, json.dumps(body).encode(), kind | request_headers(url), method="POST")
     return _call(request, url, path, timeout_s)
 
 
-def healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
     """Whether the server generates: `/health` makes it sample one token."""
     try:
         with _open(url + "/health", timeout=30.0):
@@ -46,15 +46,15 @@ def healthy(url: str) -> bool:
         return False
 
 
-def becomes_healthy(url: str, within_s: float, meanwhile: Callable[[], None] = lambda: None) -> bool:
+def wait_until_healthy(url: str, within_s: float, on_poll: Callable[[], None] = lambda: None) -> bool:
     """Wait for a server that starts; returns whether it generates before the time is over.
 
     Args:
-        meanwhile: called between two attempts; what it raises ends the waiting.
+        on_poll: called between two attempts; what it raises ends the waiting.
     """
     deadline = time.monotonic() + within_s
-    while not healthy(url):
-        meanwhile()
+    while not is_healthy(url):
+        on_poll()
         if time.monotonic() > deadline:
             return False
         time.sleep(0.25)

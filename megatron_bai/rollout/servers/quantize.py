@@ -10,11 +10,11 @@ import torch.nn.functional as F  # noqa: N812, the name that torch code has for 
 
 FORMATS = ("fp8", "int8")
 _BLOCK = 128  # of fp8: one scale for this many rows and columns (DeepSeek-V3, arXiv 2412.19437, section 3.3)
-_KEPT = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "norm.weight")
+_NOT_QUANTIZED = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "norm.weight")
 
 
-def quantized(name: str, tensor: torch.Tensor, form: str) -> torch.Tensor:
-    """A weight rounded to the nearest values of `form`; ties go to the even one.
+def fake_quantize(name: str, tensor: torch.Tensor, fmt: str) -> torch.Tensor:
+    """A weight rounded to the nearest values of `fmt`; ties go to the even one.
 
     `fp8`: e4m3 with a scale for each block of 128 × 128 elements, whose largest magnitude becomes 448. `int8`: −127 … 127
     with a scale for each row (output channel).
@@ -22,12 +22,12 @@ def quantized(name: str, tensor: torch.Tensor, form: str) -> torch.Tensor:
     Args:
         name: Hugging Face's.
         tensor: `[out, in]`, or of a kind that is not quantised and comes back unchanged.
-        form: of `FORMATS`, or "" to change nothing.
+        fmt: of `FORMATS`, or "" to change nothing.
     """
-    if not form or name.endswith(_KEPT):
+    if not fmt or name.endswith(_NOT_QUANTIZED):
         return tensor
     values = tensor.float()
-    if form == "int8":
+    if fmt == "int8":
         scale = _scale(values.abs().amax(1, keepdim=True), 127.0)
         return ((values / scale).round() * scale).to(tensor.dtype)
     rows, columns = values.shape

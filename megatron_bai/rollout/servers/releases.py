@@ -11,9 +11,9 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import control
 
 # Settings of a running server, by name, that rollouts need, and others under which routes were wrong or not tried.
-_NEEDED = {"enable_return_routed_experts": "--enable-return-routed-experts"}
-_SEEDED = {"enable_deterministic_inference": "--enable-deterministic-inference"}
-_BARRED = {
+_REQUIRED_FLAGS = {"enable_return_routed_experts": "--enable-return-routed-experts"}
+_SEED_FLAGS = {"enable_deterministic_inference": "--enable-deterministic-inference"}
+_FORBIDDEN_FLAGS = {
     "speculative_algorithm": "--speculative-algorithm",
     "enable_hierarchical_cache": "--enable-hierarchical-cache",
     "enable_dp_attention": "--enable-dp-attention",
@@ -30,7 +30,7 @@ def require_pinned(found: str | None, where: str) -> None:
         raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={SGLANG}")
 
 
-def known(found: str | None, where: str) -> SGLangRelease:
+def release_of(found: str | None, where: str) -> SGLangRelease:
     """What is particular to a release.
 
     Raises:
@@ -47,10 +47,10 @@ def releases(urls: Sequence[str]) -> dict[str, SGLangRelease]:
     Raises:
         UserError: one does not answer, or is not in the table.
     """
-    return {url: known(control.get(url, "/server_info").get("version"), f"answers at {url}") for url in urls}
+    return {url: release_of(control.get(url, "/server_info").get("version"), f"answers at {url}") for url in urls}
 
 
-def check(url: str, info: dict[str, Any], deterministic: bool) -> None:
+def check_server_info(url: str, info: dict[str, Any], deterministic: bool) -> None:
     """Refuse a running server that cannot do what rollouts ask.
 
     Args:
@@ -60,11 +60,11 @@ def check(url: str, info: dict[str, Any], deterministic: bool) -> None:
     Raises:
         UserError: names the server and the flag.
     """
-    known(info.get("version"), f"answers at {url}")
-    needed = _NEEDED | (_SEEDED if deterministic else {})
+    release_of(info.get("version"), f"answers at {url}")
+    needed = _REQUIRED_FLAGS | (_SEED_FLAGS if deterministic else {})
     if missing := [flag for name, flag in needed.items() if not info.get(name)]:
         raise UserError(f"the server at {url} was started without {' and '.join(missing)}, which rollouts need")
-    if barred := [flag for name, flag in _BARRED.items() if info.get(name)]:
+    if barred := [flag for name, flag in _FORBIDDEN_FLAGS.items() if info.get(name)]:
         raise UserError(f"the server at {url} was started with {' and '.join(barred)}, under which routes may be wrong")
     if info.get("dp_size", 1) != 1:
         raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")

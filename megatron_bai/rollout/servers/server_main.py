@@ -39,11 +39,11 @@ from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import without_collections
 
 _TENSORS = "/update_weights_from_tensor"
-_PICKLED = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
+_PICKLE_PATHS = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
 
 
 @dataclass
-class Own:
+class ServerArgs:
     """Our own arguments, and SGLang's."""
 
     parent: int | None = None
@@ -53,13 +53,13 @@ class Own:
     rest: tuple[str, ...] = ()
 
 
-def own(arguments: list[str]) -> Own:
+def parse_args(arguments: list[str]) -> ServerArgs:
     """Tell our arguments from SGLang's.
 
     Raises:
         UserError: the key cannot be read.
     """
-    found, rest = Own(), list(arguments)
+    found, rest = ServerArgs(), list(arguments)
     while rest[:1] and rest[0] in ("--parent", "--key-file", "--take-tensors"):
         name = rest.pop(0)
         if name == "--parent":
@@ -74,15 +74,15 @@ def own(arguments: list[str]) -> Own:
     return found
 
 
-def on_cpu(arguments: list[str]) -> bool:
+def uses_cpu(arguments: list[str]) -> bool:
     """Whether SGLang's arguments ask for the CPU."""
     return "--device=cpu" in arguments or ("--device", "cpu") in pairwise(arguments)
 
 
-def main(given: Own) -> None:
+def run_server(given: ServerArgs) -> None:
     """Serve until told to stop."""
     with without_collections():
-        prepare(on_cpu(list(given.rest)))
+        prepare(uses_cpu(list(given.rest)))
         from sglang.launch_server import run_server
         from sglang.srt.entrypoints import http_server
         from sglang.srt.plugins import load_plugins
@@ -90,7 +90,7 @@ def main(given: Own) -> None:
         from sglang.srt.utils import kill_process_tree
 
     load_plugins()
-    shut = _PICKLED - ({_TENSORS} if given.take_tensors else set())
+    shut = _PICKLE_PATHS - ({_TENSORS} if given.take_tensors else set())
     routes = http_server.app.router.routes
     routes[:] = [route for route in routes if getattr(route, "path", "") not in shut]
     server_args = prepare_server_args(list(given.rest))
@@ -102,7 +102,7 @@ def main(given: Own) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def enter() -> Own:
+def init_process() -> ServerArgs:
     """Tie this process to its parent and return its arguments.
 
     multiprocessing hands `sys.argv` on, so the `--parent` that a worker reads is written here by the process that
@@ -113,7 +113,7 @@ def enter() -> Own:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    given = own(sys.argv[1:])
+    given = parse_args(sys.argv[1:])
     if given.parent is not None:
         die_with_parent(given.parent)
     sys.argv[1:] = ["--parent", str(os.getpid()), *given.words, *given.rest]
@@ -127,7 +127,7 @@ def prepare(cpu: bool) -> None:
     if cpu:
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
         compat.apply("sglang-cpu")
-    _meet_where_told()
+    _restrict_tcp_store()
 
 
 def keep_out_of_logs(secret: str) -> None:
@@ -144,7 +144,7 @@ def keep_out_of_logs(secret: str) -> None:
     logging.setLogRecordFactory(starred)
 
 
-def _meet_where_told() -> None:
+def _restrict_tcp_store() -> None:
     """Have torch's TCPStore, which listens on all networks, listen at its own address, or on loopback where that is all
     networks: the ranks of a server of ours are on one machine."""
     rendezvous: Any = import_module("torch.distributed.rendezvous")  # the package has a function of that name
@@ -161,6 +161,6 @@ def _meet_where_told() -> None:
 
 
 if __name__ == "__mp_main__":  # a worker
-    prepare(on_cpu(list(enter().rest)))
+    prepare(uses_cpu(list(init_process().rest)))
 elif __name__ == "__main__":
-    main(enter())
+    run_server(init_process())

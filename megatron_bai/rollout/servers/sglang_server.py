@@ -25,7 +25,7 @@ _NOT_INHERITED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|SGLANG_\w+|\w+_proxy)", re.I
 )
 _PORTS = range(20000, 32768)  # Linux gives out those from 32768 on
-_LEFT = "resource_tracker"  # Python's warning of what processes that were killed left behind
+_LEAK_WARNING = "resource_tracker"  # Python's warning of what processes that were killed left behind
 _STOP_S = 10.0  # from the polite signal to the other one
 
 
@@ -88,12 +88,12 @@ class SGLangServer:
         Raises:
             UserError: SGLang is absent or another release, the port is taken, or others reach it and it has no key.
         """
-        auth.check(self.rollout)
+        auth.require_key_or_loopback(self.rollout)
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
-        releases.require_pinned(_installed(), "is installed")
+        releases.require_pinned(_installed_release(), "is installed")
         self.port = _free_port(self.rollout.host, self.port)
-        auth.use_key([self.url], self.rollout.api_key_file)
+        auth.register_key([self.url], self.rollout.api_key_file)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         own = ["--parent", str(os.getpid())]
         if self.rollout.api_key_file:
@@ -125,23 +125,23 @@ class SGLangServer:
             self.stop()
             raise
 
-    def stop(self, politely: bool = True) -> None:
+    def stop(self, graceful: bool = True) -> None:
         """End every process of the server. Bounded in time; a second call does nothing.
 
         Args:
-            politely: ask them first, which is no use where they hang.
+            graceful: ask them first, which is no use where they hang.
         """
         if self._process is None:
             return
         group = self._process.pid  # it leads its session, so its group has its id
-        for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL))[not politely :]:
-            if not _members(group):
+        for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL))[not graceful :]:
+            if not _group_pids(group):
                 break
             with suppress(ProcessLookupError):
                 # The first process ends the others in order. (SIGTERM would make it look for requests every 5 s.)
                 send(group, sign)
             deadline = time.monotonic() + _STOP_S
-            while _members(group) and time.monotonic() < deadline:
+            while _group_pids(group) and time.monotonic() < deadline:
                 self._process.poll()  # reaps it, without which it would stay a member
                 time.sleep(0.05)
         with suppress(subprocess.TimeoutExpired):
@@ -185,7 +185,7 @@ class SGLangServer:
 
     def _wait_until_healthy(self) -> None:
         limit = self.rollout.start_timeout_s
-        if not control.becomes_healthy(self.url, limit, self.check_alive):
+        if not control.wait_until_healthy(self.url, limit, self.check_alive):
             raise UserError(
                 f"the SGLang server was not healthy after rollout.start_timeout_s={limit:g} s; its last words: "
                 f"{last_error(self.log_path, self._log_start)} [{self.log_path}]"
@@ -196,7 +196,7 @@ def last_error(log_path: Path, start: int = 0) -> str:
     """The last line of a server's log, from byte `start` on, that names an error, else the last with anything in it."""
     try:
         text = log_path.read_bytes()[start:].decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip() and _LEFT not in line]
+        lines = [line.strip() for line in text.splitlines() if line.strip() and _LEAK_WARNING not in line]
     except OSError as error:
         return f"no log ({error.strerror})"
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
@@ -204,7 +204,7 @@ def last_error(log_path: Path, start: int = 0) -> str:
     return (errors or raised or lines or ["the log is empty"])[-1]
 
 
-def _installed() -> str | None:
+def _installed_release() -> str | None:
     try:
         return version("sglang")
     except PackageNotFoundError:
@@ -241,7 +241,7 @@ def _free_port(host: str, wanted: int) -> int:
     raise UserError(f"rollout.host={host} rollout.port={wanted} cannot be used: {failure.strerror}") from failure
 
 
-def _members(group: int) -> list[int]:
+def _group_pids(group: int) -> list[int]:
     """Living processes of a process group (the dead whom nobody reaped do not count)."""
     found = []
     for process in psutil.process_iter(["pid", "status"]):

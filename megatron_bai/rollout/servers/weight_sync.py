@@ -9,9 +9,9 @@ Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 
   the pipeline would kill it. `/flush_cache?timeout=` waits instead, and says if it could not.
 - `/server_info` keeps the version given at launch; `/model_info` has the live one.
 
-Weights travel in one of three ways: as a checkpoint that the servers read (`from_disk`), or as tensors out of the
-trainer's memory (`from_tensors`), in buckets of bounded size that a carrier takes: `OverHttp` in the request's body, or
-`group.OverGroup` through a process group that trainer and servers share.
+Weights travel in one of three ways: as a checkpoint that the servers read (`sync_from_disk`), or as tensors out of the
+trainer's memory (`sync_from_tensors`), in buckets of bounded size that a carrier takes: `HttpTransport` in the request's body, or
+`group.BroadcastTransport` through a process group that trainer and servers share.
 """
 
 import base64
@@ -33,7 +33,7 @@ T = TypeVar("T")
 _DRAIN_S = 60.0  # for requests to leave the server after they were aborted
 
 
-def each(urls: Sequence[str], ask: Callable[[str], T]) -> list[T]:
+def on_all_servers(urls: Sequence[str], ask: Callable[[str], T]) -> list[T]:
     """`ask` of every server at once. All have answered when the first failure is raised."""
     with ThreadPoolExecutor(max(1, len(urls))) as pool:
         futures = [pool.submit(ask, url) for url in urls]
@@ -60,7 +60,7 @@ def tensor_shapes(model_dir: str | Path) -> Shapes:
     return shapes
 
 
-def from_disk(
+def sync_from_disk(
     urls: Sequence[str], model_dir: str | Path, version: str, expected: Shapes, timeout_s: float = 600.0
 ) -> None:
     """Have the servers load a checkpoint; from then on their samples carry `version`.
@@ -78,21 +78,21 @@ def from_disk(
     """
     check_shapes(tensor_shapes(model_dir), expected, str(model_dir))
     body = {"model_path": str(Path(model_dir).resolve()), "weight_version": version, "flush_cache": False}
-    with _paused(urls, go_on=True):
-        each(urls, _flush)
-        each(urls, lambda url: control.post(url, "/update_weights_from_disk", body, timeout_s))
-        each(urls, _flush)
-    _prove(urls, version)
+    with _paused(urls, resume_on_error=True):
+        on_all_servers(urls, _flush_cache)
+        on_all_servers(urls, lambda url: control.post(url, "/update_weights_from_disk", body, timeout_s))
+        on_all_servers(urls, _flush_cache)
+    _check_versions(urls, version)
 
 
-class Carrier(Protocol):
+class WeightTransport(Protocol):
     """Takes tensors from the trainer to the servers."""
 
     def send(self, bucket: Bucket) -> None:
         """Returns when every server has loaded the tensors, which have Hugging Face's names and whole shapes."""
 
 
-class OverHttp:
+class HttpTransport:
     """In the body of a request. Servers unpickle what they are sent: SGLang's protocol, so give only ours this access.
 
     Args:
@@ -112,15 +112,15 @@ class OverHttp:
             body = {"serialized_named_tensors": [data] * self._sizes[url], "flush_cache": False}
             control.post(url, "/update_weights_from_tensor", body, self._timeout_s)
 
-        each(list(self._sizes), post)
+        on_all_servers(list(self._sizes), post)
 
 
-def from_tensors(
+def sync_from_tensors(
     urls: Sequence[str],
     named: Iterable[tuple[str, torch.Tensor]],
     version: str,
     expected: Shapes,
-    carrier: Carrier,
+    carrier: WeightTransport,
     bucket_bytes: int,
 ) -> None:
     """Give the servers tensors; from then on their samples carry `version`.
@@ -137,11 +137,11 @@ def from_tensors(
             `version`.
     """
     missing = dict(expected)
-    with_session = [url for url, release in releases.releases(urls).items() if release.weight_session]
-    with _paused(urls, go_on=False):
-        each(urls, _flush)
-        each(with_session, lambda url: control.post(url, "/begin_weight_update", {}))
-        for bucket in _buckets(named, bucket_bytes):
+    with_session = [url for url, release in releases.releases(urls).items() if release.needs_update_session]
+    with _paused(urls, resume_on_error=False):
+        on_all_servers(urls, _flush_cache)
+        on_all_servers(with_session, lambda url: control.post(url, "/begin_weight_update", {}))
+        for bucket in _make_buckets(named, bucket_bytes):
             for name, tensor in bucket:
                 found = tuple(tensor.shape)
                 if missing.pop(name, None) != found:
@@ -150,14 +150,14 @@ def from_tensors(
             carrier.send(bucket)
         if missing:
             raise UserError(f"weight sync {version}: {len(missing)} tensors were not sent, first {min(missing)}")
-        each(with_session, lambda url: control.post(url, "/end_weight_update", {}))
+        on_all_servers(with_session, lambda url: control.post(url, "/end_weight_update", {}))
         body = {"new_version": version, "abort_all_requests": False}
-        each(urls, lambda url: control.post(url, "/update_weight_version", body))
-        each(urls, _flush)
-    _prove(urls, version)
+        on_all_servers(urls, lambda url: control.post(url, "/update_weight_version", body))
+        on_all_servers(urls, _flush_cache)
+    _check_versions(urls, version)
 
 
-def _buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
+def _make_buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
     bucket: Bucket = []
     size = 0
     for name, tensor in named:
@@ -170,8 +170,8 @@ def _buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[
         yield bucket
 
 
-def _prove(urls: Sequence[str], version: str) -> None:
-    for url, found in zip(urls, each(urls, control.weight_version), strict=True):
+def _check_versions(urls: Sequence[str], version: str) -> None:
+    for url, found in zip(urls, on_all_servers(urls, control.weight_version), strict=True):
         if found != version:
             raise UserError(f"SGLang at {url} reports weights {found!r} after an update to {version!r}")
 
@@ -190,19 +190,19 @@ def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
 
 
 @contextmanager
-def _paused(urls: Sequence[str], go_on: bool) -> Iterator[None]:
-    """Abort what runs and hold back what comes, while the block runs. `go_on`: after a failure in it, too."""
+def _paused(urls: Sequence[str], resume_on_error: bool) -> Iterator[None]:
+    """Abort what runs and hold back what comes, while the block runs. `resume_on_error`: after a failure in it, too."""
     try:
-        each(urls, lambda url: control.post(url, "/pause_generation", {"mode": "abort"}, _DRAIN_S))
+        on_all_servers(urls, lambda url: control.post(url, "/pause_generation", {"mode": "abort"}, _DRAIN_S))
         yield
     except BaseException:
-        for url in urls if go_on else ():
+        for url in urls if resume_on_error else ():
             with suppress(UserError):  # the first failure is the one to report
                 control.post(url, "/continue_generation", {})
         raise
-    each(urls, lambda url: control.post(url, "/continue_generation", {}))
+    on_all_servers(urls, lambda url: control.post(url, "/continue_generation", {}))
 
 
-def _flush(url: str) -> None:
+def _flush_cache(url: str) -> None:
     """Wait until nothing runs, then drop every cached key and value."""
     control.post(url, f"/flush_cache?timeout={_DRAIN_S:g}", {}, 2 * _DRAIN_S)

@@ -42,7 +42,7 @@ def preflight(config: Any) -> list[str]:
     Raises:
         UserError: names every setting in the way, and why.
     """
-    if faults := _faults(config):
+    if faults := _find_faults(config):
         raise UserError("routing replay cannot work with " + "; ".join(faults))
     return _warnings(config)
 
@@ -52,7 +52,7 @@ def _balancing(config: Any) -> list[str]:
     return kinds if isinstance(kinds, list) else [kinds]
 
 
-def _faults(config: Any) -> list[str]:
+def _find_faults(config: Any) -> list[str]:
     faults = [
         (not config.num_moe_experts, "num_moe_experts unset: the model has no routers"),
         (not config.moe_enable_routing_replay, "moe_enable_routing_replay=False: routers have no replay handle"),
@@ -65,7 +65,7 @@ def _faults(config: Any) -> list[str]:
             config.moe_router_force_load_balancing,
             "moe_router_force_load_balancing: the weights would come from random scores",
         ),
-        (_graphs_routers(config), "cuda_graph_scope with the router in it: a graph repeats the routes it captured"),
+        (_cuda_graph_has_router(config), "cuda_graph_scope with the router in it: a graph repeats the routes it captured"),
         (
             config.overlap_moe_expert_parallel_comm,
             "overlap_moe_expert_parallel_comm: it reorders forward and backward passes of micro-batches",
@@ -80,7 +80,7 @@ def _faults(config: Any) -> list[str]:
     return found
 
 
-def _graphs_routers(config: Any) -> bool:
+def _cuda_graph_has_router(config: Any) -> bool:
     """Whether a CUDA graph contains a router: a whole layer (an empty scope), `moe`, `moe_router` or an iteration."""
     if getattr(config, "cuda_graph_impl", "none") == "none":
         return bool(config.enable_cuda_graph or config.external_cuda_graph)

@@ -14,7 +14,7 @@ Routers = dict[int, Any]
 """Decoder layer, counted from 0 over the whole model → its `TopKRouter`."""
 
 
-def moe_layers(config: Any) -> list[int]:
+def moe_layer_indices(config: Any) -> list[int]:
     """Decoder layers with experts, counted from 0, as a `TransformerConfig` describes the whole model."""
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
@@ -22,7 +22,7 @@ def moe_layers(config: Any) -> list[int]:
     return [layer for layer, sparse in enumerate(frequency) if sparse]
 
 
-def bind(chunks: Sequence[torch.nn.Module], expected: Sequence[int], pipeline_group: Any = None) -> Routers:
+def bind_routers(chunks: Sequence[torch.nn.Module], expected: Sequence[int], pipeline_group: Any = None) -> Routers:
     """The routers of this rank's chunks of the model, by layer. Collective over `pipeline_group` when given.
 
     Layers for multi-token prediction number themselves like the decoder's and are no part of the rollout: they are left

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from megatron_bai.routing.replay import preflight
-from megatron_bai.routing.replay.replay_pass import MicroRoutes, Pass
-from megatron_bai.routing.replay.router_binding import bind, moe_layers
+from megatron_bai.routing.replay.replay_pass import MicroRoutes, ReplayPass
+from megatron_bai.routing.replay.router_binding import bind_routers, moe_layer_indices
 from megatron_bai.routing.routes import RouteSignature
 
 
@@ -55,13 +55,13 @@ class RoutingReplay:
             warnings.warn(said, stacklevel=2)
         if pipeline_group is None and parallel_state.model_parallel_is_initialized():
             pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-        expected = moe_layers(config)
+        expected = moe_layer_indices(config)
         self.signature = RouteSignature(len(expected), config.num_moe_experts, config.moe_router_topk)
-        self._routers = bind(chunks, expected, pipeline_group)
+        self._routers = bind_routers(chunks, expected, pipeline_group)
         self.layers = list(self._routers)
         self.columns = [expected.index(layer) for layer in self.layers]
         self.rows = self.recomputed = 0
-        self._pass: Pass | None = None
+        self._pass: ReplayPass | None = None
 
     @contextmanager
     def record(self) -> Iterator[list[MicroRoutes]]:
@@ -74,9 +74,9 @@ class RoutingReplay:
             RuntimeError: a router did not run as often as the others, or does not run.
         """
         recorded: list[MicroRoutes] = []
-        with self._armed(Pass(self.layers, None)) as run:
+        with self._hooked(ReplayPass(self.layers, None)) as run:
             yield recorded
-        recorded.extend(run.recorded())
+        recorded.extend(run.recorded_routes())
 
     @contextmanager
     def force(self, micros: Sequence[MicroRoutes]) -> Iterator[None]:
@@ -90,80 +90,80 @@ class RoutingReplay:
             RuntimeError: a router that did not run once for each micro-batch, or did not choose what it was given.
         """
         for number, micro in enumerate(micros):
-            self._check(micro, f"micro-batch {number}")
-        with self._armed(Pass(self.layers, micros)) as run:
+            self._check_routes(micro, f"micro-batch {number}")
+        with self._hooked(ReplayPass(self.layers, micros)) as run:
             yield
-        self.rows += run.counted(backward=False)
-        self.recomputed += run.counted(backward=True)
+        self.rows += run.num_checked(backward=False)
+        self.recomputed += run.num_checked(backward=True)
 
     @contextmanager
-    def _armed(self, run: Pass) -> Iterator[Pass]:
+    def _hooked(self, run: ReplayPass) -> Iterator[ReplayPass]:
         """Hook the routers for the length of a block, and prove afterwards that every queue ended."""
         if self._pass is not None:
             raise RuntimeError("routing replay is already recording or forcing: its blocks do not nest")
         self._pass, hooks = run, []
         try:
             for router in self._routers.values():
-                hooks.append(router.register_forward_pre_hook(self._before))
-                hooks.append(router.register_forward_hook(self._after))
+                hooks.append(router.register_forward_pre_hook(self._pre_hook))
+                hooks.append(router.register_forward_hook(self._post_hook))
             yield run
         finally:  # whatever happened, the next pass is a live one
             self._pass = None
             for hook in hooks:
                 hook.remove()
             for router in self._routers.values():
-                _release(router.router_replay)
-        run.prove_ended()
+                _clear_handle(router.router_replay)
+        run.check_complete()
 
-    def _before(self, router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _pre_hook(self, router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         """Arm one router for one call."""
         from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
         assert self._pass is not None, "the hooks are there for the length of a block"
         run, layer, handle = self._pass, router.layer_number - 1, router.router_replay
         if _in_backward():
-            number = run.take(layer, backward=True)
-            run.same_input(layer, number, inputs[0])
+            number = run.next_index(layer, backward=True)
+            run.check_input(layer, number, inputs[0])
             action = RouterReplayAction.REPLAY_BACKWARD
         else:
-            number = run.take(layer, backward=False)
-            run.keep_input(layer, inputs[0])
-            action = RouterReplayAction.RECORD if run.micros is None else RouterReplayAction.REPLAY_FORWARD
+            number = run.next_index(layer, backward=False)
+            run.remember_input(layer, inputs[0])
+            action = RouterReplayAction.RECORD if run.routes is None else RouterReplayAction.REPLAY_FORWARD
         if action is not RouterReplayAction.RECORD:
-            ids, rows = run.queue[layer][number], inputs[0].shape[:-1].numel()
+            ids, rows = run.layer_queues[layer][number], inputs[0].shape[:-1].numel()
             if len(ids) != rows:
                 raise RuntimeError(f"the router of layer {layer} sees {rows} tokens, its routes are for {len(ids)}")
             handle.set_target_indices(ids.to(inputs[0].device, torch.int64))
-            live = None if run.micros is None else run.micros[number].live
+            live = None if run.routes is None else run.routes[number].live
             if live is not None and action is RouterReplayAction.REPLAY_FORWARD:
-                handle.get_replay_topk = functools.partial(_mixed, handle, live)
+                handle.get_replay_topk = functools.partial(_replay_topk_with_live_rows, handle, live)
         handle.set_router_replay_action(action)
 
-    def _after(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _post_hook(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Keep what the router chose, or prove that it chose what it was given; empty its queues."""
         assert self._pass is not None
         run, layer, handle, chosen = self._pass, router.layer_number - 1, router.router_replay, output[1]
         backward, wanted = _in_backward(), handle.target_topk_idx
-        if run.micros is None and not backward:
-            run.queue[layer].append(handle.get_recorded_indices().to(_dtype(self.signature)))
+        if run.routes is None and not backward:
+            run.layer_queues[layer].append(handle.get_recorded_indices().to(_dtype(self.signature)))
         else:
             number = run.cursor(layer, backward) - 1
-            micro = None if run.micros is None else run.micros[number]
+            micro = None if run.routes is None else run.routes[number]
             same = (chosen.sum(dim=1) == self.signature.topk) & chosen.gather(1, wanted).all(dim=1)
-            run.prove(layer, backward, same, micro)
+            run.check_choice(layer, backward, same, micro)
             if micro is not None and micro.live is not None and not backward:
-                run.queue[layer][number] = wanted.to(_dtype(self.signature))  # recomputation repeats the live choice
-            if micro is not None and micro.counted is not None and router.local_tokens_per_expert is not None:
-                _uncount(router, chosen, micro)
-        _release(handle)
+                run.layer_queues[layer][number] = wanted.to(_dtype(self.signature))  # recomputation repeats the live choice
+            if micro is not None and micro.checked is not None and router.local_tokens_per_expert is not None:
+                _remove_padding_load(router, chosen, micro)
+        _clear_handle(handle)
 
-    def _check(self, micro: MicroRoutes, where: str) -> None:
+    def _check_routes(self, micro: MicroRoutes, where: str) -> None:
         """Refuse routes that the dispatcher could not carry out."""
         ids, shape = micro.ids, (len(self.layers), self.signature.topk)
         if ids.dim() != 3 or ids.shape[1:] != shape or ids.is_floating_point():
             found, needed = f"{ids.dtype} {tuple(ids.shape)}", f"[rows, {shape[0]}, {shape[1]}]"
             raise ValueError(f"{where}: routes are {found}, this rank needs {needed}")
-        for name, mask in (("counted", micro.counted), ("live", micro.live)):
+        for name, mask in (("checked", micro.checked), ("live", micro.live)):
             if mask is not None and (mask.shape != ids.shape[:1] or mask.dtype != torch.bool):
                 raise ValueError(f"{where}: `{name}` is {mask.dtype} {tuple(mask.shape)}, not bool [{len(ids)}]")
         if not ids.numel():
@@ -187,7 +187,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _mixed(
+def _replay_topk_with_live_rows(
     handle: Any,
     live: torch.Tensor,
     scores: torch.Tensor,
@@ -205,15 +205,15 @@ def _mixed(
     return chosen
 
 
-def _uncount(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
+def _remove_padding_load(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
     """Take padding out of the load that moves the expert bias; Megatron counts it where gradients are enabled."""
-    assert micro.counted is not None
-    padding = ~micro.counted if micro.live is None else ~(micro.counted | micro.live)
+    assert micro.checked is not None
+    padding = ~micro.checked if micro.live is None else ~(micro.checked | micro.live)
     if torch.is_grad_enabled():
         router.local_tokens_per_expert -= chosen[padding.to(chosen.device)].sum(dim=0)
 
 
-def _release(handle: Any) -> None:
+def _clear_handle(handle: Any) -> None:
     """Leave nothing in Megatron's queues."""
     handle.clear_router_replay_action()
     handle.clear_indices()

@@ -6,7 +6,7 @@ Every plane holds one layer's integers after another's, so that layers are cut o
 import numpy as np
 
 
-def split(bits: int) -> list[tuple[int, int]]:
+def plane_layout(bits: int) -> list[tuple[int, int]]:
     """(first bit, width) of each plane that together hold words of `bits` bits."""
     found, shift = [], 0
     for width in (32, 16, 8, 4, 2, 1):
@@ -16,12 +16,12 @@ def split(bits: int) -> list[tuple[int, int]]:
     return found
 
 
-def size(count: int, width: int) -> int:
+def plane_bytes(count: int, width: int) -> int:
     """Bytes of a plane of `count` words of one layer."""
     return -(-count * width // 8)
 
 
-def write(words: np.ndarray, shift: int, width: int, out: np.ndarray) -> None:
+def write_plane(words: np.ndarray, shift: int, width: int, out: np.ndarray) -> None:
     """Put bits `[shift, shift + width)` of int64 `[layers, count]` into uint8 `[layers, bytes]`."""
     part = words >> shift
     if width >= 8:
@@ -36,7 +36,7 @@ def write(words: np.ndarray, shift: int, width: int, out: np.ndarray) -> None:
         out |= small[:, lane] << (lane * width)
 
 
-def read(plane: np.ndarray, shift: int, width: int, words: np.ndarray) -> None:
+def read_plane(plane: np.ndarray, shift: int, width: int, words: np.ndarray) -> None:
     """Add to int64 `[layers, count]` what `write` took."""
     if width >= 8:
         words |= plane.view(f"<u{width // 8}").astype(np.int64) << shift

@@ -8,7 +8,7 @@
 
 `plain` keeps ids as they are (uint8, or int16 above 256 experts), order included: a copy and a check. `compact` keeps
 the sets (order carries no meaning) as numbers of equal length, within 1.05 of the bound log₂ C(E, k) (see `sets`); it
-returns ids in ascending order. Both hold layers apart, so that `cut` takes a pipeline stage's layers without decoding.
+returns ids in ascending order. Both hold layers apart, so that `slice_layers` takes a pipeline stage's layers without decoding.
 
 An envelope is either read as it was written or refused. CRC-32 finds every damage of up to 32 adjacent bits and leaves
 one in 2³² of the others to the checks of structure; it does not stop someone who forges it, whose ids are still routes.
@@ -24,14 +24,14 @@ import numpy as np
 from megatron_bai.routing.routes import (
     RouteSignature,
     VersionSpan,
-    ascending,
     check_distinct,
     check_ids,
     check_range,
-    chunks,
+    layer_chunks,
+    sorted_sets,
 )
 from megatron_bai.routing.store import bit_planes
-from megatron_bai.routing.store.expert_set_code import SetCode, bound_bits, set_code
+from megatron_bai.routing.store.expert_set_code import SetCode, min_bits, set_code
 
 MAGIC = b"MBRT"
 VERSION = 1
@@ -44,7 +44,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 @dataclass(frozen=True, eq=False)
-class Recording:
+class SampleRoutes:
     """The routes of one sequence.
 
     Attributes:
@@ -64,7 +64,7 @@ class Recording:
     first_layer: int = 0
 
     @property
-    def sets(self) -> int:
+    def num_sets(self) -> int:
         """(row, layer) pairs with a route."""
         layers: int = self.ids.shape[1]
         return int(self.valid.sum()) * layers
@@ -75,12 +75,12 @@ def token_hash(tokens: np.ndarray) -> bytes:
     return blake2b(np.ascontiguousarray(tokens, dtype="<i8").tobytes(), digest_size=HASH_BYTES).digest()
 
 
-def bound_bytes(signature: RouteSignature, sets: int) -> float:
+def min_bytes(signature: RouteSignature, sets: int) -> float:
     """Bytes that this many (row, layer) sets need at least, when all sets are equally likely."""
-    return sets * bound_bits(signature.num_experts, signature.topk) / 8
+    return sets * min_bits(signature.num_experts, signature.topk) / 8
 
 
-def encode(recording: Recording, encoding: str = "plain") -> bytes:
+def encode(recording: SampleRoutes, encoding: str = "plain") -> bytes:
     """An envelope.
 
     Raises:
@@ -94,20 +94,20 @@ def encode(recording: Recording, encoding: str = "plain") -> bytes:
         raise ValueError(f"routes of {len(recording.ids)} rows with validity {valid.shape} {valid.dtype}")
     check_range(recording.ids, signature, "routes to encode", layers)
     whole = bool(valid.all())
-    head = _Head(
+    head = _Header(
         ENCODINGS.index(encoding), not whole, signature, recording.first_layer, layers, len(valid),
         recording.spans, recording.token_hash,
     )  # fmt: skip
     head.check()
     ids = recording.ids if whole else recording.ids[valid]
     if encoding == "compact":
-        payload = _pack(ids, set_code(signature.num_experts, signature.topk))
+        payload = _encode_compact(ids, set_code(signature.num_experts, signature.topk))
     else:
-        payload = np.ascontiguousarray(_checked(ids, head), head.dtype)
-    return _join(head, valid, payload)
+        payload = np.ascontiguousarray(_check_plain(ids, head), head.dtype)
+    return _write_envelope(head, valid, payload)
 
 
-def decode(data: bytes | memoryview, signature: RouteSignature | None = None) -> Recording:
+def decode(data: bytes | memoryview, signature: RouteSignature | None = None) -> SampleRoutes:
     """What `encode` was given, with sets in ascending order when compact.
 
     Args:
@@ -117,34 +117,34 @@ def decode(data: bytes | memoryview, signature: RouteSignature | None = None) ->
     Raises:
         ValueError: not an intact envelope, or one of another model.
     """
-    head, valid, payload = _split(data)
+    head, valid, payload = _read_envelope(data)
     if signature is not None and head.signature != signature:
         raise ValueError(f"routes of {head.signature}, the model is {signature}")
     rows = int(valid.sum())
     if head.encoding == ENCODINGS.index("compact"):
-        ids = _unpack(payload, rows, head.layers, head.code)
+        ids = _decode_compact(payload, rows, head.layers, head.code)
     else:
         ids = np.frombuffer(payload, head.dtype).reshape(rows, head.layers, head.signature.topk)
-        ids = _checked(ids, head).astype(head.signature.dtype)  # a copy, so that it can be written to
+        ids = _check_plain(ids, head).astype(head.signature.dtype)  # a copy, so that it can be written to
     if rows < head.rows:
         ids, given = np.zeros((head.rows, *ids.shape[1:]), dtype=ids.dtype), ids
         ids[valid] = given
-    return Recording(head.signature, ids, valid, head.spans, head.token_hash, head.first_layer)
+    return SampleRoutes(head.signature, ids, valid, head.spans, head.token_hash, head.first_layer)
 
 
-def intact(data: bytes | memoryview) -> bool:
+def is_intact(data: bytes | memoryview) -> bool:
     """Whether bytes end in the checksum of those before, as envelopes of every version do."""
     size = _CHECKSUM.size
     return len(data) > size and zlib.crc32(memoryview(data)[:-size]) == _CHECKSUM.unpack(data[-size:])[0]
 
 
-def cut(data: bytes | memoryview, start: int, stop: int) -> bytes:
+def slice_layers(data: bytes | memoryview, start: int, stop: int) -> bytes:
     """The envelope of MoE layers `[start, stop)` alone, without decoding: what a pipeline stage needs.
 
     Raises:
         ValueError: not an intact envelope, or it lacks one of the layers.
     """
-    head, valid, payload = _split(data)
+    head, valid, payload = _read_envelope(data)
     first, last = start - head.first_layer, stop - head.first_layer
     if not 0 <= first < last <= head.layers:
         raise ValueError(f"layers [{start}, {stop}) of an envelope with {head.layers} from {head.first_layer}")
@@ -155,11 +155,11 @@ def cut(data: bytes | memoryview, start: int, stop: int) -> bytes:
     else:
         ids = np.frombuffer(payload, head.dtype).reshape(rows, head.layers, head.signature.topk)
         kept = np.ascontiguousarray(ids[:, first:last])
-    return _join(replace(head, first_layer=start, layers=stop - start), valid, kept)
+    return _write_envelope(replace(head, first_layer=start, layers=stop - start), valid, kept)
 
 
 @dataclass(frozen=True)
-class _Head:
+class _Header:
     """What an envelope says before its payload."""
 
     encoding: int
@@ -211,7 +211,7 @@ class _Head:
         return fixed + b"".join(_SPAN.pack(start, end, len(name)) + name for start, end, name in spans)
 
 
-def _join(head: _Head, valid: np.ndarray, payload: np.ndarray) -> bytes:
+def _write_envelope(head: _Header, valid: np.ndarray, payload: np.ndarray) -> bytes:
     mask = np.packbits(valid, bitorder="little").data if head.partial else b""
     parts = [bytes(head), mask, payload.reshape(-1).data]
     checksum = 0
@@ -220,7 +220,7 @@ def _join(head: _Head, valid: np.ndarray, payload: np.ndarray) -> bytes:
     return b"".join([*parts, _CHECKSUM.pack(checksum)])
 
 
-def _split(data: bytes | memoryview) -> tuple[_Head, np.ndarray, memoryview]:
+def _read_envelope(data: bytes | memoryview) -> tuple[_Header, np.ndarray, memoryview]:
     """Header, validity of rows and payload of an envelope whose every length is right."""
     data = memoryview(data).cast("B")
     if len(data) < _HEADER.size + _CHECKSUM.size:
@@ -232,13 +232,13 @@ def _split(data: bytes | memoryview) -> tuple[_Head, np.ndarray, memoryview]:
         raise ValueError(f"an envelope of routes begins with {MAGIC!r}, not {magic!r}")
     if version != VERSION:
         raise ValueError(f"envelope of version {version}, this release reads version {VERSION}")
-    if not intact(data):
+    if not is_intact(data):
         raise ValueError("the envelope is damaged: its checksum is another")
     data = data[: -_CHECKSUM.size]
     if encoding >= len(ENCODINGS) or partial > 1:
         raise ValueError(f"unknown encoding {encoding} or flags {partial}")
     named, at = _read_spans(data, spans)
-    head = _Head(encoding, bool(partial), RouteSignature(moe_layers, experts, topk), first, layers, rows, named, digest)
+    head = _Header(encoding, bool(partial), RouteSignature(moe_layers, experts, topk), first, layers, rows, named, digest)
     head.check()
     valid, at = _read_bitmap(data, at, rows) if partial else (np.ones(rows, dtype=bool), at)
     size = head.payload_bytes(int(valid.sum()))
@@ -272,7 +272,7 @@ def _read_bitmap(data: memoryview, at: int, rows: int) -> tuple[np.ndarray, int]
     return bits[:rows], at + size
 
 
-def _checked(ids: np.ndarray, head: _Head) -> np.ndarray:
+def _check_plain(ids: np.ndarray, head: _Header) -> np.ndarray:
     return check_ids(ids, replace(head.signature, moe_layers=head.layers), "routes in an envelope")
 
 
@@ -282,8 +282,8 @@ def _checked(ids: np.ndarray, head: _Head) -> np.ndarray:
 def _plane_sizes(rows: int, code: SetCode) -> list[tuple[int, int, int, int]]:
     """(field, first bit, width, bytes a layer) of each plane."""
     words = -(-rows // code.group)
-    fields = [(field, *plane) for field, bits in enumerate(code.fields) for plane in bit_planes.split(bits)]
-    return [(field, shift, width, bit_planes.size(words, width)) for field, shift, width in fields]
+    fields = [(field, *plane) for field, bits in enumerate(code.fields) for plane in bit_planes.plane_layout(bits)]
+    return [(field, shift, width, bit_planes.plane_bytes(words, width)) for field, shift, width in fields]
 
 
 def _plane_views(
@@ -297,28 +297,28 @@ def _plane_views(
     return found
 
 
-def _pack(ids: np.ndarray, code: SetCode) -> np.ndarray:
+def _encode_compact(ids: np.ndarray, code: SetCode) -> np.ndarray:
     rows, layers, _ = ids.shape
     payload = np.empty(sum(size for *_, size in _plane_sizes(rows, code)) * layers, dtype=np.uint8)
     views = _plane_views(payload, rows, layers, code)
-    for part in chunks(rows, layers):
-        columns = ascending(ids[:, part])
+    for part in layer_chunks(rows, layers):
+        columns = sorted_sets(ids[:, part])
         check_distinct(columns, "routes to encode")
-        words = code.words(columns)
+        words = code.encode(columns)
         for field, shift, width, plane in views:
-            bit_planes.write(words[field], shift, width, plane[part])
+            bit_planes.write_plane(words[field], shift, width, plane[part])
     return payload
 
 
-def _unpack(payload: memoryview, rows: int, layers: int, code: SetCode) -> np.ndarray:
+def _decode_compact(payload: memoryview, rows: int, layers: int, code: SetCode) -> np.ndarray:
     views = _plane_views(np.frombuffer(payload, np.uint8), rows, layers, code)
     ids = np.empty((rows, layers, code.topk), dtype=code.dtype)
-    for part in chunks(rows, layers):
+    for part in layer_chunks(rows, layers):
         height = part.stop - part.start
         words = [np.zeros((height, -(-rows // code.group)), dtype=np.int64) for _ in code.fields]
         for field, shift, width, plane in views:
-            bit_planes.read(plane[part], shift, width, words[field])
-        columns = code.columns(words, rows)
+            bit_planes.read_plane(plane[part], shift, width, words[field])
+        columns = code.decode(words, rows)
         for layer in range(height):
             ids[:, part.start + layer] = columns[:, layer].T
     return ids

@@ -17,13 +17,13 @@ import numpy as np
 
 # The numbers follow from these four: to change one is to change what an envelope means, and so the codec's version.
 MAX_EXPERTS, MAX_TOPK = 1024, 16
-LIMB = 58  # bits of the low word where a number has two
-_NARROW = 62  # bits one int64 word is trusted with
+LOW_WORD_BITS = 58  # bits of the low word where a number has two
+_ONE_WORD_BITS = 62  # bits one int64 word is trusted with
 _TABLE_BITS = (15, 17, 19)  # log₂ of a table's entries: more where rounding to fewer would cost too much
 _CLOSE = 1.03  # of the bound: a length to be content with
 
 
-def bound_bits(experts: int, topk: int) -> float:
+def min_bits(experts: int, topk: int) -> float:
     """log₂ C(E, k): no fixed-length code of sets is shorter."""
     return log2(comb(experts, topk))
 
@@ -36,7 +36,7 @@ class SetCode:
         group: sets that share a word, as digits in base `count`: one set of 6 possible ones needs 3 bits, 5 need 13.
         bits: of a word.
         dtype: of experts' ids.
-        wide: a number does not fit one int64; words are then pairs (low `LIMB` bits, the rest).
+        wide: a number does not fit one int64; words are then pairs (low `LOW_WORD_BITS` bits, the rest).
     """
 
     def __init__(self, experts: int, topk: int):
@@ -44,16 +44,16 @@ class SetCode:
         for bits in _TABLE_BITS:
             starts, shifts = _starts(experts, topk, bits)
             self.count = starts[topk][experts]
-            self.wide = self.count.bit_length() > _NARROW
+            self.wide = self.count.bit_length() > _ONE_WORD_BITS
             self.group, self.bits = self._grouping()
-            if self._close(self.bits / self.group):
+            if self._is_close(self.bits / self.group):
                 break
-        mask = (1 << LIMB) - 1
+        mask = (1 << LOW_WORD_BITS) - 1
         self._shifts = shifts
-        self._narrow = [row[-1].bit_length() <= _NARROW for row in starts]
+        self._narrow = [row[-1].bit_length() <= _ONE_WORD_BITS for row in starts]
         self._starts = [np.array(row if fits else [], dtype=np.int64) for row, fits in zip(starts, self._narrow, strict=True)]
         self._limbs = [
-            (np.array([start & mask for start in row]), np.array([start >> LIMB for start in row])) for row in starts
+            (np.array([start & mask for start in row]), np.array([start >> LOW_WORD_BITS for start in row])) for row in starts
         ]
         self.dtype = np.uint8 if experts <= 256 else np.int16
         self._largest = [self._table(row, shift) for row, shift in zip(starts, shifts, strict=True)]
@@ -61,9 +61,9 @@ class SetCode:
     @property
     def fields(self) -> tuple[int, ...]:
         """Bits of each of a word's arrays."""
-        return (LIMB, self.bits - LIMB) if self.wide else (self.bits,)
+        return (LOW_WORD_BITS, self.bits - LOW_WORD_BITS) if self.wide else (self.bits,)
 
-    def words(self, columns: np.ndarray) -> list[np.ndarray]:
+    def encode(self, columns: np.ndarray) -> list[np.ndarray]:
         """Numbers of sets.
 
         Args:
@@ -79,24 +79,24 @@ class SetCode:
             for table, total in zip(self._limbs[i] if self.wide else (self._starts[i],), sums, strict=True):
                 total += np.take(table, column, out=start, mode="clip")
         if self.wide:
-            sums[1] += sums[0] >> LIMB
-            sums[0] &= (1 << LIMB) - 1
+            sums[1] += sums[0] >> LOW_WORD_BITS
+            sums[0] &= (1 << LOW_WORD_BITS) - 1
         elif self.group > 1:
-            sums = [self._join(sums[0])]
+            sums = [self._join_group(sums[0])]
         return sums
 
-    def columns(self, words: list[np.ndarray], rows: int) -> np.ndarray:
+    def decode(self, words: list[np.ndarray], rows: int) -> np.ndarray:
         """The sets with these numbers: `[topk, layers, rows]`, ascending along the first axis.
 
         Raises:
             ValueError: a number that no set has.
         """
         low, *more = words
-        if self._beyond(low, *more):
+        if self._has_unused_number(low, *more):
             raise ValueError("a number that no set of experts has")
         high = more[0] if more else None
         if self.group > 1:
-            low = self._part(low, rows)
+            low = self._split_group(low, rows)
         columns = np.empty((self.topk, *low.shape), dtype=self.dtype)
         rest = low.copy()
         index, start = np.empty_like(rest), np.empty_like(rest)
@@ -104,23 +104,23 @@ class SetCode:
             shift = self._shifts[i]
             if self._narrow[i]:
                 if high is not None:  # what is left fits one word; a larger rest has no set, and is found below
-                    rest += np.minimum(high, 1 << (_NARROW - LIMB)) << LIMB
+                    rest += np.minimum(high, 1 << (_ONE_WORD_BITS - LOW_WORD_BITS)) << LOW_WORD_BITS
                     high = None
                 np.right_shift(rest, shift, out=index)
             else:
                 assert high is not None, "what is left has both words until it fits one"
-                if shift >= LIMB:
-                    np.right_shift(high, shift - LIMB, out=index)
+                if shift >= LOW_WORD_BITS:
+                    np.right_shift(high, shift - LOW_WORD_BITS, out=index)
                 else:
-                    np.bitwise_or(high << (LIMB - shift), rest >> shift, out=index)
+                    np.bitwise_or(high << (LOW_WORD_BITS - shift), rest >> shift, out=index)
             np.take(self._largest[i], index, out=columns[i - 1], mode="clip")
             if high is None:
                 rest -= np.take(self._starts[i], columns[i - 1], out=start, mode="clip")
                 continue
             below, above = self._limbs[i]
             rest -= np.take(below, columns[i - 1], out=start, mode="clip")
-            high = high - np.take(above, columns[i - 1], out=start, mode="clip") + (rest >> LIMB)  # with the borrow
-            rest &= (1 << LIMB) - 1
+            high = high - np.take(above, columns[i - 1], out=start, mode="clip") + (rest >> LOW_WORD_BITS)  # with the borrow
+            rest &= (1 << LOW_WORD_BITS) - 1
         # An unused number leaves a rest that is too large for the elements below, and the first of them not smaller.
         if (columns[1:] <= columns[:-1]).any():
             raise ValueError("a number that no set of experts has")
@@ -129,28 +129,28 @@ class SetCode:
     def _grouping(self) -> tuple[int, int]:
         """Sets to a word and its bits: the fewest sets that come close to the bound, or those that come closest."""
         size = {group: max(1, (self.count**group - 1).bit_length()) for group in range(1, 17)}
-        size = {group: bits for group, bits in size.items() if group == 1 or bits <= _NARROW}
-        close = [group for group, bits in size.items() if self._close(bits / group)]
+        size = {group: bits for group, bits in size.items() if group == 1 or bits <= _ONE_WORD_BITS}
+        close = [group for group, bits in size.items() if self._is_close(bits / group)]
         group = min(close) if close else min(size, key=lambda group: size[group] / group)
         return group, size[group]
 
-    def _close(self, bits: float) -> bool:
-        return bits <= _CLOSE * bound_bits(self.experts, self.topk)
+    def _is_close(self, bits: float) -> bool:
+        return bits <= _CLOSE * min_bits(self.experts, self.topk)
 
     def _table(self, row: list[int], shift: int) -> np.ndarray:
         """The largest element of a set, by the upper bits of its number."""
         upper = np.array([start >> shift for start in row], dtype=np.int64)
         return np.repeat(np.arange(self.experts, dtype=self.dtype), upper[1:] - upper[:-1])
 
-    def _beyond(self, low: np.ndarray, high: np.ndarray | None = None) -> bool:
+    def _has_unused_number(self, low: np.ndarray, high: np.ndarray | None = None) -> bool:
         if not low.size:
             return False
         if high is None:
             return bool(int(low.max()) >= self.count**self.group)
-        top, bottom = self.count >> LIMB, self.count & ((1 << LIMB) - 1)
+        top, bottom = self.count >> LOW_WORD_BITS, self.count & ((1 << LOW_WORD_BITS) - 1)
         return bool(((high > top) | ((high == top) & (low >= bottom))).any())
 
-    def _join(self, numbers: np.ndarray) -> np.ndarray:
+    def _join_group(self, numbers: np.ndarray) -> np.ndarray:
         layers, rows = numbers.shape
         digits = np.zeros((layers, -(-rows // self.group) * self.group), dtype=np.int64)
         digits[:, :rows] = numbers
@@ -161,7 +161,7 @@ class SetCode:
             joined += digits[..., j]
         return joined
 
-    def _part(self, joined: np.ndarray, rows: int) -> np.ndarray:
+    def _split_group(self, joined: np.ndarray, rows: int) -> np.ndarray:
         digits = np.empty((*joined.shape, self.group), dtype=np.int64)
         for j in range(self.group - 1, 0, -1):
             upper = joined // self.count

@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_bai.errors import UserError
 from megatron_bai.routing.store import codec
-from megatron_bai.routing.store.codec import Recording
+from megatron_bai.routing.store.codec import SampleRoutes
 from megatron_bai.utils.atomic_file import fsync_path
 from megatron_bai.utils.file_lock import lock_open_file
 
@@ -37,7 +37,7 @@ _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, order=True)
-class Entry:
+class RecordEntry:
     """Where a record is.
 
     Attributes:
@@ -59,7 +59,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Damage:
+class DamagedRange:
     """Bytes `[start, end)` of a file that are no records; `tail` where no record follows them."""
 
     file: Path
@@ -77,7 +77,7 @@ def is_store(directory: str | Path) -> bool:
     return any(Path(directory).glob(f"*{SUFFIX}"))
 
 
-def cut(directory: str | Path, step: int) -> None:
+def truncate_store(directory: str | Path, step: int) -> None:
     """Take the records of `step` and later ones out of a store that nobody writes to.
 
     Raises:
@@ -85,7 +85,7 @@ def cut(directory: str | Path, step: int) -> None:
     """
     for path in sorted(Path(directory).glob(f"*{SUFFIX}")):
         with StoreWriter(directory, path.name.removesuffix(SUFFIX)) as writer:
-            writer.cut_from(step)
+            writer.truncate(step)
 
 
 class StoreWriter:
@@ -104,7 +104,7 @@ class StoreWriter:
             UserError: another process writes to it, it is something else, or the directory cannot be written.
         """
         self.path = Path(directory) / f"{name}{SUFFIX}"
-        self.entries: list[Entry] = []
+        self.entries: list[RecordEntry] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -113,14 +113,14 @@ class StoreWriter:
             raise UserError(f"cannot write routes to {self.path}: {error.strerror}") from None
         try:
             lock_open_file(self._fd)
-            self._recover()
+            self._cut_unfinished()
         except BaseException as error:
             os.close(self._fd)
             if isinstance(error, BlockingIOError):
                 raise UserError(f"another process writes to {self.path}: give each run its own directory") from None
             raise
 
-    def append(self, step: int, sample: int, source: str, envelope: bytes) -> Entry:
+    def append(self, step: int, sample: int, source: str, envelope: bytes) -> RecordEntry:
         """Add a record.
 
         Args:
@@ -138,12 +138,12 @@ class StoreWriter:
         except OSError as error:
             os.ftruncate(self._fd, self._end)
             raise UserError(f"cannot write routes to {self.path}: {error.strerror}") from None
-        entry = Entry(step, sample, source, self.path, self._end + _HEADER_BYTES, len(envelope))
+        entry = RecordEntry(step, sample, source, self.path, self._end + _HEADER_BYTES, len(envelope))
         self._end += len(data)
         self.entries.append(entry)
         return entry
 
-    def cut_from(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Take the records of `step` and later ones out.
 
         Raises:
@@ -171,18 +171,18 @@ class StoreWriter:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
-    def _recover(self) -> None:
+    def _cut_unfinished(self) -> None:
         """Cut what follows the last intact record. Its data may be missing too: a power cut keeps no order."""
         size = os.fstat(self._fd).st_size
-        self.entries, _ = _scan(self._fd, self.path)
-        while self.entries and not codec.intact(os.pread(self._fd, self.entries[-1].length, self.entries[-1].offset)):
+        self.entries, _ = _scan_headers(self._fd, self.path)
+        while self.entries and not codec.is_intact(os.pread(self._fd, self.entries[-1].length, self.entries[-1].offset)):
             self.entries.pop()
         if not self.entries and not MAGIC.startswith(os.pread(self._fd, len(MAGIC), 0)):
             raise UserError(f"{self.path} holds no routes that this release knows: move it away")
         last = self.entries[-1] if self.entries else None
         self._end = last.offset + last.length if last else 0
-        self.cut = size - self._end
-        if self.cut:
+        self.num_bytes_cut = size - self._end
+        if self.num_bytes_cut:
             os.ftruncate(self._fd, self._end)
             self.sync()
 
@@ -204,13 +204,13 @@ class RouteStore:
         self.directory = Path(directory)
         if not is_store(self.directory):
             raise UserError(f"no routes in {self.directory}: give a directory that replay.store named in a run")
-        self.entries: list[Entry] = []
-        self.damage: list[Damage] = []
+        self.entries: list[RecordEntry] = []
+        self.damage: list[DamagedRange] = []
         self._fds: dict[Path, int] = {}
         try:
             for path in sorted(self.directory.glob(f"*{SUFFIX}")):
                 self._fds[path] = os.open(path, os.O_RDONLY)
-                entries, damage = _scan(self._fds[path], path)
+                entries, damage = _scan_headers(self._fds[path], path)
                 self.entries += entries
                 self.damage += damage
             self.entries.sort()
@@ -224,11 +224,11 @@ class RouteStore:
             self.close()
             raise
 
-    def envelope(self, entry: Entry) -> bytes:
+    def envelope(self, entry: RecordEntry) -> bytes:
         """The bytes of a record, not checked."""
         return os.pread(self._fds[entry.file], entry.length, entry.offset)
 
-    def read(self, entry: Entry) -> Recording:
+    def read_record(self, entry: RecordEntry) -> SampleRoutes:
         """A record.
 
         Raises:
@@ -239,17 +239,17 @@ class RouteStore:
         except ValueError as error:
             raise ValueError(f"{entry}: {error}") from None
 
-    def attempt(self, entry: Entry) -> Recording | None:
+    def read_or_none(self, entry: RecordEntry) -> SampleRoutes | None:
         """A record, or None where it is damaged, which `damage` then says."""
         try:
-            return self.read(entry)
+            return self.read_record(entry)
         except ValueError:
-            found = Damage(entry.file, entry.offset, entry.offset + entry.length, tail=False)
+            found = DamagedRange(entry.file, entry.offset, entry.offset + entry.length, tail=False)
             if found not in self.damage:
                 self.damage.append(found)
             return None
 
-    def recordings(self, skip_damaged: bool = False) -> Iterator[tuple[Entry, Recording]]:
+    def iter_records(self, skip_damaged: bool = False) -> Iterator[tuple[RecordEntry, SampleRoutes]]:
         """Every record by step and sample.
 
         Args:
@@ -261,7 +261,7 @@ class RouteStore:
         if not skip_damaged and (broken := [damage for damage in self.damage if not damage.tail]):
             raise UserError(f"{broken[0]}: restore the file from a copy")
         for entry in self.entries:
-            recording = self.attempt(entry)
+            recording = self.read_or_none(entry)
             if recording is not None:
                 yield entry, recording
             elif not skip_damaged:
@@ -279,23 +279,23 @@ class RouteStore:
         self.close()
 
 
-def _scan(fd: int, path: Path) -> tuple[list[Entry], list[Damage]]:
+def _scan_headers(fd: int, path: Path) -> tuple[list[RecordEntry], list[DamagedRange]]:
     """Records and what lies between them, by the headers alone."""
     entries, damage = [], []
     at, size = 0, os.fstat(fd).st_size
     while at < size:
-        entry = _entry(fd, path, at)
+        entry = _read_header(fd, path, at)
         if entry is not None and entry.offset + entry.length <= size:
             entries.append(entry)
             at = entry.offset + entry.length
             continue
         following = _next_header(fd, path, at + 1, size)
-        damage.append(Damage(path, at, size if following is None else following, tail=following is None))
+        damage.append(DamagedRange(path, at, size if following is None else following, tail=following is None))
         at = damage[-1].end
     return entries, damage
 
 
-def _entry(fd: int, path: Path, at: int) -> Entry | None:
+def _read_header(fd: int, path: Path, at: int) -> RecordEntry | None:
     """The record whose header is at this offset, if one is."""
     header = os.pread(fd, _HEADER_BYTES, at)
     if len(header) < _HEADER_BYTES or not header.startswith(MAGIC):
@@ -304,7 +304,7 @@ def _entry(fd: int, path: Path, at: int) -> Entry | None:
     _, length, step, sample, source = _HEADER.unpack(fields)
     if zlib.crc32(fields) != _CHECKSUM.unpack(checksum)[0] or source >= len(SOURCES):
         return None
-    return Entry(step, sample, SOURCES[source], path, at + _HEADER_BYTES, length)
+    return RecordEntry(step, sample, SOURCES[source], path, at + _HEADER_BYTES, length)
 
 
 def _next_header(fd: int, path: Path, at: int, size: int) -> int | None:
@@ -313,7 +313,7 @@ def _next_header(fd: int, path: Path, at: int, size: int) -> int | None:
         block = os.pread(fd, _BLOCK + len(MAGIC) - 1, at)  # a magic number may lie across two blocks
         found = block.find(MAGIC)
         while found >= 0:
-            entry = _entry(fd, path, at + found)
+            entry = _read_header(fd, path, at + found)
             if entry is not None and entry.offset + entry.length <= size:
                 return at + found
             found = block.find(MAGIC, found + 1)

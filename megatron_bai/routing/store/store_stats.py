@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bai.errors import UserError
-from megatron_bai.routing.routes import RouteSignature, ascending, chunks
-from megatron_bai.routing.store.codec import Recording, bound_bytes
-from megatron_bai.routing.store.route_store import Entry, RouteStore
+from megatron_bai.routing.routes import RouteSignature, layer_chunks, sorted_sets
+from megatron_bai.routing.store.codec import SampleRoutes, min_bytes
+from megatron_bai.routing.store.route_store import RecordEntry, RouteStore
 
 _BARS = "·▁▂▃▄▅▆▇█"  # an expert that was never chosen is a dot
 _NAMED = 3  # experts named as the busiest of a layer, samples named as belonging to other tokens
 
 
 @dataclass
-class Content:
+class StoreStats:
     """What a store holds.
 
     Attributes:
@@ -41,7 +41,7 @@ class Content:
 
 
 @dataclass
-class Overlap:
+class StoreOverlap:
     """How far two stores agree, over rows that have a route in both, by layer.
 
     Attributes:
@@ -62,17 +62,17 @@ class Overlap:
     only: tuple[int, int] = (0, 0)
 
 
-def content(store: RouteStore) -> Content:
+def compute_stats(store: RouteStore) -> StoreStats:
     """Count what a store holds, reading it once. Damage is passed over and added to `store.damage`.
 
     Raises:
         UserError: it holds no intact record, or routes of two models.
     """
-    found: Content | None = None
+    found: StoreStats | None = None
     for entry, recording in _readable(store):
         if found is None:
             signature = recording.signature
-            found = Content(signature, np.zeros((signature.moe_layers, signature.num_experts), dtype=np.int64))
+            found = StoreStats(signature, np.zeros((signature.moe_layers, signature.num_experts), dtype=np.int64))
         if recording.signature != found.signature:
             raise UserError(f"{entry} is of {recording.signature}, others are of {found.signature}: two models")
         ids = recording.ids[recording.valid]
@@ -82,7 +82,7 @@ def content(store: RouteStore) -> Content:
         found.rows += len(recording.ids)
         found.valid += len(ids)
         found.encoded += entry.length
-        found.bound += bound_bytes(recording.signature, recording.sets)
+        found.bound += min_bytes(recording.signature, recording.num_sets)
         found.sources[entry.source] += 1
         for span in recording.spans:
             found.versions[span.version] += span.end - span.start
@@ -93,7 +93,7 @@ def content(store: RouteStore) -> Content:
     return found
 
 
-def entropy(load: np.ndarray) -> np.ndarray:
+def load_entropy(load: np.ndarray) -> np.ndarray:
     """Entropy of the experts' shares of a layer over log E: 1 when all are used alike, 0 when only one is.
 
     Args:
@@ -109,7 +109,7 @@ def entropy(load: np.ndarray) -> np.ndarray:
     return found
 
 
-def overlap(a: RouteStore, b: RouteStore) -> Overlap:
+def compare_stores(a: RouteStore, b: RouteStore) -> StoreOverlap:
     """Compare the samples that two stores hold under one (step, sample) and with the same tokens.
 
     Raises:
@@ -117,12 +117,12 @@ def overlap(a: RouteStore, b: RouteStore) -> Overlap:
     """
     theirs = {(entry.step, entry.sample): entry for entry in b.entries}
     ours = {(entry.step, entry.sample) for entry in a.entries}
-    found: Overlap | None = None
+    found: StoreOverlap | None = None
     for entry, mine in _readable(a):
         key = entry.step, entry.sample
         if key not in theirs:
             continue
-        other = b.attempt(theirs[key])
+        other = b.read_or_none(theirs[key])
         if other is None:
             continue
         if other.signature != mine.signature:
@@ -139,30 +139,30 @@ def overlap(a: RouteStore, b: RouteStore) -> Overlap:
     return found
 
 
-def _no_overlap(signature: RouteSignature) -> Overlap:
+def _no_overlap(signature: RouteSignature) -> StoreOverlap:
     rows, equal, common = (np.zeros(signature.moe_layers, dtype=np.int64) for _ in range(3))
-    return Overlap(signature, rows, equal, common)
+    return StoreOverlap(signature, rows, equal, common)
 
 
-def _add_overlap(total: Overlap, a: Recording, b: Recording) -> None:
+def _add_overlap(total: StoreOverlap, a: SampleRoutes, b: SampleRoutes) -> None:
     rows = min(len(a.ids), len(b.ids))
     both = a.valid[:rows] & b.valid[:rows]
     first, last = max(a.first_layer, b.first_layer), min(r.first_layer + r.ids.shape[1] for r in (a, b))
     x, y = (r.ids[:rows][both][:, first - r.first_layer : last - r.first_layer] for r in (a, b))
-    for part in chunks(len(x), x.shape[1]):
+    for part in layer_chunks(len(x), x.shape[1]):
         layers = slice(first + part.start, first + part.stop)
-        mine, other = ascending(x[:, part]), ascending(y[:, part])
+        mine, other = sorted_sets(x[:, part]), sorted_sets(y[:, part])
         total.rows[layers] += len(x)
         total.equal[layers] += (mine == other).all(axis=0).sum(axis=1)
         for expert in mine:
             total.common[layers] += (other == expert).any(axis=0).sum(axis=1)
 
 
-def _readable(store: RouteStore) -> Iterator[tuple[Entry, Recording]]:
-    return store.recordings(skip_damaged=True)
+def _readable(store: RouteStore) -> Iterator[tuple[RecordEntry, SampleRoutes]]:
+    return store.iter_records(skip_damaged=True)
 
 
-def describe(path: str, other: str = "") -> None:
+def print_store(path: str, other: str = "") -> None:
     """Print what the store at `path` holds and, with `other`, how far that store's routes are the same.
 
     Raises:
@@ -170,13 +170,13 @@ def describe(path: str, other: str = "") -> None:
     """
     console = Console(soft_wrap=True)
     with RouteStore(path) as store:
-        _print_content(console, store, content(store))
+        _print_content(console, store, compute_stats(store))
         if other:
             with RouteStore(other) as second:
                 _print_overlap(console, store, second)
 
 
-def _print_content(console: Console, store: RouteStore, found: Content) -> None:
+def _print_content(console: Console, store: RouteStore, found: StoreStats) -> None:
     s, steps = found.signature, {entry.step for entry in store.entries}
     sources = " and ".join(sorted(found.sources))
     console.print(
@@ -193,7 +193,7 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
     _print_damage(console, store)
     columns = ("layer", "entropy", "max/mean", "min/mean", "unused", "busiest (share of choices)")
     table = Table(*columns, title="load of the experts", title_justify="left")
-    for layer, (load, even) in enumerate(zip(found.load, entropy(found.load), strict=True)):
+    for layer, (load, even) in enumerate(zip(found.load, load_entropy(found.load), strict=True)):
         mean = load.mean()
         if not mean:
             table.add_row(str(layer), *["–"] * 5)
@@ -210,7 +210,7 @@ def _print_content(console: Console, store: RouteStore, found: Content) -> None:
 
 
 def _print_overlap(console: Console, a: RouteStore, b: RouteStore) -> None:
-    found = overlap(a, b)
+    found = compare_stores(a, b)
     _print_damage(console, b)
     console.print(
         f"{found.matched:,} samples in both; only in {a.directory}: {found.only[0]:,}, only in {b.directory}:"
