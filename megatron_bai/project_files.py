@@ -3,10 +3,9 @@
 In a checkout they are at its root, beside the package. A wheel carries them inside the package (`setup.py`).
 """
 
+import tomllib
 from functools import cache
 from pathlib import Path
-
-import tomllib
 
 from megatron_bai.errors import UserError
 

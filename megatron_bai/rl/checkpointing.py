@@ -29,6 +29,7 @@ from megatron_bai.model import training_state
 from megatron_bai.model.async_save import CheckpointSave
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.summary import read_summary
+from megatron_bai.rl.saved_settings import complete_settings, list_changes
 from megatron_bai.rl.session import Session
 from megatron_bai.utils.flatten import flatten
 
@@ -174,6 +175,7 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
     if "settings" not in info:
         raise UserError(f"{found[-1]} was not written to go on from: move it away")
     _refuse_changes(info["settings"], settings, directory)
+    former = complete_settings(info["settings"], settings)
     steps, step = settings.trainer.steps, info["step"]
     if step > steps:
         raise UserError(f"{directory} holds {step} steps of a run, more than trainer.steps={steps}: raise it")
@@ -185,8 +187,8 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
         version=info["version"],
         checkpoint=found[-1],
         states=info["parts"],
-        restore_rng=info["layout"] == _rng_layout(session),
-        same_store=_same_store(info["settings"], settings),
+        restore_rng=asdict(config.Parallel()) | info["layout"] == _rng_layout(session),
+        same_store=_same_store(former, settings),
         is_finished=complete and step == steps and _results_exist(settings),
     )
 
@@ -194,11 +196,12 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
 def _start_without_checkpoint(settings: config.Config, directory: Path, complete: bool) -> ResumePoint:
     """Return the point of a run without a checkpoint: its beginning, unless the run was finished."""
     path = directory / "config.yaml"
-    former = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
-    same = not _list_changes(former, settings)
+    saved = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
+    former = complete_settings(saved, settings)
     if not complete:
+        same = not list_changes(saved, settings, _may_change)
         return ResumePoint(same_store=same and _same_store(former, settings))
-    _refuse_changes(former, settings, directory)
+    _refuse_changes(saved, settings, directory)
     if former["trainer.steps"] != str(settings.trainer.steps) or not _results_exist(settings):
         raise UserError(
             f"{directory} holds a finished run of {former['trainer.steps']} steps and no checkpoint to go on from "
@@ -226,20 +229,12 @@ def _results_exist(settings: config.Config) -> bool:
     return all(manifest.read_info(path) is not None for path in result_paths(settings).values())
 
 
-def _list_changes(former: dict[str, str], settings: config.Config) -> list[str]:
-    """What differs of that which must not, in words."""
-    now = flatten(asdict(settings))
-    names = [name for name in sorted(former.keys() | now.keys()) if not _may_change(name)]
-    differing = [name for name in names if former.get(name) != now.get(name)]
-    return [f"{name} was {former.get(name, 'unknown')}, is {now.get(name, 'unknown')}" for name in differing]
-
-
 def _may_change(name: str) -> bool:
     return any(name == free or free.endswith(".") and name.startswith(free) for free in MAY_CHANGE)
 
 
 def _refuse_changes(former: dict[str, str], settings: config.Config, directory: Path) -> None:
-    if changes := _list_changes(former, settings):
+    if changes := list_changes(former, settings, _may_change):
         raise UserError(
             f"{directory} holds a run with other settings ({'; '.join(changes)}): set them back, or choose another "
             "run.name"

@@ -1,6 +1,5 @@
 """A run's initial weights, as `init` says: random, a checkpoint's, or those of a merge that is run at the start."""
 
-import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from megatron_bai.distributed.rank_group import current_ranks, merge_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.recipe.output_spec import make_output_spec
+from megatron_bai.merge.recipe.recipe import ORIGINAL_SETTINGS
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
 from megatron_bai.model.build import MegatronModel
+from megatron_bai.utils.dataclass_defaults import drop_later_defaults
 
 
 def validate_init(settings: config.Config) -> None:
@@ -111,7 +112,8 @@ def weights_fingerprint(settings: config.Config) -> Any:
         recipe = pipeline.make_jobs(settings.merge)[0].recipe
         with ExitStack() as stack:
             sources = [stack.enter_context(open_checkpoint(term.source)).stat_fingerprint() for term in recipe.terms()]
-        form = str(dataclasses.astuple(make_output_spec(settings.merge)))
-        return [recipe.method, recipe.settings, [term.coefficient for term in recipe.terms()], sources, form]
+        form = str(make_output_spec(settings.merge).fingerprint_fields())
+        options = drop_later_defaults(recipe.settings, type(recipe), ORIGINAL_SETTINGS)
+        return [recipe.method, options, [term.coefficient for term in recipe.terms()], sources, form]
     source = config.initial_checkpoint(settings)
     return manifest.require_info(source) if source else None

@@ -1,13 +1,11 @@
 """A training session: the process groups, the actor with its weights, the tokenizer and the task."""
 
-import hashlib
-import json
 import logging
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -338,16 +336,3 @@ def _check_store(settings: config.Config) -> None:
             f"replay.store_encoding=compact knows up to {MAX_TOPK} of {MAX_EXPERTS} experts, the model uses "
             f"{model.moe_topk} of {model.num_experts}: choose plain"
         )
-
-
-def sft_fingerprint(settings: config.Config) -> str:
-    """Return a digest of all that determines a supervised checkpoint: equal ones are the same work."""
-    described: dict[str, Any] = {
-        name: asdict(getattr(settings, name)) for name in ("model", "objective", "supervised", "trainer")
-    }
-    described["data"] = task_factory.describe_data(settings.data)
-    for name in ("save", "save_every", "save_async", "keep", "grace_s"):
-        del described["trainer"][name]
-    described["seed"] = settings.run.seed
-    described["init"] = init_weights.weights_fingerprint(settings)
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,7 +12,8 @@ from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_sft
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
-from megatron_bai.rl.session import Session, open_session, sft_fingerprint
+from megatron_bai.rl.session import Session, open_session
+from megatron_bai.rl.sft_fingerprint import describe_sft, list_differences, sft_fingerprint
 
 
 def train_sft(settings: config.Config) -> None:
@@ -26,16 +27,19 @@ def train_sft(settings: config.Config) -> None:
     target = settings.trainer.save
     if not target:
         raise UserError("trainer.save is empty: say where the checkpoint goes")
-    made_by = sft_fingerprint(settings)
     info = manifest.read_info(target)
     if info is not None:
-        if info.get("made_by") != made_by:
-            raise UserError(f"{target} was made with other settings: remove it or choose another run.name")
+        if differences := list_differences(info, settings):
+            raise UserError(
+                f"{target} was made with other settings: remove it or choose another run.name "
+                f"({'; '.join(differences)})"
+            )
         print(f"{target} is complete: nothing to do")  # noqa: T201, the verb's result
         return
+    made = {"made_by": sft_fingerprint(settings), "made_with": describe_sft(settings)}
     with open_session(settings) as session:
         _run_steps(session)
-        info = {"made_by": made_by, "data": asdict(settings.data), "steps": settings.trainer.steps}
+        info = {**made, "data": asdict(settings.data), "steps": settings.trainer.steps}
         megatron_checkpoint.save(session.actor, target, session.tokenizer_dir, info)
         if session.is_rank_0:
             print(f"saved {target}")  # noqa: T201, the verb's result

@@ -1,9 +1,13 @@
+import dataclasses
+import json
 import math
 
 import pytest
 
 from megatron_bai.errors import UserError
+from megatron_bai.merge.execution import provenance
 from megatron_bai.merge.methods.bai import Bai
+from megatron_bai.merge.recipe import output_spec
 
 
 def bai(pretrained, members, weights, alpha, **patterns) -> Bai:
@@ -88,3 +92,25 @@ def test_the_first_pattern_that_fits_decides():
 def test_patterns_are_checked(change, message):
     with pytest.raises(UserError, match=message):
         bai("base", ("a", "b"), (0.5, 0.5), 0.5, **change)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewerSpec(output_spec.OutputSpec):
+    extra: int = 3
+
+
+def test_a_field_that_came_later_enters_fingerprints_only_if_it_says_something():
+    old = output_spec.OutputSpec(vocab_size=7)
+    assert old.fingerprint_fields() == dataclasses.astuple(old)
+    assert NewerSpec(vocab_size=7).fingerprint_fields() == old.fingerprint_fields()
+    assert NewerSpec(vocab_size=7, extra=4).fingerprint_fields() == (*old.fingerprint_fields(), ("extra", 4))
+
+
+def test_a_setting_that_a_merge_did_not_have_is_no_difference(tmp_path):
+    recipe = bai("base", ("a",), (1.0,), 0.3)
+    noted = recipe.describe()
+    del noted["alpha_for"], noted["normalize"]
+    (tmp_path / "provenance.json").write_text(json.dumps({"recipe": noted}))
+    assert "of sources that have changed" in provenance.describe_difference(tmp_path, recipe)
+    other = bai("base", ("a",), (1.0,), 0.3, alpha_for=(("norms", 0.1),))
+    assert provenance.describe_difference(tmp_path, other) == "with merge.alpha_for {} instead of {'norms': 0.1}"

@@ -303,6 +303,14 @@ def refused(found: dict[str, Any], directory: Path) -> None:
     source = directory / "source"
     run(settings(source, steps=2, save_every=1))
 
+    def with_settings(name: str, **saved: str | None) -> None:
+        """Go on from a checkpoint whose manifest has other settings: None takes one out, as if it had not existed."""
+        path = directory / name / "checkpoints" / "step-00002"
+        info = manifest.read_info(path)
+        info["settings"] = {key: text for key, text in (info["settings"] | saved).items() if text is not None}
+        shutil.copytree(path, atomic_dir.staging_path(path))
+        manifest.finalize(atomic_dir.staging_path(path), path, info)
+
     def attempt(name: str, change: Callable[[config.Config], Any] = lambda what: None, damage: str = "") -> None:
         path = copy(source, directory / name)
         what = settings(path, steps=3, save_every=1)
@@ -323,6 +331,8 @@ def refused(found: dict[str, Any], directory: Path) -> None:
     attempt("damaged weights", damage="*.distcp")
     attempt("damaged index", damage=".metadata")
     attempt("locked")
+    attempt("older", lambda what: with_settings("older", **{"trainer.adam_beta2": None, "objective.is_max": None}))
+    attempt("newer", lambda what: with_settings("newer", **{"trainer.extra": "3", "objective.is_max": None}))
     attempt("goes on", lambda what: setattr(what.trainer, "micro_batch_size", 4))
 
 

@@ -22,7 +22,8 @@ from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import journal
 from megatron_bai.merge.recipe.output_spec import OutputSpec
 from megatron_bai.merge.recipe.plan import make_plan
-from megatron_bai.rl import init_weights, session
+from megatron_bai.rl import init_weights
+from megatron_bai.rl.sft_fingerprint import sft_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,9 @@ def test_another_merge_in_its_place_is_refused_and_kept(
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
     started: Path, tmp_path: Path, kind: Callable, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "make_plan", lambda recipes, sources, *_: make_plan(recipes, sources, 1 << 14, 1 << 16, OutputSpec()))
+    monkeypatch.setattr(
+        pipeline, "make_plan", lambda recipes, sources, *_: make_plan(recipes, sources, 1 << 14, 1 << 16, OutputSpec())
+    )
     settings, actor = merging(started, tmp_path / "actor"), tmp_path / "actor"
     assert in_child(kind, at, init_weights.run_init_merge, settings) == -signal.SIGKILL
     assert not actor.exists() and journal.finished_names(atomic_dir.staging_path(actor))
@@ -119,7 +122,9 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(
 def test_what_could_not_be_loaded_is_refused_before_it_is_merged(started: Path, tmp_path: Path) -> None:
     settings = merging(started, tmp_path / "actor")
     settings.model = dataclasses.replace(settings.model, rope_theta=1e6)
-    with pytest.raises(UserError, match=r"pretrained has rope_theta 5000.0, the configured model.rope_theta is 1000000.0"):
+    with pytest.raises(
+        UserError, match=r"pretrained has rope_theta 5000.0, the configured model.rope_theta is 1000000.0"
+    ):
         init_weights.run_init_merge(settings)
     with pytest.raises(UserError, match="no checkpoint at .*/nowhere"):
         init_weights.run_init_merge(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
@@ -132,7 +137,7 @@ def test_what_could_not_be_loaded_is_refused_before_it_is_merged(started: Path, 
 @pytest.mark.distributed
 def test_a_supervised_checkpoint_is_known_by_the_recipe_it_started_from(started: Path, tmp_path: Path) -> None:
     def mark(**changes: Any) -> str:
-        return session.sft_fingerprint(merging(started, tmp_path / "actor", **changes))
+        return sft_fingerprint(merging(started, tmp_path / "actor", **changes))
 
     assert mark() == mark(output=str(tmp_path / "elsewhere"), threads=1)
     others = [mark(alpha=0.4), mark(dtype="bfloat16"), mark(members=[str(started / "megatron" / SOURCES[1])] * 2)]
@@ -140,4 +145,4 @@ def test_a_supervised_checkpoint_is_known_by_the_recipe_it_started_from(started:
     from_checkpoint = merging(started, tmp_path / "actor")
     from_checkpoint.init = config.CheckpointInit(checkpoint=str(started / "megatron" / "merged"))
     from_checkpoint.merge = config.Merge()
-    assert session.sft_fingerprint(from_checkpoint) not in (mark(), *others)
+    assert sft_fingerprint(from_checkpoint) not in (mark(), *others)

@@ -167,6 +167,7 @@ def test_the_last_checkpoints_are_kept(found: dict[str, Any]) -> None:
         ("rate", "/rate holds a run with other settings (trainer.learning_rate was 0.001, is 0.5): set them back"),
         ("objective", "objective.name was minirl, is grpo"),
         ("fewer", "/fewer holds 2 steps of a run, more than trainer.steps=1: raise it"),
+        ("newer", "/newer holds a run with other settings (trainer.extra was 3, and this release has no such setting)"),
         ("damaged weights", ".distcp is not what was written"),
         ("damaged index", "step-00002/.metadata is not what was written"),
         ("locked", "/locked is being written by another process: let it end first"),
@@ -183,6 +184,12 @@ def test_what_cannot_be_gone_on_with_is_one_line_and_changes_nothing(
     assert result["checkpoints"] == ["step-00001", "step-00002"] and len(result["metrics"]) == 2
     if name == "locked":
         fault("two runs in one directory", "nothing: the second is refused", f"megatron-bai: {lines[0]}", None)
+
+
+def test_settings_that_the_run_did_not_have_count_as_their_defaults(found: dict[str, Any]) -> None:
+    assert found["older"]["runs"][0]["codes"] == [0] and found["older"]["summary"]["resumed"] == [2]
+    ours, theirs = found["older"]["metrics"][-1], found["goes on"]["metrics"][-1]
+    assert ours["step"] == theirs["step"] == 3 and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-6)
 
 
 def test_a_finished_run_is_done_and_a_longer_one_goes_on(found: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ from megatron_bai.merge.recipe.recipe import Recipe
 from megatron_bai.merge.recipe.regions import Fate, OutputTensor, Region
 from megatron_bai.merge.tensor_names.param_groups import matches
 
-REVISION = 1  # of the merge's definition: raised when the same inputs would give other tensors
+# Of the merge's definition: raised when the same inputs would give other tensors, and when a default changes, since a
+# setting that came later is in no fingerprint where it has its default.
+REVISION = 1
 
 
 def fingerprint(plan: Plan, result_index: int, sources: dict[str, str]) -> str:
@@ -48,7 +50,7 @@ def fingerprint(plan: Plan, result_index: int, sources: dict[str, str]) -> str:
         "recipe": plan.recipes[result_index].fingerprint_fields(),
         "places": used if plan.recipes[result_index].elementwise else None,
         "kept": sources[str(base.path)] if plan.has_kept_rows else None,
-        "form": dataclasses.astuple(dataclasses.replace(plan.output_spec, dtype=None)),
+        "form": dataclasses.replace(plan.output_spec, dtype=None).fingerprint_fields(),
         "objects": [
             (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
         ],
@@ -76,6 +78,7 @@ def describe_difference(target: Path, recipe: Recipe) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return f"whose {PROVENANCE} cannot be read"
     described = json.loads(json.dumps(recipe.describe()))
+    recorded = json.loads(json.dumps(recipe.describe_defaults())) | recorded  # settings that did not exist then
     for name in (name for name in described if name != "terms"):
         if recorded.get(name) != described[name]:
             return f"with merge.{name} {recorded.get(name)} instead of {described[name]}"

@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -10,8 +11,10 @@ from megatron_bai.checkpoint.tensor_index import TensorInfo
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.param_groups import param_group
+from megatron_bai.utils.dataclass_defaults import drop_later_defaults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ORIGINAL = ("dtype", "vocab_size", "chunk_bytes", "file_bytes")  # the fields that fingerprints always had
 ROUTER_BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # which both engines keep in float32
 
 
@@ -30,6 +33,12 @@ class OutputSpec:
     vocab_size: int = 0
     chunk_bytes: int = 0
     file_bytes: int = 0
+
+    def fingerprint_fields(self) -> tuple[Any, ...]:
+        """Return what a fingerprint has of it: fields that came later only where they do not have their default."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = drop_later_defaults(values, type(self), _ORIGINAL)
+        return (*(kept.pop(name) for name in _ORIGINAL), *sorted(kept.items()))
 
 
 def make_output_spec(settings: Merge) -> OutputSpec:

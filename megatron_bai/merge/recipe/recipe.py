@@ -24,12 +24,17 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.merge.recipe.slices import SliceBox
 from megatron_bai.merge.tensor_names.param_groups import matches, parse_layers
+from megatron_bai.utils.dataclass_defaults import read_defaults
 
 T = TypeVar("T")
 ReadBlocks = Callable[[], Iterator[torch.Tensor]]  # yields a slice's values, some rows at a time
 SliceStats = tuple[float, ...]  # of one slice, as its method defines them
 
 NON_SETTINGS = ("method", "pretrained", "members", "terms")  # keys of `Recipe.describe` that are no settings
+# The settings of methods that fingerprints always had; one that came later enters them unless it has its default.
+ORIGINAL_SETTINGS = (
+    "weights", "weights_for", "normalize", "alpha", "alpha_for", "t", "t_for", "scale", "density", "drop_rate", "seed",
+)  # fmt: skip
 WEIGHT_SUM_TOLERANCE = 1e-6  # how far weights that must sum to 1 may be from it: the error of seven decimals
 
 
@@ -158,13 +163,25 @@ class Recipe(ABC):
             "method": self.method,
             "pretrained": self.pretrained,
             "members": list(self.members),
-            **{name: dict(value) if name.endswith("_for") else value for name, value in self.settings.items()},
+            **_as_mappings(self.settings),
             "terms": [{"source": t.source, "coefficient": t.coefficient} for t in self.terms()],
         }
 
+    def describe_defaults(self) -> dict[str, Any]:
+        """Return the defaults of the method's settings as `describe` has them: those of merges older than a setting."""
+        return _as_mappings({name: value for name, value in read_defaults(type(self)).items() if name in self.settings})
+
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what the merged values depend on besides the terms, for the fingerprint."""
+        """Return what the merged values depend on besides the terms, for the fingerprint.
+
+        A setting that a method gets later is left out where it has its default.
+        """
         return {"method": self.method}
+
+
+def _as_mappings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the pairs of patterns and values as mappings."""
+    return {name: dict(value) if name.endswith("_for") else value for name, value in settings.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
