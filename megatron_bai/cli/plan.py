@@ -5,7 +5,7 @@ from rich.table import Table
 
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.memory_plan.run_plan import GB, batches, check, gpu_memory
+from megatron_bai.memory_plan.run_plan import GB, describe_batches, gpu_bytes, validate_plan
 
 
 def run(settings: Config) -> None:
@@ -14,10 +14,10 @@ def run(settings: Config) -> None:
     Raises:
         UserError: settings that contradict each other, or more memory than `cluster.memory_gb`.
     """
-    processes = check(settings)
-    held = gpu_memory(settings, processes)
+    processes = validate_plan(settings)
+    held = gpu_bytes(settings, processes)
     console = Console(highlight=False)
-    for title, rows in (("", batches(settings, processes)), ("GPU memory", _shown(held))):
+    for title, rows in (("", describe_batches(settings, processes)), ("GPU memory", _format_sizes(held))):
         table = Table(title=title or None, box=None, pad_edge=False, show_header=False, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, value)
@@ -32,5 +32,5 @@ def run(settings: Config) -> None:
         )
 
 
-def _shown(found: dict[str, float]) -> dict[str, str]:
-    return {name: f"{size / GB:7.2f} GB" for name, size in (found | {"total": sum(found.values())}).items()}
+def _format_sizes(held: dict[str, float]) -> dict[str, str]:
+    return {name: f"{size / GB:7.2f} GB" for name, size in (held | {"total": sum(held.values())}).items()}

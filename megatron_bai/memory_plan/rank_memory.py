@@ -1,11 +1,11 @@
-"""Compute what a training rank holds on its GPU by formulas: nothing is built, so that a laptop can plan for a cluster.
+"""Compute by formulas what a training rank holds on its GPU: nothing is built, so that a laptop can plan for a cluster.
 
 Parameters, and with them weights, gradients and the optimizer's state, are counted exactly, as Megatron-Core builds
 them (tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a layer,
 with attention that keeps no scores and a perfectly balanced router. Megatron-LM prints a report of this kind
 (`--report-theoretical-memory`); the package megatron-core does not contain it.
 
-Sizes are bytes; `tokens` are those of one micro-batch.
+All sizes are in bytes; `tokens` are those of one micro-batch.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from megatron_bai.config import Model, Parallel
 from megatron_bai.rl.policy.logprobs import WORK_ELEMENTS
 
-BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParamCounts:
     """Numbers of parameters, of a rank or a model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Parameters:
         return self.dense + self.experts * model.moe_topk / model.num_experts
 
 
-def parameters(model: Model, parallel: Parallel | None = None, stage: int = 0, critic: bool = False) -> Parameters:
+def count_params(model: Model, parallel: Parallel | None = None, stage: int = 0, critic: bool = False) -> ParamCounts:
     """Count the parameters of a rank of a pipeline stage; of the whole model without `parallel`.
 
     Args:
@@ -52,19 +52,19 @@ def parameters(model: Model, parallel: Parallel | None = None, stage: int = 0, c
     layers = model.num_layers // parallel.pipeline
     heads, groups = model.num_attention_heads, model.num_query_groups
     attention = ((heads + 2 * groups) * d * h + heads * d * h) // t
-    whole = 2 * h + 2 * d + model.num_experts * h  # norms and the router, which tensor ranks do not split
-    dense = layers * (attention + whole)
+    unsplit = 2 * h + 2 * d + model.num_experts * h  # norms and the router, which tensor ranks do not split
+    dense = layers * (attention + unsplit)
     vocabulary = model.vocab_size // t * h
     if stage == 0:
         dense += vocabulary
     if stage == parallel.pipeline - 1:
         dense += h + (h if critic else vocabulary)
     experts = layers * (model.num_experts // parallel.expert) * 3 * h * model.moe_ffn_hidden_size
-    return Parameters(dense, experts)
+    return ParamCounts(dense, experts)
 
 
 @dataclass(frozen=True)
-class State:
+class StateBytes:
     """Bytes of a model in training on one rank, which it holds all the time."""
 
     weights: float
@@ -72,75 +72,99 @@ class State:
     optimizer: float
 
 
-def state(own: Parameters, parallel: Parallel, processes: int, dtype: str) -> State:
+def state_bytes(params: ParamCounts, parallel: Parallel, processes: int, dtype: str) -> StateBytes:
     """Compute the bytes of weights, gradients and optimizer state on one rank.
 
     Megatron's distributed optimizer holds gradients in float32, two moments of Adam, and a master copy of weights in
     less than float32; moments and master weights are split over the ranks that hold the same parameters.
 
     Args:
-        own: parameters of the rank.
+        params: parameters of the rank.
         parallel: the layout.
         processes: number of ranks of the run.
-        dtype: of weights, a key of `BYTES`.
+        dtype: of weights, a key of `DTYPE_BYTES`.
     """
     dense_ranks = processes // (parallel.tensor * parallel.pipeline)
     expert_ranks = processes // (parallel.expert * parallel.pipeline)
     moments = 8 if dtype == "float32" else 12
-    split = own.dense / dense_ranks + own.experts / expert_ranks
-    return State(own.total * BYTES[dtype], own.total * 4, split * moments)
+    split = params.dense / dense_ranks + params.experts / expert_ranks
+    return StateBytes(params.total * DTYPE_BYTES[dtype], params.total * 4, split * moments)
 
 
-def layer_activations(model: Model, parallel: Parallel, tokens: int, dtype: str) -> tuple[float, float, float]:
+def layer_activation_bytes(model: Model, parallel: Parallel, tokens: int, dtype: str) -> tuple[float, float, float]:
     """Compute the bytes of one layer's activations on a rank, in three parts.
+
+    Args:
+        model: the architecture.
+        parallel: the layout.
+        tokens: of one micro-batch, over all tensor ranks.
+        dtype: of activations, a key of `DTYPE_BYTES`.
 
     Returns:
         What attention keeps for its backward pass, what the MoE layer does, and the layer's input alone.
     """
     h, qkv = model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    q, size = model.num_attention_heads * model.head_dim, BYTES[dtype]
-    own = tokens / parallel.tensor  # sequence parallelism, or heads, or balanced experts: each splits by as much
+    q, item_bytes = model.num_attention_heads * model.head_dim, DTYPE_BYTES[dtype]
+    local_tokens = tokens / parallel.tensor  # sequence parallelism, heads or balanced experts: all split alike
     # The input and its norm; queries, keys and values as projected and as rotated; the result; float32 statistics.
-    attention = own * (size * (2 * h + 2 * qkv + q) + 4 * (2 + 2 * model.num_attention_heads))
+    attention = local_tokens * (item_bytes * (2 * h + 2 * qkv + q) + 4 * (2 + 2 * model.num_attention_heads))
     # For each of a token's experts: the row it reads; gate and up, the activated gate, the product, and that times the
     # router's weight. Once a token: the input, its norm, and the router's float32 scores, as logits and probabilities.
     routed = model.moe_topk * (h + 5 * model.moe_ffn_hidden_size)
-    moe = own * (size * (2 * h + routed) + 4 * 2 * model.num_experts)
-    return attention, moe, own * h * size
+    moe = local_tokens * (item_bytes * (2 * h + routed) + 4 * 2 * model.num_experts)
+    return attention, moe, local_tokens * h * item_bytes
 
 
-def activations(model: Model, parallel: Parallel, stage: int, tokens: int, micro_batches: int, dtype: str) -> float:
+def activation_bytes(
+    model: Model, parallel: Parallel, stage: int, tokens: int, micro_batches: int, dtype: str
+) -> float:
     """Compute the bytes that the passes of an update need at most on a rank of a stage, without logits.
 
-    Megatron's schedules hold the activations of as many micro-batches as a stage is ahead of its first backward pass;
-    of a layer that is recomputed its input alone is held, and while it is, all that it has, and their gradients.
+    Megatron's schedules hold the activations of all micro-batches that a stage runs forward before its first backward
+    pass. A layer that is recomputed holds its input alone, and while it is recomputed all its activations and their
+    gradients.
+
+    Args:
+        model: the architecture.
+        parallel: the layout.
+        stage: index of the pipeline stage.
+        tokens: of one micro-batch.
+        micro_batches: number of micro-batches of the update on this rank.
+        dtype: of activations, a key of `DTYPE_BYTES`.
     """
     chunks = parallel.virtual_pipeline
-    ahead = parallel.pipeline - stage - 1
-    held = min((ahead * 2 + (chunks - 1) * parallel.pipeline if chunks > 1 else ahead) + 1, micro_batches * chunks)
+    stages_after = parallel.pipeline - stage - 1
+    forward_first = stages_after * 2 + (chunks - 1) * parallel.pipeline if chunks > 1 else stages_after
+    live_micro_batches = min(forward_first + 1, micro_batches * chunks)
     layers = model.num_layers // parallel.pipeline / chunks
-    attention, moe, entry = layer_activations(model, parallel, tokens, dtype)
-    kept, again = {
+    attention, moe, layer_input = layer_activation_bytes(model, parallel, tokens, dtype)
+    kept, recomputed = {
         "none": (attention + moe, 0.0),
         "selective": (attention + moe, 0.0),  # it would save scores, and none are counted
-        "moe": (attention + entry, moe),
-        "full": (entry, attention + moe),
+        "moe": (attention + layer_input, moe),
+        "full": (layer_input, attention + moe),
     }[parallel.recompute]
-    return held * layers * kept + again + max(attention, moe)
+    return live_micro_batches * layers * kept + recomputed + max(attention, moe)
 
 
-def logits(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
-    """Compute the bytes on the last stage: the logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
+def logits_bytes(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
+    """Compute the bytes of logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
     elements = tokens * model.vocab_size / parallel.tensor
-    return 2 * elements * BYTES[dtype] + 3 * 4 * min(WORK_ELEMENTS, elements)
+    return 2 * elements * DTYPE_BYTES[dtype] + 3 * 4 * min(WORK_ELEMENTS, elements)
 
 
-def served(model: Model, tensor: int, cached_tokens: int, dtype: str) -> tuple[float, float]:
-    """Compute the bytes of SGLang on each of a server's `tensor` GPUs: weights, and keys and values of `cached_tokens`.
+def server_bytes(model: Model, tensor: int, cached_tokens: int, dtype: str) -> tuple[float, float]:
+    """Compute the bytes of SGLang on each GPU of a server: weights, and the key/value cache.
 
     Where there are more ranks than key/value heads, each rank holds one head.
+
+    Args:
+        model: the architecture.
+        tensor: number of the server's GPUs.
+        cached_tokens: tokens that the cache has room for.
+        dtype: of weights and cache, a key of `DTYPE_BYTES`.
     """
-    own = parameters(model)
+    params = count_params(model)
     heads = max(1, model.num_query_groups // tensor)
     cache = cached_tokens * model.num_layers * 2 * heads * model.head_dim
-    return own.total / tensor * BYTES[dtype], cache * BYTES[dtype]
+    return params.total / tensor * DTYPE_BYTES[dtype], cache * DTYPE_BYTES[dtype]

@@ -13,11 +13,14 @@ from megatron_bai.rollout.client import max_request_tokens
 
 GB = 1e9
 # Of each process on a GPU: CUDA's context, NCCL's buffers, workspaces, what the allocator cannot use. An allowance.
-RUNTIME = 2 * GB
+RUNTIME_BYTES = 2 * GB
 
 
-def check(settings: Config) -> int:
-    """Refuse what `train` would refuse, and what it could find only later. Returns the number of processes.
+def validate_plan(settings: Config) -> int:
+    """Refuse what `train` would refuse, and what it could find only later.
+
+    Returns:
+        The number of processes.
 
     Raises:
         UserError: names the settings.
@@ -30,7 +33,7 @@ def check(settings: Config) -> int:
     processes = cluster.processes or fewest
     build.validate_layout(settings.model, parallel, processes)
     micro_batches.validate_batches(settings, processes // (parallel.tensor * parallel.pipeline))
-    row, longest = settings.trainer.tokens_per_micro_batch, longest_sample(settings)
+    row, longest = settings.trainer.tokens_per_micro_batch, max_sample_tokens(settings)
     if 0 < row < longest:
         raise UserError(
             f"a sample may have {longest} tokens, more than trainer.tokens_per_micro_batch ({row}): raise it, or lower "
@@ -54,26 +57,26 @@ def check(settings: Config) -> int:
     return processes
 
 
-def longest_sample(settings: Config) -> int:
-    """Return the most tokens that a prompt and its response have."""
+def max_sample_tokens(settings: Config) -> int:
+    """Return the most tokens that a prompt and its response can have."""
     most = max_request_tokens(settings.rollout, settings.model.max_position_embeddings)
     return min(most, getattr(settings.data, "max_prompt_tokens", most) + settings.rollout.max_new_tokens)
 
 
-def batches(settings: Config, processes: int) -> dict[str, str]:
+def describe_batches(settings: Config, processes: int) -> dict[str, str]:
     """Describe what is trained in which layout, and what a step consists of, as text by name."""
     parallel, trainer, rollout = settings.parallel, settings.trainer, settings.rollout
-    whole = rank_memory.parameters(settings.model)
+    params = rank_memory.count_params(settings.model)
     stages = parallel.pipeline
     replicas, holders = processes // (parallel.tensor * stages), processes // (parallel.expert * stages)
     prompts, group = trainer.prompts_per_step, trainer.group_size
-    samples, longest = prompts * group, longest_sample(settings)
+    samples, longest = prompts * group, max_sample_tokens(settings)
     row = trainer.tokens_per_micro_batch
     routes = samples // replicas * longest * settings.model.num_layers * settings.model.moe_topk / GB
     kept = f"up to {routes:.1f} GB in a replica's host memory" if settings.replay.mode != "none" else "not replayed"
     micro = f"a row of {row} tokens" if row else f"{trainer.micro_batch_size} samples of up to {longest} tokens"
     return {
-        "model": f"{whole.total:,} parameters, {whole.active(settings.model):,.0f} of them a token's",
+        "model": f"{params.total:,} parameters, {params.active(settings.model):,.0f} of them a token's",
         "processes": f"{processes}: pipeline {stages} × tensor {parallel.tensor} × {replicas} replicas; of experts, "
         f"{parallel.expert} parts × {holders}",
         "step": f"{prompts} prompts × {group} = {samples} responses, {prompts // replicas} prompts to a replica",
@@ -85,34 +88,37 @@ def batches(settings: Config, processes: int) -> dict[str, str]:
     }
 
 
-def gpu_memory(settings: Config, processes: int) -> dict[str, float]:
-    """Compute the bytes of the fullest GPU, by what holds them. On the first machine that includes the servers started there."""
+def gpu_bytes(settings: Config, processes: int) -> dict[str, float]:
+    """Compute the bytes of the fullest GPU, by what holds them.
+
+    That is one of the first machine, with the servers of the run's own if it starts some.
+    """
     parallel = settings.parallel
-    stages = [_of_rank(settings, processes, stage) for stage in range(parallel.pipeline)]
-    fullest = max(stages, key=lambda found: sum(found.values()))
-    return fullest | ({} if settings.rollout.urls else _of_server(settings.model, settings.rollout))
+    stages = [_rank_bytes(settings, processes, stage) for stage in range(parallel.pipeline)]
+    fullest = max(stages, key=lambda held: sum(held.values()))
+    return fullest | ({} if settings.rollout.urls else _server_bytes(settings.model, settings.rollout))
 
 
-def _of_rank(settings: Config, processes: int, stage: int) -> dict[str, float]:
+def _rank_bytes(settings: Config, processes: int, stage: int) -> dict[str, float]:
     """Compute the trainer's bytes on a GPU of a pipeline stage."""
     model, parallel, trainer, dtype = settings.model, settings.parallel, settings.trainer, settings.backend.dtype
-    found: dict[str, float] = {}
+    held: dict[str, float] = {}
     for name in ("actor", "critic") if isinstance(settings.objective, config.Ppo) else ("actor",):
-        own = rank_memory.parameters(model, parallel, stage, critic=name == "critic")
-        found |= {
-            f"{name}: {part}": size for part, size in vars(rank_memory.state(own, parallel, processes, dtype)).items()
-        }
+        params = rank_memory.count_params(model, parallel, stage, critic=name == "critic")
+        state = rank_memory.state_bytes(params, parallel, processes, dtype)
+        held |= {f"{name}: {part}": size for part, size in vars(state).items()}
     if isinstance(settings.objective, config.Policy) and settings.objective.kl_penalty:
-        found["reference: weights"] = rank_memory.parameters(model, parallel, stage).total * rank_memory.BYTES[dtype]
-    tokens = trainer.tokens_per_micro_batch or trainer.micro_batch_size * longest_sample(settings)
-    micros = _micro_batches(settings, processes)
-    found["activations (estimate)"] = rank_memory.activations(model, parallel, stage, tokens, micros, dtype)
+        params = rank_memory.count_params(model, parallel, stage)
+        held["reference: weights"] = params.total * rank_memory.DTYPE_BYTES[dtype]
+    tokens = trainer.tokens_per_micro_batch or trainer.micro_batch_size * max_sample_tokens(settings)
+    count = _count_micro_batches(settings, processes)
+    held["activations (estimate)"] = rank_memory.activation_bytes(model, parallel, stage, tokens, count, dtype)
     if stage == parallel.pipeline - 1:
-        found["logits"] = rank_memory.logits(model, parallel, tokens, dtype)
-    return found | {"trainer's runtime (allowance)": RUNTIME}
+        held["logits"] = rank_memory.logits_bytes(model, parallel, tokens, dtype)
+    return held | {"trainer's runtime (allowance)": RUNTIME_BYTES}
 
 
-def _micro_batches(settings: Config, processes: int) -> int:
+def _count_micro_batches(settings: Config, processes: int) -> int:
     """Count the micro-batches of an update on a rank, at least as many as its longest samples need."""
     parallel, trainer = settings.parallel, settings.trainer
     replicas = processes // (parallel.tensor * parallel.pipeline)
@@ -121,7 +127,7 @@ def _micro_batches(settings: Config, processes: int) -> int:
     return samples if row else samples // trainer.micro_batch_size
 
 
-def _of_server(model: config.Model, rollout: config.Rollout) -> dict[str, float]:
+def _server_bytes(model: config.Model, rollout: config.Rollout) -> dict[str, float]:
     """Compute a server's bytes on a GPU."""
-    weights, cache = rank_memory.served(model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
-    return {"server: weights": weights, "server: keys and values": cache, "server's runtime (allowance)": RUNTIME}
+    weights, cache = rank_memory.server_bytes(model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
+    return {"server: weights": weights, "server: keys and values": cache, "server's runtime (allowance)": RUNTIME_BYTES}

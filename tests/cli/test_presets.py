@@ -28,7 +28,7 @@ def composed(*words: str) -> Config:
 
 
 def total(settings: Config) -> float:
-    return sum(run_plan.gpu_memory(settings, run_plan.check(settings)).values()) / run_plan.GB
+    return sum(run_plan.gpu_bytes(settings, run_plan.validate_plan(settings)).values()) / run_plan.GB
 
 
 def test_every_experiment_composes() -> None:
@@ -43,7 +43,7 @@ def test_minirl_in_the_papers_settings(cluster: str, updates: str) -> None:
     """arXiv 2512.01374: mini-batches of 64 prompts × 16 responses, N = 1, 2, 4, 8; none, R2 and R3."""
     settings = composed(MINIRL, f"cluster={cluster}", f"updates={updates}")
     for settings.replay.mode in REPLAY:
-        trainer, objective, processes = settings.trainer, settings.objective, run_plan.check(settings)
+        trainer, objective, processes = settings.trainer, settings.objective, run_plan.validate_plan(settings)
         assert trainer.mini_batches == int(updates[1:]) and processes == int(cluster[5:])
         assert trainer.prompts_per_step == 64 * trainer.mini_batches and trainer.group_size == 16
         assert (objective.clip_low, objective.clip_high, objective.is_max) == (0.2, 0.27, 5.0)

@@ -43,7 +43,7 @@ def built() -> dict[str, Any]:
 
 def test_the_model_has_the_parameters_its_makers_publish() -> None:
     """30.5 billion in all, 3.3 billion of a token's, 29.9 billion beside the embeddings."""
-    whole = rank_memory.parameters(LARGE)
+    whole = rank_memory.count_params(LARGE)
     beside = whole.total - 2 * LARGE.vocab_size * LARGE.hidden_size
     assert (round(whole.total / 1e9, 1), round(beside / 1e9, 1)) == (30.5, 29.9)
     assert whole.active(LARGE) / 1e9 == pytest.approx(3.3, abs=0.06)
@@ -54,7 +54,7 @@ def test_the_model_has_the_parameters_its_makers_publish() -> None:
 def test_parameters_of_a_rank_are_megatrons(case: str, built: dict[str, Any]) -> None:
     rank, processes, model, parallel, _, kind = CASES[case]
     stage = rank * parallel.pipeline // processes  # Megatron numbers the ranks of a stage one after the other
-    own = rank_memory.parameters(model, parallel, stage, kind == "critic")
+    own = rank_memory.count_params(model, parallel, stage, kind == "critic")
     assert (own.dense, own.experts) == (built[case]["dense"], built[case]["experts"])
 
 
@@ -63,8 +63,8 @@ def test_parameters_of_a_rank_are_megatrons(case: str, built: dict[str, Any]) ->
 def test_bytes_in_training_are_megatrons(case: str, built: dict[str, Any]) -> None:
     """But for what pads Megatron's buffers to equal parts: less than 128 elements a rank and buffer."""
     rank, processes, model, parallel, dtype, _ = CASES[case]
-    own = rank_memory.parameters(model, parallel, rank * parallel.pipeline // processes)
-    expected = rank_memory.state(own, parallel, processes, dtype)
+    own = rank_memory.count_params(model, parallel, rank * parallel.pipeline // processes)
+    expected = rank_memory.state_bytes(own, parallel, processes, dtype)
     assert expected.weights == built[case]["weights"]
     for name in ("gradients", "optimizer"):
         assert built[case][name] == pytest.approx(getattr(expected, name), abs=2 * 128 * 12 * processes), name
@@ -73,19 +73,19 @@ def test_bytes_in_training_are_megatrons(case: str, built: dict[str, Any]) -> No
 @pytest.mark.distributed
 def test_activations_of_a_layer_are_nearly_megatrons(built: dict[str, Any]) -> None:
     """Megatron-Core's layers for a CPU are not fused, and keep somewhat more than is counted."""
-    attention, moe, _ = rank_memory.layer_activations(SMALL, Parallel(), 1, "float32")
+    attention, moe, _ = rank_memory.layer_activation_bytes(SMALL, Parallel(), 1, "float32")
     assert 1.0 <= built["layer"] / (attention + moe) <= 1.5
 
 
 def test_recomputation_and_stages_hold_what_they_say() -> None:
-    def held(stage: int = 0, micros: int = 8, **layout: Any) -> float:
-        return rank_memory.activations(LARGE, Parallel(**layout), stage, 4096, micros, "bfloat16")
+    def held(stage: int = 0, micro_batches: int = 8, **layout: Any) -> float:
+        return rank_memory.activation_bytes(LARGE, Parallel(**layout), stage, 4096, micro_batches, "bfloat16")
 
-    attention, moe, entry = rank_memory.layer_activations(LARGE, Parallel(), 4096, "bfloat16")
+    attention, moe, entry = rank_memory.layer_activation_bytes(LARGE, Parallel(), 4096, "bfloat16")
     assert held() == 48 * (attention + moe) + moe
     assert held(recompute="moe") == 48 * (attention + entry) + 2 * moe
     assert held(recompute="full") == 48 * entry + attention + 2 * moe
     assert held(pipeline=4) == held() and held(3, pipeline=4) == 12 * (attention + moe) + moe
-    assert held(pipeline=4, micros=2) == 2 * 12 * (attention + moe) + moe  # there are no more of them
+    assert held(pipeline=4, micro_batches=2) == 2 * 12 * (attention + moe) + moe  # there are no more of them
     # Megatron's interleaved schedule: 2 · 3 + 1 · 4 chunks ahead and one in work, of 6 layers each.
     assert held(pipeline=4, virtual_pipeline=2) == 11 * 6 * (attention + moe) + moe
