@@ -7,8 +7,9 @@ from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.memory_plan import rank_memory
 from megatron_bai.model import build
-from megatron_bai.rl import objectives, session
+from megatron_bai.rl import objectives
 from megatron_bai.rl.batches import micro_batches
+from megatron_bai.rl.validate_settings import validate_settings
 from megatron_bai.rollout.client import max_request_tokens
 
 GB = 1e9
@@ -27,7 +28,7 @@ def validate_plan(settings: Config) -> int:
     """
     if not objectives.check(settings.objective).rollouts:
         raise UserError("plan is for reinforcement learning: choose another objective than sft")
-    session.validate_settings(settings)
+    validate_settings(settings)
     parallel, cluster, rollout = settings.parallel, settings.cluster, settings.rollout
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
     processes = cluster.processes or fewest

@@ -162,20 +162,20 @@ def checkpoints(directory: Path) -> list[Path]:
 
 def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
     """Find the point to resume from, on one rank; remove what killed saves left behind."""
-    settings, found = session.settings, checkpoints(directory)
+    settings, saved = session.settings, checkpoints(directory)
     for path in (directory / "checkpoints").glob(".step-*"):  # what killed savings left
         rmtree(path) if path.is_dir() else path.unlink()
     complete = read_summary(directory).get("complete") is True
-    if not found:
+    if not saved:
         return _start_without_checkpoint(settings, directory, complete)
     try:
-        info = manifest.require_info(found[-1])
+        info = manifest.require_info(saved[-1])
     except UserError as error:
-        raise _unusable_error(found[-1], error) from None
+        raise _unusable_error(saved[-1], error) from None
     if "settings" not in info:
-        raise UserError(f"{found[-1]} was not written to go on from: move it away")
+        raise UserError(f"{saved[-1]} was not written to go on from: move it away")
     _refuse_changes(info["settings"], settings, directory)
-    former = complete_settings(info["settings"], settings)
+    previous = complete_settings(info["settings"], settings)
     steps, step = settings.trainer.steps, info["step"]
     if step > steps:
         raise UserError(f"{directory} holds {step} steps of a run, more than trainer.steps={steps}: raise it")
@@ -185,10 +185,10 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
     return ResumePoint(
         step=step,
         version=info["version"],
-        checkpoint=found[-1],
+        checkpoint=saved[-1],
         states=info["parts"],
         restore_rng=asdict(config.Parallel()) | info["layout"] == _rng_layout(session),
-        same_store=_same_store(former, settings),
+        same_store=_same_store(previous, settings),
         is_finished=complete and step == steps and _results_exist(settings),
     )
 
@@ -197,22 +197,22 @@ def _start_without_checkpoint(settings: config.Config, directory: Path, complete
     """Return the point of a run without a checkpoint: its beginning, unless the run was finished."""
     path = directory / "config.yaml"
     saved = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
-    former = complete_settings(saved, settings)
+    previous = complete_settings(saved, settings)
     if not complete:
         same = not list_changes(saved, settings, _may_change)
-        return ResumePoint(same_store=same and _same_store(former, settings))
+        return ResumePoint(same_store=same and _same_store(previous, settings))
     _refuse_changes(saved, settings, directory)
-    if former["trainer.steps"] != str(settings.trainer.steps) or not _results_exist(settings):
+    if previous["trainer.steps"] != str(settings.trainer.steps) or not _results_exist(settings):
         raise UserError(
-            f"{directory} holds a finished run of {former['trainer.steps']} steps and no checkpoint to go on from "
+            f"{directory} holds a finished run of {previous['trainer.steps']} steps and no checkpoint to go on from "
             "(trainer.save_every was 0): choose another run.name"
         )
     return ResumePoint(is_finished=True)
 
 
-def _same_store(former: dict[str, str], settings: config.Config) -> bool:
+def _same_store(previous: dict[str, str], settings: config.Config) -> bool:
     """Return whether the store of routes is the run's own, which may have moved with the run's directory."""
-    store, run_dir = former.get("replay.store"), former.get("run.dir")
+    store, run_dir = previous.get("replay.store"), previous.get("run.dir")
     if not store or not run_dir:
         return False
     return settings.replay.store == store or relpath(settings.replay.store, settings.run.dir) == relpath(store, run_dir)
@@ -230,11 +230,13 @@ def _results_exist(settings: config.Config) -> bool:
 
 
 def _may_change(name: str) -> bool:
+    """Return whether a setting may differ when a run is resumed."""
     return any(name == free or free.endswith(".") and name.startswith(free) for free in MAY_CHANGE)
 
 
-def _refuse_changes(former: dict[str, str], settings: config.Config, directory: Path) -> None:
-    if changes := list_changes(former, settings, _may_change):
+def _refuse_changes(saved: dict[str, str], settings: config.Config, directory: Path) -> None:
+    """Raise a UserError if settings differ that may not."""
+    if changes := list_changes(saved, settings, _may_change):
         raise UserError(
             f"{directory} holds a run with other settings ({'; '.join(changes)}): set them back, or choose another "
             "run.name"

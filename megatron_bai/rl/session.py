@@ -15,28 +15,21 @@ from megatron_bai import config, rewards
 from megatron_bai.data import task_factory
 from megatron_bai.data.task import Task
 from megatron_bai.distributed import backend
-from megatron_bai.distributed.hosts import is_loopback, is_multi_host
+from megatron_bai.distributed.hosts import is_multi_host
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.model.build import MegatronModel
-from megatron_bai.monitor import loggers
-from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rewards import Scorer
 from megatron_bai.rl import init_weights, objectives
-from megatron_bai.rl.experience import staleness
-from megatron_bai.rl.objectives.objective import policy_settings
-from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rl.policy.critic import Critic
 from megatron_bai.rl.policy.training_engine import TrainingEngine
+from megatron_bai.rl.validate_settings import require_packages, validate_settings
 from megatron_bai.rollout.client import max_request_tokens
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.rollout.servers import auth, fleet
-from megatron_bai.routing.missing import validate_missing_policy
+from megatron_bai.rollout.servers import auth
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
-from megatron_bai.routing.store.codec import ENCODINGS
-from megatron_bai.routing.store.expert_set_code import MAX_EXPERTS, MAX_TOPK
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +113,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     device = backend.init_backend(settings.backend)
     try:
         build.validate_layout(settings.model, settings.parallel, dist.get_world_size())
-        _check_processes(settings.cluster, dist.get_world_size())
+        _validate_processes(settings.cluster, dist.get_world_size())
         if is_multi_host():
             _require_shared_dir(Path(settings.run.dir))
         init_weights.run_init_merge(settings)
@@ -134,7 +127,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         backend.shutdown_backend()
 
 
-def _check_processes(cluster: config.Cluster, world: int) -> None:
+def _validate_processes(cluster: config.Cluster, world: int) -> None:
     """Raise a UserError unless as many processes run as `cluster.processes` says."""
     if cluster.processes not in (0, world):
         raise UserError(
@@ -198,7 +191,9 @@ def _build_session(settings: config.Config, device: backend.Device) -> Session:
 def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
     """Make the task, whose prompts leave room for a response."""
     supervised = not objectives.get(settings.objective.name).rollouts
-    length = max_request_tokens(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
+    length = (
+        max_request_tokens(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
+    )
     if supervised:
         length = settings.supervised.length
     log = _log.warning if dist.get_rank() == 0 else (lambda line: None)
@@ -214,125 +209,3 @@ def _load_tokenizer(directory: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from None
-
-
-def validate_settings(settings: config.Config) -> None:
-    """Refuse settings that contradict each other, by name, before any work starts.
-
-    Raises:
-        UserError: names the settings.
-    """
-    trainer, model = settings.trainer, settings.model
-    if settings.replay.mode not in ("none", "r2", "r3"):
-        raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
-    validate_missing_policy(settings.replay.missing)
-    init_weights.validate_init(settings)
-    lr_schedule.validate(settings)
-    _check_store(settings)
-    run_monitor.validate(settings.monitor)
-    loggers.validate(settings)
-    for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
-        if getattr(trainer, name) < 1:
-            raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
-    if trainer.save_every < 0 or trainer.keep < 1:
-        raise UserError(
-            f"trainer.save_every is {trainer.save_every} and trainer.keep {trainer.keep}: at least 0 and 1 are needed"
-        )
-    rollouts = objectives.check(settings.objective).rollouts
-    _check_packing(settings, rollouts)
-    task_factory.validate_data(settings.data, not rollouts, config.initial_checkpoint(settings))
-    rewards.resolve_reward(settings.reward)
-    if not rollouts:
-        if trainer.save_every:
-            raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
-        return
-    if trainer.eval_samples < 1:
-        raise UserError(f"trainer.eval_samples is {trainer.eval_samples}: it must be at least 1")
-    _check_groups(settings)
-    if isinstance(settings.objective, config.Ppo):
-        _check_critic(settings.objective, settings.trainer)
-    if is_multi_host() and not settings.rollout.urls and is_loopback(settings.rollout.host):
-        raise UserError(
-            f"rollout.host={settings.rollout.host} is reached from the server's machine alone, and the run has others: "
-            "set rollout.host=0.0.0.0 and rollout.api_key_file"
-        )
-    if trainer.prompts_per_step % trainer.mini_batches:
-        raise UserError(
-            f"trainer.prompts_per_step ({trainer.prompts_per_step}) is not a multiple of trainer.mini_batches "
-            f"({trainer.mini_batches})"
-        )
-    fleet.validate(settings.rollout)
-    staleness.validate(settings)
-    if settings.rollout.max_new_tokens >= model.max_position_embeddings:
-        raise UserError(
-            f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
-            f"model.max_position_embeddings ({model.max_position_embeddings})"
-        )
-
-
-def require_packages(settings: config.Config) -> None:
-    """Refuse a run whose settings need a package that is not installed, before any work starts.
-
-    Raises:
-        UserError: names the setting and the package.
-    """
-    loggers.require(settings.monitor)
-    if objectives.get(settings.objective.name).rollouts:
-        rewards.require(settings.reward)
-
-
-def _check_groups(settings: config.Config) -> None:
-    """Refuse groups that are too small for the objective."""
-    objective, trainer = policy_settings(settings.objective), settings.trainer
-    if trainer.group_size == 1 and not isinstance(objective, config.Ppo):
-        raise UserError("trainer.group_size is 1: an advantage needs a group of at least 2 samples")
-    if trainer.group_size == 1 and objective.drop_uniform_groups:
-        raise UserError("objective.drop_uniform_groups with trainer.group_size=1 drops every sample")
-
-
-def _check_critic(objective: config.Ppo, trainer: config.Trainer) -> None:
-    """Refuse a critic that contradicts the trainer's settings."""
-    if objective.critic_warmup > trainer.steps:
-        raise UserError(
-            f"objective.critic_warmup ({objective.critic_warmup}) is more than trainer.steps ({trainer.steps})"
-        )
-    if objective.critic_save and objective.critic_save == trainer.save:
-        raise UserError(f"objective.critic_save and trainer.save are both {trainer.save}: they are two models")
-
-
-def _check_packing(settings: config.Config, rollouts: bool) -> None:
-    """Refuse rows that samples cannot be packed into."""
-    row, parallel, longest = settings.trainer.tokens_per_micro_batch, settings.parallel, settings.rollout.max_new_tokens
-    if not row:
-        return
-    if row < 0:
-        raise UserError(f"trainer.tokens_per_micro_batch is {row}: it must be at least 1, or 0 to count samples")
-    if not rollouts:
-        raise UserError(
-            "trainer.tokens_per_micro_batch is for rollouts: supervised.length is the length of packed rows"
-        )
-    if row % parallel.tensor:
-        raise UserError(
-            f"trainer.tokens_per_micro_batch ({row}) is not a multiple of parallel.tensor ({parallel.tensor}), whose "
-            "ranks share a row"
-        )
-    if longest >= row:
-        raise UserError(
-            f"rollout.max_new_tokens ({longest}) leaves no room for a prompt in trainer.tokens_per_micro_batch ({row})"
-        )
-
-
-def _check_store(settings: config.Config) -> None:
-    """Refuse a store that nothing would be written to, and an encoding that cannot hold the model's routes."""
-    replay, model = settings.replay, settings.model
-    if not replay.store:
-        return
-    if replay.mode == "none" or not objectives.get(settings.objective.name).rollouts:
-        raise UserError(f"replay.store={replay.store} keeps replayed routes, and nothing is replayed: leave it empty")
-    if replay.store_encoding not in ENCODINGS:
-        raise UserError(f"replay.store_encoding is {replay.store_encoding!r}: choose {' or '.join(ENCODINGS)}")
-    if replay.store_encoding == "compact" and (model.num_experts > MAX_EXPERTS or model.moe_topk > MAX_TOPK):
-        raise UserError(
-            f"replay.store_encoding=compact knows up to {MAX_TOPK} of {MAX_EXPERTS} experts, the model uses "
-            f"{model.moe_topk} of {model.num_experts}: choose plain"
-        )

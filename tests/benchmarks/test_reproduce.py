@@ -18,7 +18,7 @@ import tables  # noqa: E402
 from studies import GROUP, all_studies  # noqa: E402
 
 from megatron_bai import config  # noqa: E402
-from megatron_bai.rl import session  # noqa: E402
+from megatron_bai.rl.validate_settings import validate_settings  # noqa: E402
 
 STUDIES = all_studies(Path("/study"))
 
@@ -40,7 +40,7 @@ def settings_of(study: str, variant: str, updates: int) -> Any:
 )  # fmt: skip
 def test_the_product_accepts_the_settings_and_budgets_are_equal(study: str, variant: str) -> None:
     settings = settings_of(study, variant, STUDIES[study].updates)
-    session.validate_settings(settings)
+    validate_settings(settings)
     trainer = settings.trainer
     assert trainer.steps * trainer.mini_batches == STUDIES[study].updates
     samples = trainer.steps * trainer.prompts_per_step * trainer.group_size

@@ -104,7 +104,7 @@ def test_the_docs_totals_are_plans() -> None:
 def test_training_on_another_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from megatron_bai.rl import session
 
-    session._check_processes(config.Cluster(), 3)
-    session._check_processes(config.Cluster(processes=3), 3)
+    session._validate_processes(config.Cluster(), 3)
+    session._validate_processes(config.Cluster(processes=3), 3)
     with pytest.raises(UserError, match="cluster.processes is 16, and 8 were started"):
-        session._check_processes(config.Cluster(processes=16), 8)
+        session._validate_processes(config.Cluster(processes=16), 8)

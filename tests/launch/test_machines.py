@@ -9,7 +9,7 @@ from processes import TESTS
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rl import session
+from megatron_bai.rl.validate_settings import validate_settings
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def test_a_run_directory_that_is_not_shared_is_refused_on_all_ranks(found: dict)
 
 def test_a_server_on_loopback_is_refused_on_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.Config(model=config.Model(max_position_embeddings=256))
-    session.validate_settings(settings)
+    validate_settings(settings)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="rollout.host=127.0.0.1 is reached from the server's machine alone"):
-        session.validate_settings(settings)
+        validate_settings(settings)
     settings.rollout.host = "0.0.0.0"
     with pytest.raises(UserError, match="rollout.host=0.0.0.0 is reached from other machines: name a file"):
-        session.validate_settings(settings)
+        validate_settings(settings)
     settings.rollout.api_key_file = "key"
-    session.validate_settings(settings)
+    validate_settings(settings)

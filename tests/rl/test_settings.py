@@ -11,6 +11,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.rl import session
 from megatron_bai.rl.policy import lr_schedule
+from megatron_bai.rl.validate_settings import require_packages, validate_settings
 
 MODEL = {
     "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16,
@@ -33,7 +34,7 @@ def changed(**values: Any) -> config.Config:
 
 
 def test_the_defaults_are_valid() -> None:
-    session.validate_settings(changed())
+    validate_settings(changed())
     build.validate_layout(changed().model, config.Parallel(), world=1)
 
 
@@ -87,7 +88,7 @@ def test_the_defaults_are_valid() -> None:
 )
 def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        session.validate_settings(changed(**values))
+        validate_settings(changed(**values))
     assert all(part in str(error.value) for part in named), error.value
 
 
@@ -102,26 +103,26 @@ def test_a_package_that_is_missing_is_named_before_any_work(
     monkeypatch.setattr(backend, "init_backend", lambda *args: pytest.fail("the run was started"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("megatron_bai.monitor.loggers.find_spec", lambda name: None)
-    session.validate_settings(changed(**values))
+    validate_settings(changed(**values))
     with pytest.raises(UserError, match=named), session.open_session(changed(**values)):
         pass
 
 
 def test_supervised_training_needs_no_rewards_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    session.require_packages(changed(reward=config.MathVerify(), objective=config.Sft()))
+    require_packages(changed(reward=config.MathVerify(), objective=config.Sft()))
 
 
 def test_supervised_training_does_not_ask_for_rollouts_settings() -> None:
     settings = changed(trainer__group_size=1, trainer__mini_batches=3)
     settings.objective = config.Sft()
-    session.validate_settings(settings)
+    validate_settings(settings)
 
 
 def test_a_critic_needs_no_groups() -> None:
     settings = changed(trainer__group_size=1)
     settings.objective = config.Ppo()
-    session.validate_settings(settings)
+    validate_settings(settings)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,6 @@ def test_schedules_that_cannot_be_followed(changes: dict[str, Any], said: str) -
 def test_a_key_that_cannot_be_read_is_refused_before_anything_begins(tmp_path: Path) -> None:
     """Unlike `validate`, which plans and presets go through where no key is."""
     settings = changed(rollout__host="0.0.0.0", rollout__api_key_file=str(tmp_path / "key"))
-    session.validate_settings(settings)
+    validate_settings(settings)
     with pytest.raises(UserError, match="rollout.api_key_file=.*/key cannot be read"), session.open_session(settings):
         raise AssertionError

@@ -111,7 +111,9 @@ class Collector:
                 batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats
             )
         if self.settings.replay.mode == "r3":
-            batch.mask, counts = apply_missing_policy(self.settings.replay.missing, batch.mask, batch.routed, batch.missing)
+            batch.mask, counts = apply_missing_policy(
+                self.settings.replay.missing, batch.mask, batch.routed, batch.missing
+            )
             stats.ratio("route_missing", counts.num_missing, counts.num_fed)
             stats.ratio("route_masked", counts.num_masked, counts.num_loss_tokens)
         return samples, batch
@@ -145,7 +147,9 @@ class Collector:
             outcomes += [(sample.lost, sample.failure) for sample in fresh]
             for i, index in enumerate(to_replace):
                 group = fresh[i * size : (i + 1) * size]
-                samples[index * size : (index + 1) * size] = [replace(sample, prompt_index=int(index)) for sample in group]
+                samples[index * size : (index + 1) * size] = [
+                    replace(sample, prompt_index=int(index)) for sample in group
+                ]
         self._count_failures(outcomes, stats)
         if objective.refill_rounds:
             stats.ratio("refill_rounds", rounds, 1)

@@ -96,7 +96,9 @@ class InferenceEngine:
             if session.is_replica_leader:
                 end, version = session.task.tokenizer.eos_token_id, str(self.version)
                 arguments = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
-                results = self._client.generate(*arguments, version=version, max_failures=max_failures, previous=results)
+                results = self._client.generate(
+                    *arguments, version=version, max_failures=max_failures, previous=results
+                )
                 self._refuse_aborted(results)
             failures = [result for result in results if isinstance(result, UserError)]
             if not self.any_failed(failures) or not self.recover(failures, max_failures):

@@ -221,7 +221,9 @@ class RolloutBuffer:
 
     def _reward(self, groups: list[SampleGroup]) -> None:
         """Add rewards to complete groups, in place."""
-        samples = [replace(sample, prompt_index=i) for i, group in enumerate(groups) for sample in group.started_samples()]
+        samples = [
+            replace(sample, prompt_index=i) for i, group in enumerate(groups) for sample in group.started_samples()
+        ]
         rewarded = iter(self.inference.add_rewards([group.prompt for group in groups], samples))
         for group in groups:
             group.samples = [next(rewarded) for _ in group.samples]
