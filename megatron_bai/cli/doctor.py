@@ -243,7 +243,7 @@ def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
 def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
     """Report the fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
     for patch in known:
-        piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.found or '–'}"
+        piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.installed_version or '–'}"
         if machine.gpus and patch.scope.endswith("-cpu"):
             yield Finding(piece, found, _OK, "not needed with a GPU")
         elif patch.state in ("ready", "applied"):

@@ -1,7 +1,7 @@
-"""Fixes to named releases of upstream packages, one module each: the symptom, where upstream, when it can go.
+"""Compatibility fixes for named releases of upstream packages, one module each: symptom, upstream code, expiry.
 
-`apply("sglang-cpu")` installs the patches of a scope; one whose package moved to another release refuses by name.
-Importing this package imports none of the patched ones.
+`apply("sglang-cpu")` installs the fixes of a scope and refuses by name where another release is installed.
+`releases.py` is the table of what differs between releases. Importing this package imports none that it fixes.
 """
 
 from megatron_bai.compat import (
@@ -31,9 +31,9 @@ PATCHES: tuple[Patch, ...] = (
 
 
 def apply(scope: str) -> None:
-    """Install every patch of `scope` in this process; a second call does nothing.
+    """Install every fix of `scope` in this process; a second call does nothing.
 
     Raises:
-        UserError: a patched package is not the release its patch was written for.
+        UserError: an installed package is not the release its fix was written for.
     """
     apply_scope(PATCHES, scope)

@@ -4,7 +4,7 @@ Symptom: Megatron-Core names CUDA throughout: it allocates with `device="cuda"`,
 random states in CUDA generators, and compares tensor type names with `torch.cuda.FloatTensor`.
 Upstream: `optimizer/clip_grads.py`, `optimizer/distrib_optimizer.py`, `pipeline_parallel/schedules.py`,
 `tensor_parallel/random.py`, `transformer/moe/{moe_utils,token_dispatcher}.py`.
-Can go: when Megatron-Core takes its device from one place.
+Can go: when Megatron-Core takes its device from one setting.
 
 Only a process that trains on a CPU calls `install`: it changes what `torch.cuda` means there.
 """
@@ -17,29 +17,29 @@ from megatron_bai.compat import releases
 from megatron_bai.compat.patch import Patch
 
 
-class _Inert:
+class _NoopStream:
     """A CUDA stream or event on a machine that runs everything in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> "_Inert":
+    def __enter__(self) -> "_NoopStream":
         return self
 
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    wait_stream = wait_event = wait = record = synchronize = _nothing
+    wait_stream = wait_event = wait = record = synchronize = _do_nothing
 
-    def record_event(self, *args: Any) -> "_Inert":
+    def record_event(self, *args: Any) -> "_NoopStream":
         return self
 
 
 def _cpu(device: Any) -> Any:
-    """The CPU where a CUDA device was asked for; anything else unchanged."""
+    """Return the CPU in place of a CUDA device, and any other device unchanged."""
     import torch
 
     return torch.device("cpu") if torch.device(device).type == "cuda" else device
@@ -55,8 +55,8 @@ def _on_cpu(factory: Any) -> Any:
     return make
 
 
-def _devices() -> None:
-    """`cuda` as a device means the CPU."""
+def _patch_devices() -> None:
+    """Make `cuda` as a device mean the CPU."""
     import torch
     from torch.utils._device import _device_constructors
 
@@ -71,27 +71,27 @@ def _devices() -> None:
     typename = torch.Tensor.type
 
     def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = typename(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        result = typename(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     tensor.type = type_
-    for kind in ("Float", "Half", "BFloat16", "Int", "Long", "Byte", "Double"):
-        setattr(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
+    for dtype in ("Float", "Half", "BFloat16", "Int", "Long", "Byte", "Double"):
+        setattr(torch.cuda, f"{dtype}Tensor", getattr(torch, f"{dtype}Tensor"))
 
 
-def _streams() -> None:
-    """Nothing is asynchronous, so there is nothing to wait for."""
+def _patch_streams() -> None:
+    """Replace streams and events: nothing is asynchronous on a CPU, so there is nothing to wait for."""
     import torch
 
     cuda: Any = torch.cuda
-    cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream = cuda.default_stream = lambda *args: _Inert()
+    cuda.Stream = cuda.Event = _NoopStream
+    cuda.current_stream = cuda.default_stream = lambda *args: _NoopStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.synchronize = cuda.empty_cache = lambda *args: None
 
 
-def _random_states() -> None:
-    """The generator Megatron calls CUDA's is the CPU's."""
+def _patch_rng() -> None:
+    """Make the CPU's random generator stand for CUDA's."""
     import torch
     from megatron.core.tensor_parallel import random
 
@@ -103,8 +103,8 @@ def _random_states() -> None:
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
 
-def _collectives() -> None:
-    """gloo's all_to_all_single takes split sizes as ints only; Megatron hands it tensors' elements."""
+def _patch_all_to_all() -> None:
+    """Convert split sizes to ints, which gloo's all_to_all_single requires; Megatron passes elements of tensors."""
     import torch
 
     distributed: Any = torch.distributed
@@ -121,8 +121,8 @@ def _collectives() -> None:
     distributed.all_to_all_single = all_to_all_single
 
 
-def _without_transformer_engine() -> None:
-    """`moe_router_dtype` looks up a name that only Transformer Engine's import defines."""
+def _define_te_name() -> None:
+    """Define a name that `moe_router_dtype` looks up and only Transformer Engine's import defines."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -130,15 +130,15 @@ def _without_transformer_engine() -> None:
 
 
 def install() -> None:
-    """Apply every part. Must run before any Megatron-Core model module is imported."""
-    _devices()
-    _streams()
+    """Replace CUDA's devices, streams and generators. Call before any model module of Megatron-Core is imported."""
+    _patch_devices()
+    _patch_streams()
     from megatron.core import jit
 
     jit.disable_jit_fuser()  # torch.compile of one-line functions: minutes of C compilation, no gain on a CPU
-    _random_states()
-    _collectives()
-    _without_transformer_engine()
+    _patch_rng()
+    _patch_all_to_all()
+    _define_te_name()
 
 
 PATCH = Patch(

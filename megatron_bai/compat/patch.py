@@ -1,4 +1,4 @@
-"""What a patch is, and how patches are applied. Imports no patched library."""
+"""`Patch`, a compatibility fix, and how fixes are applied. Imports no library that is fixed."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -12,20 +12,20 @@ from typing import Any
 
 from megatron_bai.errors import UserError
 
-_applied: set[str] = set()  # names of the patches installed in this process
+_applied: set[str] = set()  # names of the fixes installed in this process
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A fix to one released version of somebody else's package.
+    """A fix to one release of another project's package.
 
     Attributes:
         name: unique; the module's name.
-        distribution: the patched package, as pip names it.
+        distribution: the package it fixes, as pip names it.
         version: the one release the fix was written for and tested with.
-        scope: what needs it (`sglang-cpu`, `megatron-cpu`): patches of a scope are applied together.
+        scope: what needs it (`sglang-cpu`, `megatron-cpu`): fixes of a scope are applied together.
         summary: the symptom without it, in one line.
-        install: puts the fix in place in this process. Imports the patched package only when called.
+        install: puts the fix in place in this process. Imports the package only when called.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Patch:
     install: Callable[[], None]
 
     @property
-    def found(self) -> str | None:
+    def installed_version(self) -> str | None:
         """The installed release, without a build's local suffix (`+cpu`); None when there is none."""
         try:
             return version(self.distribution).partition("+")[0]
@@ -48,39 +48,44 @@ class Patch:
         """`applied` in this process, `ready`, `not installed` (the package), or `moved` (another release)."""
         if self.name in _applied:
             return "applied"
-        if self.found is None:
+        if self.installed_version is None:
             return "not installed"
-        return "ready" if self.found == self.version else "moved"
+        return "ready" if self.installed_version == self.version else "moved"
 
     def apply(self) -> None:
         """Install once per process.
 
         Raises:
-            UserError: the installed package is not the release this patch was written for.
+            UserError: the installed package is not the release this fix was written for.
         """
         if self.name in _applied:
             return
-        if self.found != self.version:
+        if self.installed_version != self.version:
             raise UserError(
-                f"patch {self.name} is written for {self.distribution} {self.version}, but {self.found or 'none'} is "
-                f"installed: install {self.distribution}=={self.version}"
+                f"patch {self.name} is written for {self.distribution} {self.version}, but "
+                f"{self.installed_version or 'none'} is installed: install {self.distribution}=={self.version}"
             )
         self.install()
         _applied.add(self.name)
 
 
 def after_import(name: str, install: Callable[[ModuleType], None]) -> None:
-    """Call `install` with a module once it is imported, or now if it is: a process that never needs a module with many
-    others behind it, as most of a server's, does not import it for a patch's sake.
+    """Call `install` with a module once it is imported, or now if it already is.
+
+    Most processes of a server never need some modules, which import many others: a fix does not import them early.
+
+    Args:
+        name: the module's full name.
+        install: changes the module in place.
     """
     if name in sys.modules:
         install(sys.modules[name])
     else:
-        sys.meta_path.insert(0, _After(name, install))
+        sys.meta_path.insert(0, _ImportHook(name, install))
 
 
-class _After(MetaPathFinder):
-    """Finds one module as the others do, once, and lets its loader call `install`."""
+class _ImportHook(MetaPathFinder):
+    """Finds one module once, as the other finders do, and makes its loader call `install`."""
 
     def __init__(self, name: str, install: Callable[[ModuleType], None]) -> None:
         self.name, self.install = name, install
@@ -103,7 +108,7 @@ class _After(MetaPathFinder):
 
 
 def apply_scope(patches: Iterable[Patch], scope: str) -> None:
-    """Apply the patches of one scope, in order."""
+    """Apply the fixes of one scope, in order."""
     for patch in patches:
         if patch.scope == scope:
             patch.apply()

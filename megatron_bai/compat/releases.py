@@ -1,8 +1,8 @@
-"""The table of releases: which of each engine this package is written for, and how others that it meets differ.
+"""The table of releases: which of each engine this package is written for, and how other releases of a server differ.
 
-No other module names a release. Compatibility fixes and the checks before replay hold for the installed one alone. A
-server that somebody else started may be of another, which is told what it understands, or refused with the reason:
-nothing else would show that its routes are somebody else's, or that a field it was sent is ignored.
+No other module names a release. Compatibility fixes and the checks before replay hold for the installed release
+alone. A server that the run did not start may be of another: it is sent what that release understands, or refused with
+the reason, since no error would show that its replies hold another request's routes or that it ignores a field.
 """
 
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ _FAULTS = (
 )
 
 
-def server_fault(found: str | None) -> str:
-    """Say why a release of SGLang that is not among `SERVERS` is refused, as the end of a sentence."""
+def server_fault(release: str | None) -> str:
+    """Return why a release of SGLang that is not among `SERVERS` is refused, as the end of a sentence."""
     try:
-        version = Version(found or "")
+        version = Version(release or "")
     except InvalidVersion:
         return ", which is no release"
     fault = next((fault for before, fault in _FAULTS if version < Version(before)), "no one has tried it")

@@ -1,4 +1,4 @@
-"""A plain-torch stand-in for `sgl_kernel` on a CPU.
+"""A plain-torch stub of `sgl_kernel` on a CPU.
 
 Symptom: `ModuleNotFoundError: No module named 'sgl_kernel'` while SGLang starts with `--device cpu`.
 
@@ -28,14 +28,14 @@ _MASK = 0xFFFFFFFF
 
 
 def install() -> None:
-    """Tell SGLang that it runs on a CPU; put the stand-in where the real package is absent."""
+    """Tell SGLang that it runs on a CPU; put the stub in place of an absent package."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # what srt/utils/common.py:is_cpu() reads
     if importlib.util.find_spec("sgl_kernel") is None:
         _define_murmur_hash()
-        sys.modules["sgl_kernel"] = _StandIn()
+        sys.modules["sgl_kernel"] = _SglKernelStub()
 
 
-class _StandIn(ModuleType):
+class _SglKernelStub(ModuleType):
     """Offers every `*_cpu` name that SGLang imports; none is called without speculative decoding."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class _StandIn(ModuleType):
 
 
 def murmur_hash32(seed: "Tensor", positions: "Tensor", columns: "Tensor") -> "Tensor":
-    """32-bit MurmurHash3 of (seed low, seed high, position, column), as the CUDA kernel computes it.
+    """Compute the 32-bit MurmurHash3 of (seed low, seed high, position, column), as the CUDA kernel computes it.
 
     Args:
         seed: `[n]` uint64, one a row.
@@ -65,9 +65,9 @@ def murmur_hash32(seed: "Tensor", positions: "Tensor", columns: "Tensor") -> "Te
     """
     import torch
 
-    words = seed.view(torch.int64)
-    rows = torch.zeros_like(words)
-    for key in (words, words >> 32, positions.to(torch.int64)):
+    seeds = seed.view(torch.int64)
+    rows = torch.zeros_like(seeds)
+    for key in (seeds, seeds >> 32, positions.to(torch.int64)):
         rows = _mix(rows, key & _MASK)
     h = _mix(rows[:, None], columns.to(torch.int64)[None, :] & _MASK)
     h = h ^ 16  # bytes hashed
@@ -78,7 +78,7 @@ def murmur_hash32(seed: "Tensor", positions: "Tensor", columns: "Tensor") -> "Te
 
 
 def _mix(h: Any, key: Any) -> Any:
-    """One MurmurHash3 round on 32-bit values held in int64."""
+    """Apply one round of MurmurHash3 to 32-bit values held in int64."""
     h = h ^ _multiply(_rotate(_multiply(key, 0xCC9E2D51), 15), 0x1B873593)
     return (_rotate(h, 13) * 5 + 0xE6546B64) & _MASK
 
@@ -88,7 +88,7 @@ def _rotate(h: Any, bits: int) -> Any:
 
 
 def _multiply(a: Any, b: int) -> Any:
-    """`a·b mod 2³²`, in halves: the full product would overflow int64."""
+    """Compute `a·b mod 2³²`, in halves: the full product would overflow int64."""
     return ((a & 0xFFFF) * b + ((((a >> 16) * b) & 0xFFFF) << 16)) & _MASK
 
 

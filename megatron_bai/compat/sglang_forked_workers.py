@@ -1,4 +1,4 @@
-"""A server's workers are forked, not spawned.
+"""Fork a server's workers in place of spawning them.
 
 Symptom: each of a server's three processes imports SGLang, torch and transformers for itself, seven seconds of a core:
 most of the time until a small server answers.
@@ -23,7 +23,7 @@ from megatron_bai.utils.child_processes import set_forks_die_with_parent
 
 
 def install() -> None:
-    """In a process that starts workers."""
+    """Choose fork in a process that starts workers."""
 
     def replace(module: Any) -> None:
         upstream = module._set_envs_and_config

@@ -1,4 +1,4 @@
-"""A torchvision without contents, where the real one does not import.
+"""An empty torchvision where the real one does not import.
 
 Symptom: SGLang stops at `import torchvision` or at `AutoImageProcessor requires the Torchvision library`, whatever
 model it is asked to serve. PyPI's torchvision is built for CUDA and does not load beside a CPU build of torch.
@@ -21,7 +21,7 @@ from megatron_bai.compat.patch import Patch
 
 
 def install() -> None:
-    """Do nothing where torchvision works; else offer empty modules and an image processor that registers nothing."""
+    """Offer empty modules and an image processor that registers nothing, unless torchvision works."""
     try:
         importlib.import_module("torchvision")
         return
@@ -32,24 +32,24 @@ def install() -> None:
     from transformers.utils import import_utils
 
     import_utils.is_torchvision_available()  # cached: transformers must go on knowing that there is none
-    sys.meta_path.append(_Finder())
+    sys.meta_path.append(_StubFinder())
     import sglang  # noqa: F401  (it puts its own module object in transformers' place)
     import transformers
 
-    offered: Any = transformers
-    offered.AutoImageProcessor = _ImageProcessors
+    namespace: Any = transformers
+    namespace.AutoImageProcessor = _ImageProcessorStub
 
 
-class _ImageProcessors:
-    """Stands where SGLang registers the image processors of models that are not served here."""
+class _ImageProcessorStub:
+    """Accepts the image processors that SGLang registers for models that are not served here."""
 
     @staticmethod
     def register(*args: Any, **kwargs: Any) -> None:
         pass
 
 
-class _Module(ModuleType):
-    """Any name can be imported from it; a name used says what is missing."""
+class _StubModule(ModuleType):
+    """A module from which any name can be imported; using one raises an error that names what is missing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -61,12 +61,12 @@ class _Module(ModuleType):
         return type(name, (), {"__init__": absent})
 
 
-class _Finder(MetaPathFinder, Loader):
+class _StubFinder(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Module(spec.name)
+        return _StubModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard, W&B and MLflow."""
+"""Loggers of a run's metrics besides `metrics.jsonl`: TensorBoard, W&B and MLflow."""
 
 import logging
 import math
@@ -17,32 +17,41 @@ from megatron_bai.utils.flatten import flatten
 _log = logging.getLogger(__name__)
 
 # Credentials in an address, and the prefixes by which Hugging Face, OpenAI-like services, W&B and GitHub mark theirs.
-_SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(hf_|sk-|wandb_v1_|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
+_SECRET_PATTERN = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(hf_|sk-|wandb_v1_|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
 
 
 class Logger(Protocol):
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    """Takes the numbers of each step."""
 
-    def close(self) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record the finite numbers of a step."""
+
+    def close(self) -> None:
+        """End the record."""
 
 
 class TensorBoard:
-    """Event files in `directory/tensorboard`. Steps of a resumed run that were written before are written again: the
-    reader (`purge_step`) drops the older ones."""
+    """Event files in `directory/tensorboard`.
+
+    A resumed run writes again the steps after its checkpoint: TensorBoard drops the older ones (`purge_step`).
+    """
 
     def __init__(self, directory: Path, settings: config.Config):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make: Callable[[int], Any] = lambda step: SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+        path = str(directory / "tensorboard")
+        self._make_writer: Callable[[int], Any] = lambda step: SummaryWriter(path, purge_step=step)
         self._writer: Any = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._writer = self._writer or self._make(step)
+        """Write the numbers as scalars."""
+        self._writer = self._writer or self._make_writer(step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file, if one was opened."""
         if self._writer:
             self._writer.close()
 
@@ -59,15 +68,17 @@ class Wandb:
                 project=settings.monitor.wandb, name=settings.run.name, group=settings.run.name, dir=str(directory),
                 mode=settings.monitor.wandb_mode, config=flatten(asdict(settings)), settings=quiet,
             )  # fmt: skip
-        except Exception as error:  # of W&B, which has no narrower class for a missing key and an unreachable server
-            where = f"monitor.wandb={settings.monitor.wandb}"
-            raise UserError(f"{where}: {error}; or set monitor.wandb_mode=offline") from None
+        except Exception as error:  # W&B has no narrower class for a missing key and an unreachable server
+            setting = f"monitor.wandb={settings.monitor.wandb}"
+            raise UserError(f"{setting}: {error}; or set monitor.wandb_mode=offline") from None
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the numbers, with `step` as their axis."""
         self._run.log(values | {"step": step})
 
     def close(self) -> None:
+        """Finish the run at W&B."""
         self._run.finish()
 
 
@@ -81,16 +92,17 @@ class Mlflow:
         uri = settings.monitor.mlflow_uri or f"sqlite:///{directory.resolve()}/mlflow.db"
         try:
             self._client = MlflowClient(uri)
-            found = self._client.get_experiment_by_name(settings.monitor.mlflow)
-            experiment = found.experiment_id if found else self._client.create_experiment(settings.monitor.mlflow)
+            known = self._client.get_experiment_by_name(settings.monitor.mlflow)
+            experiment = known.experiment_id if known else self._client.create_experiment(settings.monitor.mlflow)
             self._id = self._client.create_run(experiment, run_name=settings.run.name).info.run_id
             params = [Param(name, value[:500]) for name, value in flatten(asdict(settings)).items()]
             for begin in range(0, len(params), 100):  # as many as MLflow takes at once
                 self._client.log_batch(self._id, params=params[begin : begin + 100])
-        except Exception as error:  # likewise
+        except Exception as error:  # nor has MLflow
             raise UserError(f"monitor.mlflow={settings.monitor.mlflow}, server {uri}: {error}") from None
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the numbers in batches of what MLflow takes at once."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -99,10 +111,11 @@ class Mlflow:
             self._client.log_batch(self._id, metrics=metrics[begin : begin + 1000])
 
     def close(self) -> None:
+        """Mark the run as finished."""
         self._client.set_terminated(self._id)
 
 
-_KINDS: dict[str, Callable[[Path, config.Config], Logger]] = {
+_LOGGERS: dict[str, Callable[[Path, config.Config], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "mlflow": Mlflow,
@@ -110,11 +123,11 @@ _KINDS: dict[str, Callable[[Path, config.Config], Logger]] = {
 
 
 class Loggers:
-    """All that `settings.monitor` asks for. One that fails during the run is named and left out: the run goes on."""
+    """The loggers of `settings.monitor`. One that fails during the run is named in a warning and not used again."""
 
     def __init__(self, directory: Path, settings: config.Config):
         self._open: dict[str, Logger] = {}
-        for name, kind in _KINDS.items():
+        for name, make_logger in _LOGGERS.items():
             if not getattr(settings.monitor, name):
                 continue
             if find_spec(name) is None:  # TensorBoard's only: `require` refuses the others
@@ -122,21 +135,22 @@ class Loggers:
                     "tensorboard is not installed: the run writes no event files (metrics.jsonl has everything)"
                 )
                 continue
-            self._open[name] = kind(directory, settings)
+            self._open[name] = make_logger(directory, settings)
 
     def log(self, values: dict[str, Any]) -> None:
-        """The numbers of a step; what is not a finite number is left out."""
+        """Record the finite numbers of a step; other values are left out."""
         numbers = {name: float(value) for name, value in values.items() if _is_number(value) and name != "step"}
-        self._each(lambda logger: logger.log(values["step"], numbers))
+        self._on_each(lambda logger: logger.log(values["step"], numbers))
 
     def close(self) -> None:
-        self._each(lambda logger: logger.close())
+        """Close every logger."""
+        self._on_each(lambda logger: logger.close())
 
-    def _each(self, do: Any) -> None:
+    def _on_each(self, act: Callable[[Logger], None]) -> None:
         for name, logger in list(self._open.items()):
             try:
-                do(logger)
-            except Exception as error:  # whatever it is: a full disk, a server that is gone
+                act(logger)
+            except Exception as error:  # of any class: a full disk, a server that does not answer
                 _log.warning("%s failed and is not used any more in this run: %s", name, error)
                 del self._open[name]
 
@@ -155,7 +169,7 @@ def validate(settings: config.Config) -> None:
     if monitor.wandb_mode not in ("online", "offline"):
         raise UserError(f"monitor.wandb_mode is {monitor.wandb_mode!r}: choose online or offline")
     for name, value in flatten(asdict(settings)).items():
-        if _SECRET.search(value):
+        if _SECRET_PATTERN.search(value):
             raise UserError(
                 f"{name} holds a secret, and settings are written to the run's files: leave it to the environment "
                 "(MLFLOW_TRACKING_PASSWORD, HF_TOKEN) or the tool's own login"

@@ -1,4 +1,4 @@
-"""A run's running record: `metrics.jsonl`, `config.yaml`, loggers, and one line a step on the terminal."""
+"""The record of a run: `metrics.jsonl`, `config.yaml`, loggers, and one line a step on the terminal."""
 
 import json
 import logging
@@ -23,17 +23,21 @@ _log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes steps as they end. On a rank that is not `active` it does nothing.
+    """Writes the metrics of steps as they end. On a rank that is not `active` it does nothing.
 
     Attributes:
-        records: of the steps before, where the run goes on.
+        records: of the steps before, in a resumed run.
     """
 
     def __init__(self, directory: str | Path, settings: config.Config, steps: int, active: bool, after: int = 0):
-        """Begin the record, or go on with it.
+        """Begin the record, or continue it.
 
         Args:
-            after: steps that are done: their records stay, later ones go.
+            directory: of the run.
+            settings: of the run, written to `config.yaml`.
+            steps: number of global steps of the run.
+            active: whether this rank writes.
+            after: number of steps that are done: their records are retained, later ones removed.
 
         Raises:
             UserError: the record of those steps cannot be read.
@@ -67,7 +71,7 @@ class RunLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, cls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.active:
             self._bar.stop()
@@ -75,7 +79,12 @@ class RunLog:
             self._loggers.close()
 
     def log_step(self, values: dict[str, Any], shown: tuple[str, ...]) -> None:
-        """Record one step's values, and show some of them."""
+        """Record one step's metrics, and log some of them.
+
+        Args:
+            values: metrics by name, with `step` and perhaps `alarms`.
+            shown: names of the metrics to log.
+        """
         if not self.active:
             return
         clean = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
@@ -83,23 +92,23 @@ class RunLog:
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint of this step may follow: it must not be there without its record
         self._loggers.log(values)
-        words = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
-        _log.info("step %4d/%d  %s", values["step"], self.total, "  ".join(words))
+        texts = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
+        _log.info("step %4d/%d  %s", values["step"], self.total, "  ".join(texts))
         for alarm in values.get("alarms", ()):
             _log.warning("alarm: %s", Alarm(**alarm))
         self._bar.advance(self._task)
 
 
 def _read_records(path: Path, after: int) -> list[dict[str, Any]]:
-    """Those of the first `after` steps."""
+    """Read the records of the first `after` steps."""
     if not after:
         return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[:after]
-        found = [json.loads(line) for line in lines]
-        steps = [record["step"] for record in found]
+        records = [json.loads(line) for line in lines]
+        steps = [record["step"] for record in records]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}, to go on with after step {after}, cannot be read ({error!r}): restore it") from None
     if steps != list(range(1, after + 1)):
         raise UserError(f"{path} does not hold the steps 1 to {after}, which the run goes on after: restore it")
-    return found
+    return records

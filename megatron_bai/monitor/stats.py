@@ -1,7 +1,7 @@
-"""Statistics that add up over micro-batches and ranks, so that none depends on how a batch was cut.
+"""Statistics that add up over micro-batches and ranks, so that none depends on how a batch was split.
 
 A mean is (sum, count), an effective sample size (count, Σ w, Σ w²), a tally the number of times each integer was seen,
-exact: quantiles and entropies are taken from the whole tally, never averaged over parts.
+exact: quantiles and entropies are computed from the whole tally, never averaged over micro-batches.
 """
 
 import math
@@ -42,8 +42,11 @@ class Stats:
             self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(values.max()))
 
     def sample_size(self, name: str, weights: torch.Tensor) -> None:
-        """Add importance weights; the value is their effective sample size (Kish) as a share of their number,
-        (Σ w)² / (n · Σ w²): 1 when all are equal, 1/n when one is all there is."""
+        """Add importance weights to an effective sample size.
+
+        The value is Kish's, as a share of the number of weights, (Σ w)² / (n · Σ w²): 1 when all are equal, 1/n when
+        all but one are 0.
+        """
         weights = weights.double()
         self._add_weights(name, (weights.numel(), float(weights.sum()), float(weights.square().sum())))
 
@@ -53,6 +56,7 @@ class Stats:
         self.tallies[name].update(dict(zip(seen.tolist(), counts.tolist(), strict=True)))
 
     def add(self, other: "Stats") -> "Stats":
+        """Add the statistics of another in place, and return this one."""
         for name, (numerator, denominator) in other._means.items():
             self.ratio(name, numerator, denominator)
         for name, sums in other._weights.items():
@@ -64,20 +68,20 @@ class Stats:
         return self
 
     def gather_sum(self, include: bool) -> "Stats":
-        """Sum the statistics of the ranks that `include` theirs, on every rank. Collective over the world."""
+        """Sum the statistics of the ranks that `include` theirs, on every rank. *Collective* over the world."""
         local = (dict(self._means), dict(self._weights), self._maxima, dict(self.tallies)) if include else None
         gathered: list[tuple[Any, ...] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, local)
         total = Stats()
-        for found in gathered:
-            if found is not None:
-                part = Stats()
-                part._means, part._weights, part._maxima, part.tallies = found
-                total.add(part)
+        for fields in gathered:
+            if fields is not None:
+                stats = Stats()
+                stats._means, stats._weights, stats._maxima, stats.tallies = fields
+                total.add(stats)
         return total
 
     def values(self) -> dict[str, float]:
-        """All but the tallies by name; a mean over nothing is left out, and so is a sample size of weights of 0."""
+        """Return all but the tallies by name; a mean over nothing and a sample size of weights 0 are left out."""
         means = {name: total / count for name, (total, count) in self._means.items() if count}
         sizes = {name: s * s / (n * squares) for name, (n, s, squares) in self._weights.items() if squares}
         return means | sizes | self._maxima
@@ -87,8 +91,13 @@ class Stats:
 
 
 def quantile(counts: Counter[int], share: float) -> int:
-    """The smallest value with at least `share` of all counts at or below it (the inverse of the empirical distribution
-    function); of nothing it has none.
+    """Return the smallest value with at least `share` of all counts at or below it.
+
+    That is the inverse of the empirical distribution function.
+
+    Args:
+        counts: how often each value was seen.
+        share: from 0 to 1.
 
     Raises:
         ValueError: nothing was counted.
@@ -104,6 +113,6 @@ def quantile(counts: Counter[int], share: float) -> int:
 
 
 def entropy(counts: Counter[int]) -> float:
-    """−Σ p log p in nats, p the share of each value."""
+    """Compute −Σ p log p in nats, p the share of each value."""
     total = counts.total()
     return -sum(n / total * math.log(n / total) for n in counts.values() if n)

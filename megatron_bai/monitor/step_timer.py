@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class StepTimer:
-    """Seconds by phase of a step."""
+    """Seconds of a step by phase."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -14,7 +14,7 @@ class StepTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as a phase."""
+        """Time the block as `phase`."""
         began = time.monotonic()
         yield
         self._phases[phase] = time.monotonic() - began

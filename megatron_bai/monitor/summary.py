@@ -1,4 +1,4 @@
-"""`summary.json`: what a run was and what came of it, for programs to read."""
+"""`summary.json`: layout, versions, settings and metrics of a run, for programs to read."""
 
 import json
 import platform
@@ -13,27 +13,27 @@ from megatron_bai.utils.atomic_file import write_json
 _PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine")
 
 
-def versions() -> dict[str, str | None]:
-    """Releases of what the run stood on; None for what is not installed."""
-    found: dict[str, str | None] = {"megatron_bai": __version__, "python": platform.python_version()}
+def package_versions() -> dict[str, str | None]:
+    """Return the releases of the packages a run depends on; None for those that are not installed."""
+    releases: dict[str, str | None] = {"megatron_bai": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            releases[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            releases[package] = None
+    return releases
 
 
 def read_summary(directory: str | Path) -> dict[str, Any]:
-    """What a run's directory says of it; empty where it says nothing.
+    """Read the summary in a run's directory; return an empty one where there is none.
 
     Raises:
         UserError: it cannot be read.
     """
     path = Path(directory) / "summary.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -44,16 +44,19 @@ class Summary:
     """Collects the steps of one run."""
 
     def __init__(self, settings: config.Config, world: int, records: list[dict[str, Any]], resumed: list[int]):
-        """
+        """Begin a summary.
+
         Args:
+            settings: of the run.
+            world: number of ranks.
             records: of the steps that are done.
-            resumed: after which steps the run went on from a checkpoint.
+            resumed: the steps after which the run was resumed from a checkpoint.
         """
         parallel = settings.parallel
         self._content: dict[str, Any] = {
             "run": settings.run.name,
             "complete": False,
-            "versions": versions(),
+            "versions": package_versions(),
             "layout": {
                 "processes": world,
                 "tensor": parallel.tensor,
@@ -73,9 +76,11 @@ class Summary:
         if self._content["init"] and provenance.is_file():
             self._content["provenance"] = str(provenance)
 
-    def step(self, values: dict[str, Any]) -> None:
+    def add_step(self, values: dict[str, Any]) -> None:
+        """Add the metrics of a step."""
         self._content["steps"].append(values)
 
     def write(self, directory: str | Path, complete: bool) -> None:
+        """Write `summary.json`, with whether the run is `complete`."""
         self._content["complete"] = complete
         write_json(Path(directory) / "summary.json", self._content)

@@ -110,7 +110,7 @@ def _run_steps(
                 values = loop.step(step)
                 progress.log_step(values, _PRINTED_METRICS)
                 if session.is_rank_0:
-                    summary.step(values)
+                    summary.add_step(values)
                     summary.write(session.settings.run.dir, complete=False)
                 _act_on_requests(values, requests.agree(session.device.device), checkpoints, inference.version)
         return inference.version

@@ -84,7 +84,7 @@ def experts(draw: torch.Generator, tokens: int, count: int, topk: int, inner: in
         return native(*inputs)
 
     native = fused_moe_native.moe_forward_native.__wrapped__
-    patched = sglang_grouped_experts.grouped(upstream)
+    patched = sglang_grouped_experts.make_moe_forward(upstream)
     return {"error": (patched(*inputs) - native(*inputs)).abs().max().item(), "upstream": len(calls)}
 
 

@@ -176,7 +176,7 @@ def test_the_noise_is_that_of_the_series_whatever_its_trend() -> None:
     for slope in (0.0, 0.05):
         found = []
         for _ in range(30):
-            track = MetricTrack(smooth=9, horizon=100)
+            track = MetricTrack(window=9, horizon=100)
             for step in range(150):
                 track.add(step, slope * step + random.normal(0, 0.3))
             found.append(track.standard_error(floor=0.0))

@@ -1,4 +1,4 @@
-"""What a detector says."""
+"""Alarms, which detectors raise, and the actions they ask for."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,16 +8,16 @@ ACTIONS = ("warn", "checkpoint", "stop")
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing that went wrong (or, of a hockey stick, that ended).
+    """A change of a metric for the worse (or, of a hockey stick, its end).
 
     Attributes:
         step: at which it was noticed.
         detector: its name in `monitor.actions`.
         metric: the metric it was seen in.
-        deviations: how sure: the change over its own standard error, estimated from the run's noise.
-        evidence: what changed, from what, since when, in words.
-        advice: what the papers advise.
-        since: the step from which the metric changed.
+        deviations: the change over its own standard error, estimated from the run's noise.
+        evidence: what changed, from what and since when, as text.
+        advice: of the papers.
+        since: the step from which on the metric changed.
         action: warn, checkpoint (the loop saves one) or stop (the loop saves one and ends).
         facts: numbers for programs, such as a hockey stick's depth and steps.
     """
@@ -33,8 +33,9 @@ class Alarm:
     facts: dict[str, float]
 
     def json(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return asdict(self)
 
     def __str__(self) -> str:
-        words = self.detector.replace("_", " ")
-        return f"{words}: {self.evidence}, {self.deviations:.0f} standard errors; {self.advice}"
+        name = self.detector.replace("_", " ")
+        return f"{name}: {self.evidence}, {self.deviations:.0f} standard errors; {self.advice}"

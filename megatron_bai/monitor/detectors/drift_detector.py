@@ -1,4 +1,4 @@
-"""A metric that leaves its own baseline: falls or rises by more than a factor within a horizon."""
+"""Detection of drift: a metric falls or rises from its own baseline by more than a factor within a horizon."""
 
 import math
 from dataclasses import dataclass
@@ -10,13 +10,17 @@ from megatron_bai.monitor.detectors.metric_track import MetricTrack
 
 @dataclass(frozen=True)
 class DriftRule:
-    """What to watch.
+    """What a drift detector watches.
 
     Attributes:
-        factor: the level over its baseline that is too much: below 1 a fall, above 1 a rise.
-        floor: of the metric: a value x counts as x + floor, so that a rise from next to nothing is none.
-        count_metric: for a metric that is a share, the metric with the number of which it is one: its noise is at least that
-            of counting, which a run in which hardly any were seen does not show.
+        detector: its name in `monitor.actions`.
+        metric: the metric it reads.
+        factor: level over baseline that raises the alarm: below 1 a fall, above 1 a rise.
+        advice: printed with the alarm.
+        action: warn, checkpoint or stop.
+        floor: added to the metric, so that a rise from almost 0 raises no alarm.
+        count_metric: of a metric that is a share, the metric that holds the number it is a share of. Its noise is at
+            least that of counting, which is invisible in a run that has seen hardly any.
     """
 
     detector: str
@@ -44,15 +48,15 @@ class DriftDetector:
         self._alarmed = False
 
     def step(self, step: int, values: dict[str, Any]) -> list[Alarm]:
-        """The step's metrics in, an alarm or none out; a step without the metric is passed over."""
+        """Add a step's metrics and return an alarm, or none; a step without the metric is ignored."""
         value = values.get(self.rule.metric)
         if value is None or not math.isfinite(value) or value + self.rule.floor <= 0:
             return []
         track = self._track
         track.add(step, self._sign * math.log(value + self.rule.floor))
-        if len(track.levels) <= track.smooth:
+        if len(track.levels) <= track.window:
             return []
-        since, base = min(list(track.levels)[: -track.smooth], key=lambda pair: pair[1])
+        since, base = min(list(track.levels)[: -track.window], key=lambda pair: pair[1])
         level = track.levels[-1][1]
         change = level - base
         if self._alarmed or change < self._needed:
@@ -67,7 +71,7 @@ class DriftDetector:
         return [self._alarm(step, since, self._metric(base), self._metric(level), deviations_seen)]
 
     def _counting_noise(self, share: float, values: dict[str, Any]) -> float:
-        """Standard deviation of log(share + floor), binomial, of at least one in the step."""
+        """Compute the binomial standard deviation of log(share + floor), with at least one count in the step."""
         count = values.get(self.rule.count_metric)
         if not count:
             return 0.0
@@ -76,7 +80,7 @@ class DriftDetector:
 
     def _metric(self, level: float) -> float:
         value = math.exp(self._sign * level) - self.rule.floor
-        return value if value > 1e-9 * self.rule.floor else 0.0  # what is left of the floor is rounding
+        return value if value > 1e-9 * self.rule.floor else 0.0  # the remainder of the floor is rounding
 
     def _alarm(self, step: int, since: int, base: float, level: float, deviations_seen: float) -> Alarm:
         rule = self.rule
@@ -91,9 +95,10 @@ class DriftDetector:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All it knows, JSON."""
+        """Return the state that a resumed run needs, as JSON values."""
         return {"track": self._track.state_dict(), "alarmed": self._alarmed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
         self._track.load_state_dict(state["track"])
         self._alarmed = state["alarmed"]

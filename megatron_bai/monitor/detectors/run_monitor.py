@@ -1,4 +1,4 @@
-"""The monitor of a run: every step's metrics in, alarms out."""
+"""`Monitor`, all detectors of a run: it takes every step's metrics and returns alarms."""
 
 from typing import Any
 
@@ -37,32 +37,31 @@ _KL_FLOOR, _F_FLOOR, _MISMATCH_FLOOR = 1e-4, 1e-3, 1e-2
 class Monitor:
     """All detectors of a run.
 
-    Equal on every rank as long as the metrics are, so that all ranks act alike.
+    Its state is the same on every rank, as the metrics are, so that all ranks act alike.
     """
 
     def __init__(self, settings: config.Monitor):
         self.settings = settings
         shape = settings.smooth, settings.horizon, settings.deviations
-        self._drifts = [DriftDetector(rule, *shape) for rule in _rules(settings)]
-        self._hockey_sticks: dict[
-            str, HockeyStickDetector
-        ] = {}  # by low end of the bucket, as text: JSON knows no other keys
+        self._drifts = [DriftDetector(rule, *shape) for rule in _drift_rules(settings)]
+        self._hockey_sticks: dict[str, HockeyStickDetector] = {}  # by low end of the bucket, as text: JSON's only keys
 
     def step(self, values: dict[str, Any]) -> list[Alarm]:
-        """Alarms of a step, the most drastic action first.
+        """Return the alarms of a step, the most drastic action first.
 
         Args:
-            values: the step's metrics by name, with `step`. A detector whose metric is missing or not finite passes.
+            values: the step's metrics by name, with `step`. A detector whose metric is missing or not finite
+                ignores the step.
         """
         step = int(values["step"])
         for name in values:
             if name.startswith(REWARD_PREFIX):
-                self._stick(name.removeprefix(REWARD_PREFIX))
+                self._detector_of_bucket(name.removeprefix(REWARD_PREFIX))
         detectors: list[DriftDetector | HockeyStickDetector] = [*self._drifts, *self._hockey_sticks.values()]
         alarms = [alarm for detector in detectors for alarm in detector.step(step, values)]
         return sorted(alarms, key=lambda alarm: -ACTIONS.index(alarm.action))
 
-    def _stick(self, low: str) -> HockeyStickDetector:
+    def _detector_of_bucket(self, low: str) -> HockeyStickDetector:
         if low not in self._hockey_sticks:
             s = self.settings
             self._hockey_sticks[low] = HockeyStickDetector(
@@ -73,28 +72,28 @@ class Monitor:
         return self._hockey_sticks[low]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the detectors know, the same on every rank, JSON: a restored monitor goes on as if never stopped."""
+        """Return the state of all detectors, the same on every rank, as JSON values."""
         drifts = {f"{d.rule.detector} {d.rule.metric}": d.state_dict() for d in self._drifts}
         sticks = {low: stick.state_dict() for low, stick in self._hockey_sticks.items()}
         return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": sticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. A detector that is not in it starts afresh; so do buckets of another width."""
+        """Continue from a saved state. Detectors that it lacks, and buckets of another width, start from none."""
         for drift in self._drifts:
-            if own := state["drifts"].get(f"{drift.rule.detector} {drift.rule.metric}"):
-                drift.load_state_dict(own)
-        for low, own in state["sticks"].items() if state["bucket"] == self.settings.bucket else ():
-            self._stick(low).load_state_dict(own)
+            if saved := state["drifts"].get(f"{drift.rule.detector} {drift.rule.metric}"):
+                drift.load_state_dict(saved)
+        for low, saved in state["sticks"].items() if state["bucket"] == self.settings.bucket else ():
+            self._detector_of_bucket(low).load_state_dict(saved)
 
 
 def required_action(values: dict[str, Any]) -> str:
-    """The most drastic action that the alarms of a step's record ask for; warn for none."""
+    """Return the most drastic action that the alarms of a step's record ask for; warn for none."""
     actions = [alarm["action"] for alarm in values.get("alarms", ())]
     return max(actions, key=ACTIONS.index, default="warn")
 
 
-def _rules(s: config.Monitor) -> list[DriftRule]:
-    watched = [
+def _drift_rules(s: config.Monitor) -> list[DriftRule]:
+    rows = [
         ("length_collapse", "response_length_mean", 1 - s.length_fall, 0.0, ""),
         ("discrepancy_divergence", "kl_k3", s.discrepancy_rise, _KL_FLOOR, ""),
         ("discrepancy_divergence", "f_2", s.discrepancy_rise, _F_FLOOR, TOKENS_METRIC),
@@ -103,8 +102,8 @@ def _rules(s: config.Monitor) -> list[DriftRule]:
         ("router_drift", "experts_effective", 1 - s.experts_fall, 0.0, ""),
     ]
     return [
-        DriftRule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor, counted)
-        for detector, metric, factor, floor, counted in watched
+        DriftRule(detector, metric, factor, _ADVICE[detector], _action(s, detector), floor, count_metric)
+        for detector, metric, factor, floor, count_metric in rows
     ]
 
 
@@ -113,7 +112,7 @@ def _action(settings: config.Monitor, detector: str) -> str:
 
 
 def validate(settings: config.Monitor) -> None:
-    """Refuse what no detector can work with.
+    """Refuse settings that no detector can work with.
 
     Raises:
         UserError: names the setting.

@@ -1,4 +1,4 @@
-"""How far the training engine's policy is from the inference engine's, on the tokens the latter sampled.
+"""Distance of the training engine's policy from the inference engine's, on the tokens the latter sampled.
 
 r = π/μ of a token, π the policy in the training engine and μ in the inference engine, both with the weights the
 rollout was made with.
@@ -12,7 +12,7 @@ RATIO_THRESHOLDS = (1.5, 2.0, 5.0)  # τ
 
 
 def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add what follows, over response tokens sampled from μ, each name followed by `suffix`.
+    """Add metrics of the discrepancy over response tokens sampled from μ, each name followed by `suffix`.
 
     `kl_k1` is the mean of log μ − log π in nats (arXiv 2512.01374): an unbiased estimate of KL(μ ‖ π), may be
     negative on a batch. `kl_k3` is the mean of r − 1 − log r (arXiv 2510.11370), another: never negative, less variance.
@@ -22,8 +22,11 @@ def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch
     over responses with tokens, and `perplexity_ratio_max` the largest.
 
     Args:
-        train, infer: `[B, T]` log π and log μ, a response a row.
-        mask: `[B, T]` bool.
+        stats: to add to.
+        suffix: of the metrics' names.
+        train: `[B, T]` log π, one response a row.
+        infer: `[B, T]` log μ.
+        mask: `[B, T]` bool, tokens of responses.
     """
     log_ratio = (train - infer).double().masked_fill(~mask, 0.0)
     tokens = log_ratio[mask]

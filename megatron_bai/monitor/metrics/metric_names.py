@@ -1,5 +1,5 @@
-"""Names of metrics that are written in one place and read in others, which then need no torch."""
+"""Names of metrics that one module writes and others read, which then need no torch."""
 
-REWARD_PREFIX = "reward_by_length/"  # and the least length of a bucket
+REWARD_PREFIX = "reward_by_length/"  # followed by the least length of a bucket
 COUNT_PREFIX = "responses_by_length/"  # likewise
 TOKENS_METRIC = "response_tokens"

@@ -1,4 +1,4 @@
-"""What was sampled in a step: lengths, rewards, and rewards by length."""
+"""Metrics of a step's responses: lengths, rewards, and rewards by length."""
 
 import torch
 
@@ -18,21 +18,23 @@ def add_response_metrics(
     valid: torch.Tensor | None = None,
     sampled: torch.Tensor | None = None,
 ) -> None:
-    """Add a replica's part of the step.
+    """Add the metrics of a replica's responses.
 
     `reward_mean`; `reward_std` and `group_variance`, the means over groups of the standard deviation and of the variance
     of a group's rewards (over its samples, not over one less); `uniform_groups`, the share of groups whose rewards are
     all equal: they have no gradient. `response_length_mean` and `_max` in tokens; `truncated_fraction`, responses that
-    ended for another reason than their end.
+    ended for another reason than the end of the text.
     `reward_by_length/LOW`: mean reward of the responses of LOW to LOW + bucket − 1 tokens (arXiv 2509.00309).
 
     Args:
-        lengths: `[B]` int64 tokens; groups of consecutive samples.
+        stats: to add to.
+        lengths: `[B]` int64, tokens; the samples of a group are consecutive.
         truncated: `[B]` bool.
-        rewards: `[B]`.
+        rewards: `[B]` float.
+        group_size: samples of a group.
         bucket: width of a length bucket in tokens.
-        valid: `[B]` bool, samples that have a reward; None: all. The others count among lengths alone.
-        sampled: `[B]` bool, samples that are there at all; None: all.
+        valid: `[B]` bool, samples that have a reward; None for all. The others count in lengths alone.
+        sampled: `[B]` bool, samples that are not lost; None for all.
     """
     valid = torch.ones_like(truncated) if valid is None else valid
     sampled = torch.ones_like(truncated) if sampled is None else sampled
@@ -49,9 +51,9 @@ def add_response_metrics(
 
 
 def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> None:
-    """`[groups, size]` each; a group without a reward counts nowhere."""
-    some = valid.any(dim=1)
-    rewards, valid = rewards[some], valid[some]
+    """Add metrics of groups, from `[groups, group_size]` tensors; a group without a reward counts in none."""
+    rewarded = valid.any(dim=1)
+    rewards, valid = rewards[rewarded], valid[rewarded]
     counts = valid.sum(dim=1)
     means = (rewards * valid).sum(dim=1) / counts
     variances = ((rewards - means[:, None]).square() * valid).sum(dim=1) / counts
@@ -62,14 +64,21 @@ def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> Non
 
 
 def compute_response_metrics(stats: Stats, bucket: int) -> dict[str, float]:
-    """From the whole step: `response_length_p10`, `_p50`, `_p90` (see `stats.quantile`), `response_tokens`, their sum, and
-    `responses_by_length/LOW`, how many responses a length bucket has."""
+    """Compute the metrics that need the lengths of the whole step.
+
+    `response_length_p10`, `_p50`, `_p90` (see `stats.quantile`), `response_tokens`, their sum, and
+    `responses_by_length/LOW`, the number of responses in a length bucket.
+
+    Args:
+        stats: of the whole step.
+        bucket: width of a length bucket in tokens.
+    """
     lengths = stats.tallies.get("response_length")
     if not lengths:
         return {}
-    found: dict[str, float] = {f"response_length_p{share * 100:g}": quantile(lengths, share) for share in QUANTILES}
-    found[TOKENS_METRIC] = sum(length * count for length, count in lengths.items())
+    metrics: dict[str, float] = {f"response_length_p{share * 100:g}": quantile(lengths, share) for share in QUANTILES}
+    metrics[TOKENS_METRIC] = sum(length * count for length, count in lengths.items())
     for length, count in sorted(lengths.items()):
         name = f"{COUNT_PREFIX}{length // bucket * bucket}"
-        found[name] = found.get(name, 0) + count
-    return found
+        metrics[name] = metrics.get(name, 0) + count
+    return metrics

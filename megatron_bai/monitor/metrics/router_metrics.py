@@ -1,4 +1,4 @@
-"""What the routers do: where the two engines choose different experts, and how evenly experts are used.
+"""Metrics of routers: where the two engines choose different experts, and how evenly experts are used.
 
 A rank sees its own tokens and MoE layers only (`routing.layout.Place`). Every rank adds what it sees, and statistics
 filled here are gathered from every rank. Layers are MoE layers of the whole model, counted from 0.
@@ -18,62 +18,77 @@ _LOAD = "expert_load/"
 
 def add_route_mismatch(
     stats: Stats,
-    theirs: Sequence[MicroRoutes],
-    ours: Sequence[MicroRoutes],
+    recorded: Sequence[MicroRoutes],
+    live: Sequence[MicroRoutes],
     layers: Sequence[int],
     stages: dist.ProcessGroup | None = None,
 ) -> None:
-    """Compare the inference engine's routes with what the live router of the training engine chose. Collective.
+    """Compare the inference engine's routes with those that the training engine's live router chose.
+
+    *Collective* over `stages`.
 
     `route_mismatch`: the share of (token, layer) routes whose expert sets differ; `route_mismatch/LAYER` of one layer.
     `tokens_route_mismatch`: the share of tokens whose routes differ in one layer at least (arXiv 2510.11370, which finds
     about a tenth of routes and 94 % of tokens).
 
     Args:
-        theirs, ours: by micro-batch; rows of `theirs` that do not count are left out.
-        layers: numbers of this rank's MoE layers, in the order they have in the routes.
+        stats: to add to.
+        recorded: routes of the inference engine, by micro-batch; rows that are not `checked` are left out.
+        live: routes of the training engine's live router, by micro-batch.
+        layers: indices of this rank's MoE layers in the whole model, in the order of the routes.
         stages: the pipeline's group, whose ranks see other layers of the same tokens; None for one stage.
     """
-    compared = zip(theirs, ours, strict=True)
-    rows = torch.cat([sets_differ(live.ids, given.ids)[_counted(given)] for given, live in compared])
+    pairs = zip(recorded, live, strict=True)
+    rows = torch.cat([sets_differ(b.ids, a.ids)[_checked_rows(a)] for a, b in pairs])
     stats.ratio("route_mismatch", int(rows.sum()), rows.numel())
     for layer, different in zip(layers, rows.sum(0).tolist(), strict=True):
         stats.ratio(f"route_mismatch/{layer}", different, len(rows))
     anywhere = rows.any(1).int()
     if stages is not None:
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=stages)
-    stats.mean("tokens_route_mismatch", anywhere)  # every stage adds the same tokens: their share stays what it is
+    stats.mean("tokens_route_mismatch", anywhere)  # every stage adds the same tokens: the mean is unchanged
 
 
 def add_expert_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int]) -> None:
-    """Count the experts of the rows that count, layer by layer."""
+    """Count the experts of the checked rows, layer by layer.
+
+    Args:
+        stats: to add to.
+        routes: by micro-batch.
+        layers: indices of this rank's MoE layers in the whole model, in the order of the routes.
+    """
     for micro in routes:
-        ids = micro.ids[_counted(micro)]
+        ids = micro.ids[_checked_rows(micro)]
         for position, layer in enumerate(layers):
             stats.tally(f"{_LOAD}{layer}", ids[:, position])
 
 
 def compute_load_metrics(stats: Stats, num_experts: int) -> dict[str, float]:
-    """How evenly the step's tokens use the experts, from the whole step's counts. With p the shares of a layer's experts:
+    """Compute how evenly the tokens of a step use the experts.
 
+    With p the share of each of a layer's experts:
     `expert_entropy/LAYER`: −Σ p log p in nats; log(num_experts) when all are used alike. `expert_entropy` is the mean
     over layers, and `experts_effective` the mean of its exponential, the number of experts that would be used if those
     used were used alike. `expert_load_max`: the largest p · num_experts of any layer, 1 when all are used alike.
     `experts_unused`: the share of (layer, expert) pairs that no token used.
+
+    Args:
+        stats: of the whole step.
+        num_experts: of a layer.
     """
     loads = {int(name.removeprefix(_LOAD)): c for name, c in stats.tallies.items() if name.startswith(_LOAD)}
     loads = {layer: counts for layer, counts in sorted(loads.items()) if counts.total()}
     if not loads:
         return {}
     assert all(0 <= expert < num_experts for counts in loads.values() for expert in counts), "an expert id out of range"
-    nats = {layer: entropy(counts) for layer, counts in loads.items()}
-    return {f"expert_entropy/{layer}": value for layer, value in nats.items()} | {
-        "expert_entropy": sum(nats.values()) / len(nats),
-        "experts_effective": sum(map(math.exp, nats.values())) / len(nats),
+    entropies = {layer: entropy(counts) for layer, counts in loads.items()}
+    return {f"expert_entropy/{layer}": value for layer, value in entropies.items()} | {
+        "expert_entropy": sum(entropies.values()) / len(entropies),
+        "experts_effective": sum(map(math.exp, entropies.values())) / len(entropies),
         "expert_load_max": max(max(counts.values()) / counts.total() for counts in loads.values()) * num_experts,
         "experts_unused": 1 - sum(map(len, loads.values())) / (len(loads) * num_experts),
     }
 
 
-def _counted(routes: MicroRoutes) -> torch.Tensor | slice:
+def _checked_rows(routes: MicroRoutes) -> torch.Tensor | slice:
     return slice(None) if routes.checked is None else routes.checked

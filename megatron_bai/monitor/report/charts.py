@@ -1,4 +1,4 @@
-"""The charts of a report: which metrics are shown where, one line per run and metric, alarms on the curves.
+"""The charts of a report: its sections and their metrics, one line per run and metric, alarms on the curves.
 
 What each metric means is defined where it is computed (docs/monitoring.md).
 """
@@ -134,24 +134,24 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
 
 
 def section_charts(section: str, runs: list[RunData]) -> list[Chart]:
-    """What there is to draw in a section."""
+    """Return the charts of a section that have data."""
     drawn = [_lines(runs, *chart) for chart in SECTIONS[section][1]]
     if section == "Speed":
-        drawn = [_phases(run) for run in runs] + drawn
+        drawn = [_phase_bars(run) for run in runs] + drawn
     if section == "Learning":
-        drawn += [_buckets(run, _BY_LENGTH[0], "Reward by response length") for run in runs]
+        drawn += [_length_buckets(run, _BY_LENGTH[0], "Reward by response length") for run in runs]
     if section == "Routing":
-        drawn += [_map(run, key, title) for key, title in _LAYERS.items() for run in runs]
+        drawn += [_layer_heatmap(run, key, title) for key, title in _LAYERS.items() for run in runs]
     return [chart for chart in drawn if chart]
 
 
 def other_charts(runs: list[RunData]) -> list[Chart]:
-    """A chart for every metric that no section shows."""
+    """Return a chart for every metric that no section shows."""
     return [chart for chart in (_lines(runs, key, {key: key}, False) for key in _other_keys(runs)) if chart]
 
 
 def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> Chart | None:
-    """One line per run and metric: a run keeps its colour, a chart's metrics differ in their dashes."""
+    """Return a chart with one line per run and metric: colours distinguish runs, dashes metrics."""
     traces, marks = [], []
     keys = {key: label for key, label in keys.items() if any(v is not None for run in runs for v in run.series(key)[1])}
     for run in runs:
@@ -178,18 +178,18 @@ def _line(steps: list[int], values: list[float | None], name: str, colour: str, 
 
 
 def _alarms(run: RunData, key: str) -> list[dict[str, Any]]:
-    """A trace that marks the alarms of a metric on its curve; nothing for none."""
-    known = dict(zip(*run.series(key), strict=True))
-    found = [alarm for alarm in run.alarms() if alarm.metric == key and known.get(alarm.step) is not None]
-    if not found:
+    """Return a trace that marks the alarms of a metric on its curve; none where there are no alarms."""
+    values = dict(zip(*run.series(key), strict=True))
+    alarms = [alarm for alarm in run.alarms() if alarm.metric == key and values.get(alarm.step) is not None]
+    if not alarms:
         return []
     return [
         {
-            "x": [alarm.step for alarm in found],
-            "y": [known[alarm.step] for alarm in found],
+            "x": [alarm.step for alarm in alarms],
+            "y": [values[alarm.step] for alarm in alarms],
             "name": escape(f"alarm · {run.name}"),
             "text": [
-                "<br>".join(map(escape, wrap(f"{a.detector.replace('_', ' ')}: {a.evidence}", 44))) for a in found
+                "<br>".join(map(escape, wrap(f"{a.detector.replace('_', ' ')}: {a.evidence}", 44))) for a in alarms
             ],
             "hovertemplate": "%{text}<extra></extra>",
             "mode": "markers",
@@ -198,31 +198,31 @@ def _alarms(run: RunData, key: str) -> list[dict[str, Any]]:
     ]
 
 
-def _buckets(run: RunData, prefix: str, title: str) -> Chart | None:
-    """A line for each length bucket of one run, from blue (short) to red (long)."""
+def _length_buckets(run: RunData, prefix: str, title: str) -> Chart | None:
+    """Return a chart with a line for each length bucket of one run, from blue (short) to red (long)."""
     keys = run.numbered_metrics(prefix)
     traces, marks = [], []
-    for number, key in enumerate(keys):
-        hue = 215 - 215 * number / max(len(keys) - 1, 1)
+    for i, key in enumerate(keys):
+        hue = 215 - 215 * i / max(len(keys) - 1, 1)
         traces.append(_line(*run.series(key), f"from {key.split('/')[1]} tokens", f"hsl({hue:.0f}, 60%, 52%)"))
         marks += _alarms(run, key)
     for mark in marks[1:]:
-        mark["unnamed"] = True  # one entry says what the mark means
+        mark["unnamed"] = True  # one entry in the legend explains the mark
     return {"title": f"{title}: {run.name}", "traces": traces + marks, "log": False, "legend": True} if traces else None
 
 
-def _map(run: RunData, prefix: str, title: str) -> Chart | None:
-    """A map over layers and steps of one run; nothing for one layer, which the mean shows."""
+def _layer_heatmap(run: RunData, prefix: str, title: str) -> Chart | None:
+    """Return a heat map over layers and steps of one run; None for one layer, which the mean shows."""
     keys = run.numbered_metrics(prefix)
     if len(keys) < 2:
         return None
     series = {key: dict(zip(*run.series(key), strict=True)) for key in keys}
-    steps = sorted({step for of_layer in series.values() for step in of_layer})
+    steps = sorted({step for layer_values in series.values() for step in layer_values})
     trace = {
         "type": "heatmap",
         "x": steps,
         "y": [key.split("/")[1] for key in keys],
-        "z": [[of_layer.get(step) for step in steps] for of_layer in series.values()],
+        "z": [[layer_values.get(step) for step in steps] for layer_values in series.values()],
         "colorscale": "Viridis",
         "colorbar": {"thickness": 10, "outlinewidth": 0},
         "hovertemplate": "step %{x}, layer %{y}: %{z:.4g}<extra></extra>",
@@ -230,11 +230,11 @@ def _map(run: RunData, prefix: str, title: str) -> Chart | None:
     return {"title": f"{title}: {run.name}", "traces": [trace], "log": False, "legend": False, "map": True}
 
 
-def _phases(run: RunData) -> Chart | None:
-    """Stacked seconds of one run's steps; what the named phases leave of a step is `rest`."""
+def _phase_bars(run: RunData) -> Chart | None:
+    """Return the stacked seconds of one run's steps by phase; `rest` is what the named phases leave of a step."""
     spent = {phase: dict(zip(*run.series(f"seconds_{phase}"), strict=True)) for phase in PHASES}
     spent["rest"] = {
-        step: max(0.0, (seconds or 0.0) - sum(of_phase.get(step) or 0.0 for of_phase in spent.values()))
+        step: max(0.0, (seconds or 0.0) - sum(phase_seconds.get(step) or 0.0 for phase_seconds in spent.values()))
         for step, seconds in zip(*run.series("seconds_step"), strict=True)
     }
     bars = [
@@ -253,9 +253,9 @@ def _phases(run: RunData) -> Chart | None:
 
 
 def _other_keys(runs: list[RunData]) -> list[str]:
-    """Numeric metrics no section shows, in alphabetical order."""
+    """Return the names of numeric metrics that no section shows, in alphabetical order."""
     shown = {key for _, charts in SECTIONS.values() for _, keys, _ in charts for key in keys}
     shown |= {key for run in runs for prefix in (*_LAYERS, *_BY_LENGTH) for key in run.numbered_metrics(prefix)}
     shown |= {f"seconds_{phase}" for phase in PHASES} | {"seconds_step", "step", "weight_version"}
-    found = {key for run in runs for record in run.records for key, value in record.items() if is_number(value)}
-    return sorted(found - shown)
+    names = {key for run in runs for record in run.records for key, value in record.items() if is_number(value)}
+    return sorted(names - shown)

@@ -1,7 +1,7 @@
 """The HTML shell of a report: one file, plotly's own JavaScript inside it, charts drawn by the reader's browser.
 
-A chart is a dictionary of plain data (`title`, `traces`, `log`, `legend`, and `map` where it is one over layers). `_SCRIPT` gives it the colours of the page:
-light and dark follow the reader's setting, also while the page is open.
+A chart is a dictionary of plain data (`title`, `traces`, `log`, `legend`, and `map` for a heat map over layers).
+`_SCRIPT` gives it the colours of the page: light and dark follow the reader's setting, also while the page is open.
 """
 
 import json
@@ -85,7 +85,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 
 def figure_html(index: int, chart: Chart) -> str:
-    """The place where the script draws chart number `index`."""
+    """Return the figure in which the script draws the chart of this index."""
     keys = "".join(_legend_entry(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     title = f"<figcaption>{escape(chart['title'])}</figcaption>"
@@ -93,8 +93,7 @@ def figure_html(index: int, chart: Chart) -> str:
 
 
 def _legend_entry(trace: dict[str, Any]) -> str:
-    """A legend's entry: the alarms' mark, or a piece of the line or the bar, and the trace's name (escaped already, for
-    plotly)."""
+    """Return a trace's mark and its name, which is escaped already, as plotly needs it."""
     if trace.get("mode") == "markers":
         return f'<span><b style="color:{trace["marker"]["color"]}">▼</b> {trace["name"]}</span>'
     line = trace.get("line")
@@ -103,7 +102,7 @@ def _legend_entry(trace: dict[str, Any]) -> str:
 
 
 def facts_html(items: list[tuple[str, str]], big: int = 0) -> str:
-    """Named values: the first `big` of them large and side by side, the others one a line."""
+    """Return a list of named values: the first `big` of them large and side by side, the others one a line."""
     cells = (
         f"<div{'' if i < big else ' class=line'}><dt>{escape(name)}</dt>"
         f"<dd{' class=big' if i < big else ''}>{escape(value)}</dd></div>"
@@ -113,7 +112,13 @@ def facts_html(items: list[tuple[str, str]], big: int = 0) -> str:
 
 
 def table_html(header: list[str], rows: list[list[str]], compare: bool = True) -> str:
-    """A table whose rows begin with a name; `compare` marks the rows whose values differ."""
+    """Return a table.
+
+    Args:
+        header: titles of the columns.
+        rows: cells, the first of which is the row's name.
+        compare: whether rows whose values differ are marked.
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = (
         f"<tr{' class=differs' if compare and len(set(row[1:])) > 1 else ''}><th>{escape(row[0])}</th>"
@@ -126,7 +131,13 @@ def table_html(header: list[str], rows: list[list[str]], compare: bool = True) -
 
 
 def render_page(title: str, body: str, charts: list[Chart]) -> str:
-    """The whole document. It loads nothing from anywhere."""
+    """Return the whole document, which loads nothing from outside.
+
+    Args:
+        title: text.
+        body: HTML.
+        charts: drawn in the figures of their indices.
+    """
     # A browser ends a script element at "</", wherever it stands: no "<" is left in the data.
     data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
     return (

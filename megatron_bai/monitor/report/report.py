@@ -1,4 +1,4 @@
-"""A run, or several side by side, as one self-contained HTML file."""
+"""The report of a run, or of several side by side, as one self-contained HTML file."""
 
 from html import escape
 from pathlib import Path
@@ -19,24 +19,24 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     """
     if not run_dirs:
         raise UserError("there is no run to report: name run directories in report.runs")
-    named = run_names(run_dirs)
+    names = run_names(run_dirs)
     runs = [
-        load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, named, strict=True))
+        load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, names, strict=True))
     ]
     charts: list[html_page.Chart] = []
-    parts = [_summary_cards(runs), _alarm_section(runs)]
-    parts += [
+    sections = [_summary_cards(runs), _alarm_section(runs)]
+    sections += [
         _chart_section(title, intro, section_charts(title, runs), charts) for title, (intro, _) in SECTIONS.items()
     ]
-    parts.append(_chart_section("Other", "Metrics this report has no place for.", other_charts(runs), charts))
-    parts += [_merge_section(runs), _config_section(runs)]
+    sections.append(_chart_section("Other", "Metrics this report has no place for.", other_charts(runs), charts))
+    sections += [_merge_section(runs), _config_section(runs)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    page = html_page.render_page("megatron-bai · " + ", ".join(named), "".join(parts), charts)
+    page = html_page.render_page("megatron-bai · " + ", ".join(names), "".join(sections), charts)
     atomic_file.write_text(output, page)
 
 
 def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts: list[html_page.Chart]) -> str:
-    """Append the charts to the page's list and give the HTML that places them; nothing for no chart."""
+    """Append the charts to the page's list and return the HTML that shows them; an empty text for no chart."""
     if not drawn:
         return ""
     figures = "".join(html_page.figure_html(len(charts) + i, chart) for i, chart in enumerate(drawn))
@@ -53,25 +53,23 @@ def _summary_cards(runs: list[RunData]) -> str:
 
 
 def _alarm_section(runs: list[RunData]) -> str:
-    """What the monitor said, and why; nothing when it said nothing."""
+    """Return the section of the alarms; an empty text where there are none."""
     cards = []
     for run in runs:
         alarms = run.alarms()
-        told = dict.fromkeys(
-            (alarm.detector, alarm.advice) for alarm in alarms
-        )  # advice once, whatever it was given for
-        for detector, advice in told:
-            own = [alarm for alarm in alarms if (alarm.detector, alarm.advice) == (detector, advice)]
-            rows = [[str(a.step), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.action] for a in own]
+        # The advice of several alarms of a detector is shown once.
+        for detector, advice in dict.fromkeys((alarm.detector, alarm.advice) for alarm in alarms):
+            same = [alarm for alarm in alarms if (alarm.detector, alarm.advice) == (detector, advice)]
+            rows = [[str(a.step), f"{a.evidence} ({a.deviations:.0f} standard errors)", a.action] for a in same]
             name = f"{escape(run.name)}: {escape(detector.replace('_', ' '))}"
             title = f'<h3><i style="background:{run.colour}"></i>{name}</h3>'
-            shown = html_page.table_html(["step", "evidence", "action"], rows, compare=False)
-            cards.append(f'<div class="card prose">{title}{shown}<p>{escape(advice)}.</p></div>')
+            table = html_page.table_html(["step", "evidence", "action"], rows, compare=False)
+            cards.append(f'<div class="card prose">{title}{table}<p>{escape(advice)}.</p></div>')
     return "<h2>Alarms</h2><p>Marked ▼ on the curves below.</p>" + "".join(cards) if cards else ""
 
 
 def _summary_card(run: RunData) -> str:
-    """First and last reward and accuracy, time, the slowest phase, layout and versions, as far as known."""
+    """Return first and last reward and accuracy, time, slowest phase, layout and versions, as far as known."""
     items = []
     for key, label in (("reward_mean", "Reward, first → last"), ("eval_accuracy", "Held-out reward, first → last")):
         values = [v for v in run.series(key)[1] if v is not None]
@@ -99,7 +97,7 @@ def _summary_card(run: RunData) -> str:
 
 
 def _merge_section(runs: list[RunData]) -> str:
-    """What the actor was merged from, and with which coefficients."""
+    """Return the sources and coefficients of the merge that the actor began as; an empty text without one."""
     cards = []
     for run in (run for run in runs if run.provenance):
         sources = [s for s in run.provenance.get("sources", []) if isinstance(s, dict)]
@@ -112,7 +110,7 @@ def _merge_section(runs: list[RunData]) -> str:
 
 
 def _config_section(runs: list[RunData]) -> str:
-    """The settings in which runs differ, and every setting of every run."""
+    """Return the settings in which runs differ, and all settings of all runs."""
     settings = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     if not keys:

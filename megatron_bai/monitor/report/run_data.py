@@ -1,4 +1,4 @@
-"""What a run directory holds, for a report.
+"""Read a run directory for a report.
 
 `metrics.jsonl` (one flat JSON object per global step; needed), `config.yaml` and `summary.json` (both optional: a run in
 progress may have none). `summary["provenance"]` may name a merge's `provenance.json`.
@@ -19,7 +19,7 @@ from megatron_bai.monitor.detectors.alarm import Alarm
 
 @dataclass(frozen=True)
 class RunData:
-    """What was found in one run directory. `records` are in the order of their steps, one a step."""
+    """The content of a run directory. `records` are in the order of their steps, one a step."""
 
     name: str
     colour: str
@@ -29,21 +29,21 @@ class RunData:
     provenance: dict[str, Any]
 
     def series(self, key: str) -> tuple[list[int], list[float | None]]:
-        """Steps that have a number under `key`, and the numbers; null and what is not finite are gaps (None)."""
-        found = [(int(r["step"]), r[key]) for r in self.records if key in r and (r[key] is None or is_number(r[key]))]
-        return [step for step, _ in found], [float(v) if v is not None and math.isfinite(v) else None for _, v in found]
+        """Return the steps that have a number under `key`, and the numbers; null and non-finite ones are gaps, None."""
+        pairs = [(int(r["step"]), r[key]) for r in self.records if key in r and (r[key] is None or is_number(r[key]))]
+        return [step for step, _ in pairs], [float(v) if v is not None and math.isfinite(v) else None for _, v in pairs]
 
     def numbered_metrics(self, prefix: str) -> list[str]:
-        """Metrics named PREFIX/NUMBER, in the order of the numbers."""
-        found = {key for record in self.records for key in record if key.startswith(prefix + "/")}
-        numbers = {int(key.split("/", 1)[1]): key for key in found if key.split("/", 1)[1].isdigit()}
+        """Return the names of metrics PREFIX/NUMBER, in the order of the numbers."""
+        names = {key for record in self.records for key in record if key.startswith(prefix + "/")}
+        numbers = {int(key.split("/", 1)[1]): key for key in names if key.split("/", 1)[1].isdigit()}
         return [numbers[number] for number in sorted(numbers)]
 
     def alarms(self) -> list[Alarm]:
-        """Those of all steps, in their order.
+        """Return the alarms of all steps, in their order.
 
         Raises:
-            UserError: a record's alarms are none.
+            UserError: a record's alarms have other fields.
         """
         try:
             return [Alarm(**alarm) for record in self.records for alarm in record.get("alarms", ())]
@@ -52,39 +52,39 @@ class RunData:
 
 
 def load_run(directory: Path, name: str, colour: str) -> RunData:
-    """Everything in a run directory that a report shows.
+    """Read everything in a run directory that a report shows.
 
     Raises:
         UserError: there are no usable metrics, or a file cannot be read.
     """
-    summary = _read(directory / "summary.json", json.loads)
+    summary = _read_mapping(directory / "summary.json", json.loads)
     named = str(summary.get("provenance") or "")  # relative to the run, or to where the command is run
     provenance = next((p for p in (directory / named, Path(named)) if p.is_file()), directory / "provenance.json")
     return RunData(
         name=name,
         colour=colour,
         records=_read_metrics(directory / "metrics.jsonl"),
-        config=_read(directory / "config.yaml", yaml.safe_load),
+        config=_read_mapping(directory / "config.yaml", yaml.safe_load),
         summary=summary,
-        provenance=_read(provenance, json.loads),
+        provenance=_read_mapping(provenance, json.loads),
     )
 
 
-def _read(path: Path, parse: Any) -> dict[str, Any]:
-    """The mapping in a file, empty where there is no file."""
+def _read_mapping(path: Path, parse: Any) -> dict[str, Any]:
+    """Read the mapping in a file; return an empty one where there is no file."""
     if not path.is_file():
         return {}
     try:
-        found = parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}; repair or remove it") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping: repair or remove it")
-    return found
+    return content
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records by step. A step written twice (a resumed run) counts once, the last time it was written."""
+    """Read the records in the order of their steps. Of a step written twice (a resumed run) the last record counts."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a directory that a training run wrote")
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -103,14 +103,15 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def run_names(run_dirs: list[Path]) -> list[str]:
-    """The directories' own names; where these collide, their paths from where they part."""
+    """Return the directories' names; where these collide, the paths below the common parent."""
     paths = [d.resolve() for d in run_dirs]
-    own = [path.name for path in paths]
-    if len(set(own)) == len(own):
-        return own
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
     parent = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(parent)) for path in paths]
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
