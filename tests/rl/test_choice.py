@@ -186,3 +186,7 @@ def test_a_package_that_cannot_be_loaded_is_named(installed: Path, tmp_path: Pat
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "the objective plugin reinforce = outside cannot be loaded" in done.stderr
     assert "nothing_of_this_name" in done.stderr
+
+
+def test_the_documented_name_of_the_loss_remains() -> None:
+    assert objectives.total is objectives.batch_loss and {"total", "batch_loss"} <= set(objectives.__all__)
