@@ -57,14 +57,14 @@ def two_pass(directory: Path, verify: str) -> Callable[[], None]:
 
 
 def _ours(directory: Path, names: list[str], weights: list[float], alpha: float, out: str, verify: str) -> None:
+    from megatron_bai.cli import merge as merge_verb
     from megatron_bai.config import Config, Merge
-    from megatron_bai.merge import pipeline
 
     pretrained, *members = (str(directory / name) for name in names)
     settings = Merge(
         pretrained=pretrained, members=members, weights=weights, alpha=alpha, output=str(directory / out), verify=verify
     )
-    pipeline.run(Config(merge=settings))
+    merge_verb.run(Config(merge=settings))
 
 
 def plain(directory: Path, _: str) -> Callable[[], None]:

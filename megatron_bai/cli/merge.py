@@ -4,11 +4,15 @@ from megatron_bai import config
 
 
 def run(settings: config.Config) -> None:
-    """Merge as `settings.merge` says, under torchrun or alone.
+    """Merge as `settings.merge` says, under torchrun or alone, and print one line about it, or the plan.
 
     Raises:
-        UserError: a setting, a source or a target does not allow the merge; the target is as it was.
+        UserError: a setting, a source or a target does not allow the merge; the target is unchanged.
     """
-    from megatron_bai.merge import pipeline
+    from megatron_bai.distributed.rank_group import merge_ranks
+    from megatron_bai.merge.pipeline import run_merge
 
-    pipeline.run(settings)
+    with merge_ranks() as ranks:
+        text = run_merge(settings.merge, ranks)
+        if ranks.rank == 0:
+            print(text)

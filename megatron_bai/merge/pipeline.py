@@ -1,4 +1,4 @@
-"""`megatron-bai merge`: plan, check, write, verify, and only then move the result into place."""
+"""The steps of a merge: plan, measure, write, verify, and only then commit the result."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.checkpoint.reader import READ_BYTES, ScratchBuffers
-from megatron_bai.config import Config, Merge
-from megatron_bai.distributed.rank_group import RankGroup, cores_per_rank, merge_ranks
+from megatron_bai.config import Merge
+from megatron_bai.distributed.rank_group import RankGroup, cores_per_rank
 from megatron_bai.errors import PermanentError, UserError
 from megatron_bai.merge.execution import executor, journal
 from megatron_bai.merge.execution.output_dir import bytes_left, check_space, check_target
@@ -41,30 +41,25 @@ VERIFY = ("none", "sample", "all")
 
 @dataclass(frozen=True)
 class MergeJob:
-    """A merge to do: the recipe, and the directory that is to hold its result."""
+    """A merge to do: the recipe, and the directory of its result."""
 
     recipe: Recipe
     target: Path
 
 
-def run(config: Config) -> None:
-    """Merge as `config.merge` says, under torchrun or alone, and print one line about it.
-
-    Raises:
-        UserError: a setting, a source or a target does not allow the merge; the target is as it was.
-    """
-    with merge_ranks() as group:
-        run_merge(config.merge, group)
-
-
-def run_merge(settings: Merge, group: RankGroup, replace: bool = True) -> None:
-    """Merge as the settings say, and print one line about it. Every rank calls it.
+def run_merge(settings: Merge, ranks: RankGroup, replace: bool = True) -> str:
+    """Merge as the settings say. Collective.
 
     Args:
-        replace: an earlier merge at `merge.output`; else one made otherwise is an error.
+        settings: the group `merge`.
+        ranks: which share the merge, of `merge_ranks`.
+        replace: whether to replace an earlier merge at `merge.output`; else another one is an error.
+
+    Returns:
+        A line about the merge, or the plan with `merge.dry_run`.
 
     Raises:
-        UserError: as `run`.
+        UserError: a setting, a source or a target does not allow the merge; the target is unchanged.
     """
     started = time.monotonic()
     jobs = make_jobs(settings)
@@ -72,23 +67,24 @@ def run_merge(settings: Merge, group: RankGroup, replace: bool = True) -> None:
         raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
     output_spec, threads = make_output_spec(settings), choose_threads(settings, jobs, cores_per_rank())
     with gc_disabled(), ExitStack() as stack:
-        work = open_and_plan(jobs, stack, group, ITEM_BYTES, output_spec=output_spec)
+        plan = open_and_plan(jobs, stack, ranks, ITEM_BYTES, output_spec=output_spec)
         if settings.dry_run:
-            group.run_on_first(lambda: print_plan(work, jobs))
-            return
-        written, checked = execute_jobs(work, jobs, group, settings.verify, threads, replace)
-    if group.rank == 0:
-        what = "merged" if written else "nothing to do, the output holds this merge:"
-        size = f"{len(work.outputs):,} tensors, {work.bytes_written:,} bytes"
-        times = f" {written} times" if written > 1 else ""
-        verified = f", {checked:,} elements checked" if checked else ""
-        print(f"{what} {size}{times} in {time.monotonic() - started:.1f} s{verified}: {settings.output}")
+            return format_plan(plan, jobs)
+        num_written, num_checked = execute_jobs(plan, jobs, ranks, settings.verify, threads, replace)
+    action = "merged" if num_written else "nothing to do, the output holds this merge:"
+    size = f"{len(plan.outputs):,} tensors, {plan.bytes_written:,} bytes"
+    times = f" {num_written} times" if num_written > 1 else ""
+    verified = f", {num_checked:,} elements checked" if num_checked else ""
+    return f"{action} {size}{times} in {time.monotonic() - started:.1f} s{verified}: {settings.output}"
 
 
 def make_jobs(settings: Merge) -> list[MergeJob]:
-    """The merges that the settings ask for: one, or one for each value of a sweep.
+    """Make the jobs that the settings ask for: one, or one for each value of a sweep.
 
     Paths are resolved, so that a checkpoint named in two ways counts as one.
+
+    Raises:
+        UserError: a setting of the method or `merge.output` is wrong.
     """
     if not settings.output:
         raise UserError("merge.output is empty: give the directory to write")
@@ -100,15 +96,20 @@ def make_jobs(settings: Merge) -> list[MergeJob]:
 
 
 def choose_threads(settings: Merge, jobs: Sequence[MergeJob], most: int) -> int:
-    """How many threads a rank has: `merge.threads`, or as many as `merge.memory_mib` has room for, `most` at most.
+    """Choose a rank's number of threads: `merge.threads`, or as many as `merge.memory_mib` has room for.
+
+    Args:
+        settings: the group `merge`.
+        jobs: to merge at once.
+        most: upper bound, unless `merge.threads` is set.
 
     Raises:
         UserError: there is no room for them, or for one.
     """
-    each = buffer_bytes_per_thread(jobs)
-    room, least = (settings.memory_mib << 20) // each, settings.threads or 1
+    bytes_per_thread = buffer_bytes_per_thread(jobs)
+    room, least = (settings.memory_mib << 20) // bytes_per_thread, settings.threads or 1
     if room < least:
-        needed, plural = math.ceil(least * each / 2**20), "s" if least > 1 else ""
+        needed, plural = math.ceil(least * bytes_per_thread / 2**20), "s" if least > 1 else ""
         raise UserError(
             f"merge.memory_mib is {settings.memory_mib}: at least {needed} are needed with {least} thread{plural}"
         )
@@ -116,30 +117,42 @@ def choose_threads(settings: Merge, jobs: Sequence[MergeJob], most: int) -> int:
 
 
 def buffer_bytes_per_thread(jobs: Sequence[MergeJob]) -> int:
-    """The buffers of one thread.
+    """Compute the size of one thread's buffers.
 
-    It reads a span, and a tile that it puts together from several tensors, and holds tiles of all sources or of the
-    sums in float64; an elementwise method holds both, and what its arithmetic leaves between.
+    It reads `READ_BYTES` at a time and a tile that it assembles from several tensors, and holds tiles of all sources or
+    of the results in float64; an elementwise method holds both, and intermediate values.
     """
-    sums, recipe = len(jobs), jobs[0].recipe
-    inputs = 1 + len(recipe.members)
-    size = 2 * READ_BYTES + (inputs + sums + 4) * TILE * 8
+    num_results, recipe = len(jobs), jobs[0].recipe
+    num_inputs = 1 + len(recipe.members)
+    nbytes = 2 * READ_BYTES + (num_inputs + num_results + 4) * TILE * 8
     if recipe.elementwise:
-        size += (3 * inputs + sums + 10) * SMALL_TILE * 8
-    return size
+        nbytes += (3 * num_inputs + num_results + 10) * SMALL_TILE * 8
+    return nbytes
 
 
 def open_and_plan(
     jobs: Sequence[MergeJob],
     stack: ExitStack,
-    group: RankGroup,
+    ranks: RankGroup,
     item_bytes: int = ITEM_BYTES,
     unit_bytes: int = UNIT_BYTES,
     output_spec: OutputSpec | None = None,
 ) -> Plan:
-    """Open every source on every rank and plan. The jobs differ in what is swept only. `stack` closes the sources."""
+    """Open every source on every rank, and plan. Collective.
 
-    def work() -> Plan:
+    Args:
+        jobs: which differ in the setting that is swept only.
+        stack: closes the sources.
+        ranks: which share the merge.
+        item_bytes: as for `make_plan`.
+        unit_bytes: likewise.
+        output_spec: likewise.
+
+    Raises:
+        UserError: a source cannot be read, or `make_plan` refuses the merge.
+    """
+
+    def plan_on_this_rank() -> Plan:
         scratch = ScratchBuffers()
         recipes = [job.recipe for job in jobs]
         paths = [term.source for term in recipes[0].terms()]
@@ -147,162 +160,189 @@ def open_and_plan(
         return make_plan(recipes, sources, item_bytes, unit_bytes, output_spec)
 
     plans: list[Plan] = []
-    group.run_on_all(lambda: plans.append(work()))
+    ranks.run_on_all(lambda: plans.append(plan_on_this_rank()))
     return plans[0]
 
 
 def execute_jobs(
-    work: Plan, jobs: Sequence[MergeJob], group: RankGroup, check: str = "sample", threads: int = 1, replace: bool = True
+    plan: Plan,
+    jobs: Sequence[MergeJob],
+    ranks: RankGroup,
+    check: str = "sample",
+    threads: int = 1,
+    replace: bool = True,
 ) -> tuple[int, int]:
-    """Execute a plan: a target either ends complete and checked, or stays as it was. Every rank calls it.
+    """Execute a plan: a target either ends complete and verified, or is unchanged. Collective.
 
-    Whatever stops it, the units finished until then are kept beside the target, and the same merge goes on from there.
+    After an error or a kill the units finished until then stay beside the target, and the same merge resumes from them.
 
     Args:
-        jobs: one for each of the plan's sums.
-        check: `none`, `sample` or `all`: how much of the written checkpoints is compared with the formula.
-        threads: of this rank.
-        replace: earlier merges in the targets' place; else one made otherwise is an error.
+        plan: of all jobs.
+        jobs: one for each of the plan's results.
+        ranks: which share the merge.
+        check: `none`, `sample` or `all`: how much of the results is compared with the formula.
+        threads: number of threads of this rank.
+        replace: whether to replace earlier merges at the targets; else another one is an error.
 
     Returns:
-        how many targets were written, the others being up to date, and how many elements were compared.
+        The number of targets written, where the others are up to date, and the number of elements compared.
 
     Raises:
-        PermanentError: these sources cannot be merged, or a result is not what it should be; nothing is kept.
+        PermanentError: these sources cannot be merged, or a result is not what it should be; nothing stays.
         UserError: a source or a target does not allow the merge, or another process writes a target.
     """
-    identities = group.run_on_first(lambda: {str(source.path): source.stat_fingerprint() for source in work.inputs})
-    marks = group.run_on_first(lambda: [fingerprint(work, k, identities) for k in range(len(jobs))])
+    stats = ranks.run_on_first(lambda: {str(source.path): source.stat_fingerprint() for source in plan.inputs})
+    fingerprints = ranks.run_on_first(lambda: [fingerprint(plan, k, stats) for k in range(len(jobs))])
     with ExitStack() as stack:
-        is_to_do = functools.partial(_needs_writing, work, stack, replace)
-        todo = group.run_on_first(lambda: [k for k, job in enumerate(jobs) if is_to_do(job, marks[k])])
-        if not todo:
+        needs_writing = functools.partial(_needs_writing, plan, stack, replace)
+        pending = ranks.run_on_first(lambda: [k for k, job in enumerate(jobs) if needs_writing(job, fingerprints[k])])
+        if not pending:
             return 0, 0
-        jobs, marks = [jobs[k] for k in todo], [marks[k] for k in todo]
-        weights, recipes = tuple(work.input_weights[k] for k in todo), tuple(work.recipes[k] for k in todo)
-        work = dataclasses.replace(work, input_weights=weights, recipes=recipes)
+        jobs, fingerprints = [jobs[k] for k in pending], [fingerprints[k] for k in pending]
+        weights, recipes = tuple(plan.input_weights[k] for k in pending), tuple(plan.recipes[k] for k in pending)
+        plan = dataclasses.replace(plan, input_weights=weights, recipes=recipes)
         try:
-            return len(jobs), _write(work, jobs, marks, group, check, threads)
+            return len(jobs), _write_targets(plan, jobs, fingerprints, ranks, check, threads)
         except Exception as error:
-            if group.rank == 0:
-                _handle_failure(work, [atomic_dir.staging_path(job.target) for job in jobs], error)
+            if ranks.rank == 0:
+                _handle_failure(plan, [atomic_dir.staging_path(job.target) for job in jobs], error)
             raise
 
 
-def _needs_writing(work: Plan, stack: ExitStack, replace: bool, job: MergeJob, mark: str) -> bool:
-    """Whether the job's target must be written, which then nobody else may until `stack` is closed."""
-    target = job.target
-    resumable = (atomic_dir.staging_path(target) / journal.DIRECTORY).is_dir()
-    if is_up_to_date(target, mark) and (resumable or not atomic_dir.has_leftovers(target)):
+def _needs_writing(plan: Plan, stack: ExitStack, replace: bool, job: MergeJob, input_fingerprint: str) -> bool:
+    """Return whether the job's target must be written; it is locked then until `stack` is closed."""
+    target, staging = job.target, atomic_dir.staging_path(job.target)
+    resumable = (staging / journal.DIRECTORY).is_dir()
+    if is_up_to_date(target, input_fingerprint) and (resumable or not atomic_dir.has_leftovers(target)):
         return False
-    check_target(target, work)
+    check_target(target, plan)
     stack.enter_context(atomic_dir.lock(target))
-    if is_up_to_date(target, mark):
-        atomic_dir.remove_leftovers(target)  # a merge was killed after it had put its result in place
+    if is_up_to_date(target, input_fingerprint):
+        atomic_dir.remove_leftovers(target)  # a merge was killed after it had committed its result
         return False
     if not replace and manifest.read_info(target) is not None:
         raise UserError(
-            f"merge.output {target} holds another merge, {describe_difference(target, job.recipe)}: remove it, choose another "
-            "merge.output, or replace it with the verb merge"
+            f"merge.output {target} holds another merge, {describe_difference(target, job.recipe)}: remove it, choose"
+            " another merge.output, or replace it with the verb merge"
         )
-    if is_up_to_date(atomic_dir.staging_path(target), mark):  # … just before
-        shutil.rmtree(atomic_dir.staging_path(target) / journal.DIRECTORY, ignore_errors=True)
+    if is_up_to_date(staging, input_fingerprint):  # … just before
+        shutil.rmtree(staging / journal.DIRECTORY, ignore_errors=True)
         atomic_dir.commit(target)
         return False
     return True
 
 
-def _write(
-    work: Plan, jobs: Sequence[MergeJob], marks: Sequence[str], group: RankGroup, check: str, threads: int
+def _write_targets(
+    plan: Plan, jobs: Sequence[MergeJob], fingerprints: Sequence[str], ranks: RankGroup, check: str, threads: int
 ) -> int:
-    """Write, prove, check and seal every target; returns how many elements were compared."""
-    checked, cut = 0, work.layout_hash()
+    """Write, verify and commit every target; return the number of elements compared."""
+    marks = [f"{input_fingerprint} {plan.layout_hash()}" for input_fingerprint in fingerprints]
 
-    def stage() -> list[Path]:
-        return [journal.open_staging_dir(job.target, f"{mark} {cut}") for job, mark in zip(jobs, marks, strict=True)]
+    def open_directories() -> list[Path]:
+        return [journal.open_staging_dir(job.target, mark) for job, mark in zip(jobs, marks, strict=True)]
 
-    directories = group.run_on_first(stage, jobs[0].target)
-    group.run_on_first(lambda: check_space(work, directories))
-    slices = slices_to_measure(work)
-    total = work.recipes[0].stats_passes * len(work.inputs) * sum(s.nbytes for s in executor.assign_to_rank(slices, group))
-    with _progress("measuring", total, group) as on_bytes_read:
-        work = with_slice_stats(work, slices, group, on_bytes_read, threads)
-    share = sum(unit.nbytes for unit in executor.assign_to_rank(work.units, group)) / max(work.bytes_written, 1)
-    with _progress("merging", int(work.bytes_read * share), group) as on_bytes_read:
-        norms = executor.execute_plan(work, directories, group, on_bytes_read, threads)
-    digests = {str(source.path): source.verify_records(work.outputs, group) for source in work.inputs}
-    prints = []
+    directories = ranks.run_on_first(open_directories, jobs[0].target)
+    ranks.run_on_first(lambda: check_space(plan, directories))
+    plan, norms = _measure_and_merge(plan, directories, ranks, threads)
+    digests = {str(source.path): source.verify_records(plan.outputs, ranks) for source in plan.inputs}
+    num_checked, result_fingerprints = 0, []
     for k, (job, directory) in enumerate(zip(jobs, directories, strict=True)):
-        note = functools.partial(write_provenance, directory, job.recipe, work, digests, k, norms[k])
-        prints.append(group.run_on_first(note, directory))
+        write = functools.partial(write_provenance, directory, job.recipe, plan, digests, k, norms[k])
+        result_fingerprints.append(ranks.run_on_first(write, directory))
         if check != "none":
             with open_checkpoint(directory) as written:
-                checked += verify_result(work, k, written, group, check_all=check == "all")
+                num_checked += verify_result(plan, k, written, ranks, check_all=check == "all")
 
-    def seal(k: int) -> None:
-        info = manifest.read_info(work.base.path) or {}
-        about = {**info, "merge": {"fingerprint": prints[k], "mark": marks[k]}}
-        sums = journal.file_crcs(directories[k])
-        manifest.finalize(directories[k], jobs[k].target, about, sums, journal.DIRECTORY)
+    def finalize(k: int) -> None:
+        info = manifest.read_info(plan.base.path) or {}
+        merge_info = {"fingerprint": result_fingerprints[k], "mark": fingerprints[k]}
+        crcs = journal.file_crcs(directories[k])
+        manifest.finalize(directories[k], jobs[k].target, {**info, "merge": merge_info}, crcs, journal.DIRECTORY)
 
     for k, directory in enumerate(directories):
-        group.run_on_first(functools.partial(seal, k), directory)
-    return checked
+        ranks.run_on_first(functools.partial(finalize, k), directory)
+    return num_checked
 
 
-def _handle_failure(work: Plan, stages: Sequence[Path], error: Exception) -> None:
-    """After an error: delete what nothing can go on from, or say what is kept and what is missing.
+def _measure_and_merge(
+    plan: Plan, directories: Sequence[Path], ranks: RankGroup, threads: int
+) -> tuple[Plan, list[dict[str, float]]]:
+    """Measure slices where the method needs that, and merge; return the plan with the statistics, and the norms."""
+    slices = slices_to_measure(plan)
+    bytes_a_pass = len(plan.inputs) * sum(item.nbytes for item in executor.assign_to_rank(slices, ranks))
+    with _progress_bar("measuring", plan.recipes[0].stats_passes * bytes_a_pass, ranks) as on_bytes_read:
+        plan = with_slice_stats(plan, slices, ranks, on_bytes_read, threads)
+    written_here = sum(unit.nbytes for unit in executor.assign_to_rank(plan.units, ranks))
+    fraction = written_here / max(plan.bytes_written, 1)
+    with _progress_bar("merging", int(plan.bytes_read * fraction), ranks) as on_bytes_read:
+        return plan, executor.execute_plan(plan, directories, ranks, on_bytes_read, threads)
+
+
+def _handle_failure(plan: Plan, directories: Sequence[Path], error: Exception) -> None:
+    """Remove what no merge can resume from, or say what stays and what is missing.
 
     Raises:
-        UserError: in place of one: it, and how to go on.
+        UserError: in place of one: its message, and how to resume.
     """
-    stages = [stage for stage in stages if stage.is_dir()]  # of a sweep some may be in place
-    left = bytes_left(work, stages)
-    kept = work.bytes_written * len(stages) - left
-    if isinstance(error, PermanentError) or not kept:
-        for stage in stages:
-            shutil.rmtree(stage, ignore_errors=True)
+    directories = [directory for directory in directories if directory.is_dir()]  # of a sweep some may be committed
+    missing = bytes_left(plan, directories)
+    finished = plan.bytes_written * len(directories) - missing
+    if isinstance(error, PermanentError) or not finished:
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
         return
     if isinstance(error, UserError):
-        short = left - shutil.disk_usage(stages[0].parent).free
+        short = missing - shutil.disk_usage(directories[0].parent).free
         room = f", which takes {short:,} bytes more than are free" if short > 0 else ""
         raise UserError(
-            f"{error}; {kept:,} bytes are finished and kept: run the merge again, it goes on with the other"
-            f" {left:,}{room}"
+            f"{error}; {finished:,} bytes are finished and kept: run the merge again, it goes on with the other"
+            f" {missing:,}{room}"
         ) from None
 
 
 @contextmanager
-def _progress(what: str, total: int, group: RankGroup) -> Iterator[Callable[[int], None]]:
-    """A bar of the bytes this rank reads, on rank 0 of a terminal; none where there is nothing to do."""
+def _progress_bar(label: str, total: int, ranks: RankGroup) -> Iterator[Callable[[int], None]]:
+    """Show a bar of the bytes that this rank reads, on rank 0 of a terminal; none where there is nothing to do."""
     console = Console(stderr=True)
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=group.rank > 0 or not (total and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+    columns = TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=ranks.rank > 0 or not (total and console.is_terminal)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
 
 
-def print_plan(work: Plan, jobs: Sequence[MergeJob]) -> None:
-    """Print the plan; nothing of a tensor has been read."""
-    for job in jobs:
-        print(f"{job.target}: {job.recipe.method}, {job.recipe.summarize()}")
-        for term in job.recipe.terms():
-            print(f"    {term.coefficient:.9g} × {term.source}")
-        for region in chain(*work.regions.values()):
-            if region.fate is Fate.KEPT:
-                print(f"    {region.name}: kept as in {work.base.path}")
-            elif any(matches(pattern, region.key, region.layer) for pattern in job.recipe.patterns):
-                terms = job.recipe.terms(region.key, region.layer)
-                print(f"    {region.name}: {', '.join(f'{term.coefficient:.9g}' for term in terms)}")
-    for source in work.inputs:
-        if isinstance(source, RenamedView):
-            print(f"read under other names or shapes: {source.path}")
-    for path, reasons in work.dropped.items():
-        for reason, keys in reasons.items():
-            print(f"not used of {path}, {reason}: {len(keys)} entries such as {keys[0]}")
-    merged = sum(output.merged for output in work.outputs.values())
-    objects = sum(len(unit.objects) for unit in work.units)
-    equal = len(work.outputs) - merged
-    print(f"{merged} tensors merged, {equal} must be equal and are copied, {objects} objects carried")
+def format_plan(plan: Plan, jobs: Sequence[MergeJob]) -> str:
+    """Format what a merge would do, without reading a tensor.
+
+    Args:
+        plan: of all jobs.
+        jobs: one for each of the plan's results.
+    """
+    lines = [line for job in jobs for line in _format_job(plan, job)]
+    lines += [
+        f"read under other names or shapes: {source.path}" for source in plan.inputs if isinstance(source, RenamedView)
+    ]
+    for path, reasons in plan.dropped.items():
+        lines += [
+            f"not used of {path}, {reason}: {len(keys)} entries such as {keys[0]}" for reason, keys in reasons.items()
+        ]
+    num_merged = sum(output.merged for output in plan.outputs.values())
+    num_equal = len(plan.outputs) - num_merged
+    num_objects = sum(len(unit.objects) for unit in plan.units)
     times = f"{len(jobs)} times " if len(jobs) > 1 else ""
-    print(f"reads {work.bytes_read:,} bytes, writes {times}{work.bytes_written:,} bytes in {len(work.units)} units")
+    lines += [
+        f"{num_merged} tensors merged, {num_equal} must be equal and are copied, {num_objects} objects carried",
+        f"reads {plan.bytes_read:,} bytes, writes {times}{plan.bytes_written:,} bytes in {len(plan.units)} units",
+    ]
+    return "\n".join(lines)
+
+
+def _format_job(plan: Plan, job: MergeJob) -> Iterator[str]:
+    """Yield the lines about one result: its terms, and the regions that have other ones."""
+    yield f"{job.target}: {job.recipe.method}, {job.recipe.summarize()}"
+    yield from (f"    {term.coefficient:.9g} × {term.source}" for term in job.recipe.terms())
+    for region in chain(*plan.regions.values()):
+        if region.fate is Fate.KEPT:
+            yield f"    {region.name}: kept as in {plan.base.path}"
+        elif any(matches(pattern, region.key, region.layer) for pattern in job.recipe.patterns):
+            terms = job.recipe.terms(region.key, region.layer)
+            yield f"    {region.name}: {', '.join(f'{term.coefficient:.9g}' for term in terms)}"

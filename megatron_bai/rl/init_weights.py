@@ -1,5 +1,6 @@
 """A run's initial weights, as `init` says: random, a checkpoint's, or those of a merge that is run at the start."""
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from megatron_bai.merge.recipe.recipe import ORIGINAL_SETTINGS
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.utils.dataclass_defaults import drop_later_defaults
+
+_log = logging.getLogger(__name__)
 
 
 def validate_init(settings: config.Config) -> None:
@@ -51,8 +54,10 @@ def run_init_merge(settings: config.Config) -> None:
         return
     base = pipeline.make_jobs(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
     current_ranks().run_on_first(lambda: _check_base(Path(base), settings.model))
-    with merge_ranks() as group:
-        pipeline.run_merge(settings.merge, group, replace=False)
+    with merge_ranks() as ranks:
+        summary = pipeline.run_merge(settings.merge, ranks, replace=False)
+        if ranks.rank == 0:
+            _log.info(summary)
 
 
 def _check_base(base: Path, model: config.Model) -> None:

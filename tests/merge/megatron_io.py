@@ -11,9 +11,9 @@ import checkpoints
 import torch
 import torch.distributed as dist
 
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Backend, Config, Merge
 from megatron_bai.distributed import backend
-from megatron_bai.merge import pipeline
 
 
 def sharded(tensors: dict[str, torch.Tensor], which: str) -> dict:
@@ -63,7 +63,7 @@ def main() -> None:
     backend.init_backend(Backend(kind="cpu"))
     for seed, which in enumerate(("first", "last", "first")):
         save(directory / str(seed), seed, which)
-    pipeline.run(Config(merge=settings(directory, "together")))
+    merge_verb.run(Config(merge=settings(directory, "together")))
     for which in ("first", "last"):
         check(directory / "together", checkpoints.read(directory / "together"), which)
     backend.shutdown_backend()

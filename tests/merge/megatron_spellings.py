@@ -16,9 +16,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Backend, Config, Merge, Model, Parallel
 from megatron_bai.distributed import backend
-from megatron_bai.merge import pipeline
 from megatron_bai.model import build
 from megatron_bai.model.param_shards import Shard, fill_parameters, local_shards
 
@@ -126,7 +126,7 @@ def main() -> None:
         base, *members = map(str, paths)
         out = directory / name / "out"
         merge = Merge(pretrained=base, members=members, weights=WEIGHTS, alpha=ALPHA, output=str(out), verify="all")
-        pipeline.run(Config(merge=merge))
+        merge_verb.run(Config(merge=merge))
         metadata, rows, local_names = spellings[0]
         check(out, gpt(rows, dense, local_names, device), metadata)
     backend.shutdown_backend()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_bai.checkpoint import manifest, torch_dist
 from megatron_bai.checkpoint.torch_dist import TorchDistReader
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Merge
 from megatron_bai.distributed.rank_group import RankGroup, merge_ranks
 from megatron_bai.errors import UserError
@@ -30,7 +31,7 @@ from megatron_bai.merge.recipe.regions import Fate
 
 def run(settings: Merge, **changes) -> dict[str, torch.Tensor]:
     settings = dataclasses.replace(settings, **changes)
-    pipeline.run(Config(merge=settings))
+    merge_verb.run(Config(merge=settings))
     return checkpoints.read(Path(settings.output))
 
 
@@ -174,7 +175,7 @@ def test_torchrun_alone_is_enough(three, tmp_path):
     settings = dataclasses.replace(three, output=str(tmp_path / "together"))
     code = f"""
 from megatron_bai.config import Config, Merge
-from megatron_bai.merge.pipeline import run
+from megatron_bai.cli.merge import run
 import torch.distributed as dist
 run(Config(merge={settings!r}))
 assert not dist.is_initialized()
@@ -299,7 +300,7 @@ def test_again_with_something_changed_merges(three, capsys, change):
 
 
 def test_dry_run_writes_nothing(three, capsys):
-    pipeline.run(Config(merge=dataclasses.replace(three, dry_run=True)))
+    merge_verb.run(Config(merge=dataclasses.replace(three, dry_run=True)))
     text = capsys.readouterr().out
     assert "8 tensors merged, 1 must be equal" in text and f"0.6 × {three.pretrained}" in text
     assert "optimizer or random-number state: 1 entries such as rng_state/shard_0_1" in text
@@ -310,7 +311,7 @@ def test_groups_and_patterns_get_their_own_numbers(three, capsys):
     settings = dataclasses.replace(
         three, alpha_for={"router": 1.0, "final_layernorm": 0.0}, weights_for={"experts": [1.0, 0.0]}
     )
-    pipeline.run(Config(merge=dataclasses.replace(settings, dry_run=True)))
+    merge_verb.run(Config(merge=dataclasses.replace(settings, dry_run=True)))
     assert "decoder.final_layernorm.weight: 0, 0.25, 0.75" in capsys.readouterr().out
     merged = run(settings)
     base, instruct, reasoning = (checkpoints.model(seed) for seed in range(3))
@@ -353,7 +354,7 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
     monkeypatch.setattr(TorchDistReader, "read", counted(TorchDistReader.read))
     monkeypatch.setattr(TorchDistReader, "stream", counted(TorchDistReader.stream))
-    pipeline.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
+    merge_verb.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
     monkeypatch.undo()
     assert "9 tensors, 7,730 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
     elements = sum(tensor.numel() for tensor in checkpoints.model(0).values())
@@ -367,9 +368,9 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
 
 def test_a_sweep_does_only_what_is_missing(three, capsys):
-    pipeline.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.5])))
+    merge_verb.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.5])))
     done = Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns
-    pipeline.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.9])))
+    merge_verb.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.9])))
     assert Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns == done
     assert capsys.readouterr().out.splitlines()[-1].startswith("merged 9 tensors, 8,991 bytes in")
     assert sorted(p.name for p in Path(three.output).iterdir()) == ["alpha-0.1", "alpha-0.5", "alpha-0.9"]
@@ -510,7 +511,7 @@ def killed_at(settings: Merge, moment: str) -> None:
         manifest.json.dumps = die
     elif moment == "rename":
         Path.rename = die
-    pipeline.run(Config(merge=settings))
+    merge_verb.run(Config(merge=settings))
 
 
 @pytest.mark.parametrize("moment", ["first tile", "index", "provenance", "verify", "seal", "manifest", "rename"])

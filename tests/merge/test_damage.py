@@ -12,9 +12,9 @@ from test_safetensors import write as write_hf
 
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import pipeline
 from megatron_bai.merge.compare import inspect_checkpoint
 
 
@@ -107,10 +107,10 @@ def test_a_merge_compares_safetensors_with_their_manifest_before_it_writes(tmp_p
     good = file.read_bytes()
     file.write_bytes(damaged(good, 0.9, "flip", 1))
     with pytest.raises(UserError, match="m/model-00001-of-00002.safetensors is not what was written"):
-        pipeline.run(Config(merge=merge))
+        merge_verb.run(Config(merge=merge))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "m"]
     file.write_bytes(good)
-    pipeline.run(Config(merge=merge))
+    merge_verb.run(Config(merge=merge))
     assert manifest.require_info(merge.output) and manifest.verify_weights(merge.output)
 
 
@@ -118,7 +118,7 @@ def test_an_object_that_is_damaged_is_named_before_anything_is_written(three: Me
     file = Path(three.pretrained, "__0_0.distcp")  # begins with the object
     file.write_bytes(damaged(file.read_bytes(), 0, "zeros", 0))
     with pytest.raises(UserError, match="__0_0.distcp: the (object|item) .* is damaged"):
-        pipeline.run(Config(merge=three))
+        merge_verb.run(Config(merge=three))
     assert not list(file.parent.parent.glob(".*")) and not Path(three.output).exists()
 
 

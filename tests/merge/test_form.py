@@ -17,6 +17,7 @@ from test_spelling import COEFFICIENTS, reference, same, settings, write_hf, wri
 
 from megatron_bai.checkpoint.hf_files import SafetensorsReader
 from megatron_bai.checkpoint.torch_dist import TorchDistReader
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
@@ -61,7 +62,7 @@ def write_padded(tmp_path: Path, rows: tuple[int, ...], sizes: tuple[int | None,
 )
 def test_rows_that_mean_a_token_are_merged_and_padding_is_the_bases(tmp_path, rows, sizes, given):
     paths = write_padded(tmp_path, rows, sizes)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", vocab_size=given)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", vocab_size=given)))
     expected = padded(spellings.stacked(reference()), rows[0], 0.125)
     assert same(checkpoints.read(tmp_path / "out"), expected)
     note = checkpoints.provenance(tmp_path / "out")["tensors"]["output_layer.weight"]
@@ -72,7 +73,7 @@ def test_padding_is_the_bases_even_if_nothing_else_is(tmp_path, capsys):
     """With alpha 0; and other padding is another merge."""
     paths = write_padded(tmp_path, (12, 16, 10), (9, 9, 9))
     for value in (0.125, 3.5):
-        pipeline.run(Config(merge=settings(paths, tmp_path / "out", alpha=0.0)))
+        merge_verb.run(Config(merge=settings(paths, tmp_path / "out", alpha=0.0)))
         assert capsys.readouterr().out.splitlines()[-1].startswith("merged")
         found = checkpoints.read(tmp_path / "out")["output_layer.weight"]
         assert torch.equal(found[9:], torch.full((3, 7), value).bfloat16())
@@ -84,7 +85,7 @@ def test_padding_is_the_bases_even_if_nothing_else_is(tmp_path, capsys):
 
 def test_without_a_word_equal_rows_are_all_merged(tmp_path):
     paths = write_padded(tmp_path, (12, 12, 12), (None, None, None))
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
     merged = checkpoints.read(tmp_path / "out")["output_layer.weight"]
     assert torch.equal(merged[9:], torch.full((3, 7), 0.125 * 1 + 0.1 + 0.6).bfloat16())
 
@@ -92,7 +93,7 @@ def test_without_a_word_equal_rows_are_all_merged(tmp_path):
 def test_megatrons_arguments_say_the_size_too(tmp_path):
     paths = write_padded(tmp_path, (12, 16, 10), (9, None, 9))
     torch.save({"args": argparse.Namespace(vocab_size=9, params_dtype=torch.bfloat16)}, paths[1] / "common.pt")
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), padded(spellings.stacked(reference()), 12, 0.125))
 
 
@@ -138,11 +139,11 @@ def test_tied_embeddings(tmp_path, spell):
         [write(tmp_path / f"{name}{seed}", spell(change(models[seed]))) for seed in range(3)]
         for name, change in (("untied", dict), ("tied", tied))
     ]
-    pipeline.run(Config(merge=settings(both[1], tmp_path / "all")))
+    merge_verb.run(Config(merge=settings(both[1], tmp_path / "all")))
     terms = list(zip(models, COEFFICIENTS))
     assert same(checkpoints.read(tmp_path / "all"), spell(tied(spellings.merged(terms))))
 
-    pipeline.run(Config(merge=settings([both[0][0], both[1][1], both[0][2]], tmp_path / "member")))
+    merge_verb.run(Config(merge=settings([both[0][0], both[1][1], both[0][2]], tmp_path / "member")))
     models[1]["output", None, None] = models[1]["embedding", None, None]
     assert same(checkpoints.read(tmp_path / "member"), spell(spellings.merged(list(zip(models, COEFFICIENTS)))))
 
@@ -185,7 +186,7 @@ MIXED = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtypes", [MIXED, MIXED[1:2] * 3])
 def test_dtype_of_the_output(tmp_path, wanted, is_hf, dtypes):
     paths = write_dtypes(tmp_path, dtypes, is_hf)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", dtype=wanted)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", dtype=wanted)))
     found = checkpoints.read(tmp_path / "out")
     spelled = (spellings.hf if is_hf else spellings.stacked)(exact(dtypes))
     for key, value in found.items():
@@ -207,7 +208,7 @@ def test_what_the_base_keeps_wider_than_its_embeddings_stays_wide(tmp_path):
         weights = spellings.model(seed)
         weights = {at: tensor.float() if at[0] == "router" else tensor for at, tensor in weights.items()}
         paths.append(checkpoints.write(tmp_path / f"s{seed}", spellings.stacked(weights)))
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], dtype="float16")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], dtype="float16")))
     found = checkpoints.read(tmp_path / "out")
     assert found["decoder.layers.mlp.router.weight"].dtype == torch.float32
     assert found["decoder.layers.self_attention.linear_qkv.weight"].dtype == torch.float16
@@ -238,7 +239,7 @@ def test_quantised_tensors_are_refused(tmp_path, dtype):
 def test_chunks_are_cut_anew(tmp_path, monkeypatch):
     paths = write_three(tmp_path, [spellings.stacked, spellings.by_layer, spellings.singleton])
     monkeypatch.setattr(pipeline, "make_output_spec", lambda s: dataclasses.replace(pipeline.OutputSpec(), chunk_bytes=128, file_bytes=512))
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), spellings.stacked(reference()))
     with TorchDistReader(tmp_path / "out") as out, TorchDistReader(paths[0]) as base:
         assert any(len(out.tensors[key].chunks) != len(entry.chunks) for key, entry in base.tensors.items())
@@ -251,7 +252,7 @@ def test_chunks_are_cut_anew(tmp_path, monkeypatch):
 def test_the_settings_cut_in_mebibytes(tmp_path):
     tensors = {"decoder.w": torch.randn(5, 3 << 18)}
     paths = [checkpoints.write(tmp_path / f"s{i}", tensors) for i in range(2)]
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none")))
     with TorchDistReader(tmp_path / "out") as out:
         assert [c.sizes for c in out.tensors["decoder.w"].chunks] == [(1, 1 << 18)] * 15
     assert len(list((tmp_path / "out").glob("*.distcp"))) == 4
@@ -285,7 +286,7 @@ def test_safetensors_files_of_a_chosen_size(tmp_path, monkeypatch, file_bytes):
     """Other files and another dtype than the base's: headers and index are our own, as transformers reads them."""
     paths = write_three(tmp_path, [spellings.hf, spellings.hf_fused, spellings.hf])
     in_files(monkeypatch, file_bytes)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     found = {key: value for file in files for key, value in load_file(file).items()}
     models = [spellings.model(seed) for seed in range(3)]
@@ -321,10 +322,10 @@ def test_safetensors_in_other_files_go_on_after_a_kill(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"chunk_mib": 1}, {"file_mib": 1}, {"vocab_size": 9}])
 def test_another_form_is_another_merge(tmp_path, capsys, changes):
     paths = write_three(tmp_path, [spellings.stacked] * 3)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
     assert capsys.readouterr().out.splitlines()[-1].startswith("merged")
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", **changes)))
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing to do")
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_bai.checkpoint.torch_dist import TorchDistReader
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
-from megatron_bai.merge import pipeline
 from megatron_bai.merge.compare import compare_checkpoints, inspect_checkpoint
 from megatron_bai.merge.tensor_names.param_groups import param_group
 
@@ -63,7 +63,7 @@ def test_groups(key, group):
 
 
 def test_inspect_prints_content_provenance_and_differences(three, capsys):
-    pipeline.run(Config(merge=three))
+    merge_verb.run(Config(merge=three))
     inspect_checkpoint(Config(inspect=Inspect(path=three.output, other=three.pretrained)))
     text = capsys.readouterr().out
     assert "bai: weights 0.25 0.75, alpha 0.6;" in text and f"0.6 × {three.pretrained}" in text
@@ -85,7 +85,7 @@ def test_inspect_names_what_only_one_has(three, tmp_path, capsys):
 def test_damage_is_named(three):
     with pytest.raises(UserError, match="inspect.path is empty"):
         inspect_checkpoint(Config())
-    pipeline.run(Config(merge=three))
+    merge_verb.run(Config(merge=three))
     manifest = json.loads(Path(three.output, "manifest.json").read_text())
     text = Path(three.output, "provenance.json").read_text()
     Path(three.output, "provenance.json").write_text("{" * len(text))

@@ -9,8 +9,8 @@ import megatron_io
 import pytest
 import torch
 
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config
-from megatron_bai.merge import pipeline
 
 
 @pytest.mark.distributed
@@ -23,7 +23,7 @@ def test_megatrons_checkpoints_merge_and_the_result_loads_in_other_layouts(tmp_p
     for seed in range(3):
         found = checkpoints.read(tmp_path / str(seed))
         assert all(torch.equal(found[key], value) for key, value in checkpoints.model(seed).items())
-    pipeline.run(Config(merge=megatron_io.settings(tmp_path, "alone")))
+    merge_verb.run(Config(merge=megatron_io.settings(tmp_path, "alone")))
     alone, together = checkpoints.read(tmp_path / "alone"), checkpoints.read(tmp_path / "together")
     assert alone.keys() == together.keys() and all(torch.equal(together[key], value) for key, value in alone.items())
     terms = [(checkpoints.model(seed), weight) for seed, weight in ((0, 0.5), (1, 0.25), (2, 0.25))]

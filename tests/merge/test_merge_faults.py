@@ -18,9 +18,9 @@ from test_safetensors import hf  # noqa: F401, a fixture
 
 from megatron_bai.checkpoint import manifest, positional_io
 from megatron_bai.checkpoint.torch_dist import TorchDistReader
-from megatron_bai.config import Merge
+from megatron_bai.cli import merge as merge_verb
+from megatron_bai.config import Config, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import executor, journal
 
 
@@ -283,4 +283,4 @@ def test_two_merges_into_one_target(settings, unbroken):
 def test_a_target_without_the_right_to_write_is_one_line(three, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file.*(Not a directory|File exists)"):
-        pipeline.run(pipeline.Config(merge=dataclasses.replace(three, output=str(tmp_path / "file" / "out"))))
+        merge_verb.run(Config(merge=dataclasses.replace(three, output=str(tmp_path / "file" / "out"))))

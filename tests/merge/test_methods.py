@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_command import spoil
 
 from megatron_bai.cli import entry_point
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.distributed.rank_group import RankGroup, merge_ranks
 from megatron_bai.errors import UserError
@@ -71,7 +72,7 @@ def settings_of(three: Merge, method: str, **changes) -> Merge:
 
 def run(settings: Merge, **changes) -> dict[str, torch.Tensor]:
     settings = dataclasses.replace(settings, **changes)
-    pipeline.run(Config(merge=settings))
+    merge_verb.run(Config(merge=settings))
     return checkpoints.read(Path(settings.output))
 
 
@@ -418,7 +419,7 @@ def test_a_sweep_writes_what_single_merges_write(three, tmp_path, method):
     swept, values = METHODS[method].sweep_setting, [0.25, 1.0]
     plain = settings_of(three, method, **{METHODS[method].sweep_setting: None})
     run_sweep = dataclasses.replace(plain, sweep=values)
-    pipeline.run(Config(merge=run_sweep))
+    merge_verb.run(Config(merge=run_sweep))
     for value in values:
         single = run(plain, **{swept: value}, output=str(tmp_path / f"single{value}"))
         assert same(checkpoints.read(Path(three.output, f"{swept}-{value}")), single)

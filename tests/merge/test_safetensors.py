@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_command import content, in_child, merge_in_small_units, peer
 
 from megatron_bai.checkpoint.hf_files import SafetensorsReader
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Inspect, Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge import pipeline
 from megatron_bai.merge.compare import inspect_checkpoint
 
 
@@ -65,7 +65,7 @@ def hf(tmp_path):
 
 
 def test_hf_merges_by_the_formula_into_the_files_of_the_pretrained(hf):
-    pipeline.run(Config(merge=hf))
+    merge_verb.run(Config(merge=hf))
     out = Path(hf.output)
     found = {key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()}
     terms = [(model(0), 0.6), (model(1), 0.1), (model(2), 0.3)]
@@ -85,7 +85,7 @@ def test_hf_merges_by_the_formula_into_the_files_of_the_pretrained(hf):
 
 
 def test_hf_any_number_of_ranks_writes_the_same_bytes(hf, tmp_path):
-    pipeline.run(Config(merge=hf))
+    merge_verb.run(Config(merge=hf))
     together = dataclasses.replace(hf, output=str(tmp_path / "together"))
     context = multiprocessing.get_context("fork")
     group = [context.Process(target=peer, args=(r, 2, str(tmp_path / "store"), together)) for r in range(2)]
@@ -111,8 +111,8 @@ def test_hf_killed_it_goes_on_and_ends_the_same(hf, tmp_path):
 
 
 def test_hf_again_is_nothing_to_do_and_a_changed_source_is_seen(hf, capsys):
-    pipeline.run(Config(merge=hf))
-    pipeline.run(Config(merge=hf))
+    merge_verb.run(Config(merge=hf))
+    merge_verb.run(Config(merge=hf))
     assert "nothing to do" in capsys.readouterr().out.splitlines()[-1]
     file = Path(hf.members[0], "model.safetensors")
     changed = load_file(file)
@@ -120,18 +120,18 @@ def test_hf_again_is_nothing_to_do_and_a_changed_source_is_seen(hf, capsys):
     stamp = file.stat()
     save_file(changed, file, metadata={"format": "pt"})
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # content decides, not the time
-    pipeline.run(Config(merge=hf))
+    merge_verb.run(Config(merge=hf))
     assert capsys.readouterr().out.splitlines()[-1].startswith("merged")
 
 
 def test_hf_and_megatron_are_not_mixed(hf, tmp_path):
     other = checkpoints.write(tmp_path / "megatron", checkpoints.model(0))
     with pytest.raises(UserError, match="are in two formats: bring them into one with `convert`"):
-        pipeline.run(Config(merge=dataclasses.replace(hf, members=[hf.members[0], str(other)])))
+        merge_verb.run(Config(merge=dataclasses.replace(hf, members=[hf.members[0], str(other)])))
 
 
 def test_hf_inspect(hf, capsys):
-    pipeline.run(Config(merge=hf))
+    merge_verb.run(Config(merge=hf))
     inspect_checkpoint(Config(inspect=Inspect(path=hf.output, other=hf.pretrained)))
     text = capsys.readouterr().out
     assert "13 of 13 tensors differ" in text and "experts" in text
@@ -200,7 +200,7 @@ def test_hf_a_real_model(tmp_path):
     merge = Merge(
         pretrained=str(tmp_path / "0"), members=[str(tmp_path / "1")], weights=[1.0], output=str(tmp_path / "out")
     )
-    pipeline.run(Config(merge=merge))
+    merge_verb.run(Config(merge=merge))
     merged = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         for a, b in zip(models[0].parameters(), models[1].parameters()):

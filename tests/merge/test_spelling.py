@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from test_command import content, in_child, merge_in_small_units, peer, refused
 
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Merge
-from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import tiles
 from megatron_bai.merge.tensor_names.canonical_names import canonical_box
 from megatron_bai.merge.tensor_names.param_groups import matches
@@ -63,7 +63,7 @@ def test_megatrons_spellings_merge_into_the_bases(tmp_path, monkeypatch, first, 
     for i, members in enumerate(zip(others, others[1:] + others[:1])):
         (tmp_path / str(i)).mkdir()
         paths = write_three(tmp_path / str(i), [base, *members])
-        pipeline.run(Config(merge=settings(paths, tmp_path / f"out{i}")))
+        merge_verb.run(Config(merge=settings(paths, tmp_path / f"out{i}")))
         assert same(checkpoints.read(tmp_path / f"out{i}"), base(reference())), [s.__name__ for s in members]
 
 
@@ -75,7 +75,7 @@ def test_models_that_begin_with_dense_layers(tmp_path, local):
         (tmp_path / str(i)).mkdir()
         ordered = spells[i:] + spells[:i]
         paths = write_three(tmp_path / str(i), ordered, dense=1)
-        pipeline.run(Config(merge=settings(paths, tmp_path / f"out{i}")))
+        merge_verb.run(Config(merge=settings(paths, tmp_path / f"out{i}")))
         assert same(checkpoints.read(tmp_path / f"out{i}"), ordered[0](reference(dense=1)))
 
 
@@ -83,13 +83,13 @@ def test_models_that_begin_with_dense_layers(tmp_path, local):
 def test_fused_and_separate_experts_of_hugging_face(tmp_path, fused):
     spells = [spellings.hf_fused, spellings.hf, spellings.hf_fused][fused:] + [spellings.hf]
     paths = write_three(tmp_path, spells[:3], dense=1)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), spells[0](reference(dense=1)))
 
 
 def test_a_view_is_only_made_where_it_is_needed(tmp_path, capsys):
     paths = write_three(tmp_path, [spellings.by_layer, spellings.by_layer, spellings.stacked])
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", dry_run=True)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", dry_run=True)))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("read under other names")]
     assert lines == [f"read under other names or shapes: {paths[2]}"]
 
@@ -105,7 +105,7 @@ def test_killed_it_goes_on_under_other_spellings(tmp_path):
 
 def test_ranks_share_the_work_under_other_spellings(tmp_path):
     paths = write_three(tmp_path, [spellings.stacked, spellings.singleton, spellings.by_layer])
-    pipeline.run(Config(merge=settings(paths, tmp_path / "alone")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "alone")))
     context = multiprocessing.get_context("fork")
     arguments = 2, str(tmp_path / "store"), settings(paths, tmp_path / "together")
     group = [context.Process(target=peer, args=(rank, *arguments)) for rank in range(2)]
@@ -147,15 +147,15 @@ RANGES = {"layers.1-2/experts": 1.0, "layers.0": 0.0, "router": 0.25}
 )
 def test_ranges_of_layers_have_their_own_coefficients(tmp_path, spells):
     paths = write_three(tmp_path, spells)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", alpha_for=RANGES)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", alpha_for=RANGES)))
     assert same(checkpoints.read(tmp_path / "out"), spells[0](reference(coefficients=in_layers_1_and_2)))
 
 
 def test_provenance_and_plan_name_the_parts_of_a_tensor(tmp_path, capsys):
     paths = write_three(tmp_path, [spellings.stacked] * 3)
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", alpha_for={"layers.1": 0.5}, dry_run=True)))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", alpha_for={"layers.1": 0.5}, dry_run=True)))
     assert "decoder.layers.mlp.router.weight[1:2]: 0.5, 0.125, 0.375" in capsys.readouterr().out
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", alpha_for={"layers.1": 0.5})))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", alpha_for={"layers.1": 0.5})))
     note = checkpoints.provenance(tmp_path / "out")["tensors"]["decoder.layers.mlp.router.weight"]
     assert note["rows"] == [
         {"fate": "merged", "rows": [0, 1]},
@@ -304,7 +304,7 @@ def test_transformers_loads_what_was_merged_from_fused_and_separate_experts(tmp_
             write_hf(paths[-1], models[-1].state_dict(), models[-1].config.to_json_string())
         else:
             models[-1].save_pretrained(paths[-1])
-    pipeline.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], alpha=0.5, dtype="bfloat16")))
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], alpha=0.5, dtype="bfloat16")))
     keys = checkpoints.read(tmp_path / "out")
     assert ("model.layers.1.mlp.experts.gate_up_proj" in keys) == (fused == 0)
     merged = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -339,7 +339,7 @@ def test_methods_on_whole_parameters_do_not_see_how_these_are_spelled(tmp_path, 
     def merge(name: str, spells) -> checkpoints.Tensors:
         (tmp_path / name).mkdir()
         paths = write_three(tmp_path / name, spells)
-        pipeline.run(Config(merge=settings(paths, tmp_path / f"{name}-out", method=method, **METHODS[method])))
+        merge_verb.run(Config(merge=settings(paths, tmp_path / f"{name}-out", method=method, **METHODS[method])))
         return checkpoints.read(tmp_path / f"{name}-out")
 
     found = unstacked(merge("all-stacked", [spellings.stacked] * 3))
@@ -367,7 +367,7 @@ def test_padding_of_the_vocabulary_is_in_no_measure(tmp_path, method):
                 tensors[name] = torch.cat([tensors[name], filler])
             paths.append(checkpoints.write(tmp_path / f"{padding}-{seed}", tensors, checkpoints.rows))
         target = tmp_path / f"{padding}-out"
-        pipeline.run(Config(merge=settings(paths, target, method=method, vocab_size=rows, **METHODS[method])))
+        merge_verb.run(Config(merge=settings(paths, target, method=method, vocab_size=rows, **METHODS[method])))
         out.append(checkpoints.read(target)[key])
     assert torch.equal(out[0], out[1][:rows])
     assert bool((out[1][rows:] == 100).all()), "the base's"

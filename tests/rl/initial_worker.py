@@ -60,11 +60,11 @@ def worlds(world: int, directory: Path, init: config.Init, output: Path, weights
 
 def main(directory: Path) -> None:
     prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.session")
-    from megatron_bai.merge import pipeline
+    from megatron_bai.cli import merge as merge_verb
 
     torch.multiprocessing.start_processes(sources, (directory,), nprocs=1, start_method="fork")
     for form in ("megatron", "hf"):
-        pipeline.run(settings_of(directory / form, config.RandomInit(), directory / form / "merged"))
+        merge_verb.run(settings_of(directory / form, config.RandomInit(), directory / form / "merged"))
     own = directory / "megatron"
     worlds(1, own, config.CheckpointInit(checkpoint=str(own / "merged")), own, own / "loaded")
     for form, world in STARTS:

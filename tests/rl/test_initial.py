@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir
 from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.cli import merge as merge_verb
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import journal
@@ -24,6 +25,7 @@ from megatron_bai.merge.recipe.output_spec import OutputSpec
 from megatron_bai.merge.recipe.plan import make_plan
 from megatron_bai.rl import init_weights
 from megatron_bai.rl.sft_fingerprint import sft_fingerprint
+from megatron_bai.utils import terminal_logging
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,11 @@ def state(directory: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.distributed
 def test_what_is_merged_is_not_merged_again(started: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal_logging.setup()
     settings = merging(started, tmp_path / "actor")
     init_weights.run_init_merge(settings)
     before = state(tmp_path / "actor")
-    assert capsys.readouterr().out.startswith("merged")
+    assert capsys.readouterr().out.startswith("[rank 0] merged")
     init_weights.run_init_merge(settings)
     assert state(tmp_path / "actor") == before and "nothing to do" in capsys.readouterr().out
 
@@ -96,7 +99,7 @@ def test_another_merge_in_its_place_is_refused_and_kept(
     with pytest.raises(UserError, match=f"merge.output {tmp_path}/actor holds another merge, {named}: remove it"):
         init_weights.run_init_merge(merging(started, tmp_path / "actor", **changes))
     assert state(tmp_path / "actor") == before and [path.name for path in tmp_path.iterdir()] == ["actor"]
-    pipeline.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
+    merge_verb.run(merging(started, tmp_path / "actor", **changes))  # the verb replaces it
     init_weights.run_init_merge(merging(started, tmp_path / "actor", **changes))
 
 
