@@ -1,4 +1,4 @@
-"""`megatron-bai inspect`: what a checkpoint holds, where it came from, and how far two checkpoints are apart."""
+"""Comparison of checkpoints: the content of one, its provenance, and the distance of two."""
 
 import math
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ from megatron_bai.utils.strict_json import parse
 
 @dataclass
 class Distance:
-    """How two checkpoints differ in a set of tensors; sums over elements, in float64.
+    """The difference of two checkpoints in a set of tensors; sums over elements, in float64.
 
     With a the first's elements and b the second's: `cosine` is a·b / (‖a‖‖b‖), `relative` is ‖a − b‖ / ‖a‖.
     """
@@ -41,19 +41,22 @@ class Distance:
 
     @property
     def distance(self) -> float:
+        """‖a − b‖."""
         return math.sqrt(self.dd)
 
     @property
     def relative(self) -> float:
+        """‖a − b‖ / ‖a‖, NaN where a is 0."""
         return self.distance / math.sqrt(self.aa) if self.aa else math.nan
 
     @property
     def cosine(self) -> float:
+        """The cosine of the angle between a and b, NaN where one is 0."""
         return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else math.nan
 
 
 def compare_checkpoints(a: CheckpointReader, b: CheckpointReader) -> dict[str, Distance]:
-    """The distance of two checkpoints in each parameter group, over the tensors both hold with one shape.
+    """Compute the distance of two checkpoints in each parameter group, over the tensors that both have with one shape.
 
     Reads both once, in tiles; the two may be sharded differently.
     """
@@ -66,6 +69,7 @@ def compare_checkpoints(a: CheckpointReader, b: CheckpointReader) -> dict[str, D
 
 
 def _add(group: Distance, a: CheckpointReader, b: CheckpointReader, entry: TensorInfo) -> None:
+    """Add the sums of one tensor."""
     same = True
     for chunk in entry.chunks:
         for box in split_box(chunk.offsets, chunk.sizes, TILE):
@@ -91,7 +95,7 @@ def inspect_checkpoint(config: Config) -> None:
     """
     if not config.inspect.path:
         raise UserError("inspect.path is empty: give a checkpoint's directory")
-    console = Console(soft_wrap=True)  # tables fit the terminal, lines are left to it
+    console = Console(soft_wrap=True)  # tables fit the terminal, lines are not wrapped
     scratch = ScratchBuffers()
     with open_checkpoint(config.inspect.path, scratch) as source:
         if config.inspect.verify:
@@ -106,7 +110,7 @@ def inspect_checkpoint(config: Config) -> None:
 
 
 def _verify(console: Console, source: CheckpointReader) -> None:
-    """Read all of a checkpoint against whatever checksums it has: its manifest's, or else its format's."""
+    """Verify a checkpoint by the checksums that it has: its manifest's, or else its format's."""
     if manifest.verify_weights(source.path):
         console.print(f"{source.path}: every file is what was written")
     elif compared := source.verify_all():
@@ -116,6 +120,7 @@ def _verify(console: Console, source: CheckpointReader) -> None:
 
 
 def _print_content(console: Console, source: CheckpointReader) -> None:
+    """Print a table of the tensors by parameter group."""
     table = Table("group", "tensors", "elements", "bytes", "dtypes", title=str(source.path), title_justify="left")
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     dtypes: dict[str, set[str]] = defaultdict(set)
@@ -132,34 +137,37 @@ def _print_content(console: Console, source: CheckpointReader) -> None:
 
 
 def _print_provenance(console: Console, path: Path) -> None:
+    """Print how a checkpoint was merged, if it was."""
     try:
-        _print_note(console, parse((path / PROVENANCE).read_bytes()))
+        _print_recipe(console, parse((path / PROVENANCE).read_bytes()))
     except FileNotFoundError:
         console.print("not the output of a merge")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / PROVENANCE} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
 
-def _print_note(console: Console, note: dict[str, Any]) -> None:
-    recipe, versions = note["recipe"], note["versions"]
+def _print_recipe(console: Console, provenance: dict[str, Any]) -> None:
+    """Print recipe and sources of a merge."""
+    recipe, versions = provenance["recipe"], provenance["versions"]
     settings = {name: value for name, value in recipe.items() if name not in NON_SETTINGS}
     console.print(
-        f"merged {note['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"
-        f" {recipe['method']}: {format_settings(settings)}; fingerprint {note['fingerprint'][:16]}"
+        f"merged {provenance['created']} by megatron_bai {versions['megatron_bai']}, torch {versions['torch']};"
+        f" {recipe['method']}: {format_settings(settings)}; fingerprint {provenance['fingerprint'][:16]}"
     )
     for name, values in settings.items():
         for pattern, value in values.items() if name.endswith("_for") else ():
             console.print(f"  {name} {pattern}: {value}")
-    for source in note["sources"]:
+    for source in provenance["sources"]:
         dropped = ", ".join(f"{len(keys)} entries not used: {why}" for why, keys in source["dropped"].items())
         console.print(f"  {source['coefficient']:.6g} × {source['path']} ({source['digest'][:16]}) {dropped}".rstrip())
 
 
 def _print_comparison(console: Console, a: CheckpointReader, b: CheckpointReader) -> None:
-    for here, there in ((a, b), (b, a)):
-        only = sorted(here.tensors.keys() - there.tensors.keys())
+    """Print the tensors that are in one only or have two shapes, and the distances of the others."""
+    for one, other in ((a, b), (b, a)):
+        only = sorted(one.tensors.keys() - other.tensors.keys())
         if only:
-            console.print(f"only in {here.path}: {len(only)} tensors, {', '.join(only[:5])}")
+            console.print(f"only in {one.path}: {len(only)} tensors, {', '.join(only[:5])}")
     for key in sorted(a.tensors.keys() & b.tensors.keys()):
         if a.tensors[key].shape != b.tensors[key].shape:
             console.print(f"different shapes: {key} {a.tensors[key].shape} and {b.tensors[key].shape}")

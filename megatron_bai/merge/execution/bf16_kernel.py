@@ -1,14 +1,14 @@
-"""What is done to bfloat16 values from their files to the output's, compiled by Numba.
+"""Kernels for weighted sums of bfloat16 values, from the sources' files to the results', compiled by Numba.
 
 For the weighted sum torch needs a pass for each of converting, multiplying, adding, rounding and the norm. Here a block
 of sums stays in the core's first cache from the first source to its rounding. The operations on an element, and so its
 bits, are torch's: multiplication and addition in float32, each rounded (LLVM fuses them only if told to), then to the
 nearest bfloat16, ties to even.
 
-`stream` does all of it for many tiles in one call, which lets go of Python's lock: it reads, checks, sums, rounds and
-writes. What goes wrong is not its business: it stops before such a tile, and Python does that one, finds the same and
-says what it is. Its CRC-32 is zlib-ng's, part of that library's interface, which Python's wheel of it exports as well.
-Where one does not, there is no `stream`, and Python does every tile.
+`stream` reads, verifies, sums, rounds and writes many tiles in one call, which releases the GIL. It reports no errors:
+it stops before the tile that has one, and Python merges that tile, meets the same error and raises it. The CRC-32 is
+zlib-ng's, part of that library's interface, which Python's wheel of it exports as well. Where a wheel does not, there
+is no `stream`, and Python merges every tile.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from zlib_ng import zlib_ng
 
 from megatron_bai.utils.numba_jit import jit_compile
 
-BLOCK = 1024  # elements whose sums and squares are in the first cache: 12 KiB
+BLOCK = 1024  # elements whose sums and squares stay in the first cache: 12 KiB
 MAX_FINITE_BITS = 0x7F7F7FFF  # bits of the largest float32 that is rounded to a finite bfloat16
 
 _SIGNATURE = types.Tuple((types.uint32, types.float64))(
@@ -35,17 +35,17 @@ def _weighted_sum(
     coefficients: npt.NDArray[np.float32],
     out: npt.NDArray[np.uint16],
 ) -> tuple[np.uint32, np.float64]:
-    """Σ coefficients[i] · sources[rows[i]], added in this order and rounded to bfloat16.
+    """Compute Σ coefficients[i] · sources[rows[i]], added in this order and rounded to bfloat16.
 
     Args:
-        sources: bfloat16 bits [sources, at least as many elements as `out`].
-        rows: int64 [terms], at least one.
-        coefficients: float32 [terms].
-        out: bfloat16 bits [elements], which are written.
+        sources: bfloat16 bits `[sources, at least as many elements as out]`.
+        rows: int64 `[terms]`, at least one: indices of sources.
+        coefficients: float32 `[terms]`.
+        out: bfloat16 bits `[elements]`, which are written.
 
     Returns:
-        the bits of the largest magnitude before rounding (over `MAX_FINITE_BITS`: `out` holds an Inf or NaN), and the sum of
-        the squares before rounding, which does not depend on the machine.
+        The bits of the largest magnitude before rounding (over `MAX_FINITE_BITS`: `out` holds an Inf or NaN), and the
+        sum of the squares before rounding, which does not depend on the machine.
     """
     sums = np.empty(BLOCK, np.float32)
     squares = np.zeros(BLOCK, np.float64)  # each of every BLOCK-th element: a single sum could not be vectorised
@@ -80,7 +80,7 @@ weighted_sum = jit_compile(_SIGNATURE)(_weighted_sum)
 
 
 def _export(name: str) -> bool:
-    """Let compiled code call a function of zlib-ng; returns whether its Python extension has it."""
+    """Let compiled code call a function of zlib-ng; return whether its Python extension has it."""
     function = getattr(ctypes.CDLL(zlib_ng.__file__), name, None)
     if function is not None:
         binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
@@ -113,38 +113,43 @@ def _stream(
     values: npt.NDArray[np.uint16],
     out: npt.NDArray[np.uint16],
 ) -> int:
-    """Merge `num_bytes` bytes of every source into as many of every sum, as `weighted_sum` does, until something is wrong.
+    """Merge bytes of every source into as many of every result, as `weighted_sum` does, up to the first error.
 
     Args:
-        file_offsets: int64 [sources + sums, 2], of each the descriptor of its file and the byte to begin at.
-        crcs: uint32 [sources + sums], the CRC-32s of what came before in each, which become those with these bytes.
-        rows: int64 [sums, 1 + sources], how many sources each sum has, and which.
-        coefficients: float32 [sums, sources], of those in `rows`.
-        squares: float64 [sums], to which the sums of squares are added.
-        values: bfloat16 bits [sources, tile], to work in.
-        out: bfloat16 bits [tile], likewise.
+        file_offsets: int64 `[sources + results, 2]`: for each its file descriptor and the first byte.
+        crcs: uint32 `[sources + results]`: CRC-32s of the bytes before, which are continued.
+        num_bytes: to merge.
+        rows: int64 `[results, 1 + sources]`: the number of sources of each result, and their indices.
+        coefficients: float32 `[results, sources]`, of those in `rows`.
+        squares: float64 `[results]`, to which the sums of squares are added.
+        values: bfloat16 bits `[sources, tile]`, scratch.
+        out: bfloat16 bits `[tile]`, scratch.
 
     Returns:
-        how many bytes are done: fewer than `num_bytes` where a file could not be read or written, or a sum is not finite.
+        The number of bytes done: fewer than `num_bytes` where a file cannot be read or written, or a value is not
+        finite.
     """
-    sources, sums = len(values), len(rows)
-    new_crcs, tile_squares = np.empty_like(crcs), np.empty(sums)
+    num_sources, num_results = len(values), len(rows)
+    new_crcs, tile_squares = np.empty_like(crcs), np.empty(num_results)
     done = 0
     while done < num_bytes:
         count = min(out.size, (num_bytes - done) // 2)
         size = count * 2
-        for i in range(sources):
-            at = values[i].ctypes.data
-            if _pread(file_offsets[i, 0], at, size, file_offsets[i, 1] + done) != size:
+        for i in range(num_sources):
+            address = values[i].ctypes.data
+            if _pread(file_offsets[i, 0], address, size, file_offsets[i, 1] + done) != size:
                 return done
-            new_crcs[i] = _crc32(crcs[i], at, size)
-        for k in range(sums):
+            new_crcs[i] = _crc32(crcs[i], address, size)
+        for k in range(num_results):
             terms = rows[k, 0]
-            largest, tile_squares[k] = weighted_sum(values, rows[k, 1 : 1 + terms], coefficients[k, :terms], out[:count])
-            at, file = out.ctypes.data, sources + k
-            if largest > MAX_FINITE_BITS or _pwrite(file_offsets[file, 0], at, size, file_offsets[file, 1] + done) != size:
+            indices, factors = rows[k, 1 : 1 + terms], coefficients[k, :terms]
+            largest, tile_squares[k] = weighted_sum(values, indices, factors, out[:count])
+            if largest > MAX_FINITE_BITS:
                 return done
-            new_crcs[file] = _crc32(crcs[file], at, size)
+            address, file = out.ctypes.data, num_sources + k
+            if _pwrite(file_offsets[file, 0], address, size, file_offsets[file, 1] + done) != size:
+                return done
+            new_crcs[file] = _crc32(crcs[file], address, size)
         crcs[:] = new_crcs
         squares += tile_squares
         done += size

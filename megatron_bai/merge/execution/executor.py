@@ -56,7 +56,8 @@ def execute_plan(
         For each result the 2-norm of every merged tensor, before rounding; on every rank.
 
     Raises:
-        PermanentError: a source holds NaN or Inf, a value leaves the dtype's range, or a tensor that must be equal is not.
+        PermanentError: a source holds NaN or Inf, a value leaves the dtype's range, or a tensor that must be equal
+            is not.
         UserError: a source cannot be read, or the disk is full; the units finished until then are in the journal.
     """
     outputs = [(o.key, o.dtype, o.shape) for o in plan.outputs.values()]

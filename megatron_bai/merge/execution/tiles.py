@@ -1,14 +1,14 @@
-"""The arithmetic: one box of a tensor, merged tile by tile in the memory of a thread.
+"""The arithmetic of a merge: one item, tile by tile in the buffers of a thread.
 
-Of a weighted sum Σ coefficient · value, every source's tile is multiplied and added in the order of the sources; the
+In a weighted sum Σ coefficient · value every source's tile is multiplied and added in the order of the sources; the
 sum is rounded once, to the output's dtype. It is formed in float32 for outputs of 16 bits or fewer and in float64 for
 wider ones, so that its own rounding stays far below the output's. Multiplication and addition are separate operations:
-fused ones would round differently at the ends of a tile, and the result would depend on the tiling. As it is, no
-element depends on tiles, layouts or ranks.
+fused ones would round differently at the ends of a tile, and the result would depend on the tiling. So no element
+depends on tiles, layouts or ranks.
 
-bfloat16, which large checkpoints are in, goes through a compiled kernel, a whole piece at a time where it lies in one
-record of every source; whatever else through torch. Where both can, their bits are the same. Methods that are no
-weighted sum bring their own arithmetic (`Recipe.combine`).
+Weighted sums of bfloat16, the dtype of large checkpoints, are computed by a compiled kernel, a whole item at a time
+where it lies in one record of every source; others by torch, with the same bits where both can compute them. Methods
+that are no weighted sum have their own arithmetic (`Recipe.combine`).
 """
 
 import math
@@ -26,123 +26,129 @@ from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.regions import Fate, Region
 from megatron_bai.merge.recipe.slices import SliceBox
 
-TILE = 1 << 17  # elements: large enough that Python is not what takes the time, small enough for the cache
+TILE = 1 << 17  # elements: large enough that Python's overhead does not count, small enough for the cache
 SMALL_TILE = 1 << 16  # for methods that hold a tile of every source in float64, and more
 
 Coefficients = tuple[np.ndarray, np.ndarray]
-"""Of each sum how many inputs it has and which, int64 [sums, 1 + inputs], and their factors, float32 [sums, inputs]."""
+"""Number and indices of each result's inputs, int64 `[results, 1 + inputs]`; coefficients, float32 `[results, …]`."""
 
 TileResults = Iterator[tuple[memoryview, float]]
-"""For each of the plan's sums, a tile's bytes, valid until the next is asked for, and the sum of its squares."""
+"""For each result, a tile's bytes, valid until the next is requested, and the sum of its squares."""
 
 
 class ThreadBuffers(ScratchBuffers):
-    """What a thread merges in. Of this, only what is used is ever backed by memory."""
+    """The buffers of one thread; only what is used is backed by buffers."""
 
-    def __init__(self, inputs: int, sums: int) -> None:
+    def __init__(self, num_inputs: int, num_results: int) -> None:
         super().__init__()
-        self.values = np.empty((inputs, TILE), np.uint16)
+        self.values = np.empty((num_inputs, TILE), np.uint16)
         self.value_bytes = [row.data.cast("B") for row in self.values]
         self.out = np.empty(TILE, np.uint16)
         self.out_bytes = self.out.data.cast("B")
-        self.file_offsets = np.empty((inputs + sums, 2), np.int64)
-        self.crcs = np.empty(inputs + sums, np.uint32)
+        self.file_offsets = np.empty((num_inputs + num_results, 2), np.int64)
+        self.crcs = np.empty(num_inputs + num_results, np.uint32)
         self.coefficients: dict[str, Coefficients] = {}  # by region
 
 
-def merge_item(plan: Plan, region: Region, piece: Box, items: Sequence[ItemWriter], memory: ThreadBuffers) -> list[float]:
-    """Merge a box of a tensor into one item for each of the plan's sums.
+def merge_item(
+    plan: Plan, region: Region, item_box: Box, items: Sequence[ItemWriter], buffers: ThreadBuffers
+) -> list[float]:
+    """Merge a box of a tensor into one item of each result.
+
+    Args:
+        plan: the merge.
+        region: which the box lies in.
+        item_box: of the output tensor.
+        items: one for each result, which are written.
+        buffers: of this thread.
 
     Returns:
-        for each sum the sum of the squares, before rounding; 0 for what is not merged.
+        For each result the sum of the squares, before rounding; 0 for what is not merged.
 
     Raises:
-        PermanentError: a source holds NaN or Inf, a sum leaves the dtype's range, or a tensor that must be equal
+        PermanentError: a source holds NaN or Inf, a value leaves the dtype's range, or a tensor that must be equal
             is not.
         UserError: a source cannot be read.
     """
     if _is_bf16_sum(plan, region):
-        return _Bf16Merger(plan, region, items, memory).merge(piece)
+        return _Bf16Merger(plan, region, items, buffers).merge(item_box)
     squares = [0.0] * len(items)
-    merge_tile, limit = _tile_merger(plan, region, memory)
-    for box in plan.tiles(region, piece, limit):
+    merge_tile, limit = _tile_merger(plan, region, buffers)
+    for box in plan.tiles(region, item_box, limit):
         for k, (data, square) in enumerate(merge_tile(box)):
             items[k].write(data)
             squares[k] += square
     return squares
 
 
-def _tile_merger(plan: Plan, region: Region, memory: ThreadBuffers) -> tuple[Callable[[Box], TileResults], int]:
-    """How torch merges the tiles of a region, and how many elements one may have."""
+def _tile_merger(plan: Plan, region: Region, buffers: ThreadBuffers) -> tuple[Callable[[Box], TileResults], int]:
+    """Return the function by which torch merges a tile of a region, and the largest number of elements of one."""
     if region.fate is not Fate.MERGED:
-        return lambda box: _copy_tile(plan, region, box, memory), TILE
+        return lambda box: _copy_tile(plan, region, box, buffers), TILE
     if plan.recipes[0].elementwise:
-        return lambda box: _merge_elementwise(plan, region, box, memory), SMALL_TILE
-    return lambda box: _merge_weighted_sum(plan, region, box, memory), TILE
+        return lambda box: _merge_elementwise(plan, region, box, buffers), SMALL_TILE
+    return lambda box: _merge_weighted_sum(plan, region, box, buffers), TILE
 
 
 def _is_bf16_sum(plan: Plan, region: Region) -> bool:
-    """Whether a region is a weighted sum of bfloat16 values."""
+    """Return whether a region is a weighted sum of bfloat16 values."""
     if region.fate is not Fate.MERGED or plan.recipes[0].elementwise or region.dtype != torch.bfloat16:
         return False
     return all(source.tensors[region.key].dtype == torch.bfloat16 for source in plan.inputs)
 
 
 class _Bf16Merger:
-    """Weighted sums of bfloat16 values, by `kernel`."""
+    """Weighted sums of bfloat16 values, by `bf16_kernel`."""
 
-    def __init__(self, plan: Plan, region: Region, items: Sequence[ItemWriter], memory: ThreadBuffers):
-        from megatron_bai.merge.execution import (
-            bf16_kernel,  # which takes half a second where nothing of this kind is merged
-        )
+    def __init__(self, plan: Plan, region: Region, items: Sequence[ItemWriter], buffers: ThreadBuffers):
+        from megatron_bai.merge.execution import bf16_kernel  # its import takes half a second, and is not always needed
 
-        self._kernel, self._plan, self._region, self._items, self._memory = bf16_kernel, plan, region, items, memory
+        self._kernel, self._plan, self._region, self._items, self._buffers = bf16_kernel, plan, region, items, buffers
         self._squares = np.zeros(len(items))
 
-    def merge(self, piece: Box) -> list[float]:
-        """As `merge_item`. A piece that lies in one record of every source is streamed."""
-        self._streams = [source.stream(self._region.key, *piece) for source in self._plan.inputs]
-        count = math.prod(piece[1])
+    def merge(self, item_box: Box) -> list[float]:
+        """Merge an item as `merge_item` does; one that lies in one record of every source is streamed."""
+        self._streams = [source.stream(self._region.key, *item_box) for source in self._plan.inputs]
+        count = math.prod(item_box[1])
         can_stream = self._kernel.stream is not None and count > 0 and None not in self._streams
-        for box in self._plan.tiles(self._region, piece, count if can_stream else TILE):
+        for box in self._plan.tiles(self._region, item_box, count if can_stream else TILE):
             rows, coefficients = self._coefficients(box)
-            left = math.prod(box[1])
-            while can_stream and left:
-                left -= self._stream(left, rows, coefficients)
-                if left:
-                    left -= self._tile(box, min(left, TILE), rows, coefficients)
+            remaining = math.prod(box[1])
+            while can_stream and remaining:
+                remaining -= self._stream(remaining, rows, coefficients)
+                if remaining:
+                    remaining -= self._tile(box, min(remaining, TILE), rows, coefficients)
             if not can_stream:
-                self._tile(box, left, rows, coefficients)
+                self._tile(box, remaining, rows, coefficients)
         return self._squares.tolist()
 
     def _coefficients(self, box: Box) -> Coefficients:
-        """Of the sums of a box, in which the recipe does not tell elements apart."""
-        known = self._memory.coefficients
-        if self._plan.slice_stats or self._region.name not in known:
-            sums = self._plan.coefficients(self._region, box)
-            rows = np.zeros((len(sums), 1 + len(self._plan.inputs)), np.int64)
-            numbers = np.zeros((len(sums), len(self._plan.inputs)), np.float32)
-            for k, row in enumerate(sums):
+        """Return the coefficients in a box, which are the same for all of its elements."""
+        cache = self._buffers.coefficients
+        if self._plan.slice_stats or self._region.name not in cache:
+            all_coefficients = self._plan.coefficients(self._region, box)
+            rows = np.zeros((len(all_coefficients), 1 + len(self._plan.inputs)), np.int64)
+            numbers = np.zeros((len(all_coefficients), len(self._plan.inputs)), np.float32)
+            for k, row in enumerate(all_coefficients):
                 used = [i for i, c in enumerate(row) if c != 0]  # adding 0 · x would turn -0 into 0
                 rows[k, : 1 + len(used)] = len(used), *used
                 numbers[k, : len(used)] = [row[i] for i in used]
-            known[self._region.name] = rows, numbers
-        return known[self._region.name]
+            cache[self._region.name] = rows, numbers
+        return cache[self._region.name]
 
     def _stream(self, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
-        """Merge the next `count` elements of all streams; returns of how many nothing hindered it."""
-        memory, streams = self._memory, [stream for stream in self._streams if stream is not None]
+        """Merge the next `count` elements of all streams; return how many are done, fewer where the kernel stopped."""
+        buffers, streams = self._buffers, [stream for stream in self._streams if stream is not None]
         files: list[ChunkStream | ItemWriter] = [*streams, *self._items]
         for item in self._items:
             if item.offset == item.start:
                 item.write(b"")  # its head
-        memory.file_offsets[:] = [(file.fd, file.offset) for file in files]
-        memory.crcs[:] = [file.crc for file in files]
+        buffers.file_offsets[:] = [(file.fd, file.offset) for file in files]
+        buffers.crcs[:] = [file.crc for file in files]
         assert self._kernel.stream is not None
-        done: int = self._kernel.stream(
-            memory.file_offsets, memory.crcs, 2 * count, rows, coefficients, self._squares, memory.values, memory.out
-        )
-        for file, crc in zip(files, memory.crcs.tolist(), strict=True):
+        in_files, scratch = (buffers.file_offsets, buffers.crcs), (buffers.values, buffers.out)
+        done: int = self._kernel.stream(*in_files, 2 * count, rows, coefficients, self._squares, *scratch)
+        for file, crc in zip(files, buffers.crcs.tolist(), strict=True):
             file.advance(done, crc)
         for item in self._items:
             if item.remaining == 0:
@@ -150,37 +156,47 @@ class _Bf16Merger:
         return done // 2
 
     def _tile(self, box: Box, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
-        """Merge the next `count` elements, which are in `box`, or are it where a source has no stream."""
-        memory = self._memory
+        """Merge the next `count` elements, which are in `box`, or all of it where a source has no stream."""
+        buffers = self._buffers
         for i, stream in enumerate(self._streams):
             if stream is not None:
-                stream.read_into(memory.value_bytes[i][: count * 2])
+                stream.read_into(buffers.value_bytes[i][: count * 2])
             else:
-                values = torch.from_numpy(memory.values[i, :count]).view(torch.bfloat16).view(box[1])
+                values = torch.from_numpy(buffers.values[i, :count]).view(torch.bfloat16).view(box[1])
                 values.copy_(self._plan.inputs[i].read(self._region.key, *box))
         for k, item in enumerate(self._items):
             terms = rows[k, 0]
             largest, squares = self._kernel.weighted_sum(
-                memory.values, rows[k, 1 : 1 + terms], coefficients[k, :terms], memory.out[:count]
+                buffers.values, rows[k, 1 : 1 + terms], coefficients[k, :terms], buffers.out[:count]
             )
             if largest > self._kernel.MAX_FINITE_BITS:
                 raise_not_finite(self._plan, self._region, box)
-            item.write(memory.out_bytes[: count * 2])
+            item.write(buffers.out_bytes[: count * 2])
             self._squares[k] += squares
         return count
 
 
 def _merge_weighted_sum(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:
-    """Weighted sums of any values, by torch."""
+    """Compute weighted sums of any values by torch."""
     for total in weighted_sums(plan, region, box, scratch):
         yield _round_tile(plan, region, box, total, scratch)
 
 
 def weighted_sums(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> list[torch.Tensor]:
-    """Σ coefficient · value of one tile for each of the plan's sums, unrounded; valid until the next call."""
+    """Compute Σ coefficient · value of one tile for each result, unrounded; valid until the next call.
+
+    Args:
+        plan: the merge.
+        region: which the tile lies in.
+        box: of the tile.
+        scratch: buffers of this thread.
+
+    Returns:
+        For each result float32 `[elements]`, or float64 where the output is wider than 16 bits.
+    """
     dtype = torch.float64 if region.dtype.itemsize > 2 else torch.float32
-    size = math.prod(box[1]) * dtype.itemsize
-    term, *totals = (scratch.get(f"sum {k}", size).view(dtype) for k in range(1 + len(plan.input_weights)))
+    nbytes = math.prod(box[1]) * dtype.itemsize
+    term, *totals = (scratch.get(f"sum {k}", nbytes).view(dtype) for k in range(1 + len(plan.input_weights)))
     started = [False] * len(totals)
     coefficients = plan.coefficients(region, box)
     for i, source in enumerate(plan.inputs):
@@ -188,7 +204,7 @@ def weighted_sums(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers)
         for k, total in enumerate(totals):
             coefficient = coefficients[k][i]
             if coefficient == 0:
-                continue  # as if this sum did not know the source: adding 0 would turn -0 into 0
+                continue  # as if this result did not have the source: adding 0 would turn -0 into 0
             if started[k]:
                 total.add_(term.copy_(values).mul_(coefficient))
             else:
@@ -198,16 +214,19 @@ def weighted_sums(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers)
 
 
 def _merge_elementwise(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:
-    """The values of an elementwise method, in float64 until they are rounded."""
+    """Compute the values of an elementwise method, in float64 until they are rounded."""
     values = read_inputs(plan, region, box, inputs_with_weight(plan, {region.name})).view(len(plan.inputs), -1)
-    part = SliceBox(region.output, box)
-    stats = plan.stats_of(part)
+    slice_box = SliceBox(region.output, box)
+    stats = plan.stats_of(slice_box)
     for recipe, row in zip(plan.recipes, plan.input_weights, strict=True):
-        yield _round_tile(plan, region, box, recipe.combine(values, row[region.name], part, stats), scratch)
+        total = recipe.combine(values, row[region.name], slice_box, stats)
+        yield _round_tile(plan, region, box, total, scratch)
 
 
-def _round_tile(plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: ScratchBuffers) -> tuple[memoryview, float]:
-    """Round finished sums."""
+def _round_tile(
+    plan: Plan, region: Region, box: Box, total: torch.Tensor, scratch: ScratchBuffers
+) -> tuple[memoryview, float]:
+    """Round a tile to the output's dtype; return its bytes and the sum of squares before rounding."""
     tile = _tile_buffer(region, total.numel(), scratch).copy_(total)
     norm = float(torch.linalg.vector_norm(total))
     if not norm <= torch.finfo(region.dtype).max:  # NaN, Inf, a value outside the dtype, or no more than large squares
@@ -218,6 +237,7 @@ def _round_tile(plan: Plan, region: Region, box: Box, total: torch.Tensor, scrat
 
 
 def _copy_tile(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:
+    """Copy a tile of the base; where it must be equal in all sources, compare them."""
     tile = _tile_buffer(region, math.prod(box[1]), scratch)
     tile.copy_(plan.base.read(region.key, *box).reshape(-1))
     for source in plan.inputs if region.fate is Fate.EQUAL else ():
@@ -231,8 +251,10 @@ def _copy_tile(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) ->
 
 
 def _tile_buffer(region: Region, count: int, scratch: ScratchBuffers) -> torch.Tensor:
+    """Return a buffer for `count` elements of the output."""
     return scratch.get("tile", count * region.dtype.itemsize).view(region.dtype)
 
 
 def _bytes(tile: torch.Tensor) -> memoryview:
+    """Return a tile's bytes, without a copy."""
     return tile.view(torch.uint8).numpy().data
