@@ -21,8 +21,8 @@ No model is built and no GPU is needed. Memory is bounded: tensors are streamed 
     2. plan      names are matched, each tensor gets a fate, regions are split into items and units (`recipe.plan`)
     3. measure   methods with `stats_passes` read slices as a whole: angles, thresholds (`execution.slice_stats`)
     4. merge     items are read, merged, rounded and written, a unit at a time (`execution.executor`, `execution.tiles`)
-    5. verify    records read have the CRC-32 they were saved with; a sample of the result has the values of the method's
-                 plain formula (`execution.verify`)
+    5. verify    records read have the CRC-32 they were saved with; a sample of the result has the values of the
+                 method's plain formula (`execution.verify`)
     6. commit    provenance and manifest are written, the staging directory becomes the target (`checkpoint.atomic_dir`)
 
 Glossary:
