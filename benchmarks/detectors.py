@@ -43,7 +43,8 @@ def noise(steps: int, kind: str, random: np.random.Generator) -> np.ndarray:
     for t in range(1, steps):
         found[t] = correlation * found[t - 1] + fresh[t]
     thrown = random.random(steps) < outliers
-    return found + thrown * random.choice([-1, 1], steps) * np.log(3)
+    noise: np.ndarray = found + thrown * random.choice([-1, 1], steps) * np.log(3)
+    return noise
 
 
 def values(curve: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,7 @@ def measure(directory: Path, case: Case, cold: bool) -> Result:
     launch = [python]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launch, WORK, what, directory, argument]
+    command = [str(word) for word in (*launch, WORK, what, directory, argument)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW)
     except subprocess.TimeoutExpired:
@@ -97,7 +97,8 @@ def inputs(work: Path, shape: str, gigabytes: float, form: str) -> tuple[int, in
     if not note.is_file() or json.loads(note.read_text())[:3] != what:
         what += make(work, shape, gigabytes, form)
         note.write_text(json.dumps(what))
-    return tuple(json.loads(note.read_text())[3:])  # type: ignore[return-value]
+    nbytes, chunks = json.loads(note.read_text())[3:]
+    return nbytes, chunks
 
 
 def series(work: Path, gigabytes: float, options: argparse.Namespace) -> None:

@@ -157,7 +157,7 @@ def make(directory: Path, shape: str, gigabytes: float, form: str) -> tuple[int,
 def _save_hf(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> None:
     from safetensors.torch import save_file
 
-    where = {}
+    where: dict[str, str] = {}
     for part in range(FILES):
         name = f"model-{part + 1:05}-of-{FILES:05}.safetensors"
         save_file(dict(tensors[part::FILES]), path / name, metadata={"format": "pt"})

@@ -10,13 +10,14 @@ HEAD = ("", "seconds", "GB/s", "of limit", "of merge", "cpu s", "peak MiB", "bas
 
 def report(results: Iterable[Result]) -> str:
     """One table for each of the checkpoints that were merged, in the order in which they were first measured."""
-    groups: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[Any, ...], dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         groups[tuple(result[key] for key in ("format", "shape", "gb", "state"))][result["row"]].append(result)
-    return "\n\n".join(_table(*which, rows) for which, rows in groups.items())
+    return "\n\n".join(_table(which, rows) for which, rows in groups.items())
 
 
-def _table(form: str, shape: str, gb: float, state: str, rows: dict[str, list[Result]]) -> str:
+def _table(which: tuple[Any, ...], rows: dict[str, list[Result]]) -> str:
+    form, shape, gb, state = which
     runs = [run for each in rows.values() for run in each]
     loads, turns = [run["load"] for run in runs], [len(each) for each in rows.values()]
     best = {name: min(each, key=lambda run: run.get("seconds", float("inf"))) for name, each in rows.items()}

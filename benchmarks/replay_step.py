@@ -85,6 +85,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
         began = time.perf_counter(), time.process_time()
         routes = [engine.local_routes(micro) for micro in micros] if mode == "r3" else None
         scores = engine.score(micros, routes, record=mode == "r2")
+        assert scores.logprobs is not None, "one stage has the logits"
         batch.old_logprobs.copy_(scores.logprobs)
         engine.update(micros, scores.routes if mode == "r2" else routes, objective, settings.objective)
         if device.kind == "cuda":

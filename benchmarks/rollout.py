@@ -32,6 +32,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.parse_reply import parse_sample
+from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.routing.routes import RouteSignature
 
@@ -41,7 +42,7 @@ PROMPT = list(range(2, 34))
 
 
 def make(directory: Path) -> Path:
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]  # transformers knows head_dim, but not as a field
         vocab_size=VOCAB, hidden_size=128, moe_intermediate_size=64, intermediate_size=64, num_experts=EXPERTS,
         num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts_per_tok=TOPK,
         norm_topk_prob=True, max_position_embeddings=4096, eos_token_id=NEVER, bos_token_id=None, pad_token_id=0,
@@ -101,7 +102,8 @@ def report(
                 limited = Rollout(**(vars(rollout) | {"concurrency": concurrency}))
                 client = RolloutClient([url], limited, signature, VOCAB, 4096)
                 found = client.generate([PROMPT], samples, 0, NEVER)
-                assert all(len(sample.response) == asked.tokens for sample in found), "a response ended early"
+                for each in found:
+                    assert isinstance(each, Sample) and len(each.response) == asked.tokens, "a response ended early"
             else:
                 asyncio.run(ask(url, samples, asked.tokens, concurrency, name == "routes"))
             best[name] = min(best.get(name, float("inf")), time.perf_counter() - began)

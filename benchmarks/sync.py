@@ -43,7 +43,7 @@ def make(directory: Path, seed: int, mib: int) -> Path:
     """A checkpoint of about this size, most of it in its experts; each of its tensors is random."""
     hidden = 256
     width = max(32, (mib << 20) // (LAYERS * EXPERTS * 3 * hidden * 4) // 32 * 32)
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]  # transformers knows head_dim, but not as a field
         vocab_size=VOCAB, hidden_size=hidden, moe_intermediate_size=width, intermediate_size=width, num_experts=EXPERTS,
         num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts_per_tok=TOPK,
         norm_topk_prob=True, max_position_embeddings=256, eos_token_id=1, bos_token_id=None, pad_token_id=0,

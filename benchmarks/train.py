@@ -97,8 +97,8 @@ def measure_steps(options: argparse.Namespace) -> None:
         order = list(rows(options).items())
         for number, (name, (work, python, processes, threads, told)) in enumerate(order[:: -1 if repeat % 2 else 1]):
             load = os.getloadavg()[0]
-            told = json.dumps(told | {"name": f"{repeat}-{number}"})
-            ranks = launch(python, processes, threads, work, options.dir, told)
+            own = json.dumps(told | {"name": f"{repeat}-{number}"})
+            ranks = launch(python, processes, threads, work, options.dir, own)
             check_tokens(name, ranks, prompts, options)
             responses = sum(rank["tokens"][step][1] for rank in ranks for step in range(1, options.steps))
             found.setdefault(name, []).append(ranks[0] | {"load": load, "responses": responses})

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 NEVER = "<never>"  # the end token, whose id the model does not have: every response has the full length
@@ -74,7 +74,8 @@ class Steps:
     """The ends of global steps by the clock and by the processors, the seconds of their phases, and their tokens."""
 
     def __init__(self) -> None:
-        self.phases, self.tokens = [], []
+        self.phases: list[dict[str, float]] = []
+        self.tokens: list[tuple[int, int]] = []
         self.begin()
         self._now: dict[str, float] = defaultdict(float)
         self._prompt = self._response = 0
@@ -105,12 +106,13 @@ class Steps:
 
 def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     """Our trainer, with its server, under torchrun."""
-    from megatron_bai.data.task import Task
+    from megatron_bai.data.arithmetic_task import ArithmeticTask
     from megatron_bai.rl import trainer
     from megatron_bai.rl.experience import collector
 
-    steps, step, sampled = Steps(), trainer.TrainingLoop.step, collector.Collector.collect
-    Task.reward = lambda self, prompt, response: reward_of(response)
+    steps, loop, source, task = Steps(), cast(Any, trainer.TrainingLoop), cast(Any, collector.Collector), cast(Any, ArithmeticTask)
+    step, sampled = loop.step, source.collect
+    task.reward = lambda self, prompt, response: reward_of(response)
 
     def collected(self: Any, *arguments: Any) -> Any:
         samples, batch = sampled(self, *arguments)
@@ -118,11 +120,11 @@ def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
         return samples, batch
 
     def stepped(self: Any, *arguments: Any) -> dict[str, Any]:
-        values = step(self, *arguments)
+        values: dict[str, Any] = step(self, *arguments)
         steps.end({name[8:]: each for name, each in values.items() if name.startswith("seconds_")})
         return values
 
-    collector.Collector.collect, trainer.TrainingLoop.step = collected, stepped
+    source.collect, loop.step = collected, stepped
     trainer.train(settings_of(directory, work))
     return steps.report()
 
@@ -168,7 +170,7 @@ def trl(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
             if state.global_step % work["updates"] == 0:
                 steps.end()
 
-    def timed(phase: str, method: Callable) -> Callable:
+    def timed(phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             with steps.phase(phase):
                 return method(*arguments, **named)
@@ -227,9 +229,11 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     micros, objective = batch.split(work["micro"]), objectives.get("grpo")
     base = peak_mib()
     found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(work["rounds"]):
+    for _round in range(work["rounds"]):
         marks = [(time.perf_counter(), time.process_time())]
-        batch.old_logprobs.copy_(engine.score(micros).logprobs)
+        scores = engine.score(micros).logprobs
+        assert scores is not None, "one stage has the logits"
+        batch.old_logprobs.copy_(scores)
         marks.append((time.perf_counter(), time.process_time()))
         engine.update(micros, None, objective, settings.objective)
         marks.append((time.perf_counter(), time.process_time()))

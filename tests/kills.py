@@ -71,6 +71,7 @@ def after_bytes(count: int, function: Callable, *arguments: Any) -> None:
 
     os.pwrite = dying_pwrite
     os.pwritev = lambda fd, parts, at: dying_pwrite(fd, b"".join(parts), at)
-    if kernel := sys.modules.get("megatron_bai.merge.execution.bf16_kernel"):  # which writes past Python
+    kernel: Any = sys.modules.get("megatron_bai.merge.execution.bf16_kernel")
+    if kernel:  # which writes past Python
         stream, kernel.stream = kernel.stream, dying_stream
     function(*arguments)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,9 +72,12 @@ def train(target: Path, seed: int = 0) -> None:
     """Make the reward model in `target`, complete or not at all; `preferences.json` in it says how good it is."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(DATA, 64)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    ids = dict(vocab_size=64, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1)
-    model = Qwen3ForSequenceClassification(Qwen3Config(**sizes, **ids, head_dim=16, max_position_embeddings=256))
+    settings: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=256, vocab_size=64, num_labels=1,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = Qwen3ForSequenceClassification(Qwen3Config(**settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     rng = Random(f"preferences/{seed}")
     for step in range(STEPS):
@@ -101,6 +105,7 @@ def _margins(model: Qwen3ForSequenceClassification, pairs: list[list[int]]) -> t
     """`[pairs]`: score of the first less that of the second."""
     length = max(map(len, pairs))
     pad = model.config.pad_token_id
+    assert pad is not None
     tokens = torch.tensor([ids + [pad] * (length - len(ids)) for ids in pairs])
-    scores = model(tokens, attention_mask=(tokens != pad).long()).logits[:, 0]
+    scores: torch.Tensor = model(tokens, attention_mask=tokens.ne(pad).long()).logits[:, 0]
     return scores[0::2] - scores[1::2]

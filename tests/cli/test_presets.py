@@ -46,6 +46,7 @@ def test_minirl_in_the_papers_settings(cluster: str, updates: str) -> None:
         trainer, objective, processes = settings.trainer, settings.objective, run_plan.validate_plan(settings)
         assert trainer.mini_batches == int(updates[1:]) and processes == int(cluster[5:])
         assert trainer.prompts_per_step == 64 * trainer.mini_batches and trainer.group_size == 16
+        assert isinstance(objective, config.Minirl)
         assert (objective.clip_low, objective.clip_high, objective.is_max) == (0.2, 0.27, 5.0)
         assert (objective.advantage, trainer.eval_samples) == ("centred", 32)
         assert total(settings) <= settings.cluster.memory_gb == 80

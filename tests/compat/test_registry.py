@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def patch(request: pytest.FixtureRequest) -> Patch:
     return made
 
 
-def test_applies_once(patch: Patch) -> None:
+def test_applies_once(patch: Any) -> None:
     assert patch.state == "ready"
     patch.apply()
     patch.apply()
@@ -48,7 +49,7 @@ def test_local_suffix_of_a_build_is_no_other_release(patch: Patch, monkeypatch: 
     assert patch.state == "ready"
 
 
-def test_applies_the_asked_scope_only(patch: Patch) -> None:
+def test_applies_the_asked_scope_only(patch: Any) -> None:
     other = replace(patch, name=patch.name + "-other", scope="elsewhere", install=lambda: pytest.fail("other scope"))
     apply_scope([other, patch], "test")
     assert patch.calls == [1]

@@ -128,7 +128,7 @@ def forked(directory: Path, cases: Mapping[str, Sequence[str | Path]]) -> dict[s
     orphans = succeeded(Command(directory, sys.executable, forks, directory, json.dumps(words))).orphans
     codes = json.loads((directory / "codes.json").read_text())
     said = {name: [(directory / f"{name}.{stream}").read_text() for stream in ("out", "err")] for name in cases}
-    return {name: Result(code, *said[name], orphans) for name, code in codes.items()}
+    return {name: Result(code, said[name][0], said[name][1], orphans) for name, code in codes.items()}
 
 
 def succeeded(command: Command) -> Result:

@@ -19,6 +19,8 @@ def part(begin: int, end: int) -> tuple[int, int, int]:
 class Gathered(RankGroup):
     """One of several ranks whose shares are known: `run_on_all` returns them beside this one's result."""
 
+    others: list[RecordCrcs]
+
     def __init__(self, others: list[RecordCrcs]):
         super().__init__(0, 1)
         object.__setattr__(self, "others", others)

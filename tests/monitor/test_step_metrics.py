@@ -65,7 +65,8 @@ def test_responses_of_two_replicas_are_described_as_one_batch(seed: int, bucket:
     stats = Stats()
     for part in (slice(0, size), slice(size, None)):
         own = Stats()
-        add_response_metrics(own, *map(torch.from_numpy, (lengths[part], cut[part], rewards[part])), size, bucket)
+        length, was_cut, reward = map(torch.from_numpy, (lengths[part], cut[part], rewards[part]))
+        add_response_metrics(own, length, was_cut, reward, size, bucket)
         stats.add(own)
     found = stats.values() | compute_response_metrics(stats, bucket)
     of_groups = rewards.reshape(groups, size)

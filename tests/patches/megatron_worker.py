@@ -90,8 +90,8 @@ def world(size: int, asked: Callable[[int], Any]) -> list[Any]:
         theirs.close()
         ends.append(ours)
     found = [end.recv() for end in ends]
-    for rank in ranks:
-        rank.join()
+    for process in ranks:
+        process.join()
     if failed := [each for each in found if isinstance(each, str)]:
         raise RuntimeError(failed[0])
     return found

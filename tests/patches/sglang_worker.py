@@ -210,8 +210,12 @@ def topk_layers() -> None:
             if not isinstance(function, ast.FunctionDef):
                 continue
             known = {arg.arg for arg in function.args.args + function.args.kwonlyargs}
-            known |= {name.id for name in ast.walk(function) if _stored(name, ast.Name)}
-            known |= {f"self.{name.attr}" for name in ast.walk(function) if _stored(name, ast.Attribute)}
+            known |= {name.id for name in ast.walk(function) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            known |= {
+                f"self.{name.attr}"
+                for name in ast.walk(function)
+                if isinstance(name, ast.Attribute) and isinstance(name.ctx, ast.Store)
+            }
             for call in ast.walk(function):
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "TopK":
                     calls += 1
@@ -221,10 +225,6 @@ def topk_layers() -> None:
                         nameless.append(f"{path.stem}: {given.get('layer_id')}")
     assert calls > 40
     assert not nameless, f"{len(nameless)} without a layer: {', '.join(nameless)}"
-
-
-def _stored(node: ast.AST, kind: type) -> bool:
-    return isinstance(node, kind) and isinstance(node.ctx, ast.Store)
 
 
 CHECKS: dict[str, dict[str, Callable[[], None]]] = {

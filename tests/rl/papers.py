@@ -5,6 +5,7 @@ Each function takes a case and settings and returns the loss of a mini-batch and
 
 from collections.abc import Callable
 from math import exp
+from typing import Any
 
 import numpy as np
 from policies import Case
@@ -37,7 +38,7 @@ def token_weight(case: Case, i: int, t: int, settings: config.Corrected) -> floa
     return settings.correction_max if action == "truncate" else 0.0
 
 
-def surrogate(ratio: float, a: float, settings: config.Corrected) -> tuple[float, float]:
+def surrogate(ratio: float, a: float, settings: Any) -> tuple[float, float]:
     """min(rA, clip(r)A) and its derivative in r."""
     free, held = ratio * a, clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high) * a
     return (free, a) if free <= held else (held, 0.0)

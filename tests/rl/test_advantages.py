@@ -88,7 +88,7 @@ def test_gae_is_the_discounted_sum_of_temporal_differences(length: int, seed: in
     mask = random.random((4, length)) < 0.7  # with gaps, and some of them empty
     mask[0] = True
     garbled = [torch.from_numpy(np.where(mask, each, np.nan)) for each in (rewards, values)]
-    found, returns = gae(*garbled, torch.from_numpy(mask), gamma, lam)
+    found, returns = gae(garbled[0], garbled[1], torch.from_numpy(mask), gamma, lam)
     for i, tokens in enumerate(map(np.flatnonzero, mask)):
         v = [*values[i, tokens], 0.0]
         delta = [rewards[i, t] + gamma * v[k + 1] - v[k] for k, t in enumerate(tokens)]

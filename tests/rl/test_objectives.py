@@ -76,7 +76,7 @@ def test_samples_that_do_not_count_are_as_if_they_were_not_there(settings: confi
 
 @each
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(settings: config.Objective, micro: int) -> None:
+def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(settings: config.Policy, micro: int) -> None:
     case = drawn(9, 6, 6, 0.3)  # groups of 3: a micro-batch of 2 or 4 cuts them
     settings = replace(settings, kl_penalty=0.3, entropy_bonus=0.2)
     entropy = torch.rand(9, 6, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_the_loss_does_not_depend_on_the_cut_into_micro_batches(settings: config
 
 @each
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e4])
-def test_whatever_padding_holds_changes_nothing(settings: config.Objective, garbage: float) -> None:
+def test_whatever_padding_holds_changes_nothing(settings: config.Policy, garbage: float) -> None:
     settings = replace(settings, kl_penalty=0.3)
     case = drawn(5, 7, 3, 0.5)
     clean, found = loss(settings, case), loss(settings, dirty(case, garbage))

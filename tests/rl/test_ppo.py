@@ -44,7 +44,7 @@ def test_the_critic_gains_nothing_beyond_its_limit(seed: int, clip: float) -> No
     (new, old, returns), mask = arrays(seed, 3)
     values = torch.from_numpy(new.copy()).requires_grad_()
     given_ = [torch.from_numpy(np.where(mask, each, np.nan)) for each in (old, returns)]
-    losses, stats = critic_loss(values, *given_, torch.from_numpy(mask), clip)
+    losses, stats = critic_loss(values, given_[0], given_[1], torch.from_numpy(mask), clip)
     losses.sum().backward()
     bounded = 0
     for i, t in np.ndindex(mask.shape):

@@ -23,8 +23,8 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import checkpointing
-from megatron_bai.rl.validate_settings import validate_settings
 from megatron_bai.rl.signals import STOPPED
+from megatron_bai.rl.validate_settings import validate_settings
 from megatron_bai.routing.store.route_store import RouteStore
 from megatron_bai.utils.flatten import flatten
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import SMALL, recording, routes, same
+from routing.recordings import SMALL, recording, routes, same
 
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, sorted_sets
 from megatron_bai.routing.store import bit_planes

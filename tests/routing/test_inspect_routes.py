@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recordings import SMALL, recording
+from routing.recordings import SMALL, recording
 
 from megatron_bai.cli import inspect_verb as verb
 from megatron_bai.config import Config, Inspect

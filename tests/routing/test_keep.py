@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from keep_worker import LAYOUTS, PACKED, STEPS
 from moe import MODEL, SIGNATURE
 from processes import TESTS, launch
+from routing.keep_worker import LAYOUTS, PACKED, STEPS
 
 from megatron_bai.routing.routes import VersionSpan
 from megatron_bai.routing.store.codec import token_hash

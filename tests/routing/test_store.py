@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import TESTS
-from recordings import recording, same
+from routing.recordings import recording, same
 
 from megatron_bai.errors import UserError
 from megatron_bai.routing.store.codec import encode
@@ -151,7 +151,7 @@ def test_a_header_across_two_blocks_of_the_search_is_found(tmp_path: Path) -> No
 
 _WRITER = """
 import sys
-from recordings import recording
+from routing.recordings import recording
 from megatron_bai.routing.store.codec import encode
 from megatron_bai.routing.store.route_store import StoreWriter
 with StoreWriter(sys.argv[1], "a") as writer:
