@@ -92,13 +92,13 @@ def run_codec(scale: Scale, method: str) -> dict[str, float]:
 
 def report_codec(scale: Scale, results: dict[str, dict[str, float]]) -> None:
     tokens, s = scale.samples * scale.tokens, scale.signature
-    bound = min_bytes(s, scale.num_sets) / tokens
+    bound = min_bytes(s, scale.sets) / tokens
     print(f"{scale.samples} samples × {scale.tokens} tokens × {s.moe_layers} layers, {s.topk} of {s.num_experts} experts")
     print(f"bound {bound:.1f} bytes a token; seconds are those of one core for 256 × 8192 tokens × 48 layers")
     header = ("bytes/token", "of bound", "encode M/s", "decode M/s", "encode s", "decode s")
     print(f"{'':10}" + "".join(f"{name:>13}" for name in header))
     for method, found in results.items():
-        rate = [scale.num_sets / found[name] for name in ("encode", "decode")]
+        rate = [scale.sets / found[name] for name in ("encode", "decode")]
         size = found["bytes"] / tokens
         values = (size, size / bound, rate[0] / 1e6, rate[1] / 1e6, FULL / rate[0], FULL / rate[1])
         digits = (1, 3, 1, 1, 2, 2)

@@ -205,17 +205,17 @@ def test_a_store_of_routes_is_read_and_appended_to(head: Head, tmp_path: Path) -
         assert before and before == [each for each in found if each[0] < 2]
         assert {each[0] for each in found} == {0, 1, 2, 3}
         for entry in now.entries:
-            assert now.read(entry).valid.all()
+            assert now.read_record(entry).valid.all()
     for run in ("run", "finished"):
         shutil.copytree(head.old / run / "routes", tmp_path / run)
         with StoreWriter(tmp_path / run, "replica-00000") as writer:
             count, last = len(writer.entries), writer.entries[-1]
-            assert not writer.cut
+            assert not writer.num_bytes_cut
             with RouteStore(tmp_path / run) as store:
                 writer.append(last.step + 1, 0, last.source, store.envelope(last))
         with RouteStore(tmp_path / run) as store:
             assert len(store.entries) == count + 1
-            assert np.array_equal(store.read(store.entries[-1]).ids, store.read(last).ids)
+            assert np.array_equal(store.read_record(store.entries[-1]).ids, store.read_record(last).ids)
 
 
 def test_stores_are_compared(head: Head) -> None:

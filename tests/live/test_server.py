@@ -182,7 +182,7 @@ def test_a_sample_goes_on_with_new_weights(
     first = asking.sample(wanted, STOP, budget=10)
     serving("v1")
     going_on = [i for i, sample in enumerate(first) if not sample.complete]
-    second = asking.sample([replace(wanted[i], former=first[i]) for i in going_on], STOP)
+    second = asking.sample([replace(wanted[i], partial=first[i]) for i in going_on], STOP)
     assert second and all(sample.complete for sample in second)
     for sample in second:
         assert [(span.version, span.start) for span in sample.spans] == [("v0", 0), ("v1", 10)]

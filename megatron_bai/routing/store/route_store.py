@@ -94,7 +94,7 @@ class StoreWriter:
     Attributes:
         path: the file.
         entries: its records, earlier ones included.
-        cut: bytes of an unfinished record that opening cut off.
+        num_bytes_cut: bytes of an unfinished record that opening cut off.
     """
 
     def __init__(self, directory: str | Path, name: str):
