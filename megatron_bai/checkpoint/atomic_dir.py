@@ -1,8 +1,8 @@
-"""How a directory comes into place whole: written beside its target, then put there in one step.
+"""Replace a directory in one step: it is written beside its target and then committed.
 
 Where the file system can exchange two names (ext4, XFS, Btrfs, tmpfs, overlayfs), the target is at every moment the
 old directory or the new one. Where it cannot (NFS, Lustre), a writer that is killed between its two renames leaves the
-new one, complete, under its working name: `recover`, which every reader calls, then does the second rename.
+new one, complete, under its staging name: `recover`, which every reader calls, then does the second rename.
 """
 
 import ctypes
@@ -21,16 +21,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def staging_path(target: Path) -> Path:
-    """Where `target` is written until it is complete."""
+    """Return the path at which `target` is written until it is complete."""
     return _sibling_path(target, "unfinished")
 
 
 def _replaced_path(target: Path) -> Path:
-    """Where the old directory goes for a moment, on a file system that cannot exchange."""
+    """Return the path of the old directory between two renames, on a file system that cannot exchange names."""
     return _sibling_path(target, "replaced")
 
 
 def _sibling_path(target: Path, ending: str) -> Path:
+    """Return the hidden path beside `target` with an ending."""
     target = Path(os.path.abspath(target))  # "." has no name of its own
     return target.parent / f".{target.name}.{ending}"
 
@@ -54,7 +55,11 @@ def lock(target: Path) -> Iterator[None]:
 
 
 def commit(target: Path) -> None:
-    """Make the complete directory at `unfinished(target)` the target, and delete the one that was there."""
+    """Replace the target by the complete directory at `staging_path(target)`, and delete the old one.
+
+    Raises:
+        OSError: a rename failed.
+    """
     stage, old = staging_path(target), _replaced_path(target)
     if not target.exists():
         stage.rename(target)
@@ -67,13 +72,14 @@ def commit(target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Do the second rename of a writer that was killed before it; does nothing where there is nothing to do."""
+    """Complete the commit of a writer that was killed between its two renames, if there was one."""
     if not target.exists() and _replaced_path(target).is_dir():
         with suppress(FileNotFoundError):  # another reader was first
             staging_path(target).rename(target)
 
 
 def has_leftovers(target: Path) -> bool:
+    """Return whether a writer that did not end well left a directory beside `target`."""
     return staging_path(target).exists() or _replaced_path(target).exists()
 
 
@@ -84,10 +90,10 @@ def remove_leftovers(target: Path) -> None:
 
 
 def _exchange_dirs(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the file system cannot.
+    """Exchange the names of two directories in one step; return False where the file system cannot.
 
     Raises:
-        OSError: it can, but something else is wrong.
+        OSError: it can, but the exchange failed.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

@@ -1,10 +1,10 @@
-"""CRC-32, as in zip files and zlib: of files, and of what is put together from parts.
+"""CRC-32, as in zip files and zlib: of bytes, of files, and of what is concatenated from parts.
 
-A checksum here guards against damage: bits that flip, blocks that come back as zeros, parts that were never written.
-It is not a signature, since whoever can change a file can change the manifest too. For damage 32 bits are enough (every
-burst of up to 32 bits is found, anything else but for one case in 4 · 10⁹), zlib-ng is many times faster than SHA-256
-or BLAKE2, `torch_dist` items carry the same sum already, and sums of parts combine into that of the whole, so what a
-merge writes is not read again for it.
+The checksum guards against damage: flipped bits, blocks that come back as zeros, parts that were never written. It is
+not a signature, since who can change a file can change the manifest too. For damage 32 bits are enough (every burst of
+up to 32 bits is found, anything else but for one case in 4 · 10⁹), zlib-ng is many times faster than SHA-256 or BLAKE2,
+`torch_dist` items carry the same checksum already, and the checksums of parts combine into that of their concatenation,
+so what a merge writes is not read again for it.
 """
 
 from pathlib import Path
@@ -18,7 +18,12 @@ _BLOCK = 4 << 20  # bytes read at a time
 
 
 def compute_file(path: str | Path, start: int = 0, length: int | None = None) -> int:
-    """The CRC-32 of a file, or of `length` bytes of it from `start` (fewer where it ends before).
+    """Compute the CRC-32 of a file, or of a part of it.
+
+    Args:
+        path: of the file.
+        start: first byte.
+        length: bytes from there, fewer where the file ends before; None: to its end.
 
     Raises:
         OSError: it cannot be read.

@@ -1,4 +1,4 @@
-"""The formats a checkpoint may be in."""
+"""Find out which of the two formats a checkpoint has."""
 
 from pathlib import Path
 
@@ -8,7 +8,14 @@ from megatron_bai.errors import UserError
 
 
 def open_checkpoint(path: str | Path, scratch: ScratchBuffers | None = None) -> CheckpointReader:
-    """Open the checkpoint at `path`, whichever format it is in.
+    """Open the checkpoint at `path`, whichever format it has.
+
+    Args:
+        path: directory of the checkpoint.
+        scratch: memory to share with other readers; None: the reader's own.
+
+    Returns:
+        A reader, to be closed by the caller.
 
     Raises:
         UserError: there is no complete checkpoint.

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: safetensors files, with `model.safetensors.index.json` where there are several.
 
-A file is an 8-byte length, a JSON header that names each tensor's dtype, shape and place, and the tensors' bytes. The
+A file is an 8-byte length, a JSON header with each tensor's dtype, shape and position, and the tensors' bytes. The
 format has no checksum and no mark of completeness; what can be checked is that index, headers and sizes agree.
 """
 
@@ -74,6 +74,7 @@ class SafetensorsReader(CheckpointReader):
         super().__init__(path, tensors, scratch)
 
     def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
+        """Return the position of a tensor's elements, which is that of its one chunk."""
         return Record(chunk.start, chunk.length, 0, row_major_strides(entry.shape), None)
 
     def _verify_files(self, crcs: dict[ItemKey, int]) -> None:
@@ -91,14 +92,16 @@ class SafetensorsReader(CheckpointReader):
                 raise PermanentError(str(error)) from None
 
     def is_own_file(self, file: Path) -> bool:
+        """Return whether a file holds tensors or their index."""
         return file.suffix == SUFFIX or file.as_posix() == INDEX
 
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
+        """Return a writer, as `SafetensorsWriter` describes it."""
         return SafetensorsWriter(self, tensors, file_bytes)
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    """Which file each tensor is in; empty where there is one file and no index."""
+    """Return the file of each tensor; empty where there is one file and no index."""
     if not (path / INDEX).is_file():
         return {}
     try:
@@ -111,7 +114,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]]:
-    """Bytes before the tensors, the metadata and the tensors of one file."""
+    """Return the bytes before the tensors, the metadata and the tensors of one file."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -136,6 +139,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]
 
 
 def _parse_tensor(key: str, note: dict[str, Any], file: str, base: int) -> TensorInfo:
+    """Return the tensor that an entry of a header describes; `base` is the first byte behind the header."""
     shape, (start, end) = tuple(note["shape"]), note["data_offsets"]
     if not all(type(number) is int for number in (*shape, start, end)):
         raise ValueError(f"{key} has a shape or a place that is no number")
@@ -149,7 +153,7 @@ def _parse_tensor(key: str, note: dict[str, Any], file: str, base: int) -> Tenso
 
 @dataclass(frozen=True)
 class _OutputFile:
-    """A file to write: what stands before the tensors, its length with them, and where each of them begins."""
+    """A file to write: its header, its length with the tensors, and the start of each of them."""
 
     header: bytes
     length: int
@@ -157,15 +161,17 @@ class _OutputFile:
 
 
 class SafetensorsWriter(CheckpointWriter):
-    """Files in which every tensor has its place before it is written, so that ranks write into the same ones.
-
-    Args:
-        base: gives the order of the tensors, the metadata and, unless `file_bytes` is set, the files.
-        tensors: to write.
-        file_bytes: that files are filled to; a larger tensor has a file of its own. 0: the base's files.
+    """Writes files in which every tensor has its position before it is written, so that ranks write into the same ones.
     """
 
     def __init__(self, base: SafetensorsReader, tensors: Sequence[TensorSpec], file_bytes: int):
+        """Assign every tensor to a file.
+
+        Args:
+            base: gives the order of the tensors, the metadata and, unless `file_bytes` is set, the files.
+            tensors: to write.
+            file_bytes: that files are filled to; a larger tensor has a file of its own. 0: the base's files.
+        """
         self._shapes = {key: (dtype, shape) for key, dtype, shape in tensors}
         if file_bytes:
             shares = _assign_to_files(tensors, file_bytes)
@@ -185,6 +191,7 @@ class SafetensorsWriter(CheckpointWriter):
         self._notes = _read_index_metadata(base.path)
 
     def prepare(self, directory: Path) -> None:
+        """Create the files in their full length, with their headers."""
         for name, file in self._files.items():
             (directory / name).touch()  # a merge that goes on has written into it
             with open(directory / name, "r+b") as new:
@@ -193,6 +200,7 @@ class SafetensorsWriter(CheckpointWriter):
 
     @contextmanager
     def open_unit(self, directory: Path, name: str) -> Iterator[UnitWriter]:
+        """Open the files that a unit writes into."""
         writer = _InPlaceUnitWriter(self._places, self._shapes, directory)
         try:
             yield writer
@@ -200,6 +208,7 @@ class SafetensorsWriter(CheckpointWriter):
             writer.close()
 
     def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
+        """Write the index, where there are several files."""
         if self._indexed:
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
             weight_map = {key: name for key, (name, _) in sorted(self._places.items())}
@@ -208,7 +217,7 @@ class SafetensorsWriter(CheckpointWriter):
 
 
 def _assign_to_files(tensors: Sequence[TensorSpec], file_bytes: int) -> list[list[str]]:
-    """The keys of each file, in order."""
+    """Return the keys of each file, in order."""
     shares: list[list[str]] = [[]]
     room = file_bytes
     for key, dtype, shape in tensors:
@@ -224,7 +233,7 @@ def _assign_to_files(tensors: Sequence[TensorSpec], file_bytes: int) -> list[lis
 def _make_header(
     keys: list[str], shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
 ) -> _OutputFile:
-    """The wider dtypes come first, so that every tensor is aligned to its own."""
+    """Lay out a file: the wider dtypes come first, so that every tensor is aligned to its own."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end, starts = 0, {}
     for key in sorted(keys, key=lambda key: -shapes[key][0].itemsize):
@@ -239,13 +248,13 @@ def _make_header(
 
 
 def _read_index_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint's index says besides the files."""
+    """Return the metadata of a checkpoint's index, which is all it says besides the files."""
     notes = parse((path / INDEX).read_bytes()).get("metadata") if (path / INDEX).is_file() else None
     return notes if isinstance(notes, dict) else {}
 
 
 class _InPlaceUnitWriter(UnitWriter):
-    """Writes contiguous boxes of tensors where they belong."""
+    """Writes contiguous boxes of tensors at their positions."""
 
     def __init__(
         self,
@@ -267,8 +276,10 @@ class _InPlaceUnitWriter(UnitWriter):
         return ItemWriter(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)
 
     def write_object(self, key: str, data: bytes) -> None:
+        """Refuse an object."""
         raise AssertionError("safetensors files hold tensors only")
 
     def close(self) -> None:
+        """Close the files."""
         for descriptor in self._files.values():
             os.close(descriptor)

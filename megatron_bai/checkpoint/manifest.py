@@ -1,11 +1,13 @@
-"""Which checkpoint directories are whole, and whether they still are what was written.
+"""Which checkpoint directories are complete, and whether they still are what was written.
 
-A checkpoint is written into a sibling directory, described by `manifest.json`, which is written last, and put in
-place (`placing.py`). So a directory with a manifest is complete, and one without was never finished. The manifest lists
-every file with its size in bytes and its CRC-32 (`crc32.py` says why that), and has one of its own.
+A checkpoint is written into a staging directory, described by `manifest.json`, which is written last, and committed
+(`atomic_dir.py`). So a directory with a manifest is complete, and one without was never finished. The manifest lists
+every file with its size in bytes and its CRC-32 (`crc32.py` says why that), and has a CRC-32 of its own.
 
-    read      every file's size, and the content of all but the weights: cheap, done wherever a checkpoint is opened
-    verify    the content of the weights too: done wherever all of them are about to be used
+    read_info        compares every file's size, and the content of all but the weights: cheap, done wherever a
+    checkpoint
+                     is opened
+    verify_weights   compares the content of the weights too: done wherever all of them are about to be used
 """
 
 import json
@@ -27,7 +29,11 @@ _THREADS = 4  # zlib-ng lets go of the interpreter, so files are summed side by 
 
 
 def make_staging_dir(target: str | Path) -> Path:
-    """An empty directory beside `target` to write into until `seal` moves it into place."""
+    """Create an empty directory beside `target` to write into until `finalize` commits it.
+
+    Raises:
+        OSError: it cannot be created.
+    """
     target = Path(target)
     atomic_dir.recover(target)
     stage = atomic_dir.staging_path(target)
@@ -39,12 +45,21 @@ def make_staging_dir(target: str | Path) -> Path:
 def finalize(
     stage: Path, target: str | Path, info: dict[str, Any], crcs: Mapping[str, int] | None = None, scratch_dir: str = ""
 ) -> Path:
-    """Describe `stage` and move it to `target`, replacing what was there. Called by one process, after all wrote.
+    """Write the manifest of `stage` and commit it, replacing the target. Called by one process, after all wrote.
 
     Args:
+        stage: the complete staging directory.
+        target: the checkpoint.
         info: kept in the manifest.
-        sums: the CRC-32 of files where it is known, by their path in `stage`; the others are read.
-        working: a directory in `stage` that is no part of the checkpoint, deleted once the manifest is written.
+        crcs: the CRC-32 of files where it is known, by their path in `stage`; the others are read.
+        scratch_dir: a directory in `stage` that is no part of the checkpoint, deleted once the manifest is written.
+
+    Returns:
+        `target`.
+
+    Raises:
+        UserError: a file cannot be read.
+        OSError: a file cannot be written.
     """
     target = Path(target)
     found = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
@@ -65,7 +80,11 @@ def finalize(
 
 
 def compute_crcs(directory: Path, names: Iterable[str]) -> dict[str, int]:
-    """The CRC-32 of files of `directory`.
+    """Compute the CRC-32 of files.
+
+    Args:
+        directory: of the files.
+        names: of the files, relative to it.
 
     Raises:
         UserError: one cannot be read.
@@ -82,7 +101,7 @@ def compute_crcs(directory: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def read_info(directory: str | Path) -> dict[str, Any] | None:
-    """The `info` of a complete checkpoint, or None where there is no finished one.
+    """Read the `info` of a complete checkpoint, or None where there is no complete one.
 
     Raises:
         UserError: the manifest cannot be read, a file it lists is missing or has another size, or one that holds no
@@ -104,10 +123,15 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
 
 
 def verify_weights(directory: str | Path, rank: int = 0, num_ranks: int = 1) -> int:
-    """Compare the weights with the sums in the manifest; `size` processes share the files.
+    """Compare the weights with the CRC-32 in the manifest; ranks share the files.
+
+    Args:
+        directory: of the checkpoint.
+        rank: which files are compared here.
+        num_ranks: that call this.
 
     Returns:
-        how many files were compared here; 0 where the checkpoint has no manifest, or one of version 1.
+        How many files were compared here; 0 where the checkpoint has no manifest, or one of version 1.
 
     Raises:
         UserError: a file is not what was written.
@@ -121,7 +145,11 @@ def verify_weights(directory: str | Path, rank: int = 0, num_ranks: int = 1) -> 
 
 
 def recorded_crcs(directory: str | Path) -> dict[str, int]:
-    """The CRC-32 of every file of a checkpoint, as its manifest has them; empty where it has none."""
+    """Read the CRC-32 of every file of a checkpoint from its manifest; empty where it has none.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
     if not (Path(directory) / NAME).is_file():
         return {}
     files, _ = _read_manifest(Path(directory))
@@ -129,6 +157,7 @@ def recorded_crcs(directory: str | Path) -> dict[str, int]:
 
 
 def _verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> int:
+    """Compare files with their entries in the manifest; return how many have a CRC-32."""
     noted = {name: int(note["crc32"], 16) for name, note in files.items() if note["crc32"] is not None}
     for name, found in compute_crcs(directory, noted).items():
         require_crc(directory / name, found, noted[name])
@@ -136,7 +165,16 @@ def _verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> int:
 
 
 def require_crc(file: Path, found: int, noted: int) -> None:
-    """Raise a UserError about a file whose CRC-32 is not the one that was noted."""
+    """Raise unless a file's CRC-32 is the one that was recorded.
+
+    Args:
+        file: for the message.
+        found: its CRC-32.
+        noted: the CRC-32 that was recorded.
+
+    Raises:
+        UserError: they differ.
+    """
     if found != noted:
         raise UserError(
             f"{file} is not what was written (CRC-32 {found:08x}, written {noted:08x}): the checkpoint is damaged,"
@@ -145,12 +183,12 @@ def require_crc(file: Path, found: int, noted: int) -> None:
 
 
 def _content_crc(body: dict[str, Any]) -> str:
-    """The CRC-32 of a manifest's content, however it is laid out."""
+    """Return the CRC-32 of a manifest's content, however it is formatted, as hexadecimal digits."""
     return f"{crc32.compute(json.dumps(body, sort_keys=True).encode()):08x}"
 
 
 def _read_manifest(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Bytes and CRC-32 (None in version 1) of every file, and the info."""
+    """Return the bytes and CRC-32 (None in version 1) of every file, and the info."""
     path = directory / NAME
     try:
         manifest = parse(path.read_bytes())
@@ -173,7 +211,7 @@ def _read_manifest(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str
 
 
 def require_info(directory: str | Path) -> dict[str, Any]:
-    """`read`, where anything but a complete checkpoint is an error.
+    """Read the `info` of a complete checkpoint.
 
     Raises:
         UserError: there is no such directory, or it was never finished, or it is damaged.

@@ -1,4 +1,4 @@
-"""Reading and writing at places of files, whole or not at all."""
+"""Read and write at positions of files, completely or with an error."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more f
 
 
 class FileHandles:
-    """The files of one source that are open: every thread's own, so that none closes what another reads."""
+    """The open files of one checkpoint; every thread has its own, so that none closes what another reads."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -20,7 +20,7 @@ class FileHandles:
         self._all: list[OrderedDict[str, int]] = []
 
     def get_fd(self, name: str) -> int:
-        """Of this thread's; the one used longest ago is closed when there are too many.
+        """Return this thread's descriptor of a file, opening it if necessary and then closing the least recently used.
 
         Raises:
             UserError: it cannot be opened.
@@ -44,8 +44,14 @@ class FileHandles:
     def read_into(self, name: str, start: int, buffer: memoryview, fd: int | None = None) -> None:
         """Fill `buffer` with the bytes from `start` of a file.
 
+        Args:
+            name: of the file, relative to the checkpoint.
+            start: first byte.
+            buffer: to fill, bytes.
+            fd: of the file, where the caller has it.
+
         Raises:
-            UserError: they cannot be read, or are not all there.
+            UserError: they cannot be read, or the file ends before.
         """
         fd = self.get_fd(name) if fd is None else fd
         try:
@@ -59,10 +65,15 @@ class FileHandles:
             raise self._unreadable(name, error) from None
 
     def read_bytes(self, name: str, start: int, length: int) -> bytes:
-        """Some bytes of a file, in memory of their own.
+        """Return `length` bytes from `start` of a file.
+
+        Args:
+            name: of the file, relative to the checkpoint.
+            start: first byte.
+            length: in bytes.
 
         Raises:
-            UserError: as `read`.
+            UserError: as `read_into`.
         """
         descriptor = self.get_fd(name)
         try:
@@ -79,14 +90,23 @@ class FileHandles:
         return UserError(f"{self._path / name} cannot be read: {error.strerror}")
 
     def close(self) -> None:
-        """Close every thread's; none may be reading."""
+        """Close the files of all threads, none of which may be reading."""
         for files in self._all:
             while files:
                 os.close(files.popitem()[1])
 
 
 def pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], start: int) -> None:
-    """Write `parts`, one after another, from byte `start` of a file."""
+    """Write `buffers`, one after another, from byte `start` of a file.
+
+    Args:
+        fd: of the file, open to write.
+        buffers: bytes to write.
+        start: first byte in the file.
+
+    Raises:
+        OSError: the system refuses.
+    """
     size = sum(map(len, buffers))
     done = os.pwritev(fd, buffers, start)
     if done < size:  # the disk is nearly full, or there is more than one call takes

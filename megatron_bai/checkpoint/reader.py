@@ -1,13 +1,12 @@
-"""Tensors as boxes on disk, the same for every format and every way a model was sharded.
+"""Read any box of any tensor, from every format and whatever layout saved it.
 
-A checkpoint's tensor is the union of chunks that do not overlap. A chunk is a box of the global tensor; its elements
-lie in one record, a contiguous range of a file. A reader of a format says which chunks there are and where their
-records lie; `CheckpointReader.read` then gives any region of any tensor, so checkpoints saved at different tensor, expert or
-pipeline parallel sizes read alike.
+A checkpoint's tensor is the union of chunks that do not overlap. The reader of a format says which chunks there are and
+where their records lie; `CheckpointReader.read` then gives any region of any tensor, so checkpoints saved at different
+tensor, expert or pipeline parallel sizes read alike.
 
-What a reader returns is proven by `CheckpointReader.verify_records`, once all ranks have read their shares.
+What was read is verified by `CheckpointReader.verify_records`, once all ranks have read their shares.
 
-Glossary: shapes, offsets, sizes and strides are in elements; starts and lengths are in bytes.
+Shapes, offsets, sizes and strides are in elements; starts and lengths are in bytes.
 """
 
 import hashlib
@@ -33,13 +32,21 @@ READ_BYTES = 16 << 20  # most that one read takes in; larger regions are read in
 
 
 class ScratchBuffers(threading.local):
-    """Memory that reads reuse; sources read in turn can share one. Every thread has its own."""
+    """Memory that reads reuse. Readers used in turn can share one; every thread has its own."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, num_bytes: int) -> torch.Tensor:
-        """`length` bytes, valid until this thread's next call with the same name."""
+        """Return a buffer.
+
+        Args:
+            name: of the buffer: each use of this memory has its own.
+            num_bytes: of the buffer.
+
+        Returns:
+            `[num_bytes]` uint8, valid until this thread's next call with the same name.
+        """
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < num_bytes:
             buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8)
@@ -47,15 +54,15 @@ class ScratchBuffers(threading.local):
 
 
 class ChunkStream:
-    """A box whose elements lie one after another in one record, read from its begin to its end and checked on the way.
+    """A box with contiguous elements in one record, read from its begin to its end and verified on the way.
 
-    One thread reads it, and meanwhile nothing else of the same source; others may have other streams.
+    One thread reads it, and meanwhile nothing else of the same reader; others may have other streams.
 
     Attributes:
-        descriptor: of the file.
-        at: the byte of it that is next.
-        left: bytes yet to be read.
-        crc: of those before.
+        fd: of the file.
+        offset: of the next byte in the file.
+        remaining: bytes yet to be read.
+        crc: of the bytes before.
     """
 
     def __init__(self, source: "CheckpointReader", entry: TensorInfo, chunk: Chunk, record: Record, begin: int, length: int):
@@ -65,7 +72,7 @@ class ChunkStream:
         self.offset, self.remaining, self.crc = record.start + begin, length, 0
 
     def read_into(self, buffer: memoryview) -> None:
-        """The next bytes, as many as `buffer` has.
+        """Fill `buffer` with the next bytes.
 
         Raises:
             UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
@@ -74,10 +81,14 @@ class ChunkStream:
         self.advance(len(buffer), crc32.compute(buffer, self.crc))
 
     def advance(self, count: int, crc: int) -> None:
-        """The next `count` bytes were read; `crc` is of all so far.
+        """Count bytes that the caller read itself.
+
+        Args:
+            count: the next bytes, which were read.
+            crc: of all bytes so far.
 
         Raises:
-            UserError: as `readinto`.
+            UserError: as `read_into`.
         """
         self.offset += count
         self.remaining -= count
@@ -87,13 +98,13 @@ class ChunkStream:
 
 
 class CheckpointReader(ABC):
-    """A checkpoint to read. A format's reader fills `tensors` and says where records lie.
+    """A checkpoint that is open for reading. A format's reader fills `tensors` and locates records.
 
     Attributes:
         path: the checkpoint's directory.
         tensors: every tensor by key.
-        objects: every entry that is no tensor, by key.
-        whole: whether the format holds every tensor in one piece.
+        objects: every object, which is no tensor, by key.
+        stores_whole_tensors: whether every tensor of the format is one chunk.
     """
 
     stores_whole_tensors: ClassVar[bool] = False
@@ -115,15 +126,23 @@ class CheckpointReader(ABC):
 
     @abstractmethod
     def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
-        """Where the elements of `chunk` lie."""
+        """Return the position of a chunk's elements.
+
+        Args:
+            entry: the tensor.
+            chunk: one of its chunks.
+
+        Raises:
+            UserError: its item is damaged.
+        """
 
     @abstractmethod
     def is_own_file(self, file: Path) -> bool:
-        """Whether a file, relative to the checkpoint, holds its tensors or their index."""
+        """Return whether a file, relative to the checkpoint, holds its tensors or their index."""
 
     @abstractmethod
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
-        """Writes a checkpoint of this format.
+        """Return a writer for a checkpoint of this format.
 
         Args:
             tensors: to write.
@@ -131,12 +150,12 @@ class CheckpointReader(ABC):
         """
 
     def other_files(self) -> list[Path]:
-        """Files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""
+        """List the files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""
         files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
         return [p for p in files if p.as_posix() != manifest.NAME and not self.is_own_file(p)]
 
     def _require_files(self) -> None:
-        """Every tensor is whole as far as names and sizes tell: before anything is read."""
+        """Raise unless every tensor is complete as far as names and sizes tell, before anything is read."""
         ends: dict[str, int] = {}
         for entry in self.tensors.values():
             for chunk in entry.chunks:
@@ -154,12 +173,17 @@ class CheckpointReader(ABC):
                 raise UserError(f"{file} has {size} bytes of at least {end}: it was cut off, restore it from a copy")
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A region of a tensor, in the checkpoint's dtype.
+        """Read a region of a tensor, in the checkpoint's dtype.
 
-        Any number of threads may read. A record that is now read completely is checked; others are by `prove`.
+        Any number of threads may read. A record that is now complete is verified; others are by `verify_records`.
+
+        Args:
+            key: of the tensor.
+            offsets: of the region.
+            sizes: of the region.
 
         Returns:
-            a tensor of shape `sizes`, valid until this thread's next `read` with the same scratch memory.
+            A tensor of shape `sizes`, valid until this thread's next `read` with the same scratch memory.
 
         Raises:
             UserError: a record cannot be read, or its bytes are not those that were saved.
@@ -181,7 +205,16 @@ class CheckpointReader(ABC):
         return out
 
     def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStream | None:
-        """A region of a tensor to read in parts, or None where its elements do not lie one after another."""
+        """Open a region of a tensor to be read from begin to end.
+
+        Args:
+            key: of the tensor.
+            offsets: of the region.
+            sizes: of the region.
+
+        Returns:
+            The stream, or None where the region's elements are not contiguous in one record.
+        """
         entry = self.tensors[key]
         chunk = entry.chunk_at(offsets, sizes)
         if chunk is None:
@@ -195,15 +228,19 @@ class CheckpointReader(ABC):
         return ChunkStream(self, entry, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
 
     def read_object(self, key: str) -> bytes:
-        """The bytes of an object, not unpickled."""
+        """Return the bytes of an object, not unpickled.
+
+        Raises:
+            UserError: they cannot be read, or are damaged.
+        """
         blob = self.objects[key]
         return self.files.read_bytes(blob.file, blob.start, blob.length)
 
     def verify_all(self) -> int:
-        """Compare every tensor and object with the CRC-32 the format keeps of it.
+        """Compare every tensor and object with the CRC-32 that the format has of it.
 
         Returns:
-            how many bytes were compared; 0 for a format without checksums.
+            How many bytes were compared; 0 for a format without checksums.
 
         Raises:
             UserError: something is not what was saved.
@@ -218,9 +255,9 @@ class CheckpointReader(ABC):
         return compared + sum(len(self.read_object(key)) for key in self.objects)
 
     def stat_fingerprint(self) -> str:
-        """A hash of the tensors' names, types, shapes and places, and of the files' sizes and times of change.
+        """Return a hash of the tensors' names, dtypes, shapes and positions, and of the files' sizes and times.
 
-        It is had without reading. The same contents in files of another time have another identity.
+        No content is read. The same contents in files with other times have another fingerprint.
         """
         entries = sorted(self.tensors.items())
         places = [(key, [(c.offsets, c.sizes, c.file, c.start) for c in entry.chunks]) for key, entry in entries]
@@ -231,16 +268,18 @@ class CheckpointReader(ABC):
         return hashlib.sha256(repr((what, files)).encode()).hexdigest()
 
     def verify_records(self, keys: Iterable[str], ranks: RankGroup) -> str:
-        """Prove that the bytes read were those that were saved; every rank calls it, after reading its share.
+        """Verify that the bytes read were those that were saved. *Collective* over `ranks`, after each has read its share.
 
         Args:
-            keys: tensors that were read. What no rank has read of them, since a merge was taken up again, is read now.
+            keys: tensors that were read. What no rank has read of them, since an unfinished merge was resumed, is read
+                now.
+            ranks: which have read.
 
         Returns:
-            a hash of these tensors' names, types, shapes, chunks and contents, the latter by their records' CRC-32.
+            A hash of these tensors' names, dtypes, shapes, chunks and contents, the latter by their records' CRC-32.
 
         Raises:
-            PermanentError: the bytes of a record are not those that were saved.
+            Unfit: the bytes of a record are not those that were saved.
         """
         tensors = sorted((key, self.tensors[key]) for key in keys)
         chunks = {(c.file, c.start): (entry, c) for _, entry in tensors for c in entry.chunks}
@@ -266,6 +305,7 @@ class CheckpointReader(ABC):
         """Compare what the records make up with the manifest, for a format that has no checksums of its own."""
 
     def close(self) -> None:
+        """Close the files."""
         self.files.close()
 
     def __enter__(self) -> Self:
@@ -277,7 +317,7 @@ class CheckpointReader(ABC):
     def _read_from_chunk(
         self, entry: TensorInfo, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]
     ) -> torch.Tensor:
-        """A region inside one chunk, as a view of the bytes between its first and its last element."""
+        """Read a region inside one chunk, as a view of the bytes between its first and its last element."""
         item = entry.dtype.itemsize
         begin = _first_byte(chunk, record, offsets, item)
         length = strided_extent(sizes, record.strides) * item
@@ -287,7 +327,17 @@ class CheckpointReader(ABC):
         return buffer.view(entry.dtype).as_strided(sizes, record.strides)
 
     def add_range(self, entry: TensorInfo, chunk: Chunk, record: Record, part: ByteRange) -> None:
-        """Remember a part of a record that was read, and check the record if that completes it."""
+        """Record that a range of a record was read, and verify the record if that completes it.
+
+        Args:
+            entry: the tensor.
+            chunk: one of its chunks.
+            record: the chunk's.
+            part: the range that was read.
+
+        Raises:
+            Unfit: the bytes of the record are not those that were saved.
+        """
         if (crc := self._record_crcs.add_range((chunk.file, chunk.start), part, record.length)) is not None:
             self._require_crc(entry.key, chunk.file, record, crc)
 
@@ -309,7 +359,7 @@ class CheckpointReader(ABC):
 
 
 def _first_byte(chunk: Chunk, record: Record, offsets: tuple[int, ...], item: int) -> int:
-    """Of a record, where the element at `offsets` begins."""
+    """Return where in a record the element at `offsets` begins."""
     if offsets == chunk.offsets:
         return record.first_byte
     return record.first_byte + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides, strict=True)) * item

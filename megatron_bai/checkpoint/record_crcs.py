@@ -1,7 +1,7 @@
-"""Proving that the bytes that were read are those that were saved, in the same pass.
+"""Verify that the bytes that were read are those that were saved, in the same pass.
 
-A record is read in parts, by several threads and ranks. The CRC-32 of two adjacent parts follows from theirs alone,
-so each part's is computed once, when its bytes are in the cache anyway, and nothing is read twice.
+A record is read in byte ranges, by several threads and ranks. The CRC-32 of two adjacent ranges follows from theirs
+alone, so each range's is computed once, when its bytes are in the cache anyway, and nothing is read twice.
 """
 
 import threading
@@ -17,13 +17,15 @@ ByteRange = tuple[int, int, int]  # of a record: first byte, length, CRC-32
 
 @dataclass
 class _PartialRecord:
+    """The ranges of a record that were read; `num_bytes` is their sum."""
+
     length: int  # of the record
     ranges: set[ByteRange] = field(default_factory=set)
     num_bytes: int = 0  # bytes of the parts
 
 
 class RecordCrcs:
-    """What one process knows of a checkpoint's records."""
+    """The CRC-32s of a checkpoint's records, as far as this process has read them."""
 
     def __init__(self) -> None:
         self._whole: dict[ItemKey, int] = {}  # CRC-32s
@@ -31,7 +33,13 @@ class RecordCrcs:
         self._lock = threading.Lock()
 
     def add_range(self, key: ItemKey, byte_range: ByteRange, length: int) -> int | None:
-        """Note a part of a record of `length` bytes; returns the record's CRC-32 if that completes it."""
+        """Add a range that was read; return the record's CRC-32 if that completes it.
+
+        Args:
+            key: of the record's item.
+            byte_range: of the record.
+            length: of the record, in bytes.
+        """
         with self._lock:
             if key in self._whole:
                 return None
@@ -52,11 +60,13 @@ class RecordCrcs:
     def resolve_all(
         self, keys: Iterable[ItemKey], ranks: RankGroup, compute: Callable[[ItemKey, int | None, bool], int]
     ) -> dict[ItemKey, int]:
-        """The CRC-32 of every one of `places`, from what all ranks have read; every rank calls it.
+        """Return the CRC-32 of every record, from what all ranks have read. *Collective* over `ranks`.
 
         Args:
-            resolve: called on one rank with each place that no rank read whole: the place, its CRC-32 if the parts of
-                all ranks make it up, and whether there are parts at all. Returns the CRC-32.
+            keys: the records' items.
+            ranks: which have read.
+            compute: called on one rank for each record that no rank read completely, with its key, its CRC-32 if the
+                ranges of all ranks make it up, and whether any range was read. Returns the CRC-32.
         """
         shares = ranks.run_on_all(lambda: (self._whole, self._parts))
         known = {place: crc for whole, _ in shares for place, crc in whole.items()}
@@ -76,7 +86,7 @@ class RecordCrcs:
 
 
 def _combine_ranges(parts: set[ByteRange], length: int) -> int | None:
-    """The CRC-32 of a record, or None if the parts overlap or leave gaps."""
+    """Return the CRC-32 of a record, or None if the ranges overlap or leave gaps."""
     crc, end = 0, 0
     for begin, size, part in sorted(parts):
         if begin != end:

@@ -1,4 +1,4 @@
-"""Reading the two kinds of pickle in a `torch_dist` checkpoint without running what they name.
+"""Read the two kinds of pickle in a `torch_dist` checkpoint without running what they name.
 
 A pickle may name any function and have it called. `.metadata` (the index of the checkpoint) and the `data.pkl` of a
 saved tensor need a dozen classes of torch, so these unpicklers know that dozen and refuse the rest.
@@ -50,17 +50,20 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 
 
 class _ForbiddenPickleError(pickle.UnpicklingError):
+    """A pickle names something, or asks for something, that no checkpoint needs."""
+
     pass
 
 
 def _enum_member(owner: Any, name: str) -> enum.Enum:
-    """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of enumerations."""
+    """Stand in for `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of enumerations."""
     if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
         raise _ForbiddenPickleError("it asks for an attribute, which no checkpoint index needs")
     return owner[name]
 
 
 def _dtype(module: str, name: str) -> torch.dtype | None:
+    """Return the dtype that a global name means, or None."""
     value = getattr(torch, name, None) if module == "torch" else None
     return value if isinstance(value, torch.dtype) else None
 
@@ -76,10 +79,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Any:
-    """The index in a checkpoint's `.metadata`: an object with `state_dict_metadata` and `storage_data`.
+    """Read the index in a checkpoint's `.metadata`.
+
+    Returns:
+        An object with `state_dict_metadata` and `storage_data`.
 
     Raises:
-        UserError: it is missing, damaged, names anything but the classes of an index, or places in other directories;
+        UserError: it is missing, damaged, names anything but the classes of an index, or files in other directories;
             nothing was run.
     """
     try:
@@ -100,7 +106,7 @@ def read_metadata(path: Path) -> Any:
 
 
 def _check_index(metadata: Any) -> None:
-    """Every place is in a file beside the index, every number is a size or an offset."""
+    """Raise unless every item is in a file beside the index, and every number is a size or an offset."""
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
             raise _ForbiddenPickleError(f"it points to the file {info.relative_path!r}")
@@ -119,6 +125,7 @@ def _check_index(metadata: Any) -> None:
 
 
 def _require_counts(*numbers: Any) -> None:
+    """Raise unless all are integers of at least 0."""
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{numbers} are no sizes")
 
@@ -137,6 +144,7 @@ class SavedTensor:
 def _rebuild_v2(
     storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> SavedTensor:
+    """Stand in for torch's function, by the arguments it is pickled with."""
     dtype, key = storage
     return SavedTensor(dtype, key, offset, tuple(shape), tuple(strides))
 
@@ -151,6 +159,7 @@ def _rebuild_v3(
     dtype: Any,
     *_: Any,
 ) -> SavedTensor:
+    """Stand in for torch's function for newer dtypes."""
     return SavedTensor(dtype, storage[1], offset, tuple(shape), tuple(strides))
 
 
@@ -179,7 +188,7 @@ _TENSOR_CLASSES: dict[tuple[str, str], Any] = {
 
 
 def verify_common_pt(path: Path) -> None:
-    """Whether `common.pt`, the state that is not sharded, is an uncompressed archive of plain values.
+    """Verify that `common.pt`, the state that is not sharded, is an uncompressed archive of plain values.
 
     Raises:
         UserError: it is missing, damaged, or names what `torch.load(weights_only=True)` does not know; nothing was run.
@@ -219,7 +228,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_saved_tensor(pickled: bytes) -> SavedTensor:
-    """What `torch.save(tensor)` noted in `data.pkl`; no storage is read and no tensor is made.
+    """Read how `torch.save` stored a tensor from `data.pkl`; no storage is read and no tensor is made.
 
     Raises:
         pickle.UnpicklingError: it is not the record of one plain tensor.

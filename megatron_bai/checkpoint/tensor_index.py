@@ -17,7 +17,7 @@ from megatron_bai.checkpoint.boxes import Box, intersect_boxes
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor, and the item of a file (`length` bytes at `start`) that holds it."""
+    """A box of a tensor, and its item: `length` bytes at `start` of a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -39,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object that is no tensor, such as `_extra_state`: an item of a file, never unpickled here."""
+    """The item of an object that is no tensor, such as `_extra_state`, which is never unpickled here."""
 
     file: str
     start: int
@@ -48,7 +48,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint."""
+    """A tensor of a checkpoint: its key, dtype, global shape and chunks."""
 
     key: str
     dtype: torch.dtype
@@ -57,6 +57,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @cached_property
@@ -65,7 +66,7 @@ class TensorInfo:
 
     @cached_property
     def _chunk_grid(self) -> list[list[int]] | None:
-        """Where chunks begin along each dimension, or None unless they are a grid that covers the tensor."""
+        """The starts of chunks along each dimension, or None unless the chunks are a grid that covers the tensor."""
         starts = [sorted(set(column)) for column in zip(*(c.offsets for c in self.chunks), strict=True)]
         regular = len(self._by_offsets) == len(self.chunks) == math.prod(map(len, starts))
         ends = [dict(zip(column, [*column[1:], end], strict=True)) for column, end in zip(starts, self.shape, strict=False)]
@@ -75,7 +76,7 @@ class TensorInfo:
         return starts if regular else None
 
     def is_covered(self) -> bool:
-        """Whether every element lies in exactly one chunk."""
+        """Return whether every element lies in exactly one chunk."""
         if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
             return not any(self.chunks[0].offsets)
         inside = all(
@@ -88,12 +89,20 @@ class TensorInfo:
         return all(len(list(self.overlapping(chunk.offsets, chunk.sizes))) == 1 for chunk in self.chunks)
 
     def chunk_at(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk | None:
-        """The chunk that is this box."""
+        """Return the chunk that is exactly this box, or None."""
         chunk = self._by_offsets.get(offsets)
         return chunk if chunk is not None and chunk.sizes == sizes else None
 
     def overlapping(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[Chunk, Box]]:
-        """The chunks that a box touches, each with the part of the box it holds."""
+        """Find the chunks that a box touches.
+
+        Args:
+            offsets: of the box.
+            sizes: of the box.
+
+        Yields:
+            A chunk, and the box in the tensor that both have in common.
+        """
         candidates: Iterator[Chunk] | tuple[Chunk, ...] = self.chunks
         if self._chunk_grid is not None:  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
             cells = [

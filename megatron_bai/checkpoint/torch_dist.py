@@ -7,7 +7,7 @@ On disk (Megatron-Core 0.16, a `torch.distributed.checkpoint` directory):
     common.pt       the state that is not sharded: iteration, arguments
     metadata.json   the format's name, written last: a directory without it is unfinished
 
-The archives are uncompressed, so a chunk's elements lie plain in the file and are read in place.
+The archives are uncompressed, so a chunk's elements are plain bytes of the file and are read in place.
 """
 
 import io
@@ -62,12 +62,15 @@ class TorchDistReader(CheckpointReader):
         super().__init__(path, tensors, scratch, objects)
 
     def is_own_file(self, file: Path) -> bool:
+        """Return whether a file holds tensors or their index."""
         return file.as_posix() in (INDEX, FORMAT) or file.suffix == SUFFIX
 
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
+        """Return a writer, whose files are those of the units: neither `tensors` nor `file_bytes` matters."""
         return TorchDistWriter()  # a file for each unit, which has its size
 
     def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
+        """Return the position of a chunk's elements, which its archive says."""
         at = chunk.file, chunk.start
         if at not in self._records:
             try:
@@ -82,6 +85,7 @@ class TorchDistReader(CheckpointReader):
         return self._records[at]
 
     def read_object(self, key: str) -> bytes:
+        """Return the bytes of an object's archive, verified and not unpickled."""
         data, blob = super().read_object(key), self.objects[key]
         try:
             torch_zip.verify_archive(data)
@@ -93,6 +97,7 @@ class TorchDistReader(CheckpointReader):
         return data
 
     def _parse_item(self, entry: TensorInfo, chunk: Chunk) -> Record:
+        """Read an item's head and compare it with the index."""
         frame, crc = self._match_frame(chunk)
         saved = frame.saved
         if saved.dtype != entry.dtype or saved.shape != chunk.sizes:
@@ -101,7 +106,7 @@ class TorchDistReader(CheckpointReader):
         return Record(start, frame.length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
 
     def _match_frame(self, chunk: Chunk) -> tuple[torch_zip.ArchiveFrame, int | None]:
-        """The frame of an item and the CRC-32 it holds: one seen before with this length and head, or else parsed."""
+        """Return an item's frame and CRC-32: a known frame of this length and head, or else one that is parsed."""
         known = self._frames.setdefault(chunk.length, [])
         for frame in known:
             if self.files.read_bytes(chunk.file, chunk.start, len(frame.head)) == frame.head:
@@ -143,7 +148,8 @@ class _ItemFile(io.RawIOBase):
 
 
 def _require_complete(path: Path) -> None:
-    """A checkpoint of ours has a manifest, whose sizes are checked; one of Megatron-LM has its last-written file."""
+    """Raise unless a checkpoint is complete: its manifest's sizes hold, if it has one, and its last-written file is there.
+    """
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give the directory of one")
     manifest.read_info(path)
@@ -160,7 +166,7 @@ def _require_complete(path: Path) -> None:
 
 
 def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, ObjectInfo]]:
-    """Tensors and objects of an index; plain data, so that the index with its copies of every plan can go."""
+    """Return the tensors and objects of an index, as plain data: the index itself holds a copy of every rank's plan."""
     where = {
         (at.fqn, None if at.offset is None else tuple(at.offset)): info for at, info in metadata.storage_data.items()
     }
@@ -183,7 +189,7 @@ def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, Object
 
 
 class DistcpFileWriter(UnitWriter):
-    """Lays items one after another into one `.distcp` file."""
+    """Writes items one after another into one `.distcp` file."""
 
     def __init__(self, directory: Path, name: str):
         super().__init__()
@@ -192,17 +198,24 @@ class DistcpFileWriter(UnitWriter):
         self._end = 0
 
     def _allocate(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> ItemWriter:
-        """A chunk, byte for byte as `torch.save` would write it but for an identifier."""
+        """Append a chunk, byte for byte as `torch.save` would write it but for an identifier."""
         frame, start = torch_zip.make_frame(dtype, sizes), self._end
         self._end += len(frame.head) + frame.length + len(frame.tail)
         return ItemWriter(key, offsets, sizes, self.name, self._file, start, frame.length, frame.head, frame.make_tail)
 
     def write_tensor(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        """Write a contiguous tensor as a chunk."""
+        """Write a contiguous tensor as a chunk.
+
+        Args:
+            key: of the global tensor.
+            offsets: of the chunk.
+            tensor: the chunk, of any shape and dtype, on the CPU.
+        """
         item = self.add_item(key, offsets, tensor.dtype, tuple(tensor.shape))
         item.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def write_object(self, key: str, data: bytes) -> None:
+        """Write an object, the archive that `torch.save` made of it."""
         positional_io.pwrite_all(self._file, [data], self._end)
         self._items.append(WrittenItem(key, None, None, self.name, self._end, len(data), crc32.compute(data)))
         self._end += len(data)
@@ -218,6 +231,7 @@ def write_index(directory: Path, tensors: Iterable[TensorSpec], written: Iterabl
     """Write `.metadata` and then `metadata.json`, which make `directory` a checkpoint that Megatron-Core loads.
 
     Args:
+        directory: of the checkpoint.
         tensors: every tensor.
         written: every chunk of every tensor, and every object.
     """
@@ -247,13 +261,16 @@ def write_index(directory: Path, tensors: Iterable[TensorSpec], written: Iterabl
 
 
 class TorchDistWriter(CheckpointWriter):
-    """A file for each unit, then the index."""
+    """Writes a file for each unit, then the index."""
 
     def prepare(self, directory: Path) -> None:
+        """Do nothing: a unit creates its own file."""
         pass
 
     def open_unit(self, directory: Path, name: str) -> DistcpFileWriter:
+        """Create the file of a unit."""
         return DistcpFileWriter(directory, name)
 
     def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
+        """Write the index."""
         write_index(directory, tensors, written)

@@ -1,7 +1,7 @@
-"""The archive that `torch.save` makes of one tensor, seen as a frame around the tensor's bytes.
+"""The archive that `torch.save` makes of one tensor, as a frame around the tensor's bytes.
 
 An archive is an uncompressed zip: a pickle that describes the tensor, the record of its elements, and a directory with
-the record's CRC-32. Two tensors of one dtype, shape and stride have the same archive but for the elements and their
+the record's CRC-32. Two tensors of one dtype, shape and strides have the same archive but for the elements and their
 CRC-32. So a frame is parsed once, recognised by its head afterwards, and reused to write: thousands of experts cost
 one `zipfile` and one pickle.
 """
@@ -32,7 +32,7 @@ class ArchiveFrame:
 
     Attributes:
         head: the bytes before them.
-        tail: the bytes after them; `crcs` are the places in it where their CRC-32 stands.
+        tail: the bytes after them; `crc_positions` are the positions in it of their CRC-32.
         length: of the record of elements, in bytes.
         saved: how the tensor lies in that record.
     """
@@ -45,15 +45,16 @@ class ArchiveFrame:
 
     @property
     def crc32(self) -> int | None:
-        """The elements' CRC-32 of the archive this was parsed from; None where torch was told not to compute one."""
+        """The elements' CRC-32 in the archive this was parsed from; None where torch was told not to compute one."""
         return self.read_crc(self.tail[self.crc_positions[0] :])
 
     @staticmethod
     def read_crc(data: bytes) -> int | None:
+        """Return the CRC-32 that `data` begins with; None where torch was told not to compute one."""
         return CRC32.unpack_from(data)[0] or None
 
     def make_tail(self, crc32: int) -> bytes:
-        """The tail for other elements."""
+        """Return the tail for elements with another CRC-32."""
         tail = bytearray(self.tail)
         for at in self.crc_positions:
             CRC32.pack_into(tail, at, crc32)
@@ -61,10 +62,10 @@ class ArchiveFrame:
 
 
 def parse_frame(file: BinaryIO) -> ArchiveFrame:
-    """The frame of the archive in `file`, whose elements are not read.
+    """Parse the archive in `file`, whose elements are not read.
 
     Raises:
-        anything: it is not the archive of one plain tensor; no code of the file was run.
+        Exception: it is not the archive of one plain tensor; no code of the file was run.
     """
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -90,7 +91,7 @@ def parse_frame(file: BinaryIO) -> ArchiveFrame:
 
 
 def _locate_member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Start and length of an uncompressed member."""
+    """Return start and length of an uncompressed member, in bytes."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     file.seek(info.header_offset)
@@ -99,7 +100,7 @@ def _locate_member(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _read_member(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = b"") -> bytes:
-    """The bytes of a member, which are those that were saved."""
+    """Return the bytes of a member, verified by its CRC-32; `default` where there is no member."""
     if info is None:
         return default
     start, length = _locate_member(file, info)
@@ -111,10 +112,10 @@ def _read_member(file: BinaryIO, info: zipfile.ZipInfo | None, default: bytes = 
 
 
 def verify_archive(data: bytes) -> None:
-    """Whether `data` is an archive that `torch.save` made of any object, with the content it had then.
+    """Verify that `data` is an archive that `torch.save` made of any object, by the CRC-32 of its members.
 
     Raises:
-        anything: it is not; nothing of it was unpickled.
+        Exception: it is not; nothing of it was unpickled.
     """
     file = io.BytesIO(data)
     with zipfile.ZipFile(file) as archive:
@@ -124,7 +125,7 @@ def verify_archive(data: bytes) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def make_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> ArchiveFrame:
-    """The frame that `torch.save` puts around a contiguous tensor."""
+    """Make the frame that `torch.save` puts around a contiguous tensor."""
     file = io.BytesIO()
     torch.save(torch.empty(shape, dtype=dtype), file)
     return parse_frame(file)

@@ -1,4 +1,4 @@
-"""What a format must do to be written: begin, any number of units on any ranks, finish."""
+"""What a format does to write a checkpoint: prepare it, write any number of units on any ranks, finalise it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -31,14 +31,14 @@ class WrittenItem:
 
 @dataclass(slots=True)
 class ItemWriter:
-    """A box of a tensor on its way into a file: its elements are written in order, in parts, by one thread.
+    """Writes the item of one box of a tensor: its elements in order, in any number of calls, by one thread.
 
     Attributes:
         key, offsets, sizes: the box.
-        file: its name; `descriptor`: the file, open to write; `start`: where the item begins in it.
+        file: its name; `fd`: the file, open to write; `start`: where the item begins in it.
         head: what the format puts before the elements.
-        tail: what it puts behind them, made of their CRC-32; None: nothing.
-        left: bytes of elements yet to be written.
+        make_tail: returns what it puts behind them, given their CRC-32; None: nothing.
+        remaining: bytes of elements yet to be written.
         crc: of those before.
     """
 
@@ -57,20 +57,28 @@ class ItemWriter:
 
     @property
     def offset(self) -> int:
-        """The byte of the file that is next."""
+        """The position of the next byte in the file."""
         return self.start + self._length
 
     def advance(self, count: int, crc: int) -> None:
-        """The next `count` bytes of elements were written, behind the head; `crc` is of all so far."""
+        """Count bytes of elements, behind the head, that the caller wrote itself.
+
+        Args:
+            count: the next bytes, which were written.
+            crc: of all elements so far.
+        """
         self._length += count
         self.remaining -= count
         self.crc = crc
 
     def write(self, data: bytes | memoryview) -> None:
-        """The next bytes of the elements. None: the head alone, or once nothing is left what comes behind.
+        """Write the next bytes of the elements: after the head if they are the first, before the tail if the last.
+
+        Args:
+            data: the bytes. Empty: the head alone, or the tail where no elements remain.
 
         Raises:
-            OSError: as the system says.
+            OSError: the system refuses.
         """
         parts: list[bytes | memoryview] = [data] if self._length else [self.head, data]
         self.crc = crc32.compute(data, self.crc)
@@ -87,6 +95,7 @@ class ItemWriter:
 
     @property
     def written(self) -> WrittenItem:
+        """The item, once it is complete."""
         assert self._written is not None, f"{self.key} {self.offsets}: {self.remaining} bytes were not written"
         return self._written
 
@@ -99,11 +108,18 @@ class UnitWriter(ABC):
 
     @property
     def written_items(self) -> list[WrittenItem]:
-        """Where each item lies, in the order in which they were asked for, once all are complete."""
+        """The items in the order in which they were added, once all are complete."""
         return [item.written if isinstance(item, ItemWriter) else item for item in self._items]
 
     def add_item(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> ItemWriter:
-        """The place for a box of a tensor, to be written before the unit ends, by any thread."""
+        """Return the writer of a box of a tensor, which any thread may use until the unit ends.
+
+        Args:
+            key: of the tensor.
+            offsets: of the box.
+            dtype: of the tensor.
+            sizes: of the box.
+        """
         item = self._allocate(key, offsets, dtype, sizes)
         self._items.append(item)
         return item
@@ -113,25 +129,39 @@ class UnitWriter(ABC):
 
     @abstractmethod
     def write_object(self, key: str, data: bytes) -> None:
-        """Write an object that is no tensor."""
+        """Write an object that is no tensor.
+
+        Args:
+            key: of the object.
+            data: its bytes.
+
+        Raises:
+            OSError: the system refuses.
+        """
 
 
 class CheckpointWriter(ABC):
-    """A checkpoint to write into an empty directory."""
+    """Writes a checkpoint into an empty directory."""
 
     @abstractmethod
     def prepare(self, directory: Path) -> None:
-        """Before the units, on one rank."""
+        """Prepare the directory for the units. Called on one rank, before them."""
 
     @abstractmethod
     def open_unit(self, directory: Path, name: str) -> AbstractContextManager[UnitWriter]:
-        """A writer for the unit of this name, on the rank that owns it."""
+        """Open a unit on the rank that writes it.
+
+        Args:
+            directory: of the checkpoint.
+            name: of the unit, no other's.
+        """
 
     @abstractmethod
     def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
-        """After all units, on one rank: whatever makes the directory loadable.
+        """Write whatever makes the directory loadable. Called on one rank, after all units.
 
         Args:
+            directory: of the checkpoint.
             tensors: every tensor.
-            written: what all units wrote.
+            written: the items of all units.
         """
