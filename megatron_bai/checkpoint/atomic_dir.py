@@ -60,12 +60,12 @@ def commit(target: Path) -> None:
     Raises:
         OSError: a rename failed.
     """
-    stage, old = staging_path(target), _replaced_path(target)
+    stage, replaced = staging_path(target), _replaced_path(target)
     if not target.exists():
         stage.rename(target)
     elif not _exchange_dirs(stage, target):
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
         recover(target)
     fsync_path(target.parent)
     remove_leftovers(target)
@@ -101,7 +101,7 @@ def _exchange_dirs(a: Path, b: Path) -> bool:
         return False
     if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
-    raise OSError(number, os.strerror(number), os.fspath(b))
+    raise OSError(code, os.strerror(code), os.fspath(b))

@@ -14,7 +14,7 @@ from zlib_ng.zlib_ng import crc32_combine as combine
 
 __all__ = ["combine", "compute", "compute_file"]
 
-_BLOCK = 4 << 20  # bytes read at a time
+_BLOCK_BYTES = 4 << 20  # bytes read at a time
 
 
 def compute_file(path: str | Path, start: int = 0, length: int | None = None) -> int:
@@ -28,11 +28,11 @@ def compute_file(path: str | Path, start: int = 0, length: int | None = None) ->
     Raises:
         OSError: it cannot be read.
     """
-    crc, left = 0, length
-    buffer = memoryview(bytearray(_BLOCK if length is None else min(_BLOCK, length)))
+    crc, remaining = 0, length
+    buffer = memoryview(bytearray(_BLOCK_BYTES if length is None else min(_BLOCK_BYTES, length)))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while left != 0 and (count := file.readinto(buffer[:left])):
+        while remaining != 0 and (count := file.readinto(buffer[:remaining])):
             crc = compute(buffer[:count], crc)
-            left = None if left is None else left - count
+            remaining = None if remaining is None else remaining - count
     return crc

@@ -63,31 +63,31 @@ class SafetensorsReader(CheckpointReader):
         self.headers: dict[str, int] = {}  # bytes before the tensors, by file
         self.metadata: dict[str, dict[str, str]] = {}  # likewise
         for file in sorted(set(expected.values())) if expected else [SINGLE]:
-            self.headers[file], self.metadata[file], entries = _read_header(path / file)
-            tensors.update(entries)
-        places = {key: entry.chunks[0].file for key, entry in tensors.items()}
-        wrong = sorted(key for key in expected.keys() ^ places.keys() if expected) or sorted(
-            key for key, file in expected.items() if places[key] != file
+            self.headers[file], self.metadata[file], in_file = _read_header(path / file)
+            tensors.update(in_file)
+        files = {key: entry.chunks[0].file for key, entry in tensors.items()}
+        inconsistent = sorted(key for key in expected.keys() ^ files.keys() if expected) or sorted(
+            key for key, file in expected.items() if files[key] != file
         )
-        if wrong:
-            raise UserError(f"{path / INDEX} and the files disagree about {wrong[0]}: restore them from a copy")
+        if inconsistent:
+            raise UserError(f"{path / INDEX} and the files disagree about {inconsistent[0]}: restore them from a copy")
         super().__init__(path, tensors, scratch)
 
-    def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
+    def locate_record(self, info: TensorInfo, chunk: Chunk) -> Record:
         """Return the position of a tensor's elements, which is that of its one chunk."""
-        return Record(chunk.start, chunk.length, 0, row_major_strides(entry.shape), None)
+        return Record(chunk.start, chunk.length, 0, row_major_strides(info.shape), None)
 
     def _verify_files(self, crcs: dict[ItemKey, int]) -> None:
-        noted = manifest.recorded_crcs(self.path)
-        for file in self.headers.keys() & noted.keys():
+        recorded = manifest.recorded_crcs(self.path)
+        for file in self.headers.keys() & recorded.keys():
             crc = crc32.compute_file(self.path / file, 0, self.headers[file])
-            entries = [entry for entry in self.tensors.values() if entry.chunks[0].file == file]
-            for entry in sorted(entries, key=lambda entry: entry.chunks[0].start):
+            in_file = [entry for entry in self.tensors.values() if entry.chunks[0].file == file]
+            for entry in sorted(in_file, key=lambda entry: entry.chunks[0].start):
                 record = self.locate_record(entry, entry.chunks[0])
-                known = crcs.get((file, record.start))
-                crc = crc32.combine(crc, self._compute_crc(file, record) if known is None else known, record.length)
+                record_crc = crcs.get((file, record.start))
+                crc = crc32.combine(crc, self._compute_crc(file, record) if record_crc is None else record_crc, record.length)
             try:
-                manifest.require_crc(self.path / file, crc, noted[file])
+                manifest.require_crc(self.path / file, crc, recorded[file])
             except UserError as error:
                 raise PermanentError(str(error)) from None
 
@@ -123,29 +123,29 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]
             header = parse(stream.read(length))
             size = os.fstat(stream.fileno()).st_size
         metadata = dict(header.pop("__metadata__", None) or {})
-        entries, end = {}, 8 + length
+        tensors, end = {}, 8 + length
         for key, note in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            entry = _parse_tensor(key, note, file.name, 8 + length)
-            if entry.chunks[0].start != end:
+            info = _parse_tensor(key, note, file.name, 8 + length)
+            if info.chunks[0].start != end:
                 raise ValueError(f"{key} does not begin where the tensor before it ends")
-            entries[key], end = entry, end + entry.nbytes
+            tensors[key], end = info, end + info.nbytes
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): restore the file from a copy") from None
     if size != end:
         raise UserError(f"{file} has {size} bytes instead of {end}: restore the file from a copy")
-    return 8 + length, metadata, entries
+    return 8 + length, metadata, tensors
 
 
-def _parse_tensor(key: str, note: dict[str, Any], file: str, base: int) -> TensorInfo:
+def _parse_tensor(key: str, entry: dict[str, Any], file: str, base: int) -> TensorInfo:
     """Return the tensor that an entry of a header describes; `base` is the first byte behind the header."""
-    shape, (start, end) = tuple(note["shape"]), note["data_offsets"]
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int for number in (*shape, start, end)):
         raise ValueError(f"{key} has a shape or a place that is no number")
-    if note["dtype"] not in DTYPES:
-        raise ValueError(f"{key} has the dtype {note['dtype']}, which is not known here")
-    dtype = DTYPES[note["dtype"]]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{key} has the dtype {entry['dtype']}, which is not known here")
+    dtype = DTYPES[entry["dtype"]]
     if end - start != math.prod(shape) * dtype.itemsize or min((start, *shape)) < 0:
         raise ValueError(f"{key} has {end - start} bytes for {dtype} {shape}")
     return TensorInfo(key, dtype, shape, (Chunk((0,) * len(shape), shape, file, base + start, end - start),))
@@ -161,8 +161,7 @@ class _OutputFile:
 
 
 class SafetensorsWriter(CheckpointWriter):
-    """Writes files in which every tensor has its position before it is written, so that ranks write into the same ones.
-    """
+    """Writes files in which every tensor has its position beforehand, so that ranks write into the same ones."""
 
     def __init__(self, base: SafetensorsReader, tensors: Sequence[TensorSpec], file_bytes: int):
         """Assign every tensor to a file.
@@ -174,21 +173,21 @@ class SafetensorsWriter(CheckpointWriter):
         """
         self._shapes = {key: (dtype, shape) for key, dtype, shape in tensors}
         if file_bytes:
-            shares = _assign_to_files(tensors, file_bytes)
-            names = [f"model-{i + 1:05}-of-{len(shares):05}{SUFFIX}" for i in range(len(shares))]
-            files = dict(zip(names if len(shares) > 1 else [SINGLE], shares, strict=False))
-            self._indexed = len(files) > 1
+            keys_by_file = _assign_to_files(tensors, file_bytes)
+            names = [f"model-{i + 1:05}-of-{len(keys_by_file):05}{SUFFIX}" for i in range(len(keys_by_file))]
+            files = dict(zip(names if len(keys_by_file) > 1 else [SINGLE], keys_by_file, strict=False))
+            self._has_index = len(files) > 1
         else:
             files = {name: [] for name in base.metadata}
             for key, _, _ in tensors:
                 files[base.tensors[key].chunks[0].file].append(key)
-            self._indexed = (base.path / INDEX).is_file()
-        usual = next(iter(base.metadata.values())) or {"format": "pt"}
+            self._has_index = (base.path / INDEX).is_file()
+        default_metadata = next(iter(base.metadata.values())) or {"format": "pt"}
         self._files = {
-            name: _make_header(keys, self._shapes, base.metadata.get(name) or usual) for name, keys in files.items()
+            name: _make_header(keys, self._shapes, base.metadata.get(name) or default_metadata) for name, keys in files.items()
         }
-        self._places = {key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()}
-        self._notes = _read_index_metadata(base.path)
+        self._positions = {key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()}
+        self._index_metadata = _read_index_metadata(base.path)
 
     def prepare(self, directory: Path) -> None:
         """Create the files in their full length, with their headers."""
@@ -201,7 +200,7 @@ class SafetensorsWriter(CheckpointWriter):
     @contextmanager
     def open_unit(self, directory: Path, name: str) -> Iterator[UnitWriter]:
         """Open the files that a unit writes into."""
-        writer = _InPlaceUnitWriter(self._places, self._shapes, directory)
+        writer = _InPlaceUnitWriter(self._positions, self._shapes, directory)
         try:
             yield writer
         finally:
@@ -209,25 +208,25 @@ class SafetensorsWriter(CheckpointWriter):
 
     def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
         """Write the index, where there are several files."""
-        if self._indexed:
+        if self._has_index:
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
-            weight_map = {key: name for key, (name, _) in sorted(self._places.items())}
-            index = {"metadata": {**self._notes, "total_size": total}, "weight_map": weight_map}
+            weight_map = {key: name for key, (name, _) in sorted(self._positions.items())}
+            index = {"metadata": {**self._index_metadata, "total_size": total}, "weight_map": weight_map}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _assign_to_files(tensors: Sequence[TensorSpec], file_bytes: int) -> list[list[str]]:
     """Return the keys of each file, in order."""
-    shares: list[list[str]] = [[]]
-    room = file_bytes
+    keys_by_file: list[list[str]] = [[]]
+    free_bytes = file_bytes
     for key, dtype, shape in tensors:
         nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes > room and shares[-1]:
-            shares.append([])
-            room = file_bytes
-        shares[-1].append(key)
-        room -= nbytes
-    return shares
+        if nbytes > free_bytes and keys_by_file[-1]:
+            keys_by_file.append([])
+            free_bytes = file_bytes
+        keys_by_file[-1].append(key)
+        free_bytes -= nbytes
+    return keys_by_file
 
 
 def _make_header(
@@ -242,15 +241,15 @@ def _make_header(
         header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [starts[key], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    before = 8 + len(text)
+    header_bytes = 8 + len(text)
     prefix = len(text).to_bytes(8, "little") + text
-    return _OutputFile(prefix, before + end, {key: before + start for key, start in starts.items()})
+    return _OutputFile(prefix, header_bytes + end, {key: header_bytes + start for key, start in starts.items()})
 
 
 def _read_index_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a checkpoint's index, which is all it says besides the files."""
-    notes = parse((path / INDEX).read_bytes()).get("metadata") if (path / INDEX).is_file() else None
-    return notes if isinstance(notes, dict) else {}
+    metadata = parse((path / INDEX).read_bytes()).get("metadata") if (path / INDEX).is_file() else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 class _InPlaceUnitWriter(UnitWriter):
@@ -258,22 +257,22 @@ class _InPlaceUnitWriter(UnitWriter):
 
     def __init__(
         self,
-        places: dict[str, tuple[str, int]],
+        positions: dict[str, tuple[str, int]],
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
         directory: Path,
     ):
         super().__init__()
-        self._places, self._shapes, self._directory = places, shapes, directory
-        self._files: dict[str, int] = {}
+        self._positions, self._shapes, self._directory = positions, shapes, directory
+        self._fds: dict[str, int] = {}
 
     def _allocate(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> ItemWriter:
-        (noted, shape), (file, start) = self._shapes[key], self._places[key]
+        (expected, shape), (file, start) = self._shapes[key], self._positions[key]
         strides = row_major_strides(shape)
-        assert dtype == noted and strided_extent(sizes, strides) == math.prod(sizes)
+        assert dtype == expected and strided_extent(sizes, strides) == math.prod(sizes)
         start += sum(o * s for o, s in zip(offsets, strides, strict=True)) * dtype.itemsize
-        if file not in self._files:
-            self._files[file] = os.open(self._directory / file, os.O_WRONLY)
-        return ItemWriter(key, offsets, sizes, file, self._files[file], start, math.prod(sizes) * dtype.itemsize)
+        if file not in self._fds:
+            self._fds[file] = os.open(self._directory / file, os.O_WRONLY)
+        return ItemWriter(key, offsets, sizes, file, self._fds[file], start, math.prod(sizes) * dtype.itemsize)
 
     def write_object(self, key: str, data: bytes) -> None:
         """Refuse an object."""
@@ -281,5 +280,5 @@ class _InPlaceUnitWriter(UnitWriter):
 
     def close(self) -> None:
         """Close the files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for fd in self._fds.values():
+            os.close(fd)

@@ -62,13 +62,13 @@ def finalize(
         OSError: a file cannot be written.
     """
     target = Path(target)
-    found = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
-    names = sorted(path.as_posix() for path in found if path.as_posix() != NAME and path.parts[0] != scratch_dir)
+    paths = (path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
+    names = sorted(path.as_posix() for path in paths if path.as_posix() != NAME and path.parts[0] != scratch_dir)
     for name in names:
         fsync_path(stage / name)
-    known = dict(crcs or {})
-    known |= compute_crcs(stage, [name for name in names if name not in known])
-    files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{known[name]:08x}"} for name in names}
+    all_crcs = dict(crcs or {})
+    all_crcs |= compute_crcs(stage, [name for name in names if name not in all_crcs])
+    files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{all_crcs[name]:08x}"} for name in names}
     body = json.loads(json.dumps({"version": VERSION, "files": files, "info": info}))  # as it will be read
     (stage / NAME).write_text(json.dumps(body | {"crc32": _content_crc(body)}, indent=1) + "\n")
     fsync_path(stage / NAME)
@@ -112,11 +112,11 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
     if not (directory / NAME).is_file():
         return None
     files, info = _read_manifest(directory)
-    for name, noted in files.items():
+    for name, entry in files.items():
         file = directory / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != noted["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes instead of {noted['bytes']}"
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
             raise UserError(f"{file} {state}: the checkpoint is damaged, restore it from a copy")
     _verify_files(directory, {name: noted for name, noted in files.items() if not name.endswith(WEIGHT_SUFFIXES)})
     return info
@@ -153,7 +153,7 @@ def recorded_crcs(directory: str | Path) -> dict[str, int]:
     if not (Path(directory) / NAME).is_file():
         return {}
     files, _ = _read_manifest(Path(directory))
-    return {name: int(noted["crc32"], 16) for name, noted in files.items() if noted["crc32"] is not None}
+    return {name: int(entry["crc32"], 16) for name, entry in files.items() if entry["crc32"] is not None}
 
 
 def _verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> int:
@@ -164,20 +164,20 @@ def _verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> int:
     return len(noted)
 
 
-def require_crc(file: Path, found: int, noted: int) -> None:
+def require_crc(file: Path, crc: int, recorded: int) -> None:
     """Raise unless a file's CRC-32 is the one that was recorded.
 
     Args:
         file: for the message.
-        found: its CRC-32.
-        noted: the CRC-32 that was recorded.
+        crc: of the file.
+        recorded: the CRC-32 it had when it was written.
 
     Raises:
         UserError: they differ.
     """
-    if found != noted:
+    if crc != recorded:
         raise UserError(
-            f"{file} is not what was written (CRC-32 {found:08x}, written {noted:08x}): the checkpoint is damaged,"
+            f"{file} is not what was written (CRC-32 {crc:08x}, written {recorded:08x}): the checkpoint is damaged,"
             " restore it from a copy"
         )
 

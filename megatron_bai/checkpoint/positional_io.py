@@ -16,8 +16,8 @@ class FileHandles:
 
     def __init__(self, path: Path):
         self._path = path
-        self._mine = threading.local()
-        self._all: list[OrderedDict[str, int]] = []
+        self._of_thread = threading.local()
+        self._of_all_threads: list[OrderedDict[str, int]] = []
 
     def get_fd(self, name: str) -> int:
         """Return this thread's descriptor of a file, opening it if necessary and then closing the least recently used.
@@ -25,19 +25,19 @@ class FileHandles:
         Raises:
             UserError: it cannot be opened.
         """
-        mine: OrderedDict[str, int]
+        fds: OrderedDict[str, int]
         try:
-            mine = self._mine.open
+            fds = self._of_thread.open
         except AttributeError:
-            mine = self._mine.open = OrderedDict()
-            self._all.append(mine)
-        if name in mine:
-            mine.move_to_end(name)
-            return mine[name]
-        while len(mine) >= OPEN_FILES:
-            os.close(mine.popitem(last=False)[1])
+            fds = self._of_thread.open = OrderedDict()
+            self._of_all_threads.append(fds)
+        if name in fds:
+            fds.move_to_end(name)
+            return fds[name]
+        while len(fds) >= OPEN_FILES:
+            os.close(fds.popitem(last=False)[1])
         try:
-            return mine.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+            return fds.setdefault(name, os.open(self._path / name, os.O_RDONLY))
         except OSError as error:
             raise self._unreadable(name, error) from None
 
@@ -75,15 +75,15 @@ class FileHandles:
         Raises:
             UserError: as `read_into`.
         """
-        descriptor = self.get_fd(name)
+        fd = self.get_fd(name)
         try:
-            data = os.pread(descriptor, length, start)
+            data = os.pread(fd, length, start)
         except OSError as error:
             raise self._unreadable(name, error) from None
         if len(data) < length:  # there is more than one call takes, or the file ends
-            whole = bytearray(length)
-            self.read_into(name, start, memoryview(whole), descriptor)
-            data = bytes(whole)
+            buffer = bytearray(length)
+            self.read_into(name, start, memoryview(buffer), fd)
+            data = bytes(buffer)
         return data
 
     def _unreadable(self, name: str, error: OSError) -> UserError:
@@ -91,9 +91,9 @@ class FileHandles:
 
     def close(self) -> None:
         """Close the files of all threads, none of which may be reading."""
-        for files in self._all:
-            while files:
-                os.close(files.popitem()[1])
+        for fds in self._of_all_threads:
+            while fds:
+                os.close(fds.popitem()[1])
 
 
 def pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], start: int) -> None:
@@ -107,9 +107,9 @@ def pwrite_all(fd: int, buffers: Sequence[bytes | memoryview], start: int) -> No
     Raises:
         OSError: the system refuses.
     """
-    size = sum(map(len, buffers))
+    num_bytes = sum(map(len, buffers))
     done = os.pwritev(fd, buffers, start)
-    if done < size:  # the disk is nearly full, or there is more than one call takes
-        rest = memoryview(b"".join(buffers))
-        while done < size:
-            done += os.pwrite(fd, rest[done:], start + done)
+    if done < num_bytes:  # the disk is nearly full, or there is more than one call takes
+        data = memoryview(b"".join(buffers))
+        while done < num_bytes:
+            done += os.pwrite(fd, data[done:], start + done)

@@ -65,10 +65,10 @@ class ChunkStream:
         crc: of the bytes before.
     """
 
-    def __init__(self, source: "CheckpointReader", entry: TensorInfo, chunk: Chunk, record: Record, begin: int, length: int):
-        self._source, self._entry, self._chunk, self._record = source, entry, chunk, record
+    def __init__(self, reader: "CheckpointReader", info: TensorInfo, chunk: Chunk, record: Record, begin: int, length: int):
+        self._reader, self._info, self._chunk, self._record = reader, info, chunk, record
         self._begin, self._length = begin, length
-        self.fd = source.files.get_fd(chunk.file)
+        self.fd = reader.files.get_fd(chunk.file)
         self.offset, self.remaining, self.crc = record.start + begin, length, 0
 
     def read_into(self, buffer: memoryview) -> None:
@@ -77,7 +77,7 @@ class ChunkStream:
         Raises:
             UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
         """
-        self._source.files.read_into(self._chunk.file, self.offset, buffer, self.fd)
+        self._reader.files.read_into(self._chunk.file, self.offset, buffer, self.fd)
         self.advance(len(buffer), crc32.compute(buffer, self.crc))
 
     def advance(self, count: int, crc: int) -> None:
@@ -94,7 +94,7 @@ class ChunkStream:
         self.remaining -= count
         self.crc = crc
         if self.remaining == 0:
-            self._source.add_range(self._entry, self._chunk, self._record, (self._begin, self._length, crc))
+            self._reader.add_range(self._info, self._chunk, self._record, (self._begin, self._length, crc))
 
 
 class CheckpointReader(ABC):
@@ -125,11 +125,11 @@ class CheckpointReader(ABC):
         self._require_files()
 
     @abstractmethod
-    def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
+    def locate_record(self, info: TensorInfo, chunk: Chunk) -> Record:
         """Return the position of a chunk's elements.
 
         Args:
-            entry: the tensor.
+            info: of the tensor.
             chunk: one of its chunks.
 
         Raises:
@@ -157,13 +157,13 @@ class CheckpointReader(ABC):
     def _require_files(self) -> None:
         """Raise unless every tensor is complete as far as names and sizes tell, before anything is read."""
         ends: dict[str, int] = {}
-        for entry in self.tensors.values():
-            for chunk in entry.chunks:
+        for info in self.tensors.values():
+            for chunk in info.chunks:
                 ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
-            if not entry.is_covered():
-                raise UserError(f"{self.path}: the chunks of {entry.key} overlap or leave holes: it cannot be used")
-        for blob in self.objects.values():
-            ends[blob.file] = max(ends.get(blob.file, 0), blob.start + blob.length)
+            if not info.is_covered():
+                raise UserError(f"{self.path}: the chunks of {info.key} overlap or leave holes: it cannot be used")
+        for object_info in self.objects.values():
+            ends[object_info.file] = max(ends.get(object_info.file, 0), object_info.start + object_info.length)
         for name, end in ends.items():
             file = self.path / name
             size = file.stat().st_size if file.is_file() else None
@@ -188,20 +188,20 @@ class CheckpointReader(ABC):
         Raises:
             UserError: a record cannot be read, or its bytes are not those that were saved.
         """
-        entry = self.tensors[key]
-        whole = entry.chunk_at(offsets, sizes)
-        parts = [(whole, (offsets, sizes))] if whole else list(entry.overlapping(offsets, sizes))
-        if len(parts) == 1 and parts[0][1] == (offsets, sizes):
-            chunk = parts[0][0]
-            record = self.locate_record(entry, chunk)
-            if strided_extent(sizes, record.strides) * entry.dtype.itemsize <= READ_BYTES:
-                return self._read_from_chunk(entry, chunk, record, offsets, sizes)
-        out = self._scratch.get("region", math.prod(sizes) * entry.dtype.itemsize).view(entry.dtype).view(sizes)
-        for chunk, box in parts:
-            record = self.locate_record(entry, chunk)
+        info = self.tensors[key]
+        chunk = info.chunk_at(offsets, sizes)
+        boxes = [(chunk, (offsets, sizes))] if chunk else list(info.overlapping(offsets, sizes))
+        if len(boxes) == 1 and boxes[0][1] == (offsets, sizes):
+            chunk = boxes[0][0]
+            record = self.locate_record(info, chunk)
+            if strided_extent(sizes, record.strides) * info.dtype.itemsize <= READ_BYTES:
+                return self._read_from_chunk(info, chunk, record, offsets, sizes)
+        out = self._scratch.get("region", math.prod(sizes) * info.dtype.itemsize).view(info.dtype).view(sizes)
+        for chunk, box in boxes:
+            record = self.locate_record(info, chunk)
             ratio = max(strided_extent(box[1], record.strides) // max(math.prod(box[1]), 1), 1)
-            for low, size in split_box(*box, max(READ_BYTES // entry.dtype.itemsize // ratio, 1)):
-                out[box_slices((low, size), offsets)].copy_(self._read_from_chunk(entry, chunk, record, low, size))
+            for low, size in split_box(*box, max(READ_BYTES // info.dtype.itemsize // ratio, 1)):
+                out[box_slices((low, size), offsets)].copy_(self._read_from_chunk(info, chunk, record, low, size))
         return out
 
     def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStream | None:
@@ -215,17 +215,17 @@ class CheckpointReader(ABC):
         Returns:
             The stream, or None where the region's elements are not contiguous in one record.
         """
-        entry = self.tensors[key]
-        chunk = entry.chunk_at(offsets, sizes)
+        info = self.tensors[key]
+        chunk = info.chunk_at(offsets, sizes)
         if chunk is None:
-            chunk, box = next(entry.overlapping(offsets, sizes), (None, None))
+            chunk, box = next(info.overlapping(offsets, sizes), (None, None))
             if chunk is None or box != (offsets, sizes):
                 return None
-        record = self.locate_record(entry, chunk)
+        record = self.locate_record(info, chunk)
         if not is_row_major(sizes, record.strides):
             return None
-        item = entry.dtype.itemsize
-        return ChunkStream(self, entry, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
+        item = info.dtype.itemsize
+        return ChunkStream(self, info, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
 
     def read_object(self, key: str) -> bytes:
         """Return the bytes of an object, not unpickled.
@@ -233,8 +233,8 @@ class CheckpointReader(ABC):
         Raises:
             UserError: they cannot be read, or are damaged.
         """
-        blob = self.objects[key]
-        return self.files.read_bytes(blob.file, blob.start, blob.length)
+        info = self.objects[key]
+        return self.files.read_bytes(info.file, info.start, info.length)
 
     def verify_all(self) -> int:
         """Compare every tensor and object with the CRC-32 that the format has of it.
@@ -245,14 +245,14 @@ class CheckpointReader(ABC):
         Raises:
             UserError: something is not what was saved.
         """
-        compared = 0
-        for entry in self.tensors.values():
-            for chunk in entry.chunks:
-                record = self.locate_record(entry, chunk)
+        num_bytes = 0
+        for info in self.tensors.values():
+            for chunk in info.chunks:
+                record = self.locate_record(info, chunk)
                 if record.crc32 is not None:
-                    self._require_crc(entry.key, chunk.file, record, self._compute_crc(chunk.file, record))
-                    compared += record.length
-        return compared + sum(len(self.read_object(key)) for key in self.objects)
+                    self._require_crc(info.key, chunk.file, record, self._compute_crc(chunk.file, record))
+                    num_bytes += record.length
+        return num_bytes + sum(len(self.read_object(key)) for key in self.objects)
 
     def stat_fingerprint(self) -> str:
         """Return a hash of the tensors' names, dtypes, shapes and positions, and of the files' sizes and times.
@@ -260,26 +260,25 @@ class CheckpointReader(ABC):
         No content is read. The same contents in files with other times have another fingerprint.
         """
         entries = sorted(self.tensors.items())
-        places = [(key, [(c.offsets, c.sizes, c.file, c.start) for c in entry.chunks]) for key, entry in entries]
-        what = [(key, str(entry.dtype), entry.shape) for key, entry in entries], places
+        positions = [(key, [(c.offsets, c.sizes, c.file, c.start) for c in entry.chunks]) for key, entry in entries]
+        layout = [(key, str(entry.dtype), entry.shape) for key, entry in entries], positions
         names = {c.file for _, e in entries for c in e.chunks} | {blob.file for blob in self.objects.values()}
         stats = [(name, (self.path / name).stat()) for name in sorted(names)]
         files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
-        return hashlib.sha256(repr((what, files)).encode()).hexdigest()
+        return hashlib.sha256(repr((layout, files)).encode()).hexdigest()
 
     def verify_records(self, keys: Iterable[str], ranks: RankGroup) -> str:
-        """Verify that the bytes read were those that were saved. *Collective* over `ranks`, after each has read its share.
+        """Verify that the bytes read were those that were saved. *Collective* over `ranks`, which have read.
 
         Args:
-            keys: tensors that were read. What no rank has read of them, since an unfinished merge was resumed, is read
-                now.
+            keys: tensors that were read. What no rank has read of them, since an unfinished merge was resumed, is read.
             ranks: which have read.
 
         Returns:
             A hash of these tensors' names, dtypes, shapes, chunks and contents, the latter by their records' CRC-32.
 
         Raises:
-            Unfit: the bytes of a record are not those that were saved.
+            PermanentError: the bytes of a record are not those that were saved.
         """
         tensors = sorted((key, self.tensors[key]) for key in keys)
         chunks = {(c.file, c.start): (entry, c) for _, entry in tensors for c in entry.chunks}
@@ -295,9 +294,9 @@ class CheckpointReader(ABC):
         crcs = self._record_crcs.resolve_all(chunks, ranks, resolve)
         ranks.run_on_first(lambda: self._verify_files(crcs))
         digest = hashlib.sha256()
-        for key, entry in tensors:
-            digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
-            for c in sorted(entry.chunks, key=lambda c: c.offsets):
+        for key, info in tensors:
+            digest.update(f"{key} {info.dtype} {info.shape}\n".encode())
+            for c in sorted(info.chunks, key=lambda c: c.offsets):
                 digest.update(f"{c.offsets} {c.sizes} {crcs[c.file, c.start]:08x}\n".encode())
         return digest.hexdigest()
 
@@ -315,31 +314,31 @@ class CheckpointReader(ABC):
         self.close()
 
     def _read_from_chunk(
-        self, entry: TensorInfo, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]
+        self, info: TensorInfo, chunk: Chunk, record: Record, offsets: tuple[int, ...], sizes: tuple[int, ...]
     ) -> torch.Tensor:
         """Read a region inside one chunk, as a view of the bytes between its first and its last element."""
-        item = entry.dtype.itemsize
+        item = info.dtype.itemsize
         begin = _first_byte(chunk, record, offsets, item)
         length = strided_extent(sizes, record.strides) * item
         buffer = self._scratch.get("span", length)
         self.files.read_into(chunk.file, record.start + begin, buffer.numpy().data)
-        self.add_range(entry, chunk, record, (begin, length, crc32.compute(buffer.numpy())))
-        return buffer.view(entry.dtype).as_strided(sizes, record.strides)
+        self.add_range(info, chunk, record, (begin, length, crc32.compute(buffer.numpy())))
+        return buffer.view(info.dtype).as_strided(sizes, record.strides)
 
-    def add_range(self, entry: TensorInfo, chunk: Chunk, record: Record, part: ByteRange) -> None:
+    def add_range(self, info: TensorInfo, chunk: Chunk, record: Record, byte_range: ByteRange) -> None:
         """Record that a range of a record was read, and verify the record if that completes it.
 
         Args:
-            entry: the tensor.
+            info: of the tensor.
             chunk: one of its chunks.
             record: the chunk's.
-            part: the range that was read.
+            byte_range: which was read.
 
         Raises:
-            Unfit: the bytes of the record are not those that were saved.
+            PermanentError: the bytes of the record are not those that were saved.
         """
-        if (crc := self._record_crcs.add_range((chunk.file, chunk.start), part, record.length)) is not None:
-            self._require_crc(entry.key, chunk.file, record, crc)
+        if (crc := self._record_crcs.add_range((chunk.file, chunk.start), byte_range, record.length)) is not None:
+            self._require_crc(info.key, chunk.file, record, crc)
 
     def _require_crc(self, key: str, file: str, record: Record, crc: int) -> None:
         if record.crc32 is not None and crc != record.crc32:

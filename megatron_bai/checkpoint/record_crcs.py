@@ -28,8 +28,8 @@ class RecordCrcs:
     """The CRC-32s of a checkpoint's records, as far as this process has read them."""
 
     def __init__(self) -> None:
-        self._whole: dict[ItemKey, int] = {}  # CRC-32s
-        self._parts: dict[ItemKey, _PartialRecord] = {}
+        self._complete: dict[ItemKey, int] = {}  # CRC-32s
+        self._partial: dict[ItemKey, _PartialRecord] = {}
         self._lock = threading.Lock()
 
     def add_range(self, key: ItemKey, byte_range: ByteRange, length: int) -> int | None:
@@ -41,20 +41,20 @@ class RecordCrcs:
             length: of the record, in bytes.
         """
         with self._lock:
-            if key in self._whole:
+            if key in self._complete:
                 return None
             if byte_range[1] == length:
-                self._whole[key] = byte_range[2]
-                self._parts.pop(key, None)
+                self._complete[key] = byte_range[2]
+                self._partial.pop(key, None)
                 return byte_range[2]
-            found = self._parts.setdefault(key, _PartialRecord(length))
-            if byte_range not in found.ranges:
-                found.ranges.add(byte_range)
-                found.num_bytes += byte_range[1]
-            crc = _combine_ranges(found.ranges, length) if found.num_bytes == length else None
+            record = self._partial.setdefault(key, _PartialRecord(length))
+            if byte_range not in record.ranges:
+                record.ranges.add(byte_range)
+                record.num_bytes += byte_range[1]
+            crc = _combine_ranges(record.ranges, length) if record.num_bytes == length else None
             if crc is not None:
-                self._whole[key] = crc
-                del self._parts[key]
+                self._complete[key] = crc
+                del self._partial[key]
             return crc
 
     def resolve_all(
@@ -68,21 +68,23 @@ class RecordCrcs:
             compute: called on one rank for each record that no rank read completely, with its key, its CRC-32 if the
                 ranges of all ranks make it up, and whether any range was read. Returns the CRC-32.
         """
-        shares = ranks.run_on_all(lambda: (self._whole, self._parts))
-        known = {place: crc for whole, _ in shares for place, crc in whole.items()}
-        parts: dict[ItemKey, _PartialRecord] = {}
-        for place, share in ((place, share) for _, found in shares for place, share in found.items()):
-            parts.setdefault(place, _PartialRecord(share.length)).ranges.update(share.ranges)
-        rest = sorted((set(keys) | parts.keys()) - known.keys())
+        gathered = ranks.run_on_all(lambda: (self._complete, self._partial))
+        crcs = {key: crc for complete, _ in gathered for key, crc in complete.items()}
+        partial: dict[ItemKey, _PartialRecord] = {}
+        for key, record in ((key, record) for _, records in gathered for key, record in records.items()):
+            partial.setdefault(key, _PartialRecord(record.length)).ranges.update(record.ranges)
+        missing = sorted((set(keys) | partial.keys()) - crcs.keys())
 
-        def work() -> dict[ItemKey, int]:
-            mine = rest[ranks.rank :: ranks.num_ranks]
-            joined = {place: _combine_ranges(parts[place].ranges, parts[place].length) for place in mine if place in parts}
-            return {place: compute(place, joined.get(place), place in parts) for place in mine}
+        def compute_share() -> dict[ItemKey, int]:
+            share = missing[ranks.rank :: ranks.num_ranks]
+            combined = {
+                key: _combine_ranges(partial[key].ranges, partial[key].length) for key in share if key in partial
+            }
+            return {key: compute(key, combined.get(key), key in partial) for key in share}
 
-        for resolved in ranks.run_on_all(work):
-            known |= resolved
-        return known
+        for computed in ranks.run_on_all(compute_share):
+            crcs |= computed
+        return crcs
 
 
 def _combine_ranges(parts: set[ByteRange], length: int) -> int | None:

@@ -72,10 +72,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        found = _METADATA_CLASSES.get((module, name)) or _dtype(module, name)
-        if found is None:
+        cls = _METADATA_CLASSES.get((module, name)) or _dtype(module, name)
+        if cls is None:
             raise _ForbiddenPickleError(f"it names {module}.{name}, which no checkpoint index needs")
-        return found
+        return cls
 
 
 def read_metadata(path: Path) -> Any:
@@ -204,8 +204,8 @@ def verify_common_pt(path: Path) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL (\S+)", str(error))
-        why = f"it names {names[0]}" if names else str(error).partition("\n")[0]
-        raise UserError(f"{path} holds more than plain values ({why}): nothing in it was run; do not use it") from None
+        reason = f"it names {names[0]}" if names else str(error).partition("\n")[0]
+        raise UserError(f"{path} holds more than plain values ({reason}): nothing in it was run; do not use it") from None
     except Exception as error:  # a damaged archive raises nearly anything
         raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
@@ -214,15 +214,15 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _TENSOR_CLASSES:
             return _TENSOR_CLASSES[module, name]
-        found = _STORAGES.get(name) if module == "torch" else None
-        found = found or _dtype(module, name)
-        if found is None:
+        dtype = _STORAGES.get(name) if module == "torch" else None
+        dtype = dtype or _dtype(module, name)
+        if dtype is None:
             raise _ForbiddenPickleError(f"it names {module}.{name}")
-        return found
+        return dtype
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype | None, str]:
-        kind, dtype, key = pid[:3]
-        if kind != "storage" or not str(key).isdigit():
+        label, dtype, key = pid[:3]
+        if label != "storage" or not str(key).isdigit():
             raise _ForbiddenPickleError("it refers to something other than a storage")
         return dtype, str(key)
 
@@ -233,7 +233,7 @@ def read_saved_tensor(pickled: bytes) -> SavedTensor:
     Raises:
         pickle.UnpicklingError: it is not the record of one plain tensor.
     """
-    saved = _TensorUnpickler(BytesIO(pickled)).load()
-    if not isinstance(saved, SavedTensor) or not isinstance(saved.dtype, torch.dtype):
+    tensor = _TensorUnpickler(BytesIO(pickled)).load()
+    if not isinstance(tensor, SavedTensor) or not isinstance(tensor.dtype, torch.dtype):
         raise _ForbiddenPickleError("it holds something other than one tensor")
-    return saved
+    return tensor

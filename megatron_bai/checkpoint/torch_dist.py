@@ -69,59 +69,59 @@ class TorchDistReader(CheckpointReader):
         """Return a writer, whose files are those of the units: neither `tensors` nor `file_bytes` matters."""
         return TorchDistWriter()  # a file for each unit, which has its size
 
-    def locate_record(self, entry: TensorInfo, chunk: Chunk) -> Record:
+    def locate_record(self, info: TensorInfo, chunk: Chunk) -> Record:
         """Return the position of a chunk's elements, which its archive says."""
-        at = chunk.file, chunk.start
-        if at not in self._records:
+        key = chunk.file, chunk.start
+        if key not in self._records:
             try:
-                self._records[at] = self._parse_item(entry, chunk)
+                self._records[key] = self._parse_item(info, chunk)
             except UserError:
                 raise
             except Exception as error:  # a damaged archive raises nearly anything
                 raise UserError(
-                    f"{self.path / chunk.file}: the item of {entry.key} at byte {chunk.start} is damaged ({error}):"
+                    f"{self.path / chunk.file}: the item of {info.key} at byte {chunk.start} is damaged ({error}):"
                     " restore the file from a copy"
                 ) from None
-        return self._records[at]
+        return self._records[key]
 
     def read_object(self, key: str) -> bytes:
         """Return the bytes of an object's archive, verified and not unpickled."""
-        data, blob = super().read_object(key), self.objects[key]
+        data, info = super().read_object(key), self.objects[key]
         try:
             torch_zip.verify_archive(data)
         except Exception as error:  # likewise
             raise UserError(
-                f"{self.path / blob.file}: the object {key} at byte {blob.start} is damaged ({error}): restore the file"
+                f"{self.path / info.file}: the object {key} at byte {info.start} is damaged ({error}): restore the file"
                 " from a copy"
             ) from None
         return data
 
-    def _parse_item(self, entry: TensorInfo, chunk: Chunk) -> Record:
+    def _parse_item(self, info: TensorInfo, chunk: Chunk) -> Record:
         """Read an item's head and compare it with the index."""
         frame, crc = self._match_frame(chunk)
         saved = frame.saved
-        if saved.dtype != entry.dtype or saved.shape != chunk.sizes:
-            raise ValueError(f"it holds {saved.dtype} {saved.shape}, the index says {entry.dtype} {chunk.sizes}")
+        if saved.dtype != info.dtype or saved.shape != chunk.sizes:
+            raise ValueError(f"it holds {saved.dtype} {saved.shape}, the index says {info.dtype} {chunk.sizes}")
         start = chunk.start + len(frame.head)
-        return Record(start, frame.length, saved.offset * entry.dtype.itemsize, saved.strides, crc)
+        return Record(start, frame.length, saved.offset * info.dtype.itemsize, saved.strides, crc)
 
     def _match_frame(self, chunk: Chunk) -> tuple[torch_zip.ArchiveFrame, int | None]:
         """Return an item's frame and CRC-32: a known frame of this length and head, or else one that is parsed."""
-        known = self._frames.setdefault(chunk.length, [])
-        for frame in known:
+        frames = self._frames.setdefault(chunk.length, [])
+        for frame in frames:
             if self.files.read_bytes(chunk.file, chunk.start, len(frame.head)) == frame.head:
-                at = chunk.start + len(frame.head) + frame.length + frame.crc_positions[0]
-                return frame, frame.read_crc(self.files.read_bytes(chunk.file, at, torch_zip.CRC32.size))
+                position = chunk.start + len(frame.head) + frame.length + frame.crc_positions[0]
+                return frame, frame.read_crc(self.files.read_bytes(chunk.file, position, torch_zip.CRC32.size))
         frame = torch_zip.parse_frame(cast(BinaryIO, _ItemFile(self, chunk)))  # it has what `zipfile` asks of one
-        known.append(frame)
+        frames.append(frame)
         return frame, frame.crc32
 
 
 class _ItemFile(io.RawIOBase):
     """One item of a file as a file of its own, for `zipfile`."""
 
-    def __init__(self, source: CheckpointReader, chunk: Chunk):
-        self._source, self._chunk, self._at = source, chunk, 0
+    def __init__(self, reader: CheckpointReader, chunk: Chunk):
+        self._reader, self._chunk, self._position = reader, chunk, 0
 
     def seekable(self) -> bool:
         return True
@@ -130,26 +130,25 @@ class _ItemFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._chunk.length}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._chunk.length}[whence]
         if base + offset < 0:
             raise OSError("seek before the item")  # as a file would: zipfile probes a short one this way
-        self._at = base + offset
-        return self._at
+        self._position = base + offset
+        return self._position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(self._chunk.length - self._at, 0)
-        size = left if size < 0 else min(size, left)
-        data = self._source.files.read_bytes(self._chunk.file, self._chunk.start + self._at, size)
-        self._at += size
+        remaining = max(self._chunk.length - self._position, 0)
+        size = remaining if size < 0 else min(size, remaining)
+        data = self._reader.files.read_bytes(self._chunk.file, self._chunk.start + self._position, size)
+        self._position += size
         return data
 
 
 def _require_complete(path: Path) -> None:
-    """Raise unless a checkpoint is complete: its manifest's sizes hold, if it has one, and its last-written file is there.
-    """
+    """Raise unless a checkpoint is complete: the sizes in its manifest hold, if it has one, and no file is missing."""
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give the directory of one")
     manifest.read_info(path)
@@ -157,8 +156,8 @@ def _require_complete(path: Path) -> None:
         backend = parse((path / FORMAT).read_bytes())["sharded_backend"]
     except FileNotFoundError:
         tracker = path / "latest_checkpointed_iteration.txt"
-        why = "it holds iterations, give the directory of one" if tracker.is_file() else "it was never finished"
-        raise UserError(f"{path} has no {FORMAT}: {why}, or it is no torch_dist checkpoint") from None
+        reason = "it holds iterations, give the directory of one" if tracker.is_file() else "it was never finished"
+        raise UserError(f"{path} has no {FORMAT}: {reason}, or it is no torch_dist checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / FORMAT} is damaged ({error!r}): restore the checkpoint from a copy") from None
     if backend != "torch_dist":
@@ -167,7 +166,7 @@ def _require_complete(path: Path) -> None:
 
 def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, ObjectInfo]]:
     """Return the tensors and objects of an index, as plain data: the index itself holds a copy of every rank's plan."""
-    where = {
+    items = {
         (at.fqn, None if at.offset is None else tuple(at.offset)): info for at, info in metadata.storage_data.items()
     }
     tensors, objects = {}, {}
@@ -175,16 +174,16 @@ def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, Object
         if isinstance(stored, TensorStorageMetadata):
             chunks = []
             for box in stored.chunks:
-                info = where[key, tuple(box.offsets)]
-                if getattr(info, "transform_descriptors", None):
-                    raise TypeError(f"{key} was saved through {info.transform_descriptors}")
+                item = items[key, tuple(box.offsets)]
+                if getattr(item, "transform_descriptors", None):
+                    raise TypeError(f"{key} was saved through {item.transform_descriptors}")
                 chunks.append(
-                    Chunk(tuple(box.offsets), tuple(box.sizes), info.relative_path, info.offset, info.length)
+                    Chunk(tuple(box.offsets), tuple(box.sizes), item.relative_path, item.offset, item.length)
                 )
             tensors[key] = TensorInfo(key, stored.properties.dtype, tuple(stored.size), tuple(chunks))
         else:
-            info = where[key, None]
-            objects[key] = ObjectInfo(info.relative_path, info.offset, info.length)
+            item = items[key, None]
+            objects[key] = ObjectInfo(item.relative_path, item.offset, item.length)
     return tensors, objects
 
 

@@ -23,7 +23,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member: lengths of its name and 
 _CRC_IN_DIRECTORY = 46 - 16  # bytes from a directory entry's CRC-32 to its name
 CRC32 = struct.Struct("<I")
 
-_MAX_FRAME = 1 << 20  # bytes; real ones have some hundred
+_MAX_FRAME_BYTES = 1 << 20  # bytes; real ones have some hundred
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ArchiveFrame:
     def make_tail(self, crc32: int) -> bytes:
         """Return the tail for elements with another CRC-32."""
         tail = bytearray(self.tail)
-        for at in self.crc_positions:
-            CRC32.pack_into(tail, at, crc32)
+        for position in self.crc_positions:
+            CRC32.pack_into(tail, position, crc32)
         return bytes(tail)
 
 
@@ -74,17 +74,17 @@ def parse_frame(file: BinaryIO) -> ArchiveFrame:
     saved = read_saved_tensor(_read_member(file, members["data.pkl"]))
     info = members[f"data/{saved.storage}"]
     start, length = _locate_member(file, info)
-    elements = saved.offset + strided_extent(saved.shape, saved.strides)
-    if min(saved.strides, default=0) < 0 or elements * saved.dtype.itemsize > length:
+    extent = saved.offset + strided_extent(saved.shape, saved.strides)
+    if min(saved.strides, default=0) < 0 or extent * saved.dtype.itemsize > length:
         raise ValueError("its elements do not fit its storage")
-    if file.seek(0, io.SEEK_END) - length > _MAX_FRAME:
+    if file.seek(0, io.SEEK_END) - length > _MAX_FRAME_BYTES:
         raise ValueError("it holds more than one tensor")
     file.seek(0)
     head = file.read(start)
     file.seek(start + length)
     tail = file.read()
-    entry = tail.rindex(info.filename.encode()) - _CRC_IN_DIRECTORY  # the directory comes last
-    crcs = (4, entry) if tail.startswith(b"PK\7\x08") else (entry,)  # a descriptor may follow the elements
+    directory_crc = tail.rindex(info.filename.encode()) - _CRC_IN_DIRECTORY  # the directory comes last
+    crcs = (4, directory_crc) if tail.startswith(b"PK\7\x08") else (directory_crc,)  # a descriptor may follow the elements
     if any(CRC32.unpack_from(tail, at)[0] != info.CRC for at in crcs):
         raise ValueError("its directory contradicts itself")
     return ArchiveFrame(head, tail, crcs, length, saved)

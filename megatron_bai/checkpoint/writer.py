@@ -80,17 +80,17 @@ class ItemWriter:
         Raises:
             OSError: the system refuses.
         """
-        parts: list[bytes | memoryview] = [data] if self._length else [self.head, data]
+        buffers: list[bytes | memoryview] = [data] if self._length else [self.head, data]
         self.crc = crc32.compute(data, self.crc)
         self.remaining -= len(data)
         if self.remaining == 0:
-            parts.append(self.make_tail(self.crc) if self.make_tail else b"")
-        positional_io.pwrite_all(self.fd, parts, self.offset)
-        self._length += sum(map(len, parts))
+            buffers.append(self.make_tail(self.crc) if self.make_tail else b"")
+        positional_io.pwrite_all(self.fd, buffers, self.offset)
+        self._length += sum(map(len, buffers))
         if self.remaining == 0:
-            elements = self._length - len(self.head) - len(parts[-1])
-            crc = crc32.combine(crc32.compute(self.head), self.crc, elements)
-            crc = crc32.compute(parts[-1], crc)
+            num_element_bytes = self._length - len(self.head) - len(buffers[-1])
+            crc = crc32.combine(crc32.compute(self.head), self.crc, num_element_bytes)
+            crc = crc32.compute(buffers[-1], crc)
             self._written = WrittenItem(self.key, self.offsets, self.sizes, self.file, self.start, self._length, crc)
 
     @property

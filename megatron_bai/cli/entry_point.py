@@ -19,7 +19,7 @@ from megatron_bai.cli.help_text import overview, verb_help
 from megatron_bai.cli.verbs import VERBS
 from megatron_bai.errors import UserError, from_peer_error
 from megatron_bai.utils import terminal_logging
-from megatron_bai.utils.imports import without_collections
+from megatron_bai.utils.imports import gc_disabled_for_imports
 
 _RANK_0_HEAD_START_S = 5.0  # of a rank, while another says what went wrong
 _MULTIRUN_FLAGS = ("--multirun", "-m")
@@ -80,7 +80,7 @@ def _dispatch(arguments: list[str]) -> None:
         return
     settings = compose(rest)
     module, _, function = verb.function.partition(":")
-    with without_collections():
+    with gc_disabled_for_imports():
         run: Callable[[config.Config], None] = getattr(importlib.import_module(module), function)
     run(settings)
 

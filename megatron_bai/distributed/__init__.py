@@ -1,1 +1,1 @@
-"""Say which device, which hosts and which group of ranks this process works with."""
+"""The device, the hosts and the ranks that this process works with."""

@@ -1,6 +1,6 @@
 """Where tensors live: `cuda` (NCCL, Transformer Engine when present) or `cpu` (gloo).
 
-Call `start` before anything imports a Megatron-Core model: on a CPU it patches Megatron-Core first.
+Call `init_backend` before anything imports a Megatron-Core model: on a CPU it applies the compatibility fixes first.
 """
 
 import importlib.util
@@ -44,15 +44,15 @@ def select_device(settings: config.Backend) -> Device:
     if settings.dtype not in DTYPES:
         raise UserError(f"backend.dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-    engine = kind == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    return Device(kind, device, DTYPES[settings.dtype], engine)
+    use_transformer_engine = kind == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    return Device(kind, device, DTYPES[settings.dtype], use_transformer_engine)
 
 
 def init_backend(settings: config.Backend) -> Device:
-    """Prepare this process and join the world torchrun describes (or a world of one).
+    """Prepare this process and join the world that torchrun describes (or a world of one).
 
     Raises:
-        UserError: as `select`; or the machines of the run cannot reach each other.
+        UserError: as `select_device`; or the hosts of the run cannot reach each other.
     """
     device = select_device(settings)
     if device.kind == "cpu":

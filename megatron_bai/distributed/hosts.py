@@ -1,4 +1,4 @@
-"""The machines of a run: whether there are several, and how the others reach this one."""
+"""The hosts of a run: whether there are several, and the address by which the others reach this one."""
 
 import ipaddress
 import os
@@ -10,12 +10,12 @@ from megatron_bai.errors import UserError
 
 
 def is_multi_host() -> bool:
-    """Whether torchrun started this process as one of a run on more than one machine."""
+    """Return whether torchrun started this process as one of a run on more than one host."""
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine alone."""
+    """Return whether a name or an address means this host alone."""
     if host == "localhost":
         return True
     try:
@@ -25,34 +25,34 @@ def is_loopback(host: str) -> bool:
 
 
 def host_address() -> str:
-    """This machine's address on the way to the one where the run meets; loopback where it is alone.
+    """Return this host's address on its route to the run's master; loopback where the run has one host.
 
     Raises:
-        UserError: there is no way, or the meeting place's name means loopback here.
+        UserError: there is no route, or the master's name means loopback here.
     """
     if not is_multi_host():
         return "127.0.0.1"
     head = os.environ["MASTER_ADDR"]
     try:
-        family, kind, _, _, place = socket.getaddrinfo(head, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:  # nothing is sent
-            probe.connect(place)
+        family, socket_type, _, _, destination = socket.getaddrinfo(head, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket_type) as probe:  # nothing is sent
+            probe.connect(destination)
             address: str = probe.getsockname()[0]
     except OSError as error:
         raise UserError(f"no way from {socket.gethostname()} to {head}, where the run meets: {error}") from error
-    if ipaddress.ip_address(place[0]).is_loopback:
+    if ipaddress.ip_address(destination[0]).is_loopback:
         raise UserError(
-            f"{socket.gethostname()} knows {head}, where the run meets, as {place[0]}, which other machines cannot "
+            f"{socket.gethostname()} knows {head}, where the run meets, as {destination[0]}, which other machines cannot "
             "reach: start the run with the address instead (launch/torchrun.sh --head)"
         )
     return address
 
 
 def set_gloo_interface() -> None:
-    """Have gloo use the interface of `host_address`. Before any process group is made.
+    """Make gloo use the interface of `host_address`; to be called before any process group is made.
 
-    By itself gloo takes the one that the host name stands for: loopback on many machines, Debian's among them. Who set
-    GLOO_SOCKET_IFNAME, torch's own variable, has chosen.
+    By itself gloo takes the interface that the host name resolves to: loopback on many hosts, Debian's among them.
+    GLOO_SOCKET_IFNAME, torch's own variable, is left alone where it is set.
 
     Raises:
         UserError: as `host_address`.

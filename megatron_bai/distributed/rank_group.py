@@ -1,4 +1,4 @@
-"""The processes that share a merge: those torchrun started, or this one alone."""
+"""A group of ranks that work together: those torchrun started, or this process alone."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,21 +17,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankGroup:
+    """Ranks that call its methods together.
+
+    Attributes:
+        rank: this process's.
+        num_ranks: in the group.
+        group: torch's process group; None: all processes.
+    """
+
     rank: int = 0
     num_ranks: int = 1
     group: Any = None  # torch's; None: all processes
 
     def run_on_all(self, function: Callable[[], T], location: object = "") -> list[T]:
-        """Run `work` on every rank and return all results, by rank, on every rank.
+        """Run `function` on every rank and return all results, by rank, on every rank. *Collective*.
 
-        An error on one rank is an error on all: none goes on, none waits for one that stopped.
+        An error on one rank is an error on all: none continues, none waits for one that stopped.
 
         Args:
-            where: what an error of the system is about, unless it says so itself.
+            function: what each rank does; its result is pickled.
+            location: what an error of the system is about, unless it says so itself.
 
         Raises:
-            UserError: the first rank's that had one, on every rank; what the system refuses becomes one.
-            Exception: as it was, on the rank where it happened; a RuntimeError naming that rank on the others.
+            UserError: that of the first rank that had one, on every rank; an error of the system becomes one.
+            Exception: unchanged on the rank where it happened; a RuntimeError naming that rank on the others.
         """
         result: T | None = None
         error: Exception | None = None
@@ -59,34 +68,38 @@ class RankGroup:
         return [result for result, _, _ in outcomes]
 
     def run_on_first(self, function: Callable[[], T], location: object = "") -> T:
-        """Run `work` on rank 0 and return its result on every rank."""
+        """Run `function` on rank 0 and return its result on every rank. *Collective*; errors as in `run_on_all`."""
         return cast(T, self.run_on_all(lambda: function() if self.rank == 0 else None, location)[0])
 
 
 def current_ranks() -> RankGroup:
-    """This process's place in the group it is in, or alone."""
+    """Return the group of all processes in which this one is, or of this one alone."""
     return RankGroup(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else RankGroup()
 
 
 def cores_per_rank(limit: int = 8) -> int:
-    """This rank's share of the cores that this machine's ranks may use."""
+    """Return this rank's share of the cores that this host's ranks may use, at most `limit`."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
     return min(max(len(os.sched_getaffinity(0)) // local, 1), limit)
 
 
 @contextmanager
 def merge_ranks() -> Iterator[RankGroup]:
-    """This process's place among its peers, in a gloo group of the merge's own; where torchrun started us, or alone."""
-    patience = timedelta(days=1)  # a collective waits for the slowest rank's work; torchrun ends the rest when one dies
+    """Open the group that shares a merge: a gloo group of its own where there are several ranks.
+
+    Yields:
+        All ranks of the run, or those that torchrun started, or this process alone.
+    """
+    timeout = timedelta(days=1)  # a collective waits for the slowest rank's work; torchrun ends the rest when one dies
     if dist.is_initialized():
-        group = dist.new_group(backend="gloo", timeout=patience)
+        group = dist.new_group(backend="gloo", timeout=timeout)
         try:
             yield RankGroup(dist.get_rank(), dist.get_world_size(), group)
         finally:
             dist.destroy_process_group(group)
     elif dist.is_torchelastic_launched():
         set_gloo_interface()
-        dist.init_process_group("gloo", timeout=patience)
+        dist.init_process_group("gloo", timeout=timeout)
         try:
             yield current_ranks()
         finally:

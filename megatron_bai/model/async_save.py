@@ -1,8 +1,8 @@
-"""Megatron-Core's save of a sharded state into a directory that counts once it is whole, at once or in the background.
+"""Megatron-Core's save of a sharded state into a directory that is committed when complete, now or in the background.
 
 In the background a forked process writes what this one had at the moment of the fork. Megatron-Core brings the results
-back through a server process, which a kill -9 of the trainer would leave behind for good, and which nothing here needs:
-they come through anonymous memory instead, and so do the checksums, which the process that wrote the files takes.
+back through a server process, which would outlive a trainer that is killed, and which nothing here needs: they come
+through anonymous memory instead, and so do the checksums, which the process that wrote the files computes.
 """
 
 import os
@@ -25,7 +25,7 @@ _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `tor
 
 
 class CheckpointSave:
-    """A checkpoint on its way into `target`. Every method but `abandon` is collective."""
+    """A checkpoint that is being written into `target`. Every method but `abort` is *collective*."""
 
     def __init__(
         self,
@@ -36,27 +36,30 @@ class CheckpointSave:
         in_background: bool = False,
         write_rank_files: Callable[[Path], None] | None = None,
     ):
-        """Write beside `target`, or begin to.
+        """Write beside `target`, or start to.
 
         Args:
             state: Megatron's sharded state dict. What is done to its tensors after this returns is not saved.
-            describe: adds the other files to the directory it is given; called on rank 0.
+            target: directory of the checkpoint.
+            write_metadata: adds the other files to the directory it is given; called on rank 0.
             info: kept in the manifest.
-            background: return before all is written.
-            more: writes files of each rank into the directory it is given; called on every rank, before this returns.
+            in_background: return before all is written.
+            write_rank_files: writes files of each rank into the directory it is given; called on every rank, before
+                this
+                returns.
 
         Raises:
-            UserError: the directory cannot be written, or another process writes it; the target is as it was.
+            UserError: the directory cannot be written, or another process writes it; the target is unchanged.
         """
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.target, self._write_metadata, self._info, self._group = target, write_metadata, info, current_ranks()
+        self.target, self._write_metadata, self._info, self._ranks = target, write_metadata, info, current_ranks()
         self._calls, self._crcs, self._lock = AsyncCallsQueue(), _ForkQueue(), ExitStack()
         with ExitStack() as stack:
-            self._group.run_on_first(lambda: stack.enter_context(atomic_dir.lock(target)))
-            self._stage = self._group.run_on_first(lambda: manifest.make_staging_dir(target))
+            self._ranks.run_on_first(lambda: stack.enter_context(atomic_dir.lock(target)))
+            self._stage = self._ranks.run_on_first(lambda: manifest.make_staging_dir(target))
             if write_rank_files:
-                self._group.run_on_all(lambda: write_rank_files(self._stage), self._stage)
+                self._ranks.run_on_all(lambda: write_rank_files(self._stage), self._stage)
             with _as_user_error(self._stage), _writers_die_with_us():
                 request = self._request(state)
                 if in_background:
@@ -66,7 +69,7 @@ class CheckpointSave:
             self._lock = stack.pop_all()
 
     def _request(self, state: dict[str, Any]) -> Any:
-        """Megatron-Core's, which sums each file it has written."""
+        """Return Megatron-Core's request, extended to compute the CRC-32 of each file it has written."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -77,49 +80,50 @@ class CheckpointSave:
         return request._replace(async_fn=partial(_write_and_checksum, request.async_fn, self._stage, self._crcs))
 
     def finalize(self, wait: bool = True) -> bool:
-        """Put the checkpoint in place, once all of it is written. Returns whether it is in place.
+        """Commit the checkpoint, once all of it is written. Returns whether it is committed.
 
         Args:
-            wait: until it is; otherwise come again.
+            wait: until it is; otherwise call again later.
 
         Raises:
-            UserError: it could not be written; the target is as it was.
+            UserError: it could not be written; the target is unchanged.
         """
-        with self._lock as held:
+        with self._lock as lock:
             with _as_user_error(self._stage):
                 self._calls.maybe_finalize_async_calls(blocking=wait)
             if self._calls.get_num_unfinalized_calls():
-                self._lock = held.pop_all()
+                self._lock = lock.pop_all()
                 return False
-            shares = self._group.run_on_all(self._crcs.get)
-            sums = {name: crc for share in shares for name, crc in share.items()}
+            gathered = self._ranks.run_on_all(self._crcs.get)
+            crcs = {name: crc for share in gathered for name, crc in share.items()}
 
-            def place() -> None:
+            def commit() -> None:
                 self._write_metadata(self._stage)
-                manifest.finalize(self._stage, self.target, self._info, sums)
+                manifest.finalize(self._stage, self.target, self._info, crcs)
 
-            self._group.run_on_first(place, self._stage)
+            self._ranks.run_on_first(commit, self._stage)
         return True
 
     def abort(self) -> None:
-        """End what still writes. The target stays as it was."""
+        """End the processes that still write. The target is unchanged."""
         for call in self._calls.async_calls:
             call.async_caller.close(abort=True)
         self._lock.close()
 
 
 class _ForkQueue:
-    """One object from a forked process, which may have ended before it is read and sent more than a pipe holds."""
+    """A queue of one object from a forked process, which may end before it is read and send more than a pipe holds."""
 
     def __init__(self) -> None:
         self._file = open(os.memfd_create("saving"), "w+b")
 
     def put(self, content: Any) -> None:
+        """Send the object."""
         self._file.write(pickle.dumps(content))
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """As a queue's."""
+        """Return the object, or raise `queue.Empty`."""
         self._file.seek(0)
         data = self._file.read()
         if not data:
@@ -127,16 +131,17 @@ class _ForkQueue:
         return pickle.loads(data)
 
     def get(self) -> dict[str, Any]:
-        """What was sent, or nothing."""
-        found: dict[str, Any] = {}
+        """Return the object, which is a dict; an empty one where none was sent."""
+        content: dict[str, Any] = {}
         with suppress(queue.Empty):
-            found = self.get_nowait()
-        return found
+            content = self.get_nowait()
+        return content
 
 
 def _write_and_checksum(
     write: Callable[..., None], stage: Path, crcs: _ForkQueue, rank: int, buckets: list[Any], results: _ForkQueue
 ) -> None:
+    """Write this rank's files and send their CRC-32."""
     write(rank, buckets, results)
     with suppress(UserError):  # one that could not be written: `results` say why
         crcs.put(manifest.compute_crcs(stage, [name for _, name, _ in buckets]))
@@ -144,7 +149,7 @@ def _write_and_checksum(
 
 @contextmanager
 def _as_user_error(stage: Path) -> Iterator[None]:
-    """What Megatron-Core and torch say of a file that cannot be written."""
+    """Raise what Megatron-Core and torch say of a file that cannot be written as a UserError of one line."""
     try:
         yield
     except CheckpointException as error:
@@ -156,13 +161,13 @@ def _as_user_error(stage: Path) -> Iterator[None]:
 
 
 def first_cause(error: CheckpointException) -> object:
-    """Why a rank could not read or write; only the coordinator is told."""
+    """Return why a rank could not read or write; only the coordinator is told."""
     return next((cause for cause, _ in error.failures.values()), "another rank failed")
 
 
 @contextmanager
 def _writers_die_with_us() -> Iterator[None]:
-    """Megatron-Core's writers do not outlive the process that started them."""
+    """Bind Megatron-Core's writers to this process, which they do not outlive."""
     set_forks_die_with_parent(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Construct the Megatron-Core model, its data-parallel wrapper and its optimizer from the configuration."""
+"""Build the Megatron-Core model, its data-parallel wrapper and its optimizer from the settings."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class MegatronModel:
-    """A model ready for training.
+    """A model in chunks on this rank, with its optimizer: the actor, the critic.
 
     Attributes:
         chunks: the model's stages on this rank, wrapped in Megatron's DistributedDataParallel.
         optimizer: Megatron's, or None for a model that only runs forward.
-        settings: the architecture, independent of the layout.
+        architecture: independent of the layout.
     """
 
     chunks: "list[DistributedDataParallel]"
@@ -36,13 +36,16 @@ class MegatronModel:
 
     @property
     def transformer_config(self) -> Any:
+        """Megatron's TransformerConfig, which all chunks share."""
         return self.modules[0].config
 
 
 def init_parallel(parallel: config.Parallel, seed: int, timeout_s: float = 600.0) -> None:
-    """Create Megatron's process groups. Experts are parallel over whole experts only (expert TP 1).
+    """Create Megatron's process groups and seed its generators. *Collective*. Experts are never split.
 
     Args:
+        parallel: the layout.
+        seed: of torch's generator; of Megatron's, one more.
         timeout_s: of one collective, `backend.timeout_s`. Megatron's own would be half an hour.
     """
     from megatron.core import parallel_state
@@ -61,7 +64,7 @@ def init_parallel(parallel: config.Parallel, seed: int, timeout_s: float = 600.0
 
 
 def _virtual_stages(parallel: config.Parallel) -> int | None:
-    """Chunks a stage, as Megatron wants it: None where the schedule is not interleaved."""
+    """Return the chunks of a stage as Megatron wants them: None where the schedule is not interleaved."""
     return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
 
 
@@ -77,9 +80,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 def transformer_config(
     model: config.Model, parallel: config.Parallel, device: Device, replayable: bool = True
 ) -> Any:
-    """Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off.
+    """Return Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off.
 
     Args:
+        model: the architecture.
+        parallel: the layout.
+        device: what this process computes on.
         replayable: give the routers handles for routing replay.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -147,8 +153,10 @@ class LocalNorm(torch.nn.RMSNorm):
 
 
 def _decoder_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """One chunk's layers of the decoder on this rank. Without Transformer Engine, Megatron's local ones with our norm and
-    attention."""
+    """Return the layers of one chunk of the decoder on this rank.
+
+    Without Transformer Engine they are Megatron's local ones with this library's norm and attention.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     from megatron_bai.model.attention import TorchAttention
@@ -168,14 +176,14 @@ def _decoder_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -
     return block
 
 
-def _build_gpt(model: config.Model, cfg: Any, transformer_engine: bool, vp_stage: int | None) -> "GPTModel":
-    """One chunk of the model. `vp_stage`: its number among the stage's chunks; None where there is one."""
+def _build_gpt(model: config.Model, megatron_config: Any, transformer_engine: bool, vp_stage: int | None) -> "GPTModel":
+    """Build one chunk of the model. `vp_stage`: its index among the stage's chunks; None where there is one."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     return GPTModel(
-        cfg,
-        _decoder_spec(cfg, transformer_engine, vp_stage),
+        megatron_config,
+        _decoder_spec(megatron_config, transformer_engine, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -207,36 +215,46 @@ def _mark_experts(gpt: torch.nn.Module) -> None:
 
 
 def build_actor(settings: config.Config, device: Device, train: bool = True) -> MegatronModel:
-    """Build the model on this rank with unset weights, and its optimizer when it is to be trained.
+    """Build the policy on this rank with unset weights, and its optimizer where it is to be trained.
 
-    `init_parallel` must have run. The optimizer copies its master weights at construction, so whoever sets the
-    weights afterwards calls `optimizer.reload_model_params()`.
+    `init_parallel` must have run. The optimizer copies its master weights at construction, so who sets the weights
+    afterwards calls `megatron_checkpoint.reload_master_weights`.
+
+    Args:
+        settings: model, parallel and trainer are used.
+        device: what this process computes on.
+        train: build the optimizer, too.
     """
     return _build(settings, transformer_config(settings.model, settings.parallel, device), device, train)
 
 
 def build_critic(settings: config.Config, device: Device) -> MegatronModel:
-    """The same with a `ValueHead` for an output layer, and without handles for routing replay."""
-    cfg = transformer_config(settings.model, settings.parallel, device, replayable=False)
-    return _build(settings, cfg, device, head=ValueHead)
+    """Build a value model as `build_actor` builds the policy: with a `ValueHead` for an output layer, without replay.
+
+    Args:
+        settings: model, parallel and trainer are used.
+        device: what this process computes on.
+    """
+    megatron_config = transformer_config(settings.model, settings.parallel, device, replayable=False)
+    return _build(settings, megatron_config, device, head=ValueHead)
 
 
 def _build(
-    settings: config.Config, cfg: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
+    settings: config.Config, megatron_config: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
 ) -> MegatronModel:
-    """A model in chunks, which share `cfg` since the schedules read it. `head` takes the output layer's place."""
+    """Build a model in chunks, which share the TransformerConfig: schedules read it. `head` replaces the output layer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunks = []
     for vp_stage in range(settings.parallel.virtual_pipeline) if _virtual_stages(settings.parallel) else [None]:
-        gpt = _build_gpt(settings.model, cfg, device.use_transformer_engine, vp_stage)
+        gpt = _build_gpt(settings.model, megatron_config, device.use_transformer_engine, vp_stage)
         if head and gpt.post_process:
-            gpt.output_layer = head(cfg)
+            gpt.output_layer = head(megatron_config)
         gpt = gpt.to(device.device)
         _mark_experts(gpt)
-        chunks.append(DistributedDataParallel(cfg, reduction, gpt))
+        chunks.append(DistributedDataParallel(megatron_config, reduction, gpt))
     trainer = settings.trainer
     optimizer = None
     if train:
@@ -253,13 +271,18 @@ def _build(
             ),
             chunks,
         )
-    cfg.finalize_model_grads_func = finalize_model_grads
-    cfg.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    megatron_config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     return MegatronModel(chunks, optimizer, settings.model)
 
 
 def validate_layout(model: config.Model, parallel: config.Parallel, world: int) -> None:
     """Refuse an architecture or layout that cannot be built, naming the settings in conflict.
+
+    Args:
+        model: the architecture.
+        parallel: the layout.
+        world: number of processes.
 
     Raises:
         UserError: a size that does not divide, or a world the layout does not fit.
@@ -295,6 +318,10 @@ def validate_layout(model: config.Model, parallel: config.Parallel, world: int) 
 
 def validate_micro_batches(parallel: config.Parallel, count: int) -> None:
     """Refuse a number of micro-batches that Megatron's interleaved schedule does not take.
+
+    Args:
+        parallel: the layout.
+        count: micro-batches of a rank's mini-batch.
 
     Raises:
         UserError: names the settings.

@@ -1,4 +1,4 @@
-"""Hugging Face Qwen3-MoE names ↔ Megatron's checkpoint keys, one table entry per kind of parameter.
+"""Hugging Face Qwen3-MoE names ↔ Megatron's checkpoint keys, one table entry for each kind of parameter.
 
 The Megatron side is its *sharded* state dict: global tensors under keys that are the same in every parallel layout
 and with or without Transformer Engine. So the mapping knows nothing of ranks. Layers are stacked on a leading axis
@@ -22,7 +22,7 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One kind of parameter.
+    """The mapping of one kind of parameter.
 
     Attributes:
         megatron: key in the sharded state dict.
@@ -38,21 +38,22 @@ class ParamMapping:
 
     @property
     def num_stacked_axes(self) -> int:
-        """How many leading axes are stacked: 0, 1 (layer) or 2 (layer, expert)."""
+        """The number of leading axes that are stacked: 0, 1 (layer) or 2 (layer, expert)."""
         return ("{layer}" in self.hf[0]) + ("{expert}" in self.hf[0])
 
     def names(self, index: tuple[int, ...]) -> list[str]:
-        """Hugging Face names of the slice at `index`."""
+        """Return the Hugging Face names of the slice at `index`."""
         return [name.format(**dict(zip(("layer", "expert"), index, strict=False))) for name in self.hf]
 
 
 def _merge_qkv(tensors: Tensors, model: Model) -> torch.Tensor:
-    """q `[heads·d, H]`, k and v `[groups·d, H]` → `[groups·(heads/groups + 2)·d, H]`: each group's q, k, v together."""
+    """Merge q `[heads·d, H]`, k and v `[groups·d, H]` to `[groups·(heads/groups + 2)·d, H]`: each group's q, k, v."""
     blocks = [t.reshape(model.num_query_groups, -1, t.shape[-1]) for t in tensors]
     return torch.cat(blocks, dim=1).reshape(-1, tensors[0].shape[-1])
 
 
 def _split_qkv(tensor: torch.Tensor, model: Model) -> Tensors:
+    """Split what `_merge_qkv` merged."""
     d, groups = model.head_dim, model.num_query_groups
     sizes = [model.num_attention_heads // groups * d, d, d]
     blocks = tensor.reshape(groups, sum(sizes), -1).split(sizes, dim=1)
@@ -94,7 +95,7 @@ BY_KEY = {kind.megatron: kind for kind in (*PARAM_MAPPINGS, VALUE_HEAD)}
 
 
 def mapping_of(key: str) -> ParamMapping:
-    """The table's entry for a Megatron key.
+    """Return the table's entry for a Megatron key.
 
     Raises:
         UserError: the table has none, so the tensor cannot be converted.
@@ -105,10 +106,15 @@ def mapping_of(key: str) -> ParamMapping:
 
 
 def slice_indices(mapping: ParamMapping, model: Model) -> Iterator[tuple[int, ...]]:
-    """All stacked slices of a kind, in order."""
+    """Return the indices of all stacked slices of a kind of parameter, in order.
+
+    Args:
+        mapping: of the kind.
+        model: the architecture.
+    """
     return product(*(range(size) for size in (model.num_layers, model.num_experts)[: mapping.num_stacked_axes]))
 
 
 def hf_names(model: Model) -> list[str]:
-    """Every tensor of the Hugging Face checkpoint, in the table's order."""
+    """Return the names of all tensors of the Hugging Face checkpoint, in the table's order."""
     return [name for kind in PARAM_MAPPINGS for index in slice_indices(kind, model) for name in kind.names(index)]

@@ -21,30 +21,41 @@ from megatron_bai.model.build import MegatronModel
 
 
 def sharded_state(model: MegatronModel) -> dict[str, Any]:
-    """Megatron's sharded state dict of the weights."""
+    """Return Megatron's sharded state dict of the weights."""
     return {f"model{i}": module.sharded_state_dict() for i, module in enumerate(model.modules)}
 
 
 def save(model: MegatronModel, target: str | Path, tokenizer: str | Path, info: dict[str, Any]) -> None:
-    """Write the actor's weights. Collective; the directory must be one that all ranks see.
+    """Write a model's weights. *Collective*; the directory must be one that all ranks see.
 
     Args:
+        model: whose weights are written.
+        target: directory of the checkpoint.
         tokenizer: directory to copy the tokenizer's files from.
         info: kept in the manifest.
 
     Raises:
-        UserError: the directory cannot be written, or another process writes it; the target is as it was.
+        UserError: the directory cannot be written, or another process writes it; the target is unchanged.
     """
     CheckpointSave(sharded_state(model), Path(target), metadata_writer(model, tokenizer), info).finalize()
 
 
 def metadata_writer(model: MegatronModel, tokenizer: str | Path) -> Callable[[Path], None]:
-    """What adds the architecture and the tokenizer's files to a directory."""
+    """Return a function that adds the architecture and the tokenizer's files to a directory.
+
+    Args:
+        model: whose architecture is written.
+        tokenizer: directory to copy the tokenizer's files from.
+    """
     return lambda stage: hf_checkpoint.write_config(model.architecture, model.transformer_config.params_dtype, tokenizer, stage)
 
 
 def load(model: MegatronModel, directory: str | Path) -> dict[str, Any]:
-    """Fill the actor from a complete checkpoint, whatever layout wrote it. Collective.
+    """Fill a model from a complete checkpoint, whatever layout wrote it. *Collective*.
+
+    Args:
+        model: whose weights are set.
+        directory: of the checkpoint.
 
     Returns:
         The `info` it was saved with.
@@ -60,20 +71,25 @@ def load(model: MegatronModel, directory: str | Path) -> dict[str, Any]:
 
 
 def load_sharded(model: MegatronModel, state: dict[str, Any], directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a sharded state dict asks for, from a complete checkpoint of the actor's architecture. Collective.
+    """Load what a sharded state dict describes from a complete checkpoint of a model's architecture. *Collective*.
+
+    Args:
+        model: whose architecture the checkpoint must have.
+        state: Megatron's sharded state dict.
+        directory: of the checkpoint.
 
     Returns:
-        The `info` it was saved with, and the state, which also may lie in the tensors that `state` had.
+        The `info` it was saved with, and the state, which may lie in the tensors that `state` had.
 
     Raises:
         UserError: as `load`.
     """
-    directory, group = Path(directory), current_ranks()
+    directory, ranks = Path(directory), current_ranks()
     info = manifest.require_info(directory)
     if not (directory / "metadata.json").is_file():
         raise UserError(f"{directory} is not a Megatron torch_dist checkpoint: `megatron-bai convert` makes one")
     require_architecture(directory, model.architecture)
-    group.run_on_all(lambda: _verify_before_load(directory, state, group))
+    ranks.run_on_all(lambda: _verify_before_load(directory, state, ranks))
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
@@ -88,55 +104,59 @@ def load_sharded(model: MegatronModel, state: dict[str, Any], directory: str | P
 def require_architecture(directory: str | Path, model: Model) -> None:
     """Refuse a checkpoint, of either format, whose `config.json` describes another architecture.
 
+    Args:
+        directory: of the checkpoint.
+        model: the architecture that is configured.
+
     Raises:
         UserError: it names what differs; or there is no such file.
     """
-    found = hf_checkpoint.read_config(directory)
-    for name in vars(found):
-        if name != "init_std" and getattr(found, name) != getattr(model, name):
+    architecture = hf_checkpoint.read_config(directory)
+    for name in vars(architecture):
+        if name != "init_std" and getattr(architecture, name) != getattr(model, name):
             raise UserError(
-                f"{directory} has {name} {getattr(found, name)}, the configured model.{name} is {getattr(model, name)}"
+                f"{directory} has {name} {getattr(architecture, name)}, the configured model.{name} is {getattr(model, name)}"
             )
 
 
-def _verify_before_load(directory: Path, state: dict[str, Any], group: RankGroup) -> None:
-    """Before Megatron-Core's reader, which would run what a hostile file names: all is what was written, and harmless.
+def _verify_before_load(directory: Path, state: dict[str, Any], ranks: RankGroup) -> None:
+    """Verify a checkpoint before Megatron-Core's reader, which would run what a hostile file names, opens it.
 
     The ranks share the files and the tensors' archives.
     """
-    manifest.verify_weights(directory, group.rank, group.num_ranks)
-    with TorchDistReader(directory) as source:
-        for key in sorted(source.tensors)[group.rank :: group.num_ranks]:
-            for chunk in source.tensors[key].chunks:
-                source.locate_record(source.tensors[key], chunk)
-        _require_tensors(source, state)
-    if group.rank == 0:
+    manifest.verify_weights(directory, ranks.rank, ranks.num_ranks)
+    with TorchDistReader(directory) as reader:
+        for key in sorted(reader.tensors)[ranks.rank :: ranks.num_ranks]:
+            for chunk in reader.tensors[key].chunks:
+                reader.locate_record(reader.tensors[key], chunk)
+        _require_tensors(reader, state)
+    if ranks.rank == 0:
         safe_unpickle.verify_common_pt(directory / "common.pt")
 
 
-def _require_tensors(source: TorchDistReader, state: dict[str, Any]) -> None:
-    """All that the model has, as tensors: an object in their place would be unpickled, and could run anything."""
+def _require_tensors(reader: TorchDistReader, state: dict[str, Any]) -> None:
+    """Raise unless the checkpoint has the model's tensors as tensors: an object in place of one would be unpickled."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-    for item in nested_values(state):
-        if isinstance(item, (ShardedTensor, ShardedTensorFactory)):  # whose tensors have its key, or that and an ending
-            for key in source.objects:
-                if key.startswith(item.key):
-                    raise UserError(f"{source.path}: {key} is no tensor there: the checkpoint cannot be used")
-        if isinstance(item, ShardedTensor) and item.key not in source.tensors:
-            raise UserError(f"{source.path} has no {item.key}: it is the checkpoint of another kind of model")
+    for entry in nested_values(state):
+        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):  # whose tensors have its key, or that and an ending
+            for key in reader.objects:
+                if key.startswith(entry.key):
+                    raise UserError(f"{reader.path}: {key} is no tensor there: the checkpoint cannot be used")
+        if isinstance(entry, ShardedTensor) and entry.key not in reader.tensors:
+            raise UserError(f"{reader.path} has no {entry.key}: it is the checkpoint of another kind of model")
 
 
 def reload_master_weights(model: MegatronModel) -> None:
-    """Make the optimizer's master weights those of the model, after the model was filled."""
+    """Set the optimizer's master weights to the model's, after the model was filled."""
     if model.optimizer is not None:
         model.optimizer.reload_model_params()
 
 
 def checkpoint_format(directory: str | Path) -> str:
-    """`megatron` or `hf`: the format of a checkpoint directory.
+    """Return `megatron` or `hf`, the format of a checkpoint directory.
 
     Raises:
         UserError: neither.

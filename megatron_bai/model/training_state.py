@@ -1,6 +1,6 @@
-"""Everything a training run is made of besides its data: weights, optimizers, random-number generators.
+"""Everything a training run consists of besides its data: weights, optimizers, random-number generators.
 
-It is saved as one Megatron sharded state dict. The optimizer's part has Megatron-Core's form `fully_reshardable`, in
+It is saved as one Megatron sharded state dict. The optimizer's part has Megatron-Core's format `fully_reshardable`, in
 which each moment has its parameter's shape, so that any layout reads what any other wrote. (`dp_reshardable` fits other
 data-parallel sizes only, and 0.16.1 can no longer save `fully_sharded_model_space`, its default.)
 
@@ -30,13 +30,15 @@ def save(
     in_background: bool = False,
     write_rank_files: Callable[[Path], None] | None = None,
 ) -> CheckpointSave:
-    """Write the models, or begin to: see `CheckpointSave`. Collective. Each must have been updated at least once.
+    """Write the models, or start to: see `CheckpointSave`. *Collective*. Each must have been updated at least once.
 
     Args:
         models: by name; one is the `actor`.
+        target: directory of the checkpoint.
         tokenizer: directory to copy the tokenizer's files from.
         info: kept in the manifest.
-        more: as in `CheckpointSave`.
+        in_background: as in `CheckpointSave`.
+        write_rank_files: as in `CheckpointSave`.
 
     Raises:
         UserError: as `CheckpointSave`.
@@ -47,16 +49,18 @@ def save(
 
 
 def load(models: dict[str, MegatronModel], directory: Path, restore_rng: bool) -> dict[str, Any]:
-    """Fill the models and their optimizers, whatever layout wrote them. Collective.
+    """Fill the models and their optimizers, whatever layout wrote them. *Collective*.
 
     Args:
-        generators: set the random-number generators, too; in the layout that wrote them.
+        models: by name, as they were saved.
+        directory: of the checkpoint.
+        restore_rng: set the random-number generators, too; in the layout that wrote them.
 
     Returns:
         The `info` it was saved with.
 
     Raises:
-        UserError: as `checkpoint.load`.
+        UserError: as `megatron_checkpoint.load`.
     """
     for model in models.values():
         _init_optimizer_state(model)
@@ -74,6 +78,7 @@ def load(models: dict[str, MegatronModel], directory: Path, restore_rng: bool) -
 
 
 def _sharded_state(name: str, model: MegatronModel, loading: bool = False) -> dict[str, Any]:
+    """Return Megatron's sharded state dict of a model and its optimizer."""
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     state = megatron_checkpoint.sharded_state(model)
@@ -84,37 +89,40 @@ def _sharded_state(name: str, model: MegatronModel, loading: bool = False) -> di
 
 
 def _init_optimizer_state(model: MegatronModel) -> None:
-    """Megatron-Core asks an optimizer how far it is, which torch's cannot say before its first step."""
+    """Create the moments: Megatron-Core asks an optimizer for its step, which torch's cannot say before the first."""
     for optimizer in model.optimizer.chained_optimizers:
         if not optimizer.optimizer.state:
             optimizer._init_optimizer_states_with_dummy_values()
 
 
 def _load_optimizer(model: MegatronModel, loaded: dict[Any, Any]) -> None:
-    """What Megatron-Core does, around two faults it has with torch's Adam: it looks for the step count among the
-    moments, and gives all parameters one tensor of it, which each of them would advance."""
+    """Load an optimizer as Megatron-Core does, around two faults it has with torch's Adam.
+
+    It looks for the step count among the moments, and gives all parameters one tensor of it, which each of them would
+    advance.
+    """
     chained = model.optimizer.chained_optimizers
-    for number, optimizer in enumerate(chained):
-        state = dict(loaded if len(chained) == 1 else loaded[number])
+    for i, optimizer in enumerate(chained):
+        state = dict(loaded if len(chained) == 1 else loaded[i])
         moments = state.pop("param_state")
         optimizer.load_state_dict(state)
-        own = optimizer.optimizer.state
-        steps = {parameter: found.pop("step") for parameter, found in own.items() if "step" in found}
+        states = optimizer.optimizer.state
+        steps = {parameter: values.pop("step") for parameter, values in states.items() if "step" in values}
         optimizer.load_parameter_state_from_fully_reshardable(moments)
         for parameter, step in steps.items():
-            own[parameter]["step"] = step.clone()
+            states[parameter]["step"] = step.clone()
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
-    """This rank's states, `[bytes]` uint8 each: torch's for the CPU and the device, and those Megatron tracks."""
+    """Return this rank's states, `[bytes]` uint8 each: torch's for CPU and device, and those Megatron tracks."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    found = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
-    return found | {f"tracked.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    states = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
+    return states | {f"tracked.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
 
 
 def _sharded_rng_states() -> dict[str, Any]:
-    """One row a rank."""
+    """Return the states as sharded tensors with one row a rank."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     rows = {f"rng_state.{name}": state.clone() for name, state in _rng_states().items()}
@@ -123,6 +131,7 @@ def _sharded_rng_states() -> dict[str, Any]:
 
 
 def _set_rng_states(loaded: dict[str, torch.Tensor]) -> None:
+    """Set the generators to states that were loaded."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     states = {key.removeprefix("rng_state."): row.reshape(-1) for key, row in loaded.items()}

@@ -8,7 +8,7 @@ from megatron_bai.model.hf_mapping import VALUE_HEAD
 
 
 class ValueHead(torch.nn.Module):
-    """V = w · h of each token's last hidden state h, in the place of GPTModel's output layer.
+    """V = w · h of each token's last hidden state h, in place of GPTModel's output layer.
 
     Every tensor rank holds all of w. With sequence parallelism each computes the values of its part of the sequence and
     they are gathered, one number a token in place of its hidden state. Each rank's gradient of w is then a part of the
@@ -24,7 +24,14 @@ class ValueHead(torch.nn.Module):
         self.sequence_parallel = weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        """`[T, B, H]`, under sequence parallelism this rank's part of T → `[T, B, 1]` float32 of the whole sequence."""
+        """Compute the values.
+
+        Args:
+            hidden: `[T, B, H]`, under sequence parallelism this rank's part of T.
+
+        Returns:
+            `[T, B, 1]` float32 of the whole sequence, and None in place of a bias.
+        """
         from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
         values = torch.nn.functional.linear(hidden.float(), self.weight.float())
@@ -36,7 +43,7 @@ class ValueHead(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The weight where GPTModel looks for its output layer's, saved as what it is."""
+        """Return the weight where GPTModel looks for its output layer's, under a key of its own."""
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         saved = make_sharded_tensors_for_checkpoint({VALUE_HEAD.megatron: self.weight}, "")

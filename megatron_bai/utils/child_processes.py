@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them, however it ends."""
+"""Child processes that do not outlive their parent, however it ends."""
 
 import ctypes
 import os
@@ -10,9 +10,12 @@ _forks = SimpleNamespace(hooked=False, enabled=False, parent=0)
 
 
 def die_with_parent(pid: int) -> None:
-    """Have the kernel kill this process when `parent` ends; end now if it already has.
+    """Have the kernel kill this process when its parent ends; exit now if it already has.
 
     Precisely: when the thread that started this process ends.
+
+    Args:
+        pid: of the parent.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != pid:  # it ended before the request was made
@@ -20,8 +23,7 @@ def die_with_parent(pid: int) -> None:
 
 
 def set_forks_die_with_parent(enabled: bool) -> None:
-    """Whether the kernel is to kill the processes forked from now on, and those they fork, when the one that forked
-    them dies."""
+    """Set whether the kernel kills the processes forked from now on, and those they fork, when their parent ends."""
     if enabled and not _forks.hooked:  # for good: there is no way to unregister
         os.register_at_fork(before=lambda: setattr(_forks, "parent", os.getpid()), after_in_child=_bind_child_to_parent)
         _forks.hooked = True
@@ -29,5 +31,6 @@ def set_forks_die_with_parent(enabled: bool) -> None:
 
 
 def _bind_child_to_parent() -> None:
+    """Apply `set_forks_die_with_parent` in a child that was just forked."""
     if _forks.enabled:
         die_with_parent(_forks.parent)

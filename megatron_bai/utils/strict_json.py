@@ -1,21 +1,25 @@
-"""JSON from files that may be damaged or hostile."""
+"""Parse JSON from files that may be damaged or hostile."""
 
 import json
 from typing import Any
 
 
 def parse(text: str | bytes) -> Any:
-    """As `json.loads`, but whatever is wrong is a ValueError, and a key that stands twice is wrong.
+    """Parse JSON as `json.loads` does, but refuse a key that stands twice in an object.
 
-    Readers disagree about which of two equal keys counts, so one of them would see another file than we do.
+    Readers disagree about which of two equal keys counts, so another one could see other content.
+
+    Raises:
+        ValueError: whatever is wrong with the text.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_make_dict)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's pairs as a dict, unless a key stands twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

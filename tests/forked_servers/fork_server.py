@@ -19,7 +19,7 @@ from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.servers import server_main
 from megatron_bai.utils.child_processes import die_with_parent
-from megatron_bai.utils.imports import without_collections
+from megatron_bai.utils.imports import gc_disabled_for_imports
 
 IMPORTED = ["entrypoints.http_server", "model_executor.model_runner", "models.registry", "managers.scheduler"]
 
@@ -34,7 +34,7 @@ def main(listener: socket.socket) -> None:
 
 def prepare() -> None:
     """Import all that a server does."""
-    with without_collections():
+    with gc_disabled_for_imports():
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
         compat.apply("sglang-cpu")
         import_module("sglang.launch_server")

@@ -27,7 +27,7 @@ class Gathered(RankGroup):
 
     def run_on_all(self, function):
         mine = function()
-        return [mine, *((c._whole, c._parts) for c in self.others)] if isinstance(mine, tuple) else [mine]
+        return [mine, *((c._complete, c._partial) for c in self.others)] if isinstance(mine, tuple) else [mine]
 
 
 @settings(max_examples=60, deadline=None)

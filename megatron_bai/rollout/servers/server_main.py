@@ -36,7 +36,7 @@ from megatron_bai import compat
 from megatron_bai.rollout import served_models
 from megatron_bai.rollout.servers.auth import read_key
 from megatron_bai.utils.child_processes import die_with_parent
-from megatron_bai.utils.imports import without_collections
+from megatron_bai.utils.imports import gc_disabled_for_imports
 
 _TENSORS = "/update_weights_from_tensor"
 _PICKLE_PATHS = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
@@ -81,7 +81,7 @@ def uses_cpu(arguments: list[str]) -> bool:
 
 def run_server(given: ServerArgs) -> None:
     """Serve until told to stop."""
-    with without_collections():
+    with gc_disabled_for_imports():
         prepare(uses_cpu(list(given.rest)))
         from sglang.launch_server import run_server
         from sglang.srt.entrypoints import http_server
