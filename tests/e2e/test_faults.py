@@ -259,7 +259,7 @@ def test_a_server_killed_in_mid_generation_is_started_anew_and_nothing_is_lost(
 ) -> None:
     said = r"^\[rank 0\] the SGLang server ended \(exit code -9\): .* \[.*server.log\]: it is started anew \(1 of 2\)$"
     line = recovered(faults["kill_server"], said, steps=1)
-    lost = "nothing: a new one gets the weights in use, and what the old one owed is asked again"
+    lost = "nothing: a new server gets the weights in use, and outstanding requests are retried"
     fault("a server killed in mid-generation", lost, line, faults["kill_server"].seconds)
 
 
@@ -267,7 +267,7 @@ def test_a_server_that_came_back_with_old_weights_is_given_those_in_use(faults: 
     """Of somebody else, who starts it again."""
     said = r"^\[rank 0\] SGLang at http://127.0.0.1:\d+ .*: it is waited for and given the run's weights \(1 of 2\)$"
     line = recovered(faults["old_weights"], said, steps=2)
-    lost = "nothing: no sample of other weights is taken; it is waited for and given those in use"
+    lost = "nothing: samples of other weights are refused; the run waits for the server and sends it the weights in use"
     fault("a server restarted with old weights", lost, line, faults["old_weights"].seconds)
 
 

@@ -90,7 +90,7 @@ def test_a_fault_on_the_way_costs_a_repetition_and_a_lasting_one_the_sample(
         (other,) = client(url, server.url, **limits).generate([[5]], 1, 0, STOP, max_failures=1)
     assert isinstance(lost, UserError) and re.search(f"failed 1 times at /generate: {why}", str(lost))
     assert isinstance(other, Sample)
-    cost = "nothing: asked again, of the next server first; the sample where all retries fail (the line)"
+    cost = "nothing: the request is retried, at the next server first; the sample if all retries fail (the line)"
     if name == "a server slower than the time limit":
         fault("a server slower than the time limit", cost, str(lost), seconds)
     elif name == "a server answers 500":
@@ -178,7 +178,7 @@ def test_a_hung_server_is_started_anew_and_asked_for_what_it_owes(
     seconds = time.monotonic() - start
     for sample, owed in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(sample.tokens, owed.tokens)
-    fault("a server hangs (SIGSTOP)", "nothing: what it owes is asked again, after the time limit", line, seconds)
+    fault("a server hangs (SIGSTOP)", "nothing: outstanding requests are retried after the time limit", line, seconds)
 
 
 def test_a_server_that_fails_too_often_is_one_clear_error(servers: ServerFleet, checkpoints: dict[str, Path]) -> None:
