@@ -33,8 +33,9 @@ def code_spans(text: str) -> list[str]:
 
 
 def missing_files(text: str, page: Path) -> list[str]:
-    """Return the names of Python files that are in none of the folders a reader would look in."""
+    """Return the names of Python files and pages that are in none of the folders a reader would look in."""
     names = [name for span in code_spans(text) for name in re.findall(r"(?<![\w./*-])[\w/-]+\.py\b", span)]
+    names += re.findall(r"\bdocs/\w+\.md\b", text)
     folders = (ROOT, PACKAGE, page.parent)
     return [
         name

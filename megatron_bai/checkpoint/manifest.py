@@ -5,8 +5,7 @@ A checkpoint is written into a staging directory, described by `manifest.json`, 
 every file with its size in bytes and its CRC-32 (`crc32.py` says why that), and has a CRC-32 of its own.
 
     read_info        compares every file's size, and the content of all but the weights: cheap, done wherever a
-    checkpoint
-                     is opened
+                     checkpoint is opened
     verify_weights   compares the content of the weights too: done wherever all of them are about to be used
 """
 

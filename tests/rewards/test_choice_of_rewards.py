@@ -105,4 +105,4 @@ def test_the_documented_function_scores(tmp_path: Path, monkeypatch: pytest.Monk
     items = [Item(Prompt([], "7+8", "15", extra={"source": source}), "it is 15", []) for source in ("", "unchecked")]
     with rewards.open_scorer(settings, None, tmp_path / "reward.log") as scorer:
         found = scorer(items)
-    assert found == [Score(pytest.approx(0.92)), Score(None, "ValueError: nobody knows the answer")]
+    assert found == [Score(pytest.approx(0.92)), Score(None, "ValueError: the answer is unknown")]
