@@ -77,9 +77,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def transformer_config(
-    model: config.Model, parallel: config.Parallel, device: Device, replayable: bool = True
-) -> Any:
+def transformer_config(model: config.Model, parallel: config.Parallel, device: Device, replayable: bool = True) -> Any:
     """Return Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off.
 
     Args:
