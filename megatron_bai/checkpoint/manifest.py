@@ -117,7 +117,7 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
         if size != entry["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
             raise UserError(f"{file} {state}: the checkpoint is damaged, restore it from a copy")
-    _verify_files(directory, {name: noted for name, noted in files.items() if not name.endswith(WEIGHT_SUFFIXES)})
+    _verify_files(directory, {name: entry for name, entry in files.items() if not name.endswith(WEIGHT_SUFFIXES)})
     return info
 
 

@@ -88,7 +88,6 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    fused = device.use_transformer_engine
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -103,7 +102,7 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         moe_router_score_function="softmax",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type=parallel.dispatcher,
-        moe_grouped_gemm=fused,
+        moe_grouped_gemm=device.use_transformer_engine,
         moe_permute_fusion=False,
         moe_enable_routing_replay=replayable,
         normalization="RMSNorm",
