@@ -2,11 +2,11 @@
 
     python benchmarks/detectors.py [--draws 200] [--runs RUN …] [--out docs/monitoring.md]
 
-A curve is the points of `data/curves.json`, which names its sources, joined by straight lines. Noise multiplies the value
-(a reward is added to it, as the mean of `RESPONSES` answers that are right or wrong): independent from step to step, or
-with a correlation of 0.5 between neighbours, or independent with one value in fifty three times off. On a curve that does not
-collapse every alarm is false. On one that does, an alarm before its onset is false; the delay is counted from the onset
-to the first alarm after it. The tables replace what lies between the marks in the document.
+A curve is the points of `data/curves.json`, which names its sources, joined by straight lines. Noise multiplies the
+value (a reward is added to it, as the mean of `RESPONSES` answers that are right or wrong): independent from step to
+step, or with a correlation of 0.5 between neighbours, or independent with one value in fifty three times off. On a
+curve that does not collapse every alarm is false. On one that does, an alarm before its onset is false; the delay is
+counted from the onset to the first alarm after it. The tables replace what lies between the marks in the document.
 """
 
 import argparse
@@ -106,10 +106,11 @@ def tables(draws: int, runs: list[Path], settings: config.Monitor) -> str:
             sticks += [_stick(curve, kind, each) for kind, each in found.items()]
     kinds = list(KINDS)
     parts = [
-        f"{draws} draws of each noise, the default settings. False alarms per 1000 steps of a series that does not collapse:",
+        f"{draws} draws of each noise, the default settings. "
+        "False alarms per 1000 steps of a series that does not collapse:",
         _table(["detector: curve", *kinds], calm),
-        "On series that collapse, the median delay in steps from the onset (5th to 95th percentile of draws), with the draws "
-        "that raised no alarm and the false alarms before the onset, where there were any:",
+        "On series that collapse, the median delay in steps from the onset (5th to 95th percentile of draws), with "
+        "the draws that raised no alarm and the false alarms before the onset, where there were any:",
         _table(["detector: curve", *kinds], falling),
         "What the hockey stick's second alarm says, medians over draws:",
         _table(["curve", "noise", "depth", "trough at step", "recovered at step", "with a recovery"], sticks),

@@ -14,9 +14,9 @@
 
 `step` measures training steps without replay, with R2 and with R3: see `replay_step.py`.
 
-Every other measurement is made in processes of its own; the best of `--repeat` runs counts, whose order alternates. Routes are
-drawn uniformly: the codes have fixed lengths, so sizes do not depend on them. Memory is the resident peak, `base` what a
-rank needs before any work. Seconds contain the conversion from the uint8 that a `Sample` holds.
+Every other measurement is made in processes of its own; the best of `--repeat` runs counts, whose order alternates.
+Routes are drawn uniformly: the codes have fixed lengths, so sizes do not depend on them. Memory is the resident peak,
+`base` what a rank needs before any work. Seconds contain the conversion from the uint8 that a `Sample` holds.
 """
 
 import argparse

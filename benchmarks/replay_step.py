@@ -9,7 +9,8 @@ own engine:
 
 All modes do the same arithmetic: the learning rate is 0 and R3's routes are those that the router chooses. Rounds of
 none, r2, r3 follow each other in alternating order; a mode's ratio is the median over rounds of its seconds by those of
-none in the same round. On a shared machine the seconds of the processor say more than those of the clock: both are given.
+none in the same round. On a shared machine the seconds of the processor say more than those of the clock: both are
+given.
 """
 
 import argparse

@@ -83,8 +83,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         with SGLangServer(make(Path(root) / "model"), rollout, Path(root) / "server.log") as server:
             asyncio.run(ask(server.url, 4, asked.tokens, 4, True))  # warm
-            print(f"{asked.samples} samples of {asked.tokens} tokens, {LAYERS} layers, {TOPK} of {EXPERTS} experts, best "
-                  f"of {asked.repeat}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+            print(f"{asked.samples} samples of {asked.tokens} tokens, {LAYERS} layers, {TOPK} of {EXPERTS} experts, "
+                  f"best of {asked.repeat}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
             print(f"{'in flight':>10}{'plain':>12}{'routes':>12}{'checked':>12} tokens/s{'of which checks':>18}")
             for concurrency in map(int, asked.concurrency.split(",")):
                 report(server.url, rollout, signature, concurrency, asked)
@@ -135,9 +135,10 @@ def alone(signature: RouteSignature, prompt: int, tokens: int, repeat: int) -> N
         parse_sample(reply, 0, [2] * prompt, signature, tokens, NEVER)
         parsing.append(parsed - began)
         checking.append(time.process_time() - parsed)
-    print(f"{prompt} + {tokens} tokens, {signature.moe_layers} layers, {signature.topk} of {signature.num_experts} experts: "
-          f"{len(text) / 1e6:.2f} MB, JSON {1e3 * min(parsing):.2f} ms, checks {1e3 * min(checking):.2f} ms, together "
-          f"{1e6 * (min(parsing) + min(checking)) / tokens:.1f} µs a sampled token")  # fmt: skip
+    print(f"{prompt} + {tokens} tokens, {signature.moe_layers} layers, {signature.topk} of "
+          f"{signature.num_experts} experts: {len(text) / 1e6:.2f} MB, JSON {1e3 * min(parsing):.2f} ms, "
+          f"checks {1e3 * min(checking):.2f} ms, "
+          f"together {1e6 * (min(parsing) + min(checking)) / tokens:.1f} µs a sampled token")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ All have the same prompts, group size, updates a step, micro-batches, float32 an
 The end token's id is one that the model does not have, so that every response has the full length: the tokens of each
 step are counted and must be those asked for. With `--ends` the model has it, and draws it as any other of its random
 weights' tokens: lengths are then distributed as exp(−length / vocabulary) up to `--response`, with a tail as those of
-reasoning have. The first step is warm-up; a row is the median of the others over `--repeat` runs, whose order alternates;
-`tokens/s` those of the responses in all of these steps. `clock` is the seconds of a step, from the end of the one before; `cpu` what the
-processors gave to all its processes (the server's too), to which other programs on the machine add little.
+reasoning have. The first step is warm-up; a row is the median of the others over `--repeat` runs, whose order
+alternates; `tokens/s` those of the responses in all of these steps. `clock` is the seconds of a step, from the end of
+the one before; `cpu` what the processors gave to all its processes (the server's too), to which other programs on the
+machine add little.
 
 `scale` times old log-probabilities and an update by the trainer's own engine on synthetic samples, and gives the
 resident peak of a process less what it had before; layouts 1 and TP2 (sequence parallel).

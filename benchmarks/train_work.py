@@ -3,7 +3,8 @@
     python benchmarks/train_work.py WORK DIRECTORY JSON
 
 Only the standard library is imported at first, so that a peer's own environment can run its part. DIRECTORY holds
-`model`, which every run starts from, and `prompts.json`. Timed is a whole global step, from the end of the one before to its own.
+`model`, which every run starts from, and `prompts.json`. Timed is a whole global step, from the end of the one before
+to its own.
 """
 
 import json

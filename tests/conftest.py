@@ -18,7 +18,8 @@ from tiers import wants_long
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("here")
 
-# Fixtures of a session that take long to make, and the files whose tests share them: these go to one worker of pytest-xdist.
+# Fixtures of a session that take long to make, and the files whose tests share them: these go to one worker of
+# pytest-xdist.
 SHARED = {
     "demo": [
         "e2e/test_pipeline.py",

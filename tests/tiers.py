@@ -1,4 +1,4 @@
-"""Which tier a test is in: marked `long` it is `make test-long`'s, else `make test`'s. tests/README.md says what goes where."""
+"""Which tier a test is in: marked `long` it is `make test-long`'s, else `make test`'s; tests/README.md says which."""
 
 from collections.abc import Container, Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Command lines of an installed package, one after the other in this process: `wheel_worker.py SITE`, a list on stdin."""
+"""`wheel_worker.py SITE`, a list on stdin: command lines of an installed package, one by one in this process."""
 
 import contextlib
 import io

@@ -1,6 +1,7 @@
-"""Makes what a study needs, then its runs, one after the other, each through the verb `train` in a directory of its own.
+"""Makes what a study needs, then its runs, one after the other, each by the verb `train` in a directory of its own.
 
-What is complete is not done again; a run that was interrupted goes on from its last checkpoint, as the verb does by itself.
+What is complete is not done again; a run that was interrupted goes on from its last checkpoint, as the verb does by
+itself.
 """
 
 import subprocess

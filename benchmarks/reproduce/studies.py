@@ -1,8 +1,8 @@
 """What is compared: the variants of each study, as settings of `megatron-bai train`, beside what the papers report.
 
 Every variant of a study has the same number of updates, each of `prompts` × `GROUP` responses, so that N updates a step
-mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everything starts from checkpoints that are made
-once (`CHECKPOINTS`): seeds change prompts and samples, not these.
+mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everything starts from checkpoints that are
+made once (`CHECKPOINTS`): seeds change prompts and samples, not these.
 """
 
 from collections.abc import Mapping

@@ -109,8 +109,10 @@ def length_collapse(runs: Runs) -> str:
 
 
 def collapse(runs: Runs) -> str:
-    """The step at which the reward, the mean over a quarter of the run, was below 60 % of its best so far: median over the
-    runs in which it was. (A quarter has equal numbers of responses, however many updates a step has.)"""
+    """The step at which the reward, the mean over a quarter of the run, was below 60 % of its best so far.
+
+    The median over the runs in which it was. A quarter has equal numbers of responses, however many updates a step has.
+    """
     found = [step for run in runs if (step := _collapsed(known(run, "reward_mean"))) is not None]
     return f"at {median(found):g} ({len(found)} of {len(runs)})" if found else "none"
 
@@ -122,7 +124,7 @@ def _collapsed(rewards: list[float]) -> int | None:
 
 
 def sticks(runs: Runs) -> str:
-    """The deepest hockey stick that recovered in each run, else its deepest drop: medians over the runs that had one."""
+    """The deepest hockey stick that recovered in a run, else its deepest drop: medians over the runs that had one."""
     found = [[a.facts for a in run.alarms() if a.detector == "reward_hockey_stick"] for run in runs]
     deepest = [max(own, key=lambda f: ("recovery_step" in f, f["depth"])) for own in found if own]
     if not deepest:

@@ -151,7 +151,7 @@ def _requirements() -> Iterator[Finding]:
 
 
 def _main_requirements(lines: Iterable[str]) -> Iterator[Requirement]:
-    """Yield the requirements of the main job: those without an extra, and SGLang, which `make install` adds on a CPU."""
+    """Yield the requirements of the main job: those without an extra, and SGLang, which `make install` adds."""
     for line in lines:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}) or requirement.name in _PURPOSES:
@@ -193,7 +193,7 @@ def _files() -> Iterator[Finding]:
 
 
 def _optional(machine: Machine) -> Iterator[Finding]:
-    """Report accelerators of the GPU path, without which nothing is lost on a CPU machine, and packages of single settings."""
+    """Report accelerators of the GPU path, which a CPU machine does without, and packages of single settings."""
     for module, (lost, remedy) in _OPTIONAL.items():
         name = module.replace("_", "-")
         if util.find_spec(module) is not None:

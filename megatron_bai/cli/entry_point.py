@@ -28,7 +28,7 @@ _OVERRIDE = re.compile(r"~|[^-=][^=]*=")
 
 
 def main() -> None:
-    """Run the command line. Exits with 0, 1 (`doctor` found the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
+    """Run the command line; the exit code is 0, 1 (the main job cannot run), 2 (a user's mistake) or 130 (Ctrl-C)."""
     terminal_logging.setup()
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|hydra)\b")
     signal.signal(signal.SIGTERM, _on_sigterm)

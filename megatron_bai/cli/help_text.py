@@ -29,8 +29,8 @@ def overview() -> str:
             f"Experiments: {project_files.conf_dir() / 'experiment'}",
             f"Scripts that start runs on many machines and under Slurm: {project_files.launch_dir()}",
             "",
-            "`megatron-bai VERB --help` lists a verb's settings, `megatron-bai VERB --cfg job` prints the whole configuration,",
-            "`--multirun` sweeps over comma-separated values.",
+            "`megatron-bai VERB --help` lists a verb's settings, `megatron-bai VERB --cfg job` prints the whole",
+            "configuration, `--multirun` sweeps over comma-separated values.",
         ]
     )
 

@@ -47,8 +47,8 @@ class ArithmeticTask:
             raise UserError(f"there is no data split {split!r}: use train or eval")
         if len(drawn) < count:
             raise UserError(
-                f"there are no eval prompts {start} to {start + count}: raise data.eval_prompts, or data.max_terms where "
-                "the task has no more problems"
+                f"there are no eval prompts {start} to {start + count}: raise data.eval_prompts, or data.max_terms "
+                "where the task has no more problems"
             )
         return [self._prompt(problem) for problem in drawn]
 
@@ -78,7 +78,7 @@ class ArithmeticTask:
         return float(is_correct(prompt.answer, cast(str, self.tokenizer.decode(body))))
 
     def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a batch as `Task.supervised_batch` does: whole documents packed into rows, attention over the whole row.
+        """Return a batch as `Task.supervised_batch` does: whole documents packed into rows, attention over a whole row.
 
         The style `pretrained` trains on every token, `instruct` and `reasoning` on responses and their end token.
         """

@@ -1,4 +1,4 @@
-"""The task of rows on local disk: chats or texts with answers, for rollouts, or with responses, for supervised training."""
+"""The task of rows on local disk: chats or texts with answers for rollouts, or with responses to learn."""
 
 import hashlib
 import json
@@ -91,20 +91,20 @@ class DatasetTask:
             )
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
-        """Return prompts as `Task.prompts` does: train rows in another order each epoch, eval rows as they stand in the file."""
+        """Return prompts as `Task.prompts` does: train rows in another order each epoch, eval rows in the file's."""
         if split == "train":
             return [self._prompt(self._train, self._row_index(seed, i)) for i in range(start, start + count)]
         if split != "eval":
             raise UserError(f"there is no data split {split!r}: use train or eval")
         if start + count > len(self._eval_order):
             raise UserError(
-                f"data.eval_prompts is {self.data.eval_prompts}, but only {len(self._eval_order)} prompts are held out: "
-                "lower it (0 takes all), or raise data.hold_out"
+                f"data.eval_prompts is {self.data.eval_prompts}, but only {len(self._eval_order)} prompts are "
+                "held out: lower it (0 takes all), or raise data.hold_out"
             )
         return [self._prompt(self._eval, row_index) for row_index in self._eval_order[start : start + count]]
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """Return 1.0 where the final answer is the row's, as `answers` finds and normalises it; the response must have ended."""
+        """Return 1.0 where a response ended and its final answer is the row's, as `answers` finds and normalises it."""
         *body, end = map(int, response_ids) if len(response_ids) else [-1]
         if end != self.tokenizer.eos_token_id:
             return 0.0

@@ -43,7 +43,7 @@ class Task(Protocol):
     eval_size: int
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
-        """Return prompts `[start, start + count)` of a split: `train` is an endless stream, `eval` has `eval_size` prompts.
+        """Return prompts `[start, start + count)` of a split: `train` is endless, `eval` has `eval_size` prompts.
 
         No prompt of `eval` is ever one of `train`.
 

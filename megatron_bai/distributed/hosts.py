@@ -42,8 +42,8 @@ def host_address() -> str:
         raise UserError(f"no way from {socket.gethostname()} to {head}, where the run meets: {error}") from error
     if ipaddress.ip_address(destination[0]).is_loopback:
         raise UserError(
-            f"{socket.gethostname()} knows {head}, where the run meets, as {destination[0]}, which other machines cannot "
-            "reach: start the run with the address instead (launch/torchrun.sh --head)"
+            f"{socket.gethostname()} knows {head}, where the run meets, as {destination[0]}, which other machines "
+            "cannot reach: start the run with the address instead (launch/torchrun.sh --head)"
         )
     return address
 

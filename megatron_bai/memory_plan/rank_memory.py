@@ -1,8 +1,8 @@
 """Compute by formulas what a training rank holds on its GPU: nothing is built, so that a laptop can plan for a cluster.
 
 Parameters, and with them weights, gradients and the optimizer's state, are counted exactly, as Megatron-Core builds
-them (tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a layer,
-with attention that keeps no scores and a perfectly balanced router. Megatron-LM prints a report of this kind
+them (tests compare with its own modules). Activations are an estimate: what autograd keeps of each operation of a
+layer, with attention that keeps no scores and a perfectly balanced router. Megatron-LM prints a report of this kind
 (`--report-theoretical-memory`); the package megatron-core does not contain it.
 
 All sizes are in bytes; `tokens` are those of one micro-batch.

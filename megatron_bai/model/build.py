@@ -239,7 +239,7 @@ def build_critic(settings: config.Config, device: Device) -> MegatronModel:
 def _build(
     settings: config.Config, megatron_config: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
 ) -> MegatronModel:
-    """Build a model in chunks, which share the TransformerConfig: schedules read it. `head` replaces the output layer."""
+    """Build a model in chunks that share a TransformerConfig: schedules read it. `head` replaces the output layer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

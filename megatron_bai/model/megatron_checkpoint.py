@@ -115,7 +115,8 @@ def require_architecture(directory: str | Path, model: Model) -> None:
     for name in vars(architecture):
         if name != "init_std" and getattr(architecture, name) != getattr(model, name):
             raise UserError(
-                f"{directory} has {name} {getattr(architecture, name)}, the configured model.{name} is {getattr(model, name)}"
+                f"{directory} has {name} {getattr(architecture, name)}, the configured model.{name} is "
+                f"{getattr(model, name)}"
             )
 
 

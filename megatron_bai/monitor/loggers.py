@@ -57,7 +57,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A W&B run in the project `monitor.wandb`. The key is W&B's own (`wandb login`); runs of one name share a group."""
+    """A W&B run in the project `monitor.wandb`, with W&B's own key (`wandb login`); runs of one name share a group."""
 
     def __init__(self, directory: Path, settings: config.Config):
         import wandb

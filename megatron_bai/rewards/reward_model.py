@@ -106,8 +106,8 @@ def _check(settings: config.RewardModel) -> None:
         raise UserError(f"reward.url is {settings.url!r}: give the address of a server, http://127.0.0.1:30000")
     if not settings.remote and not is_loopback(parts.hostname):
         raise UserError(
-            f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it with "
-            "reward.remote=true"
+            f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it "
+            "with reward.remote=true"
         )
     if settings.send not in INPUT_FORMATS:
         raise UserError(f"reward.send is {settings.send!r}: choose one of {', '.join(INPUT_FORMATS)}")

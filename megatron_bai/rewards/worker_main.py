@@ -1,4 +1,4 @@
-"""Run `python -m megatron_bai.rewards.worker_main PARENT FUNCTION SETTINGS`: call a reward function, one sample at a time.
+"""Run `python -m megatron_bai.rewards.worker_main PARENT FUNCTION SETTINGS`: call a reward function, sample by sample.
 
 Reads a JSON list of arguments a line, answers each with a line `{"value": …}` or `{"failure": …}`, after a first line
 that says whether the function was found. What the function prints goes to the log.

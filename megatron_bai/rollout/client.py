@@ -82,8 +82,8 @@ class RolloutClient:
             prompts: token ids.
             seed: under `rollout.deterministic` it determines the samples, whatever order the server takes them in.
             stop_token_id: ends a response, and belongs to it.
-            first_prompt: number of the first prompt in the stream: the seed of a sample depends on its prompt's number, so that
-                it does not matter who asks for which part of the stream.
+            first_prompt: number of the first prompt in the stream: the seed of a sample depends on its prompt's number,
+                so that it does not matter who asks for which part of the stream.
             temperature: None takes `rollout.temperature`.
             version: of the weights that must have sampled; None takes any.
             max_failures: how many samples may fail: why they did is returned in their place. When one more has failed

@@ -41,8 +41,8 @@ def post_all(
 
     Args:
         urls: of servers that answer alike.
-        requests: the first part of each is the place in `urls`, counted round, of the server that is asked first, and of
-            the others after it where that fails; the last part raises ValueError for a reply that it cannot take.
+        requests: the first part of each is the place in `urls`, counted round, of the server that is asked first, and
+            of the others after it where that fails; the last part raises ValueError for a reply that it cannot take.
         max_failures: how many requests may fail for good. When one more has, nobody waits for the rest.
 
     Returns:

@@ -22,8 +22,8 @@ class Sample:
             inference engine, at the temperature sampled with.
         routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`); of one that is lost, none.
         spans: weight versions that the response's tokens were sampled with, covering them in order.
-        finish: `stop` (end token), `length` (ran out of tokens), `abort`, `partial` (ran out of those of one go, and is to
-            be gone on with), or `lost` (see `lost_sample`).
+        finish: `stop` (end token), `length` (ran out of tokens), `abort`, `partial` (ran out of those of one go, and is
+            to be gone on with), or `lost` (see `lost_sample`).
         route_mask: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and for good where `failure` says why there is none.
     """

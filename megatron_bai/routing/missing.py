@@ -49,8 +49,8 @@ def apply_missing_policy(
     rows = int(missing.sum())
     if policy == "strict" and rows:
         raise UserError(
-            f"{rows} of {rows + int(routed.sum())} tokens of the rollouts have no route: set replay.missing=mask to drop "
-            "them from the loss, or replay.missing=live to let the router choose"
+            f"{rows} of {rows + int(routed.sum())} tokens of the rollouts have no route: set replay.missing=mask to "
+            "drop them from the loss, or replay.missing=live to let the router choose"
         )
     kept = mask & ~missing if policy == "mask" else mask
     tokens = int(mask.sum())

@@ -2,8 +2,8 @@
 
 There are two kinds, since Linux's have two owners:
 
-    lock_file        belongs to the process: a forked child neither has it nor keeps it alive. The file holds nothing else,
-                     since closing any descriptor of it would release the lock
+    lock_file        belongs to the process: a forked child neither has it nor keeps it alive. The file holds nothing
+                     else, since closing any descriptor of it would release the lock
     lock_open_file   belongs to an open file: reading the file elsewhere in the process leaves it alone
 """
 

@@ -1,4 +1,4 @@
-"""The studies of benchmarks/reproduce: settings that the product accepts, equal budgets, and tables that say what ran."""
+"""The studies of benchmarks/reproduce: settings that are accepted, equal budgets, and tables that say what ran."""
 
 import json
 import math

@@ -124,7 +124,8 @@ def test_not_installed(monkeypatch):
 
 def test_imports_nothing_heavy():
     code = (
-        "import sys; from megatron_bai.cli import doctor; list(doctor.collect_findings('auto', doctor.Machine.detect()));"
+        "import sys; from megatron_bai.cli import doctor;"
+        "list(doctor.collect_findings('auto', doctor.Machine.detect()));"
         "sys.exit(', '.join({'torch', 'transformers', 'sglang', 'megatron.core'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

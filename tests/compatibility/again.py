@@ -1,4 +1,4 @@
-"""`python again.py DIRECTORY CASES`: as `e2e/forks.py`, of which this is one, where files have no times (`timeless.py`)."""
+"""`python again.py DIRECTORY CASES`: one of `e2e/forks.py`, where files have no times (`timeless.py`)."""
 
 import json
 import sys

@@ -2,8 +2,8 @@
 
 It trains two checkpoints, merges them by two methods, and goes on from a merge with MiniRL and R3 (two mini-batches of
 packed rows) and with PPO and R2, in float32 and one process, through the command line and `recorded_sglang.py`. In the
-hash are all tensors (weights, moments, merges, the form of Hugging Face), metrics and stores of routes, but no times. The
-package is the first on the path:
+hash are all tensors (weights, moments, merges, the form of Hugging Face), metrics and stores of routes, but no times.
+The package is the first on the path:
 
     PYTHONPATH=$PWD python tests/compatibility/fixed_run.py
 

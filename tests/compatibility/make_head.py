@@ -157,7 +157,8 @@ def _readme() -> str:
             "",
             "    PYTHONPATH=$PWD python …/tests/compatibility/make_head.py TARGET",
             "",
-            "which runs these commands in the target, against `recorded_sglang.py` at the URL, and cuts `split` into files:",
+            "which runs these commands in the target, against `recorded_sglang.py` at the URL, and cuts `split` into"
+            " files:",
             "",
             "```sh",
             "\n\n".join(commands),

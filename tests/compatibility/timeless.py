@@ -1,8 +1,8 @@
 """`python timeless.py [--die PATTERN COUNT] VERB …`: the command line, where files have no times.
 
-A merge knows its sources by their files' times of change, which a copy of a directory, such as a clone of the repository,
-cannot have. So below the working directory every file is of one time here, when a head makes an interrupted merge as
-well as when a later one goes on with it.
+A merge knows its sources by their files' times of change, which a copy of a directory, such as a clone of the
+repository, cannot have. So below the working directory every file is of one time here, when a head makes an interrupted
+merge as well as when a later one goes on with it.
 """
 
 import os

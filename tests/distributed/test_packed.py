@@ -1,8 +1,8 @@
 """A step of samples packed into rows is the step of the same samples padded, in every layout and mode of replay.
 
 Tolerances as in `test_layouts`, with the largest difference seen in brackets: loss and statistics 3e-6, relative or
-absolute [2.1e-6], norm 3e-6 relative [1.9e-7]; log-probabilities and entropy 1e-5 nats [1.4e-6]; every gradient tensor 2e-5
-of its largest element [2.8e-6].
+absolute [2.1e-6], norm 3e-6 relative [1.9e-7]; log-probabilities and entropy 1e-5 nats [1.4e-6]; every gradient tensor
+2e-5 of its largest element [2.8e-6].
 """
 
 from typing import Any

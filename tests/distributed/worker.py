@@ -77,7 +77,8 @@ CASES = {
     "tp2_ep2_pp2": Case(4, _layout(tensor=2, expert=2, pipeline=2), micro=2),
 }
 # Samples are of 7, 4, 18, 10, 7, 24, 16 and 18 tokens. Of two replicas the first fills two rows of 24 and has an empty
-# one; the second needs three, of which one is exactly full. Five rows of 24 hold all: the interleaved schedule gets six.
+# one; the second needs three, of which one is exactly full. Five rows of 24 hold all: the interleaved schedule gets
+# six.
 PACKED = {
     "one_row128": Case(1, _layout(), row=128),
     "one_row24": Case(1, _layout(), row=24),

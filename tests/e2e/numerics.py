@@ -48,7 +48,8 @@ def measure(session: Session, inference: InferenceEngine) -> dict[str, Any]:
     found["moved"] = float(np.abs(after["theirs"] - before["theirs"]).max())
     found["server_version"] = control.weight_version(inference._servers.urls[0])
     found["fresh"] = _live(session, *_rollout(session, inference, seed=1))
-    # Random weights: those of a tiny model that has learned route so surely that rounding changes one route in a hundred.
+    # Random weights: those of a tiny model that has learned route so surely that rounding changes one route in a
+    # hundred.
     param_shards.init_random(session.actor.modules, replace(session.settings.model, init_std=0.1), seed=0)
     megatron_checkpoint.reload_master_weights(session.actor)
     found["quantized"] = {form: _quantized(session, inference, form) for form in FORMATS}
@@ -82,7 +83,7 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
 
 
 def _quantized(session: Session, inference: InferenceEngine, form: str) -> dict[str, float]:
-    """The discrepancy from a server whose weights are rounded: without replay (`_live`) and with the server's routes."""
+    """The discrepancy from a server of rounded weights: without replay (`_live`) and with the server's routes."""
     session.settings.rollout.quantize, session.settings.rollout.sync_tolerance = form, 1.0
     inference.sync()
     batch, _ = _rollout(session, inference, seed=2)

@@ -1,4 +1,4 @@
-"""Rows from a file through real runs: supervised, then reinforcement with two replicas, a reward function and refill."""
+"""Rows from a file through real runs: supervised, then RL with two replicas, a reward function and refill."""
 
 import json
 from pathlib import Path

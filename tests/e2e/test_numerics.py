@@ -27,7 +27,8 @@ def test_logprobs_and_routes_are_the_same_in_both_engines(found: dict[str, Any],
     seen = found[rollout]
     assert seen["tokens"] > 100 and seen["logprobs_replayed"] <= 1e-4
     # Every token but each sequence's last has a route in every layer, and all were compared. Rounding decides between
-    # experts whose scores are equal to the last digits: of thousands of routes none or one, and others on each processor.
+    # experts whose scores are equal to the last digits: of thousands of routes none or one, and others on each
+    # processor.
     assert seen["routes_different"] <= 2 and seen["routes"] == seen["routes_expected"] > 1000
     assert seen["logprobs"] <= 1e-4 or seen["routes_different"]
 
@@ -36,7 +37,8 @@ def test_training_uses_exactly_the_servers_experts(found: dict[str, Any]) -> Non
     fresh, stale = found["updates"]
     for update in (fresh, stale):
         assert update["rows_replayed"] == update["rows_used"] == update["rows_expected"] > 1000
-    # On the rollout's own weights the live router agrees anyway; after an update of every weight by the rate it does not.
+    # On the rollout's own weights the live router agrees anyway; after an update of every weight by the rate it does
+    # not.
     assert fresh["live_different"] <= 2 < stale["live_different"]
 
 
@@ -58,8 +60,8 @@ def test_a_sync_brings_the_new_weights_and_their_version(found: dict[str, Any]) 
 def test_replay_removes_a_part_of_the_discrepancy_of_a_quantized_server(found: dict[str, Any], form: str) -> None:
     """The direction of arXiv 2510.11370's table; benchmarks/reproduce measures how much.
 
-    Of random weights, so that nothing learned is in it. Over twenty seeds of sampling kl_k3 was .17 of kl_k3_live with a
-    standard deviation of .017 for fp8, .06 with .013 for int8: the bound is 19 and more of them away.
+    Of random weights, so that nothing learned is in it. Over twenty seeds of sampling kl_k3 was .17 of kl_k3_live with
+    a standard deviation of .017 for fp8, .06 with .013 for int8: the bound is 19 and more of them away.
     """
     seen = found["quantized"][form]
     assert 1e-4 < seen["sync_gap"] < 0.5  # the server has other values, of the same model

@@ -1,8 +1,8 @@
 """The studies of benchmarks/reproduce in short: two steps of two variants each, on sums of three numbers up to 4.
 
-What a run learns depends on its seed and on how the processor rounds, so nothing of that is asserted: docs/results.md has
-it, over seeds, from the long form. Here is what holds whatever is learned: identities between two variants' measurements of
-the same rollout, and that the settings in which variants differ took effect.
+What a run learns depends on its seed and on how the processor rounds, so nothing of that is asserted: docs/results.md
+has it, over seeds, from the long form. Here is what holds whatever is learned: identities between two variants'
+measurements of the same rollout, and that the settings in which variants differ took effect.
 """
 
 import sys
@@ -109,7 +109,7 @@ def test_a_study_of_merges_starts_from_the_merge(
 def test_variants_of_replay_measure_one_rollout_and_differ_in_what_they_force(
     directory: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """arXiv 2512.01374: eight updates a step, without replay and clip, with R2, and with R3, of a server of fp8 weights."""
+    """arXiv 2512.01374: eight updates a step, without replay and clip, with R2 and with R3, of fp8 weights served."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     study = all_studies(directory)["minirl"]
     kept = [word for word in study.settings if not word.startswith(("init", "model"))]

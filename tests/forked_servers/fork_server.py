@@ -1,4 +1,6 @@
-"""`python fork_server.py PARENT FD`: imports SGLang once, when it is first asked, and forks a server for everyone who connects to the socket FD.
+"""`python fork_server.py PARENT FD`: forks a server for everyone who connects to the socket FD.
+
+SGLang is imported once, when it is first asked.
 
 One thread: a fork would lose the others, with what they hold. So all is done in one loop, and the threads are counted
 before each fork.

@@ -1,4 +1,4 @@
-"""`python machines_worker.py DIRECTORY`, on the second node: what this machine knows of the others goes to found.json."""
+"""`python machines_worker.py DIRECTORY`, on the second node: leaves what it knows of the others in found.json."""
 
 import ctypes
 import json

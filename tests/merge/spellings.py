@@ -1,7 +1,7 @@
 """One model's weights under the names and shapes that Megatron-Core and transformers save them with.
 
-Written out by hand, so that it can disagree with `megatron_bai.merge.tensor_names.canonical_names`. A model is a dict of single parameters:
-(kind, layer, expert) → tensor, with layer and expert None where there is none.
+Written out by hand, so that it can disagree with `megatron_bai.merge.tensor_names.canonical_names`. A model is a dict
+of single parameters: (kind, layer, expert) → tensor, with layer and expert None where there is none.
 """
 
 from collections.abc import Callable

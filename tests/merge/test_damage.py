@@ -127,7 +127,8 @@ def test_an_object_that_is_damaged_is_named_before_anything_is_written(three: Me
     [
         (b'{"w":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}', "no number"),
         (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}', "has 4 bytes"),
-        (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "twice"),
+        (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+         b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[]", "is damaged"),
         (b'{"w":3}', "is damaged"),

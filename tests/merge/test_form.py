@@ -217,7 +217,8 @@ def test_what_the_base_keeps_wider_than_its_embeddings_stays_wide(tmp_path):
 def test_dtypes_that_differ_are_named(tmp_path):
     refused(
         settings(write_dtypes(tmp_path, MIXED), tmp_path / "out"),
-        r"differ in the dtype of decoder\.final_layernorm\.weight \(torch\.float32 and torch\.bfloat16\), .*merge\.dtype",
+        r"differ in the dtype of decoder\.final_layernorm\.weight "
+        r"\(torch\.float32 and torch\.bfloat16\), .*merge\.dtype",
     )
 
 

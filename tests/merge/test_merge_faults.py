@@ -38,7 +38,7 @@ def unbroken(settings, tmp_path) -> dict[str, bytes]:
 
 
 def together(settings: Merge, ranks: int, store: Path, rank_0: Callable = lambda run: run()) -> list[int]:
-    """Merge in forked processes; rank 0 runs it through `rank_0`. If one dies the others are killed, as torchrun does."""
+    """Merge in forks; rank 0 runs it through `rank_0`. If one dies the others are killed, as torchrun does."""
     store.unlink(missing_ok=True)
 
     def run(rank: int) -> None:

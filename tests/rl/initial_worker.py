@@ -1,8 +1,8 @@
 """Run as a script: actors that start from a merge done on the fly, beside the verb merge. Argument: a directory.
 
-Megatron-Core is imported once; each world of ranks is forked from here. `FORMAT/` holds three sources, the verb's output
-`merged`, and for each world `WORLD/actor`, what `init=merge` merged, and `WORLD/hf`, the weights the actor then had;
-`megatron/loaded` has the weights of an actor that started from `merged`.
+Megatron-Core is imported once; each world of ranks is forked from here. `FORMAT/` holds three sources, the verb's
+output `merged`, and for each world `WORLD/actor`, what `init=merge` merged, and `WORLD/hf`, the weights the actor then
+had; `megatron/loaded` has the weights of an actor that started from `merged`.
 """
 
 import dataclasses

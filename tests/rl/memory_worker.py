@@ -1,8 +1,8 @@
 """Run as a script: what Megatron-Core itself builds for a rank of a world that is only said to be there.
 
 torch's `fake` process group lets one process be any rank of any world. Argument: a JSON list of cases, each the index
-of a rank, the number of processes, the settings of the model and the layout, the dtype, and what is asked. Prints a JSON
-list.
+of a rank, the number of processes, the settings of the model and the layout, the dtype, and what is asked. Prints a
+JSON list.
 
 The kinds of cases: `actor` and `critic`, the parameters of bare modules, which have no memory; `whole`, the bytes of an
 actor in training; `layer`, the bytes a token that autograd keeps of one layer.

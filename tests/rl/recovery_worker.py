@@ -57,7 +57,8 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
     task = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=STOP, decode=lambda ids: ""))
     made = InferenceEngine.__new__(InferenceEngine)
     made._session = SimpleNamespace(
-        settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE, send_to_replica=lambda samples: samples,
+        settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE,
+        send_to_replica=lambda samples: samples,
         scorer=lambda items: [Score(1.0) for _ in items],
     )  # fmt: skip
     made._servers = FleetInfo([url], [1], [url])
@@ -76,7 +77,7 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
 
 
 def asked(rank: int, make: Callable[[], Server], **rollout: Any) -> dict[str, Any]:
-    """One collective call of `sample`. Rank 0 has the server. Its prompts begin with 2, 3, 4, rank 1's with 12, 13, 14."""
+    """One collective call of `sample`. Rank 0 has the server; its prompts begin with 2 to 4, rank 1's with 12 to 14."""
     prompts = [Prompt([10 * rank + 2 + i, 5], "", "") for i in range(PROMPTS)]
     server = make()
     url = [None]

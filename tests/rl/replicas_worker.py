@@ -1,7 +1,7 @@
 """`python replicas_worker.py DIRECTORY`: collects and evaluates with 1, 2 and 4 replicas; a file of facts for each.
 
-Replicas are processes with real collectives. The inference engine is a function of a prompt's number in the stream, which
-no server can be asked for: rewards must be known.
+Replicas are processes with real collectives. The inference engine is a function of a prompt's number in the stream,
+which no server can be asked for: rewards must be known.
 """
 
 import json

@@ -64,7 +64,8 @@ def measured(settings: config.Policy, distance: float, infer: Tensor = OLD) -> t
     case = Case(
         new=logprobs.detach().numpy(), old=OLD.numpy(), infer=infer.numpy(), reference=OLD.numpy(),
         advantages=(REWARD * probability).numpy(),  # the expectation's weights: an objective is linear in A
-        mask=np.ones(RESPONSES.shape, dtype=bool), prompt_index=np.zeros(81, dtype=int), in_loss=np.ones(81, dtype=bool),
+        mask=np.ones(RESPONSES.shape, dtype=bool), prompt_index=np.zeros(81, dtype=int),
+        in_loss=np.ones(81, dtype=bool),
     )  # fmt: skip
     total, _ = objectives.batch_loss(objectives.get(settings.name), settings, logprobs, case.batch())
     (-total).backward()

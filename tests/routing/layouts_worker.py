@@ -1,4 +1,6 @@
-"""Run as a script: R2 and R3 in every layout, with and without recomputation. Arguments: a file to leave the facts in, layouts (else all).
+"""Run as a script: R2 and R3 in every layout, with and without recomputation.
+
+Arguments: a file to leave the facts in, layouts (else all).
 
 Each run scores a batch with one set of weights and takes one gradient with another, so that recorded routes are not
 those the router would choose. Ranks are forked from one process that has imported Megatron-Core.

@@ -1,4 +1,4 @@
-"""The example of docs/replay.md adds R3 to a plain Megatron-Core loop, in few lines, and nothing else of this library."""
+"""The example of docs/replay.md adds R3 to a plain Megatron-Core loop, with few lines and nothing more of this library."""
 
 import re
 

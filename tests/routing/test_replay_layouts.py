@@ -1,7 +1,7 @@
 """R2 and R3 give the loss and the gradient of one process in every layout, whatever is recomputed.
 
-Tolerances in fp32, with the largest difference seen in brackets: loss 3e-6 relative [2.0e-7]; log-probabilities 1e-5 nats
-[1.2e-6]; every gradient tensor 2e-5 of its largest element [1.7e-6].
+Tolerances in fp32, with the largest difference seen in brackets: loss 3e-6 relative [2.0e-7]; log-probabilities 1e-5
+nats [1.2e-6]; every gradient tensor 2e-5 of its largest element [1.7e-6].
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every kind of router Megatron-Core has keeps its weights' formula and its gradient under replay, against plain torch."""
+"""Every kind of router of Megatron-Core keeps its weights' formula and its gradient under replay, as in torch."""
 
 from typing import Any
 

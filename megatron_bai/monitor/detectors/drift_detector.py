@@ -33,7 +33,7 @@ class DriftRule:
 
 
 class DriftDetector:
-    """Compares the newest level with the baseline: the best level among those of the horizon that share no value with it.
+    """Compares the newest level with the baseline: the best level of the horizon that shares no value with it.
 
     An alarm needs a change by `rule.factor` and by `deviations` of its standard errors (on a logarithmic scale). The
     next one needs the change to shrink below half of it (in logarithms) first: by recovery, or because the horizon has

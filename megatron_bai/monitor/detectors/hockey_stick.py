@@ -8,8 +8,8 @@ from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFI
 
 DETECTOR = "reward_hockey_stick"
 _DROP_ADVICE = (
-    "arXiv 2509.00309 lays it to the reasoning checkpoint RL starts from and starts from a merge with the pretrained and "
-    "instruction-tuned ones (BAI, balanced ratios) instead"
+    "arXiv 2509.00309 lays it to the reasoning checkpoint RL starts from and starts from a merge with the pretrained "
+    "and instruction-tuned ones (BAI, balanced ratios) instead"
 )
 _RECOVERY_ADVICE = (
     "the final reward does not show it (arXiv 2509.00309): compare lengths and held-out accuracy with a run from a "
@@ -23,8 +23,8 @@ class HockeyStickDetector:
     Rewards are pooled until there are `responses` of them in the bucket: the noise of a pool is then alike from pool to
     pool, and a level is the median of `smooth` pools. The *peak* is the best level so far. A level `drop` below it, and
     by `deviations` standard errors, is the first alarm. The *trough* is the worst level from there on; the *recovery*,
-    and second alarm, the first level that has made up the share `recovery` of the *depth*, peak − trough. The search for
-    the next drop begins there.
+    and second alarm, the first level that has made up the share `recovery` of the *depth*, peak − trough. The search
+    for the next drop begins there.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class HockeyStickDetector:
         if level < trough[1] + self.recovery * depth:
             return []
         evidence = (
-            f"{self._where} recovered to {level:.3g} at step {level_step}: {peak[1]:.3g} (step {peak[0]}) to a trough of "
-            f"{trough[1]:.3g} (step {trough[0]}), {depth:.3g} deep"
+            f"{self._where} recovered to {level:.3g} at step {level_step}: {peak[1]:.3g} (step {peak[0]}) to a "
+            f"trough of {trough[1]:.3g} (step {trough[0]}), {depth:.3g} deep"
         )
         facts = {
             "depth": depth, "peak_step": peak[0], "peak": peak[1], "trough_step": trough[0], "trough": trough[1],

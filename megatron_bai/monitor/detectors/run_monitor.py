@@ -24,8 +24,8 @@ _ADVICE = {
         "and clipping with replay where a step has several updates"
     ),
     "router_drift": (
-        "routing changes faster than before: replay routes, R3 where a step has more than 2 updates (arXiv 2512.01374), "
-        "or make fewer updates a step"
+        "routing changes faster than before: replay routes, R3 where a step has more than 2 updates (arXiv "
+        "2512.01374), or make fewer updates a step"
     ),
 }
 DETECTORS = (*_ADVICE, hockey_stick.DETECTOR)

@@ -15,8 +15,8 @@ def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch
     """Add metrics of the discrepancy over response tokens sampled from μ, each name followed by `suffix`.
 
     `kl_k1` is the mean of log μ − log π in nats (arXiv 2512.01374): an unbiased estimate of KL(μ ‖ π), may be
-    negative on a batch. `kl_k3` is the mean of r − 1 − log r (arXiv 2510.11370), another: never negative, less variance.
-    `f_1.5`, `f_2`, `f_5` are F(τ), the share of tokens with max(r, 1/r) > τ (arXiv 2510.11370).
+    negative on a batch. `kl_k3` is the mean of r − 1 − log r (arXiv 2510.11370), another: never negative, less
+    variance. `f_1.5`, `f_2`, `f_5` are F(τ), the share of tokens with max(r, 1/r) > τ (arXiv 2510.11370).
     `ess_discrepancy` is the effective sample size of the token weights r, see `Stats.sample_size`.
     `perplexity_ratio` is exp((1/|y|) Σ_t log μ − log π), a response's perplexity under π over that under μ: the mean
     over responses with tokens, and `perplexity_ratio_max` the largest.

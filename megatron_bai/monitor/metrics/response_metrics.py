@@ -20,10 +20,10 @@ def add_response_metrics(
 ) -> None:
     """Add the metrics of a replica's responses.
 
-    `reward_mean`; `reward_std` and `group_variance`, the means over groups of the standard deviation and of the variance
-    of a group's rewards (over its samples, not over one less); `uniform_groups`, the share of groups whose rewards are
-    all equal: they have no gradient. `response_length_mean` and `_max` in tokens; `truncated_fraction`, responses that
-    ended for another reason than the end of the text.
+    `reward_mean`; `reward_std` and `group_variance`, the means over groups of the standard deviation and of the
+    variance of a group's rewards (over its samples, not over one less); `uniform_groups`, the share of groups whose
+    rewards are all equal: they have no gradient. `response_length_mean` and `_max` in tokens; `truncated_fraction`,
+    responses that ended for another reason than the end of the text.
     `reward_by_length/LOW`: mean reward of the responses of LOW to LOW + bucket − 1 tokens (arXiv 2509.00309).
 
     Args:

@@ -28,8 +28,8 @@ def add_route_mismatch(
     *Collective* over `stages`.
 
     `route_mismatch`: the share of (token, layer) routes whose expert sets differ; `route_mismatch/LAYER` of one layer.
-    `tokens_route_mismatch`: the share of tokens whose routes differ in one layer at least (arXiv 2510.11370, which finds
-    about a tenth of routes and 94 % of tokens).
+    `tokens_route_mismatch`: the share of tokens whose routes differ in one layer at least (arXiv 2510.11370, which
+    finds about a tenth of routes and 94 % of tokens).
 
     Args:
         stats: to add to.

@@ -69,7 +69,8 @@ function layout(chart) {
     fixedrange: !matchMedia("(pointer: fine)").matches };  // a finger scrolls the page, a mouse may select to zoom
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--soft"), size: 12 },
-    margin: { l: 48, r: 14, t: 10, b: 34 }, hovermode: chart.map ? "closest" : "x unified", barmode: "stack", bargap: .25,
+    margin: { l: 48, r: 14, t: 10, b: 34 }, hovermode: chart.map ? "closest" : "x unified",
+    barmode: "stack", bargap: .25,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
     showlegend: false,  // the page's own wraps below the title and leaves the plot its height
     xaxis: { ...axis, title: { text: "global step", standoff: 6 } },

@@ -46,7 +46,8 @@ def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts:
 
 def _summary_cards(runs: list[RunData]) -> str:
     cards = (
-        f'<div class="card"><h3><i style="background:{run.colour}"></i>{escape(run.name)}</h3>{_summary_card(run)}</div>'
+        f'<div class="card"><h3><i style="background:{run.colour}"></i>{escape(run.name)}</h3>'
+        f"{_summary_card(run)}</div>"
         for run in runs
     )
     return "<p>Every chart has the global step on its x axis.</p>" + "".join(cards)

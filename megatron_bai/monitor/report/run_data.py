@@ -1,7 +1,7 @@
 """Read a run directory for a report.
 
-`metrics.jsonl` (one flat JSON object per global step; needed), `config.yaml` and `summary.json` (both optional: a run in
-progress may have none). `summary["provenance"]` may name a merge's `provenance.json`.
+`metrics.jsonl` (one flat JSON object per global step; needed), `config.yaml` and `summary.json` (both optional: a run
+in progress may have none). `summary["provenance"]` may name a merge's `provenance.json`.
 """
 
 import json

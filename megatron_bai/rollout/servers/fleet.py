@@ -115,7 +115,8 @@ def validate(rollout: Rollout) -> None:
     if not 0 <= rollout.max_failed_fraction < 1:
         raise UserError(f"rollout.max_failed_fraction is {rollout.max_failed_fraction:g}: it must be from 0 to below 1")
     if rollout.incomplete_groups not in INCOMPLETE_GROUP_POLICIES:
-        raise UserError(f"rollout.incomplete_groups is {rollout.incomplete_groups!r}: choose {' or '.join(INCOMPLETE_GROUP_POLICIES)}")
+        choices = " or ".join(INCOMPLETE_GROUP_POLICIES)
+        raise UserError(f"rollout.incomplete_groups is {rollout.incomplete_groups!r}: choose {choices}")
     if rollout.quantize not in ("", *FORMATS):
         raise UserError(f"rollout.quantize is {rollout.quantize!r}: choose {' or '.join(FORMATS)}, or leave it empty")
     if rollout.sync not in SYNCS:

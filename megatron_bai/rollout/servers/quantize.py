@@ -1,8 +1,8 @@
 """The values that quantised weights have, in the dtype they come in: what servers get with `rollout.quantize`.
 
-A server that keeps weights in few bits and multiplies in its own dtype (W8A16) computes with exactly these values, so the
-gap to the training engine is that of the format, on any device and without its kernels. Embeddings, output layer, norms
-and routers stay as they are, as in the quantised checkpoints of Qwen3.
+A server that keeps weights in few bits and multiplies in its own dtype (W8A16) computes with exactly these values, so
+the gap to the training engine is that of the format, on any device and without its kernels. Embeddings, output layer,
+norms and routers stay as they are, as in the quantised checkpoints of Qwen3.
 """
 
 import torch
@@ -16,8 +16,8 @@ _NOT_QUANTIZED = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "n
 def fake_quantize(name: str, tensor: torch.Tensor, fmt: str) -> torch.Tensor:
     """A weight rounded to the nearest values of `fmt`; ties go to the even one.
 
-    `fp8`: e4m3 with a scale for each block of 128 × 128 elements, whose largest magnitude becomes 448. `int8`: −127 … 127
-    with a scale for each row (output channel).
+    `fp8`: e4m3 with a scale for each block of 128 × 128 elements, whose largest magnitude becomes 448. `int8`: −127 …
+    127 with a scale for each row (output channel).
 
     Args:
         name: Hugging Face's.

@@ -33,7 +33,8 @@ class SGLangServer:
     """Serves one checkpoint while the `with` block runs.
 
     The server leads its own session, so a Ctrl-C reaches only the trainer, which then stops it; and the kernel kills
-    it when the thread that started it ends (`child_processes.die_with_parent`), so start it from a thread that lives as long.
+    it when the thread that started it ends (`child_processes.die_with_parent`), so start it from a thread that lives as
+    long.
 
     Args:
         model_dir: a Hugging Face checkpoint.

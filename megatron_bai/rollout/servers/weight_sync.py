@@ -10,8 +10,8 @@ Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 
 - `/server_info` keeps the version given at launch; `/model_info` has the live one.
 
 Weights travel in one of three ways: as a checkpoint that the servers read (`sync_from_disk`), or as tensors out of the
-trainer's memory (`sync_from_tensors`), in buckets of bounded size that a carrier takes: `HttpTransport` in the request's body, or
-`group.BroadcastTransport` through a process group that trainer and servers share.
+trainer's memory (`sync_from_tensors`), in buckets of bounded size that a carrier takes: `HttpTransport` in the
+request's body, or `group.BroadcastTransport` through a process group that trainer and servers share.
 """
 
 import base64

@@ -8,7 +8,8 @@
 
 `plain` keeps ids as they are (uint8, or int16 above 256 experts), order included: a copy and a check. `compact` keeps
 the sets (order carries no meaning) as numbers of equal length, within 1.05 of the bound log₂ C(E, k) (see `sets`); it
-returns ids in ascending order. Both hold layers apart, so that `slice_layers` takes a pipeline stage's layers without decoding.
+returns ids in ascending order. Both hold layers apart, so that `slice_layers` takes a pipeline stage's layers without
+decoding.
 
 An envelope is either read as it was written or refused. CRC-32 finds every damage of up to 32 adjacent bits and leaves
 one in 2³² of the others to the checks of structure; it does not stop someone who forges it, whose ids are still routes.
