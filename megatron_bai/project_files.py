@@ -1,4 +1,4 @@
-"""Where the files are that belong to the package and are not Python: `conf/` and `launch/`.
+"""Locate the files of the project that are not Python: `conf/` and `launch/`.
 
 In a checkout they are at its root, beside the package. A wheel carries them inside the package (`setup.py`).
 """

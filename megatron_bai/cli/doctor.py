@@ -1,4 +1,4 @@
-"""What this machine has, what each missing piece disables, and whether the main job can run.
+"""Report what this machine has, what each missing component disables, and whether the main job can run.
 
 Versions are compared with the package's own requirements (its installed metadata), so a pin is written in one place.
 Nothing heavy is imported: packages are asked for their metadata, the GPU driver for its devices.

@@ -1,11 +1,11 @@
-"""The verbs: what each does, where its code is, and which groups of settings it reads."""
+"""The verbs: summary, function and groups of settings of each."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb does, where its code is, and which setting groups it reads."""
+    """A verb: its summary, its function, its groups of settings, and an example."""
 
     summary: str
     function: str  # module:function taking the Config; imported when the verb runs

@@ -15,7 +15,7 @@ SGLANG = "0.5.21"  # fixed for a CPU, and the one that servers of a run's own mu
 
 @dataclass(frozen=True)
 class SGLangRelease:
-    """What is particular to a release of SGLang that a running server may be of.
+    """The differences of a release of SGLang that a running server may be of.
 
     Attributes:
         needs_update_session: tensors are taken only between /begin_weight_update and /end_weight_update.

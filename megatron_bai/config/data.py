@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 @dataclass
 class Data:
-    """What is asked and taught: `data=NAME` chooses a source with its own settings (docs/data.md)."""
+    """A source of prompts and texts: `data=NAME` chooses one with its own settings (docs/data.md)."""
 
     name: str = MISSING  # set by the choice
     eval_prompts: int = 64  # held out: never trained on

@@ -7,14 +7,14 @@ from omegaconf import MISSING
 
 @dataclass
 class Init:
-    """Where the first weights come from: `init=NAME` chooses (docs/training.md)."""
+    """The origin of the initial weights: `init=NAME` chooses (docs/training.md)."""
 
     name: str = MISSING  # set by the choice
 
 
 @dataclass
 class RandomInit(Init):
-    """Drawn anew, by `run.seed`, with a tokenizer trained on the task's text."""
+    """Random weights, drawn by `run.seed`, with a tokenizer trained on the task's text."""
 
     name: str = "random"
 
@@ -29,14 +29,14 @@ class CheckpointInit(Init):
 
 @dataclass
 class MergeInit(Init):
-    """The merge that `merge.*` describes: done at the start unless `merge.output` holds it, then read from there."""
+    """The merge that `merge.*` describes: run at the start unless `merge.output` holds it, then read from there."""
 
     name: str = "merge"
 
 
 @dataclass
 class Merge:
-    """Merging checkpoints, by Balanced Actor Initialization unless `method` says otherwise.
+    """Merging checkpoints, by Balanced Actor Initialization unless `method` names another method.
 
     bai              α · pretrained + (1 − α) · Σ wᵢ·Mᵢ                          (arXiv 2509.00309)
     linear           Σ wᵢ·Mᵢ                                                     (arXiv 2203.05482)

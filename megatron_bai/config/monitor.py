@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Monitor:
-    """What is watched, who is told, and what an alarm does (docs/monitoring.md)."""
+    """Thresholds of the detectors, actions of alarms, and loggers (docs/monitoring.md)."""
 
     bucket: int = 100  # tokens: width of a response-length bucket
     smooth: int = 5  # steps whose median is a metric's level
@@ -22,7 +22,7 @@ class Monitor:
     reward_responses: int = 64  # responses that make a pool
     actions: dict[str, str] = field(default_factory=dict)  # by detector: warn (unless said), checkpoint or stop
     tensorboard: bool = True  # event files in run.dir/tensorboard
-    wandb: str = ""  # a W&B project; the key is W&B's own affair (wandb login); empty: not used
+    wandb: str = ""  # a W&B project; its key is W&B's own (wandb login); empty: not used
     wandb_mode: str = "online"  # or offline: files in run.dir/wandb, for wandb sync
     mlflow: str = ""  # an MLflow experiment; empty: not used
     mlflow_uri: str = ""  # of its server, without credentials; empty: run.dir/mlflow.db

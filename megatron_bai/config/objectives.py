@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 @dataclass
 class Objective:
-    """What training maximises: `objective=NAME` chooses one with its own settings (docs/objectives.md)."""
+    """An objective that training maximises: `objective=NAME` chooses one with its own settings (docs/objectives.md)."""
 
     name: str = MISSING  # set by the choice
 
@@ -21,14 +21,14 @@ class Sft(Objective):
 
 @dataclass
 class Policy(Objective):
-    """Of every objective that learns from rollouts."""
+    """Settings of every objective that learns from rollouts."""
 
     advantage: str = "normalised"  # R − group mean: centred; over the group's deviation: normalised; or leave_one_out
     entropy_bonus: float = 0.0  # weight of the policy's entropy, in the loss of every token
     kl_penalty: float = 0.0  # weight of the KL divergence from the run's initial weights, likewise
     kl_estimator: str = "k3"  # k1, k2 or k3
     drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere
-    refill_rounds: int = 0  # how often a step asks new prompts in place of dropped groups, until none lack (DAPO)
+    refill_rounds: int = 0  # rounds in which a step replaces dropped groups by new prompts, until none are missing (DAPO)
     mask_overlong: bool = False  # responses cut off at the token limit count nowhere but in their group's mean reward
 
 
@@ -57,7 +57,7 @@ class Sequence(Policy):
 
 @dataclass
 class Corrected(Policy):
-    """Of every objective with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
+    """Settings of every objective with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
 
     correction: str = "none"  # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
     correction_max: float = 2.0  # C: a weight above it becomes C (truncate) or 0 (mask)
@@ -109,11 +109,11 @@ class Ppo(Corrected):
     advantage: str = "gae"  # of each token, from the critic's values (arXiv 1506.02438); nothing else
     clip_low: float = 0.2
     clip_high: float = 0.2
-    gamma: float = 1.0  # what a reward one token later is worth
+    gamma: float = 1.0  # discount of a reward per token
     lam: float = 0.95  # λ of GAE: 1 trusts the rewards alone, 0 the critic
     whiten: bool = False  # advantages less their mean and over their deviation, of all tokens of the step
     value_clip: float = 0.2  # a value gains nothing by moving further than this in a step; inf: no limit
     critic_learning_rate: float | None = None  # trainer.learning_rate unless given, as in BAI's paper
     critic_warmup: int = 0  # steps at the start that update the critic alone
     critic_checkpoint: str = ""  # a critic to start from, as critic_save wrote it; empty: the actor's weights, values 0
-    critic_save: str = ""  # where the final critic goes; empty keeps none
+    critic_save: str = ""  # the directory of the final critic; empty: not saved

@@ -7,21 +7,21 @@ from omegaconf import MISSING
 
 @dataclass
 class Reward:
-    """What a response earns: `reward=NAME` chooses one with its own settings (docs/data.md)."""
+    """A reward of responses: `reward=NAME` chooses one with its own settings (docs/data.md)."""
 
     name: str = MISSING  # set by the choice
 
 
 @dataclass
 class Exact(Reward):
-    """1 for the exact answer, as the data's own check sees it."""
+    """1 for the exact answer, by the data's own check."""
 
     name: str = "exact"
 
 
 @dataclass
 class PerSample(Reward):
-    """Of every reward that is a Python function of one sample, which runs in processes of its own."""
+    """Settings of every reward that is a Python function of one sample and runs in worker processes."""
 
     timeout_s: float = 10.0  # of one sample; a process that takes longer is killed, and the sample has no reward
     workers: int = 2  # processes of each model replica
@@ -36,7 +36,7 @@ class MathVerify(PerSample):
 
 @dataclass
 class Function(PerSample):
-    """A function of yours."""
+    """A user's function."""
 
     name: str = "function"
     function: str = ""  # module:function taking (prompt, response, answer, extra) and returning a number
@@ -44,7 +44,7 @@ class Function(PerSample):
 
 @dataclass
 class RewardModel(Reward):
-    """The score of a reward model that SGLang serves (--is-embedding), asked at /classify."""
+    """The score of a reward model that SGLang serves (--is-embedding), requested at /classify."""
 
     name: str = "model"
     url: str = ""  # http://127.0.0.1:30000

@@ -13,7 +13,7 @@ class Rollout:
     request_timeout_s: float = 120.0
     start_timeout_s: float = 600.0  # from launch to the first healthy answer
     retries: int = 2  # of one request, after a failure that may pass
-    partial_tokens: int = 0  # new tokens a sample gets in one go; the rest in later steps; 0: whole rollouts
+    partial_tokens: int = 0  # new tokens a sample gets in a round; the others in later rounds; 0: whole rollouts
     prompts_in_progress: int = 0  # partial: which a step works on, to train prompts_per_step of them; 0: twice as many
     overlap: bool = False  # sample the next step's groups while this one trains, one version behind
     max_staleness: int | None = None  # tokens sampled more versions ago count nowhere in the loss; unset: all count
@@ -25,9 +25,9 @@ class Rollout:
     servers: int = 1  # started by rank 0 on its machine, each with all weights
     tensor: int = 1  # tensor-parallel ranks of a server
     urls: list[str] = field(default_factory=list)  # servers that run already, instead of those
-    router: str = ""  # URL of an SGLang router in front of `urls`: samples are asked of it
+    router: str = ""  # URL of an SGLang router in front of `urls`: samples are requested from it
     host: str = "127.0.0.1"  # where servers listen; a run on several machines needs 0.0.0.0, or an address
-    api_key_file: str = ""  # holds the key that servers ask for; needed where other machines reach them
+    api_key_file: str = ""  # holds the key that servers require; needed where other machines reach them
     port: int = 0  # of the first server, the others' follow; 0 takes free ones
     dtype: str = "float32"  # the servers' weights: float32 or bfloat16
     quantize: str = (

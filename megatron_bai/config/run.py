@@ -57,7 +57,7 @@ class Parallel:
 
 @dataclass
 class Cluster:
-    """What a training run is meant for: `plan` counts with it, and `train` refuses another number of processes."""
+    """The machines of a training run: `plan` computes for them, and `train` refuses another number of processes."""
 
     processes: int = 0  # of the training, one a GPU; 0: as many as are started
     per_machine: int = 8  # of them on one machine

@@ -1,4 +1,4 @@
-"""The whole tree of settings, and how Hydra comes to know it."""
+"""The whole tree of settings, and its registration with Hydra."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -43,7 +43,7 @@ class Config:
 
 
 def register_schema() -> None:
-    """Make the tree known to Hydra under the name `conf/config.yaml` starts from, and load what packages add to it."""
+    """Register the tree with Hydra under the name that `conf/config.yaml` uses, and load what other packages add to it."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

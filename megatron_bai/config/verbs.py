@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Serve:
-    """What `serve` reads."""
+    """Settings of `serve`."""
 
     checkpoint: str = ""  # a Hugging Face or Megatron checkpoint; empty serves merge.output
 
 
 @dataclass
 class Convert:
-    """What `convert` reads."""
+    """Settings of `convert`."""
 
     source: str = ""
     target: str = ""
@@ -21,7 +21,7 @@ class Convert:
 
 @dataclass
 class Inspect:
-    """What `inspect` reads."""
+    """Settings of `inspect`."""
 
     path: str = ""  # a checkpoint, or a directory that replay.store named
     other: str = ""  # a second one of the same kind to compare with
@@ -30,7 +30,7 @@ class Inspect:
 
 @dataclass
 class Report:
-    """What `report` reads."""
+    """Settings of `report`."""
 
     runs: list[str] = field(default_factory=list)  # run directories; empty reports run.dir
     output: str = ""  # empty writes report.html into the first run

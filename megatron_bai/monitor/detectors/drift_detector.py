@@ -10,7 +10,7 @@ from megatron_bai.monitor.detectors.metric_track import MetricTrack
 
 @dataclass(frozen=True)
 class DriftRule:
-    """What a drift detector watches.
+    """The metric and the thresholds of a drift detector.
 
     Attributes:
         detector: its name in `monitor.actions`.
