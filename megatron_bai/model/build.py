@@ -76,6 +76,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
+_NO_FUSION = {
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+}
+
 
 def transformer_config(model: config.Model, parallel: config.Parallel, device: Device, replayable: bool = True) -> Any:
     """Return Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off.
@@ -128,11 +136,7 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         # parameters as tensor parallel, and the gradient's norm leaves out those of all tensor ranks but the first.
         perform_initialization=True,
         batch_p2p_comm=device.kind == "cuda",
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        **_NO_FUSION,
         **RECOMPUTE[parallel.recompute],
     )
 

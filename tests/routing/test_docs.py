@@ -1,4 +1,4 @@
-"""The example of docs/replay.md adds R3 to a plain Megatron-Core loop, with few lines and nothing more of this library."""
+"""The example of docs/replay.md adds R3 to a plain Megatron-Core loop: few lines, and nothing else of this library."""
 
 import re
 
