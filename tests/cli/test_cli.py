@@ -79,6 +79,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert all(part in err for part in named), err
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [(["train", "trainer.stepz=3"], "trainer.stepz"), (["train", "parallel.tensor=2"], "parallel.tensor")],

@@ -173,6 +173,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "megatron_bai", *arguments], capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.distributed
 def test_an_installed_package_brings_its_objective(installed: Path, tmp_path: Path) -> None:
     done = command("train", "objective=reinforce", "objective.scale=2", "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0 and "name: reinforce" in done.stdout and "scale: 2.0" in done.stdout, done.stderr
