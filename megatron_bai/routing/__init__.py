@@ -1,1 +1,1 @@
-"""Record, replay, cut and store the experts that tokens are routed to."""
+"""Record, replay, slice and store the experts that tokens are routed to."""

@@ -1,5 +1,7 @@
-"""What becomes of tokens whose route is not known: aborted and resumed samples, turns that were not generated, weights
-that changed in mid-sample. A missing route is counted and treated as `replay.missing` says, never passed over.
+"""Policies for tokens whose route is not known (`replay.missing`).
+
+Aborted and resumed samples have such tokens, turns that were not generated, and samples whose weights changed midway. A
+missing route is counted and treated as the setting says, never ignored.
 """
 
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ POLICIES = ("strict", "mask", "live")
 
 @dataclass(frozen=True)
 class MissingCounts:
-    """Counts over one rank's batch.
+    """Counts of tokens of one rank's batch.
 
     Attributes:
         num_missing: tokens that were fed to the rollout model and have no route.
         num_fed: tokens that were fed to it.
-        num_masked: loss tokens dropped for it.
-        num_loss_tokens: loss tokens before that.
+        num_masked: loss tokens that the policy drops.
+        num_loss_tokens: loss tokens before the policy is applied.
     """
 
     num_missing: int
@@ -32,29 +34,31 @@ class MissingCounts:
 def apply_missing_policy(
     policy: str, mask: torch.Tensor, routed: torch.Tensor, missing: torch.Tensor
 ) -> tuple[torch.Tensor, MissingCounts]:
-    """Apply a policy to a batch. In every policy the router chooses for the rows that are left without a route.
+    """Apply `replay.missing` to a batch. In every policy the router chooses for rows without a route.
 
     Args:
         policy: `strict` stops; `mask` drops the tokens that these rows predict from the loss; `live` keeps them.
         mask: `[B, T]` bool, position t true where the loss counts the token predicted there.
-        routed, missing: `[B, T]` bool, rows with a route and rows without one (`layout.assemble`).
+        routed: `[B, T]` bool, rows that hold a route (`layout.assemble`).
+        missing: `[B, T]` bool, rows that were fed to the rollout model and have no route.
 
     Returns:
-        The loss mask to use, and what was found.
+        The loss mask to use, `[B, T]` bool, and the counts.
 
     Raises:
         UserError: `strict`, and a row is missing.
     """
     validate_missing_policy(policy)
-    rows = int(missing.sum())
-    if policy == "strict" and rows:
+    num_missing = int(missing.sum())
+    num_fed = num_missing + int(routed.sum())
+    if policy == "strict" and num_missing:
         raise UserError(
-            f"{rows} of {rows + int(routed.sum())} tokens of the rollouts have no route: set replay.missing=mask to "
-            "drop them from the loss, or replay.missing=live to let the router choose"
+            f"{num_missing} of {num_fed} tokens of the rollouts have no route: set replay.missing=mask to drop them "
+            "from the loss, or replay.missing=live to let the router choose"
         )
-    kept = mask & ~missing if policy == "mask" else mask
-    tokens = int(mask.sum())
-    return kept, MissingCounts(rows, rows + int(routed.sum()), tokens - int(kept.sum()), tokens)
+    loss_mask = mask & ~missing if policy == "mask" else mask
+    num_loss_tokens = int(mask.sum())
+    return loss_mask, MissingCounts(num_missing, num_fed, num_loss_tokens - int(loss_mask.sum()), num_loss_tokens)
 
 
 def validate_missing_policy(policy: str) -> None:
@@ -68,13 +72,15 @@ def validate_missing_policy(policy: str) -> None:
 
 
 def last_version_rows(rows: int, prompt_length: int, starts: list[int]) -> np.ndarray:
-    """Rows of a sample that belong to the weights it ended with.
+    """Find the rows of a sample that belong to the weights it ended with.
 
     After a weight update in mid-sample SGLang computes what came before again, and returns the *new* weights' routes
-    beside the old weights' log-probabilities. Only rows that predicted tokens of the last span are what they seem.
+    beside the old weights' log-probabilities. Only rows that predicted tokens of the last span are those of the weights
+    that sampled these tokens.
 
     Args:
-        rows: of the sample's routes; row t predicts token t + 1.
+        rows: number of rows of the sample's routes; row t predicts token t + 1.
+        prompt_length: tokens of the prompt.
         starts: first response token of each weight version's span, counted from 0, in order.
 
     Returns:

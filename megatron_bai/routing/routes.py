@@ -1,4 +1,4 @@
-"""The experts a sequence of tokens was sent to.
+"""Routes: the experts that a sequence of tokens was sent to.
 
 Row t holds the experts of input token t in every MoE layer. A sequence of T tokens has T − 1 rows: its last token
 is sampled but never fed to the model. Order inside the top-k set carries no meaning.
@@ -12,19 +12,25 @@ import numpy as np
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Items `[start, end)` of a sequence were computed with weights of this version."""
+    """A range `[start, end)` of a sequence that was computed with weights of one version."""
 
     version: str
     start: int
     end: int
 
 
-_CHUNK_SETS = 1 << 16  # sets
+_CHUNK_SETS = 1 << 16  # (row, layer) sets that are sorted at a time
 
 
 @dataclass(frozen=True)
 class RouteSignature:
-    """What routes must agree on to be replayed in a model."""
+    """What routes must agree on to be replayed in a model.
+
+    Attributes:
+        moe_layers: number of the model's MoE layers.
+        num_experts: of each layer.
+        topk: experts that a token is sent to in each layer.
+    """
 
     moe_layers: int
     num_experts: int
@@ -32,17 +38,20 @@ class RouteSignature:
 
     @property
     def dtype(self) -> type[np.generic]:
-        """uint8 holds the ids of up to 256 experts, int16 more (torch lacks kernels for uint16)."""
+        """The dtype of expert ids: uint8 for up to 256 experts, int16 for more (torch lacks kernels for uint16)."""
         return np.uint8 if self.num_experts <= 256 else np.int16
 
 
 def check_ids(ids: np.ndarray, signature: RouteSignature, where: str) -> np.ndarray:
-    """Return `ids` compactly stored, having proved that they are routes of this model.
+    """Check that ids are routes of a model, and return them in its dtype.
 
     Args:
         ids: `[rows, moe_layers, topk]`, any integer dtype.
-        signature: the model's.
+        signature: of the model's routes.
         where: names the source in an error.
+
+    Returns:
+        `[rows, moe_layers, topk]` in the signature's dtype; `ids` itself where it has that dtype.
 
     Raises:
         ValueError: another shape, an id outside `[0, num_experts)`, or an expert chosen twice for one token.
@@ -54,7 +63,20 @@ def check_ids(ids: np.ndarray, signature: RouteSignature, where: str) -> np.ndar
 
 
 def check_range(ids: np.ndarray, signature: RouteSignature, where: str, layers: int | None = None) -> np.ndarray:
-    """`check_ids` but for experts chosen twice, of `layers` of the model's layers (None: of all)."""
+    """Check ids as `check_ids` does, but for experts chosen twice.
+
+    Args:
+        ids: `[rows, layers, topk]`, any integer dtype.
+        signature: of the model's routes.
+        where: names the source in an error.
+        layers: number of MoE layers that `ids` holds; None: all of the model's.
+
+    Returns:
+        `[rows, layers, topk]` in the signature's dtype; `ids` itself where it has that dtype.
+
+    Raises:
+        ValueError: another shape, or an id outside `[0, num_experts)`.
+    """
     shape = (signature.moe_layers if layers is None else layers, signature.topk)
     if ids.ndim != 3 or ids.shape[1:] != shape:
         raise ValueError(f"{where}: routes have shape {ids.shape}, the model needs [rows, {shape[0]}, {shape[1]}]")
@@ -64,18 +86,23 @@ def check_range(ids: np.ndarray, signature: RouteSignature, where: str, layers: 
 
 
 def check_distinct(columns: np.ndarray, where: str) -> None:
-    """Prove that no set, as `sorted_sets` returns them, holds an expert twice.
+    """Check that no set holds an expert twice.
+
+    Args:
+        columns: `[topk, layers, rows]`, as `sorted_sets` returns them.
+        where: names the source in an error.
 
     Raises:
-        ValueError: one does.
+        ValueError: a set holds an expert twice.
     """
     if (columns[1:] == columns[:-1]).any():
         raise ValueError(f"{where}: a token has the same expert twice in one layer")
 
 
 def sorted_sets(ids: np.ndarray) -> np.ndarray:
-    """Every set in ascending order, as columns: a sorting network of minima and maxima over whole columns takes a
-    twentieth of the time of `np.sort` over short rows.
+    """Sort every set in ascending order.
+
+    A sorting network of minima and maxima over columns takes a twentieth of the time of `np.sort` over short rows.
 
     Args:
         ids: `[rows, layers, topk]`.
@@ -96,23 +123,31 @@ def sorted_sets(ids: np.ndarray) -> np.ndarray:
 
 
 def layer_chunks(rows: int, layers: int) -> list[slice]:
-    """Consecutive layers, as many at a time as keeps the sets in work within a core's cache."""
+    """Split layers into ranges that are sorted or encoded at a time, small enough for a core's cache.
+
+    Args:
+        rows: number of rows of each layer.
+        layers: number of layers.
+    """
     step = max(1, _CHUNK_SETS // max(rows, 1))
     return [slice(start, min(start + step, layers)) for start in range(0, layers, step)]
 
 
 @lru_cache
 def _sorting_network(n: int) -> list[tuple[int, int]]:
-    """Comparisons that sort n values: Batcher's merge exchange (Knuth, TAOCP 3, 5.2.2, algorithm M)."""
-    found = []
+    """Return the comparisons that sort n values: Batcher's merge exchange.
+
+    Source: Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M.
+    """
+    comparisons = []
     top = 1 << max(n - 1, 0).bit_length() >> 1
     p = top
     while p:
         q, r, d = top, 0, p
         while True:
-            found += [(i, i + d) for i in range(n - d) if i & p == r]
+            comparisons += [(i, i + d) for i in range(n - d) if i & p == r]
             if q == p:
                 break
             q, r, d = q // 2, p, q - p
         p //= 2
-    return found
+    return comparisons

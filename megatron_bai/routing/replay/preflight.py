@@ -1,4 +1,4 @@
-"""Refuse, by name and before training, what would bypass or break replay in Megatron-Core.
+"""Checks, before training, for what would bypass or break replay in Megatron-Core.
 
 Each entry is a setting of its `TransformerConfig`, read where the router's code reads it
 (`transformer/moe/{router,moe_utils,router_replay}.py`, `pipeline_parallel/schedules.py`).
@@ -14,19 +14,19 @@ BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}  # load bala
 
 
 def check_version() -> None:
-    """Refuse another Megatron-Core: a router that moved could ignore replay without a word.
+    """Refuse another Megatron-Core, whose routers might ignore replay without an error.
 
     Raises:
         UserError: names the release found and the one needed.
     """
     try:
-        found = version("megatron-core").partition("+")[0]
+        installed = version("megatron-core").partition("+")[0]
     except PackageNotFoundError:
-        found = "none"
-    if found != releases.MEGATRON_CORE:
+        installed = "none"
+    if installed != releases.MEGATRON_CORE:
         raise UserError(
-            f"routing replay is written for megatron-core {releases.MEGATRON_CORE}, but {found} is installed: install "
-            f"megatron-core=={releases.MEGATRON_CORE}"
+            f"routing replay is written for megatron-core {releases.MEGATRON_CORE}, but {installed} is installed: "
+            f"install megatron-core=={releases.MEGATRON_CORE}"
         )
 
 
@@ -37,22 +37,24 @@ def preflight(config: Any) -> list[str]:
         config: Megatron's `TransformerConfig`.
 
     Returns:
-        Warnings: what works, but may not do what was meant.
+        Warnings about settings that work, but may not do what was meant.
 
     Raises:
         UserError: names every setting in the way, and why.
     """
     if faults := _find_faults(config):
         raise UserError("routing replay cannot work with " + "; ".join(faults))
-    return _warnings(config)
+    return _find_warnings(config)
 
 
-def _balancing(config: Any) -> list[str]:
-    kinds = config.moe_router_load_balancing_type
-    return kinds if isinstance(kinds, list) else [kinds]
+def _balancing_types(config: Any) -> list[str]:
+    """Return `moe_router_load_balancing_type` as a list."""
+    types = config.moe_router_load_balancing_type
+    return types if isinstance(types, list) else [types]
 
 
 def _find_faults(config: Any) -> list[str]:
+    """List the settings under which routers cannot be replayed, with the reasons."""
     faults = [
         (not config.num_moe_experts, "num_moe_experts unset: the model has no routers"),
         (not config.moe_enable_routing_replay, "moe_enable_routing_replay=False: routers have no replay handle"),
@@ -65,41 +67,46 @@ def _find_faults(config: Any) -> list[str]:
             config.moe_router_force_load_balancing,
             "moe_router_force_load_balancing: the weights would come from random scores",
         ),
-        (_cuda_graph_has_router(config), "cuda_graph_scope with the router in it: a graph repeats the routes it captured"),
+        (
+            _cuda_graph_has_router(config),
+            "cuda_graph_scope with the router in it: a graph repeats the routes it captured",
+        ),
         (
             config.overlap_moe_expert_parallel_comm,
             "overlap_moe_expert_parallel_comm: it reorders forward and backward passes of micro-batches",
         ),
     ]
-    found = [said for wrong, said in faults if wrong]
-    found += [
-        f"moe_router_load_balancing_type={kind}: its selection bypasses the replay hook"
-        for kind in _balancing(config)
-        if kind not in BALANCING
+    messages = [message for is_fault, message in faults if is_fault]
+    messages += [
+        f"moe_router_load_balancing_type={balancing}: its selection bypasses the replay hook"
+        for balancing in _balancing_types(config)
+        if balancing not in BALANCING
     ]
-    return found
+    return messages
 
 
 def _cuda_graph_has_router(config: Any) -> bool:
-    """Whether a CUDA graph contains a router: a whole layer (an empty scope), `moe`, `moe_router` or an iteration."""
+    """Return whether a CUDA graph contains a router: a layer (an empty scope), `moe`, `moe_router` or an iteration."""
     if getattr(config, "cuda_graph_impl", "none") == "none":
         return bool(config.enable_cuda_graph or config.external_cuda_graph)
     scopes = {getattr(scope, "name", scope) for scope in config.cuda_graph_scope}
     return not scopes or bool(scopes & {"full", "full_iteration", "moe", "moe_router", "moe_preprocess"})
 
 
-def _warnings(config: Any) -> list[str]:
+def _find_warnings(config: Any) -> list[str]:
+    """List settings of load balancing that act on the experts replayed or on those not used."""
     coefficients = config.moe_aux_loss_coeff
     coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
-    found = []
-    if any(kind != "none" and value for kind, value in zip(_balancing(config), coefficients, strict=False)):
-        found.append(
+    messages = []
+    pairs = zip(_balancing_types(config), coefficients, strict=False)
+    if any(balancing != "none" and coefficient for balancing, coefficient in pairs):
+        messages.append(
             "moe_aux_loss_coeff > 0: the auxiliary loss balances the experts that the live router would choose, not "
             "those replayed"
         )
     if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
-        found.append(
+        messages.append(
             "moe_router_bias_update_rate > 0: the expert bias moves by the load of the experts replayed, which it did "
             "not choose"
         )
-    return found
+    return messages

@@ -1,11 +1,12 @@
-"""What is forced, or was recorded, in one run of a schedule: queues, cursors and proofs. No Megatron in it."""
+"""The state of one run of a schedule: queues of routes, cursors and checks. Imports nothing of Megatron."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-_INPUT_TOLERANCE = 0.1  # relative: recomputed activations repeat to rounding, those of another micro-batch share nothing
+# Relative: recomputed activations repeat to rounding, those of another micro-batch share nothing.
+_INPUT_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,9 @@ class MicroRoutes:
 
     Attributes:
         ids: `[rows, layers, topk]` expert ids of any integer dtype, on the model's device; layers are the rank's MoE
-            layers in order. The order inside a row carries nothing.
-        checked: `[rows]` bool, rows that must be proven replayed and are counted: not padding. None: all.
-        live: `[rows]` bool, rows without a recording, where the router chooses. None: no row.
+            layers in order. The order inside a row carries no meaning.
+        checked: `[rows]` bool, rows that are checked to have been replayed and are counted: not padding. None: all.
+        live: `[rows]` bool, rows without a recorded route, where the router chooses. None: no row.
     """
 
     ids: torch.Tensor
@@ -25,7 +26,7 @@ class MicroRoutes:
 
 
 class ReplayPass:
-    """One run of a schedule: what is forced or was recorded, how far each router is, and what was proven.
+    """One run of a schedule: routes forced or recorded, how far each router is, and what was checked.
 
     Attributes:
         routes: what to force, or None to record.
@@ -37,96 +38,129 @@ class ReplayPass:
         self.layer_queues = {layer: [m.ids[:, i] for m in routes or ()] for i, layer in enumerate(layers)}
         self._cursors = {backward: dict.fromkeys(layers, 0) for backward in (False, True)}
         self._inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-        self._proven: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # rows counted, one a router's call
+        self._num_checked: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # rows, one entry a router's call
         self._wrong: list[tuple[int, str, torch.Tensor]] = []  # layer, what went wrong, in how many rows
 
     def cursor(self, layer: int, backward: bool) -> int:
+        """Return how many micro-batches a layer's router has run, in forward passes or recomputed in the backward."""
         return self._cursors[backward][layer]
 
     def next_index(self, layer: int, backward: bool) -> int:
-        """The number of the micro-batch whose turn it is in this layer."""
-        number = self.cursor(layer, backward)
+        """Return the index of the micro-batch whose turn it is in a layer, and advance the layer's cursor.
+
+        Args:
+            layer: decoder layer, counted from 0.
+            backward: whether this is a forward pass that the backward recomputes.
+
+        Raises:
+            RuntimeError: the router has run for every micro-batch already.
+        """
+        index = self.cursor(layer, backward)
         limit = self.cursor(layer, False) if backward else None if self.routes is None else len(self.routes)
-        if limit is not None and number >= limit:
-            kind = "recomputed in the backward" if backward else "run"
-            raise RuntimeError(f"the router of layer {layer} was {kind} more often than the {limit} micro-batches")
-        self._cursors[backward][layer] = number + 1
-        return number
+        if limit is not None and index >= limit:
+            how = "recomputed in the backward" if backward else "run"
+            raise RuntimeError(f"the router of layer {layer} was {how} more often than the {limit} micro-batches")
+        self._cursors[backward][layer] = index + 1
+        return index
 
     def remember_input(self, layer: int, hidden: torch.Tensor) -> None:
-        """Remember a sample of the input, by which a recomputed pass is recognised."""
+        """Remember elements of a router's input, by which a recomputed pass is recognised."""
         self._inputs[layer].append(_fingerprint_input(hidden))
 
-    def check_input(self, layer: int, number: int, hidden: torch.Tensor) -> None:
-        """A recomputed pass must be the one whose turn it is, or it would replay the routes of another micro-batch."""
-        before, now = self._inputs[layer][number], _fingerprint_input(hidden)
+    def check_input(self, layer: int, index: int, hidden: torch.Tensor) -> None:
+        """Check that a recomputed pass has the input of the micro-batch whose turn it is.
+
+        Otherwise it would replay the routes of another micro-batch.
+
+        Args:
+            layer: decoder layer, counted from 0.
+            index: of the micro-batch.
+            hidden: the router's input, `[…, H]`.
+
+        Raises:
+            RuntimeError: the inputs differ; on a GPU not before `check_complete`.
+        """
+        before, now = self._inputs[layer][index], _fingerprint_input(hidden)
         if before.shape != now.shape:
             raise RuntimeError(f"the router of layer {layer} is recomputed with another micro-batch than is due")
         wrong = (now - before).norm() > _INPUT_TOLERANCE * before.norm()
         self._add_check(layer, "was recomputed with another micro-batch than was due", wrong)
-        self._inputs[layer][number] = before[:0]
+        self._inputs[layer][index] = before[:0]
 
     def check_choice(self, layer: int, backward: bool, same: torch.Tensor, micro: MicroRoutes | None) -> None:
-        """Note the rows in which the router chose what it was given."""
+        """Check that the router chose the experts that it was given, and count the rows.
+
+        Args:
+            layer: decoder layer, counted from 0.
+            backward: whether the pass is recomputed in the backward.
+            same: `[rows]` bool, rows in which it did.
+            micro: routes of the micro-batch, or None where they were recorded in this pass.
+
+        Raises:
+            RuntimeError: a row differs; on a GPU not before `check_complete`.
+        """
         live = None if micro is None else micro.live
         self._add_check(layer, "bypassed replay in {} rows", (~same).sum())
-        kept = same if micro is None or micro.checked is None else same & micro.checked.to(same.device)
-        self._proven[backward].append((kept if live is None else kept & ~live.to(same.device)).sum())
+        checked = same if micro is None or micro.checked is None else same & micro.checked.to(same.device)
+        self._num_checked[backward].append((checked if live is None else checked & ~live.to(same.device)).sum())
 
-    def _add_check(self, layer: int, said: str, wrong: torch.Tensor) -> None:
-        self._wrong.append((layer, said, wrong.long()))
+    def _add_check(self, layer: int, message: str, wrong: torch.Tensor) -> None:
+        """Add the result of a check: in how many rows a layer is wrong, and what the error then says."""
+        self._wrong.append((layer, message, wrong.long()))
         if wrong.device.type == "cpu":
             self._raise_pending()  # at once: on a GPU waiting for each answer would cost more than it saves
 
     def _raise_pending(self) -> None:
+        """Raise the first error among the checks added since the last call."""
         if self._wrong and bool(torch.stack([wrong for *_, wrong in self._wrong]).any()):
-            layer, said, wrong = next(entry for entry in self._wrong if bool(entry[2]))
-            raise RuntimeError(f"the router of layer {layer} {said.format(int(wrong))}")
+            layer, message, wrong = next(entry for entry in self._wrong if bool(entry[2]))
+            raise RuntimeError(f"the router of layer {layer} {message.format(int(wrong))}")
         self._wrong.clear()
 
     def check_complete(self) -> None:
-        """Every router ran once for each micro-batch, and recomputed all of them or none.
+        """Check that every router ran once for each micro-batch, and recomputed all of them or none.
 
         Raises:
             RuntimeError: names the layers.
         """
         self._raise_pending()
-        ran, repeated = self._cursors[False], self._cursors[True]
+        ran, recomputed = self._cursors[False], self._cursors[True]
         count = max(ran.values(), default=0) if self.routes is None else len(self.routes)
-        if late := [layer for layer, number in ran.items() if number != count]:
+        if late := [layer for layer, index in ran.items() if index != count]:
             raise RuntimeError(
                 f"routers of layers {late} ran for {[ran[layer] for layer in late]} of {count} micro-batches: their "
                 "routing was not replayed"
             )
         if self.layer_queues and not count:
             raise RuntimeError(f"routers of layers {list(ran)} did not run: nothing was recorded or replayed")
-        if late := [layer for layer, number in repeated.items() if number not in (0, count)]:
+        if late := [layer for layer, index in recomputed.items() if index not in (0, count)]:
             raise RuntimeError(f"routers of layers {late} were recomputed for some of the {count} micro-batches only")
 
     def num_checked(self, backward: bool) -> int:
-        """(token, layer) rows proven."""
-        return int(torch.stack(self._proven[backward]).sum()) if self._proven[backward] else 0
+        """Count the (token, layer) rows checked in forward passes, or in those that the backward recomputed."""
+        return int(torch.stack(self._num_checked[backward]).sum()) if self._num_checked[backward] else 0
 
     def recorded_routes(self) -> list[MicroRoutes]:
-        """What the routers chose, by micro-batch."""
+        """Return the routes the routers chose, one entry a micro-batch."""
         if not self.layer_queues:
             return []
         return [MicroRoutes(torch.stack(ids, dim=1)) for ids in zip(*self.layer_queues.values(), strict=True)]
 
 
 def _fingerprint_input(hidden: torch.Tensor) -> torch.Tensor:
-    """Up to about 256 elements of a router's input, spread over its rows."""
+    """Copy up to about 256 elements of a router's input, spread over its rows, as float32."""
     flat = hidden.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 256 | 1)].float().clone()
 
 
-def sets_differ(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Rows whose expert *sets* differ.
+def sets_differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Find the rows whose expert *sets* differ.
 
     Args:
-        ours, theirs: `[…, topk]` expert ids, distinct within a row, in any order.
+        a: `[…, topk]` expert ids, distinct within a row, in any order.
+        b: the same of other routes.
 
     Returns:
         `[…]` bool.
     """
-    return (ours.sort(dim=-1).values != theirs.sort(dim=-1).values).any(dim=-1)
+    return (a.sort(dim=-1).values != b.sort(dim=-1).values).any(dim=-1)

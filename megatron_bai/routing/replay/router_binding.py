@@ -15,7 +15,7 @@ Routers = dict[int, Any]
 
 
 def moe_layer_indices(config: Any) -> list[int]:
-    """Decoder layers with experts, counted from 0, as a `TransformerConfig` describes the whole model."""
+    """Return the decoder layers with experts, counted from 0, as a `TransformerConfig` describes the whole model."""
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         return list(range(0, config.num_layers, frequency))
@@ -23,13 +23,15 @@ def moe_layer_indices(config: Any) -> list[int]:
 
 
 def bind_routers(chunks: Sequence[torch.nn.Module], expected: Sequence[int], pipeline_group: Any = None) -> Routers:
-    """The routers of this rank's chunks of the model, by layer. Collective over `pipeline_group` when given.
+    """Find the routers of this rank's model chunks, by layer. Collective over `pipeline_group` when given.
 
-    Layers for multi-token prediction number themselves like the decoder's and are no part of the rollout: they are left
-    out, and route freely.
+    Layers for multi-token prediction have numbers like the decoder's and are no part of the rollout: they are left out,
+    and their routers choose freely.
 
     Args:
+        chunks: this rank's model chunks, wrapped or not.
         expected: the MoE layers of the whole model.
+        pipeline_group: of the pipeline's ranks; None: `chunks` are the whole model.
 
     Raises:
         RuntimeError: a router without a replay handle, two routers of one layer, or layers bound over the pipeline that
@@ -43,17 +45,18 @@ def bind_routers(chunks: Sequence[torch.nn.Module], expected: Sequence[int], pip
         if layer in bound:
             raise RuntimeError(f"two routers say they are layer {layer}: the chunks were built with wrong offsets")
         bound[layer] = router
-    everyone = [sorted(bound)]
+    stage_layers = [sorted(bound)]
     if pipeline_group is not None:
-        everyone = [[] for _ in range(dist.get_world_size(pipeline_group))]
-        dist.all_gather_object(everyone, sorted(bound), group=pipeline_group)
-    found = sorted(layer for part in everyone for layer in part)
-    if found != sorted(expected):
-        raise RuntimeError(f"routing replay bound MoE layers {found}, the model has {sorted(expected)}")
+        stage_layers = [[] for _ in range(dist.get_world_size(pipeline_group))]
+        dist.all_gather_object(stage_layers, sorted(bound), group=pipeline_group)
+    all_layers = sorted(layer for layers in stage_layers for layer in layers)
+    if all_layers != sorted(expected):
+        raise RuntimeError(f"routing replay bound MoE layers {all_layers}, the model has {sorted(expected)}")
     return dict(sorted(bound.items()))
 
 
 def _decoder_routers(module: torch.nn.Module) -> Iterator[Any]:
+    """Yield the routers of a module's decoder layers."""
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
 

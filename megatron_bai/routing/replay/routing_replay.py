@@ -29,9 +29,9 @@ class RoutingReplay:
     Attributes:
         signature: of the whole model's routes.
         layers: MoE layers on this rank, counted from 0 among all decoder layers.
-        columns: the same, counted among MoE layers only: their places in routes of the whole model.
-        rows: (token, layer) rows forced in forward passes so far, checked against what the router really did. Padding
-            and live rows are not counted.
+        columns: the same, counted among MoE layers only: indices into routes of the whole model.
+        rows: (token, layer) rows forced in forward passes so far, checked against what the router did. Padding and live
+            rows are not counted.
         recomputed: the same of passes repeated in the backward.
     """
 
@@ -39,8 +39,8 @@ class RoutingReplay:
         """Bind to every MoE layer of a model built with `moe_enable_routing_replay=True`. Collective over its pipeline.
 
         Args:
-            chunks: this rank's part of the model, wrapped or not; several with virtual pipeline parallelism.
-            pipeline_group: None takes Megatron's.
+            chunks: this rank's model chunks, wrapped or not; several with virtual pipeline parallelism.
+            pipeline_group: of the pipeline's ranks; None takes Megatron's.
 
         Raises:
             UserError: another megatron-core, or a setting that replay does not work with.
@@ -51,8 +51,8 @@ class RoutingReplay:
 
         preflight.check_version()
         config = get_model_config(chunks[0])
-        for said in preflight.preflight(config):
-            warnings.warn(said, stacklevel=2)
+        for message in preflight.preflight(config):
+            warnings.warn(message, stacklevel=2)
         if pipeline_group is None and parallel_state.model_parallel_is_initialized():
             pipeline_group = parallel_state.get_pipeline_model_parallel_group()
         expected = moe_layer_indices(config)
@@ -79,26 +79,29 @@ class RoutingReplay:
         recorded.extend(run.recorded_routes())
 
     @contextmanager
-    def force(self, micros: Sequence[MicroRoutes]) -> Iterator[None]:
-        """Force experts while a schedule runs: `micros[i]` in the i-th forward pass, and where it is recomputed.
+    def force(self, routes: Sequence[MicroRoutes]) -> Iterator[None]:
+        """Force experts while a schedule runs: `routes[i]` in the i-th forward pass, and where it is recomputed.
 
-        Megatron's schedules (1F1B, interleaved) and any loop that steps back through micro-batches in the order of
-        their forward passes are served.
+        Megatron's schedules (1F1B, interleaved) work, and any loop that steps back through micro-batches in the order
+        of their forward passes.
+
+        Args:
+            routes: of each micro-batch.
 
         Raises:
             ValueError: routes that do not fit this model, before anything runs.
             RuntimeError: a router that did not run once for each micro-batch, or did not choose what it was given.
         """
-        for number, micro in enumerate(micros):
-            self._check_routes(micro, f"micro-batch {number}")
-        with self._hooked(ReplayPass(self.layers, micros)) as run:
+        for index, micro in enumerate(routes):
+            self._check_routes(micro, f"micro-batch {index}")
+        with self._hooked(ReplayPass(self.layers, routes)) as run:
             yield
         self.rows += run.num_checked(backward=False)
         self.recomputed += run.num_checked(backward=True)
 
     @contextmanager
     def _hooked(self, run: ReplayPass) -> Iterator[ReplayPass]:
-        """Hook the routers for the length of a block, and prove afterwards that every queue ended."""
+        """Register hooks on the routers for the length of a block, and check afterwards that every queue ended."""
         if self._pass is not None:
             raise RuntimeError("routing replay is already recording or forcing: its blocks do not nest")
         self._pass, hooks = run, []
@@ -107,7 +110,7 @@ class RoutingReplay:
                 hooks.append(router.register_forward_pre_hook(self._pre_hook))
                 hooks.append(router.register_forward_hook(self._post_hook))
             yield run
-        finally:  # whatever happened, the next pass is a live one
+        finally:  # after an error too the next pass is a live one
             self._pass = None
             for hook in hooks:
                 hook.remove()
@@ -116,53 +119,54 @@ class RoutingReplay:
         run.check_complete()
 
     def _pre_hook(self, router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Arm one router for one call."""
+        """Set one router's replay handle for one call."""
         from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
         assert self._pass is not None, "the hooks are there for the length of a block"
         run, layer, handle = self._pass, router.layer_number - 1, router.router_replay
         if _in_backward():
-            number = run.next_index(layer, backward=True)
-            run.check_input(layer, number, inputs[0])
+            index = run.next_index(layer, backward=True)
+            run.check_input(layer, index, inputs[0])
             action = RouterReplayAction.REPLAY_BACKWARD
         else:
-            number = run.next_index(layer, backward=False)
+            index = run.next_index(layer, backward=False)
             run.remember_input(layer, inputs[0])
             action = RouterReplayAction.RECORD if run.routes is None else RouterReplayAction.REPLAY_FORWARD
         if action is not RouterReplayAction.RECORD:
-            ids, rows = run.layer_queues[layer][number], inputs[0].shape[:-1].numel()
+            ids, rows = run.layer_queues[layer][index], inputs[0].shape[:-1].numel()
             if len(ids) != rows:
                 raise RuntimeError(f"the router of layer {layer} sees {rows} tokens, its routes are for {len(ids)}")
             handle.set_target_indices(ids.to(inputs[0].device, torch.int64))
-            live = None if run.routes is None else run.routes[number].live
+            live = None if run.routes is None else run.routes[index].live
             if live is not None and action is RouterReplayAction.REPLAY_FORWARD:
                 handle.get_replay_topk = functools.partial(_replay_topk_with_live_rows, handle, live)
         handle.set_router_replay_action(action)
 
     def _post_hook(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keep what the router chose, or prove that it chose what it was given; empty its queues."""
+        """Record what the router chose, or check that it chose what it was given; clear its replay handle."""
         assert self._pass is not None
         run, layer, handle, chosen = self._pass, router.layer_number - 1, router.router_replay, output[1]
-        backward, wanted = _in_backward(), handle.target_topk_idx
+        backward, target = _in_backward(), handle.target_topk_idx
         if run.routes is None and not backward:
             run.layer_queues[layer].append(handle.get_recorded_indices().to(_dtype(self.signature)))
         else:
-            number = run.cursor(layer, backward) - 1
-            micro = None if run.routes is None else run.routes[number]
-            same = (chosen.sum(dim=1) == self.signature.topk) & chosen.gather(1, wanted).all(dim=1)
+            index = run.cursor(layer, backward) - 1
+            micro = None if run.routes is None else run.routes[index]
+            same = (chosen.sum(dim=1) == self.signature.topk) & chosen.gather(1, target).all(dim=1)
             run.check_choice(layer, backward, same, micro)
             if micro is not None and micro.live is not None and not backward:
-                run.layer_queues[layer][number] = wanted.to(_dtype(self.signature))  # recomputation repeats the live choice
+                # recomputation repeats the live choice
+                run.layer_queues[layer][index] = target.to(_dtype(self.signature))
             if micro is not None and micro.checked is not None and router.local_tokens_per_expert is not None:
                 _remove_padding_load(router, chosen, micro)
         _clear_handle(handle)
 
     def _check_routes(self, micro: MicroRoutes, where: str) -> None:
-        """Refuse routes that the dispatcher could not carry out."""
+        """Refuse routes that do not fit this rank's layers, or that the dispatcher could not follow."""
         ids, shape = micro.ids, (len(self.layers), self.signature.topk)
         if ids.dim() != 3 or ids.shape[1:] != shape or ids.is_floating_point():
-            found, needed = f"{ids.dtype} {tuple(ids.shape)}", f"[rows, {shape[0]}, {shape[1]}]"
-            raise ValueError(f"{where}: routes are {found}, this rank needs {needed}")
+            needed = f"[rows, {shape[0]}, {shape[1]}]"
+            raise ValueError(f"{where}: routes are {ids.dtype} {tuple(ids.shape)}, this rank needs {needed}")
         for name, mask in (("checked", micro.checked), ("live", micro.live)):
             if mask is not None and (mask.shape != ids.shape[:1] or mask.dtype != torch.bool):
                 raise ValueError(f"{where}: `{name}` is {mask.dtype} {tuple(mask.shape)}, not bool [{len(ids)}]")
@@ -177,13 +181,16 @@ class RoutingReplay:
 
 
 def _dtype(signature: RouteSignature) -> torch.dtype:
+    """Return torch's dtype of expert ids."""
     dtype: torch.dtype = getattr(torch, signature.dtype.__name__)
     return dtype
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: a forward then is activation recomputation, whose
-    ever implementation it is (Megatron's, Transformer Engine's or torch's)."""
+    """Return whether autograd is running a backward pass in this thread.
+
+    A forward then is activation recomputation, of any implementation (Megatron's, Transformer Engine's or torch's).
+    """
     return torch._C._current_graph_task_id() != -1
 
 
@@ -196,9 +203,9 @@ def _replay_topk_with_live_rows(
     group_topk: int | None = None,
     default_compute_topk: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`RouterReplay.get_replay_topk`, where rows of `live` keep the router's own choice."""
-    own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
-    handle.target_topk_idx = torch.where(live.to(own.device)[:, None], own, handle.target_topk_idx)
+    """Replay as `RouterReplay.get_replay_topk` does, but keep the router's own choice in rows of `live`."""
+    live_choice = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
+    handle.target_topk_idx = torch.where(live.to(live_choice.device)[:, None], live_choice, handle.target_topk_idx)
     chosen: tuple[torch.Tensor, torch.Tensor] = type(handle).get_replay_topk(
         handle, scores, topk, num_groups, group_topk, default_compute_topk
     )
@@ -206,7 +213,7 @@ def _replay_topk_with_live_rows(
 
 
 def _remove_padding_load(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
-    """Take padding out of the load that moves the expert bias; Megatron counts it where gradients are enabled."""
+    """Subtract padding from the load that moves the expert bias; Megatron adds it where gradients are enabled."""
     assert micro.checked is not None
     padding = ~micro.checked if micro.live is None else ~(micro.checked | micro.live)
     if torch.is_grad_enabled():
@@ -214,7 +221,7 @@ def _remove_padding_load(router: Any, chosen: torch.Tensor, micro: MicroRoutes) 
 
 
 def _clear_handle(handle: Any) -> None:
-    """Leave nothing in Megatron's queues."""
+    """Clear one router's replay handle: its action and its routes."""
     handle.clear_router_replay_action()
     handle.clear_indices()
     handle.__dict__.pop("get_replay_topk", None)

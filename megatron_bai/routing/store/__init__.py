@@ -1,1 +1,1 @@
-"""Keep routes on disk: the compact code, the files, and what `inspect` says of them."""
+"""Routes on disk: the compact code, the files, and the statistics that `inspect` prints."""

@@ -1,4 +1,4 @@
-"""The envelope: routes of one sequence as bytes that say which model, weights and tokens they belong to.
+"""The envelope: routes of one sequence as bytes that name the model, weights and tokens they belong to.
 
     header      magic, format version, encoding, signature, layers held, rows, token hash     38 bytes
     spans       weight version of each range of rows
@@ -7,9 +7,9 @@
     checksum    CRC-32 of everything above
 
 `plain` keeps ids as they are (uint8, or int16 above 256 experts), order included: a copy and a check. `compact` keeps
-the sets (order carries no meaning) as numbers of equal length, within 1.05 of the bound log₂ C(E, k) (see `sets`); it
-returns ids in ascending order. Both hold layers apart, so that `slice_layers` takes a pipeline stage's layers without
-decoding.
+the sets (order carries no meaning) as numbers of equal length, within 1.05 of the bound log₂ C(E, k) (see
+`expert_set_code`); it returns ids in ascending order. Both hold layers apart, so that `slice_layers` takes a pipeline
+stage's layers without decoding.
 
 An envelope is either read as it was written or refused. CRC-32 finds every damage of up to 32 adjacent bits and leaves
 one in 2³² of the others to the checks of structure; it does not stop someone who forges it, whose ids are still routes.
@@ -66,26 +66,30 @@ class SampleRoutes:
 
     @property
     def num_sets(self) -> int:
-        """(row, layer) pairs with a route."""
+        """Number of (row, layer) pairs with a route."""
         layers: int = self.ids.shape[1]
         return int(self.valid.sum()) * layers
 
 
 def token_hash(tokens: np.ndarray) -> bytes:
-    """A digest of token ids `[T]`, whatever their dtype."""
+    """Compute a digest of token ids `[T]` of any integer dtype: BLAKE2b, 16 bytes."""
     return blake2b(np.ascontiguousarray(tokens, dtype="<i8").tobytes(), digest_size=HASH_BYTES).digest()
 
 
 def min_bytes(signature: RouteSignature, sets: int) -> float:
-    """Bytes that this many (row, layer) sets need at least, when all sets are equally likely."""
+    """Compute the fewest bytes that this many (row, layer) sets take, when all sets are equally likely."""
     return sets * min_bits(signature.num_experts, signature.topk) / 8
 
 
 def encode(recording: SampleRoutes, encoding: str = "plain") -> bytes:
-    """An envelope.
+    """Encode routes as an envelope.
+
+    Args:
+        recording: the routes of one sequence.
+        encoding: of `ENCODINGS`.
 
     Raises:
-        ValueError: the recording contradicts itself or exceeds what an envelope can say.
+        ValueError: the routes contradict themselves or exceed what an envelope can hold.
     """
     signature, valid = recording.signature, recording.valid
     layers = recording.ids.shape[1] if recording.ids.ndim == 3 else -1
@@ -94,13 +98,13 @@ def encode(recording: SampleRoutes, encoding: str = "plain") -> bytes:
     if valid.shape != recording.ids.shape[:1] or valid.dtype != bool or len(recording.token_hash) != HASH_BYTES:
         raise ValueError(f"routes of {len(recording.ids)} rows with validity {valid.shape} {valid.dtype}")
     check_range(recording.ids, signature, "routes to encode", layers)
-    whole = bool(valid.all())
+    all_valid = bool(valid.all())
     head = _Header(
-        ENCODINGS.index(encoding), not whole, signature, recording.first_layer, layers, len(valid),
+        ENCODINGS.index(encoding), not all_valid, signature, recording.first_layer, layers, len(valid),
         recording.spans, recording.token_hash,
     )  # fmt: skip
     head.check()
-    ids = recording.ids if whole else recording.ids[valid]
+    ids = recording.ids if all_valid else recording.ids[valid]
     if encoding == "compact":
         payload = _encode_compact(ids, set_code(signature.num_experts, signature.topk))
     else:
@@ -109,10 +113,10 @@ def encode(recording: SampleRoutes, encoding: str = "plain") -> bytes:
 
 
 def decode(data: bytes | memoryview, signature: RouteSignature | None = None) -> SampleRoutes:
-    """What `encode` was given, with sets in ascending order when compact.
+    """Decode an envelope, with sets in ascending order when it is compact.
 
     Args:
-        data: one whole envelope.
+        data: one complete envelope.
         signature: of the model the routes are for; None takes any.
 
     Raises:
@@ -128,19 +132,24 @@ def decode(data: bytes | memoryview, signature: RouteSignature | None = None) ->
         ids = np.frombuffer(payload, head.dtype).reshape(rows, head.layers, head.signature.topk)
         ids = _check_plain(ids, head).astype(head.signature.dtype)  # a copy, so that it can be written to
     if rows < head.rows:
-        ids, given = np.zeros((head.rows, *ids.shape[1:]), dtype=ids.dtype), ids
-        ids[valid] = given
+        ids, valid_ids = np.zeros((head.rows, *ids.shape[1:]), dtype=ids.dtype), ids
+        ids[valid] = valid_ids
     return SampleRoutes(head.signature, ids, valid, head.spans, head.token_hash, head.first_layer)
 
 
 def is_intact(data: bytes | memoryview) -> bool:
-    """Whether bytes end in the checksum of those before, as envelopes of every version do."""
-    size = _CHECKSUM.size
-    return len(data) > size and zlib.crc32(memoryview(data)[:-size]) == _CHECKSUM.unpack(data[-size:])[0]
+    """Return whether bytes end in the checksum of those before, as envelopes of every version do."""
+    n = _CHECKSUM.size
+    return len(data) > n and zlib.crc32(memoryview(data)[:-n]) == _CHECKSUM.unpack(data[-n:])[0]
 
 
 def slice_layers(data: bytes | memoryview, start: int, stop: int) -> bytes:
-    """The envelope of MoE layers `[start, stop)` alone, without decoding: what a pipeline stage needs.
+    """Make the envelope of MoE layers `[start, stop)` alone, without decoding: what a pipeline stage needs.
+
+    Args:
+        data: one complete envelope.
+        start: first layer, counted from 0 over the model.
+        stop: the layer after the last.
 
     Raises:
         ValueError: not an intact envelope, or it lacks one of the layers.
@@ -152,16 +161,16 @@ def slice_layers(data: bytes | memoryview, start: int, stop: int) -> bytes:
     rows = int(valid.sum())
     if head.encoding == ENCODINGS.index("compact"):
         views = _plane_views(np.frombuffer(payload, np.uint8), rows, head.layers, head.code)
-        kept = np.concatenate([plane[first:last].ravel() for *_, plane in views])
+        sliced = np.concatenate([plane[first:last].ravel() for *_, plane in views])
     else:
         ids = np.frombuffer(payload, head.dtype).reshape(rows, head.layers, head.signature.topk)
-        kept = np.ascontiguousarray(ids[:, first:last])
-    return _write_envelope(replace(head, first_layer=start, layers=stop - start), valid, kept)
+        sliced = np.ascontiguousarray(ids[:, first:last])
+    return _write_envelope(replace(head, first_layer=start, layers=stop - start), valid, sliced)
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What an envelope says before its payload."""
+    """The header of an envelope: all that precedes its bitmap and payload."""
 
     encoding: int
     partial: bool
@@ -174,15 +183,16 @@ class _Header:
 
     @property
     def dtype(self) -> str:
-        """Of ids in a plain payload, with its byte order."""
+        """The dtype of ids in a plain payload, with its byte order."""
         return "u1" if self.signature.dtype is np.uint8 else "<i2"
 
     @property
     def code(self) -> SetCode:
+        """The numbering of sets in a compact payload."""
         return set_code(self.signature.num_experts, self.signature.topk)
 
     def check(self) -> None:
-        """Refuse what contradicts itself, or would need more memory than an envelope may ask for."""
+        """Refuse a header that contradicts itself, or whose routes need more than `MAX_DECODED` bytes."""
         s = self.signature
         if not (1 <= s.topk <= min(s.num_experts, 255) and s.num_experts < 1 << 15 and 1 <= s.moe_layers < 1 << 16):
             raise ValueError(f"an envelope cannot hold routes of {s}")
@@ -198,7 +208,7 @@ class _Header:
             raise ValueError("more than 65,535 weight versions, or one of more than 255 bytes")
 
     def payload_bytes(self, rows: int) -> int:
-        """Of this many valid rows."""
+        """Compute the bytes of the payload of this many valid rows."""
         if self.encoding == ENCODINGS.index("compact"):
             return sum(size * self.layers for _, _, _, size in _plane_sizes(rows, self.code))
         return rows * self.layers * self.signature.topk * np.dtype(self.dtype).itemsize
@@ -213,6 +223,7 @@ class _Header:
 
 
 def _write_envelope(head: _Header, valid: np.ndarray, payload: np.ndarray) -> bytes:
+    """Join header, bitmap and payload, and append their checksum."""
     mask = np.packbits(valid, bitorder="little").data if head.partial else b""
     parts = [bytes(head), mask, payload.reshape(-1).data]
     checksum = 0
@@ -222,7 +233,7 @@ def _write_envelope(head: _Header, valid: np.ndarray, payload: np.ndarray) -> by
 
 
 def _read_envelope(data: bytes | memoryview) -> tuple[_Header, np.ndarray, memoryview]:
-    """Header, validity of rows and payload of an envelope whose every length is right."""
+    """Split an envelope into header, validity of rows and payload, having checked every length."""
     data = memoryview(data).cast("B")
     if len(data) < _HEADER.size + _CHECKSUM.size:
         raise ValueError(f"{len(data)} bytes are no envelope of routes")
@@ -238,42 +249,46 @@ def _read_envelope(data: bytes | memoryview) -> tuple[_Header, np.ndarray, memor
     data = data[: -_CHECKSUM.size]
     if encoding >= len(ENCODINGS) or partial > 1:
         raise ValueError(f"unknown encoding {encoding} or flags {partial}")
-    named, at = _read_spans(data, spans)
-    head = _Header(encoding, bool(partial), RouteSignature(moe_layers, experts, topk), first, layers, rows, named, digest)
+    version_spans, offset = _read_spans(data, spans)
+    signature = RouteSignature(moe_layers, experts, topk)
+    head = _Header(encoding, bool(partial), signature, first, layers, rows, version_spans, digest)
     head.check()
-    valid, at = _read_bitmap(data, at, rows) if partial else (np.ones(rows, dtype=bool), at)
-    size = head.payload_bytes(int(valid.sum()))
-    if len(data) - at != size:
-        raise ValueError(f"the envelope holds {len(data) - at} bytes of routes instead of {size}")
-    return head, valid, data[at:]
+    valid, offset = _read_bitmap(data, offset, rows) if partial else (np.ones(rows, dtype=bool), offset)
+    num_bytes = head.payload_bytes(int(valid.sum()))
+    if len(data) - offset != num_bytes:
+        raise ValueError(f"the envelope holds {len(data) - offset} bytes of routes instead of {num_bytes}")
+    return head, valid, data[offset:]
 
 
 def _read_spans(data: memoryview, count: int) -> tuple[tuple[VersionSpan, ...], int]:
-    found, at = [], _HEADER.size
+    """Read weight versions; return them and the offset of what follows."""
+    version_spans, offset = [], _HEADER.size
     for _ in range(count):
-        if len(data) - at < _SPAN.size:
+        if len(data) - offset < _SPAN.size:
             raise ValueError("the envelope ends within its weight versions")
-        start, end, size = _SPAN.unpack_from(data, at)
-        at += _SPAN.size
-        name = bytes(data[at : at + size])
-        at += size
-        if len(name) != size:
+        start, end, length = _SPAN.unpack_from(data, offset)
+        offset += _SPAN.size
+        name = bytes(data[offset : offset + length])
+        offset += length
+        if len(name) != length:
             raise ValueError("the envelope ends within its weight versions")
-        found.append(VersionSpan(name.decode(), start, end))  # UnicodeDecodeError is a ValueError
-    return tuple(found), at
+        version_spans.append(VersionSpan(name.decode(), start, end))  # UnicodeDecodeError is a ValueError
+    return tuple(version_spans), offset
 
 
-def _read_bitmap(data: memoryview, at: int, rows: int) -> tuple[np.ndarray, int]:
-    size = -(-rows // 8)
-    if len(data) - at < size:
+def _read_bitmap(data: memoryview, offset: int, rows: int) -> tuple[np.ndarray, int]:
+    """Read the bitmap of valid rows; return it as `[rows]` bool, and the offset of what follows."""
+    num_bytes = -(-rows // 8)
+    if len(data) - offset < num_bytes:
         raise ValueError("the envelope ends within its bitmap")
-    bits = np.unpackbits(np.frombuffer(data[at : at + size], np.uint8), bitorder="little").astype(bool)
+    bits = np.unpackbits(np.frombuffer(data[offset : offset + num_bytes], np.uint8), bitorder="little").astype(bool)
     if bits[rows:].any() or bits[:rows].all():
         raise ValueError("the bitmap of rows is not one that an envelope has")
-    return bits[:rows], at + size
+    return bits[:rows], offset + num_bytes
 
 
 def _check_plain(ids: np.ndarray, head: _Header) -> np.ndarray:
+    """Check the ids of a plain payload, and return them in the signature's dtype."""
     return check_ids(ids, replace(head.signature, moe_layers=head.layers), "routes in an envelope")
 
 
@@ -281,7 +296,7 @@ def _check_plain(ids: np.ndarray, head: _Header) -> np.ndarray:
 
 
 def _plane_sizes(rows: int, code: SetCode) -> list[tuple[int, int, int, int]]:
-    """(field, first bit, width, bytes a layer) of each plane."""
+    """Return (field, first bit, width, bytes a layer) of each plane."""
     words = -(-rows // code.group)
     fields = [(field, *plane) for field, bits in enumerate(code.fields) for plane in bit_planes.plane_layout(bits)]
     return [(field, shift, width, bit_planes.plane_bytes(words, width)) for field, shift, width in fields]
@@ -290,36 +305,38 @@ def _plane_sizes(rows: int, code: SetCode) -> list[tuple[int, int, int, int]]:
 def _plane_views(
     payload: np.ndarray, rows: int, layers: int, code: SetCode
 ) -> list[tuple[int, int, int, np.ndarray]]:
-    """(field, first bit, width, uint8 `[layers, bytes]` within the payload) of each plane."""
-    found, at = [], 0
+    """Return (field, first bit, width, uint8 `[layers, bytes]` within the payload) of each plane."""
+    views, offset = [], 0
     for field, shift, width, size in _plane_sizes(rows, code):
-        found.append((field, shift, width, payload[at : at + layers * size].reshape(layers, size)))
-        at += layers * size
-    return found
+        views.append((field, shift, width, payload[offset : offset + layers * size].reshape(layers, size)))
+        offset += layers * size
+    return views
 
 
 def _encode_compact(ids: np.ndarray, code: SetCode) -> np.ndarray:
+    """Encode ids `[rows, layers, topk]` as a compact payload, uint8."""
     rows, layers, _ = ids.shape
     payload = np.empty(sum(size for *_, size in _plane_sizes(rows, code)) * layers, dtype=np.uint8)
     views = _plane_views(payload, rows, layers, code)
-    for part in layer_chunks(rows, layers):
-        columns = sorted_sets(ids[:, part])
+    for chunk in layer_chunks(rows, layers):
+        columns = sorted_sets(ids[:, chunk])
         check_distinct(columns, "routes to encode")
         words = code.encode(columns)
         for field, shift, width, plane in views:
-            bit_planes.write_plane(words[field], shift, width, plane[part])
+            bit_planes.write_plane(words[field], shift, width, plane[chunk])
     return payload
 
 
 def _decode_compact(payload: memoryview, rows: int, layers: int, code: SetCode) -> np.ndarray:
+    """Decode a compact payload to ids `[rows, layers, topk]`."""
     views = _plane_views(np.frombuffer(payload, np.uint8), rows, layers, code)
     ids = np.empty((rows, layers, code.topk), dtype=code.dtype)
-    for part in layer_chunks(rows, layers):
-        height = part.stop - part.start
-        words = [np.zeros((height, -(-rows // code.group)), dtype=np.int64) for _ in code.fields]
+    for chunk in layer_chunks(rows, layers):
+        num_layers = chunk.stop - chunk.start
+        words = [np.zeros((num_layers, -(-rows // code.group)), dtype=np.int64) for _ in code.fields]
         for field, shift, width, plane in views:
-            bit_planes.read_plane(plane[part], shift, width, words[field])
+            bit_planes.read_plane(plane[chunk], shift, width, words[field])
         columns = code.decode(words, rows)
-        for layer in range(height):
-            ids[:, part.start + layer] = columns[:, layer].T
+        for layer in range(num_layers):
+            ids[:, chunk.start + layer] = columns[:, layer].T
     return ids

@@ -1,13 +1,13 @@
-"""Number the sets of k out of E experts, fast and nearly without gaps.
+"""A numbering of the sets of k out of E experts, fast and nearly without gaps.
 
 The combinatorial number system gives the set {c₁ < … < c_k} the number Σᵢ Bᵢ(cᵢ) with Bᵢ(c) = C(c, i), the count of
 i-subsets of {0 … c − 1} (Knuth, The Art of Computer Programming 4A, 7.2.1.3). Reading it back searches, from the
-largest element down, for the last c with Bᵢ(c) ≤ rest, which is slow in arrays. Here the counts are rounded up,
+largest element down, for the last c with Bᵢ(c) ≤ remainder, which is slow in arrays. Here the counts are rounded up,
 
     Bᵢ(c + 1) = Bᵢ(c) + ⌈Bᵢ₋₁(c)⌉ to a multiple of 2^sᵢ,    B₀ = 1,
 
-so that the rest's upper bits alone, rest >> sᵢ, decide c: one table look-up. The rounding leaves numbers unused: for 8
-of 128 experts 0.2 bits' worth beside 40.4, within the 41 that a word has anyway.
+so that the remainder's upper bits alone, remainder >> sᵢ, decide c: one table look-up. The rounding leaves numbers
+unused: for 8 of 128 experts 0.2 bits' worth beside 40.4, within the 41 that a word has anyway.
 """
 
 from functools import lru_cache
@@ -18,13 +18,13 @@ import numpy as np
 # The numbers follow from these four: to change one is to change what an envelope means, and so the codec's version.
 MAX_EXPERTS, MAX_TOPK = 1024, 16
 LOW_WORD_BITS = 58  # bits of the low word where a number has two
-_ONE_WORD_BITS = 62  # bits one int64 word is trusted with
+_ONE_WORD_BITS = 62  # the most bits that are stored in one int64 word
 _TABLE_BITS = (15, 17, 19)  # log₂ of a table's entries: more where rounding to fewer would cost too much
-_CLOSE = 1.03  # of the bound: a length to be content with
+_CLOSE = 1.03  # of the bound: a length that is accepted
 
 
 def min_bits(experts: int, topk: int) -> float:
-    """log₂ C(E, k): no fixed-length code of sets is shorter."""
+    """Compute log₂ C(E, k): no fixed-length code of sets is shorter."""
     return log2(comb(experts, topk))
 
 
@@ -36,7 +36,7 @@ class SetCode:
         group: sets that share a word, as digits in base `count`: one set of 6 possible ones needs 3 bits, 5 need 13.
         bits: of a word.
         dtype: of experts' ids.
-        wide: a number does not fit one int64; words are then pairs (low `LOW_WORD_BITS` bits, the rest).
+        wide: a number does not fit one int64; words are then pairs (low `LOW_WORD_BITS` bits, the others).
     """
 
     def __init__(self, experts: int, topk: int):
@@ -51,20 +51,23 @@ class SetCode:
         mask = (1 << LOW_WORD_BITS) - 1
         self._shifts = shifts
         self._narrow = [row[-1].bit_length() <= _ONE_WORD_BITS for row in starts]
-        self._starts = [np.array(row if fits else [], dtype=np.int64) for row, fits in zip(starts, self._narrow, strict=True)]
+        self._starts = [
+            np.array(row if fits else [], dtype=np.int64) for row, fits in zip(starts, self._narrow, strict=True)
+        ]
         self._limbs = [
-            (np.array([start & mask for start in row]), np.array([start >> LOW_WORD_BITS for start in row])) for row in starts
+            (np.array([start & mask for start in row]), np.array([start >> LOW_WORD_BITS for start in row]))
+            for row in starts
         ]
         self.dtype = np.uint8 if experts <= 256 else np.int16
         self._largest = [self._table(row, shift) for row, shift in zip(starts, shifts, strict=True)]
 
     @property
     def fields(self) -> tuple[int, ...]:
-        """Bits of each of a word's arrays."""
+        """Number of bits of each of a word's arrays."""
         return (LOW_WORD_BITS, self.bits - LOW_WORD_BITS) if self.wide else (self.bits,)
 
     def encode(self, columns: np.ndarray) -> list[np.ndarray]:
-        """Numbers of sets.
+        """Compute the numbers of sets.
 
         Args:
             columns: `[topk, layers, rows]`, ascending along the first axis.
@@ -86,48 +89,56 @@ class SetCode:
         return sums
 
     def decode(self, words: list[np.ndarray], rows: int) -> np.ndarray:
-        """The sets with these numbers: `[topk, layers, rows]`, ascending along the first axis.
+        """Return the sets with these numbers.
+
+        Args:
+            words: int64 `[layers, ⌈rows / group⌉]`, one array a field.
+            rows: number of sets of each layer.
+
+        Returns:
+            `[topk, layers, rows]`, ascending along the first axis.
 
         Raises:
             ValueError: a number that no set has.
         """
-        low, *more = words
-        if self._has_unused_number(low, *more):
+        low, *others = words
+        if self._has_unused_number(low, *others):
             raise ValueError("a number that no set of experts has")
-        high = more[0] if more else None
+        high = others[0] if others else None
         if self.group > 1:
             low = self._split_group(low, rows)
         columns = np.empty((self.topk, *low.shape), dtype=self.dtype)
-        rest = low.copy()
-        index, start = np.empty_like(rest), np.empty_like(rest)
+        remainder = low.copy()
+        index, start = np.empty_like(remainder), np.empty_like(remainder)
         for i in range(self.topk, 0, -1):
             shift = self._shifts[i]
             if self._narrow[i]:
-                if high is not None:  # what is left fits one word; a larger rest has no set, and is found below
-                    rest += np.minimum(high, 1 << (_ONE_WORD_BITS - LOW_WORD_BITS)) << LOW_WORD_BITS
+                if high is not None:  # what is left fits one word; a larger remainder has no set, and is found below
+                    remainder += np.minimum(high, 1 << (_ONE_WORD_BITS - LOW_WORD_BITS)) << LOW_WORD_BITS
                     high = None
-                np.right_shift(rest, shift, out=index)
+                np.right_shift(remainder, shift, out=index)
             else:
                 assert high is not None, "what is left has both words until it fits one"
                 if shift >= LOW_WORD_BITS:
                     np.right_shift(high, shift - LOW_WORD_BITS, out=index)
                 else:
-                    np.bitwise_or(high << (LOW_WORD_BITS - shift), rest >> shift, out=index)
+                    np.bitwise_or(high << (LOW_WORD_BITS - shift), remainder >> shift, out=index)
             np.take(self._largest[i], index, out=columns[i - 1], mode="clip")
             if high is None:
-                rest -= np.take(self._starts[i], columns[i - 1], out=start, mode="clip")
+                remainder -= np.take(self._starts[i], columns[i - 1], out=start, mode="clip")
                 continue
             below, above = self._limbs[i]
-            rest -= np.take(below, columns[i - 1], out=start, mode="clip")
-            high = high - np.take(above, columns[i - 1], out=start, mode="clip") + (rest >> LOW_WORD_BITS)  # with the borrow
-            rest &= (1 << LOW_WORD_BITS) - 1
-        # An unused number leaves a rest that is too large for the elements below, and the first of them not smaller.
+            remainder -= np.take(below, columns[i - 1], out=start, mode="clip")
+            borrow = remainder >> LOW_WORD_BITS  # 0 or −1
+            high = high - np.take(above, columns[i - 1], out=start, mode="clip") + borrow
+            remainder &= (1 << LOW_WORD_BITS) - 1
+        # An unused number leaves a remainder too large for the elements below, and the first of them is not smaller.
         if (columns[1:] <= columns[:-1]).any():
             raise ValueError("a number that no set of experts has")
         return columns
 
     def _grouping(self) -> tuple[int, int]:
-        """Sets to a word and its bits: the fewest sets that come close to the bound, or those that come closest."""
+        """Choose the sets to a word and its bits: the fewest sets close to the bound, or those that come closest."""
         size = {group: max(1, (self.count**group - 1).bit_length()) for group in range(1, 17)}
         size = {group: bits for group, bits in size.items() if group == 1 or bits <= _ONE_WORD_BITS}
         close = [group for group, bits in size.items() if self._is_close(bits / group)]
@@ -135,14 +146,16 @@ class SetCode:
         return group, size[group]
 
     def _is_close(self, bits: float) -> bool:
+        """Return whether this many bits a set are close to the bound."""
         return bits <= _CLOSE * min_bits(self.experts, self.topk)
 
     def _table(self, row: list[int], shift: int) -> np.ndarray:
-        """The largest element of a set, by the upper bits of its number."""
+        """Make the table of a set's largest element, by the upper bits of its number."""
         upper = np.array([start >> shift for start in row], dtype=np.int64)
         return np.repeat(np.arange(self.experts, dtype=self.dtype), upper[1:] - upper[:-1])
 
     def _has_unused_number(self, low: np.ndarray, high: np.ndarray | None = None) -> bool:
+        """Return whether a number is beyond those in use."""
         if not low.size:
             return False
         if high is None:
@@ -151,6 +164,7 @@ class SetCode:
         return bool(((high > top) | ((high == top) & (low >= bottom))).any())
 
     def _join_group(self, numbers: np.ndarray) -> np.ndarray:
+        """Join the numbers of each group of sets to one word."""
         layers, rows = numbers.shape
         digits = np.zeros((layers, -(-rows // self.group) * self.group), dtype=np.int64)
         digits[:, :rows] = numbers
@@ -162,6 +176,7 @@ class SetCode:
         return joined
 
     def _split_group(self, joined: np.ndarray, rows: int) -> np.ndarray:
+        """Split words into the numbers of their sets."""
         digits = np.empty((*joined.shape, self.group), dtype=np.int64)
         for j in range(self.group - 1, 0, -1):
             upper = joined // self.count
@@ -173,7 +188,7 @@ class SetCode:
 
 @lru_cache(maxsize=8)
 def set_code(experts: int, topk: int) -> SetCode:
-    """The numbering of `topk` of `experts`, whose tables are built once.
+    """Return the numbering of `topk` of `experts`, whose tables are built once.
 
     Raises:
         ValueError: more experts or a larger set than a number of two words is made for.
@@ -186,7 +201,7 @@ def set_code(experts: int, topk: int) -> SetCode:
 
 
 def _starts(experts: int, topk: int, table_bits: int) -> tuple[list[list[int]], list[int]]:
-    """Bᵢ(c) for c in [0, experts], and sᵢ, for i in [0, topk]."""
+    """Compute Bᵢ(c) for c in [0, experts], and sᵢ, for i in [0, topk]."""
     starts, shifts = [[1] * (experts + 1)], [0]
     for i in range(1, topk + 1):
         shift = max(0, comb(experts, i).bit_length() - table_bits)

@@ -4,12 +4,12 @@
     record    header: magic, envelope's length, step, sample, source, CRC-32 of the header    32 bytes
               envelope (see `codec`), which carries a checksum of its own
 
-There is no index to lose: opening reads the headers. What a killed writer left unfinished lies at the end of its file;
-readers say so and pass over it, and the next writer of that file cuts it off. Damage further up costs the records it
-touches: reading resumes at the next header that is intact.
+There is no index to lose: opening reads the headers. A record that a killed writer did not finish is at the end of its
+file; readers report and skip it, and the next writer of that file cuts it off. Damage further up costs the records in
+it: reading resumes at the next intact header.
 
-A record is with the operating system when `append` returns, so a killed process loses at most the one it was writing;
-it is on the disk after `sync`, so a power cut loses what came later.
+A record has reached the operating system when `append` returns, so a killed process loses at most the one it was
+writing; it is on the disk after `sync`, so a power cut loses what was appended later.
 """
 
 import os
@@ -38,13 +38,15 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, order=True)
 class RecordEntry:
-    """Where a record is.
+    """The key and the position of a record.
 
     Attributes:
         step: global step, from 0.
         sample: index of the sample in the step's batch, over all data-parallel replicas.
         source: `r3`, the inference engine's routes, or `r2`, the training engine's.
-        offset, length: of its envelope in `file`, in bytes.
+        file: that holds it.
+        offset: of its envelope in `file`, in bytes.
+        length: of its envelope, in bytes.
     """
 
     step: int
@@ -68,20 +70,24 @@ class DamagedRange:
     tail: bool
 
     def __str__(self) -> str:
-        what = "an unfinished record at the end" if self.tail else "damage"
-        return f"{self.file}: {what}, bytes {self.start:,} to {self.end:,}"
+        label = "an unfinished record at the end" if self.tail else "damage"
+        return f"{self.file}: {label}, bytes {self.start:,} to {self.end:,}"
 
 
 def is_store(directory: str | Path) -> bool:
-    """Whether a directory holds files of routes."""
+    """Return whether a directory holds files of routes."""
     return any(Path(directory).glob(f"*{SUFFIX}"))
 
 
 def truncate_store(directory: str | Path, step: int) -> None:
-    """Take the records of `step` and later ones out of a store that nobody writes to.
+    """Remove the records of `step` and later steps from a store that has no writer.
+
+    Args:
+        directory: of the store.
+        step: first global step to remove, from 0.
 
     Raises:
-        UserError: somebody does, or a file does not hold its records by step.
+        UserError: the store has a writer, or a file does not hold its records by step.
     """
     for path in sorted(Path(directory).glob(f"*{SUFFIX}")):
         with StoreWriter(directory, path.name.removesuffix(SUFFIX)) as writer:
@@ -89,16 +95,20 @@ def truncate_store(directory: str | Path, step: int) -> None:
 
 
 class StoreWriter:
-    """Appends to one file of a store. Only one writer may have a file open.
+    """A writer that appends to one file of a store. Only one writer may have a file open.
 
     Attributes:
         path: the file.
         entries: its records, earlier ones included.
-        num_bytes_cut: bytes of an unfinished record that opening cut off.
+        num_bytes_cut: bytes of an unfinished record that were cut off on opening.
     """
 
     def __init__(self, directory: str | Path, name: str):
-        """Open `NAME.routes`, making it and the directory where they are missing.
+        """Open `NAME.routes`; the file and the directory are made where they are missing.
+
+        Args:
+            directory: of the store.
+            name: of the file, without its suffix.
 
         Raises:
             UserError: another process writes to it, it is something else, or the directory cannot be written.
@@ -121,13 +131,16 @@ class StoreWriter:
             raise
 
     def append(self, step: int, sample: int, source: str, envelope: bytes) -> RecordEntry:
-        """Add a record.
+        """Append a record.
 
         Args:
+            step: global step, from 0.
+            sample: index of the sample in the step's batch, over all data-parallel replicas.
+            source: of `SOURCES`.
             envelope: from `codec.encode`.
 
         Raises:
-            UserError: the file system took only part of it; the file is as it was before.
+            UserError: the file system took only part of it; the file is unchanged.
         """
         header = _HEADER.pack(MAGIC, len(envelope), step, sample, SOURCES.index(source))
         data = memoryview(header + _CHECKSUM.pack(zlib.crc32(header)) + envelope)
@@ -144,24 +157,24 @@ class StoreWriter:
         return entry
 
     def truncate(self, step: int) -> None:
-        """Take the records of `step` and later ones out.
+        """Remove the records of `step` and later steps.
 
         Raises:
-            UserError: earlier ones follow them.
+            UserError: records of earlier steps follow them.
         """
-        kept = [entry for entry in self.entries if entry.step < step]
-        if kept != self.entries[: len(kept)]:
+        retained = [entry for entry in self.entries if entry.step < step]
+        if retained != self.entries[: len(retained)]:
             raise UserError(f"{self.path} does not hold its records by step: it cannot be cut to those before {step}")
-        self._end = kept[-1].offset + kept[-1].length if kept else 0
-        self.entries = kept
+        self._end = retained[-1].offset + retained[-1].length if retained else 0
+        self.entries = retained
         os.ftruncate(self._fd, self._end)
 
     def sync(self) -> None:
-        """Return once everything appended is on the disk."""
+        """Wait until everything appended is on the disk."""
         os.fsync(self._fd)
 
     def close(self) -> None:
-        """Sync, and let others write."""
+        """Sync, and release the file's lock."""
         self.sync()
         os.close(self._fd)
 
@@ -172,27 +185,29 @@ class StoreWriter:
         self.close()
 
     def _cut_unfinished(self) -> None:
-        """Cut what follows the last intact record. Its data may be missing too: a power cut keeps no order."""
-        size = os.fstat(self._fd).st_size
+        """Cut off what follows the last intact record, whose data a power cut may have left unwritten, too."""
+        num_bytes = os.fstat(self._fd).st_size
         self.entries, _ = _scan_headers(self._fd, self.path)
-        while self.entries and not codec.is_intact(os.pread(self._fd, self.entries[-1].length, self.entries[-1].offset)):
+        while self.entries:
+            last = self.entries[-1]
+            if codec.is_intact(os.pread(self._fd, last.length, last.offset)):
+                break
             self.entries.pop()
         if not self.entries and not MAGIC.startswith(os.pread(self._fd, len(MAGIC), 0)):
             raise UserError(f"{self.path} holds no routes that this release knows: move it away")
-        last = self.entries[-1] if self.entries else None
-        self._end = last.offset + last.length if last else 0
-        self.num_bytes_cut = size - self._end
+        self._end = self.entries[-1].offset + self.entries[-1].length if self.entries else 0
+        self.num_bytes_cut = num_bytes - self._end
         if self.num_bytes_cut:
             os.ftruncate(self._fd, self._end)
             self.sync()
 
 
 class RouteStore:
-    """All files of a store as they are now; records appended later are not seen. Any number may read while some write.
+    """A reader of all files of a store, as they are when it opens them. Any number may read while others write.
 
     Attributes:
         entries: records by step and sample.
-        damage: found so far: in headers when opening, in envelopes when reading on over them.
+        damage: ranges found so far: in headers when opening, in envelopes when they are read.
     """
 
     def __init__(self, directory: str | Path):
@@ -225,14 +240,14 @@ class RouteStore:
             raise
 
     def envelope(self, entry: RecordEntry) -> bytes:
-        """The bytes of a record, not checked."""
+        """Read the bytes of a record, without checking them."""
         return os.pread(self._fds[entry.file], entry.length, entry.offset)
 
     def read_record(self, entry: RecordEntry) -> SampleRoutes:
-        """A record.
+        """Read a record.
 
         Raises:
-            ValueError: it is damaged; says where it is.
+            ValueError: it is damaged; the message says where it is.
         """
         try:
             return codec.decode(self.envelope(entry))
@@ -240,23 +255,26 @@ class RouteStore:
             raise ValueError(f"{entry}: {error}") from None
 
     def read_or_none(self, entry: RecordEntry) -> SampleRoutes | None:
-        """A record, or None where it is damaged, which `damage` then says."""
+        """Read a record; where it is damaged, return None and add the range to `damage`."""
         try:
             return self.read_record(entry)
         except ValueError:
-            found = DamagedRange(entry.file, entry.offset, entry.offset + entry.length, tail=False)
-            if found not in self.damage:
-                self.damage.append(found)
+            damaged = DamagedRange(entry.file, entry.offset, entry.offset + entry.length, tail=False)
+            if damaged not in self.damage:
+                self.damage.append(damaged)
             return None
 
     def iter_records(self, skip_damaged: bool = False) -> Iterator[tuple[RecordEntry, SampleRoutes]]:
-        """Every record by step and sample.
+        """Yield every record by step and sample.
 
         Args:
-            skip_damaged: pass over damage and add it to `damage`, instead of stopping.
+            skip_damaged: skip damage and add it to `damage`, instead of stopping.
+
+        Yields:
+            Each record's entry and its routes.
 
         Raises:
-            UserError: damage other than an unfinished last record, unless it is to be passed over.
+            UserError: damage other than an unfinished last record, unless it is to be skipped.
         """
         if not skip_damaged and (broken := [damage for damage in self.damage if not damage.tail]):
             raise UserError(f"{broken[0]}: restore the file from a copy")
@@ -268,6 +286,7 @@ class RouteStore:
                 raise UserError(f"the recording of {entry} is damaged: restore the file from a copy")
 
     def close(self) -> None:
+        """Close the files."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
@@ -280,42 +299,43 @@ class RouteStore:
 
 
 def _scan_headers(fd: int, path: Path) -> tuple[list[RecordEntry], list[DamagedRange]]:
-    """Records and what lies between them, by the headers alone."""
+    """Find the records of a file, and the ranges between them that are none, by the headers alone."""
     entries, damage = [], []
-    at, size = 0, os.fstat(fd).st_size
-    while at < size:
-        entry = _read_header(fd, path, at)
-        if entry is not None and entry.offset + entry.length <= size:
+    offset, num_bytes = 0, os.fstat(fd).st_size
+    while offset < num_bytes:
+        entry = _read_header(fd, path, offset)
+        if entry is not None and entry.offset + entry.length <= num_bytes:
             entries.append(entry)
-            at = entry.offset + entry.length
+            offset = entry.offset + entry.length
             continue
-        following = _next_header(fd, path, at + 1, size)
-        damage.append(DamagedRange(path, at, size if following is None else following, tail=following is None))
-        at = damage[-1].end
+        following = _next_header(fd, path, offset + 1, num_bytes)
+        end = num_bytes if following is None else following
+        damage.append(DamagedRange(path, offset, end, tail=following is None))
+        offset = end
     return entries, damage
 
 
-def _read_header(fd: int, path: Path, at: int) -> RecordEntry | None:
-    """The record whose header is at this offset, if one is."""
-    header = os.pread(fd, _HEADER_BYTES, at)
+def _read_header(fd: int, path: Path, offset: int) -> RecordEntry | None:
+    """Read the header at an offset; return its record's entry, or None where there is no header."""
+    header = os.pread(fd, _HEADER_BYTES, offset)
     if len(header) < _HEADER_BYTES or not header.startswith(MAGIC):
         return None
     fields, checksum = header[: _HEADER.size], header[_HEADER.size :]
     _, length, step, sample, source = _HEADER.unpack(fields)
     if zlib.crc32(fields) != _CHECKSUM.unpack(checksum)[0] or source >= len(SOURCES):
         return None
-    return RecordEntry(step, sample, SOURCES[source], path, at + _HEADER_BYTES, length)
+    return RecordEntry(step, sample, SOURCES[source], path, offset + _HEADER_BYTES, length)
 
 
-def _next_header(fd: int, path: Path, at: int, size: int) -> int | None:
-    """The offset of the first whole record from `at` on."""
-    while at < size:
-        block = os.pread(fd, _BLOCK + len(MAGIC) - 1, at)  # a magic number may lie across two blocks
-        found = block.find(MAGIC)
-        while found >= 0:
-            entry = _read_header(fd, path, at + found)
-            if entry is not None and entry.offset + entry.length <= size:
-                return at + found
-            found = block.find(MAGIC, found + 1)
-        at += _BLOCK
+def _next_header(fd: int, path: Path, offset: int, num_bytes: int) -> int | None:
+    """Find the offset of the first complete record from `offset` on."""
+    while offset < num_bytes:
+        block = os.pread(fd, _BLOCK + len(MAGIC) - 1, offset)  # a magic number may lie across two blocks
+        start = block.find(MAGIC)
+        while start >= 0:
+            entry = _read_header(fd, path, offset + start)
+            if entry is not None and entry.offset + entry.length <= num_bytes:
+                return offset + start
+            start = block.find(MAGIC, start + 1)
+        offset += _BLOCK
     return None

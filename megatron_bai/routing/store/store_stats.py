@@ -1,4 +1,4 @@
-"""`megatron-bai inspect` on a store of routes: how experts are loaded, and how far two recordings agree."""
+"""Statistics of route stores for `megatron-bai inspect`: the load of experts, and the overlap of two stores."""
 
 import math
 from collections import Counter
@@ -15,18 +15,23 @@ from megatron_bai.routing.store.codec import SampleRoutes, min_bytes
 from megatron_bai.routing.store.route_store import RecordEntry, RouteStore
 
 _BARS = "·▁▂▃▄▅▆▇█"  # an expert that was never chosen is a dot
-_NAMED = 3  # experts named as the busiest of a layer, samples named as belonging to other tokens
+_NUM_NAMED = 3  # experts named as the busiest of a layer, samples named as those of other tokens
 
 
 @dataclass
 class StoreStats:
-    """What a store holds.
+    """Statistics of one store.
 
     Attributes:
+        signature: of all routes.
         load: `[moe_layers, experts]` int64, how often each expert was chosen.
-        rows: sequence positions recorded; `valid` of them have a route.
-        encoded, bound: bytes of envelopes, and the fewest that sets take when all are equally likely.
+        records: number of intact records.
+        rows: sequence positions recorded.
+        valid: rows that have a route.
+        encoded: bytes of envelopes.
+        bound: the fewest bytes that the sets take when all are equally likely.
         versions: rows by weight version; rows whose version is unknown under "unknown".
+        sources: records by source.
     """
 
     signature: RouteSignature
@@ -42,11 +47,12 @@ class StoreStats:
 
 @dataclass
 class StoreOverlap:
-    """How far two stores agree, over rows that have a route in both, by layer.
+    """The overlap of two stores by layer, over rows that have a route in both.
 
     Attributes:
+        signature: of both stores' routes.
         rows: `[moe_layers]` int64, rows compared.
-        equal: `[moe_layers]` int64, of them those with the same set.
+        equal: `[moe_layers]` int64, rows with the same set in both.
         common: `[moe_layers]` int64, Σ |A ∩ B| over the rows.
         matched: samples compared.
         other_tokens: samples whose token hashes differ, which are not compared.
@@ -63,38 +69,38 @@ class StoreOverlap:
 
 
 def compute_stats(store: RouteStore) -> StoreStats:
-    """Count what a store holds, reading it once. Damage is passed over and added to `store.damage`.
+    """Compute the statistics of a store, reading it once. Damage is skipped and added to `store.damage`.
 
     Raises:
         UserError: it holds no intact record, or routes of two models.
     """
-    found: StoreStats | None = None
+    stats: StoreStats | None = None
     for entry, recording in _readable(store):
-        if found is None:
+        if stats is None:
             signature = recording.signature
-            found = StoreStats(signature, np.zeros((signature.moe_layers, signature.num_experts), dtype=np.int64))
-        if recording.signature != found.signature:
-            raise UserError(f"{entry} is of {recording.signature}, others are of {found.signature}: two models")
+            stats = StoreStats(signature, np.zeros((signature.moe_layers, signature.num_experts), dtype=np.int64))
+        if recording.signature != stats.signature:
+            raise UserError(f"{entry} is of {recording.signature}, others are of {stats.signature}: two models")
         ids = recording.ids[recording.valid]
         for j in range(ids.shape[1]):
-            found.load[recording.first_layer + j] += np.bincount(ids[:, j].ravel(), minlength=found.load.shape[1])
-        found.records += 1
-        found.rows += len(recording.ids)
-        found.valid += len(ids)
-        found.encoded += entry.length
-        found.bound += min_bytes(recording.signature, recording.num_sets)
-        found.sources[entry.source] += 1
+            stats.load[recording.first_layer + j] += np.bincount(ids[:, j].ravel(), minlength=stats.load.shape[1])
+        stats.records += 1
+        stats.rows += len(recording.ids)
+        stats.valid += len(ids)
+        stats.encoded += entry.length
+        stats.bound += min_bytes(recording.signature, recording.num_sets)
+        stats.sources[entry.source] += 1
         for span in recording.spans:
-            found.versions[span.version] += span.end - span.start
+            stats.versions[span.version] += span.end - span.start
         if not recording.spans:
-            found.versions["unknown"] += len(recording.ids)
-    if found is None:
+            stats.versions["unknown"] += len(recording.ids)
+    if stats is None:
         raise UserError(f"{store.directory} holds no intact recording: was the run ended before its first step?")
-    return found
+    return stats
 
 
 def load_entropy(load: np.ndarray) -> np.ndarray:
-    """Entropy of the experts' shares of a layer over log E: 1 when all are used alike, 0 when only one is.
+    """Compute the entropy of the experts' shares of each layer, over log E: 1 when all are used alike, 0 when one is.
 
     Args:
         load: `[layers, experts]` counts.
@@ -105,134 +111,150 @@ def load_entropy(load: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = load / load.sum(axis=1, keepdims=True)
         nats = -np.where(load > 0, share * np.log(share), 0 * share).sum(axis=1)
-    found: np.ndarray = nats / math.log(load.shape[1]) if load.shape[1] > 1 else nats + 1
-    return found
+    entropy: np.ndarray = nats / math.log(load.shape[1]) if load.shape[1] > 1 else nats + 1
+    return entropy
 
 
 def compare_stores(a: RouteStore, b: RouteStore) -> StoreOverlap:
     """Compare the samples that two stores hold under one (step, sample) and with the same tokens.
 
+    Args:
+        a: the first store.
+        b: the second store.
+
     Raises:
-        UserError: they are of different models.
+        UserError: the stores are of different models.
     """
-    theirs = {(entry.step, entry.sample): entry for entry in b.entries}
-    ours = {(entry.step, entry.sample) for entry in a.entries}
-    found: StoreOverlap | None = None
-    for entry, mine in _readable(a):
+    b_entries = {(entry.step, entry.sample): entry for entry in b.entries}
+    a_keys = {(entry.step, entry.sample) for entry in a.entries}
+    overlap: StoreOverlap | None = None
+    for entry, a_routes in _readable(a):
         key = entry.step, entry.sample
-        if key not in theirs:
+        if key not in b_entries:
             continue
-        other = b.read_or_none(theirs[key])
-        if other is None:
+        b_routes = b.read_or_none(b_entries[key])
+        if b_routes is None:
             continue
-        if other.signature != mine.signature:
-            raise UserError(f"{a.directory} holds routes of {mine.signature}, {b.directory} of {other.signature}")
-        if found is None:
-            found = _no_overlap(mine.signature)
-        if other.token_hash != mine.token_hash:
-            found.other_tokens.append(key)
+        if b_routes.signature != a_routes.signature:
+            of_a, of_b = a_routes.signature, b_routes.signature
+            raise UserError(f"{a.directory} holds routes of {of_a}, {b.directory} of {of_b}")
+        if overlap is None:
+            overlap = _empty_overlap(a_routes.signature)
+        if b_routes.token_hash != a_routes.token_hash:
+            overlap.other_tokens.append(key)
             continue
-        found.matched += 1
-        _add_overlap(found, mine, other)
-    found = found or _no_overlap(RouteSignature(0, 0, 0))
-    found.only = len(ours - theirs.keys()), len(theirs.keys() - ours)
-    return found
+        overlap.matched += 1
+        _add_overlap(overlap, a_routes, b_routes)
+    overlap = overlap or _empty_overlap(RouteSignature(0, 0, 0))
+    overlap.only = len(a_keys - b_entries.keys()), len(b_entries.keys() - a_keys)
+    return overlap
 
 
-def _no_overlap(signature: RouteSignature) -> StoreOverlap:
+def _empty_overlap(signature: RouteSignature) -> StoreOverlap:
+    """Make an overlap of no rows."""
     rows, equal, common = (np.zeros(signature.moe_layers, dtype=np.int64) for _ in range(3))
     return StoreOverlap(signature, rows, equal, common)
 
 
 def _add_overlap(total: StoreOverlap, a: SampleRoutes, b: SampleRoutes) -> None:
+    """Add the overlap of one sample's routes."""
     rows = min(len(a.ids), len(b.ids))
     both = a.valid[:rows] & b.valid[:rows]
     first, last = max(a.first_layer, b.first_layer), min(r.first_layer + r.ids.shape[1] for r in (a, b))
     x, y = (r.ids[:rows][both][:, first - r.first_layer : last - r.first_layer] for r in (a, b))
-    for part in layer_chunks(len(x), x.shape[1]):
-        layers = slice(first + part.start, first + part.stop)
-        mine, other = sorted_sets(x[:, part]), sorted_sets(y[:, part])
+    for chunk in layer_chunks(len(x), x.shape[1]):
+        layers = slice(first + chunk.start, first + chunk.stop)
+        a_sets, b_sets = sorted_sets(x[:, chunk]), sorted_sets(y[:, chunk])
         total.rows[layers] += len(x)
-        total.equal[layers] += (mine == other).all(axis=0).sum(axis=1)
-        for expert in mine:
-            total.common[layers] += (other == expert).any(axis=0).sum(axis=1)
+        total.equal[layers] += (a_sets == b_sets).all(axis=0).sum(axis=1)
+        for expert in a_sets:
+            total.common[layers] += (b_sets == expert).any(axis=0).sum(axis=1)
 
 
 def _readable(store: RouteStore) -> Iterator[tuple[RecordEntry, SampleRoutes]]:
+    """Yield the intact records of a store."""
     return store.iter_records(skip_damaged=True)
 
 
 def print_store(path: str, other: str = "") -> None:
-    """Print what the store at `path` holds and, with `other`, how far that store's routes are the same.
+    """Print the statistics of a store and, with `other`, its overlap with that store.
+
+    Args:
+        path: directory of the store.
+        other: directory of a store to compare with; empty: none.
 
     Raises:
         UserError: one of the two is no store, or they are of different models.
     """
     console = Console(soft_wrap=True)
     with RouteStore(path) as store:
-        _print_content(console, store, compute_stats(store))
+        _print_stats(console, store, compute_stats(store))
         if other:
             with RouteStore(other) as second:
                 _print_overlap(console, store, second)
 
 
-def _print_content(console: Console, store: RouteStore, found: StoreStats) -> None:
-    s, steps = found.signature, {entry.step for entry in store.entries}
-    sources = " and ".join(sorted(found.sources))
+def _print_stats(console: Console, store: RouteStore, stats: StoreStats) -> None:
+    """Print a store's statistics: lines, and a table of the load by layer."""
+    s, steps = stats.signature, {entry.step for entry in store.entries}
+    sources = " and ".join(sorted(stats.sources))
     console.print(
-        f"{store.directory}: {found.records:,} samples of {len(steps):,} steps ({min(steps)} to {max(steps)}), "
+        f"{store.directory}: {stats.records:,} samples of {len(steps):,} steps ({min(steps)} to {max(steps)}), "
         f"{sources}; {s.moe_layers} MoE layers, {s.topk} of {s.num_experts} experts"
     )
-    console.print(f"rows {found.rows:,}, with a route {found.valid:,} ({_share(found.valid, found.rows)})")
-    console.print("weight versions (rows): " + ", ".join(f"{name} ({rows:,})" for name, rows in found.versions.items()))
-    if found.valid:
-        size, least = found.encoded / found.valid, found.bound / found.valid
+    console.print(f"rows {stats.rows:,}, with a route {stats.valid:,} ({_share(stats.valid, stats.rows)})")
+    console.print("weight versions (rows): " + ", ".join(f"{name} ({rows:,})" for name, rows in stats.versions.items()))
+    if stats.valid:
+        size, least = stats.encoded / stats.valid, stats.bound / stats.valid
         ratio = f" ({size / least:.3f} of it)" if least else ""
         plain = 4 * s.moe_layers * s.topk
         console.print(f"bytes a row with a route: {size:,.1f}, at least {least:,.1f}{ratio}; int32 takes {plain:,}")
     _print_damage(console, store)
     columns = ("layer", "entropy", "max/mean", "min/mean", "unused", "busiest (share of choices)")
     table = Table(*columns, title="load of the experts", title_justify="left")
-    for layer, (load, even) in enumerate(zip(found.load, load_entropy(found.load), strict=True)):
+    for layer, (load, even) in enumerate(zip(stats.load, load_entropy(stats.load), strict=True)):
         mean = load.mean()
         if not mean:
             table.add_row(str(layer), *["–"] * 5)
             continue
-        busiest = ", ".join(f"{e} ({load[e] / load.sum():.1%})" for e in np.argsort(-load, kind="stable")[:_NAMED])
+        busiest = ", ".join(f"{e} ({load[e] / load.sum():.1%})" for e in np.argsort(-load, kind="stable")[:_NUM_NAMED])
         unused = str(int((load == 0).sum()))
         numbers = (f"{even:.4f}", f"{load.max() / mean:.2f}", f"{load.min() / mean:.2f}")
         table.add_row(str(layer), *numbers, unused, busiest)
     console.print(table)
     console.print("every expert's load, as a share of its layer's busiest:")
-    for layer, load in enumerate(found.load):
+    for layer, load in enumerate(stats.load):
         height = np.ceil(load * (len(_BARS) - 1) / max(load.max(), 1)).astype(int)
         console.print(f"{layer:>5} {''.join(_BARS[h] for h in height)}")
 
 
 def _print_overlap(console: Console, a: RouteStore, b: RouteStore) -> None:
-    found = compare_stores(a, b)
+    """Compare two stores, and print a table by layer."""
+    overlap = compare_stores(a, b)
     _print_damage(console, b)
     console.print(
-        f"{found.matched:,} samples in both; only in {a.directory}: {found.only[0]:,}, only in {b.directory}:"
-        f" {found.only[1]:,}"
+        f"{overlap.matched:,} samples in both; only in {a.directory}: {overlap.only[0]:,}, only in {b.directory}:"
+        f" {overlap.only[1]:,}"
     )
-    if found.other_tokens:
-        named = ", ".join(f"step {step} sample {sample}" for step, sample in found.other_tokens[:_NAMED])
-        console.print(f"{len(found.other_tokens):,} samples are of other tokens and not compared: {named}")
+    if overlap.other_tokens:
+        named = ", ".join(f"step {step} sample {sample}" for step, sample in overlap.other_tokens[:_NUM_NAMED])
+        console.print(f"{len(overlap.other_tokens):,} samples are of other tokens and not compared: {named}")
     table = Table("layer", "rows", "same set", "|A ∩ B| / k", title=f"overlap with {b.directory}", title_justify="left")
-    sums = zip(found.rows, found.equal, found.common, strict=True)
+    sums = zip(overlap.rows, overlap.equal, overlap.common, strict=True)
     for name, rows, equal, common in [
         *((str(layer), *values) for layer, values in enumerate(sums)),
-        ("all", found.rows.sum(), found.equal.sum(), found.common.sum()),
+        ("all", overlap.rows.sum(), overlap.equal.sum(), overlap.common.sum()),
     ]:
-        table.add_row(name, f"{rows:,}", _share(equal, rows), _share(common, rows * found.signature.topk))
+        table.add_row(name, f"{rows:,}", _share(equal, rows), _share(common, rows * overlap.signature.topk))
     console.print(table)
 
 
 def _print_damage(console: Console, store: RouteStore) -> None:
+    """Print the ranges of a store that could not be read."""
     for damage in store.damage:
         console.print(f"not read: {damage}")
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "–"
+def _share(count: int, total: int) -> str:
+    """Format a share in per cent."""
+    return f"{count / total:.2%}" if total else "–"
