@@ -40,11 +40,13 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
     )
 
     def scores(items: list[Item]) -> list[Score]:
-        asked = [(0, body(item), lambda reply: parse_reward(reply, settings.label)) for item in items]
-        found = http_client.post_all([url], "/classify", asked, limits, max_failures=len(asked))
+        requests = [
+            http_client.HttpRequest(0, body(item), lambda reply: parse_reward(reply, settings.label)) for item in items
+        ]
+        results = http_client.post_all([url], "/classify", requests, limits, max_failures=len(requests))
         return [
-            Score(None, str(each)) if isinstance(each, UserError) else Score(each + checked(item))
-            for each, item in zip(found, items, strict=True)
+            Score(None, str(result)) if isinstance(result, UserError) else Score(result + checked(item))
+            for result, item in zip(results, items, strict=True)
         ]
 
     def checked(item: Item) -> float:

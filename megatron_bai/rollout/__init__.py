@@ -1,1 +1,1 @@
-"""Ask SGLang servers for samples with log-probabilities and routes."""
+"""Sample from SGLang servers, with log-probabilities and routes."""

@@ -1,4 +1,4 @@
-"""Asks SGLang servers for samples, many at a time, and returns only what passed every check."""
+"""The client of SGLang servers: many requests at a time, of which only replies that pass every check are returned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,18 +16,20 @@ from megatron_bai.rollout.servers.auth import register_key
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
-_RESERVED_TOKENS = 7  # positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py)
+# Positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py).
+_RESERVED_TOKENS = 7
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One sample to ask for.
+    """A sample to request.
 
     Attributes:
         prompt_index: index of its prompt in the batch.
-        prompt_ids: of the prompt.
-        seed: of the sample. SGLang's draw depends on it and the token's position, so it serves every part of a sample.
-        partial: what there is of it; None: it begins.
+        prompt_ids: token ids of the prompt.
+        seed: of the sample. SGLang's draw depends on it and the token's position, so one seed serves all requests of a
+            sample that is sampled in several goes.
+        partial: the sample so far, which the request continues; None: it begins.
     """
 
     prompt_index: int
@@ -37,9 +39,10 @@ class SampleRequest:
 
 
 class RolloutClient:
-    """Synchronous outside, concurrent inside: call it where no event loop runs. Holds no connection between calls.
+    """A synchronous client that sends requests concurrently. Call it where no event loop runs.
 
-    A prompt's samples are asked of one server, and of the next one when that fails.
+    A prompt's samples are requested from one server, and from the next one when that fails. No connection is held
+    between calls.
 
     Args:
         urls: of servers with the same weights, `http://host:port`.
@@ -47,7 +50,7 @@ class RolloutClient:
         signature: of the served model's routes.
         vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
         max_length: its longest sequence, in tokens.
-        first_server: which of them has the first prompt, so that several clients begin at different ones.
+        first_server: index of the server of the first prompt, so that several clients begin at different ones.
     """
 
     def __init__(
@@ -79,79 +82,86 @@ class RolloutClient:
         """Sample `group_size` responses to every prompt.
 
         Args:
-            prompts: token ids.
-            seed: under `rollout.deterministic` it determines the samples, whatever order the server takes them in.
+            prompts: token ids of each.
+            group_size: samples of a prompt.
+            seed: under `rollout.deterministic` it determines the samples, in whatever order the server computes them.
             stop_token_id: ends a response, and belongs to it.
-            first_prompt: number of the first prompt in the stream: the seed of a sample depends on its prompt's number,
-                so that it does not matter who asks for which part of the stream.
+            first_prompt: index of the first prompt in the stream of prompts. The seed of a sample depends on its
+                prompt's index there, and not on which client requests it.
             temperature: None takes `rollout.temperature`.
             version: of the weights that must have sampled; None takes any.
-            max_failures: how many samples may fail: why they did is returned in their place. When one more has failed
-                nobody waits for the rest, which have failed then, too. None: the first failure is raised.
-            previous: what an earlier call with the same arguments returned: only what failed is asked again.
+            max_failures: how many samples may fail; the error is returned in their place. When one more has failed, the
+                other requests are cancelled and count as failed, too. None: the first failure is raised.
+            previous: results of an earlier call with the same arguments, of which only failures are requested again.
 
         Returns:
-            `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted says so in
-            `finish` and may be short.
+            `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted has the
+            finish `abort` and may be short.
 
         Raises:
             UserError: a prompt the model cannot take, before anything is sent; or a sample failed.
         """
-        members = [(index, list(ids), member) for index, ids in enumerate(prompts) for member in range(group_size)]
-        wanted = [SampleRequest(index, ids, sampling_seed(seed, first_prompt + index, member)) for index, ids, member in members]
-        lacking = [i for i in range(len(members)) if not previous or not isinstance(previous[i], Sample)]
-        asked = self.sample([wanted[i] for i in lacking], stop_token_id, temperature, 0, version, max_failures)
-        found = dict(zip(lacking, asked, strict=True))
-        return [found[i] if i in found else previous[i] for i in range(len(members))]
+        requests = [
+            SampleRequest(index, list(ids), sampling_seed(seed, first_prompt + index, member))
+            for index, ids in enumerate(prompts)
+            for member in range(group_size)
+        ]
+        lacking = [i for i in range(len(requests)) if not previous or not isinstance(previous[i], Sample)]
+        results = self.sample([requests[i] for i in lacking], stop_token_id, temperature, 0, version, max_failures)
+        new = dict(zip(lacking, results, strict=True))
+        return [new[i] if i in new else previous[i] for i in range(len(requests))]
 
     def sample(
         self,
-        wanted: Sequence[SampleRequest],
+        requests: Sequence[SampleRequest],
         stop_token_id: int,
         temperature: float | None = None,
         budget: int = 0,
         version: str | None = None,
         max_failures: int | None = None,
     ) -> list[Sample | UserError]:
-        """Begin samples, or go on with them.
+        """Begin samples, or continue them.
 
         Args:
-            stop_token_id, temperature, max_failures: as in `generate`.
-            budget: new tokens of each at most; 0: `rollout.max_new_tokens`, which always is the most of all its parts.
-            version: of the weights that must have sampled what is new; None takes any.
+            requests: the samples to begin or to continue.
+            stop_token_id: as in `generate`.
+            temperature: as in `generate`.
+            budget: the most new tokens of each sample; 0: `rollout.max_new_tokens`, which always bounds the response.
+            version: of the weights that must have sampled the new tokens; None takes any.
+            max_failures: as in `generate`.
 
         Returns:
-            Each with what there was of it before. One that used up its budget is not `complete`.
+            The samples, each with its tokens so far. One that used up its budget is not `complete`.
 
         Raises:
             UserError: as `generate`.
         """
-        for each in wanted:
-            self._check_ids(each.prompt_ids, self.rollout.max_new_tokens, f"prompt {each.prompt_index}")
+        for request in requests:
+            self._check_ids(request.prompt_ids, self.rollout.max_new_tokens, f"prompt {request.prompt_index}")
         budget = budget or self.rollout.max_new_tokens
-        requests = [self._sampling_request(each, stop_token_id, temperature, budget, version) for each in wanted]
-        longest = max((len(each.prompt_ids) for each in wanted), default=0) + self.rollout.max_new_tokens
-        return self._post_all(requests, longest, max_failures)
+        http_requests = [self._sampling_request(r, stop_token_id, temperature, budget, version) for r in requests]
+        longest = max((len(r.prompt_ids) for r in requests), default=0) + self.rollout.max_new_tokens
+        return self._post_all(http_requests, longest, max_failures)
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
-        """The server's own log-probabilities of given tokens, at temperature 1.
+        """Compute log-probabilities of given tokens under the server, at temperature 1.
 
         Args:
             token_lists: each at least two token ids.
 
         Returns:
-            For a list of T tokens `[T − 1]` float32: those of tokens 1…T−1 given the tokens before.
+            For each list of T tokens `[T − 1]` float32: those of tokens 1…T−1 given the tokens before.
 
         Raises:
             UserError: as `generate`.
         """
         for index, ids in enumerate(token_lists):
             self._check_ids(ids, 0, f"sequence {index}")
-
         requests = [self._scoring_request(list(ids)) for ids in token_lists]
         return cast(list[np.ndarray], self._post_all(requests, max(map(len, token_lists))))  # a failure is raised
 
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
+        """Refuse token ids that the model cannot take, with `new_tokens` more."""
         if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
             raise UserError(f"{where} is empty or has a token id outside [0, {self.vocab_size})")
         if len(ids) + new_tokens > self.max_length:
@@ -161,12 +171,13 @@ class RolloutClient:
             )
 
     def _sampling_request(
-        self, wanted: SampleRequest, stop_token_id: int, temperature: float | None, budget: int, version: str | None
+        self, request: SampleRequest, stop_token_id: int, temperature: float | None, budget: int, version: str | None
     ) -> HttpRequest[Sample]:
-        partial = wanted.partial
-        ids = wanted.prompt_ids if partial is None else partial.tokens.tolist()
-        left = self.rollout.max_new_tokens - (len(ids) - len(wanted.prompt_ids))
-        limit = min(budget, left)
+        """Make the HTTP request of a sample."""
+        partial = request.partial
+        ids = request.prompt_ids if partial is None else partial.tokens.tolist()
+        remaining = self.rollout.max_new_tokens - (len(ids) - len(request.prompt_ids))
+        limit = min(budget, remaining)
         params: dict[str, Any] = {
             "temperature": self.rollout.temperature if temperature is None else temperature,
             "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
@@ -174,59 +185,70 @@ class RolloutClient:
             "max_new_tokens": limit,
             "stop_token_ids": [stop_token_id],
         }
-        if self.rollout.deterministic:  # without the server's flag a seed is ignored in silence
-            params["sampling_seed"] = wanted.seed
+        if self.rollout.deterministic:  # without the server's flag a seed is ignored
+            params["sampling_seed"] = request.seed
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
-        start = 0 if partial is None else len(ids) - 1  # rows that there are already are not sent once more
+        start = 0 if partial is None else len(ids) - 1  # rows that are here already are not sent again
         if start:
             body["routed_experts_start_len"] = start
 
-        def read(reply: Any) -> Sample:
-            part = parse_sample(reply, wanted.prompt_index, ids, self.signature, limit, stop_token_id, start)
-            if part.tokens.max() >= self.vocab_size:
-                raise ValueError(f"token {part.tokens.max()} is outside the vocabulary of {self.vocab_size}")
-            if version is not None and (wrong := {span.version for span in part.spans} - {version}):
+        def parse(reply: Any) -> Sample:
+            sample = parse_sample(reply, request.prompt_index, ids, self.signature, limit, stop_token_id, start)
+            if sample.tokens.max() >= self.vocab_size:
+                raise ValueError(f"token {sample.tokens.max()} is outside the vocabulary of {self.vocab_size}")
+            if version is not None and (wrong := {span.version for span in sample.spans} - {version}):
                 raise ValueError(f"sampled with weights {sorted(wrong)}, the trainer is at {version}")
-            if part.finish == "length" and limit < left:
-                part = replace(part, finish=PARTIAL)
-            return part if partial is None else partial.append(part)
+            if sample.finish == "length" and limit < remaining:
+                sample = replace(sample, finish=PARTIAL)
+            return sample if partial is None else partial.append(sample)
 
-        return wanted.prompt_index, body, read
+        return HttpRequest(self.first_server + request.prompt_index, body, parse)
 
     def _scoring_request(self, ids: list[int]) -> HttpRequest[np.ndarray]:
+        """Make the HTTP request of tokens' log-probabilities."""
         params = {"temperature": 1.0, "max_new_tokens": 0}
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
-        return 0, body, lambda reply: parse_logprobs(reply, ids, self.vocab_size)
+        return HttpRequest(self.first_server, body, lambda reply: parse_logprobs(reply, ids, self.vocab_size))
 
-    def _post_all(self, requests: list[HttpRequest[T]], longest: int, max_failures: int | None = None) -> list[T | UserError]:
-        """Results in order; `max_failures` as in `generate`.
+    def _post_all(
+        self, requests: list[HttpRequest[T]], longest: int, max_failures: int | None = None
+    ) -> list[T | UserError]:
+        """Post requests and return their results in order.
 
         Args:
-            longest: tokens of a request and its reply together.
+            requests: to `/generate`.
+            longest: the most tokens of a request and its reply together.
+            max_failures: as in `generate`.
         """
         rollout = self.rollout
         reply_bytes = max_reply_bytes(longest, self.signature)
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
-        turned = [(self.first_server + turn, body, read) for turn, body, read in requests]
-        found = post_all(self.urls, "/generate", turned, limits, max_failures or 0)
+        results = post_all(self.urls, "/generate", requests, limits, max_failures or 0)
         if max_failures is None:
-            for each in found:
-                if isinstance(each, UserError):
-                    raise each
-        return found
+            for result in results:
+                if isinstance(result, UserError):
+                    raise result
+        return results
 
 
 def max_request_tokens(rollout: Rollout, max_length: int) -> int:
-    """Tokens of a prompt and its response together that a server of a model takes.
+    """Compute the most tokens of a prompt and its response together that a server takes.
 
     Args:
+        rollout: whose `max_total_tokens` bounds them, too.
         max_length: the model's longest sequence.
     """
     return min(max_length, rollout.max_total_tokens) - _RESERVED_TOKENS
 
 
 def sampling_seed(seed: int | str, prompt: int, member: int) -> int:
-    """A seed in `[0, 2⁶³)` for one sample. Without one SGLang gives every member of a group the same."""
+    """Compute the seed of one sample, in `[0, 2⁶³)`. Without seeds SGLang gives every member of a group the same.
+
+    Args:
+        seed: of the run, or the name of a stream of prompts.
+        prompt: index of the prompt in the stream.
+        member: index of the sample in its group.
+    """
     digest = blake2b(f"{seed}/{prompt}/{member}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

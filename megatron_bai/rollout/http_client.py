@@ -1,29 +1,44 @@
-"""Many requests to SGLang servers at once, each repeated, by another server in turn, while its failure may pass."""
+"""Concurrent HTTP requests to SGLang servers, each retried with the next server, while its failure may be temporary."""
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers.auth import request_headers
-from megatron_bai.utils.strict_json import parse
+from megatron_bai.utils import strict_json
 
 T = TypeVar("T")
-HttpRequest: TypeAlias = tuple[int, dict[str, Any], Callable[[Any], T]]  # whose turn, what to send, what reads the reply
 _BACKOFF_S = 0.5  # before the first retry; doubles
 
 
 @dataclass(frozen=True)
+class HttpRequest(Generic[T]):
+    """One request.
+
+    Attributes:
+        server_index: index, counted round, of the server that is tried first; the others follow where it fails.
+        body: JSON to send.
+        parse: makes the result of a reply's JSON; raises ValueError for a reply that it cannot take.
+    """
+
+    server_index: int
+    body: dict[str, Any]
+    parse: Callable[[Any], T]
+
+
+@dataclass(frozen=True)
 class RequestLimits:
-    """How a server is asked.
+    """The limits of requests.
 
     Attributes:
         concurrency: requests in flight.
-        timeout_s: of one attempt; `setting` names it in messages.
+        timeout_s: of one attempt.
         retries: of one request.
+        setting: name of the setting of `timeout_s`, for messages.
         reply_bytes: of one reply's body; nothing beyond them is read.
     """
 
@@ -37,36 +52,40 @@ class RequestLimits:
 def post_all(
     urls: Sequence[str], path: str, requests: Sequence[HttpRequest[T]], limits: RequestLimits, max_failures: int = 0
 ) -> list[T | UserError]:
-    """Post every request; results in order. Holds no connection. Call it where no event loop runs.
+    """Post every request, concurrently. No connection is held afterwards. Call it where no event loop runs.
 
     Args:
         urls: of servers that answer alike.
-        requests: the first part of each is the place in `urls`, counted round, of the server that is asked first, and
-            of the others after it where that fails; the last part raises ValueError for a reply that it cannot take.
-        max_failures: how many requests may fail for good. When one more has, nobody waits for the rest.
+        path: to post to.
+        requests: see `HttpRequest`.
+        limits: see `RequestLimits`.
+        max_failures: how many requests may fail for good. When one more has, the other requests are cancelled.
 
     Returns:
-        What each became. A request that failed, or that nobody waited for, has a UserError in its place, which names
-        the server and what went wrong last.
+        The results in order. A request that failed or was cancelled has a UserError in its place, which names the
+        server and what went wrong last.
     """
 
     async def run() -> list[T | UserError]:
         semaphore = asyncio.Semaphore(limits.concurrency)
         timeout = aiohttp.ClientTimeout(total=limits.timeout_s)
-        connector = aiohttp.TCPConnector(limit=0)  # the semaphore limits: waiting for it is not the server's fault
-        # Bodies stay as they were sent, so that `_read` sees their size.
+        connector = aiohttp.TCPConnector(limit=0)  # the semaphore limits, so that waiting is in no request's time
+        # Bodies are not decompressed, so that `_read` sees their size.
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
-            asked = [asyncio.ensure_future(_post_with_retries(session, semaphore, urls, path, limits, *each)) for each in requests]
-            return await _gather_until(asked, max_failures)
+            tasks = [
+                asyncio.ensure_future(_post_with_retries(session, semaphore, urls, path, limits, request))
+                for request in requests
+            ]
+            return await _gather_until(tasks, max_failures)
 
     return asyncio.run(run())
 
 
-async def _gather_until(asked: Sequence[asyncio.Future[Any]], max_failures: int) -> list[Any]:
-    """Results or UserErrors, in order; what is not a UserError is raised."""
+async def _gather_until(tasks: Sequence[asyncio.Future[Any]], max_failures: int) -> list[Any]:
+    """Wait for results or UserErrors, in order, until too many failed; raise any other error."""
     failures: list[UserError] = []
     try:
-        for done in asyncio.as_completed(asked):
+        for done in asyncio.as_completed(tasks):
             try:
                 await done
             except UserError as error:
@@ -74,11 +93,11 @@ async def _gather_until(asked: Sequence[asyncio.Future[Any]], max_failures: int)
                 if len(failures) > max_failures:
                     break
     finally:
-        for each in asked:
-            each.cancel()
-        found = await asyncio.gather(*asked, return_exceptions=True)
-    given_up = failures[0] if failures else None
-    return [given_up if isinstance(each, asyncio.CancelledError) else each for each in found]
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    first_failure = failures[0] if failures else None
+    return [first_failure if isinstance(result, asyncio.CancelledError) else result for result in results]
 
 
 async def _post_with_retries(
@@ -87,23 +106,22 @@ async def _post_with_retries(
     urls: Sequence[str],
     path: str,
     limits: RequestLimits,
-    turn: int,
-    body: dict[str, Any],
-    read: Callable[[Any], T],
+    request: HttpRequest[T],
 ) -> T:
+    """Post one request until it succeeds or has failed for good."""
     failure, attempts = "", limits.retries + 1
     for attempt in range(attempts):
         if attempt:
             await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
-        url = urls[(turn + attempt) % len(urls)]
+        url = urls[(request.server_index + attempt) % len(urls)]
         try:
-            async with semaphore, _post(session, url, path, body) as reply:
+            async with semaphore, _post(session, url, path, request.body) as reply:
                 text, status = await _read(reply, limits.reply_bytes), reply.status
-            if 400 <= status < 500:  # asking again would not help
+            if 400 <= status < 500:  # a retry would not help
                 raise UserError(f"SGLang at {url} refused a request with {status}: {_excerpt(text)}")
             if status != 200:
                 raise ValueError(f"status {status}: {_excerpt(text)}")
-            return read(parse(text))
+            return request.parse(strict_json.parse(text))
         except TimeoutError:
             failure = f"no answer within {limits.setting}={limits.timeout_s:g} s"
         except aiohttp.ClientError as error:
@@ -114,25 +132,27 @@ async def _post_with_retries(
 
 
 def _post(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
-    return session.post(url + path, json=body, headers=request_headers(url), allow_redirects=False)  # the key is this server's
+    """Post once, without following redirects: the key is this server's alone."""
+    return session.post(url + path, json=body, headers=request_headers(url), allow_redirects=False)
 
 
 async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The body.
+    """Read the body of a reply.
 
     Raises:
-        ValueError: it is longer than `limit`, or compressed, which would say nothing of its length.
+        ValueError: it is longer than `limit` bytes, or compressed, so that its length is not known.
     """
     if encoding := reply.headers.get("Content-Encoding"):
         raise ValueError(f"the reply is compressed ({encoding[:20]}), which was not asked for")
-    chunks, size = [], 0
+    chunks, num_bytes = [], 0
     async for chunk in reply.content.iter_any():
         chunks.append(chunk)
-        size += len(chunk)
-        if size > limit:
+        num_bytes += len(chunk)
+        if num_bytes > limit:
             raise ValueError(f"the reply is longer than {limit} bytes, more than any answer to the request")
     return b"".join(chunks)
 
 
 def _excerpt(text: bytes) -> str:
+    """Return the beginning of a body, for a message."""
     return text[:300].decode(errors="replace")

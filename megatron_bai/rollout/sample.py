@@ -1,4 +1,4 @@
-"""One response and all that training needs to know about it: nothing is looked up by position in a second list."""
+"""One sampled response with all that training needs of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +20,13 @@ class Sample:
         prompt_length: tokens of the prompt.
         logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
             inference engine, at the temperature sampled with.
-        routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`); of one that is lost, none.
+        routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`); `[0, …]` of a lost sample.
         spans: weight versions that the response's tokens were sampled with, covering them in order.
-        finish: `stop` (end token), `length` (ran out of tokens), `abort`, `partial` (ran out of those of one go, and is
-            to be gone on with), or `lost` (see `lost_sample`).
+        finish: `stop` (end token), `length` (all tokens used), `abort`, `partial` (the tokens of one go used; another
+            continues it), or `lost` (see `lost_sample`).
         route_mask: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
-        reward: a finite number; None before it is known, and for good where `failure` says why there is none.
+        reward: a finite number; None before it is known, and where it failed.
+        failure: why there is no reward; empty where there is one or it is not known yet.
     """
 
     prompt_index: int
@@ -41,7 +42,7 @@ class Sample:
 
     @property
     def lost(self) -> bool:
-        """Whether no server could be had to sample it: there is a prompt alone, and nothing to learn from."""
+        """Whether the sample's request failed for good: there is a prompt alone."""
         return self.finish == LOST
 
     @property
@@ -51,58 +52,62 @@ class Sample:
 
     @property
     def full_route_mask(self) -> np.ndarray:
-        """`route_mask`, as an array also where all are."""
+        """`[T − 1]` bool, `route_mask` as an array also where it is None."""
         return np.ones(len(self.routes), dtype=bool) if self.route_mask is None else self.route_mask
 
     @property
     def row_spans(self) -> tuple[VersionSpan, ...]:
-        """Weight versions of the rows of `routes`: row t was computed to sample token t + 1, the prompt's before the
-        first token of the response."""
+        """Weight versions of the rows of `routes`.
+
+        Row t was computed to sample token t + 1; the prompt's rows belong to the first token of the response.
+        """
         shift = self.prompt_length - 1
         spans = [VersionSpan(span.version, span.start + shift, span.end + shift) for span in self.spans]
         return (VersionSpan(spans[0].version, 0, spans[0].end), *spans[1:]) if spans else ()
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more is to be sampled of it."""
+        """Whether the sample needs no further request."""
         return self.finish != PARTIAL
 
-    def append(self, part: "Sample") -> "Sample":
-        """This and what was sampled after it, with the weights that the server had then.
+    def append(self, continuation: "Sample") -> "Sample":
+        """Append tokens that were sampled after this sample's, with the weights that the server had then.
 
         Args:
-            part: its prompt is all of this sample's tokens. The server computed them again, with its weights: what they
-                were sampled with stays, so of `part` the rows that predicted its own tokens are taken. The first of
-                them is of this sample's last token, which had none.
+            continuation: whose prompt is all of this sample's tokens. The server computed these again, with its
+                weights; this sample's rows of routes stay, only the rows that predicted the continuation's tokens are
+                appended. The first of them is of this sample's last token, which had none.
         """
-        assert np.array_equal(part.tokens[: part.prompt_length], self.tokens), "it continues another sample"
-        kept, length = len(self.tokens) - 1, len(self.response)
+        assert np.array_equal(continuation.tokens[: continuation.prompt_length], self.tokens), "of another sample"
+        rows, length = len(self.tokens) - 1, len(self.response)
         spans = list(self.spans)
-        for span in part.spans:
+        for span in continuation.spans:
             start = spans.pop().start if spans[-1].version == span.version else span.start + length
             spans.append(VersionSpan(span.version, start, span.end + length))
-        recorded = np.concatenate([self.full_route_mask, part.full_route_mask[kept:]])
+        route_mask = np.concatenate([self.full_route_mask, continuation.full_route_mask[rows:]])
         return replace(
-            part,
+            continuation,
             prompt_length=self.prompt_length,
-            logprobs=np.concatenate([self.logprobs, part.logprobs]),
-            routes=np.concatenate([self.routes, part.routes[kept:]]),
+            logprobs=np.concatenate([self.logprobs, continuation.logprobs]),
+            routes=np.concatenate([self.routes, continuation.routes[rows:]]),
             spans=tuple(spans),
-            route_mask=None if recorded.all() else recorded,
+            route_mask=None if route_mask.all() else route_mask,
         )
 
     def select_layers(self, columns: Sequence[int]) -> "Sample":
-        """The same with the routes of some MoE layers, which are counted from 0."""
+        """Return the sample with the routes of some MoE layers, counted from 0."""
         return replace(self, routes=self.routes[:, list(columns)])
 
 
-def lost_sample(prompt: int, ids: Sequence[int], signature: RouteSignature, failure: str) -> Sample:
-    """Takes the place of a sample whose request failed for good: the prompt, no response, no row of routes, no reward.
+def lost_sample(prompt_index: int, ids: Sequence[int], signature: RouteSignature, failure: str) -> Sample:
+    """Make the stand-in for a sample whose request failed for good: a prompt without response, routes or reward.
 
     Args:
-        prompt, ids: as in `Sample`.
-        failure: why it failed.
+        prompt_index: index of the prompt in its batch.
+        ids: token ids of the prompt.
+        signature: of the served model's routes.
+        failure: why the request failed.
     """
     routes = np.zeros((0, signature.moe_layers, signature.topk), signature.dtype)
     tokens, none = np.array(ids, dtype=np.int64), np.zeros(0, np.float32)
-    return Sample(prompt, tokens, len(tokens), none, routes, (), LOST, failure=failure)
+    return Sample(prompt_index, tokens, len(tokens), none, routes, (), LOST, failure=failure)

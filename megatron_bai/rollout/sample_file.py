@@ -1,7 +1,7 @@
-"""Samples in a file: numpy's archive of a few flat arrays, read without unpickling anything.
+"""Files of samples: numpy archives of a few flat arrays, read without unpickling.
 
-    about     uint8, JSON: for each sample its number, lengths, spans, finish, reward and failure
-    tokens, logprobs, routes, recorded    of all samples, one after the other
+- `about`: uint8, JSON: for each sample its number, lengths, spans, finish, reward and failure.
+- `tokens`, `logprobs`, `routes`, `recorded` (the route mask): of all samples, one after the other.
 """
 
 import json
@@ -18,27 +18,41 @@ from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 
 def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSignature) -> None:
-    """Keep samples, each with a number that says what it belongs to.
+    """Write samples, each with a number that says what it belongs to.
+
+    Args:
+        path: of the file.
+        samples: pairs of number and sample.
+        signature: of their routes.
 
     Raises:
         OSError: the file cannot be written.
     """
-    made = [sample for _, sample in samples]
+    values = [sample for _, sample in samples]
+    about = json.dumps([_sample_metadata(number, sample) for number, sample in samples])
+    layers, topk = signature.moe_layers, signature.topk
     arrays: dict[str, Any] = {
-        "about": np.frombuffer(json.dumps([_sample_metadata(*each) for each in samples]).encode(), dtype=np.uint8),
-        "tokens": _concatenate([sample.tokens for sample in made], np.int64),
-        "logprobs": _concatenate([sample.logprobs for sample in made], np.float32),
-        "routes": _concatenate([sample.routes for sample in made], signature.dtype, signature.moe_layers, signature.topk),
-        "recorded": _concatenate([sample.full_route_mask for sample in made], bool),
+        "about": np.frombuffer(about.encode(), dtype=np.uint8),
+        "tokens": _concatenate([sample.tokens for sample in values], np.int64),
+        "logprobs": _concatenate([sample.logprobs for sample in values], np.float32),
+        "routes": _concatenate([sample.routes for sample in values], signature.dtype, layers, topk),
+        "recorded": _concatenate([sample.full_route_mask for sample in values], bool),
     }
     np.savez(path, **arrays)
 
 
 def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sample]]:
-    """What `write` kept.
+    """Read a file that `write_samples` wrote.
+
+    Args:
+        path: of the file.
+        signature: of the routes.
+
+    Returns:
+        Pairs of number and sample. `prompt_index` is not in the file, and is 0.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or holds something else.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -46,11 +60,16 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             names = ("tokens", "logprobs", "routes", "recorded")
             tokens, logprobs, routes, recorded = (archive[name] for name in names)
         check_ids(routes, signature, str(path))
-        totals = [each["tokens"] for each in about]
-        responses = [each["tokens"] - each["prompt"] for each in about]
-        rows = [0 if each["finish"] == LOST else each["tokens"] - 1 for each in about]
-        parts = (_split_rows(tokens, totals), _split_rows(logprobs, responses), _split_rows(routes, rows), _split_rows(recorded, rows))
-        return [(each["number"], _sample(each, *own)) for each, *own in zip(about, *parts, strict=True)]
+        totals = [entry["tokens"] for entry in about]
+        responses = [entry["tokens"] - entry["prompt"] for entry in about]
+        rows = [0 if entry["finish"] == LOST else entry["tokens"] - 1 for entry in about]
+        arrays = (
+            _split_rows(tokens, totals),
+            _split_rows(logprobs, responses),
+            _split_rows(routes, rows),
+            _split_rows(recorded, rows),
+        )
+        return [(entry["number"], _make_sample(entry, *values)) for entry, *values in zip(about, *arrays, strict=True)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, BadZipFile) as error:
@@ -58,15 +77,17 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
 
 
 def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
+    """Return what `about` holds of one sample."""
     spans = [[span.version, span.start, span.end] for span in sample.spans]
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
     return {"number": number, **lengths, "spans": spans, **outcome}
 
 
-def _sample(
-    about: dict[str, Any], tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray, recorded: np.ndarray
+def _make_sample(
+    about: dict[str, Any], tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray, route_mask: np.ndarray
 ) -> Sample:
+    """Make one sample of its metadata and arrays."""
     return Sample(
         prompt_index=0,
         tokens=tokens,
@@ -75,18 +96,19 @@ def _sample(
         routes=routes,
         spans=tuple(VersionSpan(*span) for span in about["spans"]),
         finish=about["finish"],
-        route_mask=None if recorded.all() else recorded,
+        route_mask=None if route_mask.all() else route_mask,
         reward=about["reward"],
         failure=about["failure"],
     )
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
+    """Concatenate arrays, of which there may be none."""
     return np.concatenate([np.zeros((0, *shape), dtype=dtype), *arrays]).astype(dtype, copy=False)
 
 
 def _split_rows(array: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
-    """Consecutive parts, which must be all there is."""
+    """Split an array into consecutive ranges of rows, which must cover it."""
     if sum(lengths) != len(array):
         raise ValueError(f"{len(array)} rows for {sum(lengths)}")
     ends = np.cumsum(lengths)
