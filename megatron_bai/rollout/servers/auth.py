@@ -1,7 +1,7 @@
-"""Who may talk to a server: nobody else's machine, or whoever has the key in a file.
+"""Access to servers: from this machine alone, or for clients with the key in a file.
 
-SGLang asks for the key on every path but `/health*`, `/ready` and `/metrics`. It is read from a file by whoever needs
-it, the server included, and is in no setting, command line, environment or log.
+SGLang requires the key on every path but `/health*`, `/ready` and `/metrics`. Clients and servers read it from the
+file; it is in no setting, command line, environment or log.
 """
 
 import os
@@ -14,11 +14,11 @@ from megatron_bai.config import Rollout
 from megatron_bai.distributed.hosts import is_loopback
 from megatron_bai.errors import UserError
 
-_keys: dict[str, str] = {}  # by URL: no request carries a server's key anywhere else
+_keys: dict[str, str] = {}  # by URL: a server's key is sent to that server alone
 
 
 def require_key_or_loopback(rollout: Rollout) -> None:
-    """Refuse servers that other machines reach and that ask nobody for a key. The file need not be there (`read_key`).
+    """Refuse servers that other machines reach and that require no key. The key's file need not exist (`read_key`).
 
     Raises:
         UserError: names the setting.
@@ -34,7 +34,7 @@ def require_key_or_loopback(rollout: Rollout) -> None:
 
 
 def read_key(path: str) -> str:
-    """The key that a file holds.
+    """Read the key that a file holds.
 
     Raises:
         UserError: it cannot be read, others than its owner may read it, or it holds no key.
@@ -52,7 +52,11 @@ def read_key(path: str) -> str:
 
 
 def register_key(urls: Iterable[str], path: str) -> None:
-    """From now on this process shows these servers the key in a file; none where `path` is empty.
+    """Register the key that this process sends to servers from now on.
+
+    Args:
+        urls: of the servers.
+        path: file of the key; empty: no key is sent.
 
     Raises:
         UserError: as `read_key`.
@@ -64,7 +68,9 @@ def register_key(urls: Iterable[str], path: str) -> None:
 
 
 def request_headers(url: str) -> dict[str, str]:
-    """What a request to a server carries besides its body. Replies are asked for uncompressed: a compressed one says
-    nothing of its size."""
+    """Return the headers of a request to a server: its key, and that the reply must not be compressed.
+
+    The size of a compressed reply would not be known.
+    """
     key = _keys.get(url)
     return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})

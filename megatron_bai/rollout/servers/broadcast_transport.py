@@ -18,7 +18,7 @@ GROUP_NAME = "megatron_bai_weights"
 
 
 class BroadcastTransport:
-    """A carrier (`sync.WeightTransport`): a bucket's bytes are one broadcast from the trainer.
+    """A weight transport (`weight_sync.WeightTransport`) whose buckets are broadcasts from the trainer.
 
     Args:
         urls: of the servers.
@@ -48,8 +48,8 @@ class BroadcastTransport:
         offsets = {url: 1 + sum(sizes[:i]) for i, url in enumerate(self._urls)}
 
         def join(url: str) -> None:
-            where = {"master_address": host, "master_port": self._store.port, "backend": backend}
-            body = {"rank_offset": offsets[url], "world_size": world, "group_name": GROUP_NAME, **where}
+            address = {"master_address": host, "master_port": self._store.port, "backend": backend}
+            body = {"rank_offset": offsets[url], "world_size": world, "group_name": GROUP_NAME, **address}
             control.post(url, "/init_weights_update_group", body, timeout_s)
 
         joining = self._thread.submit(on_all_servers, self._urls, join)
@@ -63,6 +63,7 @@ class BroadcastTransport:
         joining.result()
 
     def send(self, bucket: Bucket) -> None:
+        """Send a bucket, and wait until every server has loaded it."""
         body = {
             "names": [name for name, _ in bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -81,7 +82,7 @@ class BroadcastTransport:
         loading.result()
 
     def _wait(self, sending: Any, loading: Future[Any]) -> None:
-        """Until the broadcast has ended, or a server has said why it takes no part in it."""
+        """Wait until the broadcast has ended, or a server has answered why it takes no part in it."""
         while not sending.is_completed():
             if loading.done() and loading.exception():
                 loading.result()
@@ -89,19 +90,23 @@ class BroadcastTransport:
         sending.wait()
 
     def close(self) -> None:
-        """Have the servers leave the group, as far as they still answer."""
+        """Make the servers leave the group, as far as they still answer."""
+
+        def leave(url: str) -> None:
+            control.post(url, "/destroy_weights_update_group", {"group_name": GROUP_NAME})
+
         try:
-            on_all_servers(self._urls, lambda url: control.post(url, "/destroy_weights_update_group", {"group_name": GROUP_NAME}))
+            on_all_servers(self._urls, leave)
         except UserError:
             pass  # they ended before the trainer did
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _make_process_group(backend: str, store: dist.Store, world: int, limit: timedelta) -> Any:
-    """The trainer's end, as rank 0.
+    """Make the process group as its rank 0, the trainer.
 
-    A group beside the default one has no public constructor. What it is made of has: the backend itself, on the store
-    with the prefixes that torch 2.13 and SGLang 0.5.21 give it there (`init_custom_process_group`).
+    A group beside the default one has no public constructor, but its backend has. The store gets the prefixes that
+    torch 2.13 and SGLang 0.5.21 give it (`init_custom_process_group`).
     """
     device = "cpu" if backend == "gloo" else "cuda"
     for prefix in (GROUP_NAME, f"{GROUP_NAME}/", f"{device}/"):

@@ -1,4 +1,4 @@
-"""Control requests to an SGLang server, one at a time. Rollouts, many at a time, are the client's."""
+"""Control requests to an SGLang server, one at a time. Concurrent requests are `http_client`'s."""
 
 import json
 import time
@@ -12,13 +12,14 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers.auth import request_headers
 from megatron_bai.utils.strict_json import parse
 
-_REPLY_BYTES = 64 << 20  # more than any server has to say of itself
+_REPLY_BYTES = 64 << 20  # more than any control request's reply has
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """What a server is sent, its key with it, goes nowhere else."""
+    """A handler that follows no redirect: requests carry the server's key."""
 
     def redirect_request(self, *_: Any) -> None:
+        """Return None: the redirect is not followed."""
         return None
 
 
@@ -26,19 +27,38 @@ _open = build_opener(ProxyHandler({}), _NoRedirect).open  # the server is never 
 
 
 def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
-    """GET a JSON object; plain text comes as {"text": …}. Raises a UserError that names the server and the path."""
+    """GET a JSON object; plain text is returned as {"text": …}.
+
+    Args:
+        url: of the server.
+        path: of the request.
+        timeout_s: of the request.
+
+    Raises:
+        UserError: names the server and the path.
+    """
     return _call(Request(url + path, headers=request_headers(url)), url, path, timeout_s)
 
 
 def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
-    """POST a JSON object, read one. Raises a UserError that names the server, the path and the server's reason."""
-    kind = {"Content-Type": "application/json"}
-    request = Request(url + path, json.dumps(body).encode(), kind | request_headers(url), method="POST")
+    """POST a JSON object; return the reply as `get` does.
+
+    Args:
+        url: of the server.
+        path: of the request.
+        body: JSON to send.
+        timeout_s: of the request.
+
+    Raises:
+        UserError: names the server, the path and the server's reason.
+    """
+    content_type = {"Content-Type": "application/json"}
+    request = Request(url + path, json.dumps(body).encode(), content_type | request_headers(url), method="POST")
     return _call(request, url, path, timeout_s)
 
 
 def is_healthy(url: str) -> bool:
-    """Whether the server generates: `/health` makes it sample one token."""
+    """Return whether the server generates: `/health` makes it sample one token."""
     try:
         with _open(url + "/health", timeout=30.0):
             return True
@@ -47,10 +67,12 @@ def is_healthy(url: str) -> bool:
 
 
 def wait_until_healthy(url: str, within_s: float, on_poll: Callable[[], None] = lambda: None) -> bool:
-    """Wait for a server that starts; returns whether it generates before the time is over.
+    """Wait for a server that starts, and return whether it generates before the time is over.
 
     Args:
-        on_poll: called between two attempts; what it raises ends the waiting.
+        url: of the server.
+        within_s: seconds to wait.
+        on_poll: called between two attempts; an exception of it ends the waiting.
     """
     deadline = time.monotonic() + within_s
     while not is_healthy(url):
@@ -62,11 +84,12 @@ def wait_until_healthy(url: str, within_s: float, on_poll: Callable[[], None] = 
 
 
 def weight_version(url: str) -> str:
-    """Of the weights in use: `/server_info` would tell the one given at launch."""
+    """Return the version of the weights in use; `/server_info` has the version given at launch."""
     return str(get(url, "/model_info").get("weight_version"))
 
 
 def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, Any]:
+    """Send a request and parse its reply."""
     try:
         with _open(request, timeout=timeout_s) as reply:
             data = reply.read(_REPLY_BYTES + 1)

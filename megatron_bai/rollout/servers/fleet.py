@@ -1,4 +1,4 @@
-"""The servers of a run, all with the same weights: started and supervised by us, or already running elsewhere."""
+"""The servers of a run, all with the same weights: started and supervised by it, or already running elsewhere."""
 
 import logging
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from megatron_bai.rollout.servers.weight_sync import on_all_servers
 _log = logging.getLogger(__name__)
 SYNCS = ("disk", "tensors", "group")
 INCOMPLETE_GROUP_POLICIES = ("keep", "drop")
-_HEALTH_S = 30.0  # for a word of a server's scheduler
+_HEALTH_S = 30.0  # for an answer of a server's scheduler
 
 
 @dataclass(frozen=True)
 class FleetInfo:
-    """Where the servers are.
+    """The addresses of the servers.
 
     Attributes:
         urls: of the servers, all of which take part in a weight sync.
         tp_sizes: tensor-parallel ranks of each.
-        sampling_urls: URLs that samples are asked of: the servers', or that of a router in front of them.
+        sampling_urls: URLs that samples are requested from: the servers', or that of a router in front of them.
     """
 
     urls: list[str]
@@ -35,11 +35,11 @@ class FleetInfo:
 
 
 class ServerFleet:
-    """The servers as rank 0 has them: which of them fail, and how they come back.
+    """The servers as rank 0 supervises them: finds those that failed, and recovers them.
 
     Attributes:
-        fleet: where they are.
-        owned: those started here, by URL.
+        fleet: their addresses.
+        owned: those started by this process, by URL.
     """
 
     def __init__(self, fleet: FleetInfo, rollout: Rollout, owned: dict[str, SGLangServer] | None = None):
@@ -47,53 +47,58 @@ class ServerFleet:
         self._num_restarts = 0
 
     def reset_restarts(self) -> None:
-        """A step is done: `rollout.restarts` counts anew."""
+        """Reset the count of restarts, which `rollout.restarts` bounds within a step."""
         self._num_restarts = 0
 
     def recover(self, model_dir: Path, version: str | None = None) -> list[str]:
-        """Bring back every server that ended, hangs, or has other weights than `version`: ours are started anew, those
-        of others are waited for. What came back must be given its weights before it is asked for anything.
+        """Recover every server that ended, hangs, or has other weights than `version`.
+
+        Servers started by this process are restarted; others are waited for. A recovered server must be given its
+        weights before any request.
 
         Args:
             model_dir: a checkpoint of the model served.
-            version: None: whatever they have is right.
+            version: of the weights that they must have; None: any.
 
         Returns:
-            What was wrong, in a line for each; they are logged as well. Empty: nothing was.
+            The faults, one line a server, which are logged as well; empty where there are none.
 
         Raises:
-            UserError: that was once too often (`rollout.restarts`), or one does not come back.
+            UserError: more faults than `rollout.restarts`, or a server does not recover.
         """
-        found = on_all_servers(self.fleet.urls, lambda url: self._find_fault(url, version))
-        wrong = {url: why for url, why in zip(self.fleet.urls, found, strict=True) if why}
-        for url, why in wrong.items():
+        results = on_all_servers(self.fleet.urls, lambda url: self._find_fault(url, version))
+        faults = {url: fault for url, fault in zip(self.fleet.urls, results, strict=True) if fault}
+        for url, fault in faults.items():
             self._num_restarts += 1
             if self._num_restarts > self._rollout.restarts:
-                raise UserError(f"{why}: the server failed more than rollout.restarts={self._rollout.restarts} times")
+                raise UserError(f"{fault}: the server failed more than rollout.restarts={self._rollout.restarts} times")
             server = self.owned.get(url)
-            does = "it is started anew" if server else "it is waited for and given the run's weights"
-            _log.warning("%s: %s (%d of %d)", why, does, self._num_restarts, self._rollout.restarts)
+            action = "it is started anew" if server else "it is waited for and given the run's weights"
+            _log.warning("%s: %s (%d of %d)", fault, action, self._num_restarts, self._rollout.restarts)
             if server:
                 server.stop(graceful=False)
                 server.model_dir = model_dir
                 server.launch()
-        for url in wrong:
+        for url in faults:
             self.owned[url].wait() if url in self.owned else self._wait_for_server(url)
-        return list(wrong.values())
+        return list(faults.values())
 
     def _find_fault(self, url: str, version: str | None) -> str:
-        """What keeps a server from sampling with the right weights; empty if nothing does."""
+        """Find what keeps a server from sampling with the right weights; return an empty string where nothing does."""
         try:
             if url in self.owned:
                 self.owned[url].check_alive()
             # Its scheduler takes part in the answer, as in that of /health, which takes a second at least.
             control.get(url, "/server_info", min(_HEALTH_S, self._rollout.request_timeout_s))
-            found = control.weight_version(url)
+            reported = control.weight_version(url)
         except UserError as error:
             return str(error)
-        return f"SGLang at {url} serves weights {found!r} and not {version!r}" if version not in (None, found) else ""
+        if version in (None, reported):
+            return ""
+        return f"SGLang at {url} serves weights {reported!r} and not {version!r}"
 
     def _wait_for_server(self, url: str) -> None:
+        """Wait for a server that others restart."""
         limit = self._rollout.start_timeout_s
         if not control.wait_until_healthy(url, limit):
             raise UserError(
@@ -135,6 +140,9 @@ def start_servers(model_dir: Path, rollout: Rollout, logs: Path, device: str) ->
     """Start `rollout.servers` servers on this machine, all at once; stop them however the block ends.
 
     Args:
+        model_dir: a Hugging Face checkpoint.
+        rollout: settings of the servers.
+        device: `cpu` or `cuda`.
         logs: directory of `server.log`, `server-1.log` and so on.
 
     Raises:
@@ -143,19 +151,20 @@ def start_servers(model_dir: Path, rollout: Rollout, logs: Path, device: str) ->
     with ExitStack() as stack:
         servers = []
         for i in range(rollout.servers):
-            own = replace(rollout, port=rollout.port + i if rollout.port else 0)
-            server = SGLangServer(model_dir, own, logs / (f"server-{i}.log" if i else "server.log"), device)
+            settings = replace(rollout, port=rollout.port + i if rollout.port else 0)
+            server = SGLangServer(model_dir, settings, logs / (f"server-{i}.log" if i else "server.log"), device)
             stack.callback(server.stop)
             server.launch()
             servers.append(server)
         for server in servers:
             server.wait()
         urls = [server.url for server in servers]
-        yield ServerFleet(FleetInfo(urls, [rollout.tensor] * len(urls), urls), rollout, dict(zip(urls, servers, strict=True)))
+        fleet = FleetInfo(urls, [rollout.tensor] * len(urls), urls)
+        yield ServerFleet(fleet, rollout, dict(zip(urls, servers, strict=True)))
 
 
 def connect_servers(rollout: Rollout) -> ServerFleet:
-    """The servers at `rollout.urls`, found to be able to do what a run asks of them.
+    """Connect to the servers at `rollout.urls`, having checked that they can do what a run needs.
 
     Raises:
         UserError: one does not answer, is another release, or was started without a flag that rollouts need.
@@ -163,12 +172,12 @@ def connect_servers(rollout: Rollout) -> ServerFleet:
     urls = [url.rstrip("/") for url in rollout.urls]
     auth.register_key(urls, rollout.api_key_file)
     sizes = on_all_servers(urls, lambda url: _check_server(url, rollout))
-    ask = [rollout.router.rstrip("/")] if rollout.router else urls
-    return ServerFleet(FleetInfo(urls, sizes, ask), rollout)
+    sampling_urls = [rollout.router.rstrip("/")] if rollout.router else urls
+    return ServerFleet(FleetInfo(urls, sizes, sampling_urls), rollout)
 
 
 def _check_server(url: str, rollout: Rollout) -> int:
-    """The tensor-parallel ranks of a server that can do what a run asks of it.
+    """Check that a server can do what a run needs; return the number of its tensor-parallel ranks.
 
     Raises:
         UserError: as `connect_servers`.

@@ -14,14 +14,14 @@ _NOT_QUANTIZED = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "n
 
 
 def fake_quantize(name: str, tensor: torch.Tensor, fmt: str) -> torch.Tensor:
-    """A weight rounded to the nearest values of `fmt`; ties go to the even one.
+    """Round a weight to the nearest values of `fmt`, ties to the even one. The dtype stays.
 
     `fp8`: e4m3 with a scale for each block of 128 × 128 elements, whose largest magnitude becomes 448. `int8`: −127 …
     127 with a scale for each row (output channel).
 
     Args:
         name: Hugging Face's.
-        tensor: `[out, in]`, or of a kind that is not quantised and comes back unchanged.
+        tensor: `[out, in]`, any float dtype; returned unchanged where `name` is of a weight that is not quantised.
         fmt: of `FORMATS`, or "" to change nothing.
     """
     if not fmt or name.endswith(_NOT_QUANTIZED):
@@ -32,12 +32,13 @@ def fake_quantize(name: str, tensor: torch.Tensor, fmt: str) -> torch.Tensor:
         return ((values / scale).round() * scale).to(tensor.dtype)
     rows, columns = values.shape
     padded = F.pad(values, (0, -columns % _BLOCK, 0, -rows % _BLOCK))
-    blocks: torch.Tensor = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))  # [row block, 128, column block, 128]
+    # [row block, 128, column block, 128]
+    blocks: torch.Tensor = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))
     scale = _scale(blocks.abs().amax((1, 3), keepdim=True), 448.0)
     rounded = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(tensor.dtype)
 
 
 def _scale(largest: torch.Tensor, top: float) -> torch.Tensor:
-    """What one step of the format is worth; of nothing but zeros, 1."""
+    """Compute the scale that maps the largest magnitude to `top`; 1 where all elements are 0."""
     return torch.where(largest > 0, largest / top, 1.0)

@@ -1,6 +1,6 @@
-"""Which running servers of SGLang are taken: by their release, and by how they were started.
+"""Checks of running SGLang servers: their release, and the flags they were started with.
 
-A server says which release it is (`/server_info`). The table of them is `megatron_bai/compat/releases.py`.
+A server reports its release (`/server_info`). The table of releases is `megatron_bai/compat/releases.py`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _FORBIDDEN_FLAGS = {
 
 
 def require_pinned(found: str | None, where: str) -> None:
-    """Refuse another release for a server of ours: its flags, and on a CPU its patches, are for this one.
+    """Refuse another release for servers that a run starts: flags and, on a CPU, fixes are for the pinned one.
 
     Raises:
         UserError: names both.
@@ -31,7 +31,11 @@ def require_pinned(found: str | None, where: str) -> None:
 
 
 def release_of(found: str | None, where: str) -> SGLangRelease:
-    """What is particular to a release.
+    """Return the table's entry of a release.
+
+    Args:
+        found: the release; None: none was found.
+        where: ends the phrase "SGLang X …" in an error.
 
     Raises:
         UserError: it is not in the table; names it and what is wrong with it.
@@ -42,7 +46,7 @@ def release_of(found: str | None, where: str) -> SGLangRelease:
 
 
 def releases(urls: Sequence[str]) -> dict[str, SGLangRelease]:
-    """Of running servers, by URL.
+    """Return the releases of running servers, by URL.
 
     Raises:
         UserError: one does not answer, or is not in the table.
@@ -51,11 +55,12 @@ def releases(urls: Sequence[str]) -> dict[str, SGLangRelease]:
 
 
 def check_server_info(url: str, info: dict[str, Any], deterministic: bool) -> None:
-    """Refuse a running server that cannot do what rollouts ask.
+    """Refuse a running server that cannot do what rollouts need.
 
     Args:
-        info: what it says of itself.
-        deterministic: samples have seeds.
+        url: of the server.
+        info: its `/server_info`.
+        deterministic: whether samples have seeds.
 
     Raises:
         UserError: names the server and the flag.

@@ -39,12 +39,13 @@ from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
 _TENSORS = "/update_weights_from_tensor"
-_PICKLE_PATHS = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}  # SGLang 0.5.21, http_server.py
+# SGLang 0.5.21, http_server.py
+_PICKLE_PATHS = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}
 
 
 @dataclass
 class ServerArgs:
-    """Our own arguments, and SGLang's."""
+    """The arguments of this module, and SGLang's."""
 
     parent: int | None = None
     key: str = ""
@@ -54,7 +55,7 @@ class ServerArgs:
 
 
 def parse_args(arguments: list[str]) -> ServerArgs:
-    """Tell our arguments from SGLang's.
+    """Split the command line into this module's arguments and SGLang's.
 
     Raises:
         UserError: the key cannot be read.
@@ -75,12 +76,12 @@ def parse_args(arguments: list[str]) -> ServerArgs:
 
 
 def uses_cpu(arguments: list[str]) -> bool:
-    """Whether SGLang's arguments ask for the CPU."""
+    """Return whether SGLang's arguments choose the CPU."""
     return "--device=cpu" in arguments or ("--device", "cpu") in pairwise(arguments)
 
 
 def run_server(given: ServerArgs) -> None:
-    """Serve until told to stop."""
+    """Serve until a signal stops the process."""
     with gc_disabled_for_imports():
         prepare(uses_cpu(list(given.rest)))
         from sglang.launch_server import run_server
@@ -131,12 +132,12 @@ def prepare(cpu: bool) -> None:
 
 
 def keep_out_of_logs(secret: str) -> None:
-    """Have every log record of this process show stars in place of the secret."""
+    """Replace a secret by stars in every log record of this process."""
     make = logging.getLogRecordFactory()
 
     def starred(*args: Any, **named: Any) -> logging.LogRecord:
         record = make(*args, **named)
-        with suppress(Exception):  # a record that cannot be formatted is logging's affair
+        with suppress(Exception):  # a record that cannot be formatted is handled by logging
             if secret in (text := record.getMessage()):
                 record.msg, record.args = text.replace(secret, "***"), ()
         return record
@@ -145,8 +146,10 @@ def keep_out_of_logs(secret: str) -> None:
 
 
 def _restrict_tcp_store() -> None:
-    """Have torch's TCPStore, which listens on all networks, listen at its own address, or on loopback where that is all
-    networks: the ranks of a server of ours are on one machine."""
+    """Make torch's TCPStore, which listens on all networks, listen at its own address.
+
+    Where that address is all networks, it listens on loopback: the ranks of a server are on one machine.
+    """
     rendezvous: Any = import_module("torch.distributed.rendezvous")  # the package has a function of that name
     store = rendezvous.TCPStore
 

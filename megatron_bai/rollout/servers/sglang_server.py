@@ -1,4 +1,4 @@
-"""An SGLang server as a context manager: started, found healthy and of the right version, and never left behind."""
+"""An SGLang server as a context manager: started, checked for health and release, and stopped with the block."""
 
 import os
 import random
@@ -26,15 +26,15 @@ _NOT_INHERITED = re.compile(
 )
 _PORTS = range(20000, 32768)  # Linux gives out those from 32768 on
 _LEAK_WARNING = "resource_tracker"  # Python's warning of what processes that were killed left behind
-_STOP_S = 10.0  # from the polite signal to the other one
+_STOP_S = 10.0  # from SIGINT to SIGKILL
 
 
 class SGLangServer:
     """Serves one checkpoint while the `with` block runs.
 
     The server leads its own session, so a Ctrl-C reaches only the trainer, which then stops it; and the kernel kills
-    it when the thread that started it ends (`child_processes.die_with_parent`), so start it from a thread that lives as
-    long.
+    it when the thread that started it ends (`child_processes.die_with_parent`), so start it from a thread
+    that lives as long.
 
     Args:
         model_dir: a Hugging Face checkpoint.
@@ -55,13 +55,13 @@ class SGLangServer:
 
     @property
     def url(self) -> str:
-        """Where the trainer's machines reach it."""
+        """The URL at which the trainer's machines reach the server."""
         host = host_address() if self.rollout.host == "0.0.0.0" else self.rollout.host
         return f"http://{host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
-        """Of the server's first process; None while there is none."""
+        """The id of the server's first process; None while there is none."""
         return self._process.pid if self._process else None
 
     def __enter__(self) -> "SGLangServer":
@@ -83,8 +83,9 @@ class SGLangServer:
         self.wait()
 
     def launch(self) -> None:
-        """Start its processes; `stop` must follow, whatever happens. Once stopped it can be launched again, at the same
-        URL and with the same log.
+        """Start the server's processes; `stop` must follow, whatever happens.
+
+        Once stopped it can be launched again, at the same URL and with the same log.
 
         Raises:
             UserError: SGLang is absent or another release, the port is taken, or others reach it and it has no key.
@@ -114,10 +115,10 @@ class SGLangServer:
             )
 
     def wait(self) -> None:
-        """Return when it answers.
+        """Wait until the server answers.
 
         Raises:
-            UserError: it died or did not become healthy in time, in words of its log; it is stopped.
+            UserError: it ended or did not become healthy in time; quotes its log. The server is stopped.
         """
         try:
             self._wait_until_healthy()
@@ -130,7 +131,7 @@ class SGLangServer:
         """End every process of the server. Bounded in time; a second call does nothing.
 
         Args:
-            graceful: ask them first, which is no use where they hang.
+            graceful: send SIGINT before SIGKILL, which is of no use where they hang.
         """
         if self._process is None:
             return
@@ -157,7 +158,7 @@ class SGLangServer:
             raise UserError(f"the SGLang server ended (exit code {code}): {words} [{self.log_path}]")
 
     def _arguments(self) -> list[str]:
-        """SGLang's own command line."""
+        """Make SGLang's own command line."""
         rollout = self.rollout
         options = {
             "model-path": self.model_dir,
@@ -185,6 +186,7 @@ class SGLangServer:
         return pairs + [f"--{flag}" for flag in flags]
 
     def _wait_until_healthy(self) -> None:
+        """Poll the server until it generates."""
         limit = self.rollout.start_timeout_s
         if not control.wait_until_healthy(self.url, limit, self.check_alive):
             raise UserError(
@@ -194,7 +196,12 @@ class SGLangServer:
 
 
 def last_error(log_path: Path, start: int = 0) -> str:
-    """The last line of a server's log, from byte `start` on, that names an error, else the last with anything in it."""
+    """Find the last line of a server's log that names an error, else the last that is not empty.
+
+    Args:
+        log_path: of the log.
+        start: byte to read from.
+    """
     try:
         text = log_path.read_bytes()[start:].decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip() and _LEAK_WARNING not in line]
@@ -206,6 +213,7 @@ def last_error(log_path: Path, start: int = 0) -> str:
 
 
 def _installed_release() -> str | None:
+    """Return the release of the installed SGLang; None where there is none."""
     try:
         return version("sglang")
     except PackageNotFoundError:
@@ -213,7 +221,7 @@ def _installed_release() -> str | None:
 
 
 def _environment(device: str, tensor: int = 1, host: str = "127.0.0.1") -> dict[str, str]:
-    """The trainer's, less what belongs to torchrun or a proxy, plus what a server of `tensor` ranks needs."""
+    """Make a server's environment: the trainer's without torchrun's and proxies' variables, and its own."""
     inherited = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.fullmatch(name)}
     fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if is_loopback(host):  # gloo would listen where the host's name leads
@@ -227,9 +235,9 @@ def _environment(device: str, tensor: int = 1, host: str = "127.0.0.1") -> dict[
 
 
 def _free_port(host: str, wanted: int) -> int:
-    """`wanted`, or any when it is 0. A port in use is refused here: whoever has it might look healthy.
+    """Return `wanted`, or a free port where it is 0. A port in use is refused: another server might look healthy.
 
-    Any is one below those that the system gives to connections: the server takes half a minute until it listens.
+    The free port is below those that the system gives to connections: the server takes half a minute until it listens.
     """
     for port in [wanted] if wanted else random.SystemRandom().sample(_PORTS, 100):
         with socket.socket() as probe:
@@ -243,12 +251,12 @@ def _free_port(host: str, wanted: int) -> int:
 
 
 def _group_pids(group: int) -> list[int]:
-    """Living processes of a process group (the dead whom nobody reaped do not count)."""
-    found = []
+    """List the living processes of a process group, without zombies."""
+    pids = []
     for process in psutil.process_iter(["pid", "status"]):
         try:
             if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
-                found.append(process.pid)
+                pids.append(process.pid)
         except ProcessLookupError:
             continue
-    return found
+    return pids

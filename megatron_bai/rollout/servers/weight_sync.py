@@ -1,4 +1,4 @@
-"""Brings new weights to running SGLang servers, and proves that they arrived.
+"""Sync of weights to running SGLang servers, and the check that they arrived.
 
 Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 has three traps here:
 
@@ -10,8 +10,9 @@ Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 
 - `/server_info` keeps the version given at launch; `/model_info` has the live one.
 
 Weights travel in one of three ways: as a checkpoint that the servers read (`sync_from_disk`), or as tensors out of the
-trainer's memory (`sync_from_tensors`), in buckets of bounded size that a carrier takes: `HttpTransport` in the
-request's body, or `group.BroadcastTransport` through a process group that trainer and servers share.
+trainer's memory (`sync_from_tensors`), in buckets of bounded size that a weight transport sends:
+`HttpTransport` in the request's body, or `broadcast_transport.BroadcastTransport` through a process group that trainer
+and servers share.
 """
 
 import base64
@@ -33,15 +34,23 @@ T = TypeVar("T")
 _DRAIN_S = 60.0  # for requests to leave the server after they were aborted
 
 
-def on_all_servers(urls: Sequence[str], ask: Callable[[str], T]) -> list[T]:
-    """`ask` of every server at once. All have answered when the first failure is raised."""
+def on_all_servers(urls: Sequence[str], call: Callable[[str], T]) -> list[T]:
+    """Call a function for every server at once. All calls have ended when the first failure is raised.
+
+    Args:
+        urls: of the servers.
+        call: gets a server's URL.
+
+    Returns:
+        The results, in order.
+    """
     with ThreadPoolExecutor(max(1, len(urls))) as pool:
-        futures = [pool.submit(ask, url) for url in urls]
+        futures = [pool.submit(call, url) for url in urls]
     return [future.result() for future in futures]
 
 
 def tensor_shapes(model_dir: str | Path) -> Shapes:
-    """Names and shapes of a Hugging Face checkpoint's tensors, from its headers.
+    """Read the names and shapes of a Hugging Face checkpoint's tensors, from its headers.
 
     Raises:
         UserError: the directory holds no readable safetensors.
@@ -63,11 +72,12 @@ def tensor_shapes(model_dir: str | Path) -> Shapes:
 def sync_from_disk(
     urls: Sequence[str], model_dir: str | Path, version: str, expected: Shapes, timeout_s: float = 600.0
 ) -> None:
-    """Have the servers load a checkpoint; from then on their samples carry `version`.
+    """Make the servers load a checkpoint; from then on their samples carry `version`.
 
-    Requests in flight are aborted and return what they have. Whatever happens, the servers are asked to go on.
+    Requests in flight are aborted and return the tokens so far. The servers continue also after an error.
 
     Args:
+        urls: of the servers.
         model_dir: a Hugging Face checkpoint that the servers' machines can read, of the model they serve.
         version: a name for the weights.
         expected: `tensor_shapes` of what the servers were started with.
@@ -86,14 +96,14 @@ def sync_from_disk(
 
 
 class WeightTransport(Protocol):
-    """Takes tensors from the trainer to the servers."""
+    """A way of tensors from the trainer to the servers."""
 
     def send(self, bucket: Bucket) -> None:
-        """Returns when every server has loaded the tensors, which have Hugging Face's names and whole shapes."""
+        """Send tensors, under Hugging Face's names and unsharded, and wait until every server has loaded them."""
 
 
 class HttpTransport:
-    """In the body of a request. Servers unpickle what they are sent: SGLang's protocol, so give only ours this access.
+    """A weight transport in the body of a request. Servers unpickle it: use it only with servers that a run starts.
 
     Args:
         sizes: tensor-parallel ranks of each server, each of which takes its part of the whole tensors.
@@ -103,6 +113,7 @@ class HttpTransport:
         self._sizes, self._timeout_s = dict(zip(urls, sizes, strict=True)), timeout_s
 
     def send(self, bucket: Bucket) -> None:
+        """Send a bucket, and wait until every server has loaded it."""
         # Plain pickle carries the values; torch's own for processes would carry names of shared memory.
         # A clone, since a view would take its whole storage along.
         named = [(name, tensor.detach().cpu().clone()) for name, tensor in bucket]
@@ -120,16 +131,19 @@ def sync_from_tensors(
     named: Iterable[tuple[str, torch.Tensor]],
     version: str,
     expected: Shapes,
-    carrier: WeightTransport,
+    transport: WeightTransport,
     bucket_bytes: int,
 ) -> None:
-    """Give the servers tensors; from then on their samples carry `version`.
+    """Send the servers tensors; from then on their samples carry `version`.
 
     A failure on the way leaves servers with some of the new weights: they stay paused, and sample nothing.
 
     Args:
-        named: every tensor of the model, under Hugging Face's names; taken one after the other.
+        urls: of the servers.
+        named: every tensor of the model, under Hugging Face's names; read one after the other.
+        version: a name for the weights.
         expected: names and shapes of the model served.
+        transport: sends the tensors.
         bucket_bytes: of tensors that are held and sent together; a larger one goes alone.
 
     Raises:
@@ -143,11 +157,11 @@ def sync_from_tensors(
         on_all_servers(with_session, lambda url: control.post(url, "/begin_weight_update", {}))
         for bucket in _make_buckets(named, bucket_bytes):
             for name, tensor in bucket:
-                found = tuple(tensor.shape)
-                if missing.pop(name, None) != found:
-                    known = expected.get(name, "none, or sent before")
-                    raise UserError(f"weight sync {version}: {name} has shape {found}, the servers' has {known}")
-            carrier.send(bucket)
+                shape = tuple(tensor.shape)
+                if missing.pop(name, None) != shape:
+                    served = expected.get(name, "none, or sent before")
+                    raise UserError(f"weight sync {version}: {name} has shape {shape}, the servers' has {served}")
+            transport.send(bucket)
         if missing:
             raise UserError(f"weight sync {version}: {len(missing)} tensors were not sent, first {min(missing)}")
         on_all_servers(with_session, lambda url: control.post(url, "/end_weight_update", {}))
@@ -158,6 +172,7 @@ def sync_from_tensors(
 
 
 def _make_buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
+    """Group tensors into buckets of at most `limit` bytes; a larger tensor is a bucket alone."""
     bucket: Bucket = []
     size = 0
     for name, tensor in named:
@@ -171,13 +186,20 @@ def _make_buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iter
 
 
 def _check_versions(urls: Sequence[str], version: str) -> None:
+    """Check that every server reports the new version."""
     for url, found in zip(urls, on_all_servers(urls, control.weight_version), strict=True):
         if found != version:
             raise UserError(f"SGLang at {url} reports weights {found!r} after an update to {version!r}")
 
 
 def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
-    """Raise a UserError that names a missing, unknown or differently shaped tensor."""
+    """Raise a UserError unless a checkpoint has the served model's tensors.
+
+    Args:
+        found: names and shapes of the checkpoint.
+        expected: names and shapes of the model served.
+        where: names the checkpoint in the error.
+    """
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
     problems += [
@@ -191,7 +213,12 @@ def check_shapes(found: Shapes, expected: Shapes, where: str) -> None:
 
 @contextmanager
 def _paused(urls: Sequence[str], resume_on_error: bool) -> Iterator[None]:
-    """Abort what runs and hold back what comes, while the block runs. `resume_on_error`: after a failure in it, too."""
+    """Pause the servers for the block, aborting their requests; they resume at its end.
+
+    Args:
+        urls: of the servers.
+        resume_on_error: resume after a failure in the block, too.
+    """
     try:
         on_all_servers(urls, lambda url: control.post(url, "/pause_generation", {"mode": "abort"}, _DRAIN_S))
         yield
