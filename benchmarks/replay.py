@@ -93,7 +93,9 @@ def run_codec(scale: Scale, method: str) -> dict[str, float]:
 def report_codec(scale: Scale, results: dict[str, dict[str, float]]) -> None:
     tokens, s = scale.samples * scale.tokens, scale.signature
     bound = min_bytes(s, scale.sets) / tokens
-    print(f"{scale.samples} samples × {scale.tokens} tokens × {s.moe_layers} layers, {s.topk} of {s.num_experts} experts")
+    print(
+        f"{scale.samples} samples × {scale.tokens} tokens × {s.moe_layers} layers, {s.topk} of {s.num_experts} experts"
+    )
     print(f"bound {bound:.1f} bytes a token; seconds are those of one core for 256 × 8192 tokens × 48 layers")
     header = ("bytes/token", "of bound", "encode M/s", "decode M/s", "encode s", "decode s")
     print(f"{'':10}" + "".join(f"{name:>13}" for name in header))
@@ -168,7 +170,9 @@ def run_deliver(scale: Scale, method: str) -> dict[str, float]:
 
 def report_deliver(scale: Scale, results: dict[str, dict[str, float]]) -> None:
     s = scale.signature
-    print(f"{scale.samples} samples × {scale.tokens} tokens × {s.moe_layers} layers, {s.topk} of {s.num_experts} experts")
+    print(
+        f"{scale.samples} samples × {scale.tokens} tokens × {s.moe_layers} layers, {s.topk} of {s.num_experts} experts"
+    )
     print(f"to {DATA * PIPELINE} ranks: data parallel {DATA} × pipeline {PIPELINE}; peaks are resident MiB")
     header = ("seconds", "MB sent", "one rank", "all ranks", "base", "sender")
     print(f"{'':10}" + "".join(f"{name:>11}" for name in header))

@@ -90,9 +90,7 @@ def main() -> None:
                 report(server.url, rollout, signature, concurrency, asked)
 
 
-def report(
-    url: str, rollout: Rollout, signature: RouteSignature, concurrency: int, asked: argparse.Namespace
-) -> None:
+def report(url: str, rollout: Rollout, signature: RouteSignature, concurrency: int, asked: argparse.Namespace) -> None:
     samples = max(concurrency, asked.samples * min(concurrency, 16) // 16)  # fewer where they come one by one
     best: dict[str, float] = {}
     for _ in range(asked.repeat):
@@ -118,7 +116,9 @@ def report(
 
 def alone(signature: RouteSignature, prompt: int, tokens: int, repeat: int) -> None:
     """Processor's milliseconds of one reply, which other programs on the machine change little."""
-    scores = np.random.default_rng(0).random((prompt + tokens - 1, signature.moe_layers, signature.num_experts), np.float32)
+    scores = np.random.default_rng(0).random(
+        (prompt + tokens - 1, signature.moe_layers, signature.num_experts), np.float32
+    )
     ids = scores.argpartition(signature.topk, -1)[..., : signature.topk].astype("<i4")
     meta = {
         "finish_reason": {"type": "length"},

@@ -111,7 +111,12 @@ def ours(directory: Path, work: dict[str, Any]) -> dict[str, Any]:
     from megatron_bai.rl import trainer
     from megatron_bai.rl.experience import collector
 
-    steps, loop, source, task = Steps(), cast(Any, trainer.TrainingLoop), cast(Any, collector.Collector), cast(Any, ArithmeticTask)
+    steps, loop, source, task = (
+        Steps(),
+        cast(Any, trainer.TrainingLoop),
+        cast(Any, collector.Collector),
+        cast(Any, ArithmeticTask),
+    )
     step, sampled = loop.step, source.collect
     task.reward = lambda self, prompt, response: reward_of(response)
 
@@ -218,7 +223,11 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     param_shards.init_random(actor.modules, settings.model, seed=0)
     megatron_checkpoint.reload_master_weights(actor)
     replay = RoutingReplay(actor.modules)
-    engine, random, signature = TrainingEngine(actor, replay, device.device, 1.0), np.random.default_rng(0), replay.signature
+    engine, random, signature = (
+        TrainingEngine(actor, replay, device.device, 1.0),
+        np.random.default_rng(0),
+        replay.signature,
+    )
     length, prompt = work["tokens"], 16
     shape = length - 1, signature.moe_layers, signature.topk
     samples = [

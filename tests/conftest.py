@@ -93,7 +93,9 @@ def fault(pytestconfig: pytest.Config) -> Callable[[str, str, str, float | None]
         if directory:
             path = Path(directory) / f"{name.replace(' ', '-')}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"fault": name, "lost": lost, "line": line.removeprefix("[rank 0] "), "seconds": seconds}))
+            path.write_text(
+                json.dumps({"fault": name, "lost": lost, "line": line.removeprefix("[rank 0] "), "seconds": seconds})
+            )
 
     return note
 

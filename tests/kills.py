@@ -45,7 +45,9 @@ def at_step(step: int, function: Callable, *arguments: Any) -> None:
             count()
 
     exchange = atomic_dir._exchange_dirs
-    atomic_dir._exchange_dirs = lambda *paths: (count(), exchange(*paths), count())[1]  # a system call that is not reported
+    atomic_dir._exchange_dirs = lambda *paths: (count(), exchange(*paths), count())[
+        1
+    ]  # a system call that is not reported
     os.fsync = count  # which a power cut would miss, but SIGKILL does not
     sys.addaudithook(hook)
     function(*arguments)

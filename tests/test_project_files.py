@@ -53,4 +53,6 @@ def test_a_directory_that_is_missing_is_named(package: Path, beside: str) -> Non
 
 
 def test_this_checkout_has_both() -> None:
-    assert (project_files.conf_dir() / "config.yaml").is_file() and (project_files.launch_dir() / "torchrun.sh").is_file()
+    assert (project_files.conf_dir() / "config.yaml").is_file() and (
+        project_files.launch_dir() / "torchrun.sh"
+    ).is_file()

@@ -13,4 +13,6 @@ def tiered(cases: Iterable[Any], quick: Container[Any]) -> list[Any]:
 
 def wants_long(session: pytest.Session, fixture: str) -> bool:
     """Return whether a test that was chosen is marked `long` and has the fixture, which then prepares everything."""
-    return any(item.get_closest_marker("long") and fixture in getattr(item, "fixturenames", ()) for item in session.items)
+    return any(
+        item.get_closest_marker("long") and fixture in getattr(item, "fixturenames", ()) for item in session.items
+    )

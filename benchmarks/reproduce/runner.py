@@ -34,7 +34,10 @@ def run_study(directory: Path, study: Study, seeds: Iterable[int], updates: int,
         raise SystemExit(f"{study.name} has no variant {min(unknown)!r}: choose from {', '.join(study.variants)}")
     wanted = [(variant, seed, run_dir(directory, study.name, variant, seed)) for seed in seeds for variant in chosen]
     missing = [each for each in wanted if not is_done(each[2], study.steps(each[0], updates))]
-    print(f"{study.name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there, {updates} updates each", flush=True)
+    print(
+        f"{study.name}: {len(wanted) - len(missing)} of {len(wanted)} runs are there, {updates} updates each",
+        flush=True,
+    )
     if not missing:
         return 0
     make_checkpoints(directory / "checkpoints", study.checkpoints)

@@ -44,7 +44,11 @@ def box_slices(box: Box, offsets: tuple[int, ...]) -> tuple[slice, ...]:
 @functools.lru_cache(maxsize=4096)  # thousands of chunks have a few shapes
 def strided_extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Count the elements from the first to the last of a strided box, both included; 0 for an empty one."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if min(sizes, default=1) else 0
+    return (
+        1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        if min(sizes, default=1)
+        else 0
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -85,7 +85,9 @@ class SafetensorsReader(CheckpointReader):
             for entry in sorted(in_file, key=lambda entry: entry.chunks[0].start):
                 record = self.locate_record(entry, entry.chunks[0])
                 record_crc = crcs.get((file, record.start))
-                crc = crc32.combine(crc, self._compute_crc(file, record) if record_crc is None else record_crc, record.length)
+                crc = crc32.combine(
+                    crc, self._compute_crc(file, record) if record_crc is None else record_crc, record.length
+                )
             try:
                 manifest.require_crc(self.path / file, crc, recorded[file])
             except UserError as error:
@@ -184,9 +186,12 @@ class SafetensorsWriter(CheckpointWriter):
             self._has_index = (base.path / INDEX).is_file()
         default_metadata = next(iter(base.metadata.values())) or {"format": "pt"}
         self._files = {
-            name: _make_header(keys, self._shapes, base.metadata.get(name) or default_metadata) for name, keys in files.items()
+            name: _make_header(keys, self._shapes, base.metadata.get(name) or default_metadata)
+            for name, keys in files.items()
         }
-        self._positions = {key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()}
+        self._positions = {
+            key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()
+        }
         self._index_metadata = _read_index_metadata(base.path)
 
     def prepare(self, directory: Path) -> None:

@@ -65,7 +65,9 @@ class ChunkStream:
         crc: of the bytes before.
     """
 
-    def __init__(self, reader: "CheckpointReader", info: TensorInfo, chunk: Chunk, record: Record, begin: int, length: int):
+    def __init__(
+        self, reader: "CheckpointReader", info: TensorInfo, chunk: Chunk, record: Record, begin: int, length: int
+    ):
         self._reader, self._info, self._chunk, self._record = reader, info, chunk, record
         self._begin, self._length = begin, length
         self.fd = reader.files.get_fd(chunk.file)
@@ -225,7 +227,9 @@ class CheckpointReader(ABC):
         if not is_row_major(sizes, record.strides):
             return None
         item = info.dtype.itemsize
-        return ChunkStream(self, info, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item)
+        return ChunkStream(
+            self, info, chunk, record, _first_byte(chunk, record, offsets, item), math.prod(sizes) * item
+        )
 
     def read_object(self, key: str) -> bytes:
         """Return the bytes of an object, not unpickled.
@@ -361,4 +365,7 @@ def _first_byte(chunk: Chunk, record: Record, offsets: tuple[int, ...], item: in
     """Return where in a record the element at `offsets` begins."""
     if offsets == chunk.offsets:
         return record.first_byte
-    return record.first_byte + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides, strict=True)) * item
+    return (
+        record.first_byte
+        + sum((o - c) * s for o, c, s in zip(offsets, chunk.offsets, record.strides, strict=True)) * item
+    )

@@ -205,7 +205,9 @@ def verify_common_pt(path: Path) -> None:
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL (\S+)", str(error))
         reason = f"it names {names[0]}" if names else str(error).partition("\n")[0]
-        raise UserError(f"{path} holds more than plain values ({reason}): nothing in it was run; do not use it") from None
+        raise UserError(
+            f"{path} holds more than plain values ({reason}): nothing in it was run; do not use it"
+        ) from None
     except Exception as error:  # a damaged archive raises nearly anything
         raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
 

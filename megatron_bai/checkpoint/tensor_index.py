@@ -69,7 +69,9 @@ class TensorInfo:
         """The starts of chunks along each dimension, or None unless the chunks are a grid that covers the tensor."""
         starts = [sorted(set(column)) for column in zip(*(c.offsets for c in self.chunks), strict=True)]
         regular = len(self._by_offsets) == len(self.chunks) == math.prod(map(len, starts))
-        ends = [dict(zip(column, [*column[1:], end], strict=True)) for column, end in zip(starts, self.shape, strict=False)]
+        ends = [
+            dict(zip(column, [*column[1:], end], strict=True)) for column, end in zip(starts, self.shape, strict=False)
+        ]
         for chunk in self.chunks if regular else ():
             reach = tuple(end[o] for end, o in zip(ends, chunk.offsets, strict=True))
             regular = regular and reach == tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True)))
@@ -80,7 +82,9 @@ class TensorInfo:
         if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
             return not any(self.chunks[0].offsets)
         inside = all(
-            0 <= o and o + s <= n for chunk in self.chunks for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape, strict=True)
+            0 <= o and o + s <= n
+            for chunk in self.chunks
+            for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape, strict=True)
         )
         if not inside or sum(math.prod(chunk.sizes) for chunk in self.chunks) != math.prod(self.shape):
             return False
@@ -104,7 +108,9 @@ class TensorInfo:
             A chunk, and the box in the tensor that both have in common.
         """
         candidates: Iterator[Chunk] | tuple[Chunk, ...] = self.chunks
-        if self._chunk_grid is not None:  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
+        if (
+            self._chunk_grid is not None
+        ):  # a stacked expert weight has 10⁴ chunks: look up the few, do not walk them all
             cells = [
                 starts[max(bisect.bisect_right(starts, low) - 1, 0) : bisect.bisect_left(starts, low + size)]
                 for starts, low, size in zip(self._chunk_grid, offsets, sizes, strict=True)

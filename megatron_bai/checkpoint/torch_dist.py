@@ -177,9 +177,7 @@ def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, Object
                 item = items[key, tuple(box.offsets)]
                 if getattr(item, "transform_descriptors", None):
                     raise TypeError(f"{key} was saved through {item.transform_descriptors}")
-                chunks.append(
-                    Chunk(tuple(box.offsets), tuple(box.sizes), item.relative_path, item.offset, item.length)
-                )
+                chunks.append(Chunk(tuple(box.offsets), tuple(box.sizes), item.relative_path, item.offset, item.length))
             tensors[key] = TensorInfo(key, stored.properties.dtype, tuple(stored.size), tuple(chunks))
         else:
             item = items[key, None]

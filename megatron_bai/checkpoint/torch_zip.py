@@ -84,7 +84,9 @@ def parse_frame(file: BinaryIO) -> ArchiveFrame:
     file.seek(start + length)
     tail = file.read()
     directory_crc = tail.rindex(info.filename.encode()) - _CRC_IN_DIRECTORY  # the directory comes last
-    crcs = (4, directory_crc) if tail.startswith(b"PK\7\x08") else (directory_crc,)  # a descriptor may follow the elements
+    crcs = (
+        (4, directory_crc) if tail.startswith(b"PK\7\x08") else (directory_crc,)
+    )  # a descriptor may follow the elements
     if any(CRC32.unpack_from(tail, at)[0] != info.CRC for at in crcs):
         raise ValueError("its directory contradicts itself")
     return ArchiveFrame(head, tail, crcs, length, saved)

@@ -125,7 +125,9 @@ class UnitWriter(ABC):
         return item
 
     @abstractmethod
-    def _allocate(self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]) -> ItemWriter: ...
+    def _allocate(
+        self, key: str, offsets: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, ...]
+    ) -> ItemWriter: ...
 
     @abstractmethod
     def write_object(self, key: str, data: bytes) -> None:

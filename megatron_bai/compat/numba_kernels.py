@@ -81,7 +81,9 @@ def rms_norm(x: F32, weight: F32, epsilon: float, out: F32) -> None:
             out[i, d] = x[i, d] * factor * weight[d]
 
 
-@jit_compile(types.void(_F2, types.int64, types.int64, _F1, _F1, types.float32, _I1, _F2, types.boolean), fastmath=_FAST)
+@jit_compile(
+    types.void(_F2, types.int64, types.int64, _F1, _F1, types.float32, _I1, _F2, types.boolean), fastmath=_FAST
+)
 def qk_norm_rope(
     rows: F32,
     queries: int,

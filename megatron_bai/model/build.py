@@ -241,7 +241,11 @@ def build_critic(settings: config.Config, device: Device) -> MegatronModel:
 
 
 def _build(
-    settings: config.Config, megatron_config: Any, device: Device, train: bool = True, head: type[ValueHead] | None = None
+    settings: config.Config,
+    megatron_config: Any,
+    device: Device,
+    train: bool = True,
+    head: type[ValueHead] | None = None,
 ) -> MegatronModel:
     """Build a model in chunks that share a TransformerConfig: schedules read it. `head` replaces the output layer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

@@ -195,7 +195,9 @@ def load_hf(modules: list[torch.nn.Module], model: Model, directory: str | Path)
         mapping = hf_mapping.mapping_of(shard.key)
         names = mapping.names(shard.index)
         tensors = [reader.read_tensor(name) for name in names]
-        for name, tensor, part in zip(names, tensors, mapping.split(torch.empty(shard.shape, device="meta"), model), strict=True):
+        for name, tensor, part in zip(
+            names, tensors, mapping.split(torch.empty(shard.shape, device="meta"), model), strict=True
+        ):
             if tensor.shape != part.shape:
                 shapes = tuple(tensor.shape), tuple(part.shape)
                 raise UserError(f"{directory}: {name} has shape {shapes[0]}, the model needs {shapes[1]}")
@@ -319,6 +321,8 @@ def _name_and_index_files(stage: Path, files: dict[int, list[str]], model: Model
         (stage / f"part-{i}.safetensors").rename(stage / file)
         weight_map |= dict.fromkeys(names, file)
     if set(weight_map) != set(hf_mapping.hf_names(model)):
-        raise RuntimeError(f"exported {len(weight_map)} tensors, config.json promises {len(hf_mapping.hf_names(model))}")
+        raise RuntimeError(
+            f"exported {len(weight_map)} tensors, config.json promises {len(hf_mapping.hf_names(model))}"
+        )
     if len(files) > 1:
         (stage / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))

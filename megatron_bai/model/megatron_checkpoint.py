@@ -47,7 +47,9 @@ def metadata_writer(model: MegatronModel, tokenizer: str | Path) -> Callable[[Pa
         model: whose architecture is written.
         tokenizer: directory to copy the tokenizer's files from.
     """
-    return lambda stage: hf_checkpoint.write_config(model.architecture, model.transformer_config.params_dtype, tokenizer, stage)
+    return lambda stage: hf_checkpoint.write_config(
+        model.architecture, model.transformer_config.params_dtype, tokenizer, stage
+    )
 
 
 def load(model: MegatronModel, directory: str | Path) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def load(model: MegatronModel, directory: str | Path) -> dict[str, Any]:
     return info
 
 
-def load_sharded(model: MegatronModel, state: dict[str, Any], directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_sharded(
+    model: MegatronModel, state: dict[str, Any], directory: str | Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load what a sharded state dict describes from a complete checkpoint of a model's architecture. *Collective*.
 
     Args:
@@ -142,7 +146,9 @@ def _require_tensors(reader: TorchDistReader, state: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     for entry in nested_values(state):
-        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):  # whose tensors have its key, or that and an ending
+        if isinstance(
+            entry, (ShardedTensor, ShardedTensorFactory)
+        ):  # whose tensors have its key, or that and an ending
             for key in reader.objects:
                 if key.startswith(entry.key):
                     raise UserError(f"{reader.path}: {key} is no tensor there: the checkpoint cannot be used")

@@ -45,7 +45,14 @@ def save(
     """
     state: dict[str, Any] = {name: _sharded_state(name, model) for name, model in models.items()}
     state["random"] = _sharded_rng_states()
-    return CheckpointSave(state, target, megatron_checkpoint.metadata_writer(models["actor"], tokenizer), info, in_background, write_rank_files)
+    return CheckpointSave(
+        state,
+        target,
+        megatron_checkpoint.metadata_writer(models["actor"], tokenizer),
+        info,
+        in_background,
+        write_rank_files,
+    )
 
 
 def load(models: dict[str, MegatronModel], directory: Path, restore_rng: bool) -> dict[str, Any]:

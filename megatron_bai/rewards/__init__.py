@@ -98,7 +98,9 @@ def open_scorer(settings: config.Reward, task: Task, log: Path) -> Iterator[Scor
 def score_samples(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
     """Return the samples with their rewards, or why they have none. Those that are lost stay as they are."""
     sampled = [sample for sample in samples if not sample.lost]
-    items = [Item(prompts[sample.prompt_index], _response_text(task, sample), sample.response.tolist()) for sample in sampled]
+    items = [
+        Item(prompts[sample.prompt_index], _response_text(task, sample), sample.response.tolist()) for sample in sampled
+    ]
     scores = scorer(items)
     assert len(scores) == len(sampled), f"{len(scores)} rewards for {len(sampled)} samples"
     remaining = iter(scores)

@@ -53,8 +53,12 @@ def test_variants_are_what_their_names_say() -> None:
     no_clip = settings_of("minirl", "n4-r3-noclip", 128)
     assert (no_clip.replay.mode, no_clip.objective.clip, no_clip.trainer.mini_batches) == ("r3", False, 4)
     merged = settings_of("bai", "bai-0.7", 160)
-    assert merged.merge.alpha == 0.7 and merged.merge.pretrained.endswith("/pretrained") and merged.merge.method == "bai"
-    assert all(study.updates % each.updates_per_step == 0 for study in STUDIES.values() for each in study.variants.values())
+    assert (
+        merged.merge.alpha == 0.7 and merged.merge.pretrained.endswith("/pretrained") and merged.merge.method == "bai"
+    )
+    assert all(
+        study.updates % each.updates_per_step == 0 for study in STUDIES.values() for each in study.variants.values()
+    )
 
 
 def write_run(target: Path, records: list[dict[str, Any]], complete: bool = True) -> None:
@@ -73,7 +77,10 @@ def stored(tmp_path: Path) -> Path:
 
 
 def test_a_table_has_means_over_seeds_with_students_interval(stored: Path) -> None:
-    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in tables.of_study(stored, "discrepancy").splitlines()}
+    rows = {
+        row.split(" | ")[0].strip("| "): row.split(" | ")[1:]
+        for row in tables.of_study(stored, "discrepancy").splitlines()
+    }
     assert rows["float32"][0] == "not run"
     size, kl, f2 = rows["bfloat16"][:3]
     assert size == "3 × 2, 1 unfinished"
@@ -97,14 +104,30 @@ def test_a_document_gets_the_tables_between_its_marks(stored: Path, tmp_path: Pa
 def test_where_runs_collapse_is_read_from_their_alarms() -> None:
     def run(*found: tuple[str, int, dict[str, float]]) -> Any:
         alarms = [
-            dict(step=step, detector=name, metric="", deviations=6.0, evidence="", advice="", since=0, action="warn", facts=facts)
+            dict(
+                step=step,
+                detector=name,
+                metric="",
+                deviations=6.0,
+                evidence="",
+                advice="",
+                since=0,
+                action="warn",
+                facts=facts,
+            )
             for name, step, facts in found
         ]
         return tables.RunData("", "", [{"step": 1, "alarms": alarms}], {}, {}, {})
 
     fell, later = {"baseline": 40.0, "level": 24.0}, {"baseline": 40.0, "level": 10.0}
-    runs = [run(("length_collapse", 9, fell), ("length_collapse", 20, later)), run(("length_collapse", 14, later)), run()]
-    assert tables.length_collapse(runs) == "by 57% from 0 to 11.5 (2 of 3)" and tables.length_collapse(runs[2:]) == "none"
+    runs = [
+        run(("length_collapse", 9, fell), ("length_collapse", 20, later)),
+        run(("length_collapse", 14, later)),
+        run(),
+    ]
+    assert (
+        tables.length_collapse(runs) == "by 57% from 0 to 11.5 (2 of 3)" and tables.length_collapse(runs[2:]) == "none"
+    )
     drop, full = {"depth": 0.5}, {"depth": 0.4, "trough_step": 12.0, "recovery_step": 30.0}
     runs = [run(("length_collapse", 9, {}), ("length_collapse", 20, {})), run(("length_collapse", 14, {})), run()]
     assert tables.alarms("length_collapse", "entropy_collapse")(runs) == "length collapse at 11.5 (2 of 3)"

@@ -64,7 +64,10 @@ def test_choices_ranges_and_what_paths_cannot_hold(started: list[list[str]]) -> 
         (["train", "--multirun", "objective=minirl,nonsense"], "objective/nonsense"),
         (["train", "--multirun", "trainer.stepz=1,2"], "trainer.stepz"),
         (["train", "--multirun", "--cfg", "trainer.steps=1,2"], "'--cfg'"),
-        (["train", "--multirun", "trainer.steps=1,2", "trainer.save=x"], "trainer.save is x in the jobs trainer.steps=1"),
+        (
+            ["train", "--multirun", "trainer.steps=1,2", "trainer.save=x"],
+            "trainer.save is x in the jobs trainer.steps=1",
+        ),
         (["merge", "--multirun", "merge.alpha=0.1,0.5", "merge.output=x"], "merge.output is x in the jobs merge"),
         (["train", "--multirun", "run.name=a/b,a_b", "run.dir=c"], "run.dir is c/run.name=a_b in the jobs"),
     ],

@@ -38,9 +38,7 @@ def attention(draw: torch.Generator, heads: int, shared: int, dim: int, dtype: t
     total, width = int(asks.sum()), heads * dim
     query = torch.randn(total, width, generator=draw).to(dtype)
     pool = SimpleNamespace(get_key_buffer=lambda layer: keys, get_value_buffer=lambda layer: values)
-    runner = SimpleNamespace(
-        device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=pool
-    )
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=pool)
     layer = SimpleNamespace(
         qk_head_dim=dim, v_head_dim=dim, tp_q_head_num=heads, tp_k_head_num=heads // shared, scaling=dim**-0.5,
         layer_id=0, is_cross_attention=False, attn_type=AttentionType.DECODER, sliding_window_size=None,
@@ -64,7 +62,9 @@ def one(length: int) -> int:
     return 1
 
 
-def experts(draw: torch.Generator, tokens: int, count: int, topk: int, inner: int, dtype: torch.dtype) -> dict[str, Any]:
+def experts(
+    draw: torch.Generator, tokens: int, count: int, topk: int, inner: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """The same for an MoE layer's experts, some of which nobody chose; and whether upstream's was called for it."""
     from sglang.srt.layers.moe import fused_moe_native
 

@@ -52,9 +52,7 @@ def test_log_probabilities_and_entropy_are_those_of_the_padded_step(
 
 @each_mode
 @each_case
-def test_every_gradient_is_that_of_the_padded_step(
-    case: str, mode: str, layouts: Layouts, one: dict[str, Any]
-) -> None:
+def test_every_gradient_is_that_of_the_padded_step(case: str, mode: str, layouts: Layouts, one: dict[str, Any]) -> None:
     gap, name = relative(layouts[case][mode]["gradient"], one[mode]["gradient"])
     assert gap <= 2e-5, name
 

@@ -391,7 +391,9 @@ def vocabulary(precision: torch.dtype) -> dict[str, Any]:
     part = logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
 
     def gradient(*slopes: torch.Tensor | None) -> torch.Tensor:
-        found = logprobs_and_entropy(part, targets, 0.7, work_elements=8 * part.shape[-1])  # 45 tokens: the last of the parts is short
+        found = logprobs_and_entropy(
+            part, targets, 0.7, work_elements=8 * part.shape[-1]
+        )  # 45 tokens: the last of the parts is short
         used = [(each, slope) for each, slope in zip(found, slopes) if slope is not None]
         (own,) = torch.autograd.grad(sum((each * slope).sum() for each, slope in used), part)
         return torch.cat(gathered(own), dim=-1)

@@ -16,7 +16,12 @@ def found(demo: Demo) -> dict[str, Any]:
     """Of one update in float32 on both sides, in two processes: TP 2 × EP 2 with sequence parallelism."""
     directory = demo.logs / "numerics"
     overrides = ["experiment=demo", f"run.dir={directory}", "init=checkpoint", f"init.checkpoint={demo.actor}"]
-    changes = ["rollout.dtype=float32", "rollout.sync_tolerance=1e-4", "rollout.sync=group", "trainer.learning_rate=3e-3"]
+    changes = [
+        "rollout.dtype=float32",
+        "rollout.sync_tolerance=1e-4",
+        "rollout.sync=group",
+        "trainer.learning_rate=3e-3",
+    ]
     script = Path(__file__).with_name("numerics.py")
     succeeded(torchrun(directory, 2, script, directory / "found.json", *overrides, *changes))
     return json.loads((directory / "found.json").read_text())

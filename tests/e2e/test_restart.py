@@ -15,7 +15,12 @@ STEPS = 4
 def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path, fault: Callable[..., None]) -> None:
     run = tmp_path / "run"
     words = [f"run.dir={run}", f"trainer.steps={STEPS}", "trainer.save_every=1", "trainer.save_async=true"]
-    words += ["trainer.prompts_per_step=4", "trainer.group_size=4", "trainer.micro_batch_size=8", f"trainer.save={run}/result"]
+    words += [
+        "trainer.prompts_per_step=4",
+        "trainer.group_size=4",
+        "trainer.micro_batch_size=8",
+        f"trainer.save={run}/result",
+    ]
     words += ["rollout.partial_tokens=6", "rollout.overlap=true"]
     words += ["rollout.max_new_tokens=16", "objective.kl_penalty=0.01", "objective.entropy_bonus=0.1"]
     command = torchrun(tmp_path / "log", 1, "--max-restarts=1", "-m", "megatron_bai", "train", *words)

@@ -60,7 +60,8 @@ def run(directory: Path, study: Study, *variants: str) -> list[dict[str, Any]]:
     targets = {variant: runner.run_dir(directory, study.name, variant, 0) for variant in variants}
     updates = {variant: 2 * study.variants[variant].updates_per_step for variant in variants}
     cases = {
-        variant: ["train", *study.overrides(variant, 0, updates[variant], target)] for variant, target in targets.items()
+        variant: ["train", *study.overrides(variant, 0, updates[variant], target)]
+        for variant, target in targets.items()
     }
     all_succeeded(directory / study.name, cases)
     for variant, target in targets.items():
@@ -86,9 +87,7 @@ def check(summary: dict[str, Any], study: Study, variant: str) -> None:
         assert ("ess" in step) == ("grad_norm" in step) and 0 < step.get("ess", 1) <= 1
 
 
-def test_a_study_of_merges_starts_from_the_merge(
-    directory: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_of_merges_starts_from_the_merge(directory: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """arXiv 2509.00309: PPO from the reasoning checkpoint alone and from BAI, with a critic that begins alone."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")  # has the reward function
     study = all_studies(directory)["bai"]

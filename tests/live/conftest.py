@@ -38,4 +38,6 @@ def client(server: SGLangServer) -> Callable[..., RolloutClient]:
 @pytest.fixture
 def serving(server: SGLangServer, checkpoints: dict[str, Path]) -> Callable[[str], None]:
     """Brings a version's weights to the server; tests that depend on the weights ask for theirs first."""
-    return lambda version: sync_from_disk([server.url], checkpoints[version], version, tensor_shapes(checkpoints[version]))
+    return lambda version: sync_from_disk(
+        [server.url], checkpoints[version], version, tensor_shapes(checkpoints[version])
+    )

@@ -129,7 +129,14 @@ def test_sampling_parameters_are_checked_by_sglang_itself(server: SGLangServer, 
 def test_what_is_read_of_a_server_is_what_it_says(said: list[Said]) -> None:
     """All that is looked up with a default: its absence would pass for an answer."""
     (info, *_) = [each.reply for each in said if each.path == "/server_info"]
-    assert {"version", "tp_size", "dp_size", *releases._REQUIRED_FLAGS, *releases._SEED_FLAGS, *releases._FORBIDDEN_FLAGS} <= set(info)
+    assert {
+        "version",
+        "tp_size",
+        "dp_size",
+        *releases._REQUIRED_FLAGS,
+        *releases._SEED_FLAGS,
+        *releases._FORBIDDEN_FLAGS,
+    } <= set(info)
     assert info["version"] == SGLANG
     (model, *_) = [each.reply for each in said if each.path == "/model_info"]
     assert {"weight_version", "is_generation"} <= set(model)

@@ -24,7 +24,9 @@ Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def both(server: SGLangServer, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetInfo]:
+def both(
+    server: SGLangServer, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FleetInfo]:
     """The session's server, and one of two tensor-parallel ranks."""
     logs, rollout = tmp_path_factory.mktemp("second"), replace(ROLLOUT, tensor=2)
     with fleet.start_servers(checkpoints["v0"], rollout, logs, "cpu") as second:
@@ -67,7 +69,9 @@ def test_weights_out_of_memory_are_those_on_disk(
         other = "v0" if version == "v1" else "v1"
         weight_sync.sync_from_disk(both.urls, checkpoints[other], other, shapes)
         assert all(np.abs(scores(url) - was).max() > 0.1 for url, was in zip(both.urls, expected))
-        weight_sync.sync_from_tensors(both.urls, weights(checkpoints, version).items(), f"{version}-again", shapes, Seen(), 1 << 16)
+        weight_sync.sync_from_tensors(
+            both.urls, weights(checkpoints, version).items(), f"{version}-again", shapes, Seen(), 1 << 16
+        )
         for url, was in zip(both.urls, expected):
             np.testing.assert_array_equal(scores(url), was)
             assert control.weight_version(url) == f"{version}-again"
@@ -101,7 +105,9 @@ def test_servers_with_some_of_the_weights_stay_paused(
     shapes, named = weight_sync.tensor_shapes(checkpoints["v1"]), weights(checkpoints, "v1")
     damage(named)
     with pytest.raises(UserError, match=says):
-        weight_sync.sync_from_tensors(both.urls, named.items(), "v9", shapes, weight_sync.HttpTransport(both.urls, both.tp_sizes), 1 << 16)
+        weight_sync.sync_from_tensors(
+            both.urls, named.items(), "v9", shapes, weight_sync.HttpTransport(both.urls, both.tp_sizes), 1 << 16
+        )
     hurried = replace(ROLLOUT, request_timeout_s=1.0, retries=0)
     with pytest.raises(UserError, match="no answer within"):
         RolloutClient(both.urls[:1], hurried, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, STOP)
@@ -111,7 +117,9 @@ def test_servers_with_some_of_the_weights_stay_paused(
     assert RolloutClient(both.urls[:1], ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, STOP)
 
 
-def test_both_answer_alike_and_each_is_asked(both: FleetInfo, checkpoints: dict[str, Path], server: SGLangServer) -> None:
+def test_both_answer_alike_and_each_is_asked(
+    both: FleetInfo, checkpoints: dict[str, Path], server: SGLangServer
+) -> None:
     weight_sync.sync_from_disk(both.urls, checkpoints["v0"], "v0", weight_sync.tensor_shapes(checkpoints["v0"]))
     before = server.log_path.read_text().count("POST /generate")
     found = [

@@ -21,7 +21,9 @@ from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import _environment
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("forked_servers")]
-TEMPLATE = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}{% endfor %}<eos>"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}{% endfor %}<eos>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     be whatever the head was initialised with."""
     path = tmp_path_factory.mktemp("reward") / "model"
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
     ids = dict(vocab_size=64, pad_token_id=0, eos_token_id=1, num_labels=1)
     settings = Qwen3Config(**sizes, **ids, head_dim=16, max_position_embeddings=256, initializer_range=0.2)
     Qwen3ForSequenceClassification(settings).save_pretrained(path)

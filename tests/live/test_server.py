@@ -199,7 +199,9 @@ def test_another_models_weights_never_reach_the_server(
 ) -> None:
     serving("v0")
     with pytest.raises(UserError, match="is not the served model"):
-        sync_from_disk([server.url], save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", tensor_shapes(server.model_dir))
+        sync_from_disk(
+            [server.url], save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", tensor_shapes(server.model_dir)
+        )
     assert control.weight_version(server.url) == "v0" and client().generate([[5]], 1, 0, STOP)
 
 
@@ -300,7 +302,11 @@ def test_kill_9_of_the_parent_while_the_server_starts(checkpoints: dict[str, Pat
             for process in family(parent.pid):
                 with suppress(psutil.NoSuchProcess):  # it ended since
                     own.append((process, " ".join(process.cmdline())))
-            server = [p for p, line in own if "-m megatron_bai.rollout.servers.server_main " in line or line.startswith("sglang::")]
+            server = [
+                p
+                for p, line in own
+                if "-m megatron_bai.rollout.servers.server_main " in line or line.startswith("sglang::")
+            ]
         processes = family(parent.pid)
         parent.send_signal(signal.SIGKILL)
         parent.wait()

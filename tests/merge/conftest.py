@@ -7,7 +7,10 @@ from megatron_bai.config import Merge
 @pytest.fixture
 def three(tmp_path):
     """Three checkpoints of one model, sharded in three ways, and the settings that merge them."""
-    objects = {"decoder.layers.0._extra_state/shard_0_1": checkpoints.saved("base"), "rng_state/shard_0_1": checkpoints.saved("dice")}
+    objects = {
+        "decoder.layers.0._extra_state/shard_0_1": checkpoints.saved("base"),
+        "rng_state/shard_0_1": checkpoints.saved("dice"),
+    }
     checkpoints.write(tmp_path / "base", checkpoints.model(0), checkpoints.experts, objects)
     checkpoints.write(tmp_path / "instruct", checkpoints.model(1), checkpoints.columns)
     checkpoints.write(tmp_path / "reasoning", checkpoints.model(2), checkpoints.rows)

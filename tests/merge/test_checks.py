@@ -50,11 +50,15 @@ def test_parts_that_overlap_or_leave_gaps_prove_nothing():
     for parts in ([part(0, 600), part(400, 1024)], [part(0, 500), part(524, 1024)], [part(0, 624), part(0, 400)]):
         checks, asked = RecordCrcs(), []
         assert all(checks.add_range(PLACE, p, len(DATA)) is None for p in parts)
-        checks.resolve_all([PLACE], RankGroup(), lambda place, crc, touched, asked=asked: asked.append((crc, touched)) or 1)
+        checks.resolve_all(
+            [PLACE], RankGroup(), lambda place, crc, touched, asked=asked: asked.append((crc, touched)) or 1
+        )
         assert asked == [(None, True)], "the record must be read again"
 
 
 def test_what_nobody_read_is_asked_for():
     asked = []
-    found = RecordCrcs().resolve_all([PLACE], RankGroup(), lambda place, crc, touched: asked.append((crc, touched)) or 5)
+    found = RecordCrcs().resolve_all(
+        [PLACE], RankGroup(), lambda place, crc, touched: asked.append((crc, touched)) or 5
+    )
     assert found == {PLACE: 5} and asked == [(None, False)]

@@ -101,9 +101,7 @@ def test_the_layout_is_the_pretrained_ones(three):
 def test_members_layouts_do_not_matter(three, tmp_path):
     expected = run(three)
     for i, layout in enumerate((checkpoints.irregular, checkpoints.rows, checkpoints.whole)):
-        members = [
-            str(checkpoints.write(tmp_path / f"{seed}-{i}", checkpoints.model(seed), layout)) for seed in (1, 2)
-        ]
+        members = [str(checkpoints.write(tmp_path / f"{seed}-{i}", checkpoints.model(seed), layout)) for seed in (1, 2)]
         merged = run(three, members=members, output=str(tmp_path / f"out{i}"))
         assert all(torch.equal(merged[key], value) for key, value in expected.items())
 
@@ -264,9 +262,7 @@ def test_the_info_of_the_pretrained_is_kept(three, tmp_path):
 
 
 def test_a_source_of_weight_zero_is_not_read(three):
-    Path(three.members[0], "__0_0.distcp").write_bytes(
-        bytes(Path(three.members[0], "__0_0.distcp").stat().st_size)
-    )
+    Path(three.members[0], "__0_0.distcp").write_bytes(bytes(Path(three.members[0], "__0_0.distcp").stat().st_size))
     merged = run(three, weights=[0.0, 1.0])
     exact = checkpoints.exact([(checkpoints.model(0), 0.6), (checkpoints.model(2), 0.4)], "decoder.scale")
     assert torch.equal(merged["decoder.scale"], exact.bfloat16())
@@ -532,8 +528,10 @@ def test_killed_the_target_is_never_half_written(three, moment, before):
             manifest.require_info(three.output)
     merged = run(three)
     summands = terms(three)
-    assert torch.equal(merged["decoder.layers.mlp.router.expert_bias"], checkpoints.exact(
-        summands, "decoder.layers.mlp.router.expert_bias").float())
+    assert torch.equal(
+        merged["decoder.layers.mlp.router.expert_bias"],
+        checkpoints.exact(summands, "decoder.layers.mlp.router.expert_bias").float(),
+    )
     assert manifest.require_info(three.output) and not list(Path(three.output).parent.glob(".*"))
 
 
@@ -550,7 +548,9 @@ def merge_in_small_units(settings: Merge, die_after: int | None = None, counted:
     executor._write_unit = write
     jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all")
+        pipeline.execute_jobs(
+            pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all"
+        )
     if counted:
         counted.write_text(json.dumps(units))
 

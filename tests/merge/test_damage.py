@@ -36,7 +36,12 @@ def checkpoint(request, tmp_path_factory) -> Path:
 def damages(draw) -> tuple:
     """Which file, where in it (of 1), and what happens there."""
     how = draw(st.sampled_from(["flip", "zeros", "cut", "longer"]))
-    return draw(st.floats(0, 1, exclude_max=True)), draw(st.floats(0, 1, exclude_max=True)), how, draw(st.integers(1, 255))
+    return (
+        draw(st.floats(0, 1, exclude_max=True)),
+        draw(st.floats(0, 1, exclude_max=True)),
+        how,
+        draw(st.integers(1, 255)),
+    )
 
 
 def damaged(data: bytes, at: float, how: str, value: int) -> bytes:

@@ -225,7 +225,9 @@ def test_dtypes_that_differ_are_named(tmp_path):
 def test_a_sum_outside_the_chosen_dtype_is_refused(tmp_path):
     tensors = [{"decoder.w": torch.full((4,), 1e5)} for _ in range(2)]
     paths = [checkpoints.write(tmp_path / f"s{i}", t) for i, t in enumerate(tensors)]
-    refused(settings(paths, tmp_path / "out", weights=[1.0], dtype="float16"), "too large for torch.float16: .*merge.dtype")
+    refused(
+        settings(paths, tmp_path / "out", weights=[1.0], dtype="float16"), "too large for torch.float16: .*merge.dtype"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
@@ -239,7 +241,11 @@ def test_quantised_tensors_are_refused(tmp_path, dtype):
 
 def test_chunks_are_cut_anew(tmp_path, monkeypatch):
     paths = write_three(tmp_path, [spellings.stacked, spellings.by_layer, spellings.singleton])
-    monkeypatch.setattr(pipeline, "make_output_spec", lambda s: dataclasses.replace(pipeline.OutputSpec(), chunk_bytes=128, file_bytes=512))
+    monkeypatch.setattr(
+        pipeline,
+        "make_output_spec",
+        lambda s: dataclasses.replace(pipeline.OutputSpec(), chunk_bytes=128, file_bytes=512),
+    )
     merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
     assert same(checkpoints.read(tmp_path / "out"), spellings.stacked(reference()))
     with TorchDistReader(tmp_path / "out") as out, TorchDistReader(paths[0]) as base:
@@ -253,7 +259,9 @@ def test_chunks_are_cut_anew(tmp_path, monkeypatch):
 def test_the_settings_cut_in_mebibytes(tmp_path):
     tensors = {"decoder.w": torch.randn(5, 3 << 18)}
     paths = [checkpoints.write(tmp_path / f"s{i}", tensors) for i in range(2)]
-    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none")))
+    merge_verb.run(
+        Config(merge=settings(paths, tmp_path / "out", weights=[1.0], chunk_mib=1, file_mib=4, verify="none"))
+    )
     with TorchDistReader(tmp_path / "out") as out:
         assert [c.sizes for c in out.tensors["decoder.w"].chunks] == [(1, 1 << 18)] * 15
     assert len(list((tmp_path / "out").glob("*.distcp"))) == 4
@@ -275,11 +283,15 @@ def test_settings_that_contradict_each_other(tmp_path, changes, message):
 
 def test_safetensors_have_no_chunks(tmp_path):
     paths = write_three(tmp_path, [spellings.hf] * 3)
-    refused(settings(paths, tmp_path / "out", chunk_mib=1), "merge.chunk_mib is for torch_dist: .*s0 holds every tensor")
+    refused(
+        settings(paths, tmp_path / "out", chunk_mib=1), "merge.chunk_mib is for torch_dist: .*s0 holds every tensor"
+    )
 
 
 def in_files(monkeypatch, file_bytes: int) -> None:
-    monkeypatch.setattr(pipeline, "make_output_spec", lambda s: pipeline.OutputSpec(torch.float32, file_bytes=file_bytes))
+    monkeypatch.setattr(
+        pipeline, "make_output_spec", lambda s: pipeline.OutputSpec(torch.float32, file_bytes=file_bytes)
+    )
 
 
 @pytest.mark.parametrize("file_bytes", [300, 2000, 1 << 20])

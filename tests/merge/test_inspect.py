@@ -18,8 +18,9 @@ def test_distance_and_cosine_of_each_group(tmp_path):
     a, b = checkpoints.model(0, torch.float32), checkpoints.model(1, torch.float32)
     router = "decoder.layers.mlp.router.weight"
     b[router] = a[router].clone()
-    paths = checkpoints.write(tmp_path / "a", a, checkpoints.experts), checkpoints.write(
-        tmp_path / "b", b, checkpoints.columns
+    paths = (
+        checkpoints.write(tmp_path / "a", a, checkpoints.experts),
+        checkpoints.write(tmp_path / "b", b, checkpoints.columns),
     )
     with TorchDistReader(paths[0]) as first, TorchDistReader(paths[1]) as second:
         groups = compare_checkpoints(first, second)

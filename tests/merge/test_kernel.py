@@ -91,7 +91,9 @@ def test_nan_and_infinity_are_seen_wherever_they_are(bad, source, at):
     values[source, at] = bad
     assert run(values, [0.5, 0.25, 0.25])[1] > bf16_kernel.MAX_FINITE_BITS
     rows = [i for i in range(3) if i != source]
-    assert run(values, [0.5, 0.5], rows)[1] <= bf16_kernel.MAX_FINITE_BITS, "a source without a part in the sum cannot spoil it"
+    assert run(values, [0.5, 0.5], rows)[1] <= bf16_kernel.MAX_FINITE_BITS, (
+        "a source without a part in the sum cannot spoil it"
+    )
 
 
 def test_what_is_rounded_to_infinity_is_seen():

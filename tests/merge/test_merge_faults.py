@@ -77,7 +77,11 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(settings, unbroken, t
         code = in_child(kind, at, merge_in_small_units, mine)
         assert code in (0, -signal.SIGKILL)
         if before == "an earlier merge" or target.exists():
-            assert manifest.require_info(target) and manifest.verify_weights(target) and content(target) in (earlier, unbroken)
+            assert (
+                manifest.require_info(target)
+                and manifest.verify_weights(target)
+                and content(target) in (earlier, unbroken)
+            )
         merge_in_small_units(mine)
         assert content(target) == unbroken and manifest.require_info(target) and manifest.verify_weights(target)
         assert not list(target.parent.glob(f".{target.name}.*")), "no remains"
@@ -158,7 +162,9 @@ def refused(merge: Callable, settings: Merge, message: str, kept: bool) -> None:
 
 
 def test_a_source_that_vanishes_costs_nothing_that_is_finished(settings, unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(positional_io, "OPEN_FILES", 1)  # so that files are opened again, as those of large checkpoints are
+    monkeypatch.setattr(
+        positional_io, "OPEN_FILES", 1
+    )  # so that files are opened again, as those of large checkpoints are
     member = Path(settings.members[1])
     gone = member.with_name("gone")
     refused(
@@ -253,7 +259,12 @@ def test_any_file_that_cannot_be_written_is_one_line(settings, unbroken, tmp_pat
     """A limit on a file's size stops the mark, the journal, the units or the provenance."""
     assert in_child(limited, merge_in_small_units, settings, limit, tmp_path / "said") == 0
     said = (tmp_path / "said").read_text()
-    assert str(tmp_path) in said and "File too large" in said and said.count("\n") == 1 and not Path(settings.output).exists()
+    assert (
+        str(tmp_path) in said
+        and "File too large" in said
+        and said.count("\n") == 1
+        and not Path(settings.output).exists()
+    )
     merge_in_small_units(settings)
     assert content(Path(settings.output)) == unbroken
 

@@ -207,7 +207,9 @@ def test_what_one_layer_or_expert_owns(key, shape, count, first):
 
 
 def test_elements_are_numbered_in_their_slice():
-    part = SliceBox(OutputTensor("decoder.layers.mlp.linear_fc2.weight", torch.float32, (3, 4, 5), True), ((1, 2, 1), (1, 2, 3)))
+    part = SliceBox(
+        OutputTensor("decoder.layers.mlp.linear_fc2.weight", torch.float32, (3, 4, 5), True), ((1, 2, 1), (1, 2, 3))
+    )
     assert part.element_indices().tolist() == [11, 12, 13, 16, 17, 18]
 
 
@@ -244,7 +246,9 @@ def killed(settings: Merge, moment: str) -> None:
         executor._write_unit = some
     jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all")
+        pipeline.execute_jobs(
+            pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all"
+        )
 
 
 @pytest.mark.parametrize("moment", ["measuring", "writing"])
@@ -260,7 +264,9 @@ def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, method, moment):
     assert len(noted) in ((0,) if moment == "measuring" else (1, 2)), "the last is flushed behind"
     jobs = pipeline.make_jobs(settings)
     with ExitStack() as stack:
-        pipeline.execute_jobs(pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all")
+        pipeline.execute_jobs(
+            pipeline.open_and_plan(jobs, stack, RankGroup(), unit_bytes=512), jobs, RankGroup(), "all"
+        )
     assert same(checkpoints.read(Path(settings.output)), expected)
 
 

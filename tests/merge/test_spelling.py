@@ -218,7 +218,10 @@ FC1 = "decoder.layers.1.mlp.experts.experts.3.linear_fc1.weight"
     [
         (lambda t: t.pop("decoder.final_layernorm.weight"), r"other lacks decoder\.final_layernorm\.weight of .*base"),
         (lambda t: t.update({"decoder.gain": torch.ones(2)}), r"base lacks decoder\.gain of .*other"),
-        (lambda t: t.update({QKV: torch.ones(7, 7)}), r"holds 161 of the 168 elements of decoder.layers.self_attention"),
+        (
+            lambda t: t.update({QKV: torch.ones(7, 7)}),
+            r"holds 161 of the 168 elements of decoder.layers.self_attention",
+        ),
         (lambda t: t.pop(QKV.replace("2", "1")), r"holds 112 of the 168 elements of decoder\.layers\.self_attention"),
         (lambda t: t.pop(QKV), r"number of layers of decoder\.layers\.self_attention\.linear_qkv\.weight \(3 and 2\)"),
         (
@@ -251,7 +254,9 @@ def test_one_layer_dense_in_one_source_only(tmp_path):
         checkpoints.write(tmp_path / "base", spellings.by_layer(spellings.model(0, dense=1))),
         checkpoints.write(tmp_path / "other", spellings.by_layer(spellings.model(1))),
     ]
-    refused(settings(paths, tmp_path / "out", weights=[1.0]), r"other lacks decoder\.layers\.0\.mlp\.linear_fc1\.weight")
+    refused(
+        settings(paths, tmp_path / "out", weights=[1.0]), r"other lacks decoder\.layers\.0\.mlp\.linear_fc1\.weight"
+    )
 
 
 def test_a_norm_under_both_names_is_refused(tmp_path):

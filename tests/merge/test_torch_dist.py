@@ -76,8 +76,15 @@ def test_a_malicious_index_is_refused_and_not_run(tmp_path):
 def test_nothing_but_the_listed_names_is_found(tmp_path, name):
     path = checkpoints.write(tmp_path / "c", checkpoints.model(0))
     module, attribute = name.split(".", 1) if name != "torch.hub.load" else ("torch.hub", "load")
-    (path / ".metadata").write_bytes(b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c"
-                                     + bytes([len(attribute)]) + attribute.encode() + b"\x93.")
+    (path / ".metadata").write_bytes(
+        b"\x80\x04\x8c"
+        + bytes([len(module)])
+        + module.encode()
+        + b"\x8c"
+        + bytes([len(attribute)])
+        + attribute.encode()
+        + b"\x93."
+    )
     with pytest.raises(UserError, match="nothing in it was run"):
         TorchDistReader(path)
 
@@ -119,7 +126,10 @@ def test_a_flipped_bit_is_found(tmp_path):
     file.write_bytes(data)
     assert not torch.equal(torch.load(file), torch.full((64,), 1.5)), "torch itself loads it without a word"
     for parts in ([(0, 64)], [(0, 30), (30, 34)], [(34, 30), (0, 34)], [(40, 3)], [(0, 40), (20, 44)]):
-        with TorchDistReader(path) as source, pytest.raises(UserError, match="the bytes of w are not those that were saved"):
+        with (
+            TorchDistReader(path) as source,
+            pytest.raises(UserError, match="the bytes of w are not those that were saved"),
+        ):
             for start, size in parts:
                 source.read("w", (start,), (size,))
             source.verify_records(["w"], RankGroup())
@@ -184,6 +194,8 @@ def test_checksums_that_torch_did_not_compute_are_not_asked_for(tmp_path):
         (path / "__0_0.distcp").write_bytes(file.getvalue())
         with TorchDistReader(path) as source:
             assert torch.equal(source.read("w", (0,), (64,)), torch.full((64,), 2.0))
-            assert (source.locate_record(source.tensors["w"], source.tensors["w"].chunks[0]).crc32 is not None) == compute
+            assert (
+                source.locate_record(source.tensors["w"], source.tensors["w"].chunks[0]).crc32 is not None
+            ) == compute
             digests.append(source.verify_records(["w"], RankGroup()))
     assert digests[0] == digests[1], "the digest is of the content"

@@ -120,7 +120,9 @@ def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
         "item": lambda path, name: item(path, attack(path, name)),
         "index": lambda path, name: (path / ".metadata").write_bytes(pickle.dumps(Attack(directory / "ran" / name))),
         "compressed": compressed,
-        "compressed common": lambda path, _: (path / "common.pt").write_bytes(repacked((good / "common.pt").read_bytes())),
+        "compressed common": lambda path, _: (path / "common.pt").write_bytes(
+            repacked((good / "common.pt").read_bytes())
+        ),
         "outside": lambda path, _: index(path, lambda _, info: setattr(info, "relative_path", "../good/__0_0.distcp")),
         "negative": lambda path, _: index(path, lambda _, info: setattr(info, "offset", -1)),
         "huge": lambda path, _: index(path, lambda _, info: setattr(info, "length", 1 << 60)),

@@ -64,7 +64,10 @@ def test_no_damage_goes_unseen(found: dict[str, Any]) -> None:
     [
         ("common", "common.pt holds more than plain values (it names posix.mkdir)"),
         ("object", "embedding.word_embeddings.weight is no tensor there"),
-        ("item", "other.distcp: the item of embedding.word_embeddings.weight at byte 0 is damaged (it names posix.mkdir)"),
+        (
+            "item",
+            "other.distcp: the item of embedding.word_embeddings.weight at byte 0 is damaged (it names posix.mkdir)",
+        ),
         ("index", ".metadata is not a checkpoint's index (it names posix.mkdir"),
         ("compressed", "is compressed"),
         ("compressed common", "common.pt is damaged (ValueError('it is compressed'))"),

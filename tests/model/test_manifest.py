@@ -58,7 +58,9 @@ def test_a_writer_killed_at_any_step_leaves_the_old_checkpoint_or_the_new(
             with pytest.raises(UserError):
                 manifest.require_info(target)
         seen.add(found and found["word"])
-        assert write(target, "again") and manifest.require_info(target) == {"word": "again"}  # the remains are in no way
+        assert write(target, "again") and manifest.require_info(target) == {
+            "word": "again"
+        }  # the remains are in no way
         assert [path.name for path in target.parent.iterdir()] == ["checkpoint"]
         if code == 0:
             break
@@ -116,7 +118,7 @@ def test_a_process_killed_between_writing_and_sealing_leaves_nothing_to_read(tmp
     writer.stdout.close()
     with pytest.raises(UserError, match="no checkpoint at"):
         manifest.require_info(target)
-    stage, = tmp_path.iterdir()
+    (stage,) = tmp_path.iterdir()
     with pytest.raises(UserError, match="has no manifest.json: it was never finished"):
         manifest.require_info(stage)
     assert manifest.read_info(stage) is None

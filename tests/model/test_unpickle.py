@@ -41,7 +41,9 @@ def test_an_index_of_an_early_python_3_11_is_read(tmp_path):
     assert read_metadata(path).state_dict_metadata["w"].size == torch.Size([2])
 
 
-@pytest.mark.parametrize("asked", [(torch.Size, "count"), (dcp.Metadata, "__init__"), (dcp._MEM_FORMAT_ENCODING, "mro")])
+@pytest.mark.parametrize(
+    "asked", [(torch.Size, "count"), (dcp.Metadata, "__init__"), (dcp._MEM_FORMAT_ENCODING, "mro")]
+)
 def test_no_other_attribute_is_given_out(tmp_path, asked):
     with pytest.raises(UserError, match="asks for an attribute, which no checkpoint index needs"):
         read_metadata(write(tmp_path / ".metadata", Attribute(*asked)))

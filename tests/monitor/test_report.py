@@ -47,10 +47,22 @@ def steps() -> list[dict[str, Any]]:
 
 
 def test_one_file_with_headlines_and_charts(tmp_path, steps):
-    run = make_run(tmp_path / "demo", steps, config="trainer: {steps: 3}", versions={"torch": "2.13.0", "apex": None}, layout={"tensor": 2})
+    run = make_run(
+        tmp_path / "demo",
+        steps,
+        config="trainer: {steps: 3}",
+        versions={"torch": "2.13.0", "apex": None},
+        layout={"tensor": 2},
+    )
     write_report([run], tmp_path / "out" / "report.html")
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "0.000 → 0.500" in html and "rollout, 60%" in html and "torch 2.13.0<" in html and "tensor 2" in html and "trainer.steps" in html
+    assert (
+        "0.000 → 0.500" in html
+        and "rollout, 60%" in html
+        and "torch 2.13.0<" in html
+        and "tensor 2" in html
+        and "trainer.steps" in html
+    )
     assert "<script src" not in html and "<link" not in html  # opens offline
     charts = section_charts(html)
     kl = charts["Training–inference KL (k3)"]
@@ -90,7 +102,10 @@ def test_a_run_in_progress(tmp_path, steps):
     assert data.series("reward_mean") == ([0, 1, 2], [0.0, 0.25, None])
     assert data.series("loss") == ([2], [None])
     write_report([run], tmp_path / "report.html")
-    assert section_charts((tmp_path / "report.html").read_text())["Reward, mean over the batch"]["traces"][0]["y"][2] is None
+    assert (
+        section_charts((tmp_path / "report.html").read_text())["Reward, mean over the batch"]["traces"][0]["y"][2]
+        is None
+    )
 
 
 def test_unknown_metrics_are_shown(tmp_path):

@@ -108,8 +108,10 @@ def test_routes_that_differ_are_counted_by_layer_and_by_token(seed: int) -> None
     differ = np.array([[set(a) != set(b) for a, b in zip(*pair)] for pair in zip(theirs, ours)])[counted]
     assert stats.values() == pytest.approx(
         {
-            "route_mismatch": differ.mean(), "route_mismatch/1": differ[:, 0].mean(),
-            "route_mismatch/4": differ[:, 1].mean(), "tokens_route_mismatch": differ.any(1).mean(),
+            "route_mismatch": differ.mean(),
+            "route_mismatch/1": differ[:, 0].mean(),
+            "route_mismatch/4": differ[:, 1].mean(),
+            "tokens_route_mismatch": differ.any(1).mean(),
         }  # fmt: skip
     )
     load = Stats()
@@ -118,8 +120,11 @@ def test_routes_that_differ_are_counted_by_layer_and_by_token(seed: int) -> None
     nats = [-sum(p * np.log(p) for p in share if p) for share in shares]
     assert compute_load_metrics(load, EXPERTS) == pytest.approx(
         {
-            "expert_entropy/1": nats[0], "expert_entropy/4": nats[1], "expert_entropy": np.mean(nats),
-            "experts_effective": np.exp(nats).mean(), "expert_load_max": np.max(shares) * EXPERTS,
+            "expert_entropy/1": nats[0],
+            "expert_entropy/4": nats[1],
+            "expert_entropy": np.mean(nats),
+            "experts_effective": np.exp(nats).mean(),
+            "expert_load_max": np.max(shares) * EXPERTS,
             "experts_unused": np.mean([share == 0 for share in shares]),
         }  # fmt: skip
     )

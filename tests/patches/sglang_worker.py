@@ -210,7 +210,9 @@ def topk_layers() -> None:
             if not isinstance(function, ast.FunctionDef):
                 continue
             known = {arg.arg for arg in function.args.args + function.args.kwonlyargs}
-            known |= {name.id for name in ast.walk(function) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            known |= {
+                name.id for name in ast.walk(function) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+            }
             known |= {
                 f"self.{name.attr}"
                 for name in ast.walk(function)

@@ -25,7 +25,13 @@ def test_final(response: str, answer: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other", "equal"),
-    [("42", " 42. ", True), ("$x  + 1$", "x + 1", True), ("$$x$$", "x", True), ("42", "420", False), ("a b", "ab", False)],
+    [
+        ("42", " 42. ", True),
+        ("$x  + 1$", "x + 1", True),
+        ("$$x$$", "x", True),
+        ("42", "420", False),
+        ("a b", "ab", False),
+    ],
 )
 def test_normalised(one: str, other: str, equal: bool) -> None:
     assert (normalise_answer(one) == normalise_answer(other)) is equal

@@ -29,8 +29,14 @@ def chosen(*overrides: str) -> config.Config:
         ([], config.Exact()),
         (["experiment=demo"], config.Exact()),
         (["reward=math_verify", "reward.timeout_s=3"], config.MathVerify(timeout_s=3.0)),
-        (["reward=function", "reward.function=a.b:c", "reward.workers=8"], config.Function(function="a.b:c", workers=8)),
-        (["reward=model", "reward.url=http://localhost", "reward.label=2"], config.RewardModel(url="http://localhost", label=2)),
+        (
+            ["reward=function", "reward.function=a.b:c", "reward.workers=8"],
+            config.Function(function="a.b:c", workers=8),
+        ),
+        (
+            ["reward=model", "reward.url=http://localhost", "reward.label=2"],
+            config.RewardModel(url="http://localhost", label=2),
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -67,7 +73,10 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     rewards.resolve_reward(config.MathVerify())  # settings that `plan` takes
     with pytest.raises(UserError, match=r"reward=math_verify needs .* pip install 'megatron-bai\[math\]'"):
         rewards.require(config.MathVerify())
-    with pytest.raises(UserError, match=r"reward=math_verify needs"), rewards.open_scorer(config.MathVerify(), None, Path()):
+    with (
+        pytest.raises(UserError, match=r"reward=math_verify needs"),
+        rewards.open_scorer(config.MathVerify(), None, Path()),
+    ):
         pass
 
 

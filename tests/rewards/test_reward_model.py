@@ -60,7 +60,9 @@ def test_rewards_come_in_order_and_a_label_chooses_an_output() -> None:
 def test_the_datas_own_check_is_added_to_what_the_model_says() -> None:
     right, wrong, lost = (Item(Prompt([1], "1+2=", "3"), text, [1]) for text in ("3", "4", "?"))
     task = SimpleNamespace(reward=lambda prompt, ids: float(ids is right.ids))
-    found, _ = scores(lambda body, call: reply(None if "?" in body["text"] else -1.5), [right, wrong, lost], task, check=3)
+    found, _ = scores(
+        lambda body, call: reply(None if "?" in body["text"] else -1.5), [right, wrong, lost], task, check=3
+    )
     assert found[:2] == [Score(1.5), Score(-1.5)] and found[2].value is None
 
 

@@ -79,7 +79,8 @@ def loss(
     micros = case.batch().split(size)
     nats = [None] * len(micros) if entropy is None else entropy.split(size)
     parts = [
-        objectives.batch_loss(objective, settings, *part) for part in zip(logprobs.split(size), micros, nats, strict=True)
+        objectives.batch_loss(objective, settings, *part)
+        for part in zip(logprobs.split(size), micros, nats, strict=True)
     ]
     value = sum(part for part, _ in parts) / max(aggregate.loss_denominator(micros, objective.mean(settings)), 1)
     value.backward()

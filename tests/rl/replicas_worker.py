@@ -55,7 +55,9 @@ class FakeInference:
         self.mode, self.asked = mode, []
         self.tokenizer: Any = None  # with one, every second prompt of the stream is answered rightly
 
-    def sample(self, prompts: Any, size: int, seed: str, first: int = 0, temperature: float | None = None) -> list[Sample]:
+    def sample(
+        self, prompts: Any, size: int, seed: str, first: int = 0, temperature: float | None = None
+    ) -> list[Sample]:
         samples = []
         for index in range(len(prompts)):
             self.asked.append([first + index, sampling_seed(seed, first + index, 0), prompts[index].text, temperature])

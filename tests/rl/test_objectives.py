@@ -203,7 +203,10 @@ def test_float32_log_probabilities_stay_close_to_the_formulas() -> None:
 def test_a_prompts_tokens_and_the_count_of_prompts_follow_what_counts() -> None:
     case = replace(drawn(6, 5, 1, 0.1), in_loss=np.array([1, 1, 0, 0, 0, 0], dtype=bool))
     micros = case.batch().split(4)
-    counts = {how: aggregate.loss_denominator(micros, how) for how in ("sample_sum", "sample_mean", "token_mean", "prompt_mean")}
+    counts = {
+        how: aggregate.loss_denominator(micros, how)
+        for how in ("sample_sum", "sample_mean", "token_mean", "prompt_mean")
+    }
     assert counts == {"sample_sum": 2, "sample_mean": 2, "token_mean": int(case.mask[:2].sum()), "prompt_mean": 1}
 
 

@@ -59,7 +59,9 @@ def test_mini_batches_keep_their_samples_and_their_order(world: None) -> None:
     assert held == [[0, 1, 2, 3], [4, 5, 6, 7]]
     micros = [micro for mini in minis for micro in mini]
     assert torch.cat([micro.sample_index for micro in micros]).tolist() == batch.sample_index.tolist()
-    assert torch.equal(batch.tokens, whole.tokens[batch.sample_index]) and torch.equal(batch.mask, whole.mask[batch.sample_index])
+    assert torch.equal(batch.tokens, whole.tokens[batch.sample_index]) and torch.equal(
+        batch.mask, whole.mask[batch.sample_index]
+    )
     micros[-1].old_logprobs.fill_(-1.0)
     assert batch.old_logprobs[-len(micros[-1]) :].eq(-1).all()  # views
     padding = 1 - int(whole.lengths.sum()) / (24 * len(micros))

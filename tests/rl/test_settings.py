@@ -44,8 +44,14 @@ def test_the_defaults_are_valid() -> None:
         ({"replay__mode": "r4"}, ["replay.mode", "'r4'", "none, r2 or r3"]),
         ({"replay__store": "s", "replay__mode": "none"}, ["replay.store=s", "nothing is replayed"]),
         ({"replay__store": "s", "objective__name": "sft"}, ["replay.store=s", "nothing is replayed"]),
-        ({"replay__store": "s", "replay__store_encoding": "zip"}, ["replay.store_encoding is 'zip'", "plain or compact"]),
-        ({"replay__store": "s", "model__num_experts": 2048}, ["replay.store_encoding=compact", "2 of 2048: choose plain"]),
+        (
+            {"replay__store": "s", "replay__store_encoding": "zip"},
+            ["replay.store_encoding is 'zip'", "plain or compact"],
+        ),
+        (
+            {"replay__store": "s", "model__num_experts": 2048},
+            ["replay.store_encoding=compact", "2 of 2048: choose plain"],
+        ),
         ({"replay__missing": "drop"}, ["replay.missing", "'drop'", "strict, mask or live"]),
         ({"trainer__steps": 0}, ["trainer.steps is 0"]),
         ({"trainer__prompts_per_step": 0}, ["trainer.prompts_per_step is 0"]),
@@ -94,7 +100,10 @@ def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [({"reward": config.MathVerify()}, r"pip install .megatron-bai\[math\]"), ({"monitor__wandb": "x"}, "pip install wandb")],
+    [
+        ({"reward": config.MathVerify()}, r"pip install .megatron-bai\[math\]"),
+        ({"monitor__wandb": "x"}, "pip install wandb"),
+    ],
 )
 def test_a_package_that_is_missing_is_named_before_any_work(
     values: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch

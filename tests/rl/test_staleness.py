@@ -61,7 +61,9 @@ def test_a_token_from_the_future_is_a_bug() -> None:
     sample = Sample(0, np.arange(4), 2, np.zeros(2, np.float32), random_routes(3, np.random.default_rng(0)),
                     (VersionSpan("8", 0, 2),), "stop")  # fmt: skip
     with pytest.raises(AssertionError, match="of version 8 in the step of version 7"):
-        staleness.apply_max_staleness(from_samples([sample], np.ones(1), 4, 0, SIGNATURE), [sample], VERSION, None, Stats())
+        staleness.apply_max_staleness(
+            from_samples([sample], np.ones(1), 4, 0, SIGNATURE), [sample], VERSION, None, Stats()
+        )
 
 
 @pytest.mark.parametrize("kept", [False, True])

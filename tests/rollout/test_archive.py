@@ -27,7 +27,9 @@ def made() -> list[tuple[int, Sample]]:
 
 def test_what_was_written_is_read(made: list[tuple[int, Sample]], tmp_path: Path) -> None:
     sample_file.write_samples(tmp_path / "a.npz", made, SIGNATURE)
-    for (number, wrote), (found, read) in zip(made, sample_file.read_samples(tmp_path / "a.npz", SIGNATURE), strict=True):
+    for (number, wrote), (found, read) in zip(
+        made, sample_file.read_samples(tmp_path / "a.npz", SIGNATURE), strict=True
+    ):
         assert found == number
         for name, value in vars(wrote).items():
             if isinstance(value, np.ndarray):

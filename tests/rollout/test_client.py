@@ -313,7 +313,9 @@ def test_prompts_go_to_the_servers_in_turn_and_failures_to_the_next() -> None:
     def answer(name: str) -> Any:
         def handle(request: web.Request, body: dict[str, Any]) -> Any:
             asked[name].append(body["input_ids"][0])
-            return web.Response(status=500) if name == "b" and body["input_ids"][0] == 3 else good_reply(body["input_ids"])
+            return (
+                web.Response(status=500) if name == "b" and body["input_ids"][0] == 3 else good_reply(body["input_ids"])
+            )
 
         return handle
 

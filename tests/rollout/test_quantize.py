@@ -14,7 +14,9 @@ NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
 
 def e4m3() -> tuple[np.ndarray, np.ndarray]:
     """Every finite magnitude of the format: 4 bits of exponent with bias 7, 3 of mantissa; and which are even."""
-    values = [(m / 8) * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    values = [(m / 8) * 2.0**-6 for m in range(8)] + [
+        (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)
+    ]
     assert values[-2] == 448  # the last one is NaN's
     return np.array(values[:-1]), np.arange(len(values) - 1) % 2 == 0
 
@@ -57,7 +59,11 @@ def test_rounding_again_changes_nothing_and_some_weights_stay() -> None:
         for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"):
             assert fake_quantize(kept, weight, form) is weight
         norm = torch.ones(64)
-        for kept in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_norm.weight"):
+        for kept in (
+            "model.norm.weight",
+            "model.layers.0.input_layernorm.weight",
+            "model.layers.0.self_attn.q_norm.weight",
+        ):
             assert fake_quantize(kept, norm, form) is norm
     assert fake_quantize(NAME, weight, "") is weight
 

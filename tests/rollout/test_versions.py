@@ -75,7 +75,9 @@ def test_each_server_of_a_fleet_is_told_what_its_release_understands() -> None:
     old: list[str] = []
     with serve(answers("0.5.21", new)) as one, serve(answers("0.5.20", old)) as other:
         urls = [one, other]
-        weight_sync.sync_from_tensors(urls, WEIGHTS.items(), "v1", SHAPES, weight_sync.HttpTransport(urls, [1, 1]), 1 << 20)
+        weight_sync.sync_from_tensors(
+            urls, WEIGHTS.items(), "v1", SHAPES, weight_sync.HttpTransport(urls, [1, 1]), 1 << 20
+        )
     shared = ["/server_info", "/pause_generation", "/flush_cache", "/update_weights_from_tensor",
               "/update_weight_version", "/flush_cache", "/continue_generation", "/model_info"]  # fmt: skip
     assert old == shared
@@ -85,5 +87,7 @@ def test_each_server_of_a_fleet_is_told_what_its_release_understands() -> None:
 def test_a_release_that_is_not_known_gets_no_weights() -> None:
     paths: list[str] = []
     with serve(answers("0.5.18", paths)) as url, pytest.raises(UserError, match="0.5.18 answers at http"):
-        weight_sync.sync_from_tensors([url], WEIGHTS.items(), "v1", SHAPES, weight_sync.HttpTransport([url], [1]), 1 << 20)
+        weight_sync.sync_from_tensors(
+            [url], WEIGHTS.items(), "v1", SHAPES, weight_sync.HttpTransport([url], [1]), 1 << 20
+        )
     assert paths == ["/server_info"]

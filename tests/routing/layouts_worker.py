@@ -84,9 +84,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
 
     layout, recompute, dispatcher, micros, mode = name
     sizes = LAYOUTS[layout].sizes
-    parallel = config.Parallel(
-        **sizes, sequence=sizes.get("tensor", 1) > 1, dispatcher=dispatcher, recompute=recompute
-    )
+    parallel = config.Parallel(**sizes, sequence=sizes.get("tensor", 1) > 1, dispatcher=dispatcher, recompute=recompute)
     settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(clip_grad=1e9))
     actor = build.build_actor(settings, device)
     replay = RoutingReplay(actor.chunks)
@@ -113,7 +111,8 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     after = state(actor.modules)
     reports_stats = engine.last_stage and engine.tensor_rank == 0
     everyone = sorted(
-        (part for part in gathered((rank, scores.logprobs) if reports_stats else None) if part), key=lambda part: part[0]
+        (part for part in gathered((rank, scores.logprobs) if reports_stats else None) if part),
+        key=lambda part: part[0],
     )
     return {
         "loss": stats.gather_sum(reports_stats).values()["loss"],

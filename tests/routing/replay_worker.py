@@ -275,8 +275,14 @@ def failures(bench: Bench) -> dict[str, str]:
     skip = lambda hidden, *args, **kwargs: (hidden, None)  # noqa: E731
     said("a layer is missing", lambda: bind_routers(layers[:2] + layers[3:], range(4)))
     said("a layer too few", lambda: bind_routers([bench.gpt], range(5)))
-    said("two of one layer", lambda: briefly(bench.routers[2], "layer_number", 2, lambda: bind_routers([bench.gpt], range(4))))
-    said("no handle", lambda: briefly(bench.routers[1], "router_replay", None, lambda: bind_routers([bench.gpt], range(4))))
+    said(
+        "two of one layer",
+        lambda: briefly(bench.routers[2], "layer_number", 2, lambda: bind_routers([bench.gpt], range(4))),
+    )
+    said(
+        "no handle",
+        lambda: briefly(bench.routers[1], "router_replay", None, lambda: bind_routers([bench.gpt], range(4))),
+    )
     said("bypass", lambda: briefly(bench.routers[2], "routing", fused, lambda: forcing(bench.routes)))
     said("nothing runs", lambda: forcing(bench.routes, passes=0))
     said("nothing is recorded", nothing_recorded)

@@ -20,5 +20,7 @@ def test_the_example_runs_and_every_row_is_proven() -> None:
 
 def test_the_example_uses_routing_alone() -> None:
     code = PAGE.partition("```python\n")[2].partition("```")[0]
-    assert {line for line in code.splitlines() if "megatron_bai" in line} == set(re.findall(r"from megatron_bai\.routing.*", code))
+    assert {line for line in code.splitlines() if "megatron_bai" in line} == set(
+        re.findall(r"from megatron_bai\.routing.*", code)
+    )
     assert code.count("# replay") == 5

@@ -163,7 +163,9 @@ def test_a_batch_without_any_route_is_a_live_one(facts: Facts) -> None:
 
 def test_the_trainer_stops_at_a_missing_route_unless_told_what_to_do(facts: Facts) -> None:
     training, counts = facts["training"], facts["training"]["counts"]
-    assert training["r3 strict"].startswith(f"{counts['missing']} of {counts['fed']} tokens of the rollouts have no route")
+    assert training["r3 strict"].startswith(
+        f"{counts['missing']} of {counts['fed']} tokens of the rollouts have no route"
+    )
 
 
 @pytest.mark.parametrize("policy", ["mask", "live"])

@@ -66,7 +66,9 @@ def test_a_store_that_is_not_by_step_is_not_cut(tmp_path: Path) -> None:
     fill(tmp_path, step=1)
     fill(tmp_path, step=0)
     before = (tmp_path / "a.routes").read_bytes()
-    with pytest.raises(UserError, match="a.routes does not hold its records by step: it cannot be cut to those before 1"):
+    with pytest.raises(
+        UserError, match="a.routes does not hold its records by step: it cannot be cut to those before 1"
+    ):
         truncate_store(tmp_path, 1)
     assert (tmp_path / "a.routes").read_bytes() == before
 

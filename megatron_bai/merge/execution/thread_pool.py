@@ -16,9 +16,7 @@ R = TypeVar("R")
 class OrderedMap(Protocol):
     """The type of a map whose results come in the order of the items."""
 
-    def __call__(
-        self, work: Callable[[T], R], items: Iterable[T], /
-    ) -> Generator[R, None, None]:
+    def __call__(self, work: Callable[[T], R], items: Iterable[T], /) -> Generator[R, None, None]:
         """Yield `work(item)` for each item in order, computed while the results are consumed, until it is closed."""
 
 

@@ -80,9 +80,7 @@ class Dare(SummedTaskVectors):
         return exact, values[0].abs() * (1 + factors.abs().sum(0)) + (factors * values[1:]).abs().sum(0)
 
 
-def keep_mask(
-    seed: int, member_index: int, name: str, element_indices: torch.Tensor, drop_rate: float
-) -> torch.Tensor:
+def keep_mask(seed: int, member_index: int, name: str, element_indices: torch.Tensor, drop_rate: float) -> torch.Tensor:
     """Choose the elements of a slice that are kept.
 
     Args:

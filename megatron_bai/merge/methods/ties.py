@@ -121,9 +121,7 @@ def _ordered_sum(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _histogram(
-    read_blocks: ReadBlocks, num_bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def _histogram(read_blocks: ReadBlocks, num_bits: int, bucket: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Count the buckets in the bits of each member's |τ|: int64 `[members, 2**num_bits]`; larger ones do not count."""
     counts: torch.Tensor | None = None
     for values in read_blocks():

@@ -170,9 +170,7 @@ def make_plan(
     used = {sources[name].path: tensors[name] for name in names}
     vocab_size = unpadded_vocab_size(used, output_spec.vocab_size)
     base_index, scratch = CanonicalIndex(base.path, base_tensors, vocab_size), ScratchBuffers()
-    inputs = {
-        name: rename_to_base(sources[name], tensors[name], base_index, vocab_size, scratch) for name in names[1:]
-    }
+    inputs = {name: rename_to_base(sources[name], tensors[name], base_index, vocab_size, scratch) for name in names[1:]}
     _require_dtypes(base, inputs.values(), base_tensors, any_float=output_spec.dtype is not None)
     dtypes = choose_output_dtypes(base_tensors, output_spec.dtype)
     outputs = {

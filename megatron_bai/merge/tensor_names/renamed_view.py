@@ -201,9 +201,7 @@ def _tie_output_layer(index: CanonicalIndex, base: CanonicalIndex) -> None:
 def _require_counts(base: CanonicalIndex, index: CanonicalIndex) -> None:
     """Raise a UserError unless both have as many layers and experts, and the same other sizes, of what both have."""
     message = f"{base.path} and {index.path} differ in the"
-    shared = {
-        box.name: (key, box.axes) for key, box in base.canonical_boxes.items() if box.name in index.shapes
-    }
+    shared = {box.name: (key, box.axes) for key, box in base.canonical_boxes.items() if box.name in index.shapes}
     for counted in (LAYER, EXPERT):
         for name, (_, axes) in shared.items():
             for axis, m, n in zip(axes, base.shapes[name], index.shapes[name], strict=False):

@@ -302,9 +302,7 @@ def _plane_sizes(rows: int, code: SetCode) -> list[tuple[int, int, int, int]]:
     return [(field, shift, width, bit_planes.plane_bytes(words, width)) for field, shift, width in fields]
 
 
-def _plane_views(
-    payload: np.ndarray, rows: int, layers: int, code: SetCode
-) -> list[tuple[int, int, int, np.ndarray]]:
+def _plane_views(payload: np.ndarray, rows: int, layers: int, code: SetCode) -> list[tuple[int, int, int, np.ndarray]]:
     """Return (field, first bit, width, uint8 `[layers, bytes]` within the payload) of each plane."""
     views, offset = [], 0
     for field, shift, width, size in _plane_sizes(rows, code):
