@@ -59,7 +59,7 @@ class Sequence(Policy):
 
 @dataclass
 class Corrected(Policy):
-    """Settings of every objective with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
+    """Settings of objectives with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
 
     correction: str = "none"  # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
     correction_max: float = 2.0  # C: a weight above it becomes C (truncate) or 0 (mask)

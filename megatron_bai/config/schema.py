@@ -43,7 +43,7 @@ class Config:
 
 
 def register_schema() -> None:
-    """Register the tree with Hydra under the name that `conf/config.yaml` uses, and load what other packages add to it."""
+    """Register the tree with Hydra under the name that `conf/config.yaml` uses, and load what packages add to it."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
