@@ -24,7 +24,12 @@ class Logger(Protocol):
     """Takes the numbers of each step."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record the finite numbers of a step."""
+        """Record the finite numbers of a step.
+
+        Args:
+            step: global step.
+            values: by the metric's name, without `step`.
+        """
 
     def close(self) -> None:
         """End the record."""
@@ -44,7 +49,12 @@ class TensorBoard:
         self._writer: Any = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the numbers as scalars."""
+        """Write the numbers as scalars.
+
+        Args:
+            step: global step, the x axis; the first one logged is the `purge_step`.
+            values: finite numbers by the metric's name, which becomes the tag.
+        """
         self._writer = self._writer or self._make_writer(step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
@@ -74,7 +84,12 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Send the numbers, with `step` as their axis."""
+        """Send the numbers, with `step` as their axis.
+
+        Args:
+            step: global step; W&B's own count of calls is not set.
+            values: finite numbers by the metric's name.
+        """
         self._run.log(values | {"step": step})
 
     def close(self) -> None:
@@ -102,7 +117,12 @@ class Mlflow:
             raise UserError(f"monitor.mlflow={settings.monitor.mlflow}, server {uri}: {error}") from None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Send the numbers in batches of what MLflow takes at once."""
+        """Send the numbers in batches of what MLflow takes at once.
+
+        Args:
+            step: global step.
+            values: finite numbers by the metric's name.
+        """
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

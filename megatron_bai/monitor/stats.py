@@ -27,17 +27,33 @@ class Stats:
         self.tallies: dict[str, Counter[int]] = defaultdict(Counter)
 
     def mean(self, name: str, values: torch.Tensor) -> None:
-        """Add the elements of `values`, of any shape, to a mean."""
+        """Add the elements of `values`, of any shape, to a mean.
+
+        Args:
+            name: of the metric.
+            values: of any shape and dtype, summed as float64; each element counts 1.
+        """
         self.ratio(name, float(values.double().sum()), values.numel())
 
     def ratio(self, name: str, numerator: float, denominator: float) -> None:
-        """Add to a mean's sum and count."""
+        """Add to a mean's sum and count.
+
+        Args:
+            name: of the metric, whose value is Σ numerator / Σ denominator.
+            numerator: added to the sum.
+            denominator: added to the count; may be 0, for a sum whose count is added by another call.
+        """
         entry = self._means[name]
         entry[0] += numerator
         entry[1] += denominator
 
     def max(self, name: str, values: torch.Tensor) -> None:
-        """Take the maximum over `values`; an empty one changes nothing."""
+        """Take the maximum over `values`; an empty one changes nothing.
+
+        Args:
+            name: of the metric.
+            values: of any shape and dtype.
+        """
         if values.numel():
             self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(values.max()))
 
@@ -46,12 +62,21 @@ class Stats:
 
         The value is Kish's, as a share of the number of weights, (Σ w)² / (n · Σ w²): 1 when all are equal, 1/n when
         all but one are 0.
+
+        Args:
+            name: of the metric.
+            weights: of any shape, ≥ 0, not logarithms.
         """
         weights = weights.double()
         self._add_weights(name, (weights.numel(), float(weights.sum()), float(weights.square().sum())))
 
     def tally(self, name: str, values: torch.Tensor) -> None:
-        """Count the elements of an integer tensor of any shape."""
+        """Count the elements of an integer tensor of any shape.
+
+        Args:
+            name: key in `tallies`.
+            values: integers of any shape.
+        """
         seen, counts = values.unique(return_counts=True)
         self.tallies[name].update(dict(zip(seen.tolist(), counts.tolist(), strict=True)))
 

@@ -81,6 +81,11 @@ class Summary:
         self._content["steps"].append(values)
 
     def write(self, directory: str | Path, complete: bool) -> None:
-        """Write `summary.json`, with whether the run is `complete`."""
+        """Write `summary.json`, with whether the run is `complete`.
+
+        Args:
+            directory: of the run; it exists.
+            complete: false until the result is saved.
+        """
         self._content["complete"] = complete
         write_json(Path(directory) / "summary.json", self._content)

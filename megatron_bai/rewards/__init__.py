@@ -96,7 +96,14 @@ def open_scorer(settings: config.Reward, task: Task, log: Path) -> Iterator[Scor
 
 
 def score_samples(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-    """Return the samples with their rewards, or why they have none. Those that are lost stay as they are."""
+    """Return the samples with their rewards, or why they have none. Those that are lost stay as they are.
+
+    Args:
+        scorer: of `open_scorer`.
+        task: whose tokenizer decodes responses.
+        prompts: indexed by `Sample.prompt_index`.
+        samples: of these prompts, in any order, which the result keeps.
+    """
     sampled = [sample for sample in samples if not sample.lost]
     items = [
         Item(prompts[sample.prompt_index], _response_text(task, sample), sample.response.tolist()) for sample in sampled

@@ -9,10 +9,17 @@ from megatron_bai.rewards.sample_function import per_sample, require_package, va
 
 
 def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settings: Any) -> float:
-    r"""1.0 where the response's answer, the last `\boxed{…}` if it has one, equals the row's.
+    r"""Return 1.0 where the response's answer, the last `\boxed{…}` if it has one, equals the row's, else 0.0.
 
     An answer that is not LaTeX in its delimiters is read as if it were in `$…$`. math-verify's own time limits are off:
     they are signals, which code in C does not see; this process is killed instead.
+
+    Args:
+        prompt: text, not used.
+        response: text, the end token removed.
+        answer: the row's, LaTeX or plain.
+        extra: the row's other columns, not used.
+        settings: of the reward, not used.
 
     Raises:
         ValueError: the row's answer cannot be read.

@@ -58,9 +58,13 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
 def parse_reward(reply: Any, label: int | None) -> float:
     """Return the reward in a reply's JSON.
 
+    Args:
+        reply: decoded JSON of `/classify`.
+        label: index of the model's output; None for a model with one output.
+
     Raises:
         ValueError: it is not SGLang's, or not a finite number.
-        UserError: the model has several outputs and `label` does not choose one.
+        UserError: `label` is not the index of an output, or None and the model has not exactly one.
     """
     try:
         outputs = reply["embedding"]

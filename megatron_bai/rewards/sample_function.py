@@ -66,6 +66,12 @@ def validate_limits(settings: config.PerSample) -> None:
 
 
 def require_package(module: str, extra: str, reward: str) -> None:
-    """Raise a UserError with pip's line unless a module of an optional package can be found."""
+    """Raise a UserError with pip's line unless a module of an optional package can be found.
+
+    Args:
+        module: a top-level module, by the name it is imported by.
+        extra: the optional dependency of `megatron-bai` that brings it.
+        reward: name of the reward that needs it.
+    """
     if importlib.util.find_spec(module) is None:
         raise UserError(f"reward={reward} needs a package that is missing: pip install 'megatron-bai[{extra}]'")

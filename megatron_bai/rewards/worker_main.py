@@ -30,7 +30,15 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def call_function(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
-    """Return the reward of one sample, or what is wrong with it."""
+    """Return the reward of one sample, or what is wrong with it.
+
+    Args:
+        function: of the user; it should return a finite real number.
+        arguments: positional: prompt, response, answer, extra, and settings where the reward has them.
+
+    Returns:
+        `{"value": float}`; or `{"failure": reason}` where it raised, or returned something else.
+    """
     try:
         value = function(*arguments)
     except (Exception, SystemExit) as error:

@@ -48,7 +48,13 @@ class DriftDetector:
         self._alarmed = False
 
     def step(self, step: int, values: dict[str, Any]) -> list[Alarm]:
-        """Add a step's metrics and return an alarm, or none; a step without the metric is ignored."""
+        """Add a step's metrics and return an alarm, or none; a step without the metric is ignored.
+
+        Args:
+            step: global step.
+            values: the step's metrics by name; a value of `rule.metric` that is None, not finite, or at most
+                −`rule.floor` is ignored, too.
+        """
         value = values.get(self.rule.metric)
         if value is None or not math.isfinite(value) or value + self.rule.floor <= 0:
             return []

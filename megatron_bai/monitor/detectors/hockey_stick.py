@@ -42,7 +42,13 @@ class HockeyStickDetector:
         self._deviations = 0.0
 
     def step(self, step: int, values: dict[str, Any]) -> list[Alarm]:
-        """Add a step's metrics and return an alarm, or none; a step without the bucket is ignored."""
+        """Add a step's metrics and return an alarm, or none; a step without the bucket is ignored.
+
+        Args:
+            step: global step.
+            values: the step's metrics by name, of which the bucket's mean reward and number of responses are read; with
+                0 responses the step is without the bucket.
+        """
         reward, count = values.get(self.metric), values.get(self._counts)
         if reward is None or not count:
             return []

@@ -26,7 +26,12 @@ class MetricTrack:
         self.levels: deque[tuple[int, float]] = deque(maxlen=horizon)
 
     def add(self, step: int, value: float) -> None:
-        """Add the metric's value of a step, and a level once there are enough values."""
+        """Add the metric's value of a step, and a level once there are enough values.
+
+        Args:
+            step: global step.
+            value: finite; levels are in its unit.
+        """
         self._values.append((step, value))
         if len(self._values) >= self.window:
             last = list(self._values)[-self.window :]

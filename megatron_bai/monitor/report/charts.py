@@ -134,7 +134,12 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
 
 
 def section_charts(section: str, runs: list[RunData]) -> list[Chart]:
-    """Return the charts of a section that have data."""
+    """Return the charts of a section that have data.
+
+    Args:
+        section: a key of `SECTIONS`.
+        runs: share each chart of `SECTIONS`; phase bars, length buckets and heat maps are a chart for each run.
+    """
     drawn = [_lines(runs, *chart) for chart in SECTIONS[section][1]]
     if section == "Speed":
         drawn = [_phase_bars(run) for run in runs] + drawn

@@ -86,7 +86,12 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 
 def figure_html(index: int, chart: Chart) -> str:
-    """Return the figure in which the script draws the chart of this index."""
+    """Return the figure in which the script draws the chart of this index.
+
+    Args:
+        index: of the chart in the list given to `render_page`.
+        chart: its title and legend are written here, its data by `render_page`.
+    """
     keys = "".join(_legend_entry(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     title = f"<figcaption>{escape(chart['title'])}</figcaption>"
@@ -103,7 +108,12 @@ def _legend_entry(trace: dict[str, Any]) -> str:
 
 
 def facts_html(items: list[tuple[str, str]], big: int = 0) -> str:
-    """Return a list of named values: the first `big` of them large and side by side, the others one a line."""
+    """Return a list of named values: the first `big` of them large and side by side, the others one a line.
+
+    Args:
+        items: (name, value) as plain text, which is escaped here.
+        big: number of large ones, 0 for none.
+    """
     cells = (
         f"<div{'' if i < big else ' class=line'}><dt>{escape(name)}</dt>"
         f"<dd{' class=big' if i < big else ''}>{escape(value)}</dd></div>"

@@ -14,8 +14,12 @@ from megatron_bai.utils.flatten import flatten
 def write_report(run_dirs: list[Path], output: Path) -> None:
     """Read the runs and write the report, replacing an earlier one in a single move.
 
+    Args:
+        run_dirs: directories of runs, in the order of the report; each has a `metrics.jsonl`.
+        output: the HTML file; its directory is made if it is missing.
+
     Raises:
-        UserError: a directory has no usable metrics, or a file in it cannot be read.
+        UserError: there is no run, a directory has no usable metrics, or a file in it cannot be read.
     """
     if not run_dirs:
         raise UserError("there is no run to report: name run directories in report.runs")

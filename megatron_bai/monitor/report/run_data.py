@@ -54,6 +54,11 @@ class RunData:
 def load_run(directory: Path, name: str, colour: str) -> RunData:
     """Read everything in a run directory that a report shows.
 
+    Args:
+        directory: of the run, with a `metrics.jsonl`; the other files are optional.
+        name: what the report calls the run.
+        colour: CSS colour of the run's lines.
+
     Raises:
         UserError: there are no usable metrics, or a file cannot be read.
     """

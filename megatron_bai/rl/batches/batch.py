@@ -120,16 +120,33 @@ class Batch:
         return self.tokens.roll(-1, dims=1).masked_fill_(later, -1)
 
     def pack(self, values: torch.Tensor, filling: torch.Tensor | int = 0) -> torch.Tensor:
-        """Return `[B, T, …]` as a model is fed it: unchanged, or as the packed row `[1, row, …]` (`Packing.pack`)."""
+        """Return `[B, T, …]` as a model is fed it: unchanged, or as the packed row `[1, row, …]` (`Packing.pack`).
+
+        Args:
+            values: `[B, T, …]`, padded on the right.
+            filling: one value or `[tail, …]`, for the tokens after the last sequence of a packed row.
+        """
         return values if self.packing is None else self.packing.pack(values, filling)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """Return a model's output for each token it was fed as `[B, T, …]`; differentiable (`Packing.unpack`)."""
+        """Return a model's output for each token it was fed as `[B, T, …]`; differentiable (`Packing.unpack`).
+
+        Args:
+            values: `[1, row, …]` of a packed batch, `[B, T, …]` of another.
+
+        Returns:
+            `[B, T, …]`: 0 beyond a sequence's tokens if the batch is packed, `values` itself if it is not.
+        """
         return values if self.packing is None else self.packing.unpack(values, self.tokens.shape[1])
 
 
 def padded_length(longest: int, multiple: int) -> int:
-    """Return the length to pad to: the next multiple of what a sequence is split by (`layout.Place.multiple`)."""
+    """Return the length to pad to: the next multiple of what a sequence is split by (`layout.Place.multiple`).
+
+    Args:
+        longest: tokens of the longest sample.
+        multiple: at least 1.
+    """
     return -(-longest // multiple) * multiple
 
 
@@ -204,7 +221,11 @@ def from_sft(tokens: np.ndarray, target_mask: np.ndarray) -> Batch:
 
 
 def empty_batch(tokens: torch.Tensor) -> Batch:
-    """Build a batch of `[B, T]` tokens with nothing to learn and no routes."""
+    """Build a batch of `[B, T]` tokens with nothing to learn and no routes.
+
+    Args:
+        tokens: `[B, T]` int64.
+    """
     b, length = tokens.shape
     nothing, never = torch.zeros(b, length), torch.zeros(b, length, dtype=torch.bool)
     none, every = torch.zeros(b, dtype=torch.int64), torch.ones(b, dtype=torch.bool)

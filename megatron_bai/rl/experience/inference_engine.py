@@ -112,7 +112,12 @@ class InferenceEngine:
         return session.send_to_replica(self.add_rewards(prompts, samples) if session.is_replica_leader else None)
 
     def add_rewards(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-        """Return the samples with rewards. Called on leaders."""
+        """Return the samples with rewards. Called on leaders.
+
+        Args:
+            prompts: indexed by `Sample.prompt_index`.
+            samples: of this replica, in any order, which the result keeps; lost ones are returned unchanged.
+        """
         assert self._session.scorer
         return score_samples(self._session.scorer, self._session.task, prompts, samples)
 

@@ -11,13 +11,26 @@ from megatron_bai.rl.objectives.regularise import KL_ESTIMATORS
 
 
 def require_choice(settings: Any, name: str, choices: Iterable[str]) -> None:
-    """Raise a UserError unless `settings.name` is one of `choices`."""
+    """Raise a UserError unless `settings.name` is one of `choices`.
+
+    Args:
+        settings: of the objective.
+        name: of the setting, without `objective.`.
+        choices: values that are allowed.
+    """
     if getattr(settings, name) not in choices:
         raise UserError(f"objective.{name} is {getattr(settings, name)!r}: choose one of {', '.join(choices)}")
 
 
 def require_range(settings: Any, name: str, low: float, high: float = float("inf")) -> None:
-    """Raise a UserError unless low ≤ `settings.name` ≤ high; NaN never is."""
+    """Raise a UserError unless low ≤ `settings.name` ≤ high; NaN never is.
+
+    Args:
+        settings: of the objective.
+        name: of the setting, without `objective.`.
+        low: least value.
+        high: largest value; infinity: no limit.
+    """
     value = getattr(settings, name)
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
@@ -25,13 +38,24 @@ def require_range(settings: Any, name: str, low: float, high: float = float("inf
 
 
 def require_positive(settings: Any, name: str) -> None:
-    """Raise a UserError unless `settings.name` is above 0."""
+    """Raise a UserError unless `settings.name` is above 0.
+
+    Args:
+        settings: of the objective.
+        name: of the setting, without `objective.`; NaN is refused.
+    """
     if not getattr(settings, name) > 0:
         raise UserError(f"objective.{name} is {getattr(settings, name):g}: it must be above 0")
 
 
 def refuse_unused(settings: Any, names: Iterable[str], because: str) -> None:
-    """Raise a UserError if one of the settings `names`, never read because of `because`, is not at its default."""
+    """Raise a UserError if one of the settings `names`, never read because of `because`, is not at its default.
+
+    Args:
+        settings: of the objective; its class has the defaults.
+        names: of the settings, without `objective.`.
+        because: the setting and value that keep them from being read, such as `objective.clip=false`, for the error.
+    """
     for name in names:
         value, default = getattr(settings, name), getattr(type(settings), name)
         if value != default:

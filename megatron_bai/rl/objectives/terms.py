@@ -38,7 +38,14 @@ def response_lengths(mask: PerToken) -> torch.Tensor:
 
 
 def broadcast_advantages(advantages: torch.Tensor) -> torch.Tensor:
-    """Return advantages of samples `[B]` or of tokens `[B, T]` in a shape that broadcasts with `[B, T]`."""
+    """Return advantages of samples `[B]` or of tokens `[B, T]` in a shape that broadcasts with `[B, T]`.
+
+    Args:
+        advantages: `[B]` or `[B, T]` float32.
+
+    Returns:
+        `[B, 1]` or `[B, T]`, a view.
+    """
     return advantages[:, None] if advantages.dim() == 1 else advantages
 
 

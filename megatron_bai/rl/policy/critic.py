@@ -139,7 +139,12 @@ def _with_learning_rate(trainer: config.Trainer, rate: float) -> config.Trainer:
 
 @torch.no_grad()
 def copy_backbone(actor: MegatronModel, critic: MegatronModel) -> None:
-    """Copy the actor's weights but for the head, which becomes 0: the first advantages are the rewards."""
+    """Copy the actor's weights but for the head, which becomes 0: the first advantages are the rewards.
+
+    Args:
+        actor: this rank's part of the policy.
+        critic: filled in place, with the master weights of its optimizer; its architecture and layout are the actor's.
+    """
     for actor_module, critic_module in zip(actor.modules, critic.modules, strict=True):
         remaining = dict(actor_module.named_parameters())
         for name, parameter in critic_module.named_parameters():

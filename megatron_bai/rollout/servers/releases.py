@@ -23,6 +23,10 @@ _FORBIDDEN_FLAGS = {
 def require_pinned(found: str | None, where: str) -> None:
     """Refuse another release for servers that a run starts: flags and, on a CPU, fixes are for the pinned one.
 
+    Args:
+        found: the release; None: none was found.
+        where: ends the phrase "SGLang X …" in the error.
+
     Raises:
         UserError: names both.
     """

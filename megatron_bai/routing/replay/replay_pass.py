@@ -42,7 +42,12 @@ class ReplayPass:
         self._wrong: list[tuple[int, str, torch.Tensor]] = []  # layer, what went wrong, in how many rows
 
     def cursor(self, layer: int, backward: bool) -> int:
-        """Return how many micro-batches a layer's router has run, in forward passes or recomputed in the backward."""
+        """Return how many micro-batches a layer's router has run, in forward passes or recomputed in the backward.
+
+        Args:
+            layer: decoder layer, counted from 0.
+            backward: whether to count those recomputed in the backward.
+        """
         return self._cursors[backward][layer]
 
     def next_index(self, layer: int, backward: bool) -> int:
@@ -64,7 +69,12 @@ class ReplayPass:
         return index
 
     def remember_input(self, layer: int, hidden: torch.Tensor) -> None:
-        """Remember elements of a router's input, by which a recomputed pass is recognised."""
+        """Remember elements of a router's input, by which a recomputed pass is recognised.
+
+        Args:
+            layer: decoder layer, counted from 0.
+            hidden: the router's input, `[…, H]`, in a forward pass; the elements are copied as float32.
+        """
         self._inputs[layer].append(_fingerprint_input(hidden))
 
     def check_input(self, layer: int, index: int, hidden: torch.Tensor) -> None:

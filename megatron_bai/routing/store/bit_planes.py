@@ -17,7 +17,12 @@ def plane_layout(bits: int) -> list[tuple[int, int]]:
 
 
 def plane_bytes(count: int, width: int) -> int:
-    """Return the bytes of a plane of `width` bits that holds `count` words of one layer."""
+    """Return the bytes of a plane of `width` bits that holds `count` words of one layer.
+
+    Args:
+        count: number of words.
+        width: number of bits: 1, 2, 4, 8, 16 or 32.
+    """
     return -(-count * width // 8)
 
 

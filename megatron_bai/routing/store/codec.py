@@ -77,7 +77,15 @@ def token_hash(tokens: np.ndarray) -> bytes:
 
 
 def min_bytes(signature: RouteSignature, sets: int) -> float:
-    """Compute the fewest bytes that this many (row, layer) sets take, when all sets are equally likely."""
+    """Compute the fewest bytes that this many (row, layer) sets take, when all sets are equally likely.
+
+    Args:
+        signature: of the model; `num_experts` and `topk` are used.
+        sets: number of sets, as in `SampleRoutes.num_sets`.
+
+    Returns:
+        Bytes, not rounded up.
+    """
     return sets * min_bits(signature.num_experts, signature.topk) / 8
 
 

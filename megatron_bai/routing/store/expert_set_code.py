@@ -24,7 +24,15 @@ _CLOSE = 1.03  # of the bound: a length that is accepted
 
 
 def min_bits(experts: int, topk: int) -> float:
-    """Compute log₂ C(E, k): no fixed-length code of sets is shorter."""
+    """Compute log₂ C(E, k): no fixed-length code of sets is shorter.
+
+    Args:
+        experts: E.
+        topk: k, at most E.
+
+    Returns:
+        Bits of one set, not rounded up.
+    """
     return log2(comb(experts, topk))
 
 
@@ -189,6 +197,10 @@ class SetCode:
 @lru_cache(maxsize=8)
 def set_code(experts: int, topk: int) -> SetCode:
     """Return the numbering of `topk` of `experts`, whose tables are built once.
+
+    Args:
+        experts: E, at most `MAX_EXPERTS`.
+        topk: k, from 1 to the smaller of E and `MAX_TOPK`.
 
     Raises:
         ValueError: more experts or a larger set than a number of two words is made for.
