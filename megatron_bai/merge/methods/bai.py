@@ -49,6 +49,13 @@ class Bai(AveragingMethod):
         """Return the merge as one weighted sum; a checkpoint named twice appears once.
 
         Coefficients are float64 and sum to 1 within its rounding: the weights are divided by their sum.
+
+        Args:
+            key: name of the tensor, which patterns of `alpha_for` and `weights_for` match; None: no pattern does.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+
+        Returns:
+            α for the pretrained checkpoint, then (1 − α) · w_i of each member.
         """
         alpha, weights = first_match(self.alpha_for, key, layer, self.alpha), self.weights_for_tensor(key, layer)
         total = math.fsum(weights)

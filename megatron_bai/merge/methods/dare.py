@@ -57,7 +57,17 @@ class Dare(SummedTaskVectors):
     def combine(
         self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> torch.Tensor:
-        """Compute M_pretrained + λ · Σ_i w_i · τ̃_i."""
+        """Compute M_pretrained + λ · Σ_i w_i · τ̃_i.
+
+        Args:
+            values: float64 `[sources, elements]`, the pretrained checkpoint first; not changed.
+            weights: one for each source: the pretrained checkpoint's, which is not used, then w_i, of any sign.
+            slice_box: box of the elements; which are dropped depends on their slice's name and their indices in it.
+            stats: not used: DARE measures nothing.
+
+        Returns:
+            float64 `[elements]`; where the sum is 0, the pretrained checkpoint's bits.
+        """
         base = values[0]
         delta = torch.zeros_like(base)
         element_indices = slice_box.element_indices()
@@ -71,7 +81,17 @@ class Dare(SummedTaskVectors):
     def reference_values(
         self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the definition as one sum over all checkpoints, with the mask as a factor 0 or 1."""
+        """Compute the definition as one sum over all checkpoints, with the mask as a factor 0 or 1.
+
+        Args:
+            values: float64 `[sources, elements]`, the pretrained checkpoint first; sources of weight 0 may be zero.
+            weights: one for each source: the pretrained checkpoint's, which is not used, then w_i, of any sign.
+            slice_box: box of the elements, from which the mask is computed again.
+            stats: not used: DARE measures nothing.
+
+        Returns:
+            float64 `[elements]` each: the values, and the sum of the magnitudes of their summands.
+        """
         indices = slice_box.element_indices()
         masks = [keep_mask(self.seed, n, slice_box.slice_name, indices, self.drop_rate) for n in range(1, len(weights))]
         factors = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1) * torch.stack(masks) * self.scale

@@ -49,7 +49,16 @@ class Linear(AveragingMethod):
     title: ClassVar[str] = "a weighted average (arXiv 2203.05482)"
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """Return the members' weights, divided by their sum; a checkpoint named twice appears once."""
+        """Return the members' weights, divided by their sum; a checkpoint named twice appears once.
+
+        Args:
+            key: name of the tensor, which patterns of `weights_for` match; None: `weights` apply.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+
+        Returns:
+            The members in their order; before them the pretrained checkpoint, where one is given, with coefficient 0
+            unless it is also a member.
+        """
         weights = self.weights_for_tensor(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: 0.0} if self.pretrained else {}

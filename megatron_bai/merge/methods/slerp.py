@@ -60,7 +60,15 @@ class Slerp(Recipe):
             require_fraction(f"merge.t_for[{pattern}]", t)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """Return 1 − t and t, the coefficients of vectors at no angle."""
+        """Return 1 − t and t, the coefficients of vectors at no angle.
+
+        Args:
+            key: name of the tensor, which patterns of `t_for` match; None: `t` applies.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+
+        Returns:
+            Terms of a and b; before them that of the pretrained checkpoint, where one is given, with coefficient 0.
+        """
         t = first_match(self.t_for, key, layer, self.t)
         layout = (Term(self.pretrained, 0.0),) if self.pretrained else ()
         return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
@@ -70,7 +78,16 @@ class Slerp(Recipe):
         return len(weights) > 1 and 0 not in weights[-2:]  # the pretrained checkpoint may be before them, with weight 0
 
     def measure_slice(self, read_blocks: ReadBlocks, name: str, num_elements: int) -> SliceStats:
-        """Compute ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between."""
+        """Compute ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩: each row's sum in float64, and those added without rounding in between.
+
+        Args:
+            read_blocks: yields the slice's values, float64 `[sources, …, columns]`, a and b last; called once.
+            name: of the slice, for the error.
+            num_elements: not used.
+
+        Raises:
+            PermanentError: one of the three is not finite in float64.
+        """
         rows: tuple[list[float], ...] = ([], [], [])
         for *_, a, b in read_blocks():
             for row, product in zip(rows, (a * a, b * b, a * b), strict=True):
@@ -81,7 +98,17 @@ class Slerp(Recipe):
         return aa, bb, ab
 
     def coefficients(self, weights: tuple[float, ...], stats: SliceStats | None) -> tuple[float, ...]:
-        """Return sin((1 − t)·θ) / sin θ and sin(t·θ) / sin θ."""
+        """Return sin((1 − t)·θ) / sin θ and sin(t·θ) / sin θ.
+
+        Args:
+            weights: 1 − t and t; before them the pretrained checkpoint's 0, where it is read. A member is left out
+                where its weight is 0 in every tensor.
+            stats: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ of the slice; None where it was not measured.
+
+        Returns:
+            One for each weight; `weights` themselves where there are no statistics, a member has weight 0, or there is
+            no arc.
+        """
         if stats is None or not self.needs_stats(weights):
             return weights
         angle = _angle(stats)
@@ -92,7 +119,19 @@ class Slerp(Recipe):
     def reference_values(
         self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ."""
+        """Compute the rotation of a towards b: M = cos(t·θ)·a + sin(t·θ)·(b − cos θ · a) / sin θ.
+
+        Where `coefficients` are those of the straight line, so is this.
+
+        Args:
+            values: float64 `[sources, elements]`, a and b last.
+            weights: one for each source, as for `coefficients`.
+            slice_box: box of the elements; not used.
+            stats: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ of the slice; None where it was not measured.
+
+        Returns:
+            float64 `[elements]` each: the values, and the sum of the magnitudes of their summands.
+        """
         if stats is None or not self.needs_stats(weights) or math.sin(_angle(stats)) < MIN_SIN_ANGLE:
             return super().reference_values(values, weights, slice_box, None)
         (*_, a, b), angle, t = values, _angle(stats), weights[-1]

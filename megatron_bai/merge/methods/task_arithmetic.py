@@ -42,7 +42,15 @@ class TaskVectorMethod(WeightedMethod):
         require_finite("merge.scale", self.scale)
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """Return 1 for the pretrained checkpoint and the weights of the task vectors."""
+        """Return 1 for the pretrained checkpoint and the weights of the task vectors.
+
+        Args:
+            key: name of the tensor, which patterns of `weights_for` match; None: `weights` apply.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+
+        Returns:
+            The pretrained checkpoint, then the members in their order; λ is not in the coefficients.
+        """
         return (Term(self.pretrained, 1.0), *map(Term, self.members, self.weights_for_tensor(key, layer)))
 
 
@@ -62,7 +70,15 @@ class SummedTaskVectors(TaskVectorMethod):
             require_positive_sum(name, weights)
 
     def weights_for_tensor(self, key: str | None, layer: int | None) -> tuple[float, ...]:
-        """Return the weights of one tensor, or layer of it, normalised where that is asked for."""
+        """Return the weights of one tensor, or layer of it, normalised where that is asked for.
+
+        Args:
+            key: name of the tensor, which patterns of `weights_for` match; None: `weights` apply.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+
+        Returns:
+            w_i of each member; with `normalize` they sum to 1 within float64's rounding.
+        """
         weights = super().weights_for_tensor(key, layer)
         total = math.fsum(weights)
         return tuple(w / total for w in weights) if self.normalize else weights
@@ -76,7 +92,15 @@ class TaskArithmetic(SummedTaskVectors):
     title: ClassVar[str] = "task arithmetic (arXiv 2212.04089)"
 
     def terms(self, key: str | None = None, layer: int | None = None) -> tuple[Term, ...]:
-        """Return the merge as one weighted sum; a checkpoint named twice appears once."""
+        """Return the merge as one weighted sum; a checkpoint named twice appears once.
+
+        Args:
+            key: name of the tensor, which patterns of `weights_for` match; None: `weights` apply.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+
+        Returns:
+            1 − λ · Σ_i w_i for the pretrained checkpoint, then λ · w_i of each member.
+        """
         weights = self.weights_for_tensor(key, layer)
         coefficients = {self.pretrained: 1 - self.scale * math.fsum(weights)}
         for member, weight in zip(self.members, weights, strict=True):

@@ -65,7 +65,17 @@ class Ties(TaskVectorMethod):
         return self.density < 1
 
     def measure_slice(self, read_blocks: ReadBlocks, name: str, num_elements: int) -> SliceStats:
-        """Compute each member's threshold: the k-th largest |τ|."""
+        """Compute each member's threshold: the k-th largest |τ|.
+
+        Args:
+            read_blocks: yields the slice's values, float64 `[sources, …, columns]`, the pretrained checkpoint first;
+                called twice.
+            name: of the slice; not used.
+            num_elements: n, of which the largest k = max(⌊density · n⌋, 1) are kept.
+
+        Returns:
+            One threshold for each member, in their order: a float32 number, at least 0.
+        """
         # the density as it is written: 0.29 · 100 in float64 is less than 29
         rank = max(math.floor(Fraction(repr(self.density)) * num_elements), 1)
         high = _histogram(read_blocks, 31 - LOW, lambda bits: bits >> LOW)
@@ -80,7 +90,17 @@ class Ties(TaskVectorMethod):
     def combine(
         self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> torch.Tensor:
-        """Compute M_pretrained + λ · the mean of the trimmed values that agree with the elected sign."""
+        """Compute M_pretrained + λ · the mean of the trimmed values that agree with the elected sign.
+
+        Args:
+            values: float64 `[sources, elements]`, the pretrained checkpoint first; not changed.
+            weights: one for each source: the pretrained checkpoint's, which is not used, then w_i, at least 0.
+            slice_box: box of the elements; not used.
+            stats: the members' thresholds in the slice; None where the density is 1, and nothing is trimmed.
+
+        Returns:
+            float64 `[elements]`; where no member moves an element, the pretrained checkpoint's bits.
+        """
         base = values[0]
         weight_column = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
         weighted = self._trim(values, stats).mul_(weight_column)
@@ -94,7 +114,18 @@ class Ties(TaskVectorMethod):
     def reference_values(
         self, values: torch.Tensor, weights: Sequence[float], slice_box: SliceBox, stats: SliceStats | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute sum and mean of the positive values and of the negative ones, and take the mean of the larger sum."""
+        """Compute sum and mean of the positive values and of the negative ones, and take the mean of the larger sum.
+
+        Args:
+            values: float64 `[sources, elements]`, the pretrained checkpoint first; sources of weight 0 may be zero.
+            weights: one for each source: the pretrained checkpoint's, which is not used, then w_i, at least 0.
+            slice_box: box of the elements; not used.
+            stats: the members' thresholds in the slice; None where the density is 1, and nothing is trimmed.
+
+        Returns:
+            float64 `[elements]` each: the values, and |M_pretrained| + |λ · mean|, infinite where the two sums are so
+            close that rounding decides the sign.
+        """
         base, trimmed = values[0], self._trim(values, stats)
         column = torch.tensor(weights[1:], dtype=torch.float64)
         up, down = column @ trimmed.clamp(min=0), column @ -trimmed.clamp(max=0)

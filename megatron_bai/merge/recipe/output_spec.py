@@ -83,7 +83,15 @@ def choose_output_dtypes(tensors: dict[str, TensorInfo], requested: torch.dtype 
 
 
 def config_with_dtype(text: str, dtype: torch.dtype) -> str:
-    """Return a `config.json` with the dtype that the tensors have, in which transformers loads them."""
+    """Return a `config.json` with the dtype that the tensors have, in which transformers loads them.
+
+    Args:
+        text: of the file.
+        dtype: of the tensors; it replaces `dtype` and `torch_dtype`, also in `text_config`, where the file has them.
+
+    Returns:
+        The new text; all other keys are unchanged.
+    """
     config = json.loads(text)
     for section in (config, config.get("text_config") or {}):
         for name in ("dtype", "torch_dtype"):

@@ -113,7 +113,16 @@ class Plan:
         return sum(unit.nbytes for unit in self.units)
 
     def tiles(self, region: Region, box: Box, limit: int) -> Iterator[Box]:
-        """Split a box into tiles of at most `limit` elements, each in one slice where the method needs that."""
+        """Split a box into tiles of at most `limit` elements, each in one slice where the method needs that.
+
+        Args:
+            region: which the box lies in.
+            box: of the output tensor.
+            limit: largest number of elements of a tile, at least 1.
+
+        Yields:
+            Boxes of the output tensor in row-major order; the elements of each are contiguous within `box`.
+        """
         recipe = self.recipes[0]
         if region.fate is Fate.MERGED and (recipe.stats_passes or recipe.elementwise):
             return split_by_slice(region.output, box, limit)
@@ -124,7 +133,15 @@ class Plan:
         return self.slice_stats.get(slice_box.slice_name) if self.slice_stats else None
 
     def coefficients(self, region: Region, box: Box) -> list[tuple[float, ...]]:
-        """Return for each result the coefficients of `inputs` in one of the `tiles`."""
+        """Return for each result the coefficients of `inputs` in one of the `tiles`.
+
+        Args:
+            region: a merged region, which the tile lies in.
+            box: of the tile, in the output tensor; in one slice where slices were measured.
+
+        Returns:
+            A tuple for each result, in the order of `recipes`, with one coefficient for each of `inputs`.
+        """
         stats = self.stats_of(SliceBox(region.output, box))
         results = zip(self.recipes, self.input_weights, strict=True)
         return [recipe.coefficients(weights[region.name], stats) for recipe, weights in results]

@@ -114,7 +114,15 @@ class Recipe(ABC):
         raise NotImplementedError
 
     def coefficients(self, weights: tuple[float, ...], stats: SliceStats | None) -> tuple[float, ...]:
-        """Return the weighted sum's coefficients in a slice with these statistics, or in any tensor."""
+        """Return the weighted sum's coefficients in a slice with these statistics, or in any tensor.
+
+        Args:
+            weights: of the sources that are read, in the tensor.
+            stats: of the slice, from `measure_slice`; None where it was not measured.
+
+        Returns:
+            One for each weight; of a method that measures nothing, the weights.
+        """
         return weights
 
     def combine(
@@ -211,7 +219,12 @@ class WeightedMethod(Recipe):
         return [("merge.weights", self.weights), *named]
 
     def weights_for_tensor(self, key: str | None, layer: int | None) -> tuple[float, ...]:
-        """Return the weights of the members in one tensor, or in one layer of it."""
+        """Return the weights of the members in one tensor, or in one layer of it.
+
+        Args:
+            key: name of the tensor, which patterns of `weights_for` match; None: `weights` apply.
+            layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
+        """
         return first_match(self.weights_for, key, layer, self.weights)
 
 
@@ -243,19 +256,34 @@ def require_distinct(recipe: Recipe) -> None:
 
 
 def require_fraction(name: str, value: float) -> None:
-    """Raise a UserError unless the value of the setting `name` is in [0, 1]."""
+    """Raise a UserError unless the value of the setting `name` is in [0, 1].
+
+    Args:
+        name: as the user writes it, such as `merge.alpha`.
+        value: NaN is refused too.
+    """
     if not 0 <= value <= 1:  # also catches NaN
         raise UserError(f"{name} is {value:g}: it lies between 0 and 1")
 
 
 def require_finite(name: str, value: float) -> None:
-    """Raise a UserError unless the value of the setting `name` is finite."""
+    """Raise a UserError unless the value of the setting `name` is finite.
+
+    Args:
+        name: as the user writes it, such as `merge.scale`.
+        value: of any sign; NaN and infinities are refused.
+    """
     if not math.isfinite(value):
         raise UserError(f"{name} is {value:g}: give a finite number")
 
 
 def require_positive_sum(name: str, weights: Sequence[float]) -> None:
-    """Raise a UserError unless the weights of the setting `name` can be divided by their sum."""
+    """Raise a UserError unless the weights of the setting `name` can be divided by their sum.
+
+    Args:
+        name: as the user writes it, such as `merge.weights`.
+        weights: finite; some may be negative, as long as the sum is above 0.
+    """
     if math.fsum(weights) <= 0:
         raise UserError(
             f"{name} [{format_numbers(weights)}] sum to {math.fsum(weights):g}: merge.normalize needs a positive sum"

@@ -19,7 +19,14 @@ from megatron_bai.merge.recipe.regions import OutputTensor, Region
 
 
 def num_slice_axes(output: OutputTensor) -> int:
-    """Count a tensor's leading axes that are layers and experts."""
+    """Count a tensor's leading axes that are layers and experts.
+
+    Args:
+        output: tensor to write. Layers and experts that its name has the index of are no axes of it.
+
+    Returns:
+        2 for `[layers, experts, …]`, 1 for `[layers, …]` or one layer's `[experts, …]`, else 0.
+    """
     in_name = len(output.canonical.origin) - len(output.shape)
     return len(output.canonical.axes) - in_name
 
@@ -55,7 +62,16 @@ class SliceBox:
 
 
 def split_by_slice(output: OutputTensor, box: Box, limit: int) -> Iterator[Box]:
-    """Yield boxes of at most `limit` elements that a box consists of, each in one slice."""
+    """Yield boxes of at most `limit` elements that a box consists of, each in one slice.
+
+    Args:
+        output: tensor to write, in which the boxes lie.
+        box: to split.
+        limit: largest number of elements of a result, at least 1.
+
+    Yields:
+        Boxes in row-major order; the elements of each are contiguous within `box`.
+    """
     axes = num_slice_axes(output)
     offsets, sizes = box
     leading = zip(offsets[:axes], sizes[:axes], strict=True)

@@ -56,13 +56,26 @@ class CanonicalBox:
     sizes: tuple[int, ...]
 
     def to_canonical(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
-        """Convert a box of the native tensor to canonical coordinates."""
+        """Convert a box of the native tensor to canonical coordinates.
+
+        Args:
+            offsets: of the box in the native tensor, one for each of its axes.
+            sizes: of the box, likewise.
+
+        Returns:
+            The box in the canonical tensor, with size 1 in the axes whose index is in the native name.
+        """
         num_leading = len(self.origin) - len(offsets)
         low = tuple(o + n for o, n in zip(self.origin, (0,) * num_leading + offsets, strict=True))
         return low, (1,) * num_leading + sizes
 
     def to_native(self, box: Box, ndim: int) -> Box:
-        """Convert a canonical box inside this one to coordinates of the native tensor, which has `ndim` axes."""
+        """Convert a canonical box inside this one to coordinates of the native tensor, which has `ndim` axes.
+
+        Args:
+            box: in the canonical tensor.
+            ndim: number of axes of the native tensor; the canonical one has one more for each index in the native name.
+        """
         num_leading = len(self.origin) - ndim
         offsets = zip(box[0][num_leading:], self.origin[num_leading:], strict=True)
         return tuple(low - o for low, o in offsets), box[1][num_leading:]
@@ -76,7 +89,12 @@ class CanonicalBox:
 
 
 def canonical_box(key: str, shape: tuple[int, ...]) -> CanonicalBox:
-    """Return the box that the tensor called `key` is; a name that follows no rule is canonical itself."""
+    """Return the box that the tensor called `key` is; a name that follows no rule is canonical itself.
+
+    Args:
+        key: native name, of Megatron-Core or Hugging Face.
+        shape: of the whole native tensor.
+    """
     name, half = key, None
     axes: tuple[str, ...] = ()
     index: tuple[int, ...] = ()

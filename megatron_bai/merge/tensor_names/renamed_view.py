@@ -66,12 +66,25 @@ class CanonicalIndex:
                 raise UserError(f"{path}: {key} and {other} hold the same weights: remove one of them")
 
     def add_alias(self, name: str, key: str) -> None:
-        """Add the tensor `key` as the canonical tensor `name` as well."""
+        """Add the tensor `key` as the canonical tensor `name` as well.
+
+        Args:
+            name: of a canonical tensor that the checkpoint lacks.
+            key: of one of the checkpoint's tensors, without the vocabulary's padding.
+        """
         self._tensors[name, None] = _index_chunks([Chunk(*self.boxes[key], key, 0, 0)])
         self.shapes[name] = self._tensors[name, None].shape
 
     def overlapping(self, name: str, box: Box) -> Iterator[tuple[str, Box]]:
-        """Yield the tensors that hold elements of a box of a canonical tensor, each with the box of these elements."""
+        """Yield the tensors that hold elements of a box of a canonical tensor, each with the box of these elements.
+
+        Args:
+            name: of the canonical tensor; the checkpoint need not have it.
+            box: in the canonical tensor.
+
+        Yields:
+            A tensor's key, and the box in the canonical tensor; the vocabulary's padding is in none.
+        """
         layers = range(box[0][0], box[0][0] + box[1][0]) if name in self._has_separate_layers else ()
         for layer in (None, *layers):
             entry = self._tensors.get((name, layer))
@@ -79,7 +92,12 @@ class CanonicalIndex:
                 yield from ((chunk.file, common) for chunk, common in entry.overlapping(*box))
 
     def count_elements(self, name: str, box: Box) -> int:
-        """Count the elements of a box of a canonical tensor that there are."""
+        """Count the elements of a box of a canonical tensor that there are.
+
+        Args:
+            name: of the canonical tensor; 0 elements where the checkpoint does not have it.
+            box: in the canonical tensor; the vocabulary's padding in it does not count.
+        """
         return sum(math.prod(sizes) for _, (_, sizes) in self.overlapping(name, box))
 
 
@@ -116,6 +134,17 @@ class RenamedView:
         """Read a box of a tensor in the source's dtype, valid until the next `read`, as `CheckpointReader.read` does.
 
         A box in one tensor of the source is not copied; from several tensors it is copied once.
+
+        Args:
+            key: of the other's tensor.
+            offsets: of the box in the other's tensor.
+            sizes: of the box, which holds nothing of the vocabulary's padding.
+
+        Returns:
+            A tensor of shape `sizes`; from several tensors of the source, in the dtype that `tensors` has for `key`.
+
+        Raises:
+            UserError: a record cannot be read, or its bytes are not those that were saved.
         """
         canonical = self._base.canonical_boxes[key]
         low, extent = canonical.to_canonical(offsets, sizes)
@@ -130,7 +159,16 @@ class RenamedView:
         return out.view(sizes)
 
     def stream(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStream | None:
-        """Open a stream as `CheckpointReader.stream` does; None where several tensors of the source hold the box."""
+        """Open a stream as `CheckpointReader.stream` does; None where several tensors of the source hold the box.
+
+        Args:
+            key: of the other's tensor.
+            offsets: of the box in the other's tensor.
+            sizes: of the box.
+
+        Returns:
+            The stream, or None also where the box's elements are not contiguous in one record of the source.
+        """
         canonical = self._base.canonical_boxes[key]
         matches = list(self._index.overlapping(canonical.name, canonical.to_canonical(offsets, sizes)))
         return self._source.stream(matches[0][0], *self._native(*matches[0])) if len(matches) == 1 else None
@@ -148,7 +186,18 @@ class RenamedView:
         return self._source.stat_fingerprint()
 
     def verify_records(self, keys: Iterable[str], ranks: RankGroup) -> str:
-        """Verify all tensors as `CheckpointReader.verify_records` does: the digest must not depend on names."""
+        """Verify all tensors as `CheckpointReader.verify_records` does. *Collective* over `ranks`.
+
+        Args:
+            keys: not used: all tensors that the view was made of are verified.
+            ranks: which have read.
+
+        Returns:
+            The hash under the source's own names, so that it does not depend on those of the other.
+
+        Raises:
+            PermanentError: the bytes of a record are not those that were saved.
+        """
         return self._source.verify_records(self._index.tensors, ranks)
 
 
@@ -227,7 +276,15 @@ def _require_covered(one: CanonicalIndex, other: CanonicalIndex) -> None:
 
 
 def format_names(names: Iterable[str], limit: int = 5) -> str:
-    """Format the first of many names."""
+    """Format the first of many names.
+
+    Args:
+        names: in any order; they are sorted.
+        limit: how many are listed; of the rest only the number is given.
+
+    Returns:
+        Names with commas between, such as `a, b`, and `and 3 more` where there are more.
+    """
     names = sorted(names)
     remaining = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + remaining
