@@ -74,7 +74,15 @@ class SafetensorsReader(CheckpointReader):
         super().__init__(path, tensors, scratch)
 
     def locate_record(self, info: TensorInfo, chunk: Chunk) -> Record:
-        """Return the position of a tensor's elements, which is that of its one chunk."""
+        """Return the position of a tensor's elements, which is that of its one chunk.
+
+        Args:
+            info: of the tensor.
+            chunk: its only one.
+
+        Returns:
+            A record in row-major order without a CRC-32: the format has none.
+        """
         return Record(chunk.start, chunk.length, 0, row_major_strides(info.shape), None)
 
     def _verify_files(self, crcs: dict[ItemKey, int]) -> None:
@@ -98,7 +106,12 @@ class SafetensorsReader(CheckpointReader):
         return file.suffix == SUFFIX or file.as_posix() == INDEX
 
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
-        """Return a writer, as `SafetensorsWriter` describes it."""
+        """Return a writer, as `SafetensorsWriter` describes it.
+
+        Args:
+            tensors: to write.
+            file_bytes: that files are filled to; 0: each tensor stays in the file that it has in this checkpoint.
+        """
         return SafetensorsWriter(self, tensors, file_bytes)
 
 
@@ -204,7 +217,15 @@ class SafetensorsWriter(CheckpointWriter):
 
     @contextmanager
     def open_unit(self, directory: Path, name: str) -> Iterator[UnitWriter]:
-        """Open the files that a unit writes into."""
+        """Open the files that a unit writes into.
+
+        Args:
+            directory: of the checkpoint, which `prepare` has filled with files.
+            name: not used: units share the files.
+
+        Yields:
+            A writer that puts each item at its final position; it opens a file with the first item in it.
+        """
         writer = _InPlaceUnitWriter(self._positions, self._shapes, directory)
         try:
             yield writer
@@ -212,7 +233,16 @@ class SafetensorsWriter(CheckpointWriter):
             writer.close()
 
     def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
-        """Write the index, where there are several files."""
+        """Write the index, where there are several files.
+
+        Args:
+            directory: of the checkpoint.
+            tensors: not used: every tensor's file was assigned when this writer was made.
+            written: not used, for the same reason.
+
+        Raises:
+            OSError: the index cannot be written.
+        """
         if self._has_index:
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
             weight_map = {key: name for key, (name, _) in sorted(self._positions.items())}

@@ -93,7 +93,12 @@ class TensorInfo:
         return all(len(list(self.overlapping(chunk.offsets, chunk.sizes))) == 1 for chunk in self.chunks)
 
     def chunk_at(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk | None:
-        """Return the chunk that is exactly this box, or None."""
+        """Return the chunk that is exactly this box, or None.
+
+        Args:
+            offsets: of the box.
+            sizes: of the box.
+        """
         chunk = self._by_offsets.get(offsets)
         return chunk if chunk is not None and chunk.sizes == sizes else None
 

@@ -66,11 +66,27 @@ class TorchDistReader(CheckpointReader):
         return file.as_posix() in (INDEX, FORMAT) or file.suffix == SUFFIX
 
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
-        """Return a writer, whose files are those of the units: neither `tensors` nor `file_bytes` matters."""
+        """Return a writer, whose files are those of the units: neither `tensors` nor `file_bytes` matters.
+
+        Args:
+            tensors: not used.
+            file_bytes: not used.
+        """
         return TorchDistWriter()  # a file for each unit, which has its size
 
     def locate_record(self, info: TensorInfo, chunk: Chunk) -> Record:
-        """Return the position of a chunk's elements, which its archive says."""
+        """Return the position of a chunk's elements, which its archive says.
+
+        Args:
+            info: of the tensor.
+            chunk: one of its chunks.
+
+        Returns:
+            The record, parsed once and remembered; its CRC-32 is None where torch was told not to compute one.
+
+        Raises:
+            UserError: the item cannot be read, is damaged, or has another dtype or shape than the index says.
+        """
         key = chunk.file, chunk.start
         if key not in self._records:
             try:
@@ -212,7 +228,15 @@ class DistcpFileWriter(UnitWriter):
         item.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def write_object(self, key: str, data: bytes) -> None:
-        """Write an object, the archive that `torch.save` made of it."""
+        """Write an object, the archive that `torch.save` made of it.
+
+        Args:
+            key: of the object.
+            data: the archive, which is not unpickled.
+
+        Raises:
+            OSError: the system refuses.
+        """
         positional_io.pwrite_all(self._file, [data], self._end)
         self._items.append(WrittenItem(key, None, None, self.name, self._end, len(data), crc32.compute(data)))
         self._end += len(data)
@@ -265,9 +289,23 @@ class TorchDistWriter(CheckpointWriter):
         pass
 
     def open_unit(self, directory: Path, name: str) -> DistcpFileWriter:
-        """Create the file of a unit."""
+        """Create the file of a unit.
+
+        Args:
+            directory: of the checkpoint.
+            name: of the unit; its file is `{name}.distcp`, emptied if it exists.
+
+        Raises:
+            OSError: the file cannot be created.
+        """
         return DistcpFileWriter(directory, name)
 
     def finalize(self, directory: Path, tensors: Iterable[TensorSpec], written: Iterable[WrittenItem]) -> None:
-        """Write the index."""
+        """Write the index.
+
+        Args:
+            directory: of the checkpoint.
+            tensors: every tensor.
+            written: every chunk and object, of all units.
+        """
         write_index(directory, tensors, written)

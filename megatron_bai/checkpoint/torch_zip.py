@@ -127,7 +127,15 @@ def verify_archive(data: bytes) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def make_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> ArchiveFrame:
-    """Make the frame that `torch.save` puts around a contiguous tensor."""
+    """Make the frame that `torch.save` puts around a contiguous tensor.
+
+    Args:
+        dtype: of the tensor.
+        shape: of the tensor.
+
+    Returns:
+        The frame; its CRC-32 is that of uninitialised elements, which `make_tail` replaces.
+    """
     file = io.BytesIO()
     torch.save(torch.empty(shape, dtype=dtype), file)
     return parse_frame(file)

@@ -36,7 +36,12 @@ def overview() -> str:
 
 
 def verb_help(name: str, verb: Verb) -> str:
-    """Return the text of `megatron-bai NAME --help`: usage, an example and every setting that the verb reads."""
+    """Return the text of `megatron-bai NAME --help`: usage, an example and every setting that the verb reads.
+
+    Args:
+        name: of the verb, a key of `VERBS`.
+        verb: its entry in `VERBS`.
+    """
     usage = f"usage: megatron-bai {name} [experiment=NAME] [group.key=value …]"
     lines = [verb.summary, "", usage, f"e.g.   {verb.example}"]
     for group in verb.groups:

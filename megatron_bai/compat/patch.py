@@ -108,7 +108,15 @@ class _ImportHook(MetaPathFinder):
 
 
 def apply_scope(patches: Iterable[Patch], scope: str) -> None:
-    """Apply the fixes of one scope, in order."""
+    """Apply the fixes of one scope, in order.
+
+    Args:
+        patches: of any scope.
+        scope: whose fixes are applied: `sglang-cpu` or `megatron-cpu`. The others are skipped.
+
+    Raises:
+        UserError: as `Patch.apply`; the fixes before that one stay installed.
+    """
     for patch in patches:
         if patch.scope == scope:
             patch.apply()

@@ -44,7 +44,15 @@ class LengthBucket:
     mask: "Tensor"
 
     def read(self, cache: "Tensor", dtype: Any) -> "Tensor":
-        """Read `[n, heads, L, dim]` from a cache `[slots, heads, dim]`."""
+        """Read `[n, heads, L, dim]` from a cache `[slots, heads, dim]`.
+
+        Args:
+            cache: keys or values, `[slots, heads, dim]` of any float dtype.
+            dtype: torch's, of the result.
+
+        Returns:
+            A copy, in which padding repeats the sequence's first slot.
+        """
         rows = cache.index_select(0, self.slots).view(-1, self.length, *cache.shape[1:])
         return rows.transpose(1, 2).to(dtype)
 

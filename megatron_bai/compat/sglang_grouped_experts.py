@@ -50,7 +50,18 @@ def run_grouped_experts(x: "Tensor", w13: "Tensor", w2: "Tensor", weights: "Tens
 
 
 def is_supported(layer: Any, x: "Tensor", runner: Any) -> bool:
-    """Return whether `run_grouped_experts` computes what upstream does for this layer."""
+    """Return whether `run_grouped_experts` computes what upstream does for this layer.
+
+    Args:
+        layer: SGLang's, with `w13_weight` `[local experts, 2·inner, hidden]` and `w2_weight`
+            `[local experts, hidden, inner]`.
+        x: `[tokens, hidden]`, the layer's input.
+        runner: the layer's `MoeRunnerConfig`.
+
+    Returns:
+        False for an activation other than plain SiLU, router weights on the input, biases, experts on other ranks,
+        dtypes that differ, no tokens, and rows of weights that are no multiple of 16 bytes.
+    """
     w13, w2 = layer.w13_weight, layer.w2_weight
     simple = runner.activation == "silu" and runner.gemm1_alpha is None and not runner.apply_router_weight_on_input
     no_bias = getattr(layer, "w13_weight_bias", None) is None and getattr(layer, "w2_weight_bias", None) is None
@@ -60,7 +71,14 @@ def is_supported(layer: Any, x: "Tensor", runner: Any) -> bool:
 
 
 def make_moe_forward(upstream: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
-    """Make `moe_forward_native`, which calls `upstream` for layers that are not supported."""
+    """Make `moe_forward_native`, which calls `upstream` for layers that are not supported.
+
+    Args:
+        upstream: SGLang's `moe_forward_native`.
+
+    Returns:
+        A function with upstream's parameters and result, `[tokens, hidden]` in the dtype of its input.
+    """
 
     @functools.wraps(upstream)
     def moe_forward_native(layer: Any, x: "Tensor", topk_output: Any, moe_runner_config: Any) -> "Tensor":

@@ -36,6 +36,12 @@ class ArithmeticTask:
 
         `train` is an endless stream. `eval` has `data.eval_prompts` prompts, all different and none ever trained on.
 
+        Args:
+            split: `train` or `eval`.
+            seed: of the run. Both splits depend on it.
+            start: index of the first prompt, from 0.
+            count: number of prompts.
+
         Raises:
             UserError: the eval split has fewer prompts than asked for, or there is no such split.
         """
@@ -71,6 +77,10 @@ class ArithmeticTask:
         Well formed: the response ends with the end token, which appears nowhere before, and its last line is
         `answer:` and the number alone. A response cut off at the token limit has no end and earns nothing, and so does
         one with an id that is no text (a chat marker, padding, or a spare row of the embedding).
+
+        Args:
+            prompt: what was asked, with its answer.
+            response_ids: token ids of the response, the end token included; may be empty.
         """
         *body, end = response_ids if len(response_ids) else [-1]
         if end != self.tokenizer.eos_token_id or not self._text_ids.issuperset(int(i) for i in body):
@@ -81,6 +91,18 @@ class ArithmeticTask:
         """Return a batch as `Task.supervised_batch` does: whole documents packed into rows, attention over a whole row.
 
         The style `pretrained` trains on every token, `instruct` and `reasoning` on responses and their end token.
+
+        Args:
+            seed: of the run.
+            step: index of the step, from 0.
+            rows: B.
+            length: T, tokens in a row; what no further document fits into is padding.
+
+        Returns:
+            Tokens `[B, T]` int64, and the loss mask `[B, T]` float32, 1 for targets and 0 in column 0 and padding.
+
+        Raises:
+            UserError: a row's first document is longer than the row.
         """
         style = self.data.style
         tokens = np.full((rows, length), self.tokenizer.pad_token_id, dtype=np.int64)

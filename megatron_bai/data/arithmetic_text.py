@@ -72,6 +72,11 @@ def validate_arithmetic(data: Arithmetic) -> None:
 def draw_problem(data: Arithmetic, rng: Random, held_out: bool = False) -> Problem:
     """Draw a random problem of the eval split (`held_out`) or of the train split.
 
+    Args:
+        data: the settings, for the number of terms and their size (1 … `max_number`).
+        rng: the only source of randomness.
+        held_out: the split, True for eval.
+
     Raises:
         UserError: the settings allow so few problems that the split has none.
     """
@@ -103,13 +108,23 @@ def derivation(problem: Problem) -> str:
 
 
 def checked_derivation(problem: Problem, rng: Random) -> str:
-    """Write the longest response: each line of the derivation one to three times, as of a model that checks itself."""
+    """Write the longest response: each line of the derivation one to three times, as of a model that checks itself.
+
+    Args:
+        problem: whose derivation is written.
+        rng: chooses how often each line is repeated; the answer is never repeated.
+    """
     *lines, answer = derivation(problem).split(";")
     return ";".join([*(line for line in lines for _ in range(rng.randint(1, 3))), answer])
 
 
 def is_correct(problem_answer: str, response: str) -> bool:
-    """Return whether the last line of a finished response (its end token removed) states the answer, exactly."""
+    """Return whether the last line of a finished response (its end token removed) states the answer, exactly.
+
+    Args:
+        problem_answer: the right number, as `Problem.answer` writes it.
+        response: lines separated by `;`. The lines before the last are not checked.
+    """
     return response.rpartition(";")[2] == f"answer:{problem_answer}"
 
 
@@ -156,6 +171,17 @@ def make_document(data: Arithmetic, style: str, rng: Random) -> Document:
     instruct is the direct answer, reasoning the derivation, checked one whose lines are repeated, and pretrained the
     language at large: a fifth of its texts answer directly, two fifths derive, the others are facts, counting and
     unfinished expressions without chat markers.
+
+    Args:
+        data: the settings; `data.style` is not read.
+        style: one of `STYLES`.
+        rng: the only source of randomness.
+
+    Returns:
+        A document; its prompt is empty for texts without chat markers.
+
+    Raises:
+        UserError: no such style, or the settings allow so few problems that the train split has none.
     """
     if style not in STYLES:
         raise UserError(f"data.style is {style!r}: it must be one of {', '.join(STYLES)}")

@@ -91,7 +91,17 @@ class DatasetTask:
             )
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
-        """Return prompts as `Task.prompts` does: train rows in another order each epoch, eval rows in the file's."""
+        """Return prompts as `Task.prompts` does: train rows in another order each epoch, eval rows in the file's.
+
+        Args:
+            split: `train` or `eval`.
+            seed: of the run. It decides the order of train rows in each epoch; eval prompts do not depend on it.
+            start: index of the first prompt, from 0.
+            count: number of prompts.
+
+        Raises:
+            UserError: fewer prompts are held out than asked for, or there is no such split.
+        """
         if split == "train":
             return [self._prompt(self._train, self._row_index(seed, i)) for i in range(start, start + count)]
         if split != "eval":
@@ -104,7 +114,12 @@ class DatasetTask:
         return [self._prompt(self._eval, row_index) for row_index in self._eval_order[start : start + count]]
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """Return 1.0 where a response ended and its final answer is the row's, as `answers` finds and normalises it."""
+        """Return 1.0 where a response ended and its final answer is the row's, as `answers` finds and normalises it.
+
+        Args:
+            prompt: what was asked, with the row's answer.
+            response_ids: token ids of the response; 0.0 if they do not end with the end token, or are empty.
+        """
         *body, end = map(int, response_ids) if len(response_ids) else [-1]
         if end != self.tokenizer.eos_token_id:
             return 0.0
@@ -112,7 +127,18 @@ class DatasetTask:
         return float(found != "" and found == answers.normalise_answer(prompt.answer))
 
     def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a batch as `Task.supervised_batch` does: one document a row, so that none attends to another."""
+        """Return a batch as `Task.supervised_batch` does: one document a row, so that none attends to another.
+
+        Args:
+            seed: of the run. It decides the order of rows in each epoch.
+            step: index of the step, from 0.
+            rows: B.
+            length: T, at least the `max_tokens` of this task, which no document exceeds.
+
+        Returns:
+            Tokens `[B, T]` int64, and the loss mask `[B, T]` float32, 1 for the response and its end token,
+            else 0.
+        """
         tokens = np.full((rows, length), self.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros((rows, length), dtype=np.float32)
         for line in range(rows):

@@ -11,6 +11,14 @@ def permute_index(index: int, size: int, key: str) -> int:
     A Feistel network over the smallest even number of bits that holds `size`; a value outside the range goes through it
     again until it is inside (cycle walking; Black and Rogaway, CT-RSA 2002), four times on average at worst. It is a
     function of its arguments alone: unlike a generator's shuffle it is the same in every release of Python and numpy.
+
+    Args:
+        index: in `range(size)`.
+        size: at least 1.
+        key: any text.
+
+    Returns:
+        An element of `range(size)`.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -26,6 +34,12 @@ def permute_index(index: int, size: int, key: str) -> int:
 
 
 def shuffled_index(position: int, size: int, key: str) -> int:
-    """Return the element at a position of an endless stream: `range(size)` in another order each epoch."""
+    """Return the element at a position of an endless stream: `range(size)` in another order each epoch.
+
+    Args:
+        position: in the stream, from 0.
+        size: of an epoch, at least 1.
+        key: any text; another key is another stream.
+    """
     epoch, index = divmod(position, size)
     return permute_index(index, size, f"{key}/{epoch}")

@@ -47,12 +47,23 @@ class Task(Protocol):
 
         No prompt of `eval` is ever one of `train`.
 
+        Args:
+            split: `train` or `eval`.
+            seed: of the run.
+            start: index of the first prompt, from 0.
+            count: number of prompts.
+
         Raises:
             UserError: the eval split has fewer prompts than asked for, or there is no such split.
         """
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """Score a response, its end token included, by the data's own check (`reward=exact`): 1.0 or 0.0."""
+        """Score a response, its end token included, by the data's own check (`reward=exact`): 1.0 or 0.0.
+
+        Args:
+            prompt: what was asked, with its answer.
+            response_ids: token ids of the response. Without an end token, or empty, it scores 0.0.
+        """
 
     def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the batch of one step of supervised training. Row b depends on (seed, step, b) alone.

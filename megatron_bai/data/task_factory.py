@@ -46,7 +46,19 @@ def validate_data(data: config.Data, supervised: bool, init: str) -> None:
 def make_task(
     data: config.Data, tokenizer: PreTrainedTokenizerFast, max_tokens: int, supervised: bool, log: Callable[[str], None]
 ) -> Task:
-    """Make the task that the settings choose. See `DatasetTask` for the arguments."""
+    """Make the task that the settings choose.
+
+    Args:
+        data: the settings, which `validate_data` has accepted.
+        tokenizer: of the model. Without a padding token it is given its end token for one, for rows on disk.
+        max_tokens: tokens that fit: of a prompt, or where `supervised` of prompt, response and end token together. Read
+            for rows on disk alone, as are the arguments after it.
+        supervised: whether the rows have responses, for supervised training, in place of answers.
+        log: prints what was left out.
+
+    Raises:
+        UserError: the tokenizer has no end token, or as `ArithmeticTask` and `DatasetTask`.
+    """
     if isinstance(data, config.Arithmetic):
         return ArithmeticTask(data, tokenizer)
     assert isinstance(data, config.Dataset), "`validate_data` refuses others"

@@ -68,7 +68,12 @@ class RankGroup:
         return [result for result, _, _ in outcomes]
 
     def run_on_first(self, function: Callable[[], T], location: object = "") -> T:
-        """Run `function` on rank 0 and return its result on every rank. *Collective*; errors as in `run_on_all`."""
+        """Run `function` on rank 0 and return its result on every rank. *Collective*; errors as in `run_on_all`.
+
+        Args:
+            function: what rank 0 does; its result is pickled where there are several ranks.
+            location: what an error of the system is about, unless it says so itself.
+        """
         return cast(T, self.run_on_all(lambda: function() if self.rank == 0 else None, location)[0])
 
 

@@ -148,7 +148,17 @@ def activation_bytes(
 
 
 def logits_bytes(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
-    """Compute the bytes of logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`."""
+    """Compute the bytes of logits, their gradient, and the three float32 buffers of `rl/policy/logprobs.py`.
+
+    Args:
+        model: the architecture, for the size of its vocabulary.
+        parallel: the layout; tensor ranks split the vocabulary.
+        tokens: of one micro-batch.
+        dtype: of logits and their gradient, a key of `DTYPE_BYTES`.
+
+    Returns:
+        Bytes on one rank of the last pipeline stage.
+    """
     elements = tokens * model.vocab_size / parallel.tensor
     return 2 * elements * DTYPE_BYTES[dtype] + 3 * 4 * min(WORK_ELEMENTS, elements)
 

@@ -65,7 +65,12 @@ def max_sample_tokens(settings: Config) -> int:
 
 
 def describe_batches(settings: Config, processes: int) -> dict[str, str]:
-    """Describe what is trained in which layout, and what a step consists of, as text by name."""
+    """Describe what is trained in which layout, and what a step consists of, as text by name.
+
+    Args:
+        settings: that `validate_plan` has accepted.
+        processes: number of the run's, from `validate_plan`.
+    """
     parallel, trainer, rollout = settings.parallel, settings.trainer, settings.rollout
     params = rank_memory.count_params(settings.model)
     stages = parallel.pipeline
@@ -93,6 +98,13 @@ def gpu_bytes(settings: Config, processes: int) -> dict[str, float]:
     """Compute the bytes of the fullest GPU, by what holds them.
 
     That is one of the first machine, with the servers of the run's own if it starts some.
+
+    Args:
+        settings: that `validate_plan` has accepted.
+        processes: number of the run's, from `validate_plan`.
+
+    Returns:
+        Bytes by a description of their holder, such as `actor: weights`, on the pipeline stage that needs most.
     """
     parallel = settings.parallel
     stages = [_rank_bytes(settings, processes, stage) for stage in range(parallel.pipeline)]

@@ -59,6 +59,16 @@ def compare_checkpoints(a: CheckpointReader, b: CheckpointReader) -> dict[str, D
     """Compute the distance of two checkpoints in each parameter group, over the tensors that both have with one shape.
 
     Reads both once, in tiles; the two may be sharded differently.
+
+    Args:
+        a: the first checkpoint, to which `Distance.relative` relates the difference.
+        b: the second. Its dtypes may be others than the first's.
+
+    Returns:
+        Distances by name of the group; a group without such tensors is not in it.
+
+    Raises:
+        UserError: a record cannot be read, or its bytes are not those that were saved.
     """
     groups: dict[str, Distance] = defaultdict(Distance)
     with single_torch_thread():

@@ -15,6 +15,16 @@ def convert(settings: config.Config, source: str | Path, target: str | Path, to:
     """Load a checkpoint of either format and write it in format `to` (`hf` or `megatron`).
 
     The whole model is held in memory once. The architecture comes from the source's `config.json`.
+
+    Args:
+        settings: of which `backend` alone is used: device and dtype of the model.
+        source: directory of the checkpoint, with the tokenizer's files, which are copied.
+        target: directory to write, complete or not at all; an earlier checkpoint there is replaced.
+        to: `hf` or `megatron`.
+
+    Raises:
+        UserError: there is no complete checkpoint of a supported architecture at `source`, the target cannot be
+            written, or there are several processes.
     """
     if not Path(source).is_dir():
         raise UserError(f"no checkpoint at {source}")

@@ -87,7 +87,15 @@ def _end_token(directory: Path) -> int | None:
 
 
 def hf_config(model: Model, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the architecture in Hugging Face's terms, the content of a `config.json`."""
+    """Return the architecture in Hugging Face's terms, the content of a `config.json`.
+
+    Args:
+        model: the architecture.
+        dtype: of the weights.
+
+    Returns:
+        JSON values by Hugging Face's names of settings; no id of an end token, which is the tokenizer's.
+    """
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     return {
         "architectures": ["Qwen3MoeForCausalLM"],

@@ -43,7 +43,14 @@ class Shard:
     is_main_replica: bool
 
     def local_part(self, full_tensor: torch.Tensor) -> torch.Tensor:
-        """Return this shard of `full_tensor`, which has shape `self.shape`."""
+        """Return this shard of `full_tensor`, which has shape `self.shape`.
+
+        Args:
+            full_tensor: the global tensor without the stacked axes, of any dtype.
+
+        Returns:
+            A view with the shape of `data`.
+        """
         for axis, (start, size) in enumerate(zip(self.offset, self.data.shape, strict=True)):
             full_tensor = full_tensor.narrow(axis, start, size)
         return full_tensor

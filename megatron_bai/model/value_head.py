@@ -43,7 +43,16 @@ class ValueHead(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """Return the weight where GPTModel looks for its output layer's, under a key of its own."""
+        """Return the weight where GPTModel looks for its output layer's, under a key of its own.
+
+        Args:
+            prefix: of the name in the result; the checkpoint's key has none.
+            sharded_offsets: not used: the head is in no stack of layers.
+            metadata: not used.
+
+        Returns:
+            Megatron's `ShardedTensor` of the weight, by its name.
+        """
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         saved = make_sharded_tensors_for_checkpoint({VALUE_HEAD.megatron: self.weight}, "")

@@ -107,7 +107,15 @@ def _compute_norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float
 
 
 def assign_to_rank(units: Sequence[T], ranks: RankGroup) -> list[T]:
-    """Return this rank's units: the largest first, each assigned to the rank with the fewest bytes so far."""
+    """Return this rank's units: the largest first, each assigned to the rank with the fewest bytes so far.
+
+    Args:
+        units: of all ranks, the same on each.
+        ranks: which share them.
+
+    Returns:
+        This rank's, the largest first. With the other ranks' they are all units, each once.
+    """
     loads = [0] * ranks.num_ranks
     assigned = []
     for unit in sorted(units, key=lambda u: (-u.nbytes, u.name)):

@@ -31,7 +31,15 @@ class UnitResult:
 
 
 def open_staging_dir(target: Path, mark: str) -> Path:
-    """Return the directory in which to write `target`: that of an unfinished merge with this mark, or an empty one."""
+    """Return the directory in which to write `target`: that of an unfinished merge with this mark, or an empty one.
+
+    Args:
+        target: directory of the result, which the caller has locked.
+        mark: of the merge. Whatever a merge with another mark left there is deleted.
+
+    Raises:
+        OSError: the directory cannot be created.
+    """
     path = atomic_dir.staging_path(target)
     try:
         if (path / DIRECTORY / MARK).read_text() == mark:
@@ -45,7 +53,16 @@ def open_staging_dir(target: Path, mark: str) -> Path:
 
 
 def read_finished(directory: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, UnitResult]:
-    """Read the units that are on disk, by name; `num_ranks` processes share the reading."""
+    """Read the units that are on disk, by name; `num_ranks` processes share the reading.
+
+    Args:
+        directory: staging directory of the result.
+        rank: which of the records are read here.
+        num_ranks: that call this, each with its own rank.
+
+    Returns:
+        The units among this rank's records whose items all have the CRC-32 with which they were written.
+    """
     records = sorted(_read_records(directory), key=lambda record: record[0])[rank::num_ranks]
     return {name: unit for name, unit in records if all(_is_on_disk(directory, item) for item in unit.written)}
 
@@ -108,7 +125,16 @@ def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
 
 
 def record_unit(directory: Path, unit: str, result: UnitResult) -> None:
-    """Flush a unit's data to disk, then write its record; both survive a power cut."""
+    """Flush a unit's data to disk, then write its record; both survive a power cut.
+
+    Args:
+        directory: staging directory of the result.
+        unit: name of the unit.
+        result: its items, which are complete, and sums of squares.
+
+    Raises:
+        OSError: the system refuses.
+    """
     for name in {item.file for item in result.written}:
         atomic_file.fsync_path(directory / name)
     written = [[getattr(item, name) for name in _FIELDS] for item in result.written]  # `astuple` would copy deeply

@@ -39,13 +39,25 @@ def check_target(target: Path, plan: Plan) -> None:
 
 
 def bytes_left(plan: Plan, stages: Sequence[Path]) -> int:
-    """Count the bytes of all units that unfinished results lack."""
+    """Count the bytes of all units that unfinished results lack.
+
+    Args:
+        plan: of the merge.
+        stages: staging directory of each unfinished result; every result has all of the plan's units.
+
+    Returns:
+        Bytes of items and objects; headers and indexes are not counted.
+    """
     finished = [journal.finished_names(stage) for stage in stages]
     return sum(unit.nbytes for unit in plan.units for names in finished if unit.name not in names)
 
 
 def check_space(plan: Plan, stages: Sequence[Path]) -> None:
     """Refuse a merge that the disk cannot hold; what is written already needs no more room.
+
+    Args:
+        plan: of the merge.
+        stages: staging directory of each unfinished result. The free space is that of the first one's file system.
 
     Raises:
         UserError: the disk is too small.

@@ -63,7 +63,15 @@ def fingerprint(plan: Plan, result_index: int, sources: dict[str, str]) -> str:
 
 
 def is_up_to_date(target: Path, input_fingerprint: str) -> bool:
-    """Return whether `target` is complete and was written by a merge with this fingerprint of its inputs."""
+    """Return whether `target` is complete and was written by a merge with this fingerprint of its inputs.
+
+    Args:
+        target: directory of a result, or of one that is being written.
+        input_fingerprint: `fingerprint` with the `stat_fingerprint` of each source.
+
+    Returns:
+        False too where nothing is there, or its manifest does not hold.
+    """
     try:
         info = manifest.read_info(target)
     except UserError:
@@ -72,7 +80,16 @@ def is_up_to_date(target: Path, input_fingerprint: str) -> bool:
 
 
 def describe_difference(target: Path, recipe: Recipe) -> str:
-    """Describe how the merge at `target` differs from this recipe, by its provenance."""
+    """Describe how the merge at `target` differs from this recipe, by its provenance.
+
+    Args:
+        target: directory of an earlier result.
+        recipe: of the merge that would replace it.
+
+    Returns:
+        A clause about the earlier merge: the first setting that differs, else that its sources or form do, or that its
+        provenance cannot be read.
+    """
     try:
         recorded = json.loads((target / PROVENANCE).read_text())["recipe"]
     except (OSError, ValueError, KeyError, TypeError):

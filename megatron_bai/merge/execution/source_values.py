@@ -13,7 +13,15 @@ from megatron_bai.merge.recipe.regions import Region
 
 
 def inputs_with_weight(plan: Plan, names: Collection[str]) -> list[int]:
-    """Return the indices of the inputs that have a weight in one of the regions, in any result."""
+    """Return the indices of the inputs that have a weight in one of the regions, in any result.
+
+    Args:
+        plan: the merge.
+        names: of merged regions, as `Region.name`.
+
+    Returns:
+        Indices into `plan.inputs`, ascending.
+    """
     rows = [weights[name] for weights in plan.input_weights for name in names]
     return [i for i in range(len(plan.inputs)) if any(row[i] != 0 for row in rows)]
 
@@ -42,7 +50,16 @@ def read_inputs(plan: Plan, region: Region, box: Box, inputs: Collection[int]) -
 
 
 def require_finite(plan: Plan, region: Region, box: Box) -> None:
-    """Raise an error that names the source of a NaN or Inf, if one has it."""
+    """Raise an error that names the source of a NaN or Inf, if one has it.
+
+    Args:
+        plan: the merge, whose inputs are read in turn until one is at fault.
+        region: which the box lies in.
+        box: to read, in the output tensor.
+
+    Raises:
+        PermanentError: names the first such source and the position of its first such element.
+    """
     for source in plan.inputs:
         finite = source.read(region.key, *box).isfinite()
         if not finite.all():
@@ -52,6 +69,11 @@ def require_finite(plan: Plan, region: Region, box: Box) -> None:
 
 def raise_not_finite(plan: Plan, region: Region, box: Box) -> NoReturn:
     """Raise an error that says why the merged values of a box are not finite.
+
+    Args:
+        plan: the merge, whose inputs are read again.
+        region: which the box lies in.
+        box: whose merged values are not finite, in the output tensor.
 
     Raises:
         PermanentError: always.
