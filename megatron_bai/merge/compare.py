@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -83,8 +84,9 @@ def _add(group: Distance, a: CheckpointReader, b: CheckpointReader, entry: Tenso
     same = True
     for chunk in entry.chunks:
         for box in split_box(chunk.offsets, chunk.sizes, TILE):
-            x = a.read(entry.key, *box).double()  # a copy: the next read reuses the scratch memory
-            y = b.read(entry.key, *box).double()
+            # A copy, of float64 too: the next read reuses the scratch memory.
+            x = a.read(entry.key, *box).to(torch.float64, copy=True)
+            y = b.read(entry.key, *box).to(torch.float64)
             difference = x - y
             same = same and not difference.any()
             group.aa += float(x.square().sum())

@@ -6,6 +6,7 @@ import checkpoints
 import pytest
 import torch
 
+from megatron_bai.checkpoint.reader import ScratchBuffers
 from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Inspect
@@ -33,6 +34,20 @@ def test_distance_and_cosine_of_each_group(tmp_path):
     assert found.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(x, y, dim=0)))
     assert groups["router"].differing == ["decoder.layers.mlp.router.expert_bias"]
     assert sum(group.tensors for group in groups.values()) == len(a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_two_checkpoints_that_share_scratch_memory_are_told_apart(tmp_path, dtype):
+    """In every dtype: one that needs no conversion is copied as well before the other is read into the same memory."""
+    a, b = checkpoints.model(0, dtype), checkpoints.model(1, dtype)
+    scratch = ScratchBuffers()
+    paths = [checkpoints.write(tmp_path / name, tensors, checkpoints.columns) for name, tensors in (("a", a), ("b", b))]
+    with TorchDistReader(paths[0], scratch) as first, TorchDistReader(paths[1], scratch) as second:
+        groups = compare_checkpoints(first, second)
+    for name, group in groups.items():
+        keys = [key for key in a if param_group(key) == name]
+        exact = sum(float((a[key].double() - b[key].double()).square().sum()) for key in keys) ** 0.5
+        assert group.distance == pytest.approx(exact) and exact > 0
 
 
 @pytest.mark.parametrize(
