@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_bai"
 FUNCTION_LINES = 60
-MODULE_LINES = 522  # of the settings' module, the longest: a limit, not an aim
+MODULE_LINES = 400  # a limit, not an aim
 
 
 def violations(source: str, name: str) -> list[str]:
