@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -34,7 +35,7 @@ LAYERS = (
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield the packages of ours that a module imports at run time, those within functions too."""
+    """Yield the dotted names of ours that a module imports at run time, those within functions too."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -42,11 +43,10 @@ def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_bai":
-            names = [f"megatron_bai.{alias.name}" for alias in node.names]
         else:
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        yield from (name.split(".")[1] for name in names if name.startswith("megatron_bai."))
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            names = [f"{module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        yield from (name for name in names if name.startswith("megatron_bai."))
 
 
 def test_every_package_is_a_layer() -> None:
@@ -59,7 +59,33 @@ def test_imports_point_down(path: Path) -> None:
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if own != "__init__":
         allowed = LAYERS[: LAYERS.index(own) + 1]
-        assert [name for name in imported(path) if name in LAYERS and name not in allowed] == []
+        layers = {name.split(".")[1] for name in imported(path)} & set(LAYERS)
+        assert layers <= set(allowed)
+
+
+@pytest.mark.parametrize("package", sorted({path.parent for path in MODULES}), ids=lambda path: path.name)
+def test_modules_and_subpackages_of_a_package_import_in_no_circle(package: Path) -> None:
+    """Where they do not, each stands above all that it imports."""
+    prefix = ".".join(("megatron_bai", *package.relative_to(PACKAGE).parts, ""))
+    children = {
+        path.stem if path.is_file() else path.name: path for path in package.iterdir() if path.suffix in ("", ".py")
+    }
+    children.pop("__init__", None)
+    graph = {
+        name: {
+            target
+            for path in ([child] if child.is_file() else child.rglob("*.py"))
+            for dotted in imported(path)
+            if dotted.startswith(prefix)
+            and (target := dotted.removeprefix(prefix).split(".")[0]) in children
+            and target != name
+        }
+        for name, child in children.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"{package.name}: {' → '.join(error.args[1])}")
 
 
 def test_no_module_has_the_name_of_another_package() -> None:

@@ -7,7 +7,6 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rl import init_weights, objectives
-from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rollout.servers import fleet
@@ -62,7 +61,7 @@ def validate_settings(settings: config.Config) -> None:
             f"({trainer.mini_batches})"
         )
     fleet.validate(settings.rollout)
-    staleness.validate(settings)
+    validate_stale_rollouts(settings)
     if settings.rollout.max_new_tokens >= model.max_position_embeddings:
         raise UserError(
             f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
@@ -136,3 +135,50 @@ def _validate_store(settings: config.Config) -> None:
             f"replay.store_encoding=compact knows up to {MAX_TOPK} of {MAX_EXPERTS} experts, the model uses "
             f"{model.moe_topk} of {model.num_experts}: choose plain"
         )
+
+
+def validate_stale_rollouts(settings: config.Config) -> None:
+    """Refuse settings of stale rollouts that contradict each other or the objective.
+
+    Raises:
+        UserError: names the settings.
+    """
+    rollout, trainer, objective = settings.rollout, settings.trainer, policy_settings(settings.objective)
+    tokens, limit = rollout.partial_tokens, rollout.max_staleness
+    if not 0 <= tokens < rollout.max_new_tokens:
+        raise UserError(
+            f"rollout.partial_tokens is {tokens}: it must be less than rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}), or 0 for whole rollouts"
+        )
+    if rollout.prompts_in_progress and not tokens:
+        raise UserError("rollout.prompts_in_progress is for partial rollouts: set rollout.partial_tokens")
+    if tokens and 0 != rollout.prompts_in_progress <= trainer.prompts_per_step:
+        raise UserError(
+            f"rollout.prompts_in_progress ({rollout.prompts_in_progress}) is not more than trainer.prompts_per_step "
+            f"({trainer.prompts_per_step}): every sample would be waited for, and none be partial"
+        )
+    if not tokens and not rollout.overlap:
+        if limit is not None:
+            raise UserError("rollout.max_staleness is for partial or overlapping rollouts: others are never stale")
+        return
+    if objective.refill_rounds:
+        raise UserError(
+            "objective.refill_rounds asks for groups within a step: it goes with neither rollout.partial_tokens nor "
+            "rollout.overlap"
+        )
+    if limit is not None and limit < rollout.overlap:
+        least = "1 with rollout.overlap, whose tokens all are" if rollout.overlap else "0"
+        raise UserError(f"rollout.max_staleness is {limit}: it must be at least {least}, or unset for no limit")
+    if limit != 0 and not _corrects(objective):
+        how = "objective.train_infer_is=true" if isinstance(objective, config.Minirl) else "objective.correction"
+        only = "" if rollout.overlap else ", or rollout.max_staleness=0 to leave stale tokens out"
+        raise UserError(
+            f"objective={objective.name} as set gives stale tokens the weight of fresh ones: set {how}{only}"
+        )
+
+
+def _corrects(objective: config.Objective) -> bool:
+    """Return whether the loss has the weight π_old/μ_old; an objective from outside is trusted to have it."""
+    if isinstance(objective, config.Minirl):
+        return objective.train_infer_is
+    return not isinstance(objective, config.Corrected) or objective.correction != "none"

@@ -14,6 +14,7 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples
 from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.objectives.terms import ratio_metrics
+from megatron_bai.rl.validate_settings import validate_stale_rollouts
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import VersionSpan
 
@@ -136,7 +137,7 @@ def settings(objective: config.Policy | None = None, **rollout: Any) -> config.C
 def test_settings_that_contradict_each_other_are_refused(changed: config.Config, says: str) -> None:
     objectives.check(changed.objective)
     with pytest.raises(UserError, match=says):
-        staleness.validate(changed)
+        validate_stale_rollouts(changed)
 
 
 @pytest.mark.parametrize(
@@ -151,4 +152,4 @@ def test_settings_that_contradict_each_other_are_refused(changed: config.Config,
     ],
 )
 def test_settings_that_go_together_are_taken(good: config.Config) -> None:
-    staleness.validate(good)
+    validate_stale_rollouts(good)

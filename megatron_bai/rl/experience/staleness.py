@@ -14,12 +14,9 @@ no mean of the two factors, but in those of the product (`is_weight_mean`, `ess`
 
 import torch
 
-from megatron_bai import config
-from megatron_bai.errors import UserError
 from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.training_engine import TrainingEngine
 from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rollout.sample import Sample
@@ -109,50 +106,3 @@ def add_discrepancies(stats: Stats, batch: Batch, previous: torch.Tensor | None,
     add_discrepancy(stats, "_stale", old, batch.infer_logprobs, batch.mask & (age > 0))
     if live is not None:
         add_discrepancy(stats, "_live", live.cpu(), batch.infer_logprobs, batch.mask & (age == 0))
-
-
-def validate(settings: config.Config) -> None:
-    """Refuse settings of stale rollouts that contradict each other or the objective.
-
-    Raises:
-        UserError: names the settings.
-    """
-    rollout, trainer, objective = settings.rollout, settings.trainer, policy_settings(settings.objective)
-    tokens, limit = rollout.partial_tokens, rollout.max_staleness
-    if not 0 <= tokens < rollout.max_new_tokens:
-        raise UserError(
-            f"rollout.partial_tokens is {tokens}: it must be less than rollout.max_new_tokens "
-            f"({rollout.max_new_tokens}), or 0 for whole rollouts"
-        )
-    if rollout.prompts_in_progress and not tokens:
-        raise UserError("rollout.prompts_in_progress is for partial rollouts: set rollout.partial_tokens")
-    if tokens and 0 != rollout.prompts_in_progress <= trainer.prompts_per_step:
-        raise UserError(
-            f"rollout.prompts_in_progress ({rollout.prompts_in_progress}) is not more than trainer.prompts_per_step "
-            f"({trainer.prompts_per_step}): every sample would be waited for, and none be partial"
-        )
-    if not tokens and not rollout.overlap:
-        if limit is not None:
-            raise UserError("rollout.max_staleness is for partial or overlapping rollouts: others are never stale")
-        return
-    if objective.refill_rounds:
-        raise UserError(
-            "objective.refill_rounds asks for groups within a step: it goes with neither rollout.partial_tokens nor "
-            "rollout.overlap"
-        )
-    if limit is not None and limit < rollout.overlap:
-        least = "1 with rollout.overlap, whose tokens all are" if rollout.overlap else "0"
-        raise UserError(f"rollout.max_staleness is {limit}: it must be at least {least}, or unset for no limit")
-    if limit != 0 and not _corrects(objective):
-        how = "objective.train_infer_is=true" if isinstance(objective, config.Minirl) else "objective.correction"
-        only = "" if rollout.overlap else ", or rollout.max_staleness=0 to leave stale tokens out"
-        raise UserError(
-            f"objective={objective.name} as set gives stale tokens the weight of fresh ones: set {how}{only}"
-        )
-
-
-def _corrects(objective: config.Objective) -> bool:
-    """Return whether the loss has the weight π_old/μ_old; an objective from outside is trusted to have it."""
-    if isinstance(objective, config.Minirl):
-        return objective.train_infer_is
-    return not isinstance(objective, config.Corrected) or objective.correction != "none"
