@@ -51,9 +51,7 @@ class Merge:
     method: str = "bai"  # or linear, task_arithmetic, slerp, ties, dare
     pretrained: str = ""  # gives the layout, too; in linear and slerp that alone: empty takes the first member's
     members: list[str] = field(default_factory=list)  # Mᵢ; slerp: two
-    weights: list[float] = field(
-        default_factory=list
-    )  # wᵢ; bai, linear: summing to 1; task vectors: 1 each unless given
+    weights: list[float] = field(default_factory=list)  # wᵢ; bai, linear: sum to 1; task vectors: 1 each unless given
     normalize: bool = False  # divide the weights by their sum; not for ties, which averages, and slerp
     alpha: float | None = None  # bai: weight of the pretrained checkpoint, 0.5 unless given
     t: float | None = None  # slerp: from 0, the first member, to 1, the second
@@ -68,9 +66,7 @@ class Merge:
     output: str = ""  # with a sweep, the directory of the outputs: alpha-0.1 and so on
     dtype: str = ""  # of the output: bfloat16, float16 or float32; empty: the pretrained checkpoint's
     vocab_size: int = 0  # rows of the embedding that mean a token, the others are padding; 0: as the checkpoints say
-    chunk_mib: int = (
-        0  # cut torch_dist tensors anew, into chunks of at most this; 0: the pretrained checkpoint's chunks
-    )
+    chunk_mib: int = 0  # split torch_dist tensors anew, into chunks of at most this; 0: the pretrained's chunks
     file_mib: int = 0  # fill output files to this; 0: the pretrained's files (safetensors) or 256 (torch_dist)
     memory_mib: int = 512  # of a rank's buffers, whatever the size of the model
     threads: int = 0  # of a rank; 0 shares the cores among the machine's ranks, up to 8 each and as the memory allows

@@ -28,9 +28,7 @@ class Policy(Objective):
     kl_penalty: float = 0.0  # weight of the KL divergence from the run's initial weights, likewise
     kl_estimator: str = "k3"  # k1, k2 or k3
     drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere
-    refill_rounds: int = (
-        0  # rounds in which a step replaces dropped groups by new prompts, until none are missing (DAPO)
-    )
+    refill_rounds: int = 0  # rounds of new prompts in place of dropped groups, until none are missing (DAPO)
     mask_overlong: bool = False  # responses cut off at the token limit count nowhere but in their group's mean reward
 
 

@@ -30,9 +30,7 @@ class Rollout:
     api_key_file: str = ""  # holds the key that servers require; needed where other machines reach them
     port: int = 0  # of the first server, the others' follow; 0 takes free ones
     dtype: str = "float32"  # the servers' weights: float32 or bfloat16
-    quantize: str = (
-        ""  # fp8 or int8: servers get weights with that format's values, still in `dtype`; empty: as trained
-    )
+    quantize: str = ""  # fp8 or int8: servers get weights with that format's values, in `dtype`; empty: as trained
     sync: str = "disk"  # how weights travel: disk (a checkpoint they read), tensors (over HTTP) or group (gloo, NCCL)
     sync_bucket_mib: int = 256  # tensors, group: sent together
     sync_host: str = "127.0.0.1"  # group: an address of rank 0's machine that the servers reach

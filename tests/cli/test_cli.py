@@ -1,5 +1,7 @@
 """The command line: every mistake is one line on stderr and exit code 2, every verb explains itself."""
 
+import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -9,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from megatron_bai import config
 from megatron_bai.cli import compose, entry_point
+from megatron_bai.cli.compose import config_subclasses
 from megatron_bai.cli.help_text import verb_help
 from megatron_bai.cli.verbs import VERBS
 from megatron_bai.errors import UserError
+
+PARSER = OverridesParser.create()
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -111,6 +117,21 @@ def test_help_names_what_a_verb_does_and_every_setting_it_reads(verb: str) -> No
     for group in VERBS[verb].groups:
         for name in getattr(config, group.capitalize()).__dataclass_fields__:
             assert re.search(rf"^  {group}\.{name}(=|  \()", text, re.M), name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_default_as_the_command_line_reads_it(verb: str) -> None:
+    """Help is taken from the source, so a field that a formatter breaks over two lines is shown in pieces."""
+    printed = set(re.findall(r"^  (\w+\.\w+)=(.*?)  \(", verb_help(verb, VERBS[verb]), re.M))
+    for group in VERBS[verb].groups:
+        for kind in config_subclasses(getattr(config, group.capitalize())):
+            for name in inspect.get_annotations(kind):
+                setting = kind.__dataclass_fields__[name]
+                factory = setting.default_factory
+                default = setting.default if factory is dataclasses.MISSING else factory()
+                texts = [text for key, text in printed if key == f"{group}.{name}"]
+                read = [override.value() for override in PARSER.parse_overrides([f"key={text}" for text in texts])]
+                assert default in read, f"{group}.{name}: {texts}"
 
 
 def test_help_is_printed_whatever_else_is_asked(tmp_path: Path) -> None:
