@@ -53,7 +53,7 @@ class RunLog:
         atomic_file.write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(path, "a", encoding="utf-8")
         self._loggers = Loggers(self.directory, settings)
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)  # lines as they are logged
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -62,6 +62,7 @@ class RunLog:
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
+            redirect_stderr=sys.stderr.isatty(),  # else warnings would leave the file that they are sent to
         )
         self._task = self._bar.add_task("steps", total=steps, completed=after)
 
