@@ -85,6 +85,8 @@ class Monitor:
         for low, saved in state["sticks"].items() if state["bucket"] == self.settings.bucket else ():
             self._detector_of_bucket(low).load_state_dict(saved)
 
+    state, restore = state_dict, load_state_dict  # the names that earlier releases documented
+
 
 def required_action(values: dict[str, Any]) -> str:
     """Return the most drastic action that the alarms of a step's record ask for; warn for none."""
