@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
+from megatron_bai.rollout import served_models
+from megatron_bai.rollout.servers import server_main
 from megatron_bai.rollout.servers import sglang_server as module
 from megatron_bai.rollout.servers.server_main import uses_cpu
 from megatron_bai.rollout.servers.sglang_server import SGLangServer, last_error
@@ -136,3 +138,12 @@ def test_a_child_dies_with_its_parent() -> None:
 def test_a_child_whose_parent_is_already_gone_ends() -> None:
     run = subprocess.run([sys.executable, "-c", DIES.format(1)], stdout=subprocess.PIPE, text=True, timeout=60)
     assert run.returncode == 1 and run.stdout == ""
+
+
+@pytest.mark.parametrize("given", [{}, {"SGLANG_EXTERNAL_MODEL_PACKAGE": "models_of.the_user"}])
+def test_a_users_models_are_looked_at_before_ours(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_main.os, "environ", environment := dict(given))
+    monkeypatch.setattr(server_main.compat, "apply", lambda scope: None)
+    monkeypatch.setattr(server_main, "_restrict_tcp_store", lambda: None)
+    server_main.prepare(cpu=True)
+    assert environment == (given or {"SGLANG_EXTERNAL_MODEL_PACKAGE": served_models.__name__})

@@ -126,7 +126,7 @@ def init_process() -> ServerArgs:
 def prepare(cpu: bool) -> None:
     """Import what SGLang needs first, as changed for a CPU or as it is."""
     if cpu:
-        os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
+        os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", served_models.__name__)  # unless the user has models
         compat.apply("sglang-cpu")
     _restrict_tcp_store()
 
