@@ -1,8 +1,9 @@
 """The studies of benchmarks/reproduce in short: two steps of two variants each, on sums of three numbers up to 4.
 
 What a run learns depends on its seed and on how the processor rounds, so nothing of that is asserted: docs/results.md
-has it, over seeds, from the long form. Here is what holds whatever is learned: identities between two variants'
-measurements of the same rollout, and that the settings in which variants differ took effect.
+has it, over seeds, from the long form. Nor are two runs compared: a server's log-probabilities depend on which requests
+share a batch. Here is what holds of each run whatever is learned: identities between two measurements of a rollout,
+and that the settings in which variants differ took effect.
 """
 
 import sys
@@ -29,7 +30,6 @@ SMALL = "data.max_terms=3", "data.max_number=4", "data.eval_prompts=4"
 STEPS = {"pretrained": 60, "instruct": 5, "reasoning": 5}
 SERVED = "rollout.dtype=bfloat16", "rollout.sync_tolerance=1", "rollout.max_new_tokens=64"
 JUDGED = "reward=function", "reward.function=judging:judged"  # responses of other lengths earn other rewards
-OF_A_ROLLOUT = "reward_mean", "reward_std", "response_length_mean", "response_tokens", "truncated_fraction"
 DISCREPANCY = "kl_k1", "kl_k3", "f_1.5", "f_2", "f_5", "perplexity_ratio", "perplexity_ratio_max", "ess_discrepancy"
 
 
@@ -105,7 +105,7 @@ def test_a_study_of_merges_starts_from_the_merge(directory: Path, server: str, m
         assert 0 <= second["clip_fraction"] <= 1 and 0 <= second["value_clip_fraction"] <= 1
 
 
-def test_variants_of_replay_measure_one_rollout_and_differ_in_what_they_force(
+def test_variants_of_replay_differ_in_what_they_force(
     directory: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """arXiv 2512.01374: eight updates a step, without replay and clip, with R2 and with R3, of fp8 weights served."""
@@ -115,13 +115,9 @@ def test_variants_of_replay_measure_one_rollout_and_differ_in_what_they_force(
     start = "init=checkpoint", f"init.checkpoint={directory}/checkpoints/pretrained"
     study = replace(study, settings=(*kept, *start, *SERVED, *JUDGED, f"rollout.urls=[{server}]"))
     bare, recorded, replayed = (found["steps"] for found in run(directory, study, "n8-none-noclip", "n8-r2", "n8-r3"))
-    for name in OF_A_ROLLOUT:  # the seed and the weights are the same: so are the responses
-        assert bare[0][name] == recorded[0][name] == replayed[0][name], name
-    for name in DISCREPANCY:  # before the first update nothing is forced in the first two, nor in R3's live pass
-        live = pytest.approx(bare[0][name], rel=1e-6, abs=1e-9)
-        assert recorded[0][name] == live and replayed[0][f"{name}_live"] == live, name
+    for name in DISCREPANCY:  # nothing of the server's is forced in the first two: their pass is the live one
         assert all(step[f"{name}_live"] == step[name] for step in (*bare, *recorded)), name
-    assert bare[0]["route_mismatch"] == recorded[0]["route_mismatch"] == replayed[0]["route_mismatch"] > 0
+    assert all(step["route_mismatch"] > 0 for step in (*bare, *recorded, *replayed))
     assert [step["route_coverage"] for step in (*bare, *recorded, *replayed)] == [None] * 2 + [1.0] * 4
     for step in replayed:  # where routes differ, other experts compute
         assert step["kl_k3"] != step["kl_k3_live"] > 0
