@@ -24,7 +24,7 @@ from megatron_bai.utils.strict_json import parse
 NAME = "manifest.json"
 VERSION = 2  # 1 had sizes alone
 WEIGHT_SUFFIXES = (".distcp", ".safetensors", ".npz")
-_THREADS = 4  # zlib-ng lets go of the interpreter, so files are summed side by side
+_THREADS = 4  # zlib-ng releases the GIL, so that files are read in parallel
 
 
 def make_staging_dir(target: str | Path) -> Path:

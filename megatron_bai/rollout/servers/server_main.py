@@ -6,11 +6,11 @@ ARGS are SGLang's. OWN, which come first, are ours:
     --key-file FILE   holds the key that requests must carry
     --take-tensors    keep the path that unpickles weights out of a request
 
-With `--device cpu` the patches of scope `sglang-cpu` go in first, and SGLang looks for models in `served_models` before
-it imports all of its own; on a GPU it computes as it is. On a CPU its scheduler and detokenizer are forked from this
-process (`compat/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's spawn method, which
-imports this module again in each of them as `__mp_main__` with the same arguments: so what stands at the top level
-reaches every process of the server, and no process of anybody else's.
+With `--device cpu` the compatibility fixes of scope `sglang-cpu` are applied first, and SGLang looks for models in
+`served_models` before it imports all of its own; on a GPU it computes as it is. On a CPU its scheduler and detokenizer
+are forked from this process (`compat/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's
+spawn method, which imports this module again in each of them as `__mp_main__` with the same arguments: so what stands
+at the top level reaches every process of the server, and no other process.
 
 Each process asks the kernel to kill it when its parent dies, the first of them when PID does: whatever ends the
 trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
