@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from moe import MODEL
+from outcomes import outcome
 from processes import free_port
 
 from megatron_bai import compat, config
@@ -178,11 +179,7 @@ def main(upstream: bool) -> None:
             compat.PATCHES = fixes
             alone.cache_clear()
         for name, check in checks.items():
-            try:
-                check()
-                found[f"{diff} {name}"] = ""
-            except Exception as error:
-                found[f"{diff} {name}"] = f"{type(error).__name__}: {error}"
+            found[f"{diff} {name}"] = outcome(check)
     print(json.dumps(found))
 
 

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import transformers  # noqa: F401  (imported once, for the forks of `left_out`)
+from outcomes import outcome
 
 IMPORTS = {"sgl-kernel-imports": "sglang_cpu_kernels", "torchvision": "sglang_torchvision"}
 
@@ -259,11 +260,7 @@ def main(upstream: bool) -> None:
         for name, check in checks.items():
             if upstream and diff in IMPORTS:
                 continue
-            try:
-                check()
-                found[f"{diff} {name}"] = ""
-            except Exception as error:
-                found[f"{diff} {name}"] = f"{type(error).__name__}: {error}"
+            found[f"{diff} {name}"] = outcome(check)
     print(json.dumps(found))
 
 
