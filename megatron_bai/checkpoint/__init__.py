@@ -9,6 +9,8 @@ A checkpoint's tensor is the union of its chunks, whatever layout wrote them:
       record  the chunk's elements, contiguous bytes, whose CRC-32 the format (`torch_dist`) or the manifest has
 
     formats        `open_checkpoint` chooses the reader
+      not_checkpoints        what a path is that has neither format, in a line
+      weight_checks          plain numbers, and an output layer
     reader         any box of any tensor, verified while it is read
       torch_dist, hf_files   the two formats: reader and writer of each
       tensor_index, boxes    what an index says, and its geometry

@@ -32,7 +32,7 @@ def _replaced_path(target: Path) -> Path:
 
 def _sibling_path(target: Path, ending: str) -> Path:
     """Return the hidden path beside `target` with an ending."""
-    target = Path(os.path.abspath(target))  # "." has no name of its own
+    target = Path(os.path.realpath(target))  # "." has no name of its own, and a link stays
     return target.parent / f".{target.name}.{ending}"
 
 
@@ -60,6 +60,7 @@ def commit(target: Path) -> None:
     Raises:
         OSError: a rename failed.
     """
+    target = Path(os.path.realpath(target))
     stage, replaced = staging_path(target), _replaced_path(target)
     if not target.exists():
         stage.rename(target)
@@ -73,6 +74,7 @@ def commit(target: Path) -> None:
 
 def recover(target: Path) -> None:
     """Complete the commit of a writer that was killed between its two renames, if there was one."""
+    target = Path(os.path.realpath(target))
     if not target.exists() and _replaced_path(target).is_dir():
         with suppress(FileNotFoundError):  # another reader was first
             staging_path(target).rename(target)

@@ -7,6 +7,7 @@ format has no checksum and no mark of completeness; what can be checked is that 
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,17 +18,20 @@ import torch
 
 from megatron_bai.checkpoint import crc32, manifest
 from megatron_bai.checkpoint.boxes import row_major_strides, strided_extent
+from megatron_bai.checkpoint.carried_files import CONFIG, read_json_object
 from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.checkpoint.record_crcs import ItemKey
 from megatron_bai.checkpoint.tensor_index import Chunk, Record, TensorInfo
 from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
 from megatron_bai.errors import PermanentError, UserError
-from megatron_bai.utils.strict_json import parse
+from megatron_bai.utils.strict_json import parse, read_bounded
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUFFIX = ".safetensors"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_INDEX_BYTES = 256 << 20  # some 100 a tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,8 +45,16 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "BOOL": torch.bool,
 }
+_PACKED_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})  # less than a byte an element: torch has none of them
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -58,12 +70,14 @@ class SafetensorsReader(CheckpointReader):
     def __init__(self, path: str | Path, scratch: ScratchBuffers | None = None):
         path = Path(path)
         manifest.read_info(path)
-        expected = _read_weight_map(path)
+        expected = read_weight_map(path)
+        self.is_indexed = bool(expected)
         tensors = {}
         self.headers: dict[str, int] = {}  # bytes before the tensors, by file
         self.metadata: dict[str, dict[str, str]] = {}  # likewise
+        stats: dict[str, os.stat_result] = {}
         for file in sorted(set(expected.values())) if expected else [SINGLE]:
-            self.headers[file], self.metadata[file], in_file = _read_header(path / file)
+            self.headers[file], self.metadata[file], in_file, stats[file] = _read_header(path / file)
             tensors.update(in_file)
         files = {key: entry.chunks[0].file for key, entry in tensors.items()}
         inconsistent = sorted(key for key in expected.keys() ^ files.keys() if expected) or sorted(
@@ -71,7 +85,7 @@ class SafetensorsReader(CheckpointReader):
         )
         if inconsistent:
             raise UserError(f"{path / INDEX} and the files disagree about {inconsistent[0]}: restore them from a copy")
-        super().__init__(path, tensors, scratch)
+        super().__init__(path, tensors, scratch, stats=stats)
 
     def locate_record(self, info: TensorInfo, chunk: Chunk) -> Record:
         """Return the position of a tensor's elements, which is that of its one chunk.
@@ -101,9 +115,9 @@ class SafetensorsReader(CheckpointReader):
             except UserError as error:
                 raise PermanentError(str(error)) from None
 
-    def is_own_file(self, file: Path) -> bool:
-        """Return whether a file holds tensors or their index."""
-        return file.suffix == SUFFIX or file.as_posix() == INDEX
+    def own_files(self) -> set[str]:
+        """Return the names of the files that hold tensors or their index."""
+        return {*self.headers, *((INDEX,) if self.is_indexed else ())}
 
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
         """Return a writer, as `SafetensorsWriter` describes it.
@@ -115,32 +129,75 @@ class SafetensorsReader(CheckpointReader):
         return SafetensorsWriter(self, tensors, file_bytes)
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """Return the file of each tensor; empty where there is one file and no index."""
-    if not (path / INDEX).is_file():
-        return {}
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return the file of each tensor, as transformers and SGLang choose the files; empty where it is `SINGLE` alone.
+
+    Args:
+        path: directory of the checkpoint.
+
+    Raises:
+        UserError: files contradict each other about where the tensors are, or the index is damaged.
+    """
+    single, files = path / SINGLE, _parse_index(path)
+    named = read_json_object(path / CONFIG).get("transformers_weights")
+    if named not in (None, SINGLE if single.is_file() else INDEX):
+        raise UserError(
+            f"{path / CONFIG}: transformers_weights names {named!r}, which transformers takes instead of other files:"
+            " remove it, or give the model's file its usual name"
+        )
+    shards = sorted(file.name for file in path.glob("model-*.safetensors") if _SHARD.fullmatch(file.name))
+    if files is None:
+        if single.is_file() and not shards:
+            return {}
+        if single.is_file():
+            raise UserError(
+                f"{path} holds {SINGLE} and {shards[0]}, and no {INDEX}: readers take different ones, move the files"
+                " that are not the model's away"
+            )
+        if shards:
+            raise UserError(f"{path} holds {shards[0]} and no {INDEX}: restore the index from a copy")
+        raise UserError(f"{path} holds no {SINGLE} and no {INDEX}: give the directory of a safetensors checkpoint")
+    if single.is_file() and set(files.values()) != {SINGLE}:
+        raise UserError(
+            f"{path} holds {SINGLE} and {INDEX}, which names other files: transformers takes the former, other readers"
+            " the latter; move away the one that is not the model's"
+        )
+    if missing := sorted({file for file in files.values() if not (path / file).is_file()}):
+        raise UserError(f"{path / missing[0]} is missing, {INDEX} names it: restore the checkpoint from a copy")
+    return files
+
+
+def _parse_index(path: Path) -> dict[str, str] | None:
+    """Return the file of each tensor by the index; None without one, or for another shape beside `SINGLE`."""
+    index = path / INDEX
+    if not index.is_file():
+        return None
     try:
-        files = parse((path / INDEX).read_bytes())["weight_map"]
-        if not all(isinstance(f, str) and Path(f).name == f and f.endswith(SUFFIX) for f in files.values()):
-            raise ValueError("it names a file outside the checkpoint")
+        files = parse(read_bounded(index, _MAX_INDEX_BYTES))["weight_map"]
+        for file in files.values():  # an index is untrusted: it names files beside it, nothing else
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(SUFFIX):
+                raise UserError(f"{index} names the file {file!r}, which is damaged or outside its directory")
         return dict(files)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if (path / SINGLE).is_file():
+            return None  # another tool's file, which no reader of such a checkpoint looks at
+        raise UserError(f"{index} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
 
-def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]]:
-    """Return the bytes before the tensors, the metadata and the tensors of one file."""
+def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo], os.stat_result]:
+    """Return the bytes before the tensors, the metadata and the tensors of one file, and its state."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise ValueError(f"its header claims {length} bytes")
             header = parse(stream.read(length))
-            size = os.fstat(stream.fileno()).st_size
+            stat = os.fstat(stream.fileno())
+            size = stat.st_size
         metadata = dict(header.pop("__metadata__", None) or {})
         tensors, end = {}, 8 + length
         for key, note in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            info = _parse_tensor(key, note, file.name, 8 + length)
+            info = _parse_tensor(key, note, file, 8 + length)
             if info.chunks[0].start != end:
                 raise ValueError(f"{key} does not begin where the tensor before it ends")
             tensors[key], end = info, end + info.nbytes
@@ -150,20 +207,25 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]
         raise UserError(f"{file} is damaged ({error}): restore the file from a copy") from None
     if size != end:
         raise UserError(f"{file} has {size} bytes instead of {end}: restore the file from a copy")
-    return 8 + length, metadata, tensors
+    return 8 + length, metadata, tensors, stat
 
 
-def _parse_tensor(key: str, entry: dict[str, Any], file: str, base: int) -> TensorInfo:
+def _parse_tensor(key: str, entry: dict[str, Any], file: Path, base: int) -> TensorInfo:
     """Return the tensor that an entry of a header describes; `base` is the first byte behind the header."""
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int for number in (*shape, start, end)):
         raise ValueError(f"{key} has a shape or a place that is no number")
+    if entry["dtype"] in _PACKED_DTYPES:
+        raise UserError(
+            f"{file} holds quantised tensors ({key} has the dtype {entry['dtype']}): dequantise the checkpoint first,"
+            " to 16 bits or more"
+        )
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{key} has the dtype {entry['dtype']}, which is not known here")
     dtype = DTYPES[entry["dtype"]]
     if end - start != math.prod(shape) * dtype.itemsize or min((start, *shape)) < 0:
         raise ValueError(f"{key} has {end - start} bytes for {dtype} {shape}")
-    return TensorInfo(key, dtype, shape, (Chunk((0,) * len(shape), shape, file, base + start, end - start),))
+    return TensorInfo(key, dtype, shape, (Chunk((0,) * len(shape), shape, file.name, base + start, end - start),))
 
 
 @dataclass(frozen=True)
@@ -178,16 +240,16 @@ class _OutputFile:
 class SafetensorsWriter(CheckpointWriter):
     """Writes files in which every tensor has its position beforehand, so that ranks write into the same ones."""
 
-    def __init__(self, base: SafetensorsReader, tensors: Sequence[TensorSpec], file_bytes: int):
+    def __init__(self, base: SafetensorsReader | None, tensors: Sequence[TensorSpec], file_bytes: int):
         """Assign every tensor to a file.
 
         Args:
-            base: gives the order of the tensors, the metadata and, unless `file_bytes` is set, the files.
+            base: gives the metadata and, unless `file_bytes` is set, the files; None: nothing, and that is set.
             tensors: to write.
             file_bytes: that files are filled to; a larger tensor has a file of its own. 0: the base's files.
         """
         self._shapes = {key: (dtype, shape) for key, dtype, shape in tensors}
-        if file_bytes:
+        if base is None or file_bytes:
             keys_by_file = _assign_to_files(tensors, file_bytes)
             names = [f"model-{i + 1:05}-of-{len(keys_by_file):05}{SUFFIX}" for i in range(len(keys_by_file))]
             files = dict(zip(names if len(keys_by_file) > 1 else [SINGLE], keys_by_file, strict=False))
@@ -196,16 +258,17 @@ class SafetensorsWriter(CheckpointWriter):
             files = {name: [] for name in base.metadata}
             for key, _, _ in tensors:
                 files[base.tensors[key].chunks[0].file].append(key)
-            self._has_index = (base.path / INDEX).is_file()
-        default_metadata = next(iter(base.metadata.values())) or {"format": "pt"}
+            self._has_index = (base.path / INDEX).is_file() and base.is_indexed
+        metadata = base.metadata if base is not None else {}
+        default_metadata = next(iter(metadata.values()), None) or {"format": "pt"}
         self._files = {
-            name: _make_header(keys, self._shapes, base.metadata.get(name) or default_metadata)
+            name: _make_header(keys, self._shapes, metadata.get(name) or default_metadata)
             for name, keys in files.items()
         }
         self._positions = {
             key: (name, start) for name, file in self._files.items() for key, start in file.starts.items()
         }
-        self._index_metadata = _read_index_metadata(base.path)
+        self._index_metadata = _read_index_metadata(base.path) if base is not None and base.is_indexed else {}
 
     def prepare(self, directory: Path) -> None:
         """Create the files in their full length, with their headers."""
@@ -247,7 +310,7 @@ class SafetensorsWriter(CheckpointWriter):
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
             weight_map = {key: name for key, (name, _) in sorted(self._positions.items())}
             index = {"metadata": {**self._index_metadata, "total_size": total}, "weight_map": weight_map}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _assign_to_files(tensors: Sequence[TensorSpec], file_bytes: int) -> list[list[str]]:
@@ -283,7 +346,7 @@ def _make_header(
 
 def _read_index_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a checkpoint's index, which is all it says besides the files."""
-    metadata = parse((path / INDEX).read_bytes()).get("metadata") if (path / INDEX).is_file() else None
+    metadata = parse((path / INDEX).read_bytes()).get("metadata")
     return metadata if isinstance(metadata, dict) else {}
 
 

@@ -16,14 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_bai.checkpoint import atomic_dir, crc32
+from megatron_bai.checkpoint import atomic_dir, crc32, iterations
+from megatron_bai.checkpoint.not_checkpoints import require_directory
 from megatron_bai.errors import UserError
 from megatron_bai.utils.atomic_file import fsync_path
-from megatron_bai.utils.strict_json import parse
+from megatron_bai.utils.strict_json import parse, read_bounded
 
+_START = b'{\n "version": '  # of the file, as it is written
 NAME = "manifest.json"
 VERSION = 2  # 1 had sizes alone
 WEIGHT_SUFFIXES = (".distcp", ".safetensors", ".npz")
+_KEYS = {"version", "files", "info", "crc32"}  # of a manifest; the first version had no CRC-32
+_MAX_BYTES = 64 << 20  # of a manifest: some 100 for each file
 _THREADS = 4  # zlib-ng releases the GIL, so that files are read in parallel
 
 
@@ -69,13 +73,40 @@ def finalize(
     all_crcs |= compute_crcs(stage, [name for name in names if name not in all_crcs])
     files = {name: {"bytes": (stage / name).stat().st_size, "crc32": f"{all_crcs[name]:08x}"} for name in names}
     body = json.loads(json.dumps({"version": VERSION, "files": files, "info": info}))  # as it will be read
-    (stage / NAME).write_text(json.dumps(body | {"crc32": _content_crc(body)}, indent=1) + "\n")
+    (stage / NAME).write_text(json.dumps(body | {"crc32": _content_crc(body)}, indent=1) + "\n", encoding="utf-8")
     fsync_path(stage / NAME)
     fsync_path(stage)
     if scratch_dir:
         shutil.rmtree(stage / scratch_dir, ignore_errors=True)
     atomic_dir.commit(target)
+    if any(name.endswith(".distcp") for name in files):
+        iterations.write_tracker(target)
     return target
+
+
+def has_manifest(directory: Path) -> bool:
+    """Return whether a directory has a manifest of ours, damaged or not: other tools have files of this name, too."""
+    try:
+        text = read_bounded(directory / NAME, _MAX_BYTES)
+    except OSError:
+        return (directory / NAME).is_file()  # which nobody can read: `_read_manifest` says so
+    except ValueError:
+        return False
+    try:
+        content = parse(text)
+    except ValueError:  # one of ours that is damaged, if anything of it is left or its bytes were zeroed
+        if not text.strip() or b"\0" in text or _START.startswith(text[: len(_START)]):
+            return True
+        return any(word in text for word in (b'"files"', b'"crc32"', b'"bytes"'))
+    if not isinstance(content, dict) or len(_KEYS & content.keys()) < len(_KEYS) - 1:
+        return False
+    files, version = content.get("files", {}), content.get("version", VERSION)
+    if type(version) is not int or not isinstance(files, dict):
+        return False
+    return not files or any(  # one that is not as we write it is damaged
+        type(entry) in (int, str) or (isinstance(entry, dict) and bool({"bytes", "crc32"} & entry.keys()))
+        for entry in files.values()
+    )
 
 
 def compute_crcs(directory: Path, names: Iterable[str]) -> dict[str, int]:
@@ -108,7 +139,7 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
     """
     directory = Path(directory)
     atomic_dir.recover(directory)
-    if not (directory / NAME).is_file():
+    if not has_manifest(directory):
         return None
     files, info = _read_manifest(directory)
     for name, entry in files.items():
@@ -136,7 +167,7 @@ def verify_weights(directory: str | Path, rank: int = 0, num_ranks: int = 1) -> 
         UserError: a file is not what was written.
     """
     directory = Path(directory)
-    if not (directory / NAME).is_file():
+    if not has_manifest(directory):
         return 0
     files, _ = _read_manifest(directory)
     weights = sorted(name for name in files if name.endswith(WEIGHT_SUFFIXES))
@@ -149,7 +180,7 @@ def recorded_crcs(directory: str | Path) -> dict[str, int]:
     Raises:
         UserError: the manifest cannot be read.
     """
-    if not (Path(directory) / NAME).is_file():
+    if not has_manifest(Path(directory)):
         return {}
     files, _ = _read_manifest(Path(directory))
     return {name: int(entry["crc32"], 16) for name, entry in files.items() if entry["crc32"] is not None}
@@ -216,10 +247,11 @@ def require_info(directory: str | Path) -> dict[str, Any]:
         UserError: there is no such directory, or it was never finished, or it is damaged.
     """
     directory = Path(directory)
-    atomic_dir.recover(directory)
-    if not directory.is_dir():
-        raise UserError(f"no checkpoint at {directory}: give the path of a directory that `train` or `merge` wrote")
+    require_directory(directory)
     info = read_info(directory)
     if info is None:
-        raise UserError(f"{directory} has no {NAME}: it was never finished, or is not a megatron_bai checkpoint")
+        raise UserError(
+            f"{directory} has no {NAME}: it was never finished, or another tool wrote it: `megatron-bai convert` makes"
+            " a checkpoint with one"
+        )
     return info

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_bai.checkpoint.opened_files import OpenedFiles
 from megatron_bai.errors import UserError
 
 OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more files than a process may open
@@ -14,8 +15,14 @@ OPEN_FILES = 32  # kept open per source and thread: a checkpoint may have more f
 class FileHandles:
     """The open files of one checkpoint; every thread has its own, so that none closes what another reads."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, opened: OpenedFiles | None = None):
+        """Open nothing yet.
+
+        Args:
+            path: of the checkpoint.
+            opened: what its files must still be when they are opened.
+        """
+        self._path, self._opened = path, opened
         self._of_thread = threading.local()
         self._of_all_threads: list[OrderedDict[str, int]] = []
 
@@ -37,7 +44,10 @@ class FileHandles:
         while len(fds) >= OPEN_FILES:
             os.close(fds.popitem(last=False)[1])
         try:
-            return fds.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+            fd = fds.setdefault(name, os.open(self._path / name, os.O_RDONLY))
+            if self._opened:
+                self._opened.require_same(name, os.fstat(fd))
+            return fd
         except OSError as error:
             raise self._unreadable(name, error) from None
 

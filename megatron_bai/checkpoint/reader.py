@@ -11,16 +11,20 @@ Shapes, offsets, sizes and strides are in elements; starts and lengths are in by
 
 import hashlib
 import math
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 
-from megatron_bai.checkpoint import crc32, manifest
+from megatron_bai.checkpoint import crc32
 from megatron_bai.checkpoint.boxes import box_slices, is_row_major, split_box, strided_extent
+from megatron_bai.checkpoint.carried_files import list_carried_files
+from megatron_bai.checkpoint.opened_files import OpenedFiles
 from megatron_bai.checkpoint.positional_io import FileHandles
 from megatron_bai.checkpoint.record_crcs import ByteRange, ItemKey, RecordCrcs
 from megatron_bai.checkpoint.tensor_index import Chunk, ObjectInfo, Record, TensorInfo
@@ -117,12 +121,15 @@ class CheckpointReader(ABC):
         tensors: dict[str, TensorInfo],
         scratch: ScratchBuffers | None = None,
         objects: dict[str, ObjectInfo] | None = None,
+        stats: dict[str, os.stat_result] | None = None,
     ):
         self.path = path
         self.tensors = tensors
         self.objects = objects or {}
         self._scratch = scratch or ScratchBuffers()
-        self.files = FileHandles(path)
+        names = chain(self.own_files(), (name.as_posix() for name in list_carried_files(path).names))
+        self._opened = OpenedFiles(path, names, stats)  # `stats`: of the files whose headers were read
+        self.files = FileHandles(path, self._opened)
         self._record_crcs = RecordCrcs()
         self._require_files()
 
@@ -139,8 +146,8 @@ class CheckpointReader(ABC):
         """
 
     @abstractmethod
-    def is_own_file(self, file: Path) -> bool:
-        """Return whether a file, relative to the checkpoint, holds its tensors or their index."""
+    def own_files(self) -> set[str]:
+        """Return the names of the files that hold tensors or their index."""
 
     @abstractmethod
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
@@ -150,11 +157,6 @@ class CheckpointReader(ABC):
             tensors: to write.
             file_bytes: that files are filled to where the format decides that beforehand; 0: as in this checkpoint.
         """
-
-    def other_files(self) -> list[Path]:
-        """List the files beside the tensors, relative to the checkpoint: config, tokenizer, `common.pt`."""
-        files = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
-        return [p for p in files if p.as_posix() != manifest.NAME and not self.is_own_file(p)]
 
     def _require_files(self) -> None:
         """Raise unless every tensor is complete as far as names and sizes tell, before anything is read."""
@@ -249,14 +251,27 @@ class CheckpointReader(ABC):
         Raises:
             UserError: something is not what was saved.
         """
-        num_bytes = 0
-        for info in self.tensors.values():
-            for chunk in info.chunks:
-                record = self.locate_record(info, chunk)
-                if record.crc32 is not None:
-                    self._require_crc(info.key, chunk.file, record, self._compute_crc(chunk.file, record))
-                    num_bytes += record.length
-        return num_bytes + sum(len(self.read_object(key)) for key in self.objects)
+        return sum(map(self.verify_tensor, self.tensors)) + sum(len(self.read_object(key)) for key in self.objects)
+
+    def verify_tensor(self, key: str) -> int:
+        """Compare one tensor as `verify_all` does.
+
+        Args:
+            key: of the tensor.
+
+        Returns:
+            As `verify_all`.
+
+        Raises:
+            UserError: it is not what was saved.
+        """
+        info, num_bytes = self.tensors[key], 0
+        for chunk in info.chunks:
+            record = self.locate_record(info, chunk)
+            if record.crc32 is not None:
+                self._require_crc(key, chunk.file, record, self._compute_crc(chunk.file, record))
+                num_bytes += record.length
+        return num_bytes
 
     def stat_fingerprint(self) -> str:
         """Return a hash of the tensors' names, dtypes, shapes and positions, and of the files' sizes and times.
@@ -267,7 +282,7 @@ class CheckpointReader(ABC):
         positions = [(key, [(c.offsets, c.sizes, c.file, c.start) for c in entry.chunks]) for key, entry in entries]
         layout = [(key, str(entry.dtype), entry.shape) for key, entry in entries], positions
         names = {c.file for _, e in entries for c in e.chunks} | {blob.file for blob in self.objects.values()}
-        stats = [(name, (self.path / name).stat()) for name in sorted(names)]
+        stats = [(name, self._opened.stats[name]) for name in sorted(names)]
         files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
         return hashlib.sha256(repr((layout, files)).encode()).hexdigest()
 
@@ -306,6 +321,14 @@ class CheckpointReader(ABC):
 
     def _verify_files(self, crcs: dict[ItemKey, int]) -> None:  # noqa: B027, not every format has something to compare
         """Compare what the records make up with the manifest, for a format that has no checksums of its own."""
+
+    def require_unchanged(self) -> None:
+        """Raise unless tensors, index and carried files are still those that were opened.
+
+        Raises:
+            PermanentError: a file was replaced or changed.
+        """
+        self._opened.require_unchanged()
 
     def close(self) -> None:
         """Close the files."""

@@ -1,4 +1,4 @@
-"""Read the two kinds of pickle in a `torch_dist` checkpoint without running what they name.
+"""Read the kinds of pickle in a `torch_dist` checkpoint without running what they name.
 
 A pickle may name any function and have it called. `.metadata` (the index of the checkpoint) and the `data.pkl` of a
 saved tensor need a dozen classes of torch, so these unpicklers know that dozen and refuse the rest.
@@ -23,6 +23,8 @@ import torch.distributed.checkpoint.planner as dcp_planner
 import torch.serialization
 
 from megatron_bai.errors import UserError
+
+_MAX_ARGUMENTS_BYTES = 64 << 20  # of the pickle of the state that is not sharded
 
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     **{
@@ -187,29 +189,95 @@ _TENSOR_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-def verify_common_pt(path: Path) -> None:
-    """Verify that `common.pt`, the state that is not sharded, is an uncompressed archive of plain values.
+def load_plain_archive(file: Path | BytesIO, name: str) -> Any:
+    """Load an uncompressed archive of plain values, as `torch.save` makes one of the state that is not sharded.
+
+    Args:
+        file: its path or its bytes.
+        name: of it, in errors.
 
     Raises:
         UserError: it is missing, damaged, or names what `torch.load(weights_only=True)` does not know; nothing was run.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise ValueError("it is compressed")
-        torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(file, BytesIO):
+            file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: restore the checkpoint from a copy") from None
+        raise UserError(f"{name} is missing: restore the checkpoint from a copy") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL (\S+)", str(error))
         reason = f"it names {names[0]}" if names else str(error).partition("\n")[0]
         raise UserError(
-            f"{path} holds more than plain values ({reason}): nothing in it was run; do not use it"
+            f"{name} holds more than plain values ({reason}): nothing in it was run; do not use it"
         ) from None
     except Exception as error:  # a damaged archive raises nearly anything
-        raise UserError(f"{path} is damaged ({error!r}): restore the checkpoint from a copy") from None
+        raise UserError(f"{name} is damaged ({error!r}): restore the checkpoint from a copy") from None
+
+
+class _Ignored:
+    """Stand in for any object that is no plain value: it takes what a pickle does with one, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> "_Ignored":
+        return self
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        """Take a list's item."""
+
+    def extend(self, _: Any) -> None:
+        """Take a list's items."""
+
+    def add(self, _: Any) -> None:
+        """Take a set's item."""
+
+
+class _ArgumentsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return SimpleNamespace if (module, name) == ("argparse", "Namespace") else _Ignored
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Ignored()
+
+
+def read_arguments(file: Path | BytesIO) -> dict[str, Any]:
+    """Read those of Megatron-LM's arguments that are plain values from a state that is not sharded.
+
+    Megatron-LM saves enumerations, dtypes and signals among them: whatever a pickle names is left out, and not run.
+
+    Args:
+        file: path or bytes of the archive of the state, or of a list with it.
+
+    Returns:
+        By name; empty where the file is missing, damaged or holds no arguments.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            (record,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+            if record.file_size > _MAX_ARGUMENTS_BYTES:
+                return {}
+            content = _ArgumentsUnpickler(BytesIO(archive.read(record))).load()
+        (state,) = content if isinstance(content, list) else [content]
+        values = vars(state["args"])
+    except Exception:  # a damaged pickle raises nearly anything; the checkpoint may be good nevertheless
+        return {}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | list)}
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -1,10 +1,10 @@
 """Megatron-Core's `torch_dist` checkpoints, read and written without a model, a GPU or a process group.
 
-On disk (Megatron-Core 0.16, a `torch.distributed.checkpoint` directory):
+On disk (Megatron-Core 0.16 to 0.19, a `torch.distributed.checkpoint` directory):
 
     .metadata       a pickle: the tensors with their chunks, and for each chunk or object its file, start and length
     *.distcp        items one after another, each the archive `torch.save` makes of one chunk or object
-    common.pt       the state that is not sharded: iteration, arguments
+    common.pt       the state that is not sharded: iteration, arguments; from 0.19 an object (`common_state`)
     metadata.json   the format's name, written last: a directory without it is unfinished
 
 The archives are uncompressed, so a chunk's elements are plain bytes of the file and are read in place.
@@ -30,16 +30,20 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_bai.checkpoint import crc32, manifest, positional_io, torch_zip
+from megatron_bai.checkpoint.common_state import COMMON, COMMON_OBJECT, find_common_state
+from megatron_bai.checkpoint.not_checkpoints import TRACKER, require_directory
+from megatron_bai.checkpoint.opened_files import OpenedFiles
 from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.checkpoint.safe_unpickle import read_metadata
 from megatron_bai.checkpoint.tensor_index import Chunk, ObjectInfo, Record, TensorInfo
 from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, TensorSpec, UnitWriter, WrittenItem
 from megatron_bai.errors import UserError
-from megatron_bai.utils.strict_json import parse
+from megatron_bai.utils.strict_json import parse, read_bounded
 
 INDEX = ".metadata"
 FORMAT = "metadata.json"
 SUFFIX = ".distcp"
+_MAX_FORMAT_BYTES = 1 << 20
 
 
 class TorchDistReader(CheckpointReader):
@@ -52,18 +56,22 @@ class TorchDistReader(CheckpointReader):
     def __init__(self, path: str | Path, scratch: ScratchBuffers | None = None):
         path = Path(path)
         _require_complete(path)
+        stats = OpenedFiles(path, [INDEX]).stats
         metadata = read_metadata(path / INDEX)
         try:
             tensors, objects = _parse_index(metadata)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / INDEX} is damaged ({error!r}): restore the checkpoint from a copy") from None
+        if COMMON_OBJECT not in objects:
+            _require_file(path, COMMON)
         self._records: dict[tuple[str, int], Record] = {}
         self._frames: dict[int, list[torch_zip.ArchiveFrame]] = {}  # by the length of the item
-        super().__init__(path, tensors, scratch, objects)
+        super().__init__(path, tensors, scratch, objects, stats)
 
-    def is_own_file(self, file: Path) -> bool:
-        """Return whether a file holds tensors or their index."""
-        return file.as_posix() in (INDEX, FORMAT) or file.suffix == SUFFIX
+    def own_files(self) -> set[str]:
+        """Return the names of the files that hold tensors, their index, or the format's other state."""
+        chunks = {chunk.file for info in self.tensors.values() for chunk in info.chunks}
+        return {INDEX, FORMAT, COMMON} | chunks | {info.file for info in self.objects.values()}
 
     def make_writer(self, tensors: Sequence[TensorSpec], file_bytes: int) -> CheckpointWriter:
         """Return a writer, whose files are those of the units: neither `tensors` nor `file_bytes` matters.
@@ -163,21 +171,46 @@ class _ItemFile(io.RawIOBase):
         return data
 
 
+def is_torch_dist(path: Path) -> bool:
+    """Return whether a directory is Megatron-Core's by the content of `metadata.json`, a name other tools use, too."""
+    try:
+        content = parse(read_bounded(path / FORMAT, _MAX_FORMAT_BYTES))
+    except (OSError, ValueError):
+        return (path / INDEX).is_file() and any(path.glob(f"*{SUFFIX}"))
+    return isinstance(content, dict) and "sharded_backend" in content
+
+
 def _require_complete(path: Path) -> None:
     """Raise unless a checkpoint is complete: the sizes in its manifest hold, if it has one, and no file is missing."""
-    if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: give the directory of one")
+    require_directory(path)
     manifest.read_info(path)
     try:
-        backend = parse((path / FORMAT).read_bytes())["sharded_backend"]
+        backend = parse(read_bounded(path / FORMAT, _MAX_FORMAT_BYTES))["sharded_backend"]
     except FileNotFoundError:
-        tracker = path / "latest_checkpointed_iteration.txt"
-        reason = "it holds iterations, give the directory of one" if tracker.is_file() else "it was never finished"
-        raise UserError(f"{path} has no {FORMAT}: {reason}, or it is no torch_dist checkpoint") from None
+        if (path / TRACKER).is_file():
+            raise UserError(f"{path} has no {FORMAT}: it holds iterations, give the directory of one") from None
+        if (path / INDEX).is_file() and not find_common_state(path):
+            raise UserError(
+                f"{path} is a checkpoint of torch.distributed.checkpoint ({INDEX}), and not Megatron-Core's, which has"
+                f" {COMMON} and {FORMAT}, too: export it as safetensors with the trainer that wrote it"
+            ) from None
+        raise UserError(
+            f"{path} has no {FORMAT}: it was never finished, or it is no torch_dist checkpoint; give the directory of"
+            " an earlier iteration"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / FORMAT} is damaged ({error!r}): restore the checkpoint from a copy") from None
     if backend != "torch_dist":
         raise UserError(f"{path} is in the format {backend}: only torch_dist can be read")
+    _require_file(path, INDEX)
+
+
+def _require_file(path: Path, name: str) -> None:
+    if not (path / name).is_file():
+        raise UserError(
+            f"{path} has no {name}: it was never finished, or the file is lost; give the directory of an earlier"
+            " iteration, or restore it from a copy"
+        )
 
 
 def _parse_index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, ObjectInfo]]:
@@ -272,13 +305,10 @@ def write_index(directory: Path, tensors: Iterable[TensorSpec], written: Iterabl
         results.append(WriteResult(index, item.length, _StorageInfo(item.file, item.start, item.length)))
     FileSystemWriter(directory).finish(Metadata(stored), [results])
     # Megatron-Core's CheckpointingConfig, written out: importing megatron.core for it would take seconds
-    config = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
-    (directory / FORMAT).write_text(json.dumps(config))
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    if COMMON_OBJECT not in stored:
+        config |= {"common_backend": "torch", "common_backend_version": 1}
+    (directory / FORMAT).write_text(json.dumps(config), encoding="utf-8")
 
 
 class TorchDistWriter(CheckpointWriter):

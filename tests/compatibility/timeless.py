@@ -20,12 +20,13 @@ def forget_times(directory: str) -> None:
 
     def timeless(path: Any, **how: Any) -> os.stat_result:
         found = stat(path, **how)
-        if isinstance(path, int) or not os.path.realpath(path).startswith(inside):
+        where = f"/proc/self/fd/{path}" if isinstance(path, int) else path
+        if not os.path.realpath(where).startswith(inside):
             return found
         same = {"st_mtime": 0.0, "st_ctime": 0.0, "st_mtime_ns": 0, "st_ctime_ns": 0}
         return os.stat_result(found, {name: getattr(found, name) for name in ("st_blocks", "st_blksize")} | same)
 
-    os.stat = timeless
+    os.stat = os.fstat = timeless
 
 
 def die_before(pattern: str, count: int) -> None:
