@@ -3,6 +3,7 @@
 import numpy as np
 
 from megatron_bai.config import Model
+from megatron_bai.model.architecture import architecture_of
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
@@ -18,8 +19,10 @@ MODEL = Model(
     vocab_size=56,
     max_position_embeddings=64,
     rope_theta=5000.0,
+    norm_epsilon=1e-6,
     init_std=0.1,
 )
+ARCHITECTURE = architecture_of(MODEL)
 SIGNATURE = RouteSignature(MODEL.num_layers, MODEL.num_experts, MODEL.moe_topk)
 
 

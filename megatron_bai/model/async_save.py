@@ -17,11 +17,13 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bai.checkpoint import atomic_dir, manifest
+from megatron_bai.compat.releases import megatron_release
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.utils.child_processes import set_forks_die_with_parent
 
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")  # all that `torch.save` says of the system's error
+# All that `torch.save` says of the system's error, at times behind another one about the end of the file.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")
 
 
 class CheckpointSave:
@@ -73,8 +75,13 @@ class CheckpointSave:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+        arguments = megatron_release().save_arguments
+        queue_of_others = filesystem_async._results_queue
         filesystem_async._results_queue = _ForkQueue()
-        request = dist_checkpointing.save(state, str(self._stage), async_sharded_save=True)
+        try:
+            request = dist_checkpointing.save(state, str(self._stage), async_sharded_save=True, **arguments)
+        finally:  # another save of this process would find our results in it, and write them into its index
+            filesystem_async._results_queue = queue_of_others
         if request.async_fn is None:  # this rank has nothing to write
             return request
         return request._replace(async_fn=partial(_write_and_checksum, request.async_fn, self._stage, self._crcs))
@@ -155,7 +162,8 @@ def _as_user_error(stage: Path) -> Iterator[None]:
     except CheckpointException as error:
         raise UserError(f"{stage} cannot be written: {first_cause(error)}") from None
     except RuntimeError as error:
-        if not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
+        said = f"{error} {error.__context__}"
+        if not any(word in said for word in _TORCH_CANNOT_WRITE):
             raise
         raise UserError(f"{stage} cannot be written: the disk is full or failed") from None
 

@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_bai import config
+from megatron_bai.config.limits import validate_group
 from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
+from megatron_bai.model.architecture import architecture_of
+from megatron_bai.model.families.architecture import Architecture
+from megatron_bai.model.parameter_names import require_known_parameters
+from megatron_bai.model.pipeline_stages import chunk_sizes
+from megatron_bai.model.spec_parts import activation, decoder_spec
 from megatron_bai.model.value_head import ValueHead
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ class MegatronModel:
 
     chunks: "list[DistributedDataParallel]"
     optimizer: Any
-    architecture: config.Model
+    architecture: Architecture
 
     @property
     def modules(self) -> "list[GPTModel]":
@@ -76,6 +82,11 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
+_ROUTER = {
+    "moe_router_load_balancing_type": "none",
+    "moe_router_dtype": "fp32",
+    "moe_router_bias_update_rate": 0.0,  # Megatron-Core's default would move an expert bias in every update
+}
 _NO_FUSION = {
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -86,7 +97,7 @@ _NO_FUSION = {
 
 
 def transformer_config(model: config.Model, parallel: config.Parallel, device: Device, replayable: bool = True) -> Any:
-    """Return Megatron's TransformerConfig of a Qwen3-MoE, with every fusion a CPU lacks switched off.
+    """Return Megatron's TransformerConfig, as the family has it, with every fusion a CPU lacks switched off.
 
     Args:
         model: the architecture.
@@ -94,30 +105,25 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         device: what this process computes on.
         replayable: give the routers handles for routing replay.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    return TransformerConfig(
+    architecture = architecture_of(model)
+    arguments: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_dim,
-        ffn_hidden_size=model.moe_ffn_hidden_size,
+        ffn_hidden_size=architecture.dense_ffn_hidden_size or model.moe_ffn_hidden_size,
         moe_ffn_hidden_size=model.moe_ffn_hidden_size,
         num_moe_experts=model.num_experts,
         moe_router_topk=model.moe_topk,
-        moe_router_load_balancing_type="none",
-        moe_router_score_function="softmax",
-        moe_router_dtype="fp32",
         moe_token_dispatcher_type=parallel.dispatcher,
         moe_grouped_gemm=device.use_transformer_engine,
         moe_permute_fusion=False,
         moe_enable_routing_replay=replayable,
         normalization="RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        qk_layernorm=True,
+        layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func="silu",
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -136,82 +142,83 @@ def transformer_config(model: config.Model, parallel: config.Parallel, device: D
         # parameters as tensor parallel, and the gradient's norm leaves out those of all tensor ranks but the first.
         perform_initialization=True,
         batch_p2p_comm=device.kind == "cuda",
+        **_ROUTER,
         **_NO_FUSION,
         **RECOMPUTE[parallel.recompute],
+        **_layer_arguments(architecture, parallel),
     )
+    arguments |= architecture.family.transformer_arguments(architecture)
+    arguments["activation_func"] = activation(arguments["activation_func"])
+    made = architecture.family.config_class()(**arguments)
+    for name, value in architecture.family.rope_arguments(architecture).config.items():
+        setattr(made, name, value)
+    return made
 
 
-class LocalNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron sums its gradient over the sequence-parallel ranks.
+def _layer_arguments(model: Architecture, parallel: config.Parallel) -> dict[str, Any]:
+    """Return which layers have experts, and which stage has which, where that is not the same for all.
 
-    Megatron-Core's own wrapper refuses sequence parallelism. A class, since Megatron builds no plain functions.
+    Where nothing is said Megatron-Core stacks the layers in checkpoints, as those of earlier releases are.
     """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        weight: Any = self.weight  # torch's type has no such attribute
-        weight.sequence_parallel = config.sequence_parallel
-
-
-def _decoder_spec(config: Any, transformer_engine: bool, vp_stage: int | None) -> Any:
-    """Return the layers of one chunk of the decoder on this rank.
-
-    Without Transformer Engine they are Megatron's local ones with this library's norm and attention.
-    """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    from megatron_bai.model.attention import TorchAttention
-
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
-    )
-    if not transformer_engine:
-        block.layer_norm = LocalNorm
-        for layer in block.layer_specs:
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
-            attention = layer.submodules.self_attention.submodules
-            attention.q_layernorm = attention.k_layernorm = LocalNorm
-            attention.core_attention = TorchAttention
-            # The local spec saves this norm under a name of its own; keep the one Transformer Engine's spec uses.
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    return block
+    arguments: dict[str, Any] = {}
+    if len(model.moe_layers) < model.num_layers:
+        moe = set(model.moe_layers)
+        arguments["moe_layer_freq"] = [int(layer in moe) for layer in range(model.num_layers)]
+    if parallel.stage_layers:
+        stages = [["decoder"] * size for size in chunk_sizes(model.num_layers, parallel)]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        arguments["pipeline_model_parallel_layout"] = stages
+    return arguments
 
 
-def _build_gpt(model: config.Model, megatron_config: Any, transformer_engine: bool, vp_stage: int | None) -> "GPTModel":
+def _build_gpt(
+    model: Architecture, megatron_config: Any, transformer_engine: bool, vp_stage: int | None, tied: bool
+) -> "GPTModel":
     """Build one chunk of the model. `vp_stage`: its index among the stage's chunks; None where there is one."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     return GPTModel(
         megatron_config,
-        _decoder_spec(megatron_config, transformer_engine, vp_stage),
+        decoder_spec(megatron_config, transformer_engine, vp_stage, model),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        position_embedding_type="rope",
-        rotary_base=int(model.rope_theta),
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=tied,
         parallel_output=True,
         vp_stage=vp_stage,
+        **model.family.rope_arguments(model).gpt,
     )
 
 
 def _mark_experts(gpt: torch.nn.Module) -> None:
     """Mark expert parameters so that their gradients are reduced and counted among the right ranks.
 
-    Megatron-Core 0.16.1 gets two layouts wrong, both silently (Megatron-LM #5916, #6080):
+    Megatron-Core 0.16.1 gets three layouts wrong, all silently (of the first two Megatron-LM #5916, #6080):
 
     - TP > 1 with EP 1: the experts are replicated over the tensor ranks and each replica sees another part of the
       sequence, but only with EP > 1 are they put into the expert data-parallel group. Without `allreduce = False`
       their gradients are never summed and the replicas drift apart.
     - TP > 1 with Transformer Engine: a parameter not marked `tensor_model_parallel` counts in the gradient's norm on
       the first tensor rank only, although the other ranks hold other experts (or, at EP 1, other optimizer shards).
+    - TP > 1 where experts have biases: the second is marked `sequence_parallel`, which sums its gradient over tensor
+      ranks, although they hold other experts (or, at EP 1, are in the expert data-parallel group, which sums it).
     """
     for name, parameter in gpt.named_parameters():
         if ".experts." in name:
             marked: Any = parameter  # torch's type has no such attributes
             marked.allreduce = False
+            marked.tensor_model_parallel = True
+            marked.sequence_parallel = False
+
+
+def _mark_sinks(gpt: torch.nn.Module) -> None:
+    """Mark attention sinks, which tensor ranks split as heads: else a gradient's norm has the first rank's alone."""
+    for name, parameter in gpt.named_parameters():
+        if name.endswith(".softmax_offset"):
+            marked: Any = parameter
             marked.tensor_model_parallel = True
 
 
@@ -226,11 +233,15 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
         device: what this process computes on.
         train: build the optimizer, too.
     """
-    return _build(settings, transformer_config(settings.model, settings.parallel, device), device, train)
+    megatron_config = transformer_config(settings.model, settings.parallel, device)
+    megatron_config.moe_router_bias_update_rate = settings.trainer.expert_bias_update_rate
+    return _build(settings, megatron_config, device, train)
 
 
 def build_critic(settings: config.Config, device: Device) -> MegatronModel:
     """Build a value model as `build_actor` builds the policy: with a `ValueHead` for an output layer, without replay.
+
+    Its expert bias, if there is one, stays what it is.
 
     Args:
         settings: model, parallel and trainer are used.
@@ -251,14 +262,18 @@ def _build(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    architecture = architecture_of(settings.model)
     reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunks = []
     for vp_stage in range(settings.parallel.virtual_pipeline) if _virtual_stages(settings.parallel) else [None]:
-        gpt = _build_gpt(settings.model, megatron_config, device.use_transformer_engine, vp_stage)
+        tied = architecture.tied and head is None  # a critic has no output layer to share
+        gpt = _build_gpt(architecture, megatron_config, device.use_transformer_engine, vp_stage, tied)
         if head and gpt.post_process:
             gpt.output_layer = head(megatron_config)
         gpt = gpt.to(device.device)
+        require_known_parameters(gpt, architecture)
         _mark_experts(gpt)
+        _mark_sinks(gpt)
         chunks.append(DistributedDataParallel(megatron_config, reduction, gpt))
     trainer = settings.trainer
     optimizer = None
@@ -278,7 +293,7 @@ def _build(
         )
     megatron_config.finalize_model_grads_func = finalize_model_grads
     megatron_config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    return MegatronModel(chunks, optimizer, settings.model)
+    return MegatronModel(chunks, optimizer, architecture)
 
 
 def validate_layout(model: config.Model, parallel: config.Parallel, world: int) -> None:
@@ -292,33 +307,33 @@ def validate_layout(model: config.Model, parallel: config.Parallel, world: int) 
     Raises:
         UserError: a size that does not divide, or a world the layout does not fit.
     """
+    validate_group("model", model)
+    validate_group("parallel", parallel)
+    architecture_of(model)
     stages = parallel.pipeline * parallel.virtual_pipeline
     checks = [
         ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor", parallel.tensor),
         ("model.num_query_groups", model.num_query_groups, "parallel.tensor", parallel.tensor),
         ("model.vocab_size", model.vocab_size, "parallel.tensor", parallel.tensor),
         ("model.num_experts", model.num_experts, "parallel.expert", parallel.expert),
-        ("model.num_layers", model.num_layers, "parallel.pipeline", parallel.pipeline),
-        ("model.num_layers", model.num_layers, "parallel.pipeline × parallel.virtual_pipeline", stages),
-        ("model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups),
         ("the number of processes", world, "parallel.tensor × parallel.pipeline", parallel.tensor * parallel.pipeline),
         ("the number of processes", world, "parallel.expert × parallel.pipeline", parallel.expert * parallel.pipeline),
     ]
+    if not parallel.stage_layers:
+        checks += [
+            ("model.num_layers", model.num_layers, "parallel.pipeline", parallel.pipeline),
+            ("model.num_layers", model.num_layers, "parallel.pipeline × parallel.virtual_pipeline", stages),
+        ]
     for name, value, divisor_name, divisor in checks:
-        if divisor < 1 or value % divisor:
+        if value % divisor:
             raise UserError(f"{name} ({value}) is not a multiple of {divisor_name} ({divisor})")
-    if model.moe_topk > model.num_experts:
-        raise UserError(f"model.moe_topk ({model.moe_topk}) is more than model.num_experts ({model.num_experts})")
+    chunk_sizes(model.num_layers, parallel)
     if parallel.tensor > 1 and not parallel.sequence:
         raise UserError("parallel.tensor > 1 needs parallel.sequence=true: Megatron-Core trains an MoE no other way")
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1")
-    if parallel.dispatcher not in ("alltoall", "allgather"):
-        raise UserError(f"parallel.dispatcher is {parallel.dispatcher!r}: choose alltoall or allgather")
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise UserError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1: it interleaves pipeline stages")
-    if parallel.recompute not in RECOMPUTE:
-        raise UserError(f"parallel.recompute is {parallel.recompute!r}: choose none, selective, moe or full")
 
 
 def validate_micro_batches(parallel: config.Parallel, count: int) -> None:

@@ -1,108 +1,42 @@
-"""Hugging Face Qwen3-MoE names ↔ Megatron's checkpoint keys, one table entry for each kind of parameter.
-
-The Megatron side is its *sharded* state dict: global tensors under keys that are the same in every parallel layout
-and with or without Transformer Engine. So the mapping knows nothing of ranks. Layers are stacked on a leading axis
-in Megatron and experts on the next one; an entry maps one slice of that, `[layer]` or `[layer, expert]`.
+"""The table of a model's parameters, its family's: Hugging Face's names ↔ Megatron's checkpoint keys.
 
 mbridge maps live modules by Transformer Engine's parameter names and cannot load local-spec experts at TP > 1; this
-table also serves checkpoints for which no model is built.
+table also serves checkpoints for which no model is built, and counts parameters for `plan`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import product
-
-import torch
 
 from megatron_bai.config import Model
 from megatron_bai.errors import UserError
+from megatron_bai.model.architecture import architecture_of
+from megatron_bai.model.families.architecture import Architecture
+from megatron_bai.model.families.param_mapping import MEGATRON_LAYER, OUTPUT_LAYER, ParamMapping
 
-Tensors = Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ParamMapping:
-    """The mapping of one kind of parameter.
-
-    Attributes:
-        megatron: key in the sharded state dict.
-        hf: Hugging Face names it is made of, with `{layer}` and `{expert}` where they are indexed.
-        merge: Hugging Face tensors → one Megatron slice.
-        split: one Megatron slice → Hugging Face tensors, the exact inverse of `merge`.
-    """
-
-    megatron: str
-    hf: tuple[str, ...]
-    merge: Callable[[Tensors, Model], torch.Tensor] = lambda tensors, model: tensors[0]
-    split: Callable[[torch.Tensor, Model], Tensors] = lambda tensor, model: (tensor,)
-
-    @property
-    def num_stacked_axes(self) -> int:
-        """The number of leading axes that are stacked: 0, 1 (layer) or 2 (layer, expert)."""
-        return ("{layer}" in self.hf[0]) + ("{expert}" in self.hf[0])
-
-    def names(self, index: tuple[int, ...]) -> list[str]:
-        """Return the Hugging Face names of the slice at `index`."""
-        return [name.format(**dict(zip(("layer", "expert"), index, strict=False))) for name in self.hf]
-
-
-def _merge_qkv(tensors: Tensors, model: Model) -> torch.Tensor:
-    """Merge q `[heads·d, H]`, k and v `[groups·d, H]` to `[groups·(heads/groups + 2)·d, H]`: each group's q, k, v."""
-    blocks = [t.reshape(model.num_query_groups, -1, t.shape[-1]) for t in tensors]
-    return torch.cat(blocks, dim=1).reshape(-1, tensors[0].shape[-1])
-
-
-def _split_qkv(tensor: torch.Tensor, model: Model) -> Tensors:
-    """Split what `_merge_qkv` merged."""
-    d, groups = model.head_dim, model.num_query_groups
-    sizes = [model.num_attention_heads // groups * d, d, d]
-    blocks = tensor.reshape(groups, sum(sizes), -1).split(sizes, dim=1)
-    return [block.reshape(-1, tensor.shape[-1]) for block in blocks]
-
-
-_LAYER = "model.layers.{layer}."
-_EXPERT = _LAYER + "mlp.experts.{expert}."
-_M = "decoder.layers."
-
-PARAM_MAPPINGS = (
-    ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    ParamMapping("output_layer.weight", ("lm_head.weight",)),
-    ParamMapping(_M + "self_attention.linear_qkv.layer_norm_weight", (_LAYER + "input_layernorm.weight",)),
-    ParamMapping(
-        _M + "self_attention.linear_qkv.weight",
-        tuple(f"{_LAYER}self_attn.{x}_proj.weight" for x in "qkv"),
-        _merge_qkv,
-        _split_qkv,
-    ),
-    ParamMapping(_M + "self_attention.q_layernorm.weight", (_LAYER + "self_attn.q_norm.weight",)),
-    ParamMapping(_M + "self_attention.k_layernorm.weight", (_LAYER + "self_attn.k_norm.weight",)),
-    ParamMapping(_M + "self_attention.linear_proj.weight", (_LAYER + "self_attn.o_proj.weight",)),
-    ParamMapping(_M + "pre_mlp_layernorm.weight", (_LAYER + "post_attention_layernorm.weight",)),
-    ParamMapping(_M + "mlp.router.weight", (_LAYER + "mlp.gate.weight",)),
-    ParamMapping(
-        _M + "mlp.experts.experts.linear_fc1.weight",
-        (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
-        lambda tensors, model: torch.cat(list(tensors)),
-        lambda tensor, model: tensor.chunk(2),
-    ),
-    ParamMapping(_M + "mlp.experts.experts.linear_fc2.weight", (_EXPERT + "down_proj.weight",)),
-)
 # A critic has this in place of `output_layer.weight`. The name is its own since Megatron loads an output layer with
 # another number of rows without a word: a critic could be taken for an actor. Hugging Face's is that of classifiers.
-VALUE_HEAD = ParamMapping("value_head.weight", ("score.weight",))
-BY_KEY = {kind.megatron: kind for kind in (*PARAM_MAPPINGS, VALUE_HEAD)}
+VALUE_HEAD = ParamMapping("value_head.weight", ("score.weight",), lambda m: (1, m.hidden_size))
 
 
-def mapping_of(key: str) -> ParamMapping:
+def mapping_of(key: str, model: Model) -> ParamMapping:
     """Return the table's entry for a Megatron key.
+
+    Args:
+        key: in a stacked sharded state dict.
+        model: the architecture.
 
     Raises:
         UserError: the table has none, so the tensor cannot be converted.
     """
-    if key not in BY_KEY:
-        raise UserError(f"Megatron tensor {key!r} has no Hugging Face name in model/hf_mapping.py: add an entry there")
-    return BY_KEY[key]
+    if key == VALUE_HEAD.megatron:
+        return VALUE_HEAD
+    architecture = architecture_of(model)
+    if key not in architecture.mappings:
+        raise UserError(
+            f"Megatron tensor {key!r} has no Hugging Face name in model/families/{architecture.family.name}.py: add an"
+            " entry there"
+        )
+    return architecture.mappings[key]
 
 
 def slice_indices(mapping: ParamMapping, model: Model) -> Iterator[tuple[int, ...]]:
@@ -112,9 +46,43 @@ def slice_indices(mapping: ParamMapping, model: Model) -> Iterator[tuple[int, ..
         mapping: of the kind.
         model: the architecture.
     """
-    return product(*(range(size) for size in (model.num_layers, model.num_experts)[: mapping.num_stacked_axes]))
+    axes = (architecture_of(model).layers(mapping.layers), range(model.num_experts))
+    return product(*axes[: mapping.num_stacked_axes])
 
 
 def hf_names(model: Model) -> list[str]:
     """Return the names of all tensors of the Hugging Face checkpoint, in the table's order."""
-    return [name for kind in PARAM_MAPPINGS for index in slice_indices(kind, model) for name in kind.names(index)]
+    architecture = architecture_of(model)
+    kinds = architecture.mappings.values()
+    names = (name for kind in kinds for index in slice_indices(kind, architecture) for name in kind.names(index))
+    return list(dict.fromkeys(names))  # once where experts are together
+
+
+def megatron_slice(mapping: ParamMapping, index: tuple[int, ...], model: Architecture) -> tuple[str, tuple[int, ...]]:
+    """Return the key under which Megatron-Core saves a slice, and its index there: layers that differ are not stacked.
+
+    Args:
+        mapping: of the kind of parameter.
+        index: of the slice, as `slice_indices` has it.
+        model: the architecture.
+    """
+    if not index or len(model.moe_layers) == model.num_layers:
+        return mapping.megatron, index
+    return f"{MEGATRON_LAYER}{index[0]}.{mapping.megatron.removeprefix(MEGATRON_LAYER)}", index[1:]
+
+
+def megatron_shapes(model: Architecture, critic: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return keys and shapes of the tensors that Megatron-Core saves of a model.
+
+    Args:
+        model: the architecture.
+        critic: whether a value head takes the place of the output layer.
+    """
+    kinds = [kind for key, kind in model.mappings.items() if not (critic and key == OUTPUT_LAYER)]
+    found = {}
+    for kind in [*kinds, VALUE_HEAD] if critic else kinds:
+        stacked = (model.num_layers, model.num_experts)[: kind.num_stacked_axes]
+        for index in product(*[model.layers(kind.layers)][: len(stacked)]):
+            key, rest = megatron_slice(kind, index, model)
+            found[key] = (*stacked[len(index) - len(rest) :], *kind.shape(model))
+    return found

@@ -5,6 +5,7 @@ through it is what makes initialisation, import and export independent of the pa
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.config import Model
-from megatron_bai.model import hf_mapping
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
+_NUMBERED_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 # What ranks say of a piece: key, index, offset and shape of the piece, shape of the whole, dtype.
 _ShardInfo = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]
 
@@ -27,7 +28,7 @@ class Shard:
     """A local shard of a global tensor.
 
     Attributes:
-        key: Megatron's checkpoint key.
+        key: Megatron's checkpoint key, of stacked layers.
         data: a view of the parameter; its shape is that of the shard without the stacked axes.
         index: position along the stacked axes: `(layer,)`, `(layer, expert)` or `()`.
         offset: where the shard starts along the remaining axes, in elements.
@@ -69,17 +70,39 @@ def local_shards(modules: "list[GPTModel]") -> list[Shard]:
             if not isinstance(sharded, ShardedTensor):
                 continue  # `_extra_state` objects hold no weights
             num_stacked = sharded.prepend_axis_num
+            key, layer = _stacked_key(sharded.key)
             shards.append(
                 Shard(
-                    sharded.key,
+                    key,
                     sharded.data,
-                    tuple(sharded.global_offset[:num_stacked]),
+                    layer + tuple(sharded.global_offset[:num_stacked]),
                     tuple(sharded.global_offset[num_stacked:]),
                     tuple(sharded.global_shape[num_stacked:]),
                     is_main_replica(sharded.replica_id),
                 )
             )
     return shards
+
+
+def _stacked_key(key: str) -> tuple[str, tuple[int, ...]]:
+    """Return a key without its layer's number, and the number: where layers differ in kind, each is saved by itself."""
+    match = _NUMBERED_LAYER.match(key)
+    return (match[1] + match[3], (int(match[2]),)) if match else (key, ())
+
+
+def named_weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a model computes with and a checkpoint holds: its parameters, and its buffers that are saved.
+
+    A router's expert bias is such a buffer.
+
+    Args:
+        module: of a model, not wrapped.
+    """
+    yield from module.named_parameters()
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 @torch.no_grad()
@@ -95,7 +118,9 @@ def fill_parameters(modules: list[torch.nn.Module], full_tensor: Callable[[Shard
 
 
 def init_random(modules: list[torch.nn.Module], model: Model, seed: int) -> None:
-    """Initialise with N(0, init_std²) matrices and unit norms, the same in every layout: each slice has its own seed.
+    """Initialise with N(0, init_std²) matrices, unit norms and biases of 0: the same in every layout.
+
+    Each slice has its own seed.
 
     Args:
         modules: the bare model of each chunk.
@@ -105,7 +130,7 @@ def init_random(modules: list[torch.nn.Module], model: Model, seed: int) -> None
 
     def sample(shard: Shard) -> torch.Tensor:
         if len(shard.shape) == 1:
-            return torch.ones(shard.shape)
+            return torch.zeros(shard.shape) if shard.key.endswith("bias") else torch.ones(shard.shape)
         name = f"{seed}/{shard.key}/{shard.index}".encode()
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
         return torch.randn(shard.shape, generator=generator) * model.init_std
@@ -133,8 +158,7 @@ def gather_slices(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[i
         for i, info in enumerate(infos):
             slices.setdefault(info[:2], []).append((owner, i, info))
     device = next(modules[0].parameters()).device
-    order = list(hf_mapping.BY_KEY)
-    for key, index in sorted(slices, key=lambda s: (order.index(hf_mapping.mapping_of(s[0]).megatron), s[1])):
+    for key, index in sorted(slices):
         shards = slices[key, index]
         shape, dtype = shards[0][2][4:]
         if sum(torch.Size(info[3]).numel() for _, _, info in shards) != torch.Size(shape).numel():

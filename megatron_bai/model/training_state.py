@@ -8,7 +8,8 @@ The actor's tensors have the names they have in a checkpoint of weights, so such
 of any other model follow its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,36 @@ def _sharded_state(name: str, model: MegatronModel, loading: bool = False) -> di
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     state = megatron_checkpoint.sharded_state(model)
-    state["optimizer"] = model.optimizer.sharded_state_dict(state, loading, metadata=_OPTIMIZER_FORMAT)
+    with _steps_of_empty_optimizers(model.optimizer.chained_optimizers):
+        state["optimizer"] = model.optimizer.sharded_state_dict(state, loading, metadata=_OPTIMIZER_FORMAT)
+    for part in state["optimizer"].values():  # one for each of several optimizers; no moments would be common state
+        if isinstance(part, dict) and part.get("param_state") == {}:
+            del part["param_state"]
     if name != "actor":
         add_prefix_for_sharding(state, f"{name}.")
     return state
+
+
+@contextmanager
+def _steps_of_empty_optimizers(chained: list[Any]) -> Iterator[None]:
+    """Give optimizers without parameters on this rank the step of the others, for the length of a block.
+
+    Such is that of experts on a pipeline stage whose layers are all dense. Megatron-Core looks for the step of torch's
+    Adam among the moments, and stops where there are none.
+    """
+    steps = [values["step"] for each in chained for values in each.optimizer.state.values() if "step" in values]
+    empty = [each.optimizer for each in chained if not each.optimizer.state and steps]
+    try:
+        for optimizer in empty:
+            content = {**optimizer.state_dict(), "state": {0: {"step": steps[0].clone()}}}
+            optimizer.state_dict = lambda content=content: {
+                **content,
+                "param_groups": [dict(group) for group in content["param_groups"]],
+            }
+        yield
+    finally:
+        for optimizer in empty:
+            optimizer.__dict__.pop("state_dict", None)
 
 
 def _init_optimizer_state(model: MegatronModel) -> None:
@@ -111,7 +138,7 @@ def _load_optimizer(model: MegatronModel, loaded: dict[Any, Any]) -> None:
     chained = model.optimizer.chained_optimizers
     for i, optimizer in enumerate(chained):
         state = dict(loaded if len(chained) == 1 else loaded[i])
-        moments = state.pop("param_state")
+        moments = state.pop("param_state", {})  # an optimizer without parameters here has none
         optimizer.load_state_dict(state)
         states = optimizer.optimizer.state
         steps = {parameter: values.pop("step") for parameter, values in states.items() if "step" in values}

@@ -23,6 +23,8 @@ from moe import MODEL
 
 from megatron_bai import config
 from megatron_bai.checkpoint import atomic_dir, manifest, safe_unpickle
+from megatron_bai.checkpoint.common_state import COMMON, COMMON_OBJECT
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint, param_shards
@@ -90,7 +92,24 @@ def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
         index(path, point)
 
     def common(path: Path, name: str) -> None:
-        (path / "common.pt").write_bytes(attack(path, name))
+        write_common(path, attack(path, name))
+
+    def write_common(path: Path, content: bytes) -> None:
+        if (path / COMMON).is_file():
+            (path / COMMON).write_bytes(content)
+            return
+        (path / "common.distcp").write_bytes(content)
+
+        def point(found, info) -> None:
+            (at,) = (at for at in found.storage_data if at.fqn == COMMON_OBJECT)
+            info = found.storage_data[at]
+            info.relative_path, info.offset, info.length = "common.distcp", 0, len(content)
+
+        index(path, point)
+
+    def read_common(path: Path) -> bytes:
+        with TorchDistReader(path) as reader:
+            return (path / COMMON).read_bytes() if (path / COMMON).is_file() else reader.read_object(COMMON_OBJECT)
 
     def as_object(path: Path, name: str) -> None:
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -120,9 +139,7 @@ def hostile(good: Path, directory: Path) -> Iterator[tuple[str, Path]]:
         "item": lambda path, name: item(path, attack(path, name)),
         "index": lambda path, name: (path / ".metadata").write_bytes(pickle.dumps(Attack(directory / "ran" / name))),
         "compressed": compressed,
-        "compressed common": lambda path, _: (path / "common.pt").write_bytes(
-            repacked((good / "common.pt").read_bytes())
-        ),
+        "compressed common": lambda path, _: write_common(path, repacked(read_common(good))),
         "outside": lambda path, _: index(path, lambda _, info: setattr(info, "relative_path", "../good/__0_0.distcp")),
         "negative": lambda path, _: index(path, lambda _, info: setattr(info, "offset", -1)),
         "huge": lambda path, _: index(path, lambda _, info: setattr(info, "length", 1 << 60)),

@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from moe import MODEL
+from moe import ARCHITECTURE, MODEL
 from processes import TESTS, launch
 
 from megatron_bai.checkpoint import manifest
+from megatron_bai.compat.releases import megatron_release
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint
 from megatron_bai.model.build import MegatronModel
@@ -37,7 +38,7 @@ def test_a_hostile_index_is_refused_and_not_run(tmp_path: Path) -> None:
     (stage / ".metadata").write_bytes(pickle.dumps(Hostile(ran)))
     manifest.finalize(stage, target, {})
     with pytest.raises(UserError, match="nothing in it was run"):
-        megatron_checkpoint.load(MegatronModel([], None, MODEL), target)
+        megatron_checkpoint.load(MegatronModel([], None, ARCHITECTURE), target)
     assert not ran.exists()
 
 
@@ -53,7 +54,8 @@ def test_no_damage_goes_unseen(found: dict[str, Any]) -> None:
     said = {name: text for name, text in found["said"].items() if not name.startswith(("hostile", "full"))}
     assert said.pop("good") == "loaded True"
     assert said.pop("manifest.json cut") == "loaded True", "its last byte is a line's end"
-    assert len({name.split()[0] for name in said}) == 7 and len(said) == 7 * 8 - 1
+    files = 6 if megatron_release().common_is_object else 7
+    assert len({name.split()[0] for name in said}) == files and len(said) == files * 8 - 1
     for name, text in said.items():
         file, how = name.split(" ", 1)
         assert file in text and "\n" not in text and ("damaged" in text or how == "gone"), (name, text)
@@ -62,7 +64,7 @@ def test_no_damage_goes_unseen(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("attack", "said"),
     [
-        ("common", "common.pt holds more than plain values (it names posix.mkdir)"),
+        ("common", " holds more than plain values (it names posix.mkdir)"),
         ("object", "embedding.word_embeddings.weight is no tensor there"),
         (
             "item",
@@ -70,7 +72,7 @@ def test_no_damage_goes_unseen(found: dict[str, Any]) -> None:
         ),
         ("index", ".metadata is not a checkpoint's index (it names posix.mkdir"),
         ("compressed", "is compressed"),
-        ("compressed common", "common.pt is damaged (ValueError('it is compressed'))"),
+        ("compressed common", " is damaged (ValueError('it is compressed'))"),
         ("outside", "it points to the file '../good/__0_0.distcp'"),
         ("negative", "(-1, "),
         ("huge", "__0_0.distcp has "),
@@ -91,9 +93,10 @@ def test_a_save_killed_in_its_middle_leaves_the_old_checkpoint_and_no_process(tm
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(TESTS / "model" / "loading.py"), str(tmp_path), "save"]
     saving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    assert [saving.stdout.readline() for _ in range(2)] == ["in the middle\n"] * 2
+    writers = 0 if megatron_release().save_arguments else 2  # processes to 0.16, later one thread after another
+    assert [saving.stdout.readline() for _ in range(writers or 1)] == ["in the middle\n"] * (writers or 1)
     children = psutil.Process(saving.pid).children(recursive=True)
-    assert len(children) == 2, "Megatron-Core's writers, and no server for its queue"
+    assert len(children) == writers, "Megatron-Core's writers, and no server for its queue"
     saving.kill()
     saving.wait()
     saving.stdout.close()

@@ -1,6 +1,7 @@
 """Hugging Face ↔ Megatron, in every layout: the same function, the same bits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from distributed.worker import CASES, QUICK
 from moe import MODEL
 from processes import TESTS, Layouts, launch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiers import tiered
 
 from megatron_bai.checkpoint import manifest
@@ -103,6 +104,50 @@ def test_the_verb_converts_there_and_back_bit_for_bit(layouts: Layouts, tmp_path
     back, wanted = tensors_of(tmp_path / "back"), tensors_of(saved)
     assert back.keys() == wanted.keys() and all(torch.equal(back[key], wanted[key]) for key in wanted)
     assert manifest.require_info(tmp_path / "hf") == {"converted_from": str(saved)}
+
+
+def test_what_config_json_and_the_files_beside_it_say_comes_back(layouts: Layouts, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(layouts.directory / "one" / "hf", source)
+    (source / manifest.NAME).unlink()
+    config = json.loads((source / "config.json").read_text())
+    said = {"eos_token_id": [5, 7], "pad_token_id": 5, "bos_token_id": None, "max_window_layers": 2, "use_cache": True,
+            "own_key": {"deep": [1]}, "router_aux_loss_coef": 0.01}  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config | said))
+    files = {
+        "generation_config.json": '{"eos_token_id": [5, 7], "temperature": 0.6}', "vocab.json": "{}",
+        "merges.txt": "a b",
+        "tokenizer.model": "model", "chat_template.json": "{}", "chat_template.jinja": "{{ x }}",
+        "additional_chat_templates/tools.jinja": "{{ y }}", "added_tokens.json": "{}", "preprocessor_config.json": "{}",
+        "LICENSE": "free",
+    }  # fmt: skip
+    for name, text in (files | {"optimizer.pt": "state"}).items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    weights = load_file(source / "model.safetensors")
+    router = next(name for name in weights if name.endswith("mlp.gate.weight"))
+    save_file({k: v if k == router else v.bfloat16() for k, v in weights.items()}, source / "model.safetensors")
+    cases = {
+        "back": ["convert", f"convert.source={tmp_path / 'there'}", f"convert.target={tmp_path / 'back'}"],
+        "there": ["convert", f"convert.source={source}", f"convert.target={tmp_path / 'there'}"],
+        "same": ["convert", f"convert.source={source}", f"convert.target={tmp_path / 'same'}", "convert.to=hf"],
+        "linked": ["convert", f"convert.source={source}", f"convert.target={tmp_path / 'link' / 'in'}"],
+    }  # fmt: skip
+    (tmp_path / "link").symlink_to(source)
+    for names in (["there", "same", "linked"], ["back"]):
+        chosen = {name: [*cases[name], "backend.dtype=bfloat16"] for name in names}
+        launch(TESTS / "e2e" / "forks.py", tmp_path, json.dumps(chosen))
+    found = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert found == config | said | {"torch_dtype": "bfloat16"}
+    assert all((tmp_path / "back" / name).read_text() == text for name, text in files.items())
+    assert not (tmp_path / "there" / "optimizer.pt").exists()
+    output = {name: (tmp_path / f"{name}.err").read_text() + (tmp_path / f"{name}.out").read_text() for name in cases}
+    assert "rounded from float32 to bfloat16 (backend.dtype): 1 tensor of" in output["there"]
+    assert f"{source}, {router}" in output["there"]
+    assert "not carried of" in output["there"] and "optimizer.pt" in output["there"]
+    assert "in Megatron's torch_dist format, from Hugging Face's" in output["there"]
+    assert "is in Hugging Face's safetensors format already" in output["same"]
+    assert "is convert.source or lies inside it" in output["linked"]
 
 
 @pytest.mark.parametrize(

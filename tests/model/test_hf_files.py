@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from moe import MODEL
 from safetensors.torch import save_file
 
-from megatron_bai.checkpoint import atomic_dir, manifest
+from megatron_bai.checkpoint import atomic_dir, formats, hf_files, manifest
+from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.config import Model
 from megatron_bai.errors import UserError
-from megatron_bai.model import hf_checkpoint, hf_mapping, megatron_checkpoint
+from megatron_bai.model import hf_checkpoint, hf_mapping
+from megatron_bai.model.architecture import architecture_of
+from megatron_bai.model.families.family import HF_FIELDS
 
 
 @pytest.fixture
@@ -33,14 +36,14 @@ def rewrite(directory: Path, **changes: Any) -> None:
 
 
 def test_the_configuration_survives_its_file(directory: Path) -> None:
-    assert hf_checkpoint.read_config(directory) == MODEL
+    assert hf_checkpoint.read_config(directory).settings() == MODEL
 
 
 def test_transformers_reads_the_configuration_as_it_is_meant(directory: Path) -> None:
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(directory)
-    for ours, theirs in hf_checkpoint._HF_FIELDS.items():
+    for ours, theirs in HF_FIELDS.items():
         assert getattr(found, theirs) == getattr(MODEL, ours), theirs
     assert found.rope_parameters["rope_theta"] == MODEL.rope_theta and found.norm_topk_prob is True
 
@@ -55,23 +58,68 @@ def test_the_rotary_base_is_read_from_either_place(where: str, directory: Path) 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "qwen3"}, "model_type is 'qwen3', only 'qwen3_moe' is supported"),
+        ({"model_type": "qwen3"}, "model_type is 'qwen3', supported are .*qwen3_moe"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"num_experts": None, "head_dim": None}, "head_dim, num_experts missing"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "scaled rotary"),
-        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "scaled rotary"),
+        ({"hidden_act": "gelu", "tie_word_embeddings": True}, "hidden_act is 'gelu', only 'silu' is supported"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "no layer has experts"),
+        ({"mlp_only_layers": [0], "intermediate_size": 0}, "intermediate_size is 0, which is no size"),
+        ({"use_sliding_window": True, "sliding_window": 32}, r"sliding_window \(32\) is shorter than max_position"),
+        ({"is_causal": False}, "is_causal is false"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3', supported are .*docs/families.md"),
+        ({"layer_types": ["sliding_attention"] * MODEL.num_layers}, "layer_types has 'sliding_attention', only full"),
+        ({"num_experts_per_tok": 1}, r"num_experts_per_tok \(1\) is not supported: .* is always 1"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) is more than num_experts \(8\)"),
+        ({"num_experts": None, "num_local_experts": 1}, r"num_experts_per_tok \(2\) is more than num_experts \(1\)"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
+        ({"num_key_value_heads": None, "num_attention_heads": 6}, r"\(6\) is not a multiple of .*_heads \(4\)"),
+        ({"head_dim": 15}, r"(head_dim \(15\) is odd|even rotary dimension)"),
+        ({"head_dim": None, "hidden_size": 44}, r"head_dim \(11\) is odd"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor is 0.5, a number above 1 is needed"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4}}, "scaled rotary"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 4}}, "scaled rotary"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "scaled rotary .*'dynamic'"),  # beside plain parameters
+        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "scaled rotary .*'linear'"),
     ],
 )
 def test_another_architecture_is_refused_by_name(changes: dict[str, Any], named: str, directory: Path) -> None:
     rewrite(directory, **changes)
     with pytest.raises(UserError, match=f"config.json: .*{named}"):
         hf_checkpoint.read_config(directory)
+
+
+def test_what_has_no_effect_is_read(directory: Path) -> None:
+    rewrite(directory, use_sliding_window=True, sliding_window=MODEL.max_position_embeddings)
+    assert hf_checkpoint.read_config(directory).settings() == MODEL
+
+
+def test_what_transformers_writes_is_read(directory: Path) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(directory).save_pretrained(directory)
+    assert "num_experts" not in json.loads((directory / "config.json").read_text())
+    assert hf_checkpoint.read_config(directory).settings() == MODEL
+
+
+@pytest.mark.parametrize(
+    "tokens", [[{"id": 7, "content": "<e>"}], [3, {"id": 8}, {"id": 7, "content": "<e>"}], 5, None]
+)
+@pytest.mark.parametrize("config", [{"eos_token": "<e>"}, {"eos_token": {"content": "<e>"}}, {"eos_token": 3}, []])
+@pytest.mark.parametrize("for_rollouts", [False, True])
+def test_what_config_json_does_not_say_is_not_added(for_rollouts, config: Any, tokens: Any, directory: Path) -> None:
+    """Only for rollouts is each end token said here, since `generation_config.json` is left out."""
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    copy, before = directory / "copy", (directory / "config.json").read_bytes()
+    copy.mkdir()
+    hf_checkpoint.write_config(MODEL, torch.float32, directory, copy, for_rollouts)
+    if for_rollouts:
+        assert json.loads((copy / "config.json").read_text()) == {**json.loads(before), "eos_token_id": [7, 8]}
+    else:
+        assert (copy / "config.json").read_bytes() == before
+    assert (copy / "generation_config.json").exists() == (not for_rollouts)
 
 
 @pytest.mark.parametrize("text", [None, "{"])
@@ -89,16 +137,50 @@ def test_an_index_that_points_outside_its_directory_is_refused_before_anything_i
 ) -> None:
     names = hf_mapping.hf_names(MODEL)
     weight_map = dict.fromkeys(names, "model.safetensors") | {names[3]: file}
-    (directory / hf_checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match=f"{hf_checkpoint.INDEX} names the file .*{file}.*outside its directory"):
+    (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=f"{hf_files.INDEX} names the file .*{file}.*outside its directory"):
         hf_checkpoint.load_hf([], MODEL, directory)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}'])
 def test_an_index_that_cannot_be_understood_is_named(text: str, directory: Path) -> None:
-    (directory / hf_checkpoint.INDEX).write_text(text)
-    with pytest.raises(UserError, match=f"no readable safetensors checkpoint at {directory}"):
+    (directory / hf_files.INDEX).write_text(text)
+    assert hf_checkpoint.HFReader(directory).tensor_names(), "no reader looks at such a file beside model.safetensors"
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{hf_files.INDEX} is damaged"):
         hf_checkpoint.HFReader(directory)
+
+
+@pytest.mark.parametrize("reader", [hf_checkpoint.HFReader, open_checkpoint, formats.checkpoint_format])
+@pytest.mark.parametrize(
+    ("index", "files", "named"),
+    [
+        (["a"], ["a", "model"], "holds model.safetensors and model.safetensors.index.json, which names other files"),
+        (["a", "model"], ["a", "model"], "holds model.safetensors and model.safetensors.index.json, which names other"),
+        (["a", "model-00002-of-00002"], ["a"], "model-00002-of-00002.safetensors is missing"),
+        (None, ["model", "model-00001-of-00002"], "holds model.safetensors and model-00001-of-00002.safetensors, and"),
+        (None, ["model-00001-of-00002"], "holds model-00001-of-00002.safetensors and no model.safetensors.index.json"),
+    ],
+)
+def test_files_that_contradict_each_other_are_named(reader, index, files, named, directory: Path) -> None:
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").unlink()
+    for file in files:
+        (directory / f"{file}.safetensors").write_bytes(content)
+    if index:
+        weight_map = {f"{i}": f"{file}.safetensors" for i, file in enumerate(index)}
+        (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=named):
+        reader(directory)
+
+
+@pytest.mark.parametrize("reader", [hf_checkpoint.HFReader, open_checkpoint, formats.checkpoint_format])
+def test_files_that_config_json_names_for_transformers_alone_are_refused(reader, directory: Path) -> None:
+    rewrite(directory, transformers_weights="model.safetensors")
+    reader(directory)
+    rewrite(directory, transformers_weights="other.safetensors")
+    with pytest.raises(UserError, match="config.json: transformers_weights names 'other.safetensors', which"):
+        reader(directory)
 
 
 def test_missing_and_unknown_tensors_are_named(directory: Path) -> None:
@@ -118,11 +200,11 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
     with pytest.raises(UserError, match=f"no readable safetensors checkpoint at {directory}"):
         hf_checkpoint.HFReader(directory)
     weight_map = dict.fromkeys(hf_mapping.hf_names(MODEL), "model.safetensors")
-    (directory / hf_checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / hf_files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
         hf_checkpoint.HFReader(directory).read_tensor("lm_head.weight")
     path.unlink()
-    with pytest.raises(UserError, match="cannot read tensor lm_head.weight from"):
+    with pytest.raises(UserError, match="model.safetensors is missing"):
         hf_checkpoint.HFReader(directory).read_tensor("lm_head.weight")
 
 
@@ -139,12 +221,13 @@ def test_a_flipped_bit_is_named_before_anything_is_read(directory: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"hidden_size": "64"}, "hidden_size is '64', which is no size"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int"),
         ({"num_experts": -8}, "num_experts is -8"),
-        ({"vocab_size": True}, "vocab_size is True"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+        ({"vocab_size": True}, "'vocab_size' expected int"),
+        ({"rms_norm_eps": "1e-6"}, "'rms_norm_eps' expected float"),
         ({"rope_parameters": None, "rope_theta": [1]}, r"rope_theta is \[1\]"),
-        ({"rope_parameters": [1]}, r"rotary embeddings are \[1\]"),
+        ({"rope_parameters": [1]}, r"'rope_parameters' with value \[1\]"),
+        ({"rope_parameters": None, "rope_theta": 0}, "rope_theta is 0"),
     ],
 )
 def test_a_number_that_is_none_is_named(changes: dict[str, Any], named: str, directory: Path) -> None:
@@ -154,20 +237,25 @@ def test_a_number_that_is_none_is_named(changes: dict[str, Any], named: str, dir
 
 
 def test_the_formats_are_told_apart(directory: Path) -> None:
-    assert megatron_checkpoint.checkpoint_format(directory) == "hf"
-    (directory / "metadata.json").write_text("{}")
-    assert megatron_checkpoint.checkpoint_format(directory) == "megatron"
+    assert formats.checkpoint_format(directory) == "hf"
+    (directory / "metadata.json").write_text('{"title": "of another tool"}')
+    assert formats.checkpoint_format(directory) == "hf"
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    with pytest.raises(UserError, match="holds two checkpoints, Megatron's .* and Hugging Face's .*model.safetensors"):
+        formats.checkpoint_format(directory)
+    (directory / "model.safetensors").unlink()
+    assert formats.checkpoint_format(directory) == "megatron"
     (directory / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither"):
-        megatron_checkpoint.checkpoint_format(directory / "empty")
+        formats.checkpoint_format(directory / "empty")
 
 
 sizes = st.builds(
     lambda groups, each, d, hidden: Model(
         num_layers=2, hidden_size=hidden, num_attention_heads=groups * each, num_query_groups=groups, head_dim=d,
-        num_experts=3, moe_topk=1, moe_ffn_hidden_size=2 * hidden, vocab_size=8, max_position_embeddings=8,
+        num_experts=3, moe_topk=2, moe_ffn_hidden_size=2 * hidden, vocab_size=8, max_position_embeddings=8,
     ),  # fmt: skip
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5),
+    st.integers(1, 4), st.integers(1, 4), st.sampled_from([2, 4, 6]), st.integers(1, 5),
 )  # fmt: skip
 
 
@@ -176,10 +264,14 @@ def test_split_is_the_exact_inverse_of_merge_for_every_kind(model: Model, seed: 
     generator = torch.Generator().manual_seed(seed)
     d, hidden, ffn = model.head_dim, model.hidden_size, model.moe_ffn_hidden_size
     q, kv = (model.num_attention_heads * d, hidden), (model.num_query_groups * d, hidden)
-    for kind in hf_mapping.PARAM_MAPPINGS:
-        shapes = {3: [q, kv, kv], 2: [(ffn, hidden)] * 2, 1: [(4, hidden)]}[len(kind.hf)]
+    architecture = architecture_of(model)
+    for kind in architecture.mappings.values():
+        of_kind: dict[int, list[tuple[int, ...]]] = {3: [q, kv, kv], 2: [(ffn, hidden)] * 2}
+        shapes = of_kind.get(len(kind.hf), [kind.shape(architecture)])
         tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-        back = kind.split(kind.merge(tensors, model), model)
+        merged = kind.merge(tensors, architecture)
+        back = kind.split(merged, architecture)
+        assert merged.shape == kind.shape(architecture), kind.megatron
         assert len(back) == len(tensors) and all(map(torch.equal, back, tensors)), kind.megatron
 
 
@@ -191,4 +283,4 @@ def test_every_name_of_transformers_model_is_mapped_once() -> None:
 
 def test_a_key_without_an_entry_is_named() -> None:
     with pytest.raises(UserError, match="'decoder.layers.mlp.shared_experts.weight' has no Hugging Face name"):
-        hf_mapping.mapping_of("decoder.layers.mlp.shared_experts.weight")
+        hf_mapping.mapping_of("decoder.layers.mlp.shared_experts.weight", MODEL)

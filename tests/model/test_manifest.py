@@ -172,17 +172,39 @@ def test_checksums_of_parts_and_of_their_whole(tmp_path_factory, a: bytes, b: by
     [
         ("", "is damaged"),
         ('{"version": 1, "files": {}', "is damaged"),
-        ("[]", "is damaged"),
-        ('{"version": 1}', "is damaged"),
+        ('{"version": 2, "files": {}, "info": {}}', "is damaged"),
         (json.dumps({"version": 3, "files": {}, "info": {}}), "has version 3, this release reads versions 1 and 2"),
         (json.dumps({"version": 2, "files": {}, "info": {}, "crc32": "00000000"}), "it is not what was written"),
         (json.dumps({"version": 1, "files": {"../x": 1}, "info": {}}), "outside the checkpoint"),
         (json.dumps({"version": 1, "files": {"x": "1"}, "info": {}}), "no size"),
         ('{"version": 1, "version": 1, "files": {}, "info": {}}', "the key 'version' stands twice"),
-        ("[" * 100_000, "nested too deeply"),
+        ('{"files": ' + "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_manifest_that_cannot_be_understood_is_named(text: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=f"manifest.json.*{named}"):
         manifest.read_info(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bytes", "crc32"])
+def test_one_of_ours_with_a_damaged_name_is_named(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "one", "one") / manifest.NAME
+    for text in (file.read_text().replace(f'"{name}"', '"byxes"', 1), file.read_text().replace(f'"{name}"', '"byxes"')):
+        file.write_text(text)
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            manifest.read_info(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "{}", '"text"', "no JSON", "[" * 100_000, '{"version": 1}', '{"fileFormatVersion": "1.0.0"}',
+        '{"version": "1.0", "files": ["a"], "info": {}}', '{"version": 2, "files": {"a": {"sha256": "0"}}, "info": {}}',
+        '{"name": "web app", "icons": [], "start_url": "/"}',
+    ],
+)  # fmt: skip
+def test_the_manifest_of_another_tool_is_not_ours(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    assert manifest.read_info(tmp_path) is None
+    assert manifest.recorded_crcs(tmp_path) == {} and manifest.verify_weights(tmp_path) == 0
