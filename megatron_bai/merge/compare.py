@@ -12,17 +12,25 @@ from rich.table import Table
 
 from megatron_bai.checkpoint import manifest
 from megatron_bai.checkpoint.boxes import split_box
+from megatron_bai.checkpoint.carried_files import PROVENANCE, has_provenance
 from megatron_bai.checkpoint.formats import open_checkpoint
 from megatron_bai.checkpoint.reader import CheckpointReader, ScratchBuffers
 from megatron_bai.checkpoint.tensor_index import TensorInfo
+from megatron_bai.checkpoint.weight_checks import is_state, require_output_layer, require_plain_weights
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.merge.execution.output_dir import PROVENANCE
 from megatron_bai.merge.execution.thread_pool import single_torch_thread
 from megatron_bai.merge.execution.tiles import TILE
 from megatron_bai.merge.recipe.recipe import NON_SETTINGS, format_settings
 from megatron_bai.merge.tensor_names.param_groups import param_group
+from megatron_bai.merge.tensor_names.vocabulary import read_vocab_info
+from megatron_bai.model.architecture import find_architecture
+from megatron_bai.model.hf_mapping import VALUE_HEAD
+from megatron_bai.model.required_tensors import require_tensors
 from megatron_bai.utils.strict_json import parse
+from megatron_bai.utils.terminal_text import make_console
+
+_MAX_NAMED = 20  # tensors that differ, by name
 
 
 @dataclass
@@ -53,7 +61,7 @@ class Distance:
     @property
     def cosine(self) -> float:
         """The cosine of the angle between a and b, NaN where one is 0."""
-        return self.ab / math.sqrt(self.aa * self.bb) if self.aa and self.bb else math.nan
+        return self.ab / math.sqrt(self.aa) / math.sqrt(self.bb) if self.aa and self.bb else math.nan
 
 
 def compare_checkpoints(a: CheckpointReader, b: CheckpointReader) -> dict[str, Distance]:
@@ -84,11 +92,13 @@ def _add(group: Distance, a: CheckpointReader, b: CheckpointReader, entry: Tenso
     same = True
     for chunk in entry.chunks:
         for box in split_box(chunk.offsets, chunk.sizes, TILE):
-            # A copy, of float64 too: the next read reuses the scratch memory.
-            x = a.read(entry.key, *box).to(torch.float64, copy=True)
-            y = b.read(entry.key, *box).to(torch.float64)
+            own_x = a.read(entry.key, *box).clone()  # the next read reuses the scratch memory
+            own_y = b.read(entry.key, *box)
+            x, y = own_x.to(torch.float64), own_y.to(torch.float64)
             difference = x - y
-            same = same and not difference.any()
+            exact = own_x.dtype == own_y.dtype and not own_x.is_floating_point()  # float64 rounds large integers
+            unequal = own_x != own_y if exact else (x != y) & ~(x.isnan() & y.isnan())
+            same = same and not unequal.any()
             group.aa += float(x.square().sum())
             group.bb += float(y.square().sum())
             group.ab += float((x * y).sum())
@@ -107,18 +117,23 @@ def inspect_checkpoint(config: Config) -> None:
     """
     if not config.inspect.path:
         raise UserError("inspect.path is empty: give a checkpoint's directory")
-    console = Console(soft_wrap=True)  # tables fit the terminal, lines are not wrapped
+    console = make_console(soft_wrap=True)  # tables fit the terminal, lines are not wrapped
     scratch = ScratchBuffers()
     with open_checkpoint(config.inspect.path, scratch) as source:
         if config.inspect.verify:
             _verify(console, source)
         _print_content(console, source)
+        _print_problems(console, source)
         _print_provenance(console, source.path)
         if config.inspect.other:
             with open_checkpoint(config.inspect.other, scratch) as other:
+                for each in (source, other):
+                    require_plain_weights(each.path, _model_tensors(each))
                 if config.inspect.verify:
                     _verify(console, other)
                 _print_comparison(console, source, other)
+                other.require_unchanged()
+        source.require_unchanged()
 
 
 def _verify(console: Console, source: CheckpointReader) -> None:
@@ -148,13 +163,31 @@ def _print_content(console: Console, source: CheckpointReader) -> None:
         console.print(f"{len(source.objects)} objects that are no tensors (such as {next(iter(source.objects))})")
 
 
+def _model_tensors(source: CheckpointReader) -> dict[str, TensorInfo]:
+    """Return a checkpoint's tensors without optimizer and generators."""
+    return {key: entry for key, entry in source.tensors.items() if not is_state(key)}
+
+
+def _print_problems(console: Console, source: CheckpointReader) -> None:
+    """Print what keeps other verbs from using a checkpoint: quantised weights, lost tensors."""
+    tensors = _model_tensors(source)
+    try:
+        require_plain_weights(source.path, tensors)
+        require_output_layer(source.path, tensors, lambda path: read_vocab_info(path).tied)
+        if (model := find_architecture(source.path)) is not None:  # others may still be merged
+            require_tensors(source.path, model, critic=VALUE_HEAD.megatron in tensors)
+    except UserError as error:
+        console.print(f"refused by other verbs: {error}")
+
+
 def _print_provenance(console: Console, path: Path) -> None:
     """Print how a checkpoint was merged, if it was."""
+    if not has_provenance(path):
+        console.print("not the output of a merge")
+        return
     try:
         _print_recipe(console, parse((path / PROVENANCE).read_bytes()))
-    except FileNotFoundError:
-        console.print("not the output of a merge")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / PROVENANCE} is damaged ({error!r}): restore the checkpoint from a copy") from None
 
 
@@ -175,23 +208,23 @@ def _print_recipe(console: Console, provenance: dict[str, Any]) -> None:
 
 
 def _print_comparison(console: Console, a: CheckpointReader, b: CheckpointReader) -> None:
-    """Print the tensors that are in one only or have two shapes, and the distances of the others."""
+    """Print how many tensors differ, their names, those that are in one only, and the distances by group."""
+    shared = sorted(a.tensors.keys() & b.tensors.keys())
+    reshaped = [key for key in shared if a.tensors[key].shape != b.tensors[key].shape]
+    groups = compare_checkpoints(a, b)
+    differing = sorted([*reshaped, *(key for d in groups.values() for key in d.differing)])
+    console.print(f"{len(differing)} of {len(shared)} tensors differ between {a.path} and {b.path}")
+    shapes = {key: f": different shapes {a.tensors[key].shape} and {b.tensors[key].shape}" for key in reshaped}
+    for key in differing[:_MAX_NAMED]:
+        console.print(f"  {key}{shapes.get(key, '')}")
+    if len(differing) > _MAX_NAMED:
+        console.print(f"  and {len(differing) - _MAX_NAMED} more")
     for one, other in ((a, b), (b, a)):
         only = sorted(one.tensors.keys() - other.tensors.keys())
         if only:
-            console.print(f"only in {one.path}: {len(only)} tensors, {', '.join(only[:5])}")
-    for key in sorted(a.tensors.keys() & b.tensors.keys()):
-        if a.tensors[key].shape != b.tensors[key].shape:
-            console.print(f"different shapes: {key} {a.tensors[key].shape} and {b.tensors[key].shape}")
+            console.print(f"only in {one.path}: {len(only)} tensors, {', '.join(only[:5])}{' …' if only[5:] else ''}")
     table = Table("group", "tensors", "differing", "‖a − b‖", "‖a − b‖/‖a‖", "cosine", title=f"a − b, b = {b.path}")
-    groups = compare_checkpoints(a, b)
     for name, d in groups.items():
         numbers = (f"{d.distance:.6g}", f"{d.relative:.6g}", f"{d.cosine:.8f}")
         table.add_row(name, str(d.tensors), str(len(d.differing)), *numbers)
     console.print(table)
-    differing = sorted(key for d in groups.values() for key in d.differing)
-    console.print(f"{len(differing)} of {sum(d.tensors for d in groups.values())} tensors differ")
-    for key in differing[:20]:
-        console.print(f"  {key}")
-    if len(differing) > 20:
-        console.print(f"  and {len(differing) - 20} more")

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_bai.checkpoint import atomic_dir, manifest
 from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.checkpoint.output_paths import resolve_output, validate_directory
 from megatron_bai.checkpoint.reader import READ_BYTES, ScratchBuffers
 from megatron_bai.config import Merge
+from megatron_bai.config.limits import validate_group
 from megatron_bai.distributed.rank_group import RankGroup, cores_per_rank
 from megatron_bai.errors import PermanentError, UserError
 from megatron_bai.merge.execution import executor, journal
-from megatron_bai.merge.execution.output_dir import bytes_left, check_space, check_target
+from megatron_bai.merge.execution.output_dir import bytes_left, check_space, check_target, list_carried
 from megatron_bai.merge.execution.provenance import describe_difference, fingerprint, is_up_to_date, write_provenance
 from megatron_bai.merge.execution.slice_stats import slices_to_measure, with_slice_stats
 from megatron_bai.merge.execution.thread_pool import gc_disabled
@@ -31,12 +32,14 @@ from megatron_bai.merge.execution.verify import verify_result
 from megatron_bai.merge.methods import make_recipes
 from megatron_bai.merge.recipe.output_spec import OutputSpec, make_output_spec
 from megatron_bai.merge.recipe.plan import ITEM_BYTES, UNIT_BYTES, Plan, make_plan
-from megatron_bai.merge.recipe.recipe import Recipe
+from megatron_bai.merge.recipe.recipe import Recipe, resolve_sources
 from megatron_bai.merge.recipe.regions import Fate
+from megatron_bai.merge.recipe.sources_agree import compare_sources, find_repeated
+from megatron_bai.merge.recipe.unread import refuse_unread_settings
 from megatron_bai.merge.tensor_names.param_groups import matches
 from megatron_bai.merge.tensor_names.renamed_view import RenamedView
-
-VERIFY = ("none", "sample", "all")
+from megatron_bai.merge.tensor_names.translated_reader import TranslatedReader
+from megatron_bai.utils.terminal_text import make_console
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,10 @@ def run_merge(settings: Merge, ranks: RankGroup, replace: bool = True) -> str:
     """
     started = time.monotonic()
     jobs = make_jobs(settings)
-    if settings.verify not in VERIFY:
-        raise UserError(f"merge.verify is {settings.verify!r}: choose one of {', '.join(VERIFY)}")
     output_spec, threads = make_output_spec(settings), choose_threads(settings, jobs, cores_per_rank())
     with gc_disabled(), ExitStack() as stack:
         plan = open_and_plan(jobs, stack, ranks, ITEM_BYTES, output_spec=output_spec)
+        refuse_unread_settings(settings, plan)
         if settings.dry_run:
             return format_plan(plan, jobs)
         num_written, num_checked = execute_jobs(plan, jobs, ranks, settings.verify, threads, replace)
@@ -75,7 +77,10 @@ def run_merge(settings: Merge, ranks: RankGroup, replace: bool = True) -> str:
     size = f"{len(plan.outputs):,} tensors, {plan.bytes_written:,} bytes"
     times = f" {num_written} times" if num_written > 1 else ""
     verified = f", {num_checked:,} elements checked" if num_checked else ""
-    return f"{action} {size}{times} in {time.monotonic() - started:.1f} s{verified}: {settings.output}"
+    differing = "".join(f"; {difference}" for difference in plan.differences)
+    if plan.kept:
+        size += f", {len(plan.kept)} tensors kept as in the pretrained checkpoint"
+    return f"{action} {size}{times} in {time.monotonic() - started:.1f} s{verified}: {settings.output}{differing}"
 
 
 def make_jobs(settings: Merge) -> list[MergeJob]:
@@ -86,13 +91,14 @@ def make_jobs(settings: Merge) -> list[MergeJob]:
     Raises:
         UserError: a setting of the method or `merge.output` is wrong.
     """
+    validate_group("merge", settings)
     if not settings.output:
         raise UserError("merge.output is empty: give the directory to write")
-    members = [os.path.realpath(m) if m else "" for m in settings.members]
-    pretrained = os.path.realpath(settings.pretrained) if settings.pretrained else ""
+    pretrained, members = resolve_sources(settings.pretrained, settings.members)
     output = Path(os.path.abspath(settings.output))
+    validate_directory(output, "merge.output")
     recipes = make_recipes(dataclasses.replace(settings, members=members, pretrained=pretrained))
-    return [MergeJob(recipe, output / name) for name, recipe in recipes.items()]
+    return [MergeJob(recipe, resolve_output(output / name, "merge.output")) for name, recipe in recipes.items()]
 
 
 def choose_threads(settings: Merge, jobs: Sequence[MergeJob], most: int) -> int:
@@ -157,7 +163,13 @@ def open_and_plan(
         recipes = [job.recipe for job in jobs]
         paths = [term.source for term in recipes[0].terms()]
         sources = {path: stack.enter_context(open_checkpoint(path, scratch)) for path in paths}
-        return make_plan(recipes, sources, item_bytes, unit_bytes, output_spec)
+        plan = make_plan(recipes, sources, item_bytes, unit_bytes, output_spec)
+        base, *others = map(Path, paths)
+        allowed, tokenizer = plan.output_spec.allow_different, plan.output_spec.tokenizer
+        agreement = compare_sources(base, others, allowed, tokenizer)
+        repeated = find_repeated(recipes[0].pretrained, recipes[0].members)
+        agreement = dataclasses.replace(agreement, differences=(*repeated, *agreement.differences))
+        return dataclasses.replace(plan, agreement=agreement, sources=tuple(sources.values()))
 
     plans: list[Plan] = []
     ranks.run_on_all(lambda: plans.append(plan_on_this_rank()))
@@ -244,7 +256,7 @@ def _write_targets(
     directories = ranks.run_on_first(open_directories, jobs[0].target)
     ranks.run_on_first(lambda: check_space(plan, directories))
     plan, norms = _measure_and_merge(plan, directories, ranks, threads)
-    digests = {str(source.path): source.verify_records(plan.outputs, ranks) for source in plan.inputs}
+    digests = {str(source.path): source.verify_records(plan.keys_read(source), ranks) for source in plan.inputs}
     num_checked, result_fingerprints = 0, []
     for k, (job, directory) in enumerate(zip(jobs, directories, strict=True)):
         write = functools.partial(write_provenance, directory, job.recipe, plan, digests, k, norms[k])
@@ -252,6 +264,12 @@ def _write_targets(
         if check != "none":
             with open_checkpoint(directory) as written:
                 num_checked += verify_result(plan, k, written, ranks, check_all=check == "all")
+
+    def require_unchanged() -> None:
+        for source in plan.sources:
+            source.require_unchanged()
+
+    ranks.run_on_all(require_unchanged)
 
     def finalize(k: int) -> None:
         info = manifest.read_info(plan.base.path) or {}
@@ -303,8 +321,14 @@ def _handle_failure(plan: Plan, directories: Sequence[Path], error: Exception) -
 @contextmanager
 def _progress_bar(label: str, total: int, ranks: RankGroup) -> Iterator[Callable[[int], None]]:
     """Show a bar of the bytes that this rank reads, on rank 0 of a terminal; none where there is nothing to do."""
-    console = Console(stderr=True)
-    columns = TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    console = make_console(stderr=True)
+    columns = (
+        TextColumn(label, markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=ranks.rank > 0 or not (total and console.is_terminal)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda num_bytes: bar.advance(task, num_bytes)
@@ -318,13 +342,15 @@ def format_plan(plan: Plan, jobs: Sequence[MergeJob]) -> str:
         jobs: one for each of the plan's results.
     """
     lines = [line for job in jobs for line in _format_job(plan, job)]
-    lines += [
-        f"read under other names or shapes: {source.path}" for source in plan.inputs if isinstance(source, RenamedView)
-    ]
+    views = (RenamedView, TranslatedReader)
+    lines += [f"read under other names or shapes: {source.path}" for source in plan.inputs if isinstance(source, views)]
     for path, reasons in plan.dropped.items():
         lines += [
             f"not used of {path}, {reason}: {len(keys)} entries such as {keys[0]}" for reason, keys in reasons.items()
         ]
+    if left_out := list_carried(plan).describe_left_out(plan.base.path):
+        lines.append(left_out)
+    lines += map(str, plan.differences)
     num_merged = sum(output.merged for output in plan.outputs.values())
     num_equal = len(plan.outputs) - num_merged
     num_objects = sum(len(unit.objects) for unit in plan.units)

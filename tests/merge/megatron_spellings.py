@@ -14,19 +14,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Backend, Config, Merge, Model, Parallel
 from megatron_bai.distributed import backend
-from megatron_bai.model import build
+from megatron_bai.model import build, spec_parts
+from megatron_bai.model.families.layer_parts import has_experts
 from megatron_bai.model.param_shards import Shard, fill_parameters, local_shards
 
 TOKENS = 61
 PARALLEL = Parallel(tensor=2, expert=2, sequence=True)
 MODEL = Model(
     num_layers=3, hidden_size=16, num_attention_heads=4, num_query_groups=2, head_dim=4, num_experts=4, moe_topk=2,
-    moe_ffn_hidden_size=6, vocab_size=0, max_position_embeddings=32,
+    moe_ffn_hidden_size=6, vocab_size=TOKENS, max_position_embeddings=32,
 )  # fmt: skip
 STACKED: dict = {}
 BY_LAYER = {"non_homogeneous_layers": True}
@@ -44,10 +44,10 @@ def gpt(rows: int, dense: int, local_names: bool, device: backend.Device) -> tor
     config.moe_router_enable_expert_bias, config.moe_router_score_function = True, "sigmoid"
     if dense:
         config.moe_layer_freq = [int(layer >= dense) for layer in range(MODEL.num_layers)]
-    spec = build._decoder_spec(config, False, None)
+    spec = spec_parts.decoder_spec(config, False, None)
     for layer in spec.layer_specs:
-        is_moe = getattr(layer.submodules.mlp, "module", None) is MoELayer
-        if local_names or not is_moe:  # a norm fused into a dense MLP has this name under Transformer Engine too
+        # a norm fused into a dense MLP has this name under Transformer Engine, too
+        if local_names or not has_experts(layer):
             layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return GPTModel(
         config, spec, vocab_size=rows, max_sequence_length=MODEL.max_position_embeddings, parallel_output=True,

@@ -72,6 +72,20 @@ def kept(seed: int, number: int, name: str, element: int, drop_rate: float) -> b
     return (z ^ z >> 31) / 2**64 >= drop_rate
 
 
+def dare_ties(key: str, base: torch.Tensor, *members: torch.Tensor, weights, drop_rate, seed, scale, normalize=False):
+    """Drop and rescale, elect the sign of the weighted sum, add what has it, one element after another."""
+    merged = []
+    for i, start in enumerate(base.flatten().tolist()):
+        values = [
+            w * float(member.flatten()[i] - start) / (1 - drop_rate) * kept(seed, number, key, i, drop_rate)
+            for number, (member, w) in enumerate(zip(members, weights), 1)
+        ]
+        agreeing = [(w, v) for w, v in zip(weights, values) if v * math.fsum(values) > 0]
+        divisor = math.fsum(w for w, _ in agreeing) if normalize and agreeing else 1.0
+        merged.append(start + scale * math.fsum(v for _, v in agreeing) / divisor)
+    return torch.tensor(merged, dtype=torch.float64).view(base.shape)
+
+
 def dare(key: str, base: torch.Tensor, *members: torch.Tensor, weights, drop_rate: float, seed: int, scale: float):
     merged = base.clone().flatten()
     for number, (member, weight) in enumerate(zip(members, weights), 1):

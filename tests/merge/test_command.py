@@ -25,6 +25,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.execution import bf16_kernel, executor, tiles
 from megatron_bai.merge.execution.verify import verify_result
+from megatron_bai.merge.recipe.output_spec import make_output_spec
 from megatron_bai.merge.recipe.plan import WorkUnit
 from megatron_bai.merge.recipe.regions import Fate
 
@@ -129,11 +130,12 @@ def test_what_the_compiled_stream_leaves_is_done_by_the_tile(three, tmp_path, mo
     assert content(tmp_path / "tiled") == content(Path(three.output))
 
 
-def peer(rank: int, size: int, store: str, settings: Merge) -> None:
+def peer(rank: int, size: int, store: str, settings: Merge, unit_bytes: int = 512) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     jobs = pipeline.make_jobs(settings)
     with merge_ranks() as group, ExitStack() as stack:
-        work = pipeline.open_and_plan(jobs, stack, group, unit_bytes=512)
+        spec = make_output_spec(settings)
+        work = pipeline.open_and_plan(jobs, stack, group, unit_bytes=unit_bytes, output_spec=spec)
         assert len(work.units) > 4 and executor.assign_to_rank(work.units, group), "every rank has something to do"
         pipeline.execute_jobs(work, jobs, group, "all")
     dist.destroy_process_group()
@@ -330,6 +332,42 @@ def test_a_pattern_that_fits_nothing_is_refused(three):
     refused(dataclasses.replace(three, alpha_for={"roter": 1.0}), "'roter' of merge.alpha_for fits no tensor")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_for": {".": 0.9}}, "merge.alpha is given and never read, since merge.alpha_for fits every tensor"),
+        ({"alpha_for": {"layers": 0.9, "^(?!.*layers)": 0.1}}, "merge.alpha is given and never read"),
+        ({"weights_for": {"": [1.0, 0.0]}}, "merge.weights is given and never read"),
+        ({"method": "ties", "alpha": None, "weights_for": {"": [1.0, 0.0]}}, "merge.weights is given and never read"),
+        ({"method": "slerp", "alpha": None, "weights": [], "t": 0.5, "t_for": {"": 0.1}}, "merge.t is given and never"),
+        ({"alpha": None, "sweep": [0.3], "alpha_for": {".": 0.9}}, "merge.sweep changes nothing: merge.alpha_for"),
+        ({"alpha_for": {"experts": 0.9, "linear_fc1": 0.1}}, "'linear_fc1' of merge.alpha_for is never read"),
+        ({"weights": [], "weights_for": {"experts": [1.0, 0.0]}}, "merge.weights is not given, and no pattern of"),
+        ({"method": "slerp", "alpha": None, "weights": [], "t_for": {"experts": 0.1}}, "merge.t is not given, and no"),
+    ],
+)
+def test_a_number_that_no_tensor_or_a_tensor_that_no_number_is_for_is_refused(three, changes, message):
+    refused(dataclasses.replace(three, **changes), message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"alpha": None, "alpha_for": {"": 0.6}}, {}),
+        ({"weights": [], "weights_for": {"experts": [0.25, 0.75], "": [0.25, 0.75]}}, {}),
+        (
+            {"method": "slerp", "alpha": None, "weights": [], "t_for": {"": 0.3}},
+            {"method": "slerp", "alpha": None, "weights": [], "t": 0.3},
+        ),
+    ],
+)
+def test_numbers_for_every_tensor_need_no_other(three, changes, same, tmp_path, capsys):
+    merged = run(dataclasses.replace(three, **changes), output=str(tmp_path / "for"))
+    other = run(dataclasses.replace(three, **same), output=str(tmp_path / "all"))
+    assert all(torch.equal(merged[key], other[key]) for key in other)
+    assert "None" not in capsys.readouterr().out
+
+
 ALPHAS = [0.0, 0.1, 0.5, 1.0]
 
 
@@ -350,7 +388,7 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
     monkeypatch.setattr(TorchDistReader, "read", counted(TorchDistReader.read))
     monkeypatch.setattr(TorchDistReader, "stream", counted(TorchDistReader.stream))
-    merge_verb.run(Config(merge=dataclasses.replace(three, sweep=ALPHAS, verify="none")))
+    merge_verb.run(Config(merge=dataclasses.replace(three, alpha=None, sweep=ALPHAS, verify="none")))
     monkeypatch.undo()
     assert "9 tensors, 7,730 bytes 4 times" in capsys.readouterr().out.splitlines()[-1]
     elements = sum(tensor.numel() for tensor in checkpoints.model(0).values())
@@ -364,17 +402,17 @@ def test_a_sweep_writes_what_single_merges_write_and_reads_once(three, tmp_path,
 
 
 def test_a_sweep_does_only_what_is_missing(three, capsys):
-    merge_verb.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.5])))
+    merge_verb.run(Config(merge=dataclasses.replace(three, alpha=None, sweep=[0.1, 0.5])))
     done = Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns
-    merge_verb.run(Config(merge=dataclasses.replace(three, sweep=[0.1, 0.9])))
+    merge_verb.run(Config(merge=dataclasses.replace(three, alpha=None, sweep=[0.1, 0.9])))
     assert Path(three.output, "alpha-0.1", "manifest.json").stat().st_mtime_ns == done
     assert capsys.readouterr().out.splitlines()[-1].startswith("merged 9 tensors, 8,991 bytes in")
     assert sorted(p.name for p in Path(three.output).iterdir()) == ["alpha-0.1", "alpha-0.5", "alpha-0.9"]
 
 
 def test_a_sweep_is_checked_before(three):
-    refused(dataclasses.replace(three, sweep=[0.1, 1.5]), "alpha is 1.5")
-    refused(dataclasses.replace(three, sweep=[0.1, 0.1]), "names a value twice")
+    refused(dataclasses.replace(three, alpha=None, sweep=[0.1, 1.5]), "alpha is 1.5")
+    refused(dataclasses.replace(three, alpha=None, sweep=[0.1, 0.1]), "names a value twice")
 
 
 # What is refused, by name; the target stays as it was.
@@ -564,7 +602,7 @@ def content(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("sweep", [[], [0.1, 0.6]])
 @pytest.mark.parametrize("die_after", [0, 1, 4])
 def test_killed_it_goes_on_and_ends_the_same(three, tmp_path, die_after, sweep):
-    three = dataclasses.replace(three, sweep=sweep)
+    three = dataclasses.replace(three, alpha=None, sweep=sweep)
     unbroken = dataclasses.replace(three, output=str(tmp_path / "unbroken"))
     assert in_child(merge_in_small_units, unbroken, None, tmp_path / "all") == 0
     assert in_child(merge_in_small_units, three, die_after) == -signal.SIGKILL

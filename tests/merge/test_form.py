@@ -90,15 +90,19 @@ def test_without_a_word_equal_rows_are_all_merged(tmp_path):
     assert torch.equal(merged[9:], torch.full((3, 7), 0.125 * 1 + 0.1 + 0.6).bfloat16())
 
 
-def test_megatrons_arguments_say_the_size_too(tmp_path):
-    paths = write_padded(tmp_path, (12, 16, 10), (9, None, 9))
-    torch.save({"args": argparse.Namespace(vocab_size=9, params_dtype=torch.bfloat16)}, paths[1] / "common.pt")
-    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
-    assert same(checkpoints.read(tmp_path / "out"), padded(spellings.stacked(reference()), 12, 0.125))
-
-
 class Foreign:
     """Of a class that must not be loaded."""
+
+    def __setstate__(self, state):
+        raise AssertionError("an object of a checkpoint was made")
+
+
+def test_megatrons_arguments_say_the_size_too(tmp_path):
+    paths = write_padded(tmp_path, (12, 16, 10), (9, None, 9))
+    arguments = argparse.Namespace(vocab_size=9, params_dtype=torch.bfloat16, tokenizer=Foreign())
+    torch.save({"args": arguments}, paths[1] / "common.pt")
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out")))
+    assert same(checkpoints.read(tmp_path / "out"), padded(spellings.stacked(reference()), 12, 0.125))
 
 
 @pytest.mark.parametrize(
@@ -114,14 +118,14 @@ class Foreign:
 )
 def test_vocabularies_that_cannot_be_reconciled(tmp_path, rows, sizes, given, message):
     paths = write_padded(tmp_path, rows, sizes)
-    torch.save({"args": argparse.Namespace(vocab_size=9, tokenizer=Foreign())}, paths[1] / "common.pt")
+    torch.save({"args": argparse.Namespace(tokenizer=Foreign())}, paths[1] / "common.pt")
     refused(settings(paths, tmp_path / "out", vocab_size=given), message)
 
 
 def test_a_damaged_config_is_named(tmp_path):
     paths = write_padded(tmp_path, (12, 12, 12), (9, 9, 9))
     (paths[2] / "config.json").write_text("{")
-    refused(settings(paths, tmp_path / "out"), r"s2/config\.json is damaged")
+    refused(settings(paths, tmp_path / "out"), r"cannot read .*s2/config\.json: ")
 
 
 # Tied embeddings.
@@ -156,7 +160,7 @@ def test_tied_embeddings(tmp_path, spell):
 def test_an_output_layer_that_is_missing_is_no_tied_one(tmp_path):
     paths = [write_hf(tmp_path / "base", spellings.hf(spellings.model(0)))]
     paths.append(write_hf(tmp_path / "cut", spellings.hf(tied(spellings.model(1))), '{"tie_word_embeddings": false}'))
-    refused(settings(paths, tmp_path / "out", weights=[1.0]), r"cut lacks lm_head\.weight of .*base")
+    refused(settings(paths, tmp_path / "out", weights=[1.0]), r"cut has no lm_head\.weight and is not tied")
 
 
 # Dtypes.
@@ -212,6 +216,22 @@ def test_what_the_base_keeps_wider_than_its_embeddings_stays_wide(tmp_path):
     found = checkpoints.read(tmp_path / "out")
     assert found["decoder.layers.mlp.router.weight"].dtype == torch.float32
     assert found["decoder.layers.self_attention.linear_qkv.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("wanted", [{}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("wide", [0, 1])
+def test_the_routers_bias_is_float32_if_one_source_has_it_so(tmp_path, wide, wanted):
+    narrow = torch.bfloat16
+    weights = [spellings.model(seed, dtype=narrow) for seed in range(2)]
+    for seed, tensors in enumerate(weights):
+        tensors |= {at: t.float() if seed == wide else t.to(narrow) for at, t in tensors.items() if at[0] == "bias"}
+    paths = [checkpoints.write(tmp_path / f"s{seed}", spellings.stacked(each)) for seed, each in enumerate(weights)]
+    merge_verb.run(Config(merge=settings(paths, tmp_path / "out", weights=[1.0], alpha=0.5, **wanted)))
+    for key, value in checkpoints.read(tmp_path / "out").items():
+        assert value.dtype == (torch.float32 if key.endswith("bias") else narrow), key
+        if key.endswith("bias"):
+            mean = sum(checkpoints.read(path)[key].float() for path in paths) / 2
+            torch.testing.assert_close(value, mean, rtol=1e-6, atol=1e-7)
 
 
 def test_dtypes_that_differ_are_named(tmp_path):
@@ -274,7 +294,7 @@ def test_the_settings_cut_in_mebibytes(tmp_path):
         ({"chunk_mib": 8, "file_mib": 4}, "merge.file_mib is 4 and merge.chunk_mib is 8"),
         ({"memory_mib": 512, "threads": 20}, r"merge.memory_mib is 512: at least \d+ are needed with 20 threads"),
         ({"chunk_mib": -1}, "merge.chunk_mib is -1"),
-        ({"dtype": "fp8"}, "merge.dtype is 'fp8': choose one of bfloat16, float16, float32"),
+        ({"dtype": "fp8"}, "merge.dtype is 'fp8': choose bfloat16, float16 or float32"),
     ],
 )
 def test_settings_that_contradict_each_other(tmp_path, changes, message):

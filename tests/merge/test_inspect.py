@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import checkpoints
@@ -11,7 +12,7 @@ from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.cli import merge as merge_verb
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
-from megatron_bai.merge.compare import compare_checkpoints, inspect_checkpoint
+from megatron_bai.merge.compare import Distance, compare_checkpoints, inspect_checkpoint
 from megatron_bai.merge.tensor_names.param_groups import param_group
 
 
@@ -34,6 +35,18 @@ def test_distance_and_cosine_of_each_group(tmp_path):
     assert found.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(x, y, dim=0)))
     assert groups["router"].differing == ["decoder.layers.mlp.router.expert_bias"]
     assert sum(group.tensors for group in groups.values()) == len(a)
+
+
+def test_equal_means_the_same_elements(tmp_path):
+    """Integers that float64 rounds alike differ; a NaN in the same place does not; tiny squares divide by nothing."""
+    tensors = {"count": torch.tensor([2**53 + 1]), "nan": torch.tensor([math.nan, 1.0]), "same": torch.tensor([True])}
+    tensors["tiny"] = torch.tensor([1e-100], dtype=torch.float64)
+    other = tensors | {"count": torch.tensor([2**53])}
+    paths = [checkpoints.write(tmp_path / "a", tensors), checkpoints.write(tmp_path / "b", other)]
+    with TorchDistReader(paths[0]) as a, TorchDistReader(paths[1]) as b:
+        (found,) = compare_checkpoints(a, b).values()
+    assert found.differing == ["count"]
+    assert math.isclose(Distance(aa=1e-200, bb=1e-200, ab=1e-200).cosine, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -84,7 +97,8 @@ def test_inspect_prints_content_provenance_and_differences(three, capsys):
     text = capsys.readouterr().out
     assert "bai: weights 0.25 0.75, alpha 0.6;" in text and f"0.6 × {three.pretrained}" in text
     assert "1 entries not used: optimizer or random-number state" in text
-    assert "8 of 9 tensors differ" in text and "decoder.table" not in text.split("tensors differ")[1]
+    lines = text[text.index("8 of 9 tensors differ between") :].splitlines()
+    assert all(line.startswith("  ") and "decoder.table" not in line for line in lines[1:9]), lines
     inspect_checkpoint(Config(inspect=Inspect(path=three.output, other=three.output)))
     assert "0 of 9 tensors differ" in capsys.readouterr().out
     inspect_checkpoint(Config(inspect=Inspect(path=three.pretrained)))
@@ -95,7 +109,18 @@ def test_inspect_names_what_only_one_has(three, tmp_path, capsys):
     other = checkpoints.write(tmp_path / "other", {"mtp.w": torch.ones(2), "decoder.scale": torch.ones(3)})
     inspect_checkpoint(Config(inspect=dataclasses.replace(Inspect(), path=three.pretrained, other=str(other))))
     text = capsys.readouterr().out.replace("\n", " ")
-    assert "1 tensors, mtp.w" in text and "different shapes: decoder.scale () and (3,)" in text
+    assert "1 tensors, mtp.w" in text and "decoder.scale: different shapes () and (3,)" in text
+
+
+def test_of_many_tensors_that_differ_twenty_are_named(tmp_path, capsys):
+    paths = []
+    for value in (0, 1):
+        tensors = {f"w{i:02}": torch.full((1,), value) for i in range(29)} | {"w30": torch.zeros(2 + value)}
+        paths.append(str(checkpoints.write(tmp_path / str(value), tensors)))
+    inspect_checkpoint(Config(inspect=Inspect(path=paths[0], other=paths[1])))
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if "30 of 30 tensors differ" in line)
+    assert [line.strip() for line in lines[first + 1 : first + 22]] == [f"w{i:02}" for i in range(20)] + ["and 10 more"]
 
 
 def test_damage_is_named(three):
@@ -108,7 +133,7 @@ def test_damage_is_named(three):
     assert manifest["files"]["provenance.json"]["bytes"] == len(text.encode())
     with pytest.raises(UserError, match="provenance.json is not what was written"):
         inspect_checkpoint(Config(inspect=Inspect(path=three.output)))
-    for text in ("{", "[]", "{}", '{"recipe": 3}', "[" * 100_000):
-        Path(three.pretrained, "provenance.json").write_text(text)
+    for damaged in ("{", '{"recipe": 3, "sources": []}', text[:200]):
+        Path(three.pretrained, "provenance.json").write_text(damaged)
         with pytest.raises(UserError, match="provenance.json is damaged"):
             inspect_checkpoint(Config(inspect=Inspect(path=three.pretrained)))

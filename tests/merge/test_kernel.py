@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import kernel_reference
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,34 @@ def test_zeros_subnormals_and_ties_too(values):
     for coefficients in ([1.0, 0.5, 2.0**-9], [0.5, 0.25, 0.25], [1.0, -1.0, 0.3]):
         total = plain(sources, coefficients)
         assert same(run(sources, coefficients)[0], total.bfloat16())
+
+
+FINITE_BITS = st.integers(0, 0xFFFF).filter(lambda bits: bits & 0x7F80 != 0x7F80)
+FACTORS = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-4, max_value=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_bits_and_factors_give_the_bits_of_numpy_and_torch(data):
+    """What pyproject's range of numba rests on: no release of it may round, fuse or order anything otherwise."""
+    inputs = data.draw(st.integers(1, 5))
+    row = st.lists(FINITE_BITS, min_size=1, max_size=40)
+    columns = data.draw(st.lists(st.tuples(*[FINITE_BITS] * inputs), min_size=1, max_size=40) if inputs > 1 else row)
+    # repeated to a length about the block's, so that vectorised loops, their ends and every lane are met
+    repeats = -(-data.draw(st.sampled_from([1, 17, 1023, 1024, 1025, 2500])) // len(columns))
+    sources = np.tile(np.array(columns, np.uint16).reshape(len(columns), inputs).T, repeats)
+    factors = np.array(data.draw(st.lists(FACTORS, min_size=inputs, max_size=inputs)), np.float32)
+    merged, largest, squares = run(torch.from_numpy(sources.copy()).view(torch.bfloat16), factors)
+    expected, expected_largest, expected_squares = kernel_reference.reference(sources, factors)
+    total = plain(torch.from_numpy(sources.copy()).view(torch.bfloat16), factors.tolist())
+    assert largest == expected_largest == int(total.abs().max().view(torch.int32))
+    if largest < 0x7F800000:
+        assert bits(merged).tobytes() == expected.tobytes() == bits(total.bfloat16()).tobytes()
+        assert squares.hex() == float(expected_squares).hex()
+
+
+def test_the_bits_are_those_of_other_machines_and_releases_of_numba():
+    assert kernel_reference.digest_of(bf16_kernel.weighted_sum) == kernel_reference.DIGEST
 
 
 def test_every_bfloat16_is_itself():

@@ -37,12 +37,14 @@ def unbroken(settings, tmp_path) -> dict[str, bytes]:
     return content(Path(whole.output))
 
 
-def together(settings: Merge, ranks: int, store: Path, rank_0: Callable = lambda run: run()) -> list[int]:
+def together(
+    settings: Merge, ranks: int, store: Path, rank_0: Callable = lambda run: run(), unit_bytes: int = 512
+) -> list[int]:
     """Merge in forks; rank 0 runs it through `rank_0`. If one dies the others are killed, as torchrun does."""
     store.unlink(missing_ok=True)
 
     def run(rank: int) -> None:
-        work = functools.partial(peer, rank, ranks, str(store), settings)
+        work = functools.partial(peer, rank, ranks, str(store), settings, unit_bytes)
         rank_0(work) if rank == 0 else work()
 
     context = multiprocessing.get_context("fork")
@@ -293,5 +295,5 @@ def test_two_merges_into_one_target(settings, unbroken):
 
 def test_a_target_without_the_right_to_write_is_one_line(three, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file.*(Not a directory|File exists)"):
+    with pytest.raises(UserError, match="merge.output .*file is no directory"):
         merge_verb.run(Config(merge=dataclasses.replace(three, output=str(tmp_path / "file" / "out"))))

@@ -42,6 +42,9 @@ SETTINGS: dict[str, dict] = {
     "slerp": {"t": 0.3, "pretrained": ""},
     "ties": {"weights": [1.0, 0.6], "density": 0.4, "scale": 0.9},
     "dare": {"weights": [0.5, 0.7], "drop_rate": 0.6, "seed": 5, "scale": 1.1},
+    "dare_ties": {"weights": [0.5, 0.7], "drop_rate": 0.4, "seed": 5, "scale": 1.1},
+    "average": {"pretrained": ""},
+    "ema": {"decay": 0.3, "pretrained": ""},
 }
 
 
@@ -53,6 +56,9 @@ def reference(method: str, key: str, base, a, b) -> torch.Tensor:
         return 0.6 * base.double() + 0.4 * references.linear([a, b], given["weights"])
     if method == "linear":
         return references.linear([a, b], given["weights"])
+    if method in ("average", "ema"):
+        decay = given.get("decay", 0.5)  # of two, the mean is that of decay 1/2
+        return decay * a.double() + (1 - decay) * b.double()
     if method == "task_arithmetic":
         return references.task_arithmetic(base, [a, b], **given)
     tensors = (a, b) if method == "slerp" else (base, a, b)
@@ -91,7 +97,7 @@ def test_the_paper_s_formula_rounded_once(each):
         assert value.dtype == sources[0][key].dtype
         summed = sum(source[key].double().abs() for source in sources)  # each sum rounds it in float32
         assert (value.double() - exact).abs().le(exact.abs() * half_ulp * 1.0001 + summed * 2**-22).all(), key
-        if each.method in ("ties", "dare"):
+        if each.method in ("ties", "dare", "dare_ties"):
             assert torch.equal(value, exact.to(value.dtype)), key
 
 
@@ -277,6 +283,9 @@ CHANGES = {
     "slerp": {"t": 0.4},
     "ties": {"density": 0.5},
     "dare": {"seed": 6},
+    "dare_ties": {"seed": 6},
+    "average": {"method": "ema", "decay": 0.2},
+    "ema": {"decay": 0.2},
 }
 
 
@@ -357,7 +366,7 @@ def test_integers_and_objects_as_ever(each):
         ("linear", {"weights": [1.0, -1.0]}, r"\[1, -1\] sum to 0: merge.normalize needs a positive sum"),
         ("linear", {"weights": [1.0, 3.0], "normalize": False}, "sum to 4: they must sum to 1"),
         ("linear", {"weights_for": {"router": [1.0]}}, r"merge.weights_for\[router\] has 1 entries for 2 members"),
-        ("linear", {"weights": []}, "merge.weights has 0 entries for 2 members"),
+        ("linear", {"weights": []}, "merge.weights is not given: merge.method=linear needs a weight for each"),
         ("linear", {"sweep": [0.1]}, "merge.method=linear does not use merge.sweep"),
         ("linear", {"members": []}, "merge.members is empty"),
         ("task_arithmetic", {"density": 0.5}, "does not use merge.density"),
@@ -368,21 +377,34 @@ def test_integers_and_objects_as_ever(each):
         ("slerp", {"weights_for": {"router": [1.0, 0.0]}}, "does not use merge.weights_for"),
         ("slerp", {"normalize": True}, "does not use merge.normalize"),
         ("slerp", {"t": None}, "merge.t is not given: merge.method=slerp needs it"),
-        ("slerp", {"t": 1.5}, "merge.t is 1.5: it lies between 0 and 1"),
+        ("slerp", {"t": 1.5}, "merge.t is 1.5: it must be from 0 to 1"),
         ("slerp", {"t": math.nan}, "merge.t is nan"),
         ("slerp", {"t_for": {"router": -1.0}}, r"merge.t_for\[router\] is -1"),
         ("slerp", {"members": ["a", "b", "c"]}, "merge.members has 3 entries: merge.method=slerp is between two"),
         ("slerp", {"members": ["a", "a"]}, "merge.method=slerp names /.*/a twice"),
         ("ties", {"normalize": True}, "does not use merge.normalize"),
         ("ties", {"seed": 0}, "does not use merge.seed"),
-        ("ties", {"density": 0.0}, "merge.density is 0: it lies between 0 and 1, and is not 0"),
+        ("ties", {"density": 0.0}, "merge.density is 0: it must be above 0 and at most 1"),
         ("ties", {"density": math.nan}, "merge.density is nan"),
         ("ties", {"weights": [1.0, -1.0]}, r"merge.weights \[1, -1\] holds a negative weight"),
         ("ties", {"alpha": 0.5, "t": 0.1}, "merge.method=ties does not use merge.alpha, merge.t: leave it out"),
-        ("dare", {"drop_rate": 1.0}, "merge.drop_rate is 1: it lies between 0 and 1, and is not 1"),
+        ("dare", {"drop_rate": 1.0}, "merge.drop_rate is 1: it must be at least 0 and below 1"),
         ("dare", {"drop_rate": None}, "merge.drop_rate is not given: merge.method=dare needs it"),
         ("dare", {"members": ["a", "a"]}, "merge.method=dare names /.*/a twice"),
-        ("dare", {"sweep": [0.5, 0.5]}, "names a value twice"),
+        ("dare", {"sweep": [0.5, 0.5], "scale": None}, "names a value twice"),
+        ("bai", {"sweep": [0.1, 0.5]}, "merge.alpha and merge.sweep are both given"),
+        ("slerp", {"sweep": [0.1, 0.5]}, "merge.t and merge.sweep are both given"),
+        ("ema", {"sweep": [0.1, 0.5]}, "merge.decay and merge.sweep are both given"),
+        ("dare", {"sweep": [0.1, 0.5]}, "merge.scale and merge.sweep are both given"),
+        ("bai", {"alpha": None, "sweep": [0.1, 0.5], "alpha_for": {".": 0.3}}, "merge.sweep changes nothing"),
+        ("dare_ties", {"normalize": True, "weights": [1.0, -1.0]}, r"\[1, -1\] holds a negative weight"),
+        ("dare_ties", {"density": 0.5}, "does not use merge.density"),
+        ("dare_ties", {"members": ["a", "a"]}, "merge.method=dare_ties names /.*/a twice"),
+        ("average", {"weights": [0.5, 0.5]}, "merge.method=average does not use merge.weights"),
+        ("average", {"members": ["a", "a"]}, "merge.method=average names /.*/a twice"),
+        ("average", {"members": ["nothing/step-*"]}, "no directory matches nothing/step-"),
+        ("ema", {"decay": None}, "merge.decay is not given"),
+        ("ema", {"decay": 1.5}, "merge.decay is 1.5"),
         ("slerp", {"t_for": {"roter": 0.5}}, "'roter' of merge.t_for fits no tensor"),
     ],
 )
@@ -391,7 +413,7 @@ def test_settings_are_refused_by_name(three, method, change, message):
 
 
 def test_an_unknown_method_is_named(three):
-    refused(dataclasses.replace(three, method="soup"), "merge.method is 'soup': choose one of bai, linear")
+    refused(dataclasses.replace(three, method="soup"), "merge.method is 'soup': choose bai, linear")
 
 
 def test_every_field_of_a_method_is_a_setting():
@@ -420,7 +442,7 @@ def test_groups_and_patterns(three, tmp_path):
         assert checkpoints.provenance(tmp_path / method)["tensors"][router]["coefficients"] == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "ties", "dare"])
+@pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "ties", "dare", "dare_ties", "ema"])
 def test_a_sweep_writes_what_single_merges_write(three, tmp_path, method):
     swept, values = METHODS[method].sweep_setting, [0.25, 1.0]
     plain = settings_of(three, method, **{METHODS[method].sweep_setting: None})
@@ -632,3 +654,53 @@ def test_the_model_card_names_the_method():
     card = make_model_card(recipe)
     assert "by DARE (arXiv 2311.03099) with weights 1, scale 1, drop_rate 0.9, seed 3;" in card
     assert "| Checkpoint | Weight |" in card and "| b | 1 |" in card
+
+
+# Averages over one run's checkpoints, and DARE with an elected sign.
+
+
+@pytest.mark.parametrize("method, decay", [("average", None), ("ema", 0.25)])
+def test_averages_over_the_checkpoints_that_a_pattern_matches(tmp_path, method, decay):
+    """By number, so that step-9 is before step-10; the recursion is that of the definition."""
+    for step, seed in ((10, 2), (9, 1), (100, 3)):
+        checkpoints.write(tmp_path / f"run/step-{step}", checkpoints.model(seed, torch.float32))
+    settings = Merge(method=method, members=[str(tmp_path / "run/step-*")], output=str(tmp_path / "out"), decay=decay)
+    merged = run(settings)
+    for key, value in merged.items():
+        rows = [checkpoints.model(seed, torch.float32)[key].double() for seed in (1, 2, 3)]
+        expected = rows[0]
+        for number, row in enumerate(rows[1:], 2):
+            d = (number - 1) / number if decay is None else decay
+            expected = d * expected + (1 - d) * row
+        assert key == "decoder.table" or torch.allclose(value.double(), expected, rtol=1e-7, atol=1e-12), key
+    recorded = checkpoints.provenance(tmp_path / "out")["recipe"]
+    assert [Path(member).name for member in recorded["members"]] == ["step-9", "step-10", "step-100"]
+
+
+@pytest.mark.parametrize("weights, normalize", [([0.5, 0.7], True), ([0.5, -0.7], False)])
+def test_dare_ties_adds_or_averages_what_agrees(three, tmp_path, weights, normalize):
+    sources = [checkpoints.model(seed) for seed in range(3)]
+    merged = run(settings_of(three, "dare_ties", weights=weights, normalize=normalize))
+    more = SETTINGS["dare_ties"] | {"weights": weights, "normalize": normalize}
+    for key, value in merged.items():
+        if key != "decoder.table":
+            exact = references.by_slice(references.dare_ties, key, *(source[key] for source in sources), **more)
+            assert torch.equal(value, exact.to(value.dtype)), key
+
+
+def test_dare_ties_of_one_member_is_dare(three, tmp_path):
+    one = {"members": three.members[:1], "weights": [0.7]}
+    first = run(settings_of(three, "dare_ties", **one, drop_rate=0.6))
+    assert same(first, run(settings_of(three, "dare", **one), output=str(tmp_path / "dare")))
+
+
+def test_a_checkpoint_named_twice_is_said(three, tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to(three.members[0])
+    members = [three.members[0], three.pretrained, str(link)]
+    for more in ({"dry_run": True}, {}):
+        merge_verb.run(Config(merge=dataclasses.replace(three, members=members, weights=[0.5, 0.25, 0.25], **more)))
+        said = capsys.readouterr().out
+        assert "named more than once: member 1 and member 3" in said
+        assert "named more than once: pretrained and member 2" in said
+    assert len(checkpoints.provenance(Path(three.output))["differences"]) == 2

@@ -7,6 +7,7 @@ import pytest
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import provenance
 from megatron_bai.merge.methods.bai import Bai
+from megatron_bai.merge.methods.linear import Linear
 from megatron_bai.merge.recipe import output_spec
 
 
@@ -41,6 +42,7 @@ def test_weights_written_with_seven_decimals_are_brought_to_one():
         ((0.5, 0.4), 0.5, r"\[0.5, 0.4\] sum to 0.9"),
         ((0.5, 0.50001), 0.5, "sum to 1.00001"),
         ((1.0,), 0.5, "1 entries for 2 members"),
+        ((), 0.5, "merge.weights is not given: merge.method=bai needs a weight for each of the 2 members"),
         ((math.nan, 1.0), 0.5, "not finite"),
         ((math.inf, -math.inf), 0.5, "not finite"),
         ((0.5, 0.5), 1.5, "alpha is 1.5"),
@@ -51,6 +53,16 @@ def test_weights_written_with_seven_decimals_are_brought_to_one():
 def test_refused(weights, alpha, message):
     with pytest.raises(UserError, match=message):
         bai("base", ("a", "b"), weights, alpha)
+
+
+@pytest.mark.parametrize("method", [Bai, Linear])
+def test_one_member_needs_no_weight(method):
+    assert method("base", ("a",)).terms() == method("base", ("a",), weights=(1.0,)).terms()
+    assert method("base", ("a",)).describe()["weights"] == (1.0,)
+    with pytest.raises(UserError, match=r"merge.weights \[0.5\] sum to 0.5: they must sum to 1"):
+        method("base", ("a",), weights=(0.5,))
+    with pytest.raises(UserError, match=r"merge.weights_for\[router\] \[0.5\] sum to 0.5"):
+        method("base", ("a",), weights_for=(("router", (0.5,)),))
 
 
 def test_paths_are_needed():
@@ -101,7 +113,7 @@ class NewerSpec(output_spec.OutputSpec):
 
 def test_a_field_that_came_later_enters_fingerprints_only_if_it_says_something():
     old = output_spec.OutputSpec(vocab_size=7)
-    assert old.fingerprint_fields() == dataclasses.astuple(old)
+    assert old.fingerprint_fields() == dataclasses.astuple(old)[:4]
     assert NewerSpec(vocab_size=7).fingerprint_fields() == old.fingerprint_fields()
     assert NewerSpec(vocab_size=7, extra=4).fingerprint_fields() == (*old.fingerprint_fields(), ("extra", 4))
 

@@ -200,7 +200,8 @@ def _merge_batch(
         item_squares = tiles.merge_item(plan, region, box, items, buffers)
         if region.fate is Fate.MERGED:
             squares.append((region.key, item_squares))
-        bytes_read += math.prod(box[1]) * sum(source.tensors[region.key].dtype.itemsize for source in plan.inputs)
+        entries = [source.tensors.get(region.key) for source in plan.inputs]  # what is kept is the base's alone
+        bytes_read += math.prod(box[1]) * sum(entry.dtype.itemsize for entry in entries if entry is not None)
     on_bytes_read(bytes_read)
     return squares
 

@@ -42,7 +42,7 @@ def open_staging_dir(target: Path, mark: str) -> Path:
     """
     path = atomic_dir.staging_path(target)
     try:
-        if (path / DIRECTORY / MARK).read_text() == mark:
+        if (path / DIRECTORY / MARK).read_text(encoding="utf-8") == mark:
             return path
     except OSError:
         pass
@@ -113,7 +113,7 @@ def _is_on_disk(directory: Path, item: WrittenItem) -> bool:
 def _read_records(directory: Path) -> Iterator[tuple[str, UnitResult]]:
     """Yield every readable record, with the unit's name."""
     for file in (directory / DIRECTORY).glob("*.json"):
-        text, _, crc = file.read_text().rpartition("\n")
+        text, _, crc = file.read_text(encoding="utf-8").rpartition("\n")
         if crc != f"{crc32.compute(text.encode()):08x}":
             continue  # damaged: the unit is written again
         record = json.loads(text)

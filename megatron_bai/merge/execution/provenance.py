@@ -13,14 +13,17 @@ import torch
 
 import megatron_bai
 from megatron_bai.checkpoint import manifest
-from megatron_bai.checkpoint.hf_files import SafetensorsReader
+from megatron_bai.checkpoint.carried_files import CONFIG, PROVENANCE, hash_file
 from megatron_bai.errors import UserError
-from megatron_bai.merge.execution.output_dir import CARD, CONFIG, PROVENANCE, carried_files
+from megatron_bai.merge.execution.output_dir import CARD, carried_sources, list_carried
+from megatron_bai.merge.execution.translated_files import write_translated_files
 from megatron_bai.merge.recipe.output_spec import config_with_dtype
 from megatron_bai.merge.recipe.plan import Plan
 from megatron_bai.merge.recipe.recipe import Recipe
 from megatron_bai.merge.recipe.regions import Fate, OutputTensor, Region
+from megatron_bai.merge.recipe.token_texts import with_token_ids
 from megatron_bai.merge.tensor_names.param_groups import matches
+from megatron_bai.merge.tensor_names.translated_reader import TranslatedReader, format_of
 
 # Of the merge's definition: raised when the same inputs would give other tensors, and when a default changes, since a
 # setting that came later is in no fingerprint where it has its default.
@@ -54,11 +57,10 @@ def fingerprint(plan: Plan, result_index: int, sources: dict[str, str]) -> str:
         "objects": [
             (key, hashlib.sha256(base.read_object(key)).hexdigest()) for unit in plan.units for key in unit.objects
         ],
-        "files": [
-            (path.as_posix(), hashlib.sha256((base.path / path).read_bytes()).hexdigest())
-            for path in carried_files(base)
-        ],
+        "files": [(path.as_posix(), hash_file(directory / path)) for path, directory in carried_sources(plan).items()],
     }
+    if plan.agreement and plan.agreement.token_ids:
+        fields["token_ids"] = plan.agreement.token_ids
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -91,7 +93,7 @@ def describe_difference(target: Path, recipe: Recipe) -> str:
         provenance cannot be read.
     """
     try:
-        recorded = json.loads((target / PROVENANCE).read_text())["recipe"]
+        recorded = json.loads((target / PROVENANCE).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"whose {PROVENANCE} cannot be read"
     described = json.loads(json.dumps(recipe.describe()))
@@ -118,24 +120,29 @@ def write_provenance(
     Returns:
         The result's fingerprint.
     """
-    for path in carried_files(plan.base):
+    carried = carried_sources(plan)
+    for path, directory in carried.items():
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.base.path / path, stage / path)
+        shutil.copyfile(directory / path, stage / path)
+    if isinstance(plan.base, TranslatedReader):
+        write_translated_files(plan.base, stage, plan.outputs)
+    if plan.agreement and plan.agreement.token_ids and (stage / CONFIG).is_file():
+        text = (stage / CONFIG).read_text(encoding="utf-8")
+        (stage / CONFIG).write_text(with_token_ids(text, plan.agreement.token_ids), encoding="utf-8")
     if plan.output_spec.dtype is not None and (stage / CONFIG).is_file():
-        (stage / CONFIG).write_text(config_with_dtype((stage / CONFIG).read_text(), plan.output_spec.dtype))
-    coefficients = {term.source: term.coefficient for term in recipe.terms()}
-    sources = [
-        {"path": path, "coefficient": coefficient, "digest": digests.get(path), "dropped": plan.dropped[path]}
-        for path, coefficient in coefficients.items()
-        if path in digests or path == str(plan.base.path)  # of a base with coefficient 0, only the layout was used
-    ]
+        text = (stage / CONFIG).read_text(encoding="utf-8")
+        (stage / CONFIG).write_text(config_with_dtype(text, plan.output_spec.dtype), encoding="utf-8")
     result_fingerprint = fingerprint(plan, result_index, digests)
     provenance: dict[str, Any] = {
         "fingerprint": result_fingerprint,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": recipe.describe(),
-        "sources": sources,
-        "carried_files": [path.as_posix() for path in carried_files(plan.base)],
+        "format": format_of(plan.base),
+        "sources": _describe_sources(recipe, plan, digests),
+        "differences": [{"key": each.key, "values": each.values, "outcome": each.outcome} for each in plan.differences],
+        "tokenizer": str(plan.agreement.tokenizer if plan.agreement else plan.base.path),
+        "carried_files": [path.as_posix() for path in carried],
+        "files_left_out": list_carried(plan).left_out,
         "carried_objects": [key for unit in plan.units for key in unit.objects],
         "versions": {
             "megatron_bai": megatron_bai.__version__,
@@ -146,10 +153,27 @@ def write_provenance(
             key: _describe_tensor(output, plan.regions[key], recipe, norms) for key, output in plan.outputs.items()
         },
     }
-    (stage / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
-    if isinstance(plan.base, SafetensorsReader):
-        (stage / CARD).write_text(make_model_card(recipe))
+    (stage / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    if format_of(plan.base) == "hf":
+        (stage / CARD).write_text(make_model_card(recipe), encoding="utf-8")
     return result_fingerprint
+
+
+def _describe_sources(recipe: Recipe, plan: Plan, digests: dict[str, str]) -> list[dict[str, Any]]:
+    """Describe every source that was read, and the base, of which with coefficient 0 only the layout was used."""
+    formats = {str(source.path): format_of(source) for source in plan.sources}
+    coefficients = {term.source: term.coefficient for term in recipe.terms()}
+    return [
+        {
+            "path": path,
+            "coefficient": coefficient,
+            "format": formats[path],
+            "digest": digests.get(path),
+            "dropped": plan.dropped[path],
+        }
+        for path, coefficient in coefficients.items()
+        if path in digests or path == str(plan.base.path)
+    ]
 
 
 def _describe_tensor(

@@ -5,15 +5,19 @@ from typing import Any
 
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
+from megatron_bai.merge.methods.average import Average, Ema
 from megatron_bai.merge.methods.bai import Bai
 from megatron_bai.merge.methods.dare import Dare
+from megatron_bai.merge.methods.dare_ties import DareTies
 from megatron_bai.merge.methods.linear import Linear
 from megatron_bai.merge.methods.slerp import Slerp
 from megatron_bai.merge.methods.task_arithmetic import TaskArithmetic
 from megatron_bai.merge.methods.ties import Ties
 from megatron_bai.merge.recipe.recipe import Recipe
 
-METHODS: dict[str, type[Recipe]] = {m.method: m for m in (Bai, Linear, TaskArithmetic, Slerp, Ties, Dare)}
+METHODS: dict[str, type[Recipe]] = {
+    m.method: m for m in (Bai, Linear, TaskArithmetic, Slerp, Ties, Dare, DareTies, Average, Ema)
+}
 
 
 UNSET: tuple[Any, ...] = (None, "", [], {})  # with False: that is, not 0
@@ -25,12 +29,13 @@ def make_recipes(settings: Merge) -> dict[str, Recipe]:
     Raises:
         UserError: there is no such method, it does not use a setting that is given, or it lacks one.
     """
-    if settings.method not in METHODS:
-        raise UserError(f"merge.method is {settings.method!r}: choose one of {', '.join(METHODS)}")
     method = METHODS[settings.method]
     sweep, given = list(settings.sweep), _given_settings(settings, method)
     if sweep and not method.sweep_setting:
         raise UserError(f"merge.method={method.method} does not use merge.sweep: leave it out")
+    if sweep and method.sweep_setting in given:
+        swept = f"merge.{method.sweep_setting}"
+        raise UserError(f"{swept} and merge.sweep are both given: leave one out ({swept}=null), the sweep gives values")
     if len(set(sweep)) != len(sweep):
         raise UserError(f"merge.sweep {sweep} names a value twice: give each once")
     name = method.sweep_setting

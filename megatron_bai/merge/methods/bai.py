@@ -57,7 +57,8 @@ class Bai(AveragingMethod):
         Returns:
             α for the pretrained checkpoint, then (1 − α) · w_i of each member.
         """
-        alpha, weights = first_match(self.alpha_for, key, layer, self.alpha), self.weights_for_tensor(key, layer)
+        alpha = first_match("alpha", self.alpha_for, key, layer, self.alpha)
+        weights = self.weights_for_tensor(key, layer)
         total = math.fsum(weights)
         coefficients = {self.pretrained: alpha}
         for member, weight in zip(self.members, weights, strict=True):

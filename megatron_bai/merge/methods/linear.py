@@ -19,12 +19,15 @@ class AveragingMethod(WeightedMethod):
     """A method with the weights of an average, which sum to 1.
 
     Args:
+        weights: of one member, none stands for 1.
         normalize: divide the weights by their sum, whatever it is, rather than require it to be 1.
     """
 
     normalize: bool = False
 
     def __post_init__(self) -> None:
+        if not self.weights and len(self.members) == 1:
+            object.__setattr__(self, "weights", (1.0,))
         super().__post_init__()
         for name, weights in self.all_weight_settings():
             if self.normalize:

@@ -37,7 +37,7 @@ class Slerp(Recipe):
     Args:
         pretrained: gives the layout and the non-tensor state, and no values; empty: the first member gives them.
         members: a and b.
-        t: 0 gives a, 1 gives b.
+        t: 0 gives a, 1 gives b; None where `t_for` fits every tensor.
         t_for: (pattern, t) pairs that replace `t` for the tensors that match the pattern, a parameter group's name or a
             regular expression; the first match decides.
     """
@@ -47,7 +47,7 @@ class Slerp(Recipe):
     sweep_setting: ClassVar[str] = "t"
     stats_passes: ClassVar[int] = 1
 
-    t: float
+    t: float | None = None
     t_for: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -55,7 +55,10 @@ class Slerp(Recipe):
         if len(self.members) != 2:
             raise UserError(f"merge.members has {len(self.members)} entries: merge.method=slerp is between two")
         require_distinct(self)
-        require_fraction("merge.t", self.t)
+        if self.t is not None:
+            require_fraction("merge.t", self.t)
+        elif not self.t_for:
+            raise UserError("merge.t is not given: merge.method=slerp needs it, or merge.t_for for every tensor")
         for pattern, t in self.t_for:
             require_fraction(f"merge.t_for[{pattern}]", t)
 
@@ -69,7 +72,7 @@ class Slerp(Recipe):
         Returns:
             Terms of a and b; before them that of the pretrained checkpoint, where one is given, with coefficient 0.
         """
-        t = first_match(self.t_for, key, layer, self.t)
+        t = first_match("t", self.t_for, key, layer, self.t)
         layout = (Term(self.pretrained, 0.0),) if self.pretrained else ()
         return (*layout, Term(self.members[0], 1 - t), Term(self.members[1], t))
 

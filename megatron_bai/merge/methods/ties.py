@@ -104,10 +104,10 @@ class Ties(TaskVectorMethod):
         base = values[0]
         weight_column = torch.tensor(weights[1:], dtype=torch.float64).unsqueeze(1)
         weighted = self._trim(values, stats).mul_(weight_column)
-        sign = _ordered_sum(weighted).sign_()
+        sign = ordered_sum(weighted).sign_()
         agreeing = weighted.mul_(sign).clamp_(min=0)  # |w · τ̂| of those that agree
-        delta = _ordered_sum(agreeing).mul_(sign)
-        agreeing_weight = _ordered_sum((agreeing > 0) * weight_column)
+        delta = ordered_sum(agreeing).mul_(sign)
+        agreeing_weight = ordered_sum((agreeing > 0) * weight_column)
         delta.div_(agreeing_weight.clamp_(min=torch.finfo(torch.float64).tiny)).mul_(self.scale)
         return torch.where(delta == 0, base, base + delta)
 
@@ -144,8 +144,15 @@ class Ties(TaskVectorMethod):
         return vectors
 
 
-def _ordered_sum(rows: torch.Tensor) -> torch.Tensor:
-    """Add the rows in their order: `sum` may choose another order for another number of columns."""
+def ordered_sum(rows: torch.Tensor) -> torch.Tensor:
+    """Add the rows in their order: `sum` may choose another order for another number of columns.
+
+    Args:
+        rows: float64 `[rows, columns]`, at least one row.
+
+    Returns:
+        float64 `[columns]`.
+    """
     total = rows[0].clone()
     for row in rows[1:]:
         total += row

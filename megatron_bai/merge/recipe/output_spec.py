@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,13 @@ import torch
 from megatron_bai.checkpoint.tensor_index import TensorInfo
 from megatron_bai.config import Merge
 from megatron_bai.errors import UserError
-from megatron_bai.merge.tensor_names.param_groups import param_group
+from megatron_bai.merge.recipe.recipe import resolve_sources
+from megatron_bai.merge.recipe.sources_agree import choose_tokenizer
+from megatron_bai.merge.tensor_names.param_groups import matches, param_group
 from megatron_bai.utils.dataclass_defaults import drop_later_defaults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ELSEWHERE = ("allow_different", "tokenizer", "format")  # in a fingerprint by what they choose, if at all
 _ORIGINAL = ("dtype", "vocab_size", "chunk_bytes", "file_bytes")  # the fields that fingerprints always had
 ROUTER_BIAS = re.compile(r"\b(expert_bias|e_score_correction_bias)$")  # which both engines keep in float32
 
@@ -27,16 +32,25 @@ class OutputSpec:
         vocab_size: number of rows of the vocabulary's tensors that are a token's, or 0: what the checkpoints say.
         chunk_bytes: the largest `torch_dist` chunk, or 0.
         file_bytes: size to which output files are filled, or 0.
+        keep: patterns of tensors that stay as they are in the pretrained checkpoint.
+        allow_different: what sources may say differently; no part of fingerprints, as nothing is written otherwise.
+        tokenizer: directory of the source whose tokenizer is taken, or None; its files' contents are in fingerprints.
+        format: `hf` or `megatron`, or empty; the names of the tensors are in fingerprints.
     """
 
     dtype: torch.dtype | None = None
     vocab_size: int = 0
     chunk_bytes: int = 0
     file_bytes: int = 0
+    keep: tuple[str, ...] = ()
+    allow_different: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+    format: str = ""
 
     def fingerprint_fields(self) -> tuple[Any, ...]:
         """Return what a fingerprint has of it: fields that came later only where they do not have their default."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        names = (field.name for field in fields(self) if field.name not in _ELSEWHERE)
+        values = {name: getattr(self, name) for name in names}
         kept = drop_later_defaults(values, type(self), _ORIGINAL)
         return (*(kept.pop(name) for name in _ORIGINAL), *sorted(kept.items()))
 
@@ -45,31 +59,45 @@ def make_output_spec(settings: Merge) -> OutputSpec:
     """Make the specification that the settings ask for.
 
     Raises:
-        UserError: a setting is out of range, or two contradict each other.
+        UserError: two settings contradict each other.
     """
-    if settings.dtype and settings.dtype not in DTYPES:
-        raise UserError(f"merge.dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}, or leave it empty")
-    for name in ("vocab_size", "chunk_mib", "file_mib"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"merge.{name} is {getattr(settings, name)}: give 0 or a positive number")
     if 0 < settings.file_mib < settings.chunk_mib:
         raise UserError(
             f"merge.file_mib is {settings.file_mib} and merge.chunk_mib is {settings.chunk_mib}: a chunk lies in one"
             " file, so a file must not be smaller"
         )
-    dtype = DTYPES.get(settings.dtype)
-    return OutputSpec(dtype, settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20)
+    for pattern in settings.keep:
+        try:
+            matches(pattern, "")
+        except re.error as error:
+            raise UserError(f"merge.keep: {pattern!r} is neither a group nor a regular expression: {error}") from None
+    pretrained, members = resolve_sources(settings.pretrained, settings.members)
+    tokenizer = choose_tokenizer(settings.tokenizer, pretrained, members)
+    sizes = settings.vocab_size, settings.chunk_mib << 20, settings.file_mib << 20
+    return OutputSpec(
+        DTYPES.get(settings.dtype),
+        *sizes,
+        tuple(settings.keep),
+        tuple(settings.allow_different),
+        tokenizer,
+        settings.format,
+    )
 
 
-def choose_output_dtypes(tensors: dict[str, TensorInfo], requested: torch.dtype | None) -> dict[str, torch.dtype]:
+def choose_output_dtypes(
+    tensors: Mapping[str, TensorInfo],
+    requested: torch.dtype | None,
+    members: Iterable[Mapping[str, TensorInfo]] = (),
+) -> dict[str, torch.dtype]:
     """Return the dtype of every output tensor: `requested` for floating point, the base's for the rest.
 
     The pretrained checkpoint's dtype also stays where it is wider than that of the embeddings, such as float32 for a
-    router's weights, and for the router's bias.
+    router's weights. A router's bias gets the widest of all sources' and `requested`: it is a sum of small steps.
 
     Args:
         tensors: of the pretrained checkpoint, by key.
         requested: `merge.dtype`, or None.
+        members: the tensors of the other sources, by the same keys.
     """
     floating = {key: entry.dtype for key, entry in tensors.items() if entry.dtype.is_floating_point}
     embeddings = [dtype.itemsize for key, dtype in floating.items() if param_group(key) == "embeddings"]
@@ -79,6 +107,11 @@ def choose_output_dtypes(tensors: dict[str, TensorInfo], requested: torch.dtype 
         for key, dtype in floating.items():
             if dtype.itemsize <= narrowest and not ROUTER_BIAS.search(key):
                 dtypes[key] = requested
+    biases = [key for key in floating if ROUTER_BIAS.search(key)]
+    wider = [{key: each[key].dtype for key in biases} for each in members]
+    wider += [dict.fromkeys(biases, requested)] if requested is not None else []
+    for key in biases:
+        dtypes[key] = max((dtypes[key], *(each[key] for each in wider)), key=lambda dtype: dtype.itemsize)
     return dtypes
 
 

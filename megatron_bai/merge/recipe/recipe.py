@@ -12,7 +12,9 @@ checkpoint 1.
 """
 
 import dataclasses
+import glob
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from megatron_bai.checkpoint.iterations import resolve_iteration
 from megatron_bai.errors import UserError
 from megatron_bai.merge.recipe.slices import SliceBox
 from megatron_bai.merge.tensor_names.param_groups import matches, parse_layers
@@ -197,7 +200,7 @@ class WeightedMethod(Recipe):
     """A method with a weight for each member.
 
     Args:
-        weights: one for each member, finite.
+        weights: one for each member, finite; none where `weights_for` fits every tensor.
         weights_for: (pattern, weights) pairs that replace `weights` for the tensors that match the pattern, a parameter
             group's name or a regular expression; the first match decides.
     """
@@ -208,6 +211,11 @@ class WeightedMethod(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, weights in self.all_weight_settings():
+            if not weights and name == "merge.weights":
+                raise UserError(
+                    f"{name} is not given: merge.method={self.method} needs a weight for each of the"
+                    f" {len(self.members)} members"
+                )
             if len(weights) != len(self.members):
                 raise UserError(f"{name} has {len(weights)} entries for {len(self.members)} members: give one a member")
             if not all(math.isfinite(w) for w in weights):
@@ -216,7 +224,7 @@ class WeightedMethod(Recipe):
     def all_weight_settings(self) -> list[tuple[str, tuple[float, ...]]]:
         """Return every set of weights with its setting's name."""
         named = [(f"merge.weights_for[{pattern}]", weights) for pattern, weights in self.weights_for]
-        return [("merge.weights", self.weights), *named]
+        return named if named and not self.weights else [("merge.weights", self.weights), *named]
 
     def weights_for_tensor(self, key: str | None, layer: int | None) -> tuple[float, ...]:
         """Return the weights of the members in one tensor, or in one layer of it.
@@ -225,20 +233,29 @@ class WeightedMethod(Recipe):
             key: name of the tensor, which patterns of `weights_for` match; None: `weights` apply.
             layer: decoder layer of the tensor, from 0; None, where it belongs to none, matches no pattern with layers.
         """
-        return first_match(self.weights_for, key, layer, self.weights)
+        return first_match("weights", self.weights_for, key, layer, self.weights or None)
 
 
-def first_match(choices: Sequence[tuple[str, T]], key: str | None, layer: int | None, default: T) -> T:
+def first_match(
+    name: str, choices: Sequence[tuple[str, T]], key: str | None, layer: int | None, default: T | None
+) -> T:
     """Return the value of the first pattern that matches a tensor, or this layer of it.
 
     Args:
+        name: of the setting, for the error.
         choices: (pattern, value) pairs.
         key: name of the tensor; None matches no pattern.
         layer: decoder layer of it, from 0.
-        default: the value where no pattern matches.
+        default: the value where no pattern matches; None where it is not given: the first one's, of no tensor.
+
+    Raises:
+        UserError: no pattern matches the tensor, and there is no default.
     """
     matching = (value for pattern, value in choices if key is not None and matches(pattern, key, layer))
-    return next(matching, default)
+    value = next(matching, choices[0][1] if key is None and default is None else default)
+    if value is None:
+        raise UserError(f"merge.{name} is not given, and no pattern of merge.{name}_for fits {key}: give either")
+    return value
 
 
 def require_pretrained(recipe: Recipe) -> None:
@@ -253,6 +270,44 @@ def require_distinct(recipe: Recipe) -> None:
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise UserError(f"merge.method={recipe.method} names {twice} twice: name each checkpoint once")
+
+
+def expand_members(members: Sequence[str]) -> list[str]:
+    """Replace patterns such as `run/checkpoints/step-*` by the directories that match, in the order of their numbers.
+
+    Raises:
+        UserError: a pattern matches no directory.
+    """
+    expanded: list[str] = []
+    for member in members:
+        if os.path.exists(member) or not glob.has_magic(member):
+            expanded.append(member)
+            continue
+        matching = [path for path in glob.glob(member) if os.path.isdir(path)]
+        if not matching:
+            raise UserError(f"merge.members: no directory matches {member}: give checkpoints, or a pattern of some")
+        expanded += sorted(matching, key=_natural_key)
+    return expanded
+
+
+def resolve_sources(pretrained: str, members: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the real paths of the checkpoints to merge, so that one that is named in two ways counts as one.
+
+    Args:
+        pretrained: as given; may be empty.
+        members: likewise, with patterns.
+
+    Raises:
+        UserError: a pattern matches no directory, or a save directory of Megatron-LM names no iteration.
+    """
+    paths = [pretrained, *expand_members(members)]
+    found = [os.path.realpath(resolve_iteration(path)) if path else "" for path in paths]
+    return found[0], found[1:]
+
+
+def _natural_key(path: str) -> list[tuple[int, str]]:
+    """Return a key that sorts `step-9` before `step-10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
 def require_fraction(name: str, value: float) -> None:
@@ -292,7 +347,7 @@ def require_positive_sum(name: str, weights: Sequence[float]) -> None:
 
 def format_settings(settings: Mapping[str, Any]) -> str:
     """Format settings in a line, without patterns and what is left out."""
-    plain = {name: value for name, value in settings.items() if not name.endswith("_for") and value is not False}
+    plain = {n: v for n, v in settings.items() if not n.endswith("_for") and v not in (None, ()) and v is not False}
     shown = {n: " ".join(f"{w:g}" for w in v) if isinstance(v, Sequence) else v for n, v in plain.items()}
     return ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in shown.items())
 

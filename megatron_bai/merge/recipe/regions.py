@@ -35,11 +35,12 @@ class OutputTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     merged: bool
+    known_as: CanonicalBox | None = None  # by a family's table; None: by the general rules
 
     @cached_property
     def canonical(self) -> CanonicalBox:
         """The tensor as a box of a canonical one."""
-        return canonical_box(self.key, self.shape)
+        return self.known_as or canonical_box(self.key, self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +102,15 @@ def split_into_regions(output: OutputTensor, patterns: Sequence[str], vocab_size
     if len(bounds) <= 2:
         return (_make_region(output, None, Fate.MERGED, layers.start),)
     return tuple(_make_region(output, range(a, b), Fate.MERGED, a) for a, b in pairwise(sorted(bounds)))
+
+
+def make_kept_region(output: OutputTensor) -> Region:
+    """Make the one region of a tensor that stays as it is in the pretrained checkpoint.
+
+    Args:
+        output: the tensor.
+    """
+    return _make_region(output, None, Fate.KEPT, None)
 
 
 def _make_region(output: OutputTensor, rows: range | None, fate: Fate, layer: int | None) -> Region:

@@ -12,6 +12,8 @@ experts, I rows of gate and H columns:
     Hugging Face, all canonical `model.layers.mlp.experts.gate_up_proj` [L, E, 2I, H]
         model.layers.3.mlp.experts.gate_up_proj                         [E, 2I, H]     as transformers 5 holds it
         model.layers.3.mlp.experts.7.gate_proj.weight, up_proj.weight   [I, H]         as it is published
+    gpt-oss: [L, E, H, 2I], the biases [L, E, 2I], in the order that its checkpoints have
+        model.layers.3.mlp.experts.gate_up_proj, gate_up_proj_bias      [E, H, 2I], [E, 2I]
 
 Under Transformer Engine a norm may be fused into the linear layer behind it and is then saved as that layer's
 `layer_norm_weight`; Megatron's local layers save some under the fused name although they are not fused. A layer has one
@@ -22,12 +24,13 @@ import re
 from dataclasses import dataclass
 
 from megatron_bai.checkpoint.boxes import Box
+from megatron_bai.compat.releases import MEGATRON, MEGATRON_CORE
 
 LAYER, EXPERT = "layers", "experts"  # the leading axes of a canonical tensor
 
 _LAYERS = re.compile(r"^(.*?\blayers\.)(?:(\d+)\.)?(.*)$")
 _NUMBERED_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
-_STACKED_EXPERTS = re.compile(r"\bexperts\.experts\.|\bmlp\.experts\.(gate_up_proj|down_proj)$")
+_STACKED_EXPERTS = re.compile(r"\bexperts\.experts\.|\bmlp\.experts\.(gate_up_proj|down_proj)(_bias)?$")
 _HALVES = re.compile(r"(?<=\blinear_fc1\.)(weight|bias)_([wv])$")
 _HF_HALVES = re.compile(r"(?<=\bmlp\.experts\.)(gate|up)_proj\.weight$")
 _HF_WHOLE = re.compile(r"(?<=\bmlp\.experts\.)(gate_up_proj|down_proj)\.weight$")
@@ -37,6 +40,8 @@ _FUSED_NORMS = {
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+# The layer within one of multi-token prediction, whose name differs between releases of Megatron-Core.
+_MTP_LAYER = re.compile(rf"^(mtp\.layers\.)({'|'.join(sorted({row.mtp_layer for row in MEGATRON.values()}))})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ def canonical_box(key: str, shape: tuple[int, ...]) -> CanonicalBox:
         name, half = name[: match.end(1)], "wv".index(match[2])
     for fused, norm in _FUSED_NORMS.items():
         name = name.replace(fused, norm)
+    name = _MTP_LAYER.sub(rf"\1{MEGATRON[MEGATRON_CORE].mtp_layer}.", name)
     origin = [*index, *(0 for _ in shape)]
     if half and len(origin) > len(axes):
         origin[len(axes)] = shape[len(axes) - len(index)]  # the rows of `up` follow as many of `gate`

@@ -4,7 +4,7 @@ import re
 
 # The first pattern with a match in the name decides.
 GROUPS = {
-    "router": r"\brouter\.|\bmlp\.gate\.",
+    "router": r"\brouter\.|\b(mlp|block_sparse_moe)\.(gate\.|e_score_correction_bias$)",
     "shared experts": r"shared_expert",
     "experts": r"\bexperts\.",
     "norms": r"layernorm|layer_norm|\bnorm\b|[qk]_norm",

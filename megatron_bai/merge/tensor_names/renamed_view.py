@@ -16,10 +16,12 @@ import torch
 from megatron_bai.checkpoint.boxes import Box, box_slices
 from megatron_bai.checkpoint.reader import CheckpointReader, ChunkStream, ScratchBuffers
 from megatron_bai.checkpoint.tensor_index import Chunk, TensorInfo
+from megatron_bai.checkpoint.weight_checks import EMBEDDING, OUTPUT
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.canonical_names import EXPERT, LAYER, canonical_box
-from megatron_bai.merge.tensor_names.vocabulary import EMBEDDING, OUTPUT, is_vocab_tensor, read_vocab_info
+from megatron_bai.merge.tensor_names.family_names import CanonicalNames
+from megatron_bai.merge.tensor_names.vocabulary import is_vocab_tensor, read_vocab_info
 
 
 class CanonicalIndex:
@@ -29,8 +31,10 @@ class CanonicalIndex:
         path: of the checkpoint, for errors.
         tensors: by key.
         vocab_size: number of rows of the vocabulary's tensors that are a token's; None: all.
+        to_canonical: names the tensors.
 
     Attributes:
+        to_canonical: likewise.
         canonical_boxes: of each tensor, by key.
         boxes: likewise, without the vocabulary's padding.
         shapes: of the canonical tensors, by name.
@@ -39,10 +43,17 @@ class CanonicalIndex:
         UserError: two tensors hold the same elements, such as a norm under both of its names.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], vocab_size: int | None):
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, TensorInfo],
+        vocab_size: int | None,
+        to_canonical: CanonicalNames = canonical_box,
+    ):
         self.path = path
         self.tensors = tensors
-        self.canonical_boxes = {key: canonical_box(key, entry.shape) for key, entry in tensors.items()}
+        self.to_canonical = to_canonical
+        self.canonical_boxes = {key: to_canonical(key, entry.shape) for key, entry in tensors.items()}
         self.boxes: dict[str, Box] = {}
         # One for each canonical tensor, or for each layer where layers are separate: a chunk is a tensor
         chunks_of: dict[tuple[str, int | None], list[Chunk]] = defaultdict(list)
@@ -181,6 +192,10 @@ class RenamedView:
         """Convert a box of a canonical tensor to one of the source's tensor `name`."""
         return self._index.canonical_boxes[name].to_native(box, len(self._index.tensors[name].shape))
 
+    def require_unchanged(self) -> None:
+        """Raise unless the source's files are unchanged, as `CheckpointReader.require_unchanged` does."""
+        self._source.require_unchanged()
+
     def stat_fingerprint(self) -> str:
         """Return the source's, as `CheckpointReader.stat_fingerprint` does."""
         return self._source.stat_fingerprint()
@@ -222,11 +237,11 @@ def rename_to_base(
     """
     if {k: e.shape for k, e in tensors.items()} == {k: e.shape for k, e in base.tensors.items()}:
         return source
-    index = CanonicalIndex(source.path, tensors, vocab_size)
+    index = CanonicalIndex(source.path, tensors, vocab_size, base.to_canonical)
     _tie_output_layer(index, base)
     _require_counts(base, index)
-    _require_covered(base, index)
-    _require_covered(index, base)
+    _require_covered(base, index, "keeps those of the pretrained checkpoint")
+    _require_covered(index, base, "leaves them out")
     return RenamedView(source, index, base, scratch)
 
 
@@ -262,8 +277,8 @@ def _require_counts(base: CanonicalIndex, index: CanonicalIndex) -> None:
             raise UserError(f"{message} shape of {key} ({a} and {b})")
 
 
-def _require_covered(one: CanonicalIndex, other: CanonicalIndex) -> None:
-    """Raise a UserError unless every element of the one is in the other."""
+def _require_covered(one: CanonicalIndex, other: CanonicalIndex, effect: str) -> None:
+    """Raise a UserError unless every element of the one is in the other; `effect` is that of `merge.keep`."""
     missing = []
     for key, canonical in one.canonical_boxes.items():
         count, expected = other.count_elements(canonical.name, one.boxes[key]), math.prod(one.boxes[key][1])
@@ -272,7 +287,13 @@ def _require_covered(one: CanonicalIndex, other: CanonicalIndex) -> None:
         elif count != expected:
             raise UserError(f"{other.path} holds {count} of the {expected} elements of {key} of {one.path}")
     if missing:
-        raise UserError(f"{other.path} lacks {format_names(missing)} of {one.path}: they are not the same architecture")
+        pattern = missing[0].partition(".")[0]
+        pattern = pattern if all(key.partition(".")[0] == pattern for key in missing) else "PATTERN"
+        whole = pattern in {key.partition(".")[0] for key in one.tensors if key not in missing}
+        raise UserError(
+            f"{other.path} lacks {format_names(missing)} of {one.path}: they are not the same architecture; if they"
+            f" need not be merged, 'merge.keep=[{'PATTERN' if whole else pattern}]' {effect}"
+        )
 
 
 def format_names(names: Iterable[str], limit: int = 5) -> str:

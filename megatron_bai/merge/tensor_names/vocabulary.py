@@ -2,24 +2,19 @@
 
 Megatron pads the vocabulary to a multiple that depends on the tensor-parallel size, so the same model has embeddings of
 different heights. Only `config.json` (Hugging Face's, which our Megatron checkpoints have too) or the arguments in
-Megatron-LM's `common.pt` tell how many rows are a token's.
+Megatron-LM saves tell how many rows are a token's.
 """
 
-import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megatron_bai.checkpoint.common_state import find_common_state, read_arguments
+from megatron_bai.checkpoint.hf_config import CONFIG, read_raw_config
 from megatron_bai.checkpoint.tensor_index import TensorInfo
+from megatron_bai.checkpoint.weight_checks import EMBEDDING, OUTPUT, is_tied
 from megatron_bai.errors import UserError
 from megatron_bai.merge.tensor_names.canonical_names import canonical_box
-from megatron_bai.utils.strict_json import parse
-
-EMBEDDING = re.compile(r"(^|\.)(word_embeddings|embed_tokens)\.weight$")
-OUTPUT = re.compile(r"(^|\.)(output_layer|lm_head)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -38,38 +33,29 @@ class VocabInfo:
 
 
 def read_vocab_info(path: Path) -> VocabInfo:
-    """Read `config.json`, or else the arguments in `common.pt` as far as they are plain data.
+    """Read `config.json`, or else Megatron-LM's arguments as far as they are plain data.
 
     Raises:
         UserError: `config.json` is no JSON.
     """
-    file = path / "config.json"
+    file = path / CONFIG
     if file.is_file():
-        try:
-            config = parse(file.read_bytes())
-            config = {**config, **(config.get("text_config") or {})}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}): restore it from a copy") from None
-        return _make_vocab_info(file, config.get("vocab_size"), config.get("tie_word_embeddings"))
-    arguments = _megatron_args(path / "common.pt")
+        raw = read_raw_config(path)
+        text = raw.get("text_config")
+        size = {**raw, **(text if isinstance(text, dict) else {})}.get("vocab_size")
+        return _make_vocab_info(file, size, is_tied(path))
+    if not (arguments := read_arguments(path)):
+        return VocabInfo()
     untied = arguments.get("untie_embeddings_and_output_weights")
-    return _make_vocab_info(path / "common.pt", arguments.get("vocab_size"), None if untied is None else not untied)
+    return _make_vocab_info(
+        path / str(find_common_state(path)), arguments.get("vocab_size"), None if untied is None else not untied
+    )
 
 
 def _make_vocab_info(file: Path, size: Any, tied: Any) -> VocabInfo:
     """Make the info from values that may be of any type."""
     size = size if isinstance(size, int) and size > 0 else None
     return VocabInfo(size, str(file), tied if isinstance(tied, bool) else None)
-
-
-def _megatron_args(file: Path) -> dict[str, Any]:
-    """Read Megatron-LM's arguments; none where the file has classes that `weights_only` refuses; no code is run."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            arguments: dict[str, Any] = vars(torch.load(file, map_location="cpu", weights_only=True)["args"])
-            return arguments
-    except Exception:  # missing, damaged, or with objects of other classes: the checkpoint may be good nevertheless
-        return {}
 
 
 def is_vocab_tensor(key: str) -> bool:
