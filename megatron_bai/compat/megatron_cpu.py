@@ -1,4 +1,4 @@
-"""Let Megatron-Core 0.16.1 train on a CPU over gloo.
+"""Let Megatron-Core train on a CPU over gloo.
 
 Symptom: Megatron-Core names CUDA throughout: it allocates with `device="cuda"`, waits on CUDA streams, keeps its
 random states in CUDA generators, and compares tensor type names with `torch.cuda.FloatTensor`.
@@ -121,12 +121,15 @@ def _patch_all_to_all() -> None:
     distributed.all_to_all_single = all_to_all_single
 
 
-def _define_te_name() -> None:
-    """Define a name that `moe_router_dtype` looks up and only Transformer Engine's import defines."""
+def _fix_te_names() -> None:
+    """Mend names that are wrong without Transformer Engine: one that is not there, and one that is always true."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):
+    if not hasattr(moe_utils, "te_general_gemm"):  # which `moe_router_dtype` looks up
         moe_utils.te_general_gemm = None
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE  # True if its classes can be imported: stand-ins are
 
 
 def install() -> None:
@@ -138,13 +141,13 @@ def install() -> None:
     jit.disable_jit_fuser()  # torch.compile of one-line functions: minutes of C compilation, no gain on a CPU
     _patch_rng()
     _patch_all_to_all()
-    _define_te_name()
+    _fix_te_names()
 
 
 PATCH = Patch(
     name="megatron_cpu",
     distribution="megatron-core",
-    version=releases.MEGATRON_CORE,
+    versions=(releases.MEGATRON_CORE, *(known for known in releases.MEGATRON if known != releases.MEGATRON_CORE)),
     scope="megatron-cpu",
     summary="Megatron-Core allocates, waits and draws random numbers on CUDA: it does not train on a CPU",
     install=install,

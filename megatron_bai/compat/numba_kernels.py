@@ -29,14 +29,14 @@ def decode_attention(
     Args:
         query: `[sequences, heads, dim]` float32.
         keys: `[slots, kv heads, dim]` float32; query heads that share keys are adjacent.
-        values: `[slots, kv heads, dim of values]` float32.
+        values: `[slots, kv heads, dim of values or more]` float32, of which the first are read.
         table: `[·, positions]` int32, the slot of each position of a sequence.
         rows: `[sequences]` int64, rows of the table.
         lengths: `[sequences]` int64, at least 1.
         scale: of the scores.
         out: `[sequences, heads, dim of values]` float32, which is written.
     """
-    heads, dim, width = query.shape[1], query.shape[2], values.shape[2]
+    heads, dim, width = query.shape[1], query.shape[2], out.shape[2]
     group_size = heads // keys.shape[1]
     scores, total = np.empty(table.shape[1], np.float32), np.empty(width, np.float32)
     for i in range(rows.size):

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from megatron_bai.compat.releases import installed_megatron
 from megatron_bai.errors import UserError
 
 _applied: set[str] = set()  # names of the fixes installed in this process
@@ -17,27 +18,31 @@ _applied: set[str] = set()  # names of the fixes installed in this process
 
 @dataclass(frozen=True)
 class Patch:
-    """A fix to one release of another project's package.
+    """A fix to named releases of another project's package, and to no other.
 
     Attributes:
         name: unique; the module's name.
         distribution: the package it fixes, as pip names it.
-        version: the one release the fix was written for and tested with.
-        scope: what needs it (`sglang-cpu`, `megatron-cpu`): fixes of a scope are applied together.
+        versions: the releases it was tested with, which need it.
+        scope: what needs it (`sglang-cpu`, `sglang-models`, `megatron-cpu`): fixes of a scope are applied together.
         summary: the symptom without it, in one line.
         install: puts the fix in place in this process. Imports the package only when called.
+        mended_in: releases that were tried and do without it, or have another fix.
     """
 
     name: str
     distribution: str
-    version: str
+    versions: tuple[str, ...]
     scope: str
     summary: str
     install: Callable[[], None]
+    mended_in: tuple[str, ...] = ()
 
     @property
     def installed_version(self) -> str | None:
         """The installed release, without a build's local suffix (`+cpu`); None when there is none."""
+        if self.distribution == "megatron-core":
+            return installed_megatron()
         try:
             return version(self.distribution).partition("+")[0]
         except PackageNotFoundError:
@@ -45,25 +50,27 @@ class Patch:
 
     @property
     def state(self) -> str:
-        """`applied` in this process, `ready`, `not installed` (the package), or `moved` (another release)."""
+        """`applied` in this process, `ready`, `not needed`, `not installed` (no package), `moved` (another release)."""
         if self.name in _applied:
             return "applied"
         if self.installed_version is None:
             return "not installed"
-        return "ready" if self.installed_version == self.version else "moved"
+        if self.installed_version in self.mended_in:
+            return "not needed"
+        return "ready" if self.installed_version in self.versions else "moved"
 
     def apply(self) -> None:
-        """Install once per process.
+        """Install once per process, where the installed release needs it.
 
         Raises:
-            UserError: the installed package is not the release this fix was written for.
+            UserError: the installed package is none of the releases this fix was tested with.
         """
-        if self.name in _applied:
+        if self.state in ("applied", "not needed"):
             return
-        if self.installed_version != self.version:
+        if self.installed_version not in self.versions:
             raise UserError(
-                f"patch {self.name} is written for {self.distribution} {self.version}, but "
-                f"{self.installed_version or 'none'} is installed: install {self.distribution}=={self.version}"
+                f"patch {self.name} is written for {self.distribution} {', '.join(self.versions)}, but "
+                f"{self.installed_version or 'none'} is installed: install {self.distribution}=={self.versions[0]}"
             )
         self.install()
         _applied.add(self.name)
@@ -112,7 +119,7 @@ def apply_scope(patches: Iterable[Patch], scope: str) -> None:
 
     Args:
         patches: of any scope.
-        scope: whose fixes are applied: `sglang-cpu` or `megatron-cpu`. The others are skipped.
+        scope: whose fixes are applied: `sglang-cpu`, `sglang-models` or `megatron-cpu`. The others are skipped.
 
     Raises:
         UserError: as `Patch.apply`; the fixes before that one stay installed.

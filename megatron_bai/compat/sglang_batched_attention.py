@@ -151,6 +151,8 @@ def make_batched_backend(upstream: type) -> type:
             if not _is_self_attention(batch, how):
                 return super()._run_sdpa_forward_decode(*batch, **how)
             if all(tensor.dtype == torch.float32 for tensor in (query, keys, values)):
+                if values.data_ptr() == keys.data_ptr():  # the first numbers of a latent, which is the key
+                    values = keys
                 arrays = query.contiguous(), keys, values, table, rows.to(torch.int64), lengths.to(torch.int64)
                 decode_attention(*(array.numpy() for array in arrays), how["scaling"], output.numpy())
             else:
@@ -190,7 +192,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_batched_attention",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="torch_native attention runs sequence by sequence: most of a rollout's time",
     install=install,

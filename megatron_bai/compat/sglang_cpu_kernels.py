@@ -107,7 +107,7 @@ def _define_murmur_hash() -> None:
 PATCH = Patch(
     name="sglang_cpu_kernels",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="sgl_kernel has no CPU build on PyPI: SGLang does not start",
     install=install,

@@ -44,7 +44,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_forked_workers",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="each process of a server imports everything again: seconds of each core at its start",
     install=install,

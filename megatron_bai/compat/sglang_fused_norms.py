@@ -80,7 +80,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_fused_norms",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="norms and rotations are dozens of small operators a layer: slow decoding on a CPU",
     install=install,

@@ -102,7 +102,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_grouped_experts",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="experts run one by one in Python: slow decoding on a CPU",
     install=install,

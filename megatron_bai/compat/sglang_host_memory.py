@@ -29,7 +29,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_host_memory",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="route capture pins its host buffer through CUDA: the scheduler dies on a CPU",
     install=install,

@@ -20,7 +20,7 @@ from megatron_bai.compat.patch import Patch
 
 def install() -> None:
     """Allow torch_native, leave torch's own CPU operators in place, and run the sampler uncompiled."""
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # read when torch._dynamo is first imported, in this process
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read where a function is decorated: the sampler is imported later
     from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups import choices
 
@@ -31,7 +31,7 @@ def install() -> None:
 PATCH = Patch(
     name="sglang_seeded_sampling",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="seeds per sample are refused with the attention backend that runs on a CPU",
     install=install,

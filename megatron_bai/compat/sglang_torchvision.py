@@ -75,7 +75,7 @@ class _StubFinder(MetaPathFinder, Loader):
 PATCH = Patch(
     name="sglang_torchvision",
     distribution="sglang",
-    version=releases.SGLANG,
+    versions=releases.sglang_releases(),
     scope="sglang-cpu",
     summary="SGLang imports torchvision for every model, and PyPI's needs CUDA",
     install=install,

@@ -42,3 +42,14 @@ def test_norms_and_rotations_are_those_of_many_operators(cases: list[dict[str, A
     found = [case for case in cases if case["what"] in ("norms", "rotation")]
     assert len(found) == 9
     assert not [case for case in found if not case["error"] < TOLERANCE[case["dtype"]] * 10]  # of values up to 10
+
+
+def test_gates_and_full_width_norms_are_those_of_float64(cases: list[dict[str, Any]]) -> None:
+    found = [case for case in cases if case["what"] == "kernels"]
+    assert len(found) == 2
+    assert not [case for case in found if not case["error"] < TOLERANCE[case["dtype"]] * 10]  # of values up to 10
+
+
+def test_routers_get_their_layer_and_models_have_the_fixes(cases: list[dict[str, Any]]) -> None:
+    known = {case["what"]: case["found"] for case in cases if "found" in case}
+    assert known == {"layers": [0, 7, 2], "replaced": True}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_bai import compat
-from megatron_bai.compat import sglang_grouped_experts
+from megatron_bai.compat import sglang_grouped_experts, sglang_model_kernels, sglang_topk_layers
 
 SLOTS = 4096
 
@@ -49,7 +49,9 @@ def attention(draw: torch.Generator, heads: int, shared: int, dim: int, dtype: t
         extend_seq_lens=None if decoding else asks, extend_prefix_lens=None if decoding else lengths - asks,
     )  # fmt: skip
     found = []
-    for backend in (torch_native_backend.TorchNativeAttnBackend, torch_native_backend.TorchNativeAttnBackend.__base__):
+    ours = torch_native_backend.TorchNativeAttnBackend
+    (theirs,) = (each for each in ours.__mro__ if each.__name__ == "TorchNativeAttnBackend")  # below those of two fixes
+    for backend in (ours, theirs):
         running = backend(runner)
         running.init_forward_metadata(batch)
         forward = running.forward_decode if decoding else running.forward_extend
@@ -129,8 +131,66 @@ def rotation(draw: torch.Generator, heads: int, keys: int, dim: int, rotated: in
     return {"error": largest(found, wanted)}
 
 
+def layers() -> dict[str, Any]:
+    """Whether a router gets the layer in its name where its model says none, and keeps one that it was told."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    model = torch.nn.Module()
+    blocks = [
+        torch.nn.ModuleDict({"block_sparse_moe": torch.nn.ModuleDict({"topk": TopK(top_k=2, layer_id=7)})})
+        for _ in range(3)
+    ]
+    for untold in (0, 2):
+        blocks[untold]["block_sparse_moe"]["topk"].layer_id = None
+    model.model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(blocks)})
+    sglang_topk_layers.name_layers(model)
+    return {"found": [block["block_sparse_moe"]["topk"].layer_id for block in blocks]}
+
+
+def replaced() -> dict[str, Any]:
+    """Whether functions of the models are this package's, and the sampler is not compiled."""
+    from sglang.kernels.ops.elementwise import elementwise
+    from sglang.srt.layers import sampler
+    from sglang.srt.model_loader import loader
+    from sglang.srt.models import minimax_m2
+
+    functions = (
+        elementwise._launch_fused_gate_sigmoid_mul,
+        minimax_m2.rms_sumsq_serial,
+        minimax_m2.rms_apply_serial,
+    )
+    wrapped = hasattr(loader._initialize_model, "__wrapped__")
+    plain = not hasattr(sampler.multinomial_with_seed, "_torchdynamo_orig_callable")
+    ours = all(each.__module__ == sglang_model_kernels.__name__ for each in functions)
+    return {"found": wrapped and plain and ours}
+
+
+def kernels(draw: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """What stands in for Triton's operators, beside torch's own norm and gate in float64; rows are split over ranks."""
+    hidden, shared, others = (torch.randn(5, 24, generator=draw).to(dtype) for _ in range(3))
+    gate = torch.randn(24, generator=draw).to(dtype)
+    wanted = torch.sigmoid(hidden.double() @ gate.double())[:, None] * shared.double()
+    error = 0.0
+    for add in (False, True):
+        output = others.clone()
+        sglang_model_kernels.scale_by_gate(hidden, gate, shared, output, do_add=add)
+        error = max(error, largest([output.double()], [wanted + add * others.double()]))
+    wholes = [torch.randn(5, width, generator=draw).to(dtype) for width in (32, 16)]
+    weights = [torch.randn(each.shape[1], generator=draw).to(dtype) for each in wholes]
+    parts = [[whole.chunk(2, -1)[rank] for whole in wholes] for rank in range(2)]
+    squares = sum(sglang_model_kernels.sum_squares(*part) for part in parts)
+    for rank, part in enumerate(parts):
+        own = [weight.chunk(2)[rank] for weight in weights]
+        normed = sglang_model_kernels.norm_rows(*part, *own, sum_sq=squares, tp_world=2, eps=1e-6)
+        for found, whole, weight in zip(normed, wholes, weights):
+            known = torch.nn.functional.rms_norm(whole.double(), whole.shape[1:], weight.double(), 1e-6)
+            error = max(error, largest([found.double()], [known.chunk(2, -1)[rank]]))
+    return {"error": error}
+
+
 def main() -> None:
     compat.apply("sglang-cpu")
+    compat.apply("sglang-models")
     assert not {"sglang.srt.models.qwen3_moe", "numba"} & set(sys.modules)  # imported only where they are needed
     draw = torch.Generator().manual_seed(0)
     news = {"decode": one, "prefill": lambda length: length, "chunk": lambda length: (length + 1) // 2}
@@ -151,6 +211,9 @@ def main() -> None:
             for halves in (True, False):
                 found = rotation(draw, heads, keys, dim, rotated, halves)
                 cases.append({"what": "rotation", "dim": dim, "halves": halves, "dtype": "torch.float32"} | found)
+        for dtype in (torch.float32, torch.bfloat16):
+            cases.append({"what": "kernels", "dtype": str(dtype)} | kernels(draw, dtype))
+        cases += [{"what": "layers"} | layers(), {"what": "replaced"} | replaced()]
     print(json.dumps(cases))
 
 

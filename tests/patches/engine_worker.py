@@ -1,6 +1,7 @@
-"""An engine of SGLang serves a tiny random model on the CPU and returns routes. Arguments: the family (`qwen3` or
-`mixtral`), a directory for the model, and `fixed` where this package's fixes at run time are wanted. Prints a JSON
-object: the largest difference of a log-probability from transformers', and how many rows of routes differ.
+"""An engine of SGLang serves a tiny random model on the CPU and returns routes. Arguments: the family (`qwen3`,
+`qwen3-mixed`, `mixtral` or `gpt-oss`), a directory for the model, and `fixed` where this package's fixes at run time
+are wanted, or `fixed-but=NAME` for all but one. Prints a JSON object: the largest difference of a log-probability from
+those of transformers, and how many rows of routes differ.
 """
 
 import base64
@@ -26,9 +27,14 @@ def save(family: str, path: Path) -> Any:
     if family == "mixtral":
         settings = transformers.MixtralConfig(**SIZES, intermediate_size=32, num_local_experts=8, sliding_window=None)
         model = transformers.MixtralForCausalLM(settings)
+    elif family == "gpt-oss":
+        limits = {"sliding_window": 6, "swiglu_limit": 7.0}
+        settings = transformers.GptOssConfig(**SIZES, **limits, intermediate_size=32, num_local_experts=8)
+        model = transformers.GptOssForCausalLM(settings)
     else:
+        mixed = {"mlp_only_layers": [1], "tie_word_embeddings": True} if family == "qwen3-mixed" else {}
         settings = transformers.Qwen3MoeConfig(
-            **SIZES, intermediate_size=64, moe_intermediate_size=32, num_experts=8, norm_topk_prob=True
+            **SIZES, **mixed, intermediate_size=64, moe_intermediate_size=32, num_experts=8, norm_topk_prob=True
         )
         model = transformers.Qwen3MoeForCausalLM(settings)
     model.save_pretrained(path)
@@ -54,14 +60,16 @@ def replies(path: Path, seeded: bool) -> list[dict[str, Any]]:
         engine.shutdown()
 
 
-def main(family: str, directory: Path, fixed: bool) -> None:
+def main(family: str, directory: Path, fixed: str) -> None:
     if fixed:
         from megatron_bai import compat
 
-        compat.apply("sglang-cpu")
+        for patch in compat.PATCHES:
+            if patch.distribution == "sglang" and patch.name != fixed.removeprefix("fixed-but="):
+                patch.apply()
     model = save(family, directory)
     worst, wrong, rows = 0.0, 0, 0
-    for prompt, reply in zip(PROMPTS, replies(directory, seeded=family == "qwen3"), strict=True):
+    for prompt, reply in zip(PROMPTS, replies(directory, seeded=family != "mixtral"), strict=True):
         tokens, meta = prompt + reply["output_ids"], reply["meta_info"]
         with torch.no_grad():
             known = model(torch.tensor([tokens[:-1]]), output_router_logits=True)
@@ -70,6 +78,9 @@ def main(family: str, directory: Path, fixed: bool) -> None:
         worst = max(worst, float((logprobs - found).abs().max()))
         routes = torch.frombuffer(bytearray(base64.b64decode(meta["routed_experts"])), dtype=torch.int32)
         routes = routes.view(len(tokens) - 1, SIZES["num_hidden_layers"], SIZES["num_experts_per_tok"])
+        if dense := getattr(model.config, "mlp_only_layers", None):
+            assert not routes[:, dense].any()
+            routes = routes[:, [layer for layer in range(routes.shape[1]) if layer not in dense]]
         chosen = torch.stack([each.topk(2).indices for each in known.router_logits], dim=1)
         wrong += int((routes.sort().values != chosen.sort().values).any(-1).sum())
         rows += routes.shape[0] * routes.shape[1]
@@ -77,4 +88,4 @@ def main(family: str, directory: Path, fixed: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), "fixed" in sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), "".join(sys.argv[3:]))

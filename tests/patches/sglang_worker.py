@@ -1,4 +1,4 @@
-"""Whether SGLang does on a CPU what each diff of `patches/sglang-0.5.21` is for. Run as a script, it prints a JSON
+"""Whether SGLang does on a CPU what each diff of `patches/`, of any release, is for. Run as a script, it prints a JSON
 object: of each check, by the diff's name and its own, what went wrong; empty if nothing did.
 
 With `upstream` nothing of ours is in SGLang but what lets it be imported at all, and that is left out one at a time for
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -74,7 +75,29 @@ def host_memory() -> None:
     cache.destroy()
 
 
+def routed_scaling() -> None:
+    """The experts' output, which stands for a model's, times the factor."""
+    from sglang.srt.models.bailing_moe import BailingMoESparseMoeBlock
+
+    block = SimpleNamespace(
+        _forward_gate=lambda hidden, batch: (hidden + 1, None),
+        topk=lambda hidden, logits, dynamic_expert_bias: logits - hidden,
+        experts=lambda hidden, chosen: hidden * chosen,
+        routed_scaling_factor=2.5,
+    )
+    hidden = torch.arange(6.0).view(2, 3)
+    found = BailingMoESparseMoeBlock._forward_router_experts(block, hidden, None)
+    assert torch.equal(found, 2.5 * hidden), f"experts are not scaled: {found}"
+
+
 _inherited = False
+
+
+class _Settings(SimpleNamespace):
+    """Settings of which those that are not named are off: releases have different ones."""
+
+    def __getattr__(self, name: str) -> bool:
+        return False
 
 
 def start_method() -> None:
@@ -82,10 +105,7 @@ def start_method() -> None:
     global _inherited
     from sglang.srt.entrypoints import engine
 
-    settings = SimpleNamespace(
-        nnodes=1, enable_symm_mem=False, enable_nccl_nvls=False, dcp_size=1, enable_metrics=False, gc_threshold=None,
-        custom_sigquit_handler=None,
-    )  # fmt: skip
+    settings = _Settings(nnodes=1, dcp_size=1, gc_threshold=None, custom_sigquit_handler=None)
     with patch.object(engine, "resolving_view", lambda settings: settings):
         engine._set_envs_and_config(settings)
     assert multiprocessing.get_start_method() == "fork", f"workers start by {multiprocessing.get_start_method()}"
@@ -178,6 +198,54 @@ def attention(new: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
     assert calls < 10, f"{calls} calls of SDPA for 10 sequences"
 
 
+def sinks(new: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    """A number for each head beside its scores, with and without a window, which has a pool of its own or has not."""
+    from sglang.srt.layers.attention import torch_native_backend
+
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 4, 9, 40])
+    asked = torch.ones_like(lengths) if new is None else new(lengths)
+    slots = torch.randperm(256, generator=draw)[: 4 * 40].view(4, 40)
+    moved = torch.randperm(256, generator=draw)  # from slots of full layers to those of windows
+    keys, values = (torch.randn(4, 40, 2, 16, generator=draw) for _ in range(2))
+    caches = [torch.full((256, 2, 16), torch.nan) for _ in range(4)]
+    for full, of_windows, content in zip(caches[:2], caches[2:], (keys, values), strict=True):
+        full[slots] = of_windows[moved[slots]] = content
+    query, numbers = torch.randn(int(asked.sum()), 4 * 16, generator=draw), torch.randn(4, generator=draw)
+    for window, apart in ((None, False), (6, False), (0, False), (6, True)):
+        pool = SimpleNamespace(
+            get_key_buffer=lambda layer, apart=apart: caches[2 * apart],
+            get_value_buffer=lambda layer, apart=apart: caches[2 * apart + 1],
+            translate_loc_from_full_to_swa=lambda slots: moved[slots],
+        )
+        runner = SimpleNamespace(
+            device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=slots.to(torch.int32)), token_to_kv_pool=pool
+        )
+        layer = SimpleNamespace(
+            qk_head_dim=16, v_head_dim=16, tp_q_head_num=4, tp_k_head_num=2, scaling=0.25, layer_id=0,
+            is_cross_attention=False, attn_type=None, sliding_window_size=-1 if window is None else window,
+        )  # fmt: skip
+        batch = SimpleNamespace(
+            req_pool_indices=torch.arange(4), seq_lens=lengths, encoder_lens=None, out_cache_loc=None,
+            extend_seq_lens=asked, extend_prefix_lens=lengths - asked,
+        )  # fmt: skip
+        backend = torch_native_backend.TorchNativeAttnBackend(runner)
+        backend.init_forward_metadata(batch)
+        backend.use_sliding_window_kv_pool = apart
+        forward = backend.forward_decode if new is None else backend.forward_extend
+        found = forward(query, None, None, layer, batch, save_kv_cache=False, sinks=numbers)
+        wanted = []
+        for row, (length, count, part) in enumerate(zip(lengths, asked, query.split(asked.tolist()), strict=True)):
+            k, v = (each[row, :length].double().repeat_interleave(2, 1) for each in (keys, values))
+            scores = torch.einsum("qhd,khd->hqk", part.double().view(-1, 4, 16), k) * 0.25
+            behind = torch.arange(length - count, length)[:, None] - torch.arange(length)
+            seen = (behind >= 0) & (behind <= (length if window is None else window))
+            scores = scores.masked_fill(~seen, -torch.inf)
+            beside = torch.cat([scores, numbers.double()[:, None, None].expand(-1, count, 1)], -1).softmax(-1)
+            wanted.append(torch.einsum("hqk,khd->qhd", beside[..., :-1], v).flatten(1))
+        assert (found - torch.cat(wanted)).abs().max() < 1e-6, f"window {window}, apart: {apart}"
+
+
 def experts(dtype: torch.dtype, tokens: int) -> None:
     """No matrix product of one expert, and what such products give."""
     from sglang.srt.layers.moe import fused_moe_native
@@ -230,16 +298,116 @@ def topk_layers() -> None:
     assert not nameless, f"{len(nameless)} without a layer: {', '.join(nameless)}"
 
 
+def shared_gate() -> None:
+    """What Triton computes on a GPU: the shared expert's output, scaled, added to that of the others or by itself."""
+    from sglang.kernels.ops.elementwise import elementwise
+
+    draw = torch.Generator().manual_seed(0)
+    hidden, shared, others = (torch.randn(5, 24, generator=draw) for _ in range(3))
+    gate = torch.randn(24, generator=draw)
+    wanted = torch.sigmoid(hidden @ gate)[:, None] * shared
+    found = elementwise.fused_gate_sigmoid_mul(hidden, gate, shared)
+    assert (found - wanted).abs().max() < 1e-6
+    wanted = wanted + others
+    elementwise.fused_gate_sigmoid_mul_add(hidden, gate, shared, others)
+    assert (others - wanted).abs().max() < 1e-6
+
+
+def full_width_norms() -> None:
+    """Of queries and keys whose heads two ranks share."""
+    from sglang.srt.models import minimax_m2
+
+    draw = torch.Generator().manual_seed(0)
+    wholes = [torch.randn(5, width, generator=draw) for width in (32, 16)]
+    weights = [torch.randn(each.shape[1], generator=draw) for each in wholes]
+    parts = [[whole.chunk(2, -1)[rank].contiguous() for whole in wholes] for rank in range(2)]
+    squares = sum(minimax_m2.rms_sumsq_serial(*part) for part in parts)
+    for rank, part in enumerate(parts):
+        own = [weight.chunk(2)[rank] for weight in weights]
+        for found, whole, weight in zip(minimax_m2.rms_apply_serial(*part, *own, squares, 2, 1e-6), wholes, weights):
+            wanted = torch.nn.functional.rms_norm(whole, whole.shape[1:], weight, 1e-6).chunk(2, -1)[rank]
+            assert (found - wanted).abs().max() < 1e-6
+
+
+def dense_layers(name: str) -> None:
+    """Layers 0 and 3 of five are dense: what they are built of, what boundaries are told, how an MLP is called."""
+    import inspect
+    from importlib import import_module
+
+    module, size = import_module(f"sglang.srt.models.{name.lower()}_moe"), 8
+    declared: list[dict[str, bool]] = []
+    config = SimpleNamespace(
+        hidden_size=size, intermediate_size=size, num_attention_heads=2, num_key_value_heads=2, rms_norm_eps=1e-6,
+        attention_bias=False, hidden_act="silu", num_hidden_layers=5, mlp_only_layers=[0, 3], decoder_sparse_step=1,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default"}, rope_theta=1e4, rope_scaling=None,
+    )  # fmt: skip
+    fakes = {
+        part: type(part, (torch.nn.Module,), {"__init__": lambda self, *a, **k: torch.nn.Module.__init__(self)})
+        for part in (f"{name}MoeAttention", f"{name}MoeSparseMoeBlock", f"{name}MoeMLP", "RMSNorm")
+    }
+    functions = {
+        "get_parallel": lambda: SimpleNamespace(attn_tp_size=1, attn_tp_rank=0),
+        "declare_attn": lambda: None,
+        "declare_ffn": lambda **said: declared.append(said) or SimpleNamespace(**said),
+        "make_stages": lambda *stages, **said: (None, None),
+        "append_stages": lambda *stages: (None, None),
+        "enable_moe_dense_fully_dp": lambda: False,
+        "is_dense_ffn_fully_dp": lambda: False,
+    }
+    with patch.multiple(module, create=True, **fakes, **functions):
+        layers = [getattr(module, f"{name}MoeDecoderLayer")(config, layer) for layer in range(5)]
+    dense = [layer for layer in range(5) if isinstance(layers[layer].mlp, fakes[f"{name}MoeMLP"])]
+    assert dense == [0, 3], f"dense layers are {dense}"
+    assert [layer.is_layer_sparse for layer in layers] == [False, True, True, False, True]
+    sparse = [False, True, True, False, True, True]  # and what follows the last
+    after = "next_sparse" if "next_sparse" in declared[0] else "next_layer_sparse"
+    told = [{"sparse": sparse[n], after: sparse[n + 1]} for n in range(5)]
+    assert all(each in declared for each in told)
+    assert "forward_batch" in inspect.signature(getattr(module, f"{name}MoeMLP").forward).parameters
+
+
+def tied(is_tied: bool) -> None:
+    """A model that has an output layer of its own, whatever its configuration says."""
+    from sglang.srt.layers import vocab_parallel_embedding as parts
+    from sglang.srt.model_loader import loader
+
+    class Model(torch.nn.Module):
+        def __init__(self, **given: Any):
+            super().__init__()
+            self.model = torch.nn.Module()
+            self.model.embed_tokens = parts.VocabParallelEmbedding(64, 8, enable_tp=False)
+            self.lm_head = parts.ParallelLMHead(64, 8, enable_tp=False)
+
+    config = SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=is_tied), model_path="")
+    load = SimpleNamespace(draft_model_idx=None)
+    functions = {
+        "get_model_architecture": lambda config: (Model, ""),
+        "install_shared_experts_fusion_decision": lambda *given: None,
+        "resolve_shared_experts_config": lambda *given, **named: None,
+        "get_model": lambda: SimpleNamespace(override=lambda **named: nullcontext()),
+    }
+    with patch.multiple(loader, create=True, **functions):
+        model = loader._initialize_model(config, load)
+    same = model.lm_head.weight is model.model.embed_tokens.weight
+    assert same == is_tied, "the output layer is not the embedding"
+
+
 CHECKS: dict[str, dict[str, Callable[[], None]]] = {
     "worker-start-method": {"start": start_method},
     "sgl-kernel-imports": {"import": _import, "murmur": murmur_hash},
     "torchvision": {"import": _import},
     "host-memory": {"cache": host_memory},
+    "routed-scaling": {"block": routed_scaling},
     "seeded-sampling": {"backend": seeded_backend, "operators": seeded_operators, "sampler": seeded_sampler},
     "batched-attention": {
         "decode": lambda: attention(None),
         "prompts": lambda: attention(lambda lengths: lengths),
         "parts": lambda: attention(lambda lengths: (lengths + 1) // 2),
+    },
+    "attention-sinks": {
+        "decode": lambda: sinks(None),
+        "prompts": lambda: sinks(lambda lengths: lengths),
+        "parts": lambda: sinks(lambda lengths: (lengths + 1) // 2),
     },
     "grouped-experts": {
         "float32": lambda: experts(torch.float32, 37),
@@ -247,6 +415,9 @@ CHECKS: dict[str, dict[str, Callable[[], None]]] = {
         "one": lambda: experts(torch.float32, 1),
     },
     "topk-layer-id": {"models": topk_layers},
+    "dense-layers": {"Qwen2": lambda: dense_layers("Qwen2"), "Qwen3": lambda: dense_layers("Qwen3")},
+    "tied-embeddings": {"tied": lambda: tied(True)},
+    "model-kernels": {"gate": shared_gate, "norms": full_width_norms},
 }
 
 
