@@ -49,7 +49,7 @@ def serve(handler: Handler) -> Iterator[str]:
 
     def run() -> None:
         asyncio.set_event_loop(loop)
-        app = web.Application()
+        app = web.Application(client_max_size=1 << 30)  # as SGLang takes weights of any size
         app.router.add_route("*", "/{path:.*}", handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         loop.run_until_complete(runner.setup())

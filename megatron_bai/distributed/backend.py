@@ -1,18 +1,21 @@
-"""Where tensors live: `cuda` (NCCL, Transformer Engine when present) or `cpu` (gloo).
+"""Where tensors live: `cuda` (NCCL, Transformer Engine) or `cpu` (gloo).
 
 Call `init_backend` before anything imports a Megatron-Core model: on a CPU it applies the compatibility fixes first.
 """
 
-import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_bai import compat, config
+from megatron_bai.compat.releases import admit_untested
+from megatron_bai.config.limits import validate_group
 from megatron_bai.distributed.hosts import set_gloo_interface
+from megatron_bai.distributed.kernel_packages import prepare_kernel_packages
+from megatron_bai.distributed.release_admission import admit_release, require_known_release
 from megatron_bai.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,41 +28,51 @@ class Device:
     kind: str  # cpu or cuda
     device: torch.device
     dtype: torch.dtype
-    use_transformer_engine: bool  # its layers replace Megatron-Core's local ones
+    use_transformer_engine: bool = False  # its layers replace Megatron-Core's local ones
 
 
 def select_device(settings: config.Backend) -> Device:
     """Resolve `backend.kind` and `backend.dtype` on this machine.
 
     Raises:
-        UserError: an unknown kind or dtype, or `cuda` where torch sees no device.
+        UserError: a value that is none of its choices, or `cuda` where torch sees no device.
     """
+    validate_group("backend", settings)
     kind = settings.kind
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"backend.kind is {kind!r}: choose auto, cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("backend.kind is cuda, and torch sees no GPU here: set backend.kind=cpu or see `doctor`")
-    if settings.dtype not in DTYPES:
-        raise UserError(f"backend.dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-    use_transformer_engine = kind == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    return Device(kind, device, DTYPES[settings.dtype], use_transformer_engine)
+    return Device(kind, device, DTYPES[settings.dtype])
 
 
 def init_backend(settings: config.Backend) -> Device:
-    """Prepare this process and join the world that torchrun describes (or a world of one).
+    """Prepare this process and join the world that torchrun describes (or a world of one). *Collective*.
 
     Raises:
-        UserError: as `select_device`; or the hosts of the run cannot reach each other.
+        UserError: as `select_device`; a Megatron-Core that is not taken; the hosts of the run cannot reach each other.
+    """
+    require_known_release(settings)
+    device = join_world(settings)
+    admit_release(settings)
+    return device
+
+
+def join_world(settings: config.Backend) -> Device:
+    """Do what `init_backend` does, whatever the release of Megatron-Core.
+
+    Raises:
+        UserError: as `select_device` and `prepare_kernel_packages`; or the hosts of the run cannot reach each other.
     """
     device = select_device(settings)
+    admit_untested(settings.untested)
+    if device.kind == "cuda":
+        torch.cuda.set_device(device.device)  # first: what is imported may open a context on the device in use
+    device = replace(device, use_transformer_engine=prepare_kernel_packages(settings, device.kind))
     if device.kind == "cpu":
         compat.apply("megatron-cpu")
         torch.set_num_threads(1)  # parallel by ranks: OpenMP collapses when two processes share a core
-    else:
-        torch.cuda.set_device(device.device)
     backend = "gloo" if device.kind == "cpu" else "nccl"
     timeout = timedelta(seconds=settings.timeout_s)
     if "RANK" in os.environ:  # torchrun's own description of the world

@@ -1,6 +1,6 @@
 """The client of SGLang servers: many requests at a time, of which only replies that pass every check are returned."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, TypeVar, cast
@@ -12,7 +12,9 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.http_client import HttpRequest, RequestLimits, post_all
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
 from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.rollout.sampling_params import make_sampling_params
 from megatron_bai.rollout.servers.auth import register_key
+from megatron_bai.routing.layout import ServedColumns
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class RolloutClient:
         vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
         max_length: its longest sequence, in tokens.
         first_server: index of the server of the first prompt, so that several clients begin at different ones.
+        served: the columns of the servers' routes; None: one for each MoE layer.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class RolloutClient:
         vocab_size: int,
         max_length: int,
         first_server: int = 0,
+        served: ServedColumns | None = None,
     ):
-        self.urls, self.rollout, self.signature = list(urls), rollout, signature
+        self.urls, self.rollout, self.signature, self.served = list(urls), rollout, signature, served
         self.vocab_size, self.first_server = vocab_size, first_server
         self.max_length = max_request_tokens(rollout, max_length)
         register_key(self.urls, rollout.api_key_file)
@@ -72,7 +76,7 @@ class RolloutClient:
         prompts: Sequence[list[int]],
         group_size: int,
         seed: int | str,
-        stop_token_id: int,
+        stop_token_ids: Collection[int],
         first_prompt: int = 0,
         temperature: float | None = None,
         version: str | None = None,
@@ -85,7 +89,7 @@ class RolloutClient:
             prompts: token ids of each.
             group_size: samples of a prompt.
             seed: under `rollout.deterministic` it determines the samples, in whatever order the server computes them.
-            stop_token_id: ends a response, and belongs to it.
+            stop_token_ids: any of them ends a response, and belongs to it.
             first_prompt: index of the first prompt in the stream of prompts. The seed of a sample depends on its
                 prompt's index there, and not on which client requests it.
             temperature: None takes `rollout.temperature`.
@@ -107,14 +111,14 @@ class RolloutClient:
             for member in range(group_size)
         ]
         lacking = [i for i in range(len(requests)) if not previous or not isinstance(previous[i], Sample)]
-        results = self.sample([requests[i] for i in lacking], stop_token_id, temperature, 0, version, max_failures)
+        results = self.sample([requests[i] for i in lacking], stop_token_ids, temperature, 0, version, max_failures)
         new = dict(zip(lacking, results, strict=True))
         return [new[i] if i in new else previous[i] for i in range(len(requests))]
 
     def sample(
         self,
         requests: Sequence[SampleRequest],
-        stop_token_id: int,
+        stop_token_ids: Collection[int],
         temperature: float | None = None,
         budget: int = 0,
         version: str | None = None,
@@ -124,7 +128,7 @@ class RolloutClient:
 
         Args:
             requests: the samples to begin or to continue.
-            stop_token_id: as in `generate`.
+            stop_token_ids: as in `generate`.
             temperature: as in `generate`.
             budget: the most new tokens of each sample; 0: `rollout.max_new_tokens`, which always bounds the response.
             version: of the weights that must have sampled the new tokens; None takes any.
@@ -139,7 +143,7 @@ class RolloutClient:
         for request in requests:
             self._check_ids(request.prompt_ids, self.rollout.max_new_tokens, f"prompt {request.prompt_index}")
         budget = budget or self.rollout.max_new_tokens
-        http_requests = [self._sampling_request(r, stop_token_id, temperature, budget, version) for r in requests]
+        http_requests = [self._sampling_request(r, stop_token_ids, temperature, budget, version) for r in requests]
         longest = max((len(r.prompt_ids) for r in requests), default=0) + self.rollout.max_new_tokens
         return self._post_all(http_requests, longest, max_failures)
 
@@ -171,29 +175,31 @@ class RolloutClient:
             )
 
     def _sampling_request(
-        self, request: SampleRequest, stop_token_id: int, temperature: float | None, budget: int, version: str | None
+        self,
+        request: SampleRequest,
+        stop_token_ids: Collection[int],
+        temperature: float | None,
+        budget: int,
+        version: str | None,
     ) -> HttpRequest[Sample]:
         """Make the HTTP request of a sample."""
         partial = request.partial
         ids = request.prompt_ids if partial is None else partial.tokens.tolist()
         remaining = self.rollout.max_new_tokens - (len(ids) - len(request.prompt_ids))
         limit = min(budget, remaining)
-        params: dict[str, Any] = {
-            "temperature": self.rollout.temperature if temperature is None else temperature,
-            "top_p": 1.0,  # truncated sampling would not be the policy whose log-probabilities are returned
-            "top_k": -1,
-            "max_new_tokens": limit,
-            "stop_token_ids": [stop_token_id],
-        }
-        if self.rollout.deterministic:  # without the server's flag a seed is ignored
-            params["sampling_seed"] = request.seed
+        temperature = self.rollout.temperature if temperature is None else temperature
+        # Without its flag for deterministic inference a server ignores the seed; with it, but without a seed, the
+        # samples of a prompt would be the same.
+        params = make_sampling_params(temperature, limit, stop_token_ids, request.seed)
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
         start = 0 if partial is None else len(ids) - 1  # rows that are here already are not sent again
         if start:
             body["routed_experts_start_len"] = start
 
         def parse(reply: Any) -> Sample:
-            sample = parse_sample(reply, request.prompt_index, ids, self.signature, limit, stop_token_id, start)
+            sample = parse_sample(
+                reply, request.prompt_index, ids, self.signature, limit, stop_token_ids, start, self.served
+            )
             if sample.tokens.max() >= self.vocab_size:
                 raise ValueError(f"token {sample.tokens.max()} is outside the vocabulary of {self.vocab_size}")
             if version is not None and (wrong := {span.version for span in sample.spans} - {version}):
@@ -206,7 +212,7 @@ class RolloutClient:
 
     def _scoring_request(self, ids: list[int]) -> HttpRequest[np.ndarray]:
         """Make the HTTP request of tokens' log-probabilities."""
-        params = {"temperature": 1.0, "max_new_tokens": 0}
+        params = make_sampling_params(temperature=1.0, max_new_tokens=0)
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         return HttpRequest(self.first_server, body, lambda reply: parse_logprobs(reply, ids, self.vocab_size))
 
@@ -221,7 +227,7 @@ class RolloutClient:
             max_failures: as in `generate`.
         """
         rollout = self.rollout
-        reply_bytes = max_reply_bytes(longest, self.signature)
+        reply_bytes = max_reply_bytes(longest, self.signature, self.served)
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         results = post_all(self.urls, "/generate", requests, limits, max_failures or 0)

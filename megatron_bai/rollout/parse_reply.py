@@ -2,17 +2,19 @@
 
 The server answers `/generate` with `output_ids` and a `meta_info` that holds, for P prompt and C completion tokens:
 `output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (base64 of little-endian
-int32 `[P + C − 1, layers, topk]`, shape not sent), `weight_versions` (spans over the completion) and `finish_reason`.
+int32 `[P + C − 1, layers, topk]`, shape not sent; layers without experts have zeros), `weight_versions` (spans over the
+completion) and `finish_reason`.
 """
 
 import base64
 import binascii
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.layout import filler_routes
+from megatron_bai.routing.layout import ServedColumns, filler_routes
 from megatron_bai.routing.missing import last_version_rows
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
@@ -20,14 +22,15 @@ FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def max_reply_bytes(tokens: int, signature: RouteSignature) -> int:
+def max_reply_bytes(tokens: int, signature: RouteSignature, served: ServedColumns | None = None) -> int:
     """Compute the bytes that no reply about so many tokens exceeds: routes in base64, and log-probabilities.
 
     Args:
         tokens: of prompt and response.
         signature: of the served model's routes.
+        served: the columns of the server's routes; None: one for each MoE layer.
     """
-    rows = tokens * signature.moe_layers * signature.topk * 4
+    rows = tokens * (served.total if served else signature.moe_layers) * signature.topk * 4
     return -(-rows // 3) * 4 + 256 * tokens + (1 << 16)
 
 
@@ -37,8 +40,9 @@ def parse_sample(
     prompt_ids: list[int],
     signature: RouteSignature,
     max_new_tokens: int,
-    stop_token_id: int,
+    stop_token_ids: Collection[int],
     start: int = 0,
+    served: ServedColumns | None = None,
 ) -> Sample:
     """Parse one reply, having checked it. A `routed_experts` of null becomes a sample without a recorded row.
 
@@ -48,8 +52,9 @@ def parse_sample(
         prompt_ids: its tokens.
         signature: of the served model's routes.
         max_new_tokens: as requested.
-        stop_token_id: as requested.
+        stop_token_ids: as requested.
         start: the first row of routes that was requested; those before it are not recorded.
+        served: the columns of the server's routes; None: one for each MoE layer.
 
     Raises:
         ValueError: names what is missing or contradicts the other fields.
@@ -60,11 +65,11 @@ def parse_sample(
         logprobs = _convert_logprobs(meta["output_token_logprobs"], output)
         spans = _parse_spans(meta["weight_versions"], len(output))
         encoded = meta["routed_experts"]
-        routes, route_mask = _parse_routes(encoded, len(prompt_ids), len(output), spans, signature, start)
+        routes, route_mask = _parse_routes(encoded, len(prompt_ids), len(output), spans, signature, start, served)
         finish = meta["finish_reason"]["type"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
-    _check_finish(finish, output, max_new_tokens, stop_token_id)
+    _check_finish(finish, output, max_new_tokens, stop_token_ids)
     tokens = np.array([*prompt_ids, *output], dtype=np.int64)
     return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, route_mask)
 
@@ -95,33 +100,51 @@ def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
 
 
-def decode_routes(encoded: str, rows: int, signature: RouteSignature) -> np.ndarray:
+def decode_routes(
+    encoded: str, rows: int, signature: RouteSignature, served: ServedColumns | None = None
+) -> np.ndarray:
     """Decode expert ids from base64 of little-endian int32.
 
     Args:
         encoded: base64.
         rows: number of rows that it must hold.
         signature: of the served model's routes.
+        served: the columns it has; None: one for each MoE layer.
 
     Returns:
         `[rows, moe_layers, topk]` in the signature's dtype.
 
     Raises:
-        ValueError: not base64, another number of bytes, or ids that no route can have.
+        ValueError: not base64, another number of bytes, ids that no route can have, or those of a dense layer.
     """
     try:
         data = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
         raise ValueError(f"routes are not base64: {error}") from error
-    row_bytes = 4 * signature.moe_layers * signature.topk
+    columns = served.total if served else signature.moe_layers
+    row_bytes = 4 * columns * signature.topk
     if len(data) != rows * row_bytes:
         raise ValueError(f"routes have {len(data)} bytes, {rows} tokens of {row_bytes} bytes need {rows * row_bytes}")
-    ids = np.frombuffer(data, dtype="<i4").reshape(rows, signature.moe_layers, signature.topk)
+    ids = np.frombuffer(data, dtype="<i4").reshape(rows, columns, signature.topk)
+    if served and columns != len(served.moe):
+        dense = sorted(set(range(columns)) - set(served.moe))
+        if ids[:, dense].any():
+            raise ValueError(
+                f"routes of layer {next(layer for layer in dense if ids[:, layer].any())}, which has no experts: the"
+                " server takes it for a layer that has, and lacks patches/sglang-0.5.21/dense-layers.patch"
+            )
+        ids = ids[:, list(served.moe)]
     return check_ids(ids, signature, "SGLang's reply")
 
 
 def _parse_routes(
-    encoded: str | None, prompt: int, output: int, spans: tuple[VersionSpan, ...], signature: RouteSignature, start: int
+    encoded: str | None,
+    prompt: int,
+    output: int,
+    spans: tuple[VersionSpan, ...],
+    signature: RouteSignature,
+    start: int,
+    served: ServedColumns | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Parse routes; return them and the mask of rows that are those of the weights that sampled (None: all)."""
     rows = prompt + output - 1
@@ -130,7 +153,7 @@ def _parse_routes(
     pairs = zip(spans, (None, *spans), strict=False)
     changes = [span.start for span, before in pairs if not before or span.version != before.version]
     route_mask = last_version_rows(rows, prompt, changes) & (np.arange(rows) >= start)
-    routes = decode_routes(encoded, rows - start, signature)
+    routes = decode_routes(encoded, rows - start, signature, served)
     if start:
         routes = np.concatenate([filler_routes(start, signature), routes])
     return routes, None if route_mask.all() else route_mask
@@ -165,14 +188,14 @@ def _check_output(output: list[int], max_new_tokens: int) -> None:
         raise ValueError("a token returned is no token id")
 
 
-def _check_finish(finish: str, output: list[int], max_new_tokens: int, stop_token_id: int) -> None:
+def _check_finish(finish: str, output: list[int], max_new_tokens: int, stop_token_ids: Collection[int]) -> None:
     """Check that a response ends as its finish reason says."""
     if finish not in FINISHES:
         raise ValueError(f"unknown finish reason {finish!r}")
-    if finish == "stop" and output[-1:] != [stop_token_id]:
+    if finish == "stop" and (not output or output[-1] not in stop_token_ids):
         raise ValueError(
-            f"stopped at token {output[-1:]} and not at {stop_token_id}: the served checkpoint's eos_token_id differs "
-            "from the tokenizer's"
+            f"stopped at token {output[-1:]} and not at one of {sorted(stop_token_ids)}: the served checkpoint's "
+            "eos_token_id differs from the initial checkpoint's"
         )
     if finish == "length" and len(output) != max_new_tokens:
         raise ValueError(f"cut at {len(output)} tokens, {max_new_tokens} were asked for")

@@ -27,6 +27,7 @@ class Sample:
         route_mask: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and where it failed.
         failure: why there is no reward; empty where there is one or it is not known yet.
+        stream_index: index of the prompt in its split's stream, whatever batch it is in; −1 before it is in one.
     """
 
     prompt_index: int
@@ -39,6 +40,7 @@ class Sample:
     route_mask: np.ndarray | None = None
     reward: float | None = None
     failure: str = ""
+    stream_index: int = -1
 
     @property
     def lost(self) -> bool:

@@ -93,6 +93,19 @@ def _zigzag_positions(lengths: Sequence[int], rank: int, ranks: int) -> torch.Te
 
 
 @dataclass(frozen=True)
+class ServedColumns:
+    """The layers of a server's routes: SGLang has one for each decoder layer, zeros where it is dense.
+
+    Attributes:
+        total: number of layers that the server sends.
+        moe: those with experts, counted from 0, in order: the MoE layers that routes of a model have.
+    """
+
+    total: int
+    moe: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Packing:
     """Sequences side by side in one row (thd), each followed by padding of its own; the rest of the row is padding.
 

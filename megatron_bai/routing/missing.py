@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_bai.config import Replay
+from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
-
-POLICIES = ("strict", "mask", "live")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def apply_missing_policy(
         The loss mask to use, `[B, T]` bool, and the counts.
 
     Raises:
-        UserError: `strict`, and a row is missing.
+        UserError: `strict`, and a row is missing; or no such policy.
     """
-    validate_missing_policy(policy)
+    validate_group("replay", Replay(missing=policy))
     num_missing = int(missing.sum())
     num_fed = num_missing + int(routed.sum())
     if policy == "strict" and num_missing:
@@ -59,16 +59,6 @@ def apply_missing_policy(
     loss_mask = mask & ~missing if policy == "mask" else mask
     num_loss_tokens = int(mask.sum())
     return loss_mask, MissingCounts(num_missing, num_fed, num_loss_tokens - int(loss_mask.sum()), num_loss_tokens)
-
-
-def validate_missing_policy(policy: str) -> None:
-    """Refuse an unknown policy.
-
-    Raises:
-        UserError: names the setting.
-    """
-    if policy not in POLICIES:
-        raise UserError(f"replay.missing is {policy!r}: choose {', '.join(POLICIES[:-1])} or {POLICIES[-1]}")
 
 
 def last_version_rows(rows: int, prompt_length: int, starts: list[int]) -> np.ndarray:

@@ -18,7 +18,20 @@ import numpy as np
 import pytest
 import reference
 import torch
-from distributed.worker import CASES, LEARNING_RATE, LEFT_OUT, LENGTH, OBJECTIVES, QUICK, SAMPLES, UPDATES, problem
+from distributed.worker import (
+    CASES,
+    COOLED,
+    LEARNING_RATE,
+    LEFT_OUT,
+    LENGTH,
+    OBJECTIVES,
+    QUICK,
+    SAMPLES,
+    TEMPERATURE,
+    UPDATES,
+    from_rollouts,
+    problem,
+)
 from moe import MODEL, SIGNATURE
 from processes import Layouts
 from tiers import tiered
@@ -159,6 +172,51 @@ def test_other_objectives_gradients_are_those_of_plain_torch(objective: str, lay
     assert statistics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     gap, name = relative(gradients, {name: tensor.grad for name, tensor in weights.items()})
     assert gap <= 1e-4, name
+
+
+@each_other
+def test_another_temperature_is_the_same_in_every_layout(case: str, layouts: Layouts) -> None:
+    one, other = layouts["one"]["cooled"], layouts[case]["cooled"]
+    for name in ("logprobs", "entropy"):
+        torch.testing.assert_close(other["scores"][name], one["scores"][name], rtol=0, atol=1e-5)
+    torch.testing.assert_close(other["probe"], one["probe"], rtol=0, atol=1e-5)
+    assert other["first"] == pytest.approx(one["first"], rel=3e-6, abs=1e-6)
+    gap, name = relative(other["gradient"], one["gradient"])
+    assert gap <= 2e-5, name
+
+
+def test_another_temperature_is_that_of_plain_torch(layouts: Layouts) -> None:
+    """Scores and updates are of softmax(logits / 0.7), the probe of softmax(logits)."""
+    one = layouts["one"]["cooled"]
+    weights = reference.load(layouts.directory / "one" / "hf")
+    _, advantages, noise = problem()
+    batch = from_rollouts()
+    there = batch.targets >= 0
+    live = torch.nn.functional.pad(
+        reference.next_logprobs(reference.logits(weights, MODEL, batch.tokens), batch.tokens), (0, 1)
+    )
+    torch.testing.assert_close((one["probe"] * there).double(), (live * there).detach(), rtol=0, atol=1e-5)
+    scores = reference.logits(weights, MODEL, batch.tokens, batch.routes) / TEMPERATURE
+    logprobs = torch.nn.functional.pad(reference.next_logprobs(scores, batch.tokens), (0, 1))
+    entropy = torch.distributions.Categorical(logits=scores).entropy()
+    torch.testing.assert_close(one["scores"]["logprobs"].double(), (logprobs * there).detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one["scores"]["entropy"].double(), (entropy * there).detach(), rtol=0, atol=1e-5)
+    batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
+    total, _ = objectives.batch_loss(objectives.get("dapo"), COOLED, logprobs, batch, entropy)
+    loss = total / batch.mask.sum()
+    loss.backward()
+    assert one["first"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    gap, name = relative(one["gradient"], {name: tensor.grad for name, tensor in weights.items()})
+    assert gap <= 1e-4, name
+
+
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
+def test_a_ratio_beyond_float32_stops_every_rank_where_it_counts(case: str, layouts: Layouts) -> None:
+    found = layouts[case]["overflowing"]
+    assert found["flat"] == ["nothing"] * CASES[case].processes
+    assert len(set(found["counts"])) == 1 and found["counts"][0].startswith("the gradient's norm is ")
+    assert found["counts"][0].endswith("the run stops; continue from its last checkpoint")
+    assert len(set(found["huge"])) == 1 and "with advantages up to 3e+38: rewards this large" in found["huge"][0]
 
 
 def test_replayed_and_live_routing_are_different_problems(layouts: Layouts) -> None:

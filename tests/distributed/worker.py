@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from moe import MODEL, SIGNATURE, samples
+from moe import ARCHITECTURE, MODEL, SIGNATURE, samples
 from processes import free_port, prepare
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +44,8 @@ OBJECTIVES = {
     "prompt_mean": config.Dapo(token_mean="prompt", **_ADDED),
 }
 LEFT_OUT = (3, 6)  # samples that do not count
+TEMPERATURE = 0.7  # of sampling, in one comparison of all layouts
+COOLED = config.Dapo(entropy_bonus=0.5)
 # Advantages and targets of which every part counts; the critic's rate is what `gradient` needs.
 PPO = config.Ppo(gamma=0.97, lam=0.9, whiten=True, critic_learning_rate=EPSILON * SCALE)
 REWARDS = np.linspace(-1, 2, SAMPLES)
@@ -104,7 +106,7 @@ def problem() -> tuple[list, np.ndarray, np.ndarray]:
 class Run:
     """A fresh actor in a layout, with this rank's part of the batch."""
 
-    def __init__(self, case: Case, device: backend.Device):
+    def __init__(self, case: Case, device: backend.Device, temperature: float = 1.0):
         from megatron.core import parallel_state
 
         from megatron_bai.model import build, megatron_checkpoint, param_shards
@@ -127,7 +129,7 @@ class Run:
         megatron_checkpoint.reload_master_weights(self.actor)
         self.replay = RoutingReplay(self.actor.chunks)
         assert self.replay.signature == SIGNATURE
-        self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature=1.0)
+        self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature)
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
@@ -178,8 +180,8 @@ def state(model: Any) -> dict[str, torch.Tensor]:
     found = {}
     for key, index, whole in param_shards.gather_slices(model.modules):
         if dist.get_rank() == 0:
-            kind = hf_mapping.mapping_of(key)
-            found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, MODEL))}
+            kind = hf_mapping.mapping_of(key, ARCHITECTURE)
+            found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, ARCHITECTURE))}
     return found
 
 
@@ -221,6 +223,47 @@ def gradient(
         run.batch.in_loss.copy_(run.in_loss)
         run.batch.drop_excluded()
     return measured(run.actor, lambda: run.update(mode, OBJECTIVES.get(objective)))
+
+
+def cooled(case: Case, device: backend.Device) -> dict[str, Any]:
+    """Scores and one measured gradient at another temperature than 1, and the probe, which is always scored at 1."""
+    run = Run(case, device, TEMPERATURE)
+    found: dict[str, Any] = {"scores": run.score("r3")}
+    tokens = from_rollouts().tokens
+    probe = run.engine.score_probe(tokens)
+    found["probe"] = next(each for each in gathered(probe) if each is not None)
+    found["first"], found["gradient"] = measured(run.actor, lambda: run.update("r3", COOLED))
+    return found
+
+
+def overflowing(case: Case, device: backend.Device) -> dict[str, list[str]]:
+    """What each rank says of updates: the first replica's ratios are e²⁰⁰, where it counts and not; its A is 10³⁸."""
+    from megatron_bai.errors import UserError
+
+    found = {}
+    for name, sign in (("counts", -1), ("flat", 1), ("huge", -1)):
+        run = Run(case, device)
+        run.score("none")
+        run.batch.advantages.abs_().mul_(sign)
+        if run.dp_rank == 0:
+            run.batch.old_logprobs -= 200
+        if run.dp_rank == 0 and name == "huge":
+            run.batch.advantages.fill_(-3e38)
+        try:
+            run.update("none", config.Grpo())
+            said = "nothing"
+        except UserError as error:
+            said = str(error)
+        found[name] = gathered(said)
+    return found
+
+
+def from_rollouts() -> Any:
+    """The whole batch, as one process has it."""
+    from megatron_bai.rl.batches.batch import from_samples
+
+    rollouts, advantages, _ = problem()
+    return from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE)
 
 
 def measured(model: Any, update: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -464,6 +507,8 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
         run.export(own / "imported")
     for mode in ("none", "r3"):
         found[mode] = step(case, device, mode)
+    found["cooled"] = cooled(case, device)
+    found["overflowing"] = overflowing(case, device)
     found["objectives"] = {objective: gradient(case, device, "none", objective) for objective in OBJECTIVES}
     loads = str(directory / case.loads / "critic") if case.loads else ""
     found["ppo"] = ppo(case, device, loads, str(own / "critic") if case.saves else "")

@@ -12,10 +12,11 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from contextlib import suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_bai import compat
 from megatron_bai.rollout import served_models
@@ -39,9 +40,25 @@ def prepare() -> None:
     with gc_disabled_for_imports():
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
         compat.apply("sglang-cpu")
+        compat.apply("sglang-models")
         import_module("sglang.launch_server")
         for name in IMPORTED:
             import_module(f"sglang.srt.{name}")
+    save_weights_where_asked()
+
+
+def save_weights_where_asked() -> None:
+    """Let `/weights_checker` do the action `save FILE`: SGLang gives away no weights, on a CPU no checksums either."""
+    checker = import_module("sglang.srt.utils.weight_checker").WeightChecker
+    upstream = checker.handle
+
+    def handle(self: Any, action: str, *args: Any, **named: Any) -> Any:
+        if not action.startswith("save "):
+            return upstream(self, action, *args, **named)
+        weights = {name: tensor.detach().clone() for name, tensor in self._model_state()}
+        import_module("torch").save(weights, action.removeprefix("save "))
+
+    checker.handle = handle
 
 
 def serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
@@ -102,6 +119,8 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["directory"])
+        tempfile.tempdir = None  # TMPDIR is read anew
+        serve_family()
         sys.argv = [server_main.__file__, "--parent", str(os.getppid()), *request["arguments"]]
         server_main.run_server(server_main.init_process())
         code = 0
@@ -112,6 +131,14 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def serve_family() -> None:
+    """Let SGLang find the family that this fork serves, which a server of its own does as it imports its registry."""
+    if module := os.environ.get(served_models.SERVED_MODULE):
+        entry = import_module(module).EntryClass
+        models = import_module("sglang.srt.models.registry").ModelRegistry.models
+        models.update({each.__name__: each for each in (entry if isinstance(entry, list) else [entry])})
 
 
 if __name__ == "__main__":

@@ -110,11 +110,11 @@ def test_servers_with_some_of_the_weights_stay_paused(
         )
     hurried = replace(ROLLOUT, request_timeout_s=1.0, retries=0)
     with pytest.raises(UserError, match="no answer within"):
-        RolloutClient(both.urls[:1], hurried, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, STOP)
+        RolloutClient(both.urls[:1], hurried, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, [STOP])
     for url in both.urls:  # a whole set of weights makes them good again
         control.post(url, "/end_weight_update", {})
     weight_sync.sync_from_disk(both.urls, checkpoints["v0"], "v0", shapes)
-    assert RolloutClient(both.urls[:1], ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, STOP)
+    assert RolloutClient(both.urls[:1], ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, [STOP])
 
 
 def test_both_answer_alike_and_each_is_asked(
@@ -123,7 +123,7 @@ def test_both_answer_alike_and_each_is_asked(
     weight_sync.sync_from_disk(both.urls, checkpoints["v0"], "v0", weight_sync.tensor_shapes(checkpoints["v0"]))
     before = server.log_path.read_text().count("POST /generate")
     found = [
-        RolloutClient(urls, ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5, 6], [7], [9, 8]], 2, 3, STOP)
+        RolloutClient(urls, ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5, 6], [7], [9, 8]], 2, 3, [STOP])
         for urls in (both.sampling_urls, both.sampling_urls[1:])
     ]
     assert server.log_path.read_text().count("POST /generate") - before == 4  # the first and the third prompt's

@@ -42,7 +42,7 @@ def test_a_fork_serves_and_ends_with_the_process_that_stands_for_it(checkpoints,
         assert len(fork) >= 3, "server, scheduler, detokenizer"
         assert psutil.Process(server.pid).children() == []
         client = RolloutClient([server.url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
-        assert len(client.generate([[5, 6]], 2, 0, STOP)) == 2
+        assert len(client.generate([[5, 6]], 2, 0, [STOP])) == 2
         server.stop(graceful)
     gone_by = time.monotonic() + 60
     while left(fork) and time.monotonic() < gone_by:

@@ -98,5 +98,6 @@ def test_what_the_server_refuses_costs_its_sample(url: str) -> None:
     good, bad = (Item(Prompt([3, 4], "", ""), "", ids) for ids in ([5, 1], [5] * 300))  # longer than the context
     with rewards.open_scorer(config.RewardModel(url=url, send="ids", retries=0), None, Path("no")) as scorer:
         first, second, third = scorer([good, bad, good])
-    assert first.value == third.value is not None and second.value is None
+    assert second.value is None
+    assert first.value == pytest.approx(third.value, rel=1e-5)  # they may have shared a batch, or not
     assert "refused a request with 400" in second.failure, second.failure

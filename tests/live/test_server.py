@@ -78,7 +78,7 @@ def test_logprobs_and_routes_are_those_of_transformers(
     client: MakeClient, serving: Callable[[str], None], reference: dict[str, Reference], temperature: float
 ) -> None:
     serving("v0")
-    samples = client(temperature=temperature).generate(PROMPTS, 4, seed=0, stop_token_id=STOP)
+    samples = client(temperature=temperature).generate(PROMPTS, 4, seed=0, stop_token_ids=[STOP])
     assert [s.prompt_index for s in samples] == [0] * 4 + [1] * 4 + [2] * 4
     for sample in samples:
         reference["v0"].agrees(sample, temperature)
@@ -99,10 +99,10 @@ def test_scores_are_those_of_transformers(
 
 def test_a_seed_repeats_its_sample_in_any_company(client: MakeClient, serving: Callable[[str], None]) -> None:
     serving("v0")
-    together = client().generate(PROMPTS, 4, seed=3, stop_token_id=STOP)
+    together = client().generate(PROMPTS, 4, seed=3, stop_token_ids=[STOP])
     assert len({s.tokens.tobytes() for s in together}) == len(together)
-    alone = client(concurrency=1).generate(PROMPTS[:1], 2, seed=3, stop_token_id=STOP)
-    other = client().generate(PROMPTS[:1], 2, seed=4, stop_token_id=STOP)
+    alone = client(concurrency=1).generate(PROMPTS[:1], 2, seed=3, stop_token_ids=[STOP])
+    other = client().generate(PROMPTS[:1], 2, seed=4, stop_token_ids=[STOP])
     assert [s.tokens.tolist() for s in alone] == [s.tokens.tolist() for s in together[:2]]
     assert [s.tokens.tolist() for s in other] != [s.tokens.tolist() for s in alone]
 
@@ -110,7 +110,7 @@ def test_a_seed_repeats_its_sample_in_any_company(client: MakeClient, serving: C
 def test_tokens_are_drawn_with_their_probabilities(client: MakeClient, serving: Callable[[str], None]) -> None:
     """χ² of 2048 first tokens against the model's own distribution: seeds must not bias the draw."""
     serving("v0")
-    samples = client(max_new_tokens=1).generate([PROMPTS[0]], 2048, seed=0, stop_token_id=STOP)
+    samples = client(max_new_tokens=1).generate([PROMPTS[0]], 2048, seed=0, stop_token_ids=[STOP])
     rows = client().score([PROMPTS[0] + [token] for token in range(VOCAB)])
     expected = 2048 * np.exp([row[-1] for row in rows])
     seen = np.bincount([int(s.response[0]) for s in samples], minlength=VOCAB)
@@ -128,7 +128,7 @@ def test_an_update_brings_the_new_weights(
         assert control.weight_version(client().urls[0]) == version
         wanted, _, sure = reference[version](np.array(probe))
         np.testing.assert_allclose(client().score([probe])[0][sure], wanted[sure], atol=1e-4, rtol=0)
-        (sample,) = client().generate([probe], 1, 0, STOP)
+        (sample,) = client().generate([probe], 1, 0, [STOP])
         assert {span.version for span in sample.spans} == {version}
         reference[version].agrees(sample)
 
@@ -139,7 +139,7 @@ def test_an_update_amid_requests_mixes_nothing(
     serving("v0")
     samples = []
     asking = threading.Thread(
-        target=lambda: samples.extend(client(max_new_tokens=100).generate([PROMPTS[0]], 48, 0, stop_token_id=STOP))
+        target=lambda: samples.extend(client(max_new_tokens=100).generate([PROMPTS[0]], 48, 0, stop_token_ids=[STOP]))
     )
     asking.start()
     time.sleep(0.3)  # most are under way by now; nothing below depends on how many
@@ -155,7 +155,7 @@ def test_a_sample_in_parts_is_the_sample_in_one(client: MakeClient, serving: Cal
     """With the same weights: a seed draws alike at a token's place, wherever the request that asks for it began."""
     serving("v0")
     asking = client(max_new_tokens=24)
-    whole = asking.generate(PROMPTS, 2, seed=5, stop_token_id=STOP)
+    whole = asking.generate(PROMPTS, 2, seed=5, stop_token_ids=[STOP])
     samples: list[Sample | None] = [None] * len(whole)
     while any(sample is None or not sample.complete for sample in samples):
         wanted = [
@@ -163,7 +163,7 @@ def test_a_sample_in_parts_is_the_sample_in_one(client: MakeClient, serving: Cal
             for i, sample in enumerate(samples)
             if sample is None or not sample.complete
         ]
-        parts = iter(asking.sample(wanted, STOP, budget=7))
+        parts = iter(asking.sample(wanted, [STOP], budget=7))
         samples = [next(parts) if sample is None or not sample.complete else sample for sample in samples]
     for sample, one in zip(samples, whole, strict=True):
         np.testing.assert_array_equal(sample.tokens, one.tokens)
@@ -179,10 +179,10 @@ def test_a_sample_goes_on_with_new_weights(
     serving("v0")
     asking = client(max_new_tokens=24)
     wanted = [SampleRequest(0, ids, 9 + i) for i, ids in enumerate(PROMPTS * 2)]
-    first = asking.sample(wanted, STOP, budget=10)
+    first = asking.sample(wanted, [STOP], budget=10)
     serving("v1")
     going_on = [i for i, sample in enumerate(first) if not sample.complete]
-    second = asking.sample([replace(wanted[i], partial=first[i]) for i in going_on], STOP)
+    second = asking.sample([replace(wanted[i], partial=first[i]) for i in going_on], [STOP])
     assert second and all(sample.complete for sample in second)
     for sample in second:
         assert [(span.version, span.start) for span in sample.spans] == [("v0", 0), ("v1", 10)]
@@ -202,21 +202,21 @@ def test_another_models_weights_never_reach_the_server(
         sync_from_disk(
             [server.url], save_tiny(tmp_path, 0, moe_intermediate_size=16), "v9", tensor_shapes(server.model_dir)
         )
-    assert control.weight_version(server.url) == "v0" and client().generate([[5]], 1, 0, STOP)
+    assert control.weight_version(server.url) == "v0" and client().generate([[5]], 1, 0, [STOP])
 
 
 def test_a_prompt_outside_the_vocabulary_is_refused_and_the_server_lives(client: MakeClient) -> None:
     with pytest.raises(UserError, match=rf"outside \[0, {VOCAB}\)"):
-        client().generate([[5], [VOCAB]], 1, 0, STOP)
-    assert control.is_healthy(client().urls[0]) and client().generate([[VOCAB - 1]], 1, 0, STOP)
+        client().generate([[5], [VOCAB]], 1, 0, [STOP])
+    assert control.is_healthy(client().urls[0]) and client().generate([[VOCAB - 1]], 1, 0, [STOP])
 
 
 def test_the_longest_sequence_the_client_allows_is_served(client: MakeClient) -> None:
     longest = client().max_length
-    (sample,) = client(max_new_tokens=1).generate([[2] * (longest - 1)], 1, 0, STOP)
+    (sample,) = client(max_new_tokens=1).generate([[2] * (longest - 1)], 1, 0, [STOP])
     assert len(sample.tokens) == longest and len(client().score([[2] * longest])[0]) == longest - 1
     with pytest.raises(UserError, match="exceeds"):
-        client(max_new_tokens=1).generate([[2] * longest], 1, 0, STOP)
+        client(max_new_tokens=1).generate([[2] * longest], 1, 0, [STOP])
     assert longest >= LENGTH - 8
 
 
@@ -231,7 +231,7 @@ def test_a_clusters_signals_do_not_end_it(server: SGLangServer, client: MakeClie
     for process in [psutil.Process(server.pid), *family(server.pid)]:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGUSR1)
-    assert len(client().generate(PROMPTS, 2, seed=0, stop_token_id=STOP)) == 6
+    assert len(client().generate(PROMPTS, 2, seed=0, stop_token_ids=[STOP])) == 6
 
 
 PARENT = """
@@ -282,14 +282,14 @@ def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tm
         assert parent.stdout is not None
         url = parent.stdout.readline().strip()
         client = RolloutClient([url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
-        assert client.generate([[5]], 1, 0, STOP)
+        assert client.generate([[5]], 1, 0, [STOP])
         processes = family(parent.pid)
         assert len(processes) >= 3, "server, scheduler, detokenizer"
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         assert gone(processes)
     with pytest.raises(UserError, match=rf"SGLang at {url} failed 3 times"):
-        client.generate([[5]], 1, 0, STOP)
+        client.generate([[5]], 1, 0, [STOP])
 
 
 @pytest.mark.long

@@ -77,17 +77,17 @@ def test_a_fault_on_the_way_costs_a_repetition_and_a_lasting_one_the_sample(
 ) -> None:
     serving("v0")
     (spoil, why), limits = ON_THE_WAY[name], {"request_timeout_s": 5.0, "max_new_tokens": 8}
-    plain = client(server.url, **limits).generate(PROMPTS, 2, 3, STOP)
+    plain = client(server.url, **limits).generate(PROMPTS, 2, 3, [STOP])
     with proxy(server, spoil, times=2) as url:
         start = time.monotonic()
-        found = client(url, **limits).generate(PROMPTS, 2, 3, STOP, version="v0", max_failures=0)
+        found = client(url, **limits).generate(PROMPTS, 2, 3, [STOP], version="v0", max_failures=0)
         seconds = time.monotonic() - start
     for sample, undisturbed in zip(found, plain, strict=True):
         np.testing.assert_array_equal(sample.tokens, undisturbed.tokens)
         np.testing.assert_allclose(sample.logprobs, undisturbed.logprobs, atol=1e-4, rtol=0)
     with proxy(server, spoil, times=float("inf")) as url:
-        (lost,) = client(url, retries=0, **limits).generate([[5]], 1, 0, STOP, max_failures=1)
-        (other,) = client(url, server.url, **limits).generate([[5]], 1, 0, STOP, max_failures=1)
+        (lost,) = client(url, retries=0, **limits).generate([[5]], 1, 0, [STOP], max_failures=1)
+        (other,) = client(url, server.url, **limits).generate([[5]], 1, 0, [STOP], max_failures=1)
     assert isinstance(lost, UserError) and re.search(f"failed 1 times at /generate: {why}", str(lost))
     assert isinstance(other, Sample)
     cost = "nothing: the request is retried, at the next server first; the sample if all retries fail (the line)"
@@ -132,7 +132,7 @@ def test_a_server_elsewhere_serves_nobody_without_the_key(servers: ServerFleet) 
     server = servers.owned[url]
     path = server.rollout.api_key_file
     assert {place for place in listening(server) if place[0] in ("0.0.0.0", "::")} == {("0.0.0.0", server.port)}
-    assert client(url, api_key_file=path).generate([[5]], 1, 0, STOP)
+    assert client(url, api_key_file=path).generate([[5]], 1, 0, [STOP])
     for pickled in ("/update_weights_from_tensor", "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"):
         with pytest.raises(UserError, match=f"refused {pickled} with 404"):
             control.post(url, pickled, {"serialized_named_tensors": []})
@@ -141,7 +141,7 @@ def test_a_server_elsewhere_serves_nobody_without_the_key(servers: ServerFleet) 
         with pytest.raises(UserError, match=f"refused {asking} with 401"):
             control.get(url, asking)
     with pytest.raises(UserError, match="refused a request with 401"):
-        client(url).generate([[5]], 1, 0, STOP)
+        client(url).generate([[5]], 1, 0, [STOP])
     auth.register_key([url], path)
     assert control.weight_version(url) == "default"
     for process in processes(server):
@@ -157,13 +157,13 @@ def test_a_hung_server_is_started_anew_and_asked_for_what_it_owes(
     path = servers.owned[url].rollout.api_key_file
     sync_from_disk([url], checkpoints["v1"], "v1", tensor_shapes(checkpoints["v1"]))
     asked: dict[str, Any] = {"version": "v1", "max_failures": 6}
-    wanted = client(url, api_key_file=path).generate(PROMPTS, 2, 3, STOP, **asked)
+    wanted = client(url, api_key_file=path).generate(PROMPTS, 2, 3, [STOP], **asked)
     assert servers.recover(checkpoints["v0"], "v1") == []  # nothing is wrong
     before = processes(servers.owned[url])
     next(process for process in before if "scheduler" in " ".join(process.cmdline())).suspend()
     start = time.monotonic()
     hurried = client(url, api_key_file=path, request_timeout_s=1.0, retries=0)
-    failed = hurried.generate(PROMPTS, 2, 3, STOP, **asked)
+    failed = hurried.generate(PROMPTS, 2, 3, [STOP], **asked)
     assert all("no answer within rollout.request_timeout_s=1 s" in str(each) for each in failed)
     capsys.readouterr()
     terminal_logging.setup()
@@ -172,9 +172,9 @@ def test_a_hung_server_is_started_anew_and_asked_for_what_it_owes(
     assert line == f"[rank 0] SGLang at {url} does not answer /server_info: timed out: it is started anew (1 of 1)"
     assert not psutil.wait_procs(before, timeout=10)[1]
     with pytest.raises(UserError, match=r"sampled with weights \['default'\], the trainer is at v1"):
-        client(url, api_key_file=path, retries=0).generate([[5]], 1, 3, STOP, version="v1")
+        client(url, api_key_file=path, retries=0).generate([[5]], 1, 3, [STOP], version="v1")
     sync_from_disk([url], checkpoints["v1"], "v1", tensor_shapes(checkpoints["v1"]))
-    found = client(url, api_key_file=path).generate(PROMPTS, 2, 3, STOP, **asked, previous=failed)
+    found = client(url, api_key_file=path).generate(PROMPTS, 2, 3, [STOP], **asked, previous=failed)
     seconds = time.monotonic() - start
     for sample, owed in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(sample.tokens, owed.tokens)
@@ -188,7 +188,7 @@ def test_a_server_that_fails_too_often_is_one_clear_error(servers: ServerFleet, 
     family = processes(server)
     os.kill(server.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=rf"SGLang at {url} failed 3 times at /generate: Client\w+Error"):
-        client(url, api_key_file=server.rollout.api_key_file).generate([[5]], 1, 0, STOP)
+        client(url, api_key_file=server.rollout.api_key_file).generate([[5]], 1, 0, [STOP])
     ended = r"the SGLang server ended \(exit code -9\): .*log\]"
     with pytest.raises(UserError, match=rf"{ended}: the server failed more than rollout.restarts=1 times"):
         servers.recover(checkpoints["v0"], "v1")

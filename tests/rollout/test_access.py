@@ -41,10 +41,10 @@ def locked(request: web.Request, body: dict[str, Any]) -> Any:
 def test_every_request_carries_the_key_and_none_without_it_is_served(key_file: str) -> None:
     with serve(locked) as url:
         with pytest.raises(UserError, match=f"{url} refused a request with 401"):
-            client(url).generate([[2]], 1, 0, STOP)
+            client(url).generate([[2]], 1, 0, [STOP])
         with pytest.raises(UserError, match=f"{url} refused /model_info with 401"):
             control.weight_version(url)
-        assert client(url, api_key_file=key_file).generate([[2]], 1, 0, STOP)
+        assert client(url, api_key_file=key_file).generate([[2]], 1, 0, [STOP])
         assert control.weight_version(url) == "v0"
         client(url)
         assert auth.request_headers(url) == {"Accept-Encoding": "identity"}
@@ -65,7 +65,7 @@ def test_the_key_goes_to_its_server_alone(key_file: str) -> None:
         with serve(send_away) as url:
             asker = client(url, api_key_file=key_file)
             with pytest.raises(UserError, match="status 302"):
-                asker.generate([[2]], 1, 0, STOP)
+                asker.generate([[2]], 1, 0, [STOP])
             with pytest.raises(UserError, match="refused /model_info with 302"):
                 control.weight_version(url)
         control.get(other, "/model_info")
@@ -128,7 +128,8 @@ def test_the_command_line_names_the_file_and_the_log_shows_stars(
     assert KEY not in " ".join(words)
     found = parse_args(words)
     assert (found.parent, found.key, found.take_tensors) == (os.getpid(), KEY, False)
-    assert found.rest[0] == "--model-path" and found.words == ("--key-file", key_file)
+    assert found.rest[0] == "--model-path" and found.words[2:] == ("--key-file", key_file)
+    assert found.words[:2] == ("--instance", found.instance) and len(found.instance) == 32
     former = logging.getLogRecordFactory()
     try:
         keep_out_of_logs(KEY)

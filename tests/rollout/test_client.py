@@ -36,7 +36,7 @@ def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:
         return good_reply(body["input_ids"])
 
     with serve(answer) as url:
-        samples = client(url, temperature=0.7).generate([[2, 3], [4]], 2, seed=5, stop_token_id=STOP)
+        samples = client(url, temperature=0.7).generate([[2, 3], [4]], 2, seed=5, stop_token_ids=[STOP])
     assert [(s.prompt_index, s.tokens[0]) for s in samples] == [(0, 2), (0, 2), (1, 4), (1, 4)]
     asked = {(tuple(b["input_ids"]), b["sampling_params"]["sampling_seed"]) for b in bodies}
     prompts = {0: (2, 3), 1: (4,)}
@@ -74,7 +74,7 @@ def test_a_sample_in_parts_keeps_what_each_was_sampled_with() -> None:
     with serve(answer) as url:
         asking, sample = client(url, max_new_tokens=9), None
         for _ in range(3):
-            (sample,) = asking.sample([SampleRequest(0, [3, 4, 5], 77, sample)], STOP, budget=4)
+            (sample,) = asking.sample([SampleRequest(0, [3, 4, 5], 77, sample)], [STOP], budget=4)
             assert sample.complete == (len(bodies) == 3)
     assert [body["input_ids"] for body in bodies] == [sample.tokens[:n].tolist() for n in (3, 7, 11)]
     assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [4, 4, 1]
@@ -98,12 +98,13 @@ def test_a_part_with_routes_of_all_its_tokens_is_refused() -> None:
 
     with serve(whole) as url:
         asking = client(url, max_new_tokens=9)
-        former = asking.sample([SampleRequest(0, [3, 4, 5], 77)], STOP, budget=4)[0]
+        former = asking.sample([SampleRequest(0, [3, 4, 5], 77)], [STOP], budget=4)[0]
         with pytest.raises(UserError, match="routes have .* bytes, 4 tokens of 16 bytes need 64"):
-            asking.sample([SampleRequest(0, [3, 4, 5], 77, former)], STOP, budget=4)
+            asking.sample([SampleRequest(0, [3, 4, 5], 77, former)], [STOP], budget=4)
 
 
-def test_no_seed_is_sent_to_a_server_that_would_ignore_it() -> None:
+def test_a_seed_is_sent_to_a_server_that_may_ignore_it() -> None:
+    """SGLang ignores it without --enable-deterministic-inference, with it and without a seed it draws alike."""
     bodies = []
 
     def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +112,9 @@ def test_no_seed_is_sent_to_a_server_that_would_ignore_it() -> None:
         return good_reply(body["input_ids"])
 
     with serve(answer) as url:
-        client(url, deterministic=False).generate([[2]], 1, 0, STOP)
-    assert "sampling_seed" not in bodies[0]["sampling_params"]
+        client(url, deterministic=False).generate([[2]], 2, 0, [STOP])
+    seeds = {body["sampling_params"]["sampling_seed"] for body in bodies}
+    assert seeds == {sampling_seed(0, 0, 0), sampling_seed(0, 0, 1)}
 
 
 def test_seeds_differ_between_samples_and_fit_int64() -> None:
@@ -133,7 +135,7 @@ def test_at_most_concurrency_requests_are_in_flight() -> None:
         return good_reply(body["input_ids"])
 
     with serve(answer) as url:
-        assert len(client(url, concurrency=3).generate([[2]], 12, 0, STOP)) == 12
+        assert len(client(url, concurrency=3).generate([[2]], 12, 0, [STOP])) == 12
     assert most == 3
 
 
@@ -169,7 +171,7 @@ def test_a_passing_fault_is_retried(fault: str) -> None:
         return FAULTS[fault][0](request, body) if calls == 1 else good_reply(body["input_ids"])
 
     with serve(answer) as url:
-        assert len(client(url).generate([[2, 3]], 1, 0, STOP)) == 1
+        assert len(client(url).generate([[2, 3]], 1, 0, [STOP])) == 1
     assert calls == 2
 
 
@@ -183,7 +185,7 @@ def test_a_lasting_fault_is_one_clear_error(fault: str) -> None:
         return FAULTS[fault][0](request, body)
 
     with serve(answer) as url, pytest.raises(UserError) as caught:
-        client(url).generate([[2, 3]], 1, 0, STOP)
+        client(url).generate([[2, 3]], 1, 0, [STOP])
     assert url in str(caught.value) and "failed 2 times" in str(caught.value) and FAULTS[fault][1] in str(caught.value)
     assert calls == 2
 
@@ -214,7 +216,7 @@ def _renamed(token: int) -> dict[str, Any]:
 def test_a_hostile_reply_costs_no_more_than_its_request(name: str) -> None:
     with serve(lambda request, body: BOMBS[name][0]()) as url:
         with pytest.raises(UserError, match=f"failed 2 times at /generate: {BOMBS[name][1]}"):
-            client(url).generate([[2]], 1, 0, STOP)
+            client(url).generate([[2]], 1, 0, [STOP])
 
 
 def test_samples_that_fail_leave_the_reason_in_their_place_and_are_asked_again() -> None:
@@ -226,12 +228,12 @@ def test_samples_that_fail_leave_the_reason_in_their_place_and_are_asked_again()
 
     asked: list[int] = []
     with serve(answer) as url:
-        first = client(url).generate([[2], [3], [4]], 2, 0, STOP, max_failures=2)
+        first = client(url).generate([[2], [3], [4]], 2, 0, [STOP], max_failures=2)
         assert [isinstance(each, UserError) for each in first] == [False, False, True, True, False, False]
         assert "failed 2 times at /generate: status 500" in str(first[2])
         failing.clear()
         asked.clear()
-        again = client(url).generate([[2], [3], [4]], 2, 0, STOP, max_failures=2, previous=first)
+        again = client(url).generate([[2], [3], [4]], 2, 0, [STOP], max_failures=2, previous=first)
     assert asked == [3, 3] and [sample.tokens[0] for sample in again] == [2, 2, 3, 3, 4, 4]
     assert all(after is before for before, after in zip(first, again) if not isinstance(before, UserError))
 
@@ -245,7 +247,7 @@ def test_nobody_waits_for_the_rest_of_too_many_failures() -> None:
 
     asked: list[int] = []
     with serve(answer) as url:
-        found = client(url, retries=0, concurrency=2).generate([[2], [3], [4], [5]], 5, 0, STOP, max_failures=1)
+        found = client(url, retries=0, concurrency=2).generate([[2], [3], [4], [5]], 5, 0, [STOP], max_failures=1)
     assert len(found) == 20 and all(isinstance(each, UserError) and "status 500" in str(each) for each in found)
     assert len(asked) < 20
 
@@ -260,10 +262,10 @@ def test_samples_of_other_weights_are_refused_and_asked_of_the_next_server() -> 
         return handle
 
     with serve(answer("default")) as old, serve(answer("7")) as new:
-        (sample,) = client(old, new).generate([[2]], 1, 0, STOP, version="7")
+        (sample,) = client(old, new).generate([[2]], 1, 0, [STOP], version="7")
         assert {span.version for span in sample.spans} == {"7"}
         with pytest.raises(UserError, match=r"sampled with weights \['default'\], the trainer is at 7"):
-            client(old).generate([[2]], 1, 0, STOP, version="7")
+            client(old).generate([[2]], 1, 0, [STOP], version="7")
 
 
 def test_a_hang_ends_after_the_time_out() -> None:
@@ -271,7 +273,7 @@ def test_a_hang_ends_after_the_time_out() -> None:
         await asyncio.sleep(60)
 
     with serve(answer) as url, pytest.raises(UserError, match=r"no answer within rollout\.request_timeout_s=0\.1 s"):
-        client(url, request_timeout_s=0.1).generate([[2]], 1, 0, STOP)
+        client(url, request_timeout_s=0.1).generate([[2]], 1, 0, [STOP])
 
 
 def test_a_refusal_is_not_repeated() -> None:
@@ -283,20 +285,20 @@ def test_a_refusal_is_not_repeated() -> None:
         return web.Response(status=400, text="bad parameter")
 
     with serve(answer) as url, pytest.raises(UserError, match="refused a request with 400: bad parameter"):
-        client(url).generate([[2]], 1, 0, STOP)
+        client(url).generate([[2]], 1, 0, [STOP])
     assert calls == 1
 
 
 def test_nobody_there() -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 failed 2 times"):
-        client("http://127.0.0.1:9").generate([[2]], 1, 0, STOP)
+        client("http://127.0.0.1:9").generate([[2]], 1, 0, [STOP])
 
 
 @pytest.mark.parametrize("ids", [[], [16], [-1], [0, 3, 99], [2] * 54])
 def test_an_impossible_prompt_is_refused_before_anything_is_sent(ids: list[int]) -> None:
     calls: list[str] = []
     with serve(lambda request, body: calls.append(request.path)) as url, pytest.raises(UserError, match="prompt 1"):
-        client(url).generate([[2], ids], 1, 0, STOP)
+        client(url).generate([[2], ids], 1, 0, [STOP])
     assert not calls
 
 
@@ -320,12 +322,12 @@ def test_prompts_go_to_the_servers_in_turn_and_failures_to_the_next() -> None:
         return handle
 
     with serve(answer("a")) as a, serve(answer("b")) as b:
-        samples = client(a, b).generate([[2], [3], [4]], 2, seed=0, stop_token_id=STOP)
+        samples = client(a, b).generate([[2], [3], [4]], 2, seed=0, stop_token_ids=[STOP])
         assert [s.prompt_index for s in samples] == [0, 0, 1, 1, 2, 2]
         assert (sorted(asked["a"]), asked["b"]) == ([2, 2, 3, 3, 4, 4], [3, 3])
         for name in asked:
             asked[name].clear()
-        client(a, b, first_server=1).generate([[2], [4]], 1, seed=0, stop_token_id=STOP)
+        client(a, b, first_server=1).generate([[2], [4]], 1, seed=0, stop_token_ids=[STOP])
         assert asked == {"a": [4], "b": [2]}
         with pytest.raises(UserError, match=f"SGLang at {b} failed 2 times at /generate: status 500"):
-            client(b).generate([[3]], 1, seed=0, stop_token_id=STOP)
+            client(b).generate([[3]], 1, seed=0, stop_token_ids=[STOP])

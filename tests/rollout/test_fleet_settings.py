@@ -19,10 +19,11 @@ GOOD = {"version": "0.5.21", "enable_return_routed_experts": True, "enable_deter
         ({"servers": 0}, "rollout.servers is 0"),
         ({"tensor": 0}, "rollout.tensor is 0"),
         ({"sync_bucket_mib": 0}, "rollout.sync_bucket_mib is 0"),
-        ({"sync": "carrier pigeon"}, "rollout.sync is 'carrier pigeon': choose disk, tensors, group"),
+        ({"sync": "carrier pigeon"}, "rollout.sync is 'carrier pigeon': choose disk, tensors or group"),
         ({"urls": ["http://a"], "servers": 2}, "leave out rollout.servers"),
         ({"router": "http://a"}, "rollout.router needs rollout.urls"),
         ({"urls": ["http://a", "http://a"]}, "rollout.urls names a server twice"),
+        ({"urls": ["http://a:1", "http://A:1/"]}, "rollout.urls names a server twice"),
     ],
 )
 def test_what_contradicts_itself_is_refused(settings: dict[str, Any], named: str) -> None:
@@ -46,6 +47,12 @@ def found(info: dict[str, Any], **settings: Any) -> fleet.FleetInfo:
 def test_a_server_says_what_it_is() -> None:
     assert found(GOOD).tp_sizes == [4]
     assert found(GOOD | {"enable_deterministic_inference": False}, deterministic=False).tp_sizes == [4]
+
+
+def test_a_server_of_a_release_without_a_row_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(GOOD).untested == ()
+    monkeypatch.setattr("megatron_bai.compat.releases._admits_untested", True)
+    assert found(GOOD | {"version": "0.6.0"}).untested == ("0.6.0",)
 
 
 @pytest.mark.parametrize(

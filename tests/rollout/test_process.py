@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import psutil
@@ -15,8 +17,9 @@ from safetensors.numpy import save_file
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import served_models
-from megatron_bai.rollout.servers import server_main
+from megatron_bai.rollout.servers import control, server_main
 from megatron_bai.rollout.servers import sglang_server as module
+from megatron_bai.rollout.servers.ports import reserve_port
 from megatron_bai.rollout.servers.server_main import uses_cpu
 from megatron_bai.rollout.servers.sglang_server import SGLangServer, last_error
 
@@ -40,7 +43,7 @@ def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_refuses_another_release(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "version", lambda name: "0.5.20")
-    assert fails_to_start(model) == "SGLang 0.5.20 is installed; this package needs sglang==0.5.21"
+    assert "SGLang 0.5.20 is installed; a run starts servers of 0.5.21, 0.5.22, 0.5.23 alone" in fails_to_start(model)
 
 
 def test_refuses_a_port_in_use(model: Path) -> None:
@@ -49,6 +52,64 @@ def test_refuses_a_port_in_use(model: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         assert f"rollout.port={port} cannot be used: Address already in use" in fails_to_start(model, port=port)
+
+
+def test_refuses_a_port_that_a_starting_server_of_another_run_will_listen_at(model: Path) -> None:
+    """It looks free for the half minute until that server listens."""
+    other = reserve_port("127.0.0.1", 0)
+    message = fails_to_start(model, port=other.port)
+    assert f"rollout.port={other.port} cannot be used: Address already in use, by another run" in message
+    assert not (model / "log").exists(), "no process was started"
+    other.release()
+    reserve_port("127.0.0.1", other.port).release()
+
+
+def test_a_reservation_ends_with_the_process_that_holds_it() -> None:
+    program = (
+        "from megatron_bai.rollout.servers.ports import reserve_port; import time; "
+        "r = reserve_port('127.0.0.1', 0); print(r.port, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+        port = int(holder.stdout.readline())
+        with pytest.raises(UserError, match=f"rollout.port={port} cannot be used"):
+            reserve_port("127.0.0.1", port)
+        holder.kill()
+    reserve_port("127.0.0.1", port).release()
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Another program's server, which is healthy, and says 200 to everything or has an instance of another name."""
+
+    reply = b"{}"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.reply)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("reply", [b"{}", b"", b'{"instance": "another"}', b'{"instance": ["x"]}', b"[1]"])
+def test_a_healthy_server_at_the_port_that_is_not_ours_is_refused_and_left_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch, reply: bytes
+) -> None:
+    """It took the port after ours was started: ours still imports, or has died."""
+    sleeper = model / "sleeper"
+    sleeper.write_text("#!/bin/sh\nsleep 600\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(sleeper))
+    monkeypatch.setattr(module, "_STOP_S", 0.5)
+    server = SGLangServer(model, Rollout(), model / "log")
+    server.launch()
+    handler = type("Handler", (Answering,), {"reply": reply})
+    with ThreadingHTTPServer(("127.0.0.1", server.port), handler) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=rf"rollout\.port={server.port} is another server's, which answers at"):
+            server.wait()
+        assert server.pid is None and control.is_healthy(server.url)
+        other.shutdown()
 
 
 def test_a_process_that_ends_is_one_line_with_its_last_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

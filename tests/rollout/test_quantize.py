@@ -10,6 +10,21 @@ from megatron_bai.rollout.servers import fleet
 from megatron_bai.rollout.servers.quantize import fake_quantize
 
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
+ROUTERS = (
+    "model.layers.1.mlp.gate.weight",
+    "model.layers.1.mlp.shared_expert_gate.weight",
+    "model.layers.1.block_sparse_moe.gate.weight",
+    "model.layers.1.mlp.router.weight",
+    "model.layers.1.mlp.experts.gate_up_proj_bias",  # of all experts of gpt-oss
+)
+OF_ONE_AXIS = (
+    "model.norm.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.self_attn.q_norm.weight",
+    "model.layers.0.self_attn.q_proj.bias",
+    "model.layers.1.mlp.gate.e_score_correction_bias",
+    "model.layers.1.mlp.gate.expert_bias",
+)
 
 
 def e4m3() -> tuple[np.ndarray, np.ndarray]:
@@ -50,21 +65,26 @@ def test_int8_has_a_scale_a_row() -> None:
         assert len(np.unique(kept)) <= 255
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_experts_in_one_transposed_tensor_are_rounded_one_by_one(form: str) -> None:
+    experts = torch.randn(3, 130, 140, generator=torch.Generator().manual_seed(0))
+    found = fake_quantize("model.layers.0.mlp.experts.gate_up_proj", experts, form)
+    assert found.is_contiguous()  # as a process group sends it
+    for kept, expert in zip(found, experts, strict=True):
+        assert torch.equal(kept, fake_quantize(NAME, expert.T.contiguous(), form).T)
+
+
 def test_rounding_again_changes_nothing_and_some_weights_stay() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    vector = weight[0]
     for form in ("fp8", "int8"):
         once = fake_quantize(NAME, weight, form)
         assert not torch.equal(once, weight) and fake_quantize(NAME, weight.bfloat16(), form).dtype == torch.bfloat16
         torch.testing.assert_close(fake_quantize(NAME, once, form), once, rtol=1e-6, atol=0)
-        for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"):
+        for kept in ("model.embed_tokens.weight", "lm_head.weight", *ROUTERS):
             assert fake_quantize(kept, weight, form) is weight
-        norm = torch.ones(64)
-        for kept in (
-            "model.norm.weight",
-            "model.layers.0.input_layernorm.weight",
-            "model.layers.0.self_attn.q_norm.weight",
-        ):
-            assert fake_quantize(kept, norm, form) is norm
+        for kept in OF_ONE_AXIS:
+            assert fake_quantize(kept, vector, form) is vector
     assert fake_quantize(NAME, weight, "") is weight
 
 

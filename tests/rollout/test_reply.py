@@ -9,12 +9,13 @@ from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply
 
 from megatron_bai.rollout.parse_reply import decode_routes, parse_logprobs, parse_sample
 from megatron_bai.rollout.sample import Sample, VersionSpan
+from megatron_bai.routing.layout import ServedColumns
 
 PROMPT = [7, 8, 9]
 
 
 def convert(reply: Any) -> Sample:
-    return parse_sample(reply, 2, PROMPT, SIGNATURE, NEW_TOKENS, STOP)
+    return parse_sample(reply, 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP])
 
 
 def test_good_reply() -> None:
@@ -51,6 +52,16 @@ def test_a_reply_without_routes_has_no_recorded_row() -> None:
     reply["meta_info"]["routed_experts"] = None
     sample = convert(reply)
     assert sample.routes.shape == (6, 2, 2) and sample.route_mask is not None and not sample.route_mask.any()
+
+
+def test_columns_of_dense_layers_are_left_out_and_must_be_zeros() -> None:
+    ids = np.zeros((5, 4, 2), dtype="<i4")
+    ids[:, [1, 3]] = [3, 6]
+    served = ServedColumns(4, (1, 3))
+    assert (decode_routes(_routes(ids), 5, SIGNATURE, served) == [3, 6]).all()
+    ids[4, 2] = [0, 1]
+    with pytest.raises(ValueError, match="routes of layer 2, which has no experts: .*dense-layers.patch"):
+        decode_routes(_routes(ids), 5, SIGNATURE, served)
 
 
 def test_stop_token_belongs_to_the_response() -> None:
@@ -103,7 +114,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no versions": ({"weight_versions": []}, "do not cover 4"),
     "unknown finish": ({"finish_reason": {"type": "tired"}}, "unknown finish reason 'tired'"),
     "no finish": ({"finish_reason": None}, "not SGLang's"),
-    "stopped elsewhere": ({"finish_reason": {"type": "stop", "matched": 5}}, r"at token \[5\] and not at 1"),
+    "stopped elsewhere": ({"finish_reason": {"type": "stop", "matched": 5}}, r"at token \[5\] and not at one of \[1\]"),
 }
 
 
@@ -160,7 +171,7 @@ def test_refuses(fault: str) -> None:
 
 def test_refuses_a_response_cut_short() -> None:
     with pytest.raises(ValueError, match="cut at 4 tokens, 5 were asked for"):
-        parse_sample(good_reply(PROMPT), 0, PROMPT, SIGNATURE, NEW_TOKENS + 1, STOP)
+        parse_sample(good_reply(PROMPT), 0, PROMPT, SIGNATURE, NEW_TOKENS + 1, [STOP])
 
 
 @pytest.mark.parametrize("reply", [None, [], {}, "text", {"output_ids": [1]}, {"output_ids": 3, "meta_info": {}}])

@@ -1,16 +1,30 @@
 """A weight update is checked before it is sent, ordered, proven, and always lets the server go on."""
 
+import shutil
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 from fake_sglang import serve
+from model.families import published
 from safetensors.numpy import save_file
+from weight_receiver import RANKS, WeightReceiver, digests
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.servers.weight_sync import check_shapes, sync_from_disk, tensor_shapes
+from megatron_bai.model.architecture import Architecture, read_architecture
+from megatron_bai.model.hf_mapping import slice_indices
+from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
+from megatron_bai.rollout.servers.weight_sync import (
+    HttpTransport,
+    check_shapes,
+    sync_from_disk,
+    sync_from_tensors,
+    tensor_shapes,
+)
 
 
 class Server:
@@ -103,3 +117,68 @@ def test_refuses_a_directory_without_weights(tmp_path: Path) -> None:
 def test_nobody_there(checkpoint: Path) -> None:
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer /pause_generation"):
         sync_from_disk(["http://127.0.0.1:9"], checkpoint, "v1", tensor_shapes(checkpoint))
+
+
+class Recorder:
+    """A weight transport that notes the names of each bucket."""
+
+    def __init__(self) -> None:
+        self.buckets: list[list[str]] = []
+
+    def send(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+        self.buckets.append([name for name, _ in bucket])
+
+
+def names_as_gathered(model: Architecture) -> list[str]:
+    """A model's names in the order in which `param_shards.gather_slices` comes to them."""
+    kinds = sorted(model.mappings.values(), key=lambda kind: kind.megatron)
+    return [name for kind in kinds for index in slice_indices(kind, model) for name in kind.names(index)]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 10, 1 << 30])
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2", "moonlight"])
+def test_tensors_that_a_server_merges_as_they_come_are_never_in_two_requests(
+    name: str, bucket_bytes: int, tmp_path: Path
+) -> None:
+    """SGLang forgets DeepSeek-V3's projections into latents where they come apart, with success."""
+    shutil.copy(published.config_file(name), tmp_path / "config.json")
+    model, recorder = read_architecture(tmp_path), Recorder()
+    names, together = names_as_gathered(model), model.family.loaded_together
+    tensors = {each: torch.zeros(4) for each in names}
+    shapes = {each: (4,) for each in names}
+    release = {"version": "0.5.20", "weight_version": "v1"}
+    with serve(lambda request, body: release) as url:
+        sync_from_tensors([url], tensors.items(), "v1", shapes, recorder, bucket_bytes, together)
+    assert sorted(each for bucket in recorder.buckets for each in bucket) == sorted(names)
+    for layer in range(model.num_layers):
+        group = {f"model.layers.{layer}.self_attn.{each}" for each in together} & set(names)
+        assert len(group) == (1 if model.values["q_lora_rank"] is None else len(together))
+        assert any(group <= set(bucket) for bucket in recorder.buckets)
+
+
+# Odd numbers of elements, two dtypes, a view across the rows of its storage, no axis
+ODD = {
+    "a": torch.arange(3, dtype=torch.bfloat16),
+    "b": torch.arange(15, dtype=torch.float32).reshape(3, 5).t(),
+    "c": torch.tensor(7, dtype=torch.bfloat16),
+    "d": torch.arange(5, dtype=torch.float32),
+    "e": torch.full((1, 1), 2, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 24, 1 << 20])
+@pytest.mark.parametrize("way", ["tensors", "group"])
+def test_every_rank_gets_every_bit_once_whatever_dtypes_share_a_bucket(way: str, bucket_bytes: int) -> None:
+    """A float32 expert bias is among weights in bfloat16, and numbers of four bytes must lie at multiples of four."""
+    server, shapes = WeightReceiver(), {name: tuple(tensor.shape) for name, tensor in ODD.items()}
+    with serve(server) as url, ExitStack() as stack:
+        if way == "tensors":
+            transport = HttpTransport([url], [RANKS])
+        else:
+            transport = BroadcastTransport([url], [RANKS], "127.0.0.1", torch.device("cpu"), 60)
+            stack.enter_context(closing(transport))
+        sync_from_tensors([url], ODD.items(), "v1", shapes, transport, bucket_bytes)
+    for rank in range(RANKS):
+        received = [each for ranks in server.requests for each in ranks[rank]]
+        assert sorted(received) == sorted(digests(ODD.items()))
+    assert len(server.requests) == {1: len(ODD), 24: 3, 1 << 20: 1}[bucket_bytes]

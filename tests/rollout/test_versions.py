@@ -1,6 +1,8 @@
 """Releases of SGLang: which are taken, what each is told differently, and why others are not."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,21 @@ import pytest
 import torch
 from aiohttp import web
 from fake_sglang import serve
+from packaging.requirements import Requirement
 
 import megatron_bai
-from megatron_bai.compat.releases import MEGATRON_CORE, SERVERS, SGLANG
+from megatron_bai.compat.releases import (
+    MEGATRON,
+    MEGATRON_CORE,
+    SERVERS,
+    SGLANG,
+    installed_megatron,
+    megatron_release,
+)
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import releases, weight_sync
 
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(megatron_bai.__path__[0])
 WEIGHTS = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
@@ -37,17 +48,39 @@ def test_a_release_that_is_not_known_is_refused_with_the_reason(found: str | Non
         releases.release_of(found, "answers")
 
 
-def test_servers_of_ours_are_the_pinned_release() -> None:
-    releases.require_pinned(SGLANG, "is installed")
-    with pytest.raises(UserError, match="SGLang 0.5.20 is installed; this package needs sglang==0.5.21"):
-        releases.require_pinned("0.5.20", "is installed")
+def test_a_release_without_a_row_needs_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest release before it stands for it; faults that are known stay faults, and a CPU needs fixes."""
+    with pytest.raises(UserError, match=r"no one has tried it \(backend.untested=true takes it, and verifies it\)"):
+        releases.release_of("0.6.0", "answers")
+    monkeypatch.setattr("megatron_bai.compat.releases._admits_untested", True)
+    assert releases.release_of("0.6.0", "answers") is SERVERS["0.5.23"] and releases.is_untested("0.6.0")
+    releases.require_startable("0.6.0", "is installed", "cuda")
+    for device, known in (("cpu", "0.6.0"), ("cuda", "0.5.20")):
+        with pytest.raises(UserError, match=f"SGLang {known} is installed; a run starts servers of"):
+            releases.require_startable(known, "is installed", device)
+    for fault in ("0.5.15", "0.5.18", "dev", None):
+        with pytest.raises(UserError):
+            releases.release_of(fault, "answers")
+
+
+def test_servers_of_ours_are_of_releases_that_were_tried() -> None:
+    for release in ("0.5.21", "0.5.22", "0.5.23"):
+        releases.require_startable(release, "is installed")
+    for other in (None, "0.5.20", "0.5.24"):  # the first would be taken at rollout.urls
+        with pytest.raises(
+            UserError, match=rf"SGLang {re.escape(other or '(none)')} is installed; .*0.5.21, 0.5.22, 0.5.23 alone"
+        ):
+            releases.require_startable(other, "is installed")
 
 
 def test_the_pin_is_the_projects() -> None:
-    from importlib.metadata import requires
-
-    pins = {line.split(";")[0].strip() for line in requires("megatron-bai") or []}
-    assert {f"sglang=={SGLANG}", f"megatron-core=={MEGATRON_CORE}"} <= pins
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"sglang=={SGLANG}" in project["optional-dependencies"]["gpu"]
+    assert {f"sglang=={SGLANG}", f"megatron-core=={MEGATRON_CORE}"} <= set(
+        (ROOT / "requirements" / "cpu.lock").read_text().splitlines()
+    )
+    (megatron,) = (Requirement(line) for line in project["dependencies"] if line.startswith("megatron-core"))
+    assert all(megatron.specifier.contains(release) for release in MEGATRON)
 
 
 def test_one_table_names_releases() -> None:
@@ -55,9 +88,29 @@ def test_one_table_names_releases() -> None:
     named: dict[str, list[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and node.value in {*SERVERS, SGLANG, MEGATRON_CORE}:
+            if isinstance(node, ast.Constant) and node.value in {*SERVERS, *MEGATRON, SGLANG}:
                 named.setdefault(path.relative_to(PACKAGE).as_posix(), []).append(node.value)
     assert named.keys() == {"compat/releases.py"}
+
+
+@pytest.mark.parametrize(
+    ("release", "row"),
+    [("0.16.1", "0.16.1"), ("0.18.3", "0.18.2"), ("0.20.0rc1", "0.19.2"), ("0.17.0rc0", "0.17.0"), ("mine", "0.16.1")],
+)
+def test_a_release_without_a_row_has_that_of_the_nearest_earlier_one(release: str, row: str) -> None:
+    assert megatron_release(release) is MEGATRON[row]
+
+
+def test_the_release_is_that_of_the_sources_which_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout on the path stands before what pip knows."""
+    here = installed_megatron()
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text('MAJOR = 0\nMINOR = 21\nPATCH = 3\nPRE_RELEASE = "rc1"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_megatron.__wrapped__() == "0.21.3rc1" != here
+    (core / "package_info.py").write_text("MAJOR =")
+    assert installed_megatron.__wrapped__() == here, "one that cannot be read is none"
 
 
 def answers(release: str, paths: list[str]) -> Callable[[web.Request, dict[str, Any]], Any]:

@@ -7,7 +7,7 @@ what its routers did in the updates, and the rollouts of its replica, in `LAYOUT
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ class Rollouts:
     """In place of SGLang: random samples of the current version."""
 
     def __init__(self, session: Any):
-        self.session, self.version, self.sync_gap = session, 0, 0.0
+        self.session, self.version, self.sync_gap, self.unverified = session, 0, 0.0, ()
         self.sampled: list[list[Sample]] = []
 
     def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:
         found = []
         for number, sample in enumerate(samples(len(prompts) * group_size, np.random.default_rng(first))):
             span = VersionSpan(str(self.version), 0, len(sample.response))
-            found.append(replace(sample, prompt_index=number // group_size, spans=(span,), reward=0.0))
+            found.append(replace(sample, prompt_index=number // group_size, spans=(span,), reward=number % 3 / 2))
         self.sampled.append(found)
         return [sample.select_layers(self.session.engine.replay.columns) for sample in found]  # as it is delivered
 
@@ -87,13 +87,17 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
             for child in module.modules():
                 if isinstance(child, TopKRouter):
                     child.register_forward_hook(kept)
-        steps = [loop.step(step) for step in range(STEPS)]
+        steps, read = [], []
+        for step in range(STEPS):
+            steps.append(loop.step(step))
+            read.append([asdict(sample) for sample in loop.sample_recorder.take()])
         facts = {
             "maps": maps,
             "tensor_rank": session.engine.tensor_rank,
             "dp_rank": session.dp_rank,
             "coverage": [values["route_coverage"] for values in steps],
             "values": steps,
+            "read": read,
             "sampled": [
                 [(torch.from_numpy(s.tokens), torch.from_numpy(s.routes)) for s in step] for step in rollouts.sampled
             ],

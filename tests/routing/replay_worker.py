@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from moe import MODEL, samples
+from moe import ARCHITECTURE, MODEL, samples
 from routing import router_cases
 from routing.layouts_worker import leftovers
 
@@ -84,8 +84,8 @@ class Bench:
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(values[name])
             for key, index, whole in param_shards.gather_slices([self.gpt]):
-                kind = hf_mapping.mapping_of(key)
-                found |= {n: t.clone() for n, t in zip(kind.names(index), kind.split(whole, MODEL))}
+                kind = hf_mapping.mapping_of(key, ARCHITECTURE)
+                found |= {n: t.clone() for n, t in zip(kind.names(index), kind.split(whole, ARCHITECTURE))}
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(kept[name])
         return found
@@ -337,7 +337,8 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
         "masked": targets,
         "tokens": sum(len(sample.response) for sample in rollouts),
     }
-    inference = SimpleNamespace(version=0, sync_gap=0.0, sync=lambda: None, sample=lambda *args, **kwargs: rollouts)
+    servers = {"version": 0, "sync_gap": 0.0, "unverified": ()}
+    inference = SimpleNamespace(**servers, sync=lambda: None, sample=lambda *args, **kwargs: rollouts)
     prompts = [SimpleNamespace(ids=[1, 2])] * 2
     task = SimpleNamespace(
         prompts=lambda *args: prompts,
@@ -349,6 +350,7 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
         settings = bench.settings
         settings.replay = config.Replay(mode=mode, missing=policy)
         settings.trainer = config.Trainer(prompts_per_step=2, group_size=4, mini_batches=2, micro_batch_size=2)
+        settings.monitor = config.Monitor(samples=0)  # these prompts have no text to keep
         session = SimpleNamespace(
             settings=settings, device=device, actor=bench.actor, engine=bench.engine, task=task, dp_rank=0,
             dp_size=1, reports_stats=True, is_rank_0=True, is_replica_leader=True, signature=bench.replay.signature,

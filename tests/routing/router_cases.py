@@ -14,10 +14,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "softmax before top-k, scaled": {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
     "softmax, groups": {"moe_router_num_groups": GROUPS, "moe_router_group_topk": 1},
     "sigmoid": {"moe_router_score_function": "sigmoid"},
-    "sigmoid, bias": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "sigmoid, bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-3,
+    },
     "sigmoid, bias, groups, scaled": {  # DeepSeek-V3
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-3,
         "moe_router_pre_softmax": True,
         "moe_router_num_groups": GROUPS,
         "moe_router_group_topk": 1,
@@ -105,13 +110,13 @@ def sparse_model(device: Any) -> dict[str, Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_bai.model.build import _decoder_spec
+    from megatron_bai.model.spec_parts import decoder_spec
     from megatron_bai.routing.layout import filler_routes
     from megatron_bai.routing.replay.replay_pass import MicroRoutes
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
     config = settings(moe_layer_freq=[0, 1, 1], mtp_num_layers=1)
-    spec = _decoder_spec(config, transformer_engine=False, vp_stage=None)
+    spec = decoder_spec(config, transformer_engine=False, vp_stage=None)
     gpt = GPTModel(
         config,
         spec,
@@ -136,6 +141,7 @@ def sparse_model(device: Any) -> dict[str, Any]:
 
 def checks() -> dict[str, Any]:
     """What `preflight` says about each setting that bypasses or breaks replay, and about those that only mislead."""
+    from megatron_bai.compat.releases import megatron_release
     from megatron_bai.errors import UserError
     from megatron_bai.routing.replay.preflight import preflight
 
@@ -149,8 +155,11 @@ def checks() -> dict[str, Any]:
         except UserError as error:
             return str(error)
 
-    graph = {"cuda_graph_impl": "local"}
+    graph, graphed, some = {"cuda_graph_impl": "local"}, megatron_release().graph_setting, {}
+    for name in megatron_release().refused_settings:
+        some[name] = said(**{name: 0.5})
     return {
+        **some,
         "nothing": said(),
         "dense": said(num_moe_experts=None),
         "off": said(moe_enable_routing_replay=False),
@@ -160,10 +169,10 @@ def checks() -> dict[str, Any]:
         "capacity": said(moe_expert_capacity_factor=1.0),
         "padded capacity": said(moe_pad_expert_input_to_capacity=True),
         "random scores": said(moe_router_force_load_balancing=True),
-        "graphed layer": said(**graph, cuda_graph_scope=[]),
-        "graphed router": said(**graph, cuda_graph_scope=["attn", "moe_router"]),
-        "graphed iteration": said(**graph, cuda_graph_scope=["full_iteration"]),
-        "graphed attention": said(**graph, cuda_graph_scope=["attn"]),
+        "graphed layer": said(**graph, **{graphed: []}),
+        "graphed router": said(**graph, **{graphed: ["attn", "moe_router"]}),
+        "graphed iteration": said(**graph, **{graphed: ["full_iteration"]}),
+        "graphed attention": said(**graph, **{graphed: ["attn"]}),
         "overlap": said(overlap_moe_expert_parallel_comm=True),
         "two at once": said(moe_router_fusion=True, moe_expert_capacity_factor=1.0),
         "auxiliary loss": said(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-3),

@@ -112,6 +112,33 @@ def test_the_monitor_counts_the_routes_of_all_ranks_once(directory: Path, layout
             assert found[f"route_mismatch/{layer}"] == pytest.approx(differ[:, layer].mean(), rel=1e-12)
 
 
+@pytest.mark.parametrize(("layout", "mode"), [*((layout, "r2") for layout in LAYOUTS), *PACKED.items()])
+def test_samples_to_be_read_say_where_routes_differ(directory: Path, layout: str, mode: str) -> None:
+    """Against the rollouts and the store. Each rank sees some tokens or some layers; all of a sample end on rank 0."""
+    ranks = facts(directory, layout, mode)
+    with RouteStore(directory / f"{layout}-{mode}") as store:
+        used = {(entry.step, entry.sample): recording.ids for entry, recording in store.iter_records()}
+    assert ranks[1]["read"] == [[]] * STEPS
+    differing = 0
+    for step, read in enumerate(ranks[0]["read"]):
+        assert len(read) == 8
+        for sample in read:
+            assert sample["step"] == step + 1 and sample["versions"] == [[str(step), 0, sample["length"]]]
+            assert None not in sample["logprobs_training"]
+            assert (sample["discrepancy"] is None) == (sample["length"] == 0)
+            number = (sample["prompt_index"] - 4 * step) * 4 + sample["member"]
+            rollouts = [sampled for rank in ranks[:: 1 if "dp2" in layout else 2] for sampled in rank["sampled"][step]]
+            tokens, routes = rollouts[number]
+            assert sample["tokens"] == tokens.tolist()
+            if mode == "r3":  # and nothing is measured without replay
+                assert sample["routes_differ"] is None
+                continue
+            counts = (used[step, number] != np.sort(routes.numpy(), axis=-1)).any(axis=-1).sum(axis=1)
+            assert sample["routes_differ"] == [[t, n] for t, n in enumerate(counts.tolist()) if n]
+            differing += len(sample["routes_differ"])
+    assert (differing > 0) == (mode == "r2")
+
+
 @pytest.mark.parametrize(("layout", "mode"), PACKED.items())
 def test_packing_samples_changes_neither_what_is_kept_nor_the_step(directory: Path, layout: str, mode: str) -> None:
     kept = []

@@ -96,7 +96,7 @@ def test_recording_and_replaying_a_first_update_changes_no_bit_of_it(facts: Fact
         ("nothing runs", "RuntimeError: routers of layers [0, 1, 2, 3] ran for [0, 0, 0, 0] of 1 micro-batches"),
         ("nothing is recorded", "RuntimeError: routers of layers [0, 1, 2, 3] did not run"),
         ("one is skipped", "RuntimeError: routers of layers [1] ran for [0] of 1 micro-batches"),
-        ("too often", "RuntimeError: the router of layer 0 was run more often than the 1 micro-batches"),
+        ("too often", "RuntimeError: the router of layer 0 was run more often than the 1 micro-batches with routes"),
         ("too seldom", "RuntimeError: routers of layers [0, 1, 2, 3] ran for [1, 1, 1, 1] of 2 micro-batches"),
         ("unevenly recorded", "RuntimeError: routers of layers [0, 2, 3] ran for [1, 1, 1] of 2 micro-batches"),
         ("nested", "RuntimeError: routing replay is already recording or forcing"),

@@ -7,12 +7,14 @@ import torch
 from routing.router_cases import EXPERTS, GROUPS, KINDS, TOPK
 from torch import Tensor
 
+from megatron_bai.compat.releases import MEGATRON, megatron_release
 from megatron_bai.errors import UserError
 from megatron_bai.routing.replay import preflight
 
 pytestmark = pytest.mark.distributed
 
 Facts = dict[str, Any]
+GRAPHED = megatron_release().graph_setting
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -66,11 +68,12 @@ def test_replaying_the_live_choice_changes_no_bit(kind: str, facts: Facts) -> No
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bias" in kind])
-def test_padding_is_not_in_the_load_that_moves_the_expert_bias(kind: str, facts: Facts) -> None:
-    """Megatron counts a pass with gradients, once; the forward without any is not counted."""
+def test_the_expert_bias_moves_by_what_the_router_would_choose_without_padding(kind: str, facts: Facts) -> None:
+    """Megatron counts a pass with gradients, once, and the experts that were forced; the forward without any is not."""
     found = facts["routers"]["kinds"][kind]
-    wanted = torch.bincount(found["ids"][found["counted"]].flatten(), minlength=EXPERTS)
-    assert torch.equal(found["load"].long(), wanted)
+    wanted = found["live"]["map"][found["counted"]].sum(dim=0)
+    forced = torch.bincount(found["ids"][found["counted"]].flatten(), minlength=EXPERTS)
+    assert torch.equal(found["load"].long(), wanted) and not torch.equal(wanted, forced)
 
 
 def test_dense_layers_shift_no_route_and_multi_token_prediction_takes_none(facts: Facts) -> None:
@@ -80,7 +83,7 @@ def test_dense_layers_shift_no_route_and_multi_token_prediction_takes_none(facts
     for column, layer in enumerate(sparse["layers"]):
         chosen = sparse["maps"][f"decoder.layers.{layer}.mlp.router"]
         assert torch.equal(chosen, torch.zeros_like(chosen).scatter(1, sparse["ids"][:, column].long(), True))
-    predicting = sparse["maps"]["mtp.layers.0.transformer_layer.mlp.router"]
+    predicting = sparse["maps"][f"mtp.layers.0.{megatron_release().mtp_layer}.mlp.router"]
     for column in sparse["columns"]:
         wanted = torch.zeros_like(predicting).scatter(1, sparse["ids"][:, column].long(), True)
         assert not torch.equal(predicting, wanted)
@@ -97,9 +100,9 @@ def test_dense_layers_shift_no_route_and_multi_token_prediction_takes_none(facts
         ("capacity", ["moe_expert_capacity_factor"]),
         ("padded capacity", ["moe_expert_capacity_factor"]),
         ("random scores", ["moe_router_force_load_balancing"]),
-        ("graphed layer", ["cuda_graph_scope"]),
-        ("graphed router", ["cuda_graph_scope"]),
-        ("graphed iteration", ["cuda_graph_scope"]),
+        ("graphed layer", [GRAPHED]),
+        ("graphed router", [GRAPHED]),
+        ("graphed iteration", [GRAPHED]),
         ("overlap", ["overlap_moe_expert_parallel_comm"]),
         ("two at once", ["moe_router_fusion", "moe_expert_capacity_factor"]),
     ],
@@ -107,6 +110,16 @@ def test_dense_layers_shift_no_route_and_multi_token_prediction_takes_none(facts
 def test_what_bypasses_or_breaks_replay_is_refused_by_name(setting: str, named: list[str], facts: Facts) -> None:
     said = facts["routers"]["checks"][setting]
     assert isinstance(said, str) and all(name in said for name in named), said
+
+
+def test_what_only_some_releases_have_is_refused_there(facts: Facts) -> None:
+    """What the row of the installed release names, and nothing else of a later one's."""
+    checks = facts["routers"]["checks"]
+    names = {name for row in MEGATRON.values() for name in row.refused_settings}
+    found = {name for name in names if name in checks}
+    assert found == set(megatron_release().refused_settings)
+    for name in found:
+        assert f"{name}=0.5: {megatron_release().refused_settings[name]}" in checks[name]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +130,7 @@ def test_what_bypasses_or_breaks_replay_is_refused_by_name(setting: str, named: 
         ("auxiliary loss of zero", ""),
         ("auxiliary loss", "moe_aux_loss_coeff"),
         ("auxiliary losses", "moe_aux_loss_coeff"),
-        ("moving bias", "moe_router_bias_update_rate"),
+        ("moving bias", ""),
     ],
 )
 def test_what_only_misleads_is_a_warning(setting: str, named: str, facts: Facts) -> None:
@@ -127,6 +140,6 @@ def test_what_only_misleads_is_a_warning(setting: str, named: str, facts: Facts)
 
 def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     preflight.check_version()
-    monkeypatch.setattr(preflight, "version", lambda name: "0.17.0+cu13")
-    with pytest.raises(UserError, match="written for megatron-core 0.16.1, but 0.17.0 is installed"):
+    monkeypatch.setattr(preflight.releases, "installed_megatron", lambda: "0.15.3")
+    with pytest.raises(UserError, match=r"run with megatron-core 0\.16\.0, 0\.16\.1, .*, but 0\.15\.3 is installed"):
         preflight.check_version()

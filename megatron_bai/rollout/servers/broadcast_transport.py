@@ -64,6 +64,9 @@ class BroadcastTransport:
 
     def send(self, bucket: Bucket) -> None:
         """Send a bucket, and wait until every server has loaded it."""
+        # SGLang views parts of one tensor of bytes as numbers, which must lie at multiples of their size: of two dtypes
+        # the wider comes first, whatever number of elements the other has.
+        bucket = sorted(bucket, key=lambda named: -named[1].element_size())
         body = {
             "names": [name for name, _ in bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],

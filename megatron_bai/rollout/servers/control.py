@@ -12,6 +12,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers.auth import request_headers
 from megatron_bai.utils.strict_json import parse
 
+INSTANCE_PATH = "/megatron_bai/instance"  # of our own servers: the name that they were started with
 _REPLY_BYTES = 64 << 20  # more than any control request's reply has
 
 
@@ -86,6 +87,15 @@ def wait_until_healthy(url: str, within_s: float, on_poll: Callable[[], None] = 
 def weight_version(url: str) -> str:
     """Return the version of the weights in use; `/server_info` has the version given at launch."""
     return str(get(url, "/model_info").get("weight_version"))
+
+
+def instance(url: str) -> str | None:
+    """Return the name that one of our own servers was started with (`server_main`); None for any other server."""
+    try:
+        name = get(url, INSTANCE_PATH).get("instance")
+    except UserError:
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """The servers of a run, all with the same weights: started and supervised by it, or already running elsewhere."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bai.config import Rollout
+from megatron_bai.config.limits import LARGEST_PORT, validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import auth, control, releases
-from megatron_bai.rollout.servers.quantize import FORMATS
-from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.logprob_temperature import require_sampled_logprobs
+from megatron_bai.rollout.servers.ports import require_local_address
+from megatron_bai.rollout.servers.sglang_server import SGLangServer, installed_release
 from megatron_bai.rollout.servers.weight_sync import on_all_servers
 
 _log = logging.getLogger(__name__)
-SYNCS = ("disk", "tensors", "group")
-INCOMPLETE_GROUP_POLICIES = ("keep", "drop")
 _HEALTH_S = 30.0  # for an answer of a server's scheduler
 
 
@@ -27,11 +27,13 @@ class FleetInfo:
         urls: of the servers, all of which take part in a weight sync.
         tp_sizes: tensor-parallel ranks of each.
         sampling_urls: URLs that samples are requested from: the servers', or that of a router in front of them.
+        untested: their releases that are not in the table, which `backend.untested` takes: a run verifies their rows.
     """
 
     urls: list[str]
     tp_sizes: list[int]
     sampling_urls: list[str]
+    untested: tuple[str, ...] = ()
 
 
 class ServerFleet:
@@ -105,7 +107,9 @@ class ServerFleet:
                 f"SGLang at {url} did not come back within rollout.start_timeout_s={limit:g} s: start it again, then "
                 "the run"
             )
-        _check_server(url, self._rollout)
+        _, release = _check_server(url, self._rollout)
+        if releases.is_untested(release) and release not in self.fleet.untested:
+            raise UserError(f"SGLang {release} answers at {url}, another release than this run has verified")
 
 
 def validate(rollout: Rollout) -> None:
@@ -114,25 +118,32 @@ def validate(rollout: Rollout) -> None:
     Raises:
         UserError: names the setting.
     """
-    for name, least in (("servers", 1), ("tensor", 1), ("sync_bucket_mib", 1), ("restarts", 0), ("retries", 0)):
-        if getattr(rollout, name) < least:
-            raise UserError(f"rollout.{name} is {getattr(rollout, name)}: it must be at least {least}")
-    if not 0 <= rollout.max_failed_fraction < 1:
-        raise UserError(f"rollout.max_failed_fraction is {rollout.max_failed_fraction:g}: it must be from 0 to below 1")
-    if rollout.incomplete_groups not in INCOMPLETE_GROUP_POLICIES:
-        choices = " or ".join(INCOMPLETE_GROUP_POLICIES)
-        raise UserError(f"rollout.incomplete_groups is {rollout.incomplete_groups!r}: choose {choices}")
-    if rollout.quantize not in ("", *FORMATS):
-        raise UserError(f"rollout.quantize is {rollout.quantize!r}: choose {' or '.join(FORMATS)}, or leave it empty")
-    if rollout.sync not in SYNCS:
-        raise UserError(f"rollout.sync is {rollout.sync!r}: choose {', '.join(SYNCS)}")
+    validate_group("rollout", rollout)
+    if rollout.port and rollout.port + rollout.servers - 1 > LARGEST_PORT:
+        raise UserError(
+            f"rollout.port is {rollout.port} and rollout.servers {rollout.servers}: the last one's port would be above "
+            f"{LARGEST_PORT}"
+        )
     if rollout.urls and (rollout.servers, rollout.tensor, rollout.port) != (1, 1, 0):
         raise UserError("rollout.urls names servers that run already: leave out rollout.servers, tensor and port")
     if rollout.router and not rollout.urls:
         raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
-    if len(set(rollout.urls)) < len(rollout.urls):
+    if len({url.rstrip("/").lower() for url in rollout.urls}) < len(rollout.urls):
         raise UserError("rollout.urls names a server twice")
     auth.require_key_or_loopback(rollout)
+
+
+def require_local_addresses(rollout: Rollout) -> None:
+    """Refuse addresses and ports at which rank 0's machine, this one, cannot listen; before any work.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if not rollout.urls:
+        for index in range(rollout.servers if rollout.port else 1):
+            require_local_address("rollout.host", rollout.host, rollout.port and rollout.port + index)
+    if rollout.sync == "group":
+        require_local_address("rollout.sync_host", rollout.sync_host)
 
 
 @contextmanager
@@ -159,7 +170,8 @@ def start_servers(model_dir: Path, rollout: Rollout, logs: Path, device: str) ->
         for server in servers:
             server.wait()
         urls = [server.url for server in servers]
-        fleet = FleetInfo(urls, [rollout.tensor] * len(urls), urls)
+        found = {installed_release()}
+        fleet = FleetInfo(urls, [rollout.tensor] * len(urls), urls, _list_untested(found))
         yield ServerFleet(fleet, rollout, dict(zip(urls, servers, strict=True)))
 
 
@@ -167,21 +179,28 @@ def connect_servers(rollout: Rollout) -> ServerFleet:
     """Connect to the servers at `rollout.urls`, having checked that they can do what a run needs.
 
     Raises:
-        UserError: one does not answer, is another release, or was started without a flag that rollouts need.
+        UserError: one does not answer, is of a release that is not taken, or was started without a flag that rollouts
+            need.
     """
     urls = [url.rstrip("/") for url in rollout.urls]
     auth.register_key(urls, rollout.api_key_file)
-    sizes = on_all_servers(urls, lambda url: _check_server(url, rollout))
+    sizes, found = zip(*on_all_servers(urls, lambda url: _check_server(url, rollout)), strict=True)
     sampling_urls = [rollout.router.rstrip("/")] if rollout.router else urls
-    return ServerFleet(FleetInfo(urls, sizes, sampling_urls), rollout)
+    return ServerFleet(FleetInfo(urls, list(sizes), sampling_urls, _list_untested(found)), rollout)
 
 
-def _check_server(url: str, rollout: Rollout) -> int:
-    """Check that a server can do what a run needs; return the number of its tensor-parallel ranks.
+def _list_untested(found: Iterable[str | None]) -> tuple[str, ...]:
+    """Return the releases among those found that are not in the table."""
+    return tuple(sorted({release for release in found if release and releases.is_untested(release)}))
+
+
+def _check_server(url: str, rollout: Rollout) -> tuple[int, str]:
+    """Check that a server can do what a run needs; return the number of its tensor-parallel ranks, and its release.
 
     Raises:
         UserError: as `connect_servers`.
     """
     info = control.get(url, "/server_info")
     releases.check_server_info(url, info, rollout.deterministic)
-    return int(info.get("tp_size", 1))
+    require_sampled_logprobs(url, rollout.temperature, rollout.request_timeout_s)
+    return int(info.get("tp_size", 1)), info["version"]

@@ -2,7 +2,8 @@
 
 A server that keeps weights in few bits and multiplies in its own dtype (W8A16) computes with exactly these values, so
 the gap to the training engine is that of the format, on any device and without its kernels. Embeddings, output layer,
-norms and routers stay as they are, as in the quantised checkpoints of Qwen3.
+norms, biases, sinks and routers with their expert bias stay as they are, as in the quantised checkpoints of Qwen3 and
+GLM.
 """
 
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F  # noqa: N812, the name that torch code has for 
 
 FORMATS = ("fp8", "int8")
 _BLOCK = 128  # of fp8: one scale for this many rows and columns (DeepSeek-V3, arXiv 2412.19437, section 3.3)
-_NOT_QUANTIZED = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "norm.weight")
+# Endings: embeddings, output layers, routers and gates of shared experts; norms and biases have one axis, but for
+# those of experts that are in one tensor
+_NOT_QUANTIZED = ("embed_tokens.weight", "word_embeddings.weight", "lm_head.weight", "gate.weight", "router.weight")
 
 
 def fake_quantize(name: str, tensor: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -21,11 +24,14 @@ def fake_quantize(name: str, tensor: torch.Tensor, fmt: str) -> torch.Tensor:
 
     Args:
         name: Hugging Face's.
-        tensor: `[out, in]`, any float dtype; returned unchanged where `name` is of a weight that is not quantised.
+        tensor: `[out, in]`, or `[experts, in, out]` as gpt-oss has them, any float dtype; returned unchanged where
+            `name` is of a weight that is not quantised, or where it has one axis.
         fmt: of `FORMATS`, or "" to change nothing.
     """
-    if not fmt or name.endswith(_NOT_QUANTIZED):
+    if not fmt or tensor.dim() < 2 or name.endswith((*_NOT_QUANTIZED, "_bias")):
         return tensor
+    if tensor.dim() == 3:
+        return torch.stack([fake_quantize(name, expert.T, fmt).T for expert in tensor]).contiguous()
     values = tensor.float()
     if fmt == "int8":
         scale = _scale(values.abs().amax(1, keepdim=True), 127.0)

@@ -6,8 +6,16 @@ A server reports its release (`/server_info`). The table of releases is `megatro
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bai.compat.releases import SERVERS, SGLANG, SGLangRelease, server_fault
+from megatron_bai.compat.releases import (
+    SERVERS,
+    SGLANG,
+    SGLangRelease,
+    server_fault,
+    sglang_releases,
+    untested_server,
+)
 from megatron_bai.errors import UserError
+from megatron_bai.rollout.sampling_params import refuse_other_defaults
 from megatron_bai.rollout.servers import control
 
 # Settings of a running server, by name, that rollouts need, and others under which routes were wrong or not tried.
@@ -18,34 +26,47 @@ _FORBIDDEN_FLAGS = {
     "enable_hierarchical_cache": "--enable-hierarchical-cache",
     "enable_dp_attention": "--enable-dp-attention",
 }
+_DEFAULTS = "preferred_sampling_params"
 
 
-def require_pinned(found: str | None, where: str) -> None:
-    """Refuse another release for servers that a run starts: flags and, on a CPU, fixes are for the pinned one.
+def require_startable(found: str | None, where: str, device: str = "cpu") -> None:
+    """Refuse a release that a run does not start: flags and, on a CPU, fixes are for those that were tried.
 
     Args:
         found: the release; None: none was found.
         where: ends the phrase "SGLang X …" in the error.
+        device: `cpu` or `cuda`. `backend.untested` takes other releases on GPUs, where SGLang runs without fixes.
 
     Raises:
-        UserError: names both.
+        UserError: names it and those that a run starts.
     """
-    if found != SGLANG:
-        raise UserError(f"SGLang {found or '(none)'} {where}; this package needs sglang=={SGLANG}")
+    known = sglang_releases()
+    if found not in known and not (device != "cpu" and is_untested(found) and untested_server(found)):
+        raise UserError(
+            f"SGLang {found or '(none)'} {where}; a run starts servers of {', '.join(known)} alone: "
+            f"pip install sglang=={SGLANG}"
+        )
+
+
+def is_untested(found: str | None) -> bool:
+    """Return whether a release is not in the table: its rows must be verified before a run trains on them."""
+    return found not in SERVERS
 
 
 def release_of(found: str | None, where: str) -> SGLangRelease:
-    """Return the table's entry of a release.
+    """Return the table's entry of a release, or what stands for one that `backend.untested` takes.
 
     Args:
         found: the release; None: none was found.
         where: ends the phrase "SGLang X …" in an error.
 
     Raises:
-        UserError: it is not in the table; names it and what is wrong with it.
+        UserError: it is not taken; names it and what is wrong with it.
     """
     if found in SERVERS:
         return SERVERS[found]
+    if untested := untested_server(found):
+        return untested
     raise UserError(f"SGLang {found or '(none)'} {where}{server_fault(found)}: use one of {', '.join(SERVERS)}")
 
 
@@ -75,5 +96,6 @@ def check_server_info(url: str, info: dict[str, Any], deterministic: bool) -> No
         raise UserError(f"the server at {url} was started without {' and '.join(missing)}, which rollouts need")
     if barred := [flag for name, flag in _FORBIDDEN_FLAGS.items() if info.get(name)]:
         raise UserError(f"the server at {url} was started with {' and '.join(barred)}, under which routes may be wrong")
+    refuse_other_defaults(url, info.get(_DEFAULTS))
     if info.get("dp_size", 1) != 1:
         raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")

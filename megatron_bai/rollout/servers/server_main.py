@@ -3,14 +3,17 @@
 ARGS are SGLang's. OWN, which come first, are ours:
 
     --parent PID      the process to end with
+    --instance NAME   what `/megatron_bai/instance` answers, by which whoever started this server knows it
     --key-file FILE   holds the key that requests must carry
     --take-tensors    keep the path that unpickles weights out of a request
+    --untested        SGLang is of a release that no compatibility fix names: none is applied
 
-With `--device cpu` the compatibility fixes of scope `sglang-cpu` are applied first, and SGLang looks for models in
-`served_models` before it imports all of its own; on a GPU it computes as it is. On a CPU its scheduler and detokenizer
-are forked from this process (`compat/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's
-spawn method, which imports this module again in each of them as `__mp_main__` with the same arguments: so what stands
-at the top level reaches every process of the server, and no other process.
+The compatibility fixes of scope `sglang-models` are applied first, for models that SGLang would serve as others or not
+at all. With `--device cpu` those of `sglang-cpu` are, too, and SGLang looks for models in `served_models` before it
+imports all of its own; on a GPU it computes as it is. On a CPU its scheduler and detokenizer are forked from this
+process (`compat/sglang_forked_workers.py`). On a GPU SGLang starts them with multiprocessing's spawn method, which
+imports this module again in each of them as `__mp_main__` with the same arguments: so what stands at the top level
+reaches every process of the server, and no other process.
 
 Each process asks the kernel to kill it when its parent dies, the first of them when PID does: whatever ends the
 trainer, no server is left behind. SGLang asks for its workers as well, but only once they have imported everything.
@@ -34,7 +37,10 @@ from typing import Any
 
 from megatron_bai import compat
 from megatron_bai.rollout import served_models
+from megatron_bai.rollout.served_models import config_types
 from megatron_bai.rollout.servers.auth import read_key
+from megatron_bai.rollout.servers.control import INSTANCE_PATH
+from megatron_bai.rollout.servers.socket_dir import INSTANCE_ID_LENGTH
 from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
@@ -48,8 +54,10 @@ class ServerArgs:
     """The arguments of this module, and SGLang's."""
 
     parent: int | None = None
+    instance: str = ""
     key: str = ""
     take_tensors: bool = False
+    untested: bool = False
     words: tuple[str, ...] = ()  # ours as they were given, without the parent
     rest: tuple[str, ...] = ()
 
@@ -61,16 +69,20 @@ def parse_args(arguments: list[str]) -> ServerArgs:
         UserError: the key cannot be read.
     """
     found, rest = ServerArgs(), list(arguments)
-    while rest[:1] and rest[0] in ("--parent", "--key-file", "--take-tensors"):
+    while rest[:1] and rest[0] in ("--parent", "--instance", "--key-file", "--take-tensors", "--untested"):
         name = rest.pop(0)
         if name == "--parent":
             found.parent = int(rest.pop(0))
+        elif name == "--instance":
+            found.words += (name, rest[0])
+            found.instance = rest.pop(0)
         elif name == "--key-file":
             found.words += (name, rest[0])
             found.key = read_key(rest.pop(0))
         else:
             found.words += (name,)
-            found.take_tensors = True
+            found.take_tensors |= name == "--take-tensors"
+            found.untested |= name == "--untested"
     found.rest = tuple(rest)
     return found
 
@@ -83,7 +95,7 @@ def uses_cpu(arguments: list[str]) -> bool:
 def run_server(given: ServerArgs) -> None:
     """Serve until a signal stops the process."""
     with gc_disabled_for_imports():
-        prepare(uses_cpu(list(given.rest)))
+        prepare(uses_cpu(list(given.rest)), given.untested)
         from sglang.launch_server import run_server
         from sglang.srt.entrypoints import http_server
         from sglang.srt.plugins import load_plugins
@@ -94,13 +106,30 @@ def run_server(given: ServerArgs) -> None:
     shut = _PICKLE_PATHS - ({_TENSORS} if given.take_tensors else set())
     routes = http_server.app.router.routes
     routes[:] = [route for route in routes if getattr(route, "path", "") not in shut]
+    http_server.app.add_api_route(INSTANCE_PATH, lambda: {"instance": given.instance})
     server_args = prepare_server_args(list(given.rest))
+    if given.instance:
+        _name_shared_memory(given.instance)
     if given.key:
         server_args.api_key = given.key
     try:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _name_shared_memory(instance: str) -> None:
+    """Put the server's name into that of SGLang's shared memory, by which it is removed with a killed server."""
+    from sglang.srt.server_args import PortArgs
+
+    init_new = PortArgs.init_new
+
+    def init_named(*args: Any, **named: Any) -> Any:
+        ports = init_new(*args, **named)
+        ports.instance_id = instance[:INSTANCE_ID_LENGTH]
+        return ports
+
+    PortArgs.init_new = staticmethod(init_named)
 
 
 def init_process() -> ServerArgs:
@@ -123,12 +152,20 @@ def init_process() -> ServerArgs:
     return given
 
 
-def prepare(cpu: bool) -> None:
-    """Import what SGLang needs first, as changed for a CPU or as it is."""
+def prepare(cpu: bool, untested: bool = False) -> None:
+    """Import what SGLang needs first, as changed for a CPU or as it is, and name the models that transformers lacks.
+
+    Args:
+        cpu: whether SGLang computes on a CPU.
+        untested: its release is one that no compatibility fix names; a CPU needs them.
+    """
     if cpu:
         os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", served_models.__name__)  # unless the user has models
         compat.apply("sglang-cpu")
+    if not untested:
+        compat.apply("sglang-models")
     _restrict_tcp_store()
+    config_types.register()
 
 
 def keep_out_of_logs(secret: str) -> None:
@@ -164,6 +201,7 @@ def _restrict_tcp_store() -> None:
 
 
 if __name__ == "__mp_main__":  # a worker
-    prepare(uses_cpu(list(init_process().rest)))
+    own = init_process()
+    prepare(uses_cpu(list(own.rest)), own.untested)
 elif __name__ == "__main__":
     run_server(init_process())

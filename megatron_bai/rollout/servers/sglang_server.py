@@ -1,13 +1,13 @@
 """An SGLang server as a context manager: started, checked for health and release, and stopped with the block."""
 
 import os
-import random
 import re
+import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,16 +15,20 @@ from types import TracebackType
 
 import psutil
 
+from megatron_bai.checkpoint.hf_config import read_raw_config
 from megatron_bai.config import Rollout
 from megatron_bai.distributed.hosts import host_address, is_loopback
-from megatron_bai.errors import UserError
+from megatron_bai.errors import UserError, os_errors_as_user_errors
+from megatron_bai.model.families.registry import all_families
+from megatron_bai.rollout.served_models import SERVED_MODULE
 from megatron_bai.rollout.servers import auth, control, releases
+from megatron_bai.rollout.servers.ports import PortReservation, reserve_port
+from megatron_bai.rollout.servers.socket_dir import SocketDir, make_socket_dir
 
 # Set by torchrun for the trainer, or by a proxied network: SGLang would take them for its own.
 _NOT_INHERITED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|SGLANG_\w+|\w+_proxy)", re.I
 )
-_PORTS = range(20000, 32768)  # Linux gives out those from 32768 on
 _LEAK_WARNING = "resource_tracker"  # Python's warning of what processes that were killed left behind
 _STOP_S = 10.0  # from SIGINT to SIGKILL
 
@@ -52,6 +56,9 @@ class SGLangServer:
         self.port = rollout.port
         self._launched, self._log_start = False, 0  # bytes of the log before those of the process at hand
         self._process: subprocess.Popen[bytes] | None = None
+        self._reservation: PortReservation | None = None
+        self._socket_dir: SocketDir | None = None
+        self._instance = ""  # the name that the process at hand answers to
 
     @property
     def url(self) -> str:
@@ -93,24 +100,41 @@ class SGLangServer:
         auth.require_key_or_loopback(self.rollout)
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
-        releases.require_pinned(_installed_release(), "is installed")
-        self.port = _free_port(self.rollout.host, self.port)
+        releases.require_startable(installed_release(), "is installed", self.device)
+        self._reservation = reserve_port(self.rollout.host, self.port)
+        self.port = self._reservation.port
+        try:
+            self._start_process()
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def _start_process(self) -> None:
+        """Start the server's first process, which gets a name that no other server has."""
         auth.register_key([self.url], self.rollout.api_key_file)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        own = ["--parent", str(os.getpid())]
+        self._instance = secrets.token_hex(16)
+        self._socket_dir = make_socket_dir(self._instance)
+        own = ["--parent", str(os.getpid()), "--instance", self._instance]
         if self.rollout.api_key_file:
             own += ["--key-file", os.path.abspath(self.rollout.api_key_file)]
         if self.rollout.sync == "tensors":
             own.append("--take-tensors")
+        if releases.is_untested(installed_release()):
+            own.append("--untested")
         command = [sys.executable, "-m", "megatron_bai.rollout.servers.server_main", *own, *self._arguments()]
-        with open(self.log_path, "ab" if self._launched else "wb") as log:
+        environment = _environment(self.device, self.rollout.tensor, self.rollout.host, self._socket_dir.path)
+        environment |= _served_model(self.model_dir)
+        with os_errors_as_user_errors(self.log_path):
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            log_file = open(self.log_path, "ab" if self._launched else "wb")
+        with log_file as log:
             self._log_start, self._launched = log.tell(), True
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(self.device, self.rollout.tensor, self.rollout.host),
+                env=environment,
                 start_new_session=True,
             )
 
@@ -118,11 +142,14 @@ class SGLangServer:
         """Wait until the server answers.
 
         Raises:
-            UserError: it ended or did not become healthy in time; quotes its log. The server is stopped.
+            UserError: it ended or did not become healthy in time, and quotes its log; or another server answers at its
+                URL. The server is stopped.
         """
         try:
             self._wait_until_healthy()
-            releases.require_pinned(control.get(self.url, "/server_info").get("version"), f"answers at {self.url}")
+            self._require_own_answer()
+            found = control.get(self.url, "/server_info").get("version")
+            releases.require_startable(found, f"answers at {self.url}", self.device)
         except BaseException:
             self.stop()
             raise
@@ -136,6 +163,7 @@ class SGLangServer:
         if self._process is None:
             return
         group = self._process.pid  # it leads its session, so its group has its id
+        pids = set(_group_pids(group))
         for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL))[not graceful :]:
             if not _group_pids(group):
                 break
@@ -149,6 +177,15 @@ class SGLangServer:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_S)
         self._process = None
+        self._clean_up(pids)
+
+    def _clean_up(self, pids: Iterable[int] = ()) -> None:
+        """Remove what the server's processes left on this machine, once there are none, and release its port."""
+        if self._socket_dir:
+            self._socket_dir.remove(pids)
+            self._socket_dir = None
+        if self._reservation:
+            self._reservation.release()
 
     def check_alive(self) -> None:
         """Raise a UserError that quotes the log if the server has ended."""
@@ -194,6 +231,15 @@ class SGLangServer:
                 f"{last_error(self.log_path, self._log_start)} [{self.log_path}]"
             )
 
+    def _require_own_answer(self) -> None:
+        """Refuse a server of another run or program that answers in place of this one, whose process may be dying."""
+        if control.instance(self.url) != self._instance:
+            raise UserError(
+                f"rollout.port={self.port} is another server's, which answers at {self.url}: choose another port, or 0 "
+                "for a free one"
+            )
+        self.check_alive()
+
 
 def last_error(log_path: Path, start: int = 0) -> str:
     """Find the last line of a server's log that names an error, else the last that is not empty.
@@ -212,7 +258,7 @@ def last_error(log_path: Path, start: int = 0) -> str:
     return (errors or raised or lines or ["the log is empty"])[-1]
 
 
-def _installed_release() -> str | None:
+def installed_release() -> str | None:
     """Return the release of the installed SGLang; None where there is none."""
     try:
         return version("sglang")
@@ -220,10 +266,24 @@ def _installed_release() -> str | None:
         return None
 
 
-def _environment(device: str, tensor: int = 1, host: str = "127.0.0.1") -> dict[str, str]:
+def _served_model(model_dir: Path) -> dict[str, str]:
+    """Return the variable that says which of SGLang's modules has the model; nothing where no family knows."""
+    model_type = read_raw_config(model_dir).get("model_type")
+    served_by = {name: family.served_by for family in all_families().values() for name in family.model_types}
+    module = served_by.get(model_type) if isinstance(model_type, str) else None
+    return {SERVED_MODULE: module} if module else {}
+
+
+def _environment(
+    device: str, tensor: int = 1, host: str = "127.0.0.1", socket_dir: Path | None = None
+) -> dict[str, str]:
     """Make a server's environment: the trainer's without torchrun's and proxies' variables, and its own."""
     inherited = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.fullmatch(name)}
     fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if socket_dir:  # what is compiled stays, for the next server
+        fixed["TMPDIR"] = str(socket_dir)
+        compiled = socket_dir.parent / f"torchinductor_{os.getuid()}"
+        fixed["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     if is_loopback(host):  # gloo would listen where the host's name leads
         fixed["GLOO_SOCKET_IFNAME"] = "lo"
     if device == "cpu":  # a second thread a step costs more than it gives, most of all on a shared machine
@@ -232,22 +292,6 @@ def _environment(device: str, tensor: int = 1, host: str = "127.0.0.1") -> dict[
             cores = sorted(os.sched_getaffinity(0))
             fixed["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[i % len(cores)]) for i in range(tensor))
     return inherited | fixed
-
-
-def _free_port(host: str, wanted: int) -> int:
-    """Return `wanted`, or a free port where it is 0. A port in use is refused: another server might look healthy.
-
-    The free port is below those that the system gives to connections: the server takes half a minute until it listens.
-    """
-    for port in [wanted] if wanted else random.SystemRandom().sample(_PORTS, 100):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                return port
-            except OSError as error:
-                failure = error
-    raise UserError(f"rollout.host={host} rollout.port={wanted} cannot be used: {failure.strerror}") from failure
 
 
 def _group_pids(group: int) -> list[int]:

@@ -133,6 +133,7 @@ def sync_from_tensors(
     expected: Shapes,
     transport: WeightTransport,
     bucket_bytes: int,
+    together: Sequence[str] = (),
 ) -> None:
     """Send the servers tensors; from then on their samples carry `version`.
 
@@ -145,6 +146,7 @@ def sync_from_tensors(
         expected: names and shapes of the model served.
         transport: sends the tensors.
         bucket_bytes: of tensors that are held and sent together; a larger one goes alone.
+        together: endings of names that share what precedes them, and go in one bucket: `Family.loaded_together`.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape; a server refused, broke, or does not report
@@ -155,7 +157,7 @@ def sync_from_tensors(
     with _paused(urls, resume_on_error=False):
         on_all_servers(urls, _flush_cache)
         on_all_servers(with_session, lambda url: control.post(url, "/begin_weight_update", {}))
-        for bucket in _make_buckets(named, bucket_bytes):
+        for bucket in _make_buckets(_group(named, together), bucket_bytes):
             for name, tensor in bucket:
                 shape = tuple(tensor.shape)
                 if missing.pop(name, None) != shape:
@@ -171,16 +173,32 @@ def sync_from_tensors(
     _check_versions(urls, version)
 
 
-def _make_buckets(named: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
-    """Group tensors into buckets of at most `limit` bytes; a larger tensor is a bucket alone."""
+def _group(named: Iterable[tuple[str, torch.Tensor]], together: Sequence[str]) -> Iterator[Bucket]:
+    """Yield tensors alone, but those that belong together when the last of them has come."""
+    waiting: dict[str, Bucket] = {}
+    for name, tensor in named:
+        ending = next((each for each in together if name.endswith(each)), None)
+        if ending is None:
+            yield [(name, tensor)]
+            continue
+        stem = name.removesuffix(ending)
+        waiting.setdefault(stem, []).append((name, tensor))
+        if len(waiting[stem]) == len(together):
+            yield waiting.pop(stem)
+    yield from waiting.values()  # a layer that has not all of them
+
+
+def _make_buckets(groups: Iterable[Bucket], limit: int) -> Iterator[Bucket]:
+    """Join groups of tensors into buckets of at most `limit` bytes; a larger group is a bucket alone."""
     bucket: Bucket = []
     size = 0
-    for name, tensor in named:
-        if bucket and size + tensor.nbytes > limit:
+    for group in groups:
+        num_bytes = sum(tensor.nbytes for _, tensor in group)
+        if bucket and size + num_bytes > limit:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
+        bucket += group
+        size += num_bytes
     if bucket:
         yield bucket
 

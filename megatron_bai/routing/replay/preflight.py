@@ -4,7 +4,6 @@ Each entry is a setting of its `TransformerConfig`, read where the router's code
 (`transformer/moe/{router,moe_utils,router_replay}.py`, `pipeline_parallel/schedules.py`).
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron_bai.compat import releases
@@ -14,19 +13,16 @@ BALANCING = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}  # load bala
 
 
 def check_version() -> None:
-    """Refuse another Megatron-Core, whose routers might ignore replay without an error.
+    """Refuse a Megatron-Core that was not run, whose routers might ignore replay without an error.
 
     Raises:
-        UserError: names the release found and the one needed.
+        UserError: names the release found and those that were run.
     """
-    try:
-        installed = version("megatron-core").partition("+")[0]
-    except PackageNotFoundError:
-        installed = "none"
-    if installed != releases.MEGATRON_CORE:
+    installed = releases.installed_megatron()
+    if not releases.is_admitted(installed):
         raise UserError(
-            f"routing replay is written for megatron-core {releases.MEGATRON_CORE}, but {installed} is installed: "
-            f"install megatron-core=={releases.MEGATRON_CORE}"
+            f"routing replay was run with megatron-core {releases.list_megatron()}, but {installed or 'none'} is "
+            f"installed: install megatron-core=={releases.MEGATRON_CORE}"
         )
 
 
@@ -55,6 +51,7 @@ def _balancing_types(config: Any) -> list[str]:
 
 def _find_faults(config: Any) -> list[str]:
     """List the settings under which routers cannot be replayed, with the reasons."""
+    release = releases.megatron_release()
     faults = [
         (not config.num_moe_experts, "num_moe_experts unset: the model has no routers"),
         (not config.moe_enable_routing_replay, "moe_enable_routing_replay=False: routers have no replay handle"),
@@ -69,7 +66,7 @@ def _find_faults(config: Any) -> list[str]:
         ),
         (
             _cuda_graph_has_router(config),
-            "cuda_graph_scope with the router in it: a graph repeats the routes it captured",
+            f"{release.graph_setting} with the router in it: a graph repeats the routes it captured",
         ),
         (
             config.overlap_moe_expert_parallel_comm,
@@ -77,6 +74,11 @@ def _find_faults(config: Any) -> list[str]:
         ),
     ]
     messages = [message for is_fault, message in faults if is_fault]
+    messages += [
+        f"{name}={value}: {reason}"
+        for name, reason in release.refused_settings.items()
+        if (value := getattr(config, name, None)) is not None
+    ]
     messages += [
         f"moe_router_load_balancing_type={balancing}: its selection bypasses the replay hook"
         for balancing in _balancing_types(config)
@@ -89,7 +91,8 @@ def _cuda_graph_has_router(config: Any) -> bool:
     """Return whether a CUDA graph contains a router: a layer (an empty scope), `moe`, `moe_router` or an iteration."""
     if getattr(config, "cuda_graph_impl", "none") == "none":
         return bool(config.enable_cuda_graph or config.external_cuda_graph)
-    scopes = {getattr(scope, "name", scope) for scope in config.cuda_graph_scope}
+    graphed = getattr(config, releases.megatron_release().graph_setting)
+    scopes = {getattr(scope, "name", scope) for scope in graphed}
     return not scopes or bool(scopes & {"full", "full_iteration", "moe", "moe_router", "moe_preprocess"})
 
 
@@ -103,10 +106,5 @@ def _find_warnings(config: Any) -> list[str]:
         messages.append(
             "moe_aux_loss_coeff > 0: the auxiliary loss balances the experts that the live router would choose, not "
             "those replayed"
-        )
-    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
-        messages.append(
-            "moe_router_bias_update_rate > 0: the expert bias moves by the load of the experts replayed, which it did "
-            "not choose"
         )
     return messages

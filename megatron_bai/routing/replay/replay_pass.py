@@ -34,12 +34,23 @@ class ReplayPass:
     """
 
     def __init__(self, layers: list[int], routes: Sequence[MicroRoutes] | None):
-        self.routes = routes
+        self.routes = None if routes is None else list(routes)
         self.layer_queues = {layer: [m.ids[:, i] for m in routes or ()] for i, layer in enumerate(layers)}
         self._cursors = {backward: dict.fromkeys(layers, 0) for backward in (False, True)}
         self._inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
         self._num_checked: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # rows, one entry a router's call
         self._wrong: list[tuple[int, str, torch.Tensor]] = []  # layer, what went wrong, in how many rows
+
+    def add(self, micro: MicroRoutes) -> None:
+        """Add what to force in the next micro-batch.
+
+        Args:
+            micro: routes of this rank's layers.
+        """
+        assert self.routes is not None, "this pass records"
+        self.routes.append(micro)
+        for i, queue in enumerate(self.layer_queues.values()):
+            queue.append(micro.ids[:, i])
 
     def cursor(self, layer: int, backward: bool) -> int:
         """Return how many micro-batches a layer's router has run, in forward passes or recomputed in the backward.
@@ -64,7 +75,9 @@ class ReplayPass:
         limit = self.cursor(layer, False) if backward else None if self.routes is None else len(self.routes)
         if limit is not None and index >= limit:
             how = "recomputed in the backward" if backward else "run"
-            raise RuntimeError(f"the router of layer {layer} was {how} more often than the {limit} micro-batches")
+            raise RuntimeError(
+                f"the router of layer {layer} was {how} more often than the {limit} micro-batches with routes"
+            )
         self._cursors[backward][layer] = index + 1
         return index
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_bai.compat import releases
+from megatron_bai.errors import UserError
+
 Routers = dict[int, Any]
 """Decoder layer, counted from 0 over the whole model → its `TopKRouter`."""
 
@@ -34,12 +37,19 @@ def bind_routers(chunks: Sequence[torch.nn.Module], expected: Sequence[int], pip
         pipeline_group: of the pipeline's ranks; None: `chunks` are the whole model.
 
     Raises:
+        UserError: a router that is meant for inference.
         RuntimeError: a router without a replay handle, two routers of one layer, or layers bound over the pipeline that
             are not exactly those expected.
     """
     bound: Routers = {}
     for router in {id(router): router for chunk in chunks for router in _decoder_routers(chunk)}.values():
         layer = router.layer_number - 1
+        inference_router = releases.megatron_release().inference_router
+        if inference_router in (base.__name__ for base in type(router).__mro__):
+            raise UserError(
+                f"the router of layer {layer} is an {inference_router}, which answers in another form while "
+                "Megatron-Core infers: routing replay needs transformer_impl=local or transformer_engine"
+            )
         if router.router_replay is None:
             raise RuntimeError(f"the router of layer {layer} has no replay handle: moe_enable_routing_replay was off")
         if layer in bound:

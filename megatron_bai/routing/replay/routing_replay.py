@@ -11,7 +11,7 @@ backward pass. Megatron's own queues hold something only while a router runs.
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,8 @@ class RoutingReplay:
         self._routers = bind_routers(chunks, expected, pipeline_group)
         self.layers = list(self._routers)
         self.columns = [expected.index(layer) for layer in self.layers]
+        # Whether a bias moves by the load: then it is that of the experts which the router itself would choose
+        self.moves_bias = bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
         self.rows = self.recomputed = 0
         self._pass: ReplayPass | None = None
 
@@ -92,10 +94,31 @@ class RoutingReplay:
             ValueError: routes that do not fit this model, before anything runs.
             RuntimeError: a router that did not run once for each micro-batch, or did not choose what it was given.
         """
-        for index, micro in enumerate(routes):
-            self._check_routes(micro, f"micro-batch {index}")
-        with self._hooked(ReplayPass(self.layers, routes)) as run:
+        with self.force_added() as add:
+            for micro in routes:
+                add(micro)
             yield
+
+    @contextmanager
+    def force_added(self) -> Iterator[Callable[[MicroRoutes], None]]:
+        """Force experts as `force` does, where routes are known only when their micro-batch is read.
+
+        Yields:
+            A function that adds the routes of the next micro-batch, before its forward pass. It raises a ValueError for
+            routes that do not fit this model.
+
+        Raises:
+            RuntimeError: as `force`.
+        """
+        run = ReplayPass(self.layers, [])
+
+        def add(micro: MicroRoutes) -> None:
+            assert run.routes is not None
+            self._check_routes(micro, f"micro-batch {len(run.routes)}")
+            run.add(micro)
+
+        with self._hooked(run):
+            yield add
         self.rows += run.num_checked(backward=False)
         self.recomputed += run.num_checked(backward=True)
 
@@ -137,9 +160,11 @@ class RoutingReplay:
             if len(ids) != rows:
                 raise RuntimeError(f"the router of layer {layer} sees {rows} tokens, its routes are for {len(ids)}")
             handle.set_target_indices(ids.to(inputs[0].device, torch.int64))
-            live = None if run.routes is None else run.routes[index].live
-            if live is not None and action is RouterReplayAction.REPLAY_FORWARD:
-                handle.get_replay_topk = functools.partial(_replay_topk_with_live_rows, handle, live)
+            live = None
+            if run.routes is not None and action is RouterReplayAction.REPLAY_FORWARD:
+                live = run.routes[index].live  # recomputation repeats what they were
+            if live is not None or self.moves_bias:
+                handle.get_replay_topk = functools.partial(_replay_topk, handle, live)
         handle.set_router_replay_action(action)
 
     def _post_hook(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -157,8 +182,8 @@ class RoutingReplay:
             if micro is not None and micro.live is not None and not backward:
                 # recomputation repeats the live choice
                 run.layer_queues[layer][index] = target.to(_dtype(self.signature))
-            if micro is not None and micro.checked is not None and router.local_tokens_per_expert is not None:
-                _remove_padding_load(router, chosen, micro)
+            if micro is not None and self.moves_bias and torch.is_grad_enabled():
+                _count_own_choice(router, chosen, micro)
         _clear_handle(handle)
 
     def _check_routes(self, micro: MicroRoutes, where: str) -> None:
@@ -194,30 +219,39 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _replay_topk_with_live_rows(
+def _replay_topk(
     handle: Any,
-    live: torch.Tensor,
+    live: torch.Tensor | None,
     scores: torch.Tensor,
     topk: int,
     num_groups: int | None = None,
     group_topk: int | None = None,
     default_compute_topk: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replay as `RouterReplay.get_replay_topk` does, but keep the router's own choice in rows of `live`."""
-    live_choice = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
-    handle.target_topk_idx = torch.where(live.to(live_choice.device)[:, None], live_choice, handle.target_topk_idx)
+    """Replay as `RouterReplay.get_replay_topk` does, but keep the router's own choice: in rows of `live`, and aside."""
+    handle.own_choice = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
+    if live is not None:
+        handle.target_topk_idx = torch.where(
+            live.to(handle.own_choice.device)[:, None], handle.own_choice, handle.target_topk_idx
+        )
     chosen: tuple[torch.Tensor, torch.Tensor] = type(handle).get_replay_topk(
         handle, scores, topk, num_groups, group_topk, default_compute_topk
     )
     return chosen
 
 
-def _remove_padding_load(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
-    """Subtract padding from the load that moves the expert bias; Megatron adds it where gradients are enabled."""
-    assert micro.checked is not None
-    padding = ~micro.checked if micro.live is None else ~(micro.checked | micro.live)
-    if torch.is_grad_enabled():
-        router.local_tokens_per_expert -= chosen[padding.to(chosen.device)].sum(dim=0)
+def _count_own_choice(router: Any, chosen: torch.Tensor, micro: MicroRoutes) -> None:
+    """Count in the load that moves the expert bias what the router would have chosen, without padding.
+
+    Megatron-Core has added the experts that were forced. They say nothing of what the bias does: with several updates
+    on one batch it would go on in one direction.
+    """
+    own_choice: torch.Tensor = router.router_replay.own_choice
+    rows = micro.checked if micro.live is None or micro.checked is None else micro.checked | micro.live
+    if rows is not None:
+        own_choice = own_choice[rows.to(own_choice.device)]
+    counts = torch.bincount(own_choice.flatten(), minlength=chosen.shape[1])
+    router.local_tokens_per_expert += counts - chosen.sum(dim=0)
 
 
 def _clear_handle(handle: Any) -> None:
@@ -225,3 +259,4 @@ def _clear_handle(handle: Any) -> None:
     handle.clear_router_replay_action()
     handle.clear_indices()
     handle.__dict__.pop("get_replay_topk", None)
+    handle.__dict__.pop("own_choice", None)

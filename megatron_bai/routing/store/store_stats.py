@@ -13,6 +13,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.routing.routes import RouteSignature, layer_chunks, sorted_sets
 from megatron_bai.routing.store.codec import SampleRoutes, min_bytes
 from megatron_bai.routing.store.route_store import RecordEntry, RouteStore
+from megatron_bai.utils.terminal_text import make_console
 
 _BARS = "·▁▂▃▄▅▆▇█"  # an expert that was never chosen is a dot
 _NUM_NAMED = 3  # experts named as the busiest of a layer, samples named as those of other tokens
@@ -186,7 +187,7 @@ def print_store(path: str, other: str = "") -> None:
     Raises:
         UserError: one of the two is no store, or they are of different models.
     """
-    console = Console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     with RouteStore(path) as store:
         _print_stats(console, store, compute_stats(store))
         if other:

@@ -1,0 +1,161 @@
+"""Where a server's sockets are, whatever TMPDIR is, and that nothing of a server stays. No SGLang is started here."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from megatron_bai.config import Rollout
+from megatron_bai.errors import UserError
+from megatron_bai.rollout.servers import sglang_server as module
+from megatron_bai.rollout.servers import socket_dir
+from megatron_bai.rollout.servers.sglang_server import SGLangServer
+
+PROGRAM = """#!{python}
+import os, socket, sys, tempfile, time
+from pathlib import Path
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(tempfile.NamedTemporaryFile().name)  # as SGLang chooses them
+instance = sys.argv[sys.argv.index("--instance") + 1]
+Path(f"{memory}/sglang_loads_{{instance[:12]}}_1.shm").touch()
+print("TMPDIR", os.environ["TMPDIR"], flush=True)
+{then}
+"""
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:  # whose parent is made before TMPDIR is changed
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(params=["short", "of 150 characters", "missing", "a file"])
+def temporary(request: pytest.FixtureRequest, short: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """TMPDIR of every kind; where nothing can be written in it Python's tempfile takes another."""
+    names = {"short": "d", "of 150 characters": "d" * 150, "missing": "none", "a file": "file"}
+    directory = short / names[request.param]
+    if request.param == "a file":
+        directory.touch()
+    elif request.param != "missing":
+        directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return request.param
+
+
+@pytest.mark.parametrize("then", ["time.sleep(600)", "sys.exit(3)"])
+def test_sockets_can_be_bound_and_nothing_stays(
+    temporary: str, then: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    memory = short / "shm"
+    memory.mkdir()
+    (memory / "sglang_loads_other_1.shm").touch()
+    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", memory)
+    program = short / "program"
+    program.write_text(PROGRAM.format(python=sys.executable, memory=memory, then=then))
+    program.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(program))
+    monkeypatch.setattr(module, "_STOP_S", 0.5)
+    server = SGLangServer(tmp_path, Rollout(start_timeout_s=0.5), tmp_path / "log")
+    server.launch()
+    said = ""
+    while "TMPDIR" not in said:
+        ended = server._process.poll() is not None  # before its log is read: then that is complete
+        said = (tmp_path / "log").read_text()
+        assert "TMPDIR" in said or not ended, said
+    directory = Path(said.split("TMPDIR ", 1)[1].strip())
+    assert (directory.parent == short / "d") == (temporary == "short")
+    with pytest.raises(UserError):
+        server.wait()
+    assert not directory.exists() and [path.name for path in memory.iterdir()] == ["sglang_loads_other_1.shm"]
+
+
+def test_a_directory_is_closed_to_others_and_its_sockets_have_room(temporary: str) -> None:
+    made = socket_dir.make_socket_dir("0" * 32)
+    directory = made.path
+    try:
+        assert directory.stat().st_mode & 0o777 == 0o700
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(directory / "tmpxxxxxxxx"))
+        assert len(os.fsencode(directory)) <= socket_dir._MAX_PARENT_BYTES + 22
+    finally:
+        made.remove()
+
+
+def test_no_directory_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nothing)
+    monkeypatch.setattr(socket_dir, "_SHORT_DIRS", ("/proc/nowhere",))
+    with pytest.raises(UserError, match=r"/proc/nowhere: No such file.*set TMPDIR"):
+        socket_dir.make_socket_dir("0" * 32)
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from megatron_bai.rollout.servers import socket_dir
+socket_dir._SHARED_MEMORY = Path(sys.argv[1])
+made = socket_dir.make_socket_dir(sys.argv[2] * 32)
+print(made.path, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_owner_left_is_removed_at_the_next_start_and_nothing_else(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    memory = short / "shm"
+    memory.mkdir()
+    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", memory)
+    owners, paths = [], []
+    try:
+        for name in "ab":
+            command = [sys.executable, "-c", OWNER, str(memory), name]
+            owners.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            paths.append(Path(owners[-1].stdout.readline().strip()))
+            (paths[-1] / "socket").touch()
+            (memory / f"sglang_loads_{name * 12}_1.shm").touch()
+        owners[0].kill()
+        owners[0].wait()
+        others = [short / "megatron-bai-other", short / "megatron-bai-empty", short / "megatron-bai-file"]
+        others[0].mkdir()
+        (others[0] / "owner").write_text("*")
+        others[1].mkdir()
+        others[2].touch()
+        (short / "megatron-bai-link").symlink_to(paths[1])
+        socket_dir.make_socket_dir("c" * 32).remove()
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.wait()
+    assert not paths[0].exists() and (paths[1] / "socket").exists() and all(path.exists() for path in others)
+    assert [path.name for path in memory.iterdir()] == ["sglang_loads_bbbbbbbbbbbb_1.shm"]
+    socket_dir.make_socket_dir("c" * 32).remove()
+    assert not paths[1].exists() and not list(memory.iterdir())
+
+
+def test_without_locks_nobody_is_taken_for_dead(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(socket_dir, "lock_open_file", lambda fd: None)
+    first = socket_dir.make_socket_dir("a" * 32)
+    socket_dir.make_socket_dir("b" * 32).remove()
+    assert first.path.exists()
+    first.remove()
+
+
+def test_shared_memory_that_is_named_by_a_process_goes_with_it(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", short)
+    for pid in (12, 123):
+        (short / f"sgl_shm_mq_{pid}_0a").touch()
+    socket_dir.make_socket_dir("a" * 32).remove([12])
+    assert [path.name for path in short.iterdir()] == ["sgl_shm_mq_123_0a"]

@@ -1,0 +1,11 @@
+"""Names of Apex's optimizers."""
+
+import torch
+
+
+class FusedAdam(torch.optim.AdamW):
+    pass
+
+
+class FusedSGD(torch.optim.SGD):
+    pass
