@@ -1,6 +1,8 @@
 """The exceptions whose message a user sees as one line."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -25,6 +27,22 @@ def from_os_error(error: OSError, location: object = "") -> UserError:
         location: printed where the error names no file.
     """
     return UserError(f"{error.filename or location or 'the system'}: {error.strerror or error}")
+
+
+@contextmanager
+def os_errors_as_user_errors(location: object) -> Iterator[None]:
+    """Make what the operating system refuses in the block a one-line error: a full disk, missing rights.
+
+    Args:
+        location: as in `from_os_error`.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, location) from None
 
 
 def from_peer_error(error: Exception) -> UserError | None:

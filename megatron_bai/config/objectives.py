@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from megatron_bai.config.limits import checkpoint_path, choice, number, path
+
+ADVANTAGES = ("centred", "normalised", "leave_one_out")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
 
 @dataclass
 class Objective:
@@ -23,12 +28,14 @@ class Sft(Objective):
 class Policy(Objective):
     """Settings of every objective that learns from rollouts."""
 
-    advantage: str = "normalised"  # R − group mean: centred; over the group's deviation: normalised; or leave_one_out
-    entropy_bonus: float = 0.0  # weight of the policy's entropy, in the loss of every token
-    kl_penalty: float = 0.0  # weight of the KL divergence from the run's initial weights, likewise
-    kl_estimator: str = "k3"  # k1, k2 or k3
+    # R − group mean: centred; over the group's deviation: normalised; or leave_one_out
+    advantage: str = choice("normalised", *ADVANTAGES)
+    entropy_bonus: float = number(0.0, at_least=0)  # weight of the policy's entropy, in the loss of every token
+    kl_penalty: float = number(0.0, at_least=0)  # weight of the KL divergence from the run's initial weights, likewise
+    kl_estimator: str = choice("k3", "k1", "k2", "k3")  # k1, k2 or k3
     drop_uniform_groups: bool = False  # groups whose rewards are all equal count nowhere
-    refill_rounds: int = 0  # rounds of new prompts in place of dropped groups, until none are missing (DAPO)
+    # rounds of new prompts in place of dropped groups, until none are missing (DAPO)
+    refill_rounds: int = number(0, at_least=0)
     mask_overlong: bool = False  # responses cut off at the token limit count nowhere but in their group's mean reward
 
 
@@ -37,10 +44,11 @@ class Minirl(Policy):
     """MiniRL (arXiv 2512.01374, eq. 7) and its ablations."""
 
     name: str = "minirl"
-    advantage: str = "centred"
-    clip_low: float = 0.2  # M_t drops a token with A < 0 once its ratio is under 1 − clip_low
-    clip_high: float = 0.27  # … with A > 0 once it is over 1 + clip_high
-    is_max: float = 5.0  # the token weight π_θ/μ_old is truncated here; inf: never
+    advantage: str = choice("centred", *ADVANTAGES)
+    # M_t drops a token with A < 0 once its ratio is under 1 − clip_low
+    clip_low: float = number(0.2, at_least=0, at_most=1)
+    clip_high: float = number(0.27, at_least=0, finite=False)  # … with A > 0 once it is over 1 + clip_high
+    is_max: float = number(5.0, above=0, finite=False)  # the token weight π_θ/μ_old is truncated here; inf: never
     clip: bool = True  # false: M_t = 1
     train_infer_is: bool = True  # false: the token weight is π_θ/π_old
     length_norm: bool = False  # true: 1/|y|
@@ -51,35 +59,46 @@ class Sequence(Policy):
     """The sequence-level objective that MiniRL approximates (arXiv 2512.01374)."""
 
     name: str = "sequence"
-    advantage: str = "centred"
-    is_max: float = float("inf")  # the response's weight π_θ(y)/μ_old(y) is truncated here
+    advantage: str = choice("centred", *ADVANTAGES)
+    # the response's weight π_θ(y)/μ_old(y) is truncated here
+    is_max: float = number(float("inf"), above=0, finite=False)
 
 
 @dataclass
 class Corrected(Policy):
     """Settings of objectives with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
 
-    correction: str = "none"  # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
-    correction_max: float = 2.0  # C: a weight above it becomes C (truncate) or 0 (mask)
+    # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
+    correction: str = choice("none", *CORRECTIONS)
+    correction_max: float = number(2.0, above=0, finite=False)  # C: a weight above it becomes C (truncate) or 0 (mask)
 
 
 @dataclass
-class Grpo(Corrected):
+class DualClipped(Corrected):
+    """Settings of objectives whose loss PPO's limits clip token by token."""
+
+    # c: with A < 0 a token's loss is at most c·|A| (arXiv 1912.09729: 3); inf: no limit
+    dual_clip: float = number(float("inf"), above=1, finite=False)
+
+
+@dataclass
+class Grpo(DualClipped):
     """GRPO (arXiv 2402.03300); a clip_high above clip_low is clip-higher."""
 
     name: str = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = number(0.2, at_least=0, at_most=1)
+    clip_high: float = number(0.2, at_least=0, finite=False)
 
 
 @dataclass
-class Dapo(Corrected):
+class Dapo(DualClipped):
     """GRPO's loss as DAPO averages it, over tokens (arXiv 2503.14476)."""
 
     name: str = "dapo"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    token_mean: str = "batch"  # over the mini-batch's tokens, or prompt: over each prompt's, then over prompts
+    clip_low: float = number(0.2, at_least=0, at_most=1)
+    clip_high: float = number(0.28, at_least=0, finite=False)
+    # over the mini-batch's tokens, or prompt: over each prompt's, then over prompts
+    token_mean: str = choice("batch", "batch", "prompt")
 
 
 @dataclass
@@ -87,9 +106,9 @@ class Cispo(Corrected):
     """CISPO (arXiv 2506.13585): the ratio is clipped, no token is dropped."""
 
     name: str = "cispo"
-    clip_low: float = 1.0  # 1: no lower limit, as in the paper
-    clip_high: float = 0.27  # the paper gives no value; this is MiniRL's
-    token_mean: str = "batch"  # or prompt
+    clip_low: float = number(1.0, at_least=0, at_most=1)  # 1: no lower limit, as in the paper
+    clip_high: float = number(0.27, at_least=0, finite=False)  # the paper gives no value; this is MiniRL's
+    token_mean: str = choice("batch", "batch", "prompt")  # or prompt
 
 
 @dataclass
@@ -97,23 +116,25 @@ class Gspo(Corrected):
     """GSPO (arXiv 2507.18071): the ratio is the response's, per token."""
 
     name: str = "gspo"
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: float = number(3e-4, at_least=0, at_most=1)
+    clip_high: float = number(4e-4, at_least=0, finite=False)
 
 
 @dataclass
-class Ppo(Corrected):
+class Ppo(DualClipped):
     """PPO with a critic (arXiv 1707.06347), as BAI's paper trains (arXiv 2509.00309)."""
 
     name: str = "ppo"
-    advantage: str = "gae"  # of each token, from the critic's values (arXiv 1506.02438); nothing else
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    gamma: float = 1.0  # discount of a reward per token
-    lam: float = 0.95  # λ of GAE: 1 trusts the rewards alone, 0 the critic
+    advantage: str = choice("gae", "gae")  # of each token, from the critic's values (arXiv 1506.02438); nothing else
+    clip_low: float = number(0.2, at_least=0, at_most=1)
+    clip_high: float = number(0.2, at_least=0, finite=False)
+    gamma: float = number(1.0, at_least=0, at_most=1)  # discount of a reward per token
+    lam: float = number(0.95, at_least=0, at_most=1)  # λ of GAE: 1 trusts the rewards alone, 0 the critic
     whiten: bool = False  # advantages less their mean and over their deviation, of all tokens of the step
-    value_clip: float = 0.2  # a value gains nothing by moving further than this in a step; inf: no limit
-    critic_learning_rate: float | None = None  # trainer.learning_rate unless given, as in BAI's paper
-    critic_warmup: int = 0  # steps at the start that update the critic alone
-    critic_checkpoint: str = ""  # a critic to start from, as critic_save wrote it; empty: the actor's weights, values 0
-    critic_save: str = ""  # the directory of the final critic; empty: not saved
+    # a value gains nothing by moving further than this in a step; inf: no limit
+    value_clip: float = number(0.2, above=0, finite=False)
+    critic_learning_rate: float | None = number(None, above=0)  # trainer.learning_rate unless given, as in BAI's paper
+    critic_warmup: int = number(0, at_least=0)  # steps at the start that update the critic alone
+    # a critic to start from, as critic_save wrote it; empty: the actor's weights, values 0
+    critic_checkpoint: str = checkpoint_path("")
+    critic_save: str = path("")  # the directory of the final critic; empty: not saved

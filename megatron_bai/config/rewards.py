@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from megatron_bai.config.limits import LONGEST_S, choice, number, path
+
 
 @dataclass
 class Reward:
@@ -23,8 +25,9 @@ class Exact(Reward):
 class PerSample(Reward):
     """Settings of every reward that is a Python function of one sample and runs in worker processes."""
 
-    timeout_s: float = 10.0  # of one sample; a process that takes longer is killed, and the sample has no reward
-    workers: int = 2  # processes of each model replica
+    # of one sample; a process that takes longer is killed, and the sample has no reward
+    timeout_s: float = number(10.0, above=0, at_most=LONGEST_S)
+    workers: int = number(2, at_least=1)  # processes of each model replica
 
 
 @dataclass
@@ -49,10 +52,11 @@ class RewardModel(Reward):
     name: str = "model"
     url: str = ""  # http://127.0.0.1:30000
     remote: bool = False  # true allows another host than this one: prompts and responses leave the machine
-    send: str = "text"  # or ids or chat: prompt and response as text, as the actor's tokens, or in the model's template
-    tokenizer: str = ""  # chat: a directory with the reward model's tokenizer
-    label: int | None = None  # which of the model's outputs is the reward; unset where it has one
-    check: float = 0.0  # added to the score of a response that the data's own check accepts
-    concurrency: int = 32  # requests in flight from each model replica
-    request_timeout_s: float = 60.0
-    retries: int = 3  # of one request, with growing pauses, after a failure that may pass
+    # or ids or chat: prompt and response as text, as the actor's tokens, or in the model's template
+    send: str = choice("text", "text", "ids", "chat")
+    tokenizer: str = path("")  # chat: a directory with the reward model's tokenizer
+    label: int | None = number(None, at_least=0)  # which of the model's outputs is the reward; unset where it has one
+    check: float = number(0.0)  # added to the score of a response that the data's own check accepts
+    concurrency: int = number(32, at_least=1)  # requests in flight from each model replica
+    request_timeout_s: float = number(60.0, above=0, at_most=LONGEST_S)
+    retries: int = number(3, at_least=0)  # of one request, with growing pauses, after a failure that may pass

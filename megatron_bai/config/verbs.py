@@ -1,36 +1,52 @@
 """Settings that one verb alone reads."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from megatron_bai.config import limits
 
 
 @dataclass
 class Serve:
     """Settings of `serve`."""
 
-    checkpoint: str = ""  # a Hugging Face or Megatron checkpoint; empty serves merge.output
+    checkpoint: str = limits.checkpoint_path("")  # a Hugging Face or Megatron checkpoint; empty serves merge.output
 
 
 @dataclass
 class Convert:
     """Settings of `convert`."""
 
-    source: str = ""
-    target: str = ""
-    to: str = "hf"  # hf or megatron
+    source: str = limits.checkpoint_path("")
+    target: str = limits.path("")
+    to: str = limits.choice("", "hf", "megatron", "")  # hf or megatron; empty: the one that the source is not in
 
 
 @dataclass
 class Inspect:
     """Settings of `inspect`."""
 
-    path: str = ""  # a checkpoint, or a directory that replay.store named
-    other: str = ""  # a second one of the same kind to compare with
+    path: str = limits.checkpoint_path("")  # a checkpoint, or a directory that replay.store named
+    other: str = limits.checkpoint_path("")  # a second one of the same kind to compare with
     verify: bool = True  # read every byte against the checksums; false trusts sizes, which is quick
+
+
+@dataclass
+class Samples:
+    """Settings of `samples`."""
+
+    run: str = limits.path("")  # directory of a run; empty: run.dir
+    step: int = limits.number(0, at_least=0)  # global step; 0: the last one whose samples are kept
+    split: str = limits.choice("", "train", "eval", "")  # train or eval; empty: both
+    # best, worst, longest, discrepancy or mismatch (of routes)
+    sort: str = limits.choice("best", "best", "worst", "longest", "discrepancy", "mismatch")
+    count: int = limits.number(3, at_least=0)  # samples to print; 0: all
+    prompt: str = ""  # only prompts that contain this text, or that have this index
+    format: str = limits.choice("text", "text", "json")  # or json: one object a line
 
 
 @dataclass
 class Report:
     """Settings of `report`."""
 
-    runs: list[str] = field(default_factory=list)  # run directories; empty reports run.dir
-    output: str = ""  # empty writes report.html into the first run
+    runs: list[str] = limits.path(list)  # run directories; empty reports run.dir
+    output: str = limits.path("")  # empty writes report.html into the first run

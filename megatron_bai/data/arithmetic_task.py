@@ -1,6 +1,6 @@
 """The arithmetic task as a `Task`: prompts, rewards and supervised batches in token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import cast
 
@@ -22,14 +22,36 @@ from megatron_bai.errors import UserError
 
 
 class ArithmeticTask:
-    """The arithmetic task in the ids of one tokenizer: a `Task`."""
+    """The arithmetic task in the ids of one tokenizer: a `Task`.
 
-    def __init__(self, data: Arithmetic, tokenizer: PreTrainedTokenizerFast):
+    Args:
+        end_tokens: others than the tokenizer's that end a response.
+    """
+
+    def __init__(self, data: Arithmetic, tokenizer: PreTrainedTokenizerFast, end_tokens: Collection[int] = ()):
         validate_arithmetic(data)
         self.data = data
         self.tokenizer = tokenizer
+        self.end_tokens = frozenset((cast(int, tokenizer.eos_token_id), *end_tokens))
         self.eval_size = data.eval_prompts
-        self._text_ids = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+        self._text_ids = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) - self.end_tokens
+
+    def require_room(self, max_tokens: int) -> None:
+        """Refuse problems of which one could be longer than a prompt may be.
+
+        Args:
+            max_tokens: of a prompt.
+
+        Raises:
+            UserError: names the settings.
+        """
+        longest = len(self._prompt(Problem((self.data.max_number,) * self.data.max_terms)).ids)
+        if longest > max_tokens:
+            raise UserError(
+                f"a prompt of data.max_terms={self.data.max_terms} numbers has {longest} tokens, and "
+                f"{max(max_tokens, 0)} fit beside the response: lower it or rollout.max_new_tokens, or raise what "
+                "bounds both (rollout.max_total_tokens, trainer.tokens_per_micro_batch, model.max_position_embeddings)"
+            )
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
         """Return prompts `[start, start + count)` of a split.
@@ -74,7 +96,7 @@ class ArithmeticTask:
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
         """Return 1.0 for the exact answer and a well-formed end, else 0.0.
 
-        Well formed: the response ends with the end token, which appears nowhere before, and its last line is
+        Well formed: the response ends with an end token, of which none appears before, and its last line is
         `answer:` and the number alone. A response cut off at the token limit has no end and earns nothing, and so does
         one with an id that is no text (a chat marker, padding, or a spare row of the embedding).
 
@@ -83,9 +105,13 @@ class ArithmeticTask:
             response_ids: token ids of the response, the end token included; may be empty.
         """
         *body, end = response_ids if len(response_ids) else [-1]
-        if end != self.tokenizer.eos_token_id or not self._text_ids.issuperset(int(i) for i in body):
+        if end not in self.end_tokens or not self._text_ids.issuperset(int(i) for i in body):
             return 0.0
         return float(is_correct(prompt.answer, cast(str, self.tokenizer.decode(body))))
+
+    def has_check(self, prompt: Prompt) -> bool:
+        """Return True: every problem has a number for an answer."""
+        return True
 
     def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a batch as `Task.supervised_batch` does: whole documents packed into rows, attention over a whole row.

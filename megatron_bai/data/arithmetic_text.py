@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from random import Random
 
 from megatron_bai.config import Arithmetic
+from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
 
 USER, ASSISTANT = "<user>", "<assistant>"
@@ -61,12 +62,17 @@ def validate_arithmetic(data: Arithmetic) -> None:
     A derivation contains two-term sums, so problems have three terms or more: then no text ever contains the solution
     of a problem other than its own.
     """
-    if data.min_terms < 3:
-        raise UserError(f"data.min_terms is {data.min_terms}: it must be 3 or more, two-term sums are solution steps")
+    validate_group("data", data)
     if data.max_terms < data.min_terms:
         raise UserError(f"data.max_terms is {data.max_terms}: it must be at least data.min_terms ({data.min_terms})")
-    if data.max_number < 2:
-        raise UserError(f"data.max_number is {data.max_number}: it must be 2 or more")
+    problems, terms = 0, data.min_terms
+    while problems < data.eval_prompts and terms <= data.max_terms:
+        problems, terms = problems + data.max_number**terms, terms + 1
+    if problems < data.eval_prompts:
+        raise UserError(
+            f"data.eval_prompts is {data.eval_prompts}, and the task has {problems} problems: lower it, or raise "
+            "data.max_terms or data.max_number"
+        )
 
 
 def draw_problem(data: Arithmetic, rng: Random, held_out: bool = False) -> Problem:

@@ -3,20 +3,25 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import date, time
+from decimal import Decimal
 from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai.config import Dataset
+from megatron_bai.config.limits import validate_group
 from megatron_bai.data import answers
+from megatron_bai.data.plain_values import find_half_surrogate, make_plain, require_text
 from megatron_bai.data.rows import Rows, open_rows
 from megatron_bai.data.shuffle import shuffled_index
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 
 _TOKENIZER_BATCH = 1024  # prompts in one call of the tokenizer
+_HASH_BYTES = 16
 _MISSING = object()
 
 
@@ -27,19 +32,20 @@ def validate_dataset(data: Dataset, supervised: bool) -> None:
         data: the settings.
         supervised: whether the rows are for supervised training.
     """
+    validate_group("data", data)
     if not data.train:
         raise UserError("data.train is empty: name a .jsonl or .parquet file, or a directory of datasets.save_to_disk")
     for name in ("prompt", "response") if supervised else ("prompt",):
         if not getattr(data, name):
             raise UserError(f"data.{name} is empty: name the column that holds the {name}")
-    if not data.eval and not 0 < data.hold_out < 1:
-        raise UserError(f"data.hold_out is {data.hold_out:g}: a share between 0 and 1, or name a file in data.eval")
-    if data.eval_prompts < 0:
-        raise UserError(f"data.eval_prompts is {data.eval_prompts}: it must be at least 0, which takes all")
-    if data.max_prompt_tokens < 1:
-        raise UserError(f"data.max_prompt_tokens is {data.max_prompt_tokens}: it must be at least 1")
+    if not data.eval and not data.hold_out:
+        raise UserError("data.hold_out is 0: a share above 0 is held out, unless data.eval names a file")
     if not data.chat_template and (data.system or data.template_options):
         raise UserError("data.system and data.template_options are never read with data.chat_template=false")
+    for name in ("prompt", "answer", "response", "system", "template_options"):
+        value = getattr(data, name)
+        if (text := find_half_surrogate(value)) is not None:
+            raise UserError(f"data.{name} has {ascii(text[:60])}, which is no text that can be encoded: write it anew")
 
 
 class DatasetTask:
@@ -52,6 +58,7 @@ class DatasetTask:
         max_tokens: tokens that fit: of a prompt, or where `supervised` of prompt, response and end token together.
         supervised: the rows have responses, for supervised training, in place of answers.
         log: prints what was left out.
+        end_tokens: others than the tokenizer's that end a response.
 
     Raises:
         UserError: names the file, and the line where one is at fault.
@@ -64,9 +71,11 @@ class DatasetTask:
         max_tokens: int,
         supervised: bool = False,
         log: Callable[[str], None] = print,
+        end_tokens: Collection[int] = (),
     ):
         validate_dataset(data, supervised)
         self.data, self.tokenizer = data, tokenizer
+        self.end_tokens = frozenset((cast(int, tokenizer.eos_token_id), *end_tokens))
         self._max_tokens, self._supervised, self._log = max_tokens, supervised, log
         if data.chat_template and not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template: add one to it, or set data.chat_template=false")
@@ -74,20 +83,24 @@ class DatasetTask:
         self._eval = open_rows(data.eval, "data.eval") if data.eval else self._train
         held_out: dict[bytes, int] = {}  # rows by prompt: one that stands twice is evaluated once
         if data.eval:
-            for key, row_index in self._iter_usable_rows(self._eval, "data.eval"):
-                held_out.setdefault(key, row_index)
-        self._train_order = array("q")
-        for key, row_index in self._iter_usable_rows(self._train, "data.train"):
+            for _, text, row_index in self._iter_usable_rows(self._eval, "data.eval"):
+                held_out.setdefault(text, row_index)
+        row_indices, texts = array("q"), bytearray()
+        for key, text, row_index in self._iter_usable_rows(self._train, "data.train"):
             if not data.eval and int.from_bytes(key[:8], "big") < data.hold_out * 2**64:
-                held_out.setdefault(key, row_index)
-            elif key not in held_out:
-                self._train_order.append(row_index)
+                held_out.setdefault(text, row_index)
+            else:
+                row_indices.append(row_index)
+                texts += text
+        # Only now: one prompt may stand as a text and as messages, with nulls or without, and have two hashes.
+        shown = (bytes(texts[i : i + _HASH_BYTES]) in held_out for i in range(0, len(texts), _HASH_BYTES))
+        self._train_order = array("q", (row for row, held in zip(row_indices, shown, strict=True) if not held))
         self._eval_order = array("q", held_out.values())
         self.eval_size = data.eval_prompts or len(self._eval_order)
         if not self._train_order or not (self._eval_order or supervised):
             raise UserError(
                 f"data.train={data.train} leaves {len(self._train_order)} rows to train on and {len(self._eval_order)} "
-                "held out: give more rows, or change data.eval, data.hold_out or data.max_prompt_tokens"
+                f"held out: give more rows, or change data.eval, data.hold_out or {self._limit()[1]}"
             )
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
@@ -107,24 +120,28 @@ class DatasetTask:
         if split != "eval":
             raise UserError(f"there is no data split {split!r}: use train or eval")
         if start + count > len(self._eval_order):
+            source = "data.eval has" if self.data.eval else "data.hold_out holds out"
             raise UserError(
-                f"data.eval_prompts is {self.data.eval_prompts}, but only {len(self._eval_order)} prompts are "
-                "held out: lower it (0 takes all), or raise data.hold_out"
+                f"data.eval_prompts is {self.data.eval_prompts}, and {source} only {len(self._eval_order)} prompts: "
+                f"data.eval_prompts=0 takes all{'' if self.data.eval else ', a larger data.hold_out gives more'}"
             )
         return [self._prompt(self._eval, row_index) for row_index in self._eval_order[start : start + count]]
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """Return 1.0 where a response ended and its final answer is the row's, as `answers` finds and normalises it.
+        """Return 1.0 where a response ended and its final answer is the row's, as `answers` finds and compares it.
 
         Args:
             prompt: what was asked, with the row's answer.
-            response_ids: token ids of the response; 0.0 if they do not end with the end token, or are empty.
+            response_ids: token ids of the response; 0.0 if they do not end with an end token, or are empty.
         """
         *body, end = map(int, response_ids) if len(response_ids) else [-1]
-        if end != self.tokenizer.eos_token_id:
+        if end not in self.end_tokens or not self.end_tokens.isdisjoint(body):
             return 0.0
-        found = answers.normalise_answer(answers.final_answer(cast(str, self.tokenizer.decode(body))))
-        return float(found != "" and found == answers.normalise_answer(prompt.answer))
+        return float(answers.is_correct_answer(cast(str, self.tokenizer.decode(body)), prompt.answer))
+
+    def has_check(self, prompt: Prompt) -> bool:
+        """Return whether the row has an answer, and one that texts can be compared with: no program, no test cases."""
+        return answers.reference_answer(prompt.answer) is not None
 
     def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a batch as `Task.supervised_batch` does: one document a row, so that none attends to another.
@@ -155,35 +172,45 @@ class DatasetTask:
         """Return the index of the row at a position of the train stream."""
         return self._train_order[shuffled_index(position, len(self._train_order), f"train/{seed}")]
 
-    def _iter_usable_rows(self, rows: Rows, setting: str) -> Iterator[tuple[bytes, int]]:
-        """Yield a hash of the prompt and the row's index, for each row that is short enough."""
-        limit = self._max_tokens if self._supervised else min(self._max_tokens, self.data.max_prompt_tokens)
-        left_out = 0
+    def _iter_usable_rows(self, rows: Rows, setting: str) -> Iterator[tuple[bytes, bytes, int]]:
+        """Yield hashes of the prompt's column and of its text, and the index, of each row that is short enough."""
+        (limit, change), left_out = self._limit(), 0
         for first in range(0, len(rows), _TOKENIZER_BATCH):
             row_indices = range(first, min(first + _TOKENIZER_BATCH, len(rows)))
             keys, texts, more = [], [], []
             for row_index in row_indices:
                 row, location = rows[row_index], rows.location(row_index)
-                asked = json.dumps(_get_column(row, self.data.prompt, location), sort_keys=True)
-                keys.append(hashlib.blake2b(asked.encode(), digest_size=16).digest())
+                asked = json.dumps(_get_text(row, self.data.prompt, location), sort_keys=True)
+                keys.append(_hash(asked))
                 texts.append(self._text(row, location))
                 more.append(len(self._response(row, location)) if self._supervised else 0)
                 if not self._supervised:
                     self._answer(row, location)
-            for row_index, key, ids, rest in zip(row_indices, keys, self._encode(texts), more, strict=True):
+            for row_index, key, text, ids, rest in zip(
+                row_indices, keys, texts, self._encode(texts), more, strict=True
+            ):
                 if len(ids) + rest > limit:
                     left_out += 1
                 else:
-                    yield key, row_index
+                    yield key, _hash(text), row_index
         if left_out:
             what = "prompt and response have" if self._supervised else "prompt has"
-            self._log(f"{setting}: {left_out} of {len(rows)} rows are left out, their {what} more than {limit} tokens")
+            reason = f"their {what} more than {limit} tokens ({change})"
+            self._log(f"{setting}: {left_out} of {len(rows)} rows are left out, {reason}")
+
+    def _limit(self) -> tuple[int, str]:
+        """Return how many tokens a row may have, and the settings that say so."""
+        if self._supervised:
+            return self._max_tokens, "supervised.length"
+        if self.data.max_prompt_tokens <= self._max_tokens:
+            return self.data.max_prompt_tokens, "data.max_prompt_tokens"
+        return self._max_tokens, "rollout.max_new_tokens, rollout.max_total_tokens or the model's longest sequence"
 
     def _prompt(self, rows: Rows, row_index: int) -> Prompt:
         row, location, data = rows[row_index], rows.location(row_index), self.data
         text = self._text(row, location)
         named = {name.partition(".")[0] for name in (data.prompt, data.answer)}
-        extra = {name: value for name, value in row.items() if name not in named}
+        extra = {name: make_plain(value) for name, value in row.items() if name not in named}
         messages = tuple(self._messages(row, location)) if data.chat_template else ()
         return Prompt(self._encode([text])[0], text, self._answer(row, location), messages, extra)
 
@@ -195,7 +222,7 @@ class DatasetTask:
     def _text(self, row: dict[str, Any], location: str) -> str:
         """Return the prompt as the model reads it, chat markers included."""
         if not self.data.chat_template:
-            text = _get_column(row, self.data.prompt, location)
+            text = _get_text(row, self.data.prompt, location)
             if not isinstance(text, str) or not text:
                 raise UserError(f"{location}: {self.data.prompt!r} must be a text with data.chat_template=false")
             return text
@@ -211,12 +238,14 @@ class DatasetTask:
 
     def _messages(self, row: dict[str, Any], location: str) -> list[dict[str, str]]:
         name, system = self.data.prompt, self.data.system
-        found = _get_column(row, name, location)
+        found = _get_text(row, name, location)
         messages = [{"role": "user", "content": found}] if isinstance(found, str) else found
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise UserError(
                 f"{location}: {name!r} must be a text or a list of messages with a text as role and content"
             )
+        # Columns fill what a message lacks with nulls, which a template would take for something that is there.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if messages[-1]["role"] == "assistant":
             raise UserError(
                 f"{location}: {name!r} ends with the assistant's message: end it with the one to be answered"
@@ -229,20 +258,38 @@ class DatasetTask:
         if not self.data.answer:
             return ""
         answer = _get_column(row, self.data.answer, location)
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise UserError(f"{location}: {self.data.answer!r} must be a text or a number")
-        return str(answer)
+        try:
+            require_text(answer)
+            if not isinstance(answer, Decimal | date | time):
+                answer = make_plain(answer)
+            return answers.format_answer(answer)
+        except ValueError as error:
+            raise UserError(f"{location}: {self.data.answer!r} must be a text or a number: {error}") from None
 
     def _response(self, row: dict[str, Any], location: str) -> list[int]:
         """Return the token ids of the response, the end token last."""
-        text = _get_column(row, self.data.response, location)
+        text = _get_text(row, self.data.response, location)
         if not isinstance(text, str) or not text:
             raise UserError(f"{location}: {self.data.response!r} must be a text, and not an empty one")
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
 
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
+
+
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _get_text(row: dict[str, Any], name: str, location: str) -> Any:
+    """Return a text, or messages, of a column as JSON has them."""
+    found = _get_column(row, name, location)
+    try:
+        require_text(found)
+    except ValueError as error:
+        raise UserError(f"{location}: {name!r} has {error}") from None
+    return make_plain(found)
 
 
 def _get_column(row: dict[str, Any], name: str, location: str) -> Any:
@@ -252,6 +299,8 @@ def _get_column(row: dict[str, Any], name: str, location: str) -> Any:
         found = row
         for part in name.split("."):
             found = found.get(part, _MISSING) if isinstance(found, dict) else _MISSING
-    if found is _MISSING or found is None:
+    if found is None:
+        raise UserError(f"{location}: {name!r} is null")
+    if found is _MISSING:
         raise UserError(f"{location}: there is no {name!r}, only {', '.join(map(repr, row))}")
     return found

@@ -3,14 +3,20 @@
 Nothing here runs code from a file. A JSON Lines file is read once to find its lines, and then one line at a time.
 """
 
+import codecs
 import importlib
 import os
 from array import array
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from megatron_bai.data.plain_values import find_half_surrogate
 from megatron_bai.errors import UserError
 from megatron_bai.utils import strict_json
+
+_NARROW = {"float": np.float32, "halffloat": np.float16}  # by Arrow's name
 
 
 class Rows(Protocol):
@@ -80,10 +86,18 @@ class JsonlRows:
         return f"{self._path}:{self._lines[number]}"
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)  # as Windows' editors and spreadsheets begin a file
         try:
             row = strict_json.parse(line.decode())
         except ValueError as error:  # of JSON or of UTF-8
-            raise UserError(f"{self._path}:{number}: this line is no JSON: {error}") from None
+            hint = "; a file of JSON Lines has one object a line" if number == 1 else ""
+            raise UserError(f"{self._path}:{number}: this line is no JSON: {error}{hint}") from None
+        if b"\\u" in line and (text := find_half_surrogate(row)) is not None:
+            raise UserError(
+                f"{self._path}:{number}: {ascii(text[:60])} has half of a surrogate pair, which is no text that can be "
+                "encoded: mend or remove the row"
+            )
         if not isinstance(row, dict):
             raise UserError(f"{self._path}:{number}: a row must be a JSON object, this is a {type(row).__name__}")
         return row
@@ -109,8 +123,7 @@ class ParquetRows:
         return rows
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._table.slice(number, 1).to_pylist()[0]
-        return row
+        return _read_arrow_row(self._table.slice(number, 1), self.location(number))
 
     def location(self, number: int) -> str:
         """Return the file and the line or row in it, counted from 1."""
@@ -135,12 +148,53 @@ class SavedDatasetRows:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._rows[number]
-        return row
+        try:
+            row: dict[str, Any] = self._rows[number]
+        except Exception as error:  # of a feature that datasets decodes, such as an image
+            raise UserError(f"{self.location(number)} cannot be read: {error}") from None
+        schema = self._rows.features.arrow_schema
+        return {name: _shorten_floats(value, schema.field(name).type) for name, value in row.items()}
 
     def location(self, number: int) -> str:
         """Return the file and the line or row in it, counted from 1."""
         return f"{self._path}: row {number + 1}"
+
+
+def _read_arrow_row(table: Any, location: str) -> dict[str, Any]:
+    """Return the one row of an Arrow table, whose values may be such as Python does not have.
+
+    Raises:
+        UserError: names the row and the column that cannot be read.
+    """
+    row = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            value = column[0].as_py()
+        except Exception as error:  # of dates beyond Python's, texts that are not UTF-8 …
+            raise UserError(f"{location}: the column {name!r} cannot be read: {error}") from None
+        row[name] = _shorten_floats(value, column.type)
+    return row
+
+
+def _shorten_floats(value: Any, arrow_type: Any) -> Any:
+    """Return a value with the numbers that narrow floats were written as: 0.1, as float32 0.10000000149.
+
+    Args:
+        value: of the row.
+        arrow_type: its type, whose fields and elements are looked at, too.
+    """
+    kind = str(arrow_type)
+    if kind.startswith("dictionary"):
+        return _shorten_floats(value, arrow_type.value_type)
+    if isinstance(value, float) and kind in _NARROW:
+        return float(str(_NARROW[kind](value)))
+    if "float" not in kind:
+        return value
+    if isinstance(value, dict) and kind.startswith("struct"):
+        return {name: _shorten_floats(item, arrow_type.field(name).type) for name, item in value.items()}
+    if isinstance(value, list) and hasattr(arrow_type, "value_type"):
+        return [_shorten_floats(item, arrow_type.value_type) for item in value]
+    return value
 
 
 def _import_package(name: str, path: Path, setting: str) -> Any:

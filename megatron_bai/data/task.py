@@ -36,10 +36,12 @@ class Task(Protocol):
 
     Attributes:
         tokenizer: has an end token and a padding token.
+        end_tokens: any of them ends a response: the tokenizer's, and the others that the model has.
         eval_size: prompts of the split `eval`.
     """
 
     tokenizer: PreTrainedTokenizerFast
+    end_tokens: frozenset[int]
     eval_size: int
 
     def prompts(self, split: str, seed: int, start: int, count: int) -> list[Prompt]:
@@ -58,15 +60,18 @@ class Task(Protocol):
         """
 
     def reward(self, prompt: Prompt, response_ids: Sequence[int]) -> float:
-        """Score a response, its end token included, by the data's own check (`reward=exact`): 1.0 or 0.0.
+        """Score a response, any of `end_tokens` at its end, by the data's own check (`reward=exact`): 1.0 or 0.0.
 
         Args:
             prompt: what was asked, with its answer.
             response_ids: token ids of the response. Without an end token, or empty, it scores 0.0.
         """
 
+    def has_check(self, prompt: Prompt) -> bool:
+        """Return whether `reward` can find a response to this prompt right."""
+
     def supervised_batch(self, seed: int, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the batch of one step of supervised training. Row b depends on (seed, step, b) alone.
+        """Return the batch of one step of supervised training, a function of its arguments: equal on every rank.
 
         Args:
             seed: of the run.

@@ -1,7 +1,7 @@
 """Make the task that the settings choose: the generated arithmetic task, or rows on local disk (docs/data.md)."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,29 +44,37 @@ def validate_data(data: config.Data, supervised: bool, init: str) -> None:
 
 
 def make_task(
-    data: config.Data, tokenizer: PreTrainedTokenizerFast, max_tokens: int, supervised: bool, log: Callable[[str], None]
+    data: config.Data,
+    tokenizer: PreTrainedTokenizerFast,
+    max_tokens: int,
+    supervised: bool,
+    log: Callable[[str], None],
+    end_tokens: Collection[int] = (),
 ) -> Task:
     """Make the task that the settings choose.
 
     Args:
         data: the settings, which `validate_data` has accepted.
         tokenizer: of the model. Without a padding token it is given its end token for one, for rows on disk.
-        max_tokens: tokens that fit: of a prompt, or where `supervised` of prompt, response and end token together. Read
-            for rows on disk alone, as are the arguments after it.
+        max_tokens: tokens that fit: of a prompt, or where `supervised` of prompt, response and end token together.
         supervised: whether the rows have responses, for supervised training, in place of answers.
         log: prints what was left out.
+        end_tokens: others than the tokenizer's that end a response.
 
     Raises:
         UserError: the tokenizer has no end token, or as `ArithmeticTask` and `DatasetTask`.
     """
     if isinstance(data, config.Arithmetic):
-        return ArithmeticTask(data, tokenizer)
+        task = ArithmeticTask(data, tokenizer, end_tokens)
+        if not supervised:
+            task.require_room(max_tokens)
+        return task
     assert isinstance(data, config.Dataset), "`validate_data` refuses others"
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer names no end token (eos_token): a response would never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # what stands in padding is never looked at
-    return DatasetTask(data, tokenizer, max_tokens, supervised, log)
+    return DatasetTask(data, tokenizer, max_tokens, supervised, log, end_tokens)
 
 
 def describe_data(data: config.Data) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from megatron_bai import config
+from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import exact_match, math_verify_reward, reward_model, user_function
-from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
+from megatron_bai.rewards.reward import Item, Reward, Score, Scorer, convert_reward
 from megatron_bai.rewards.sample_function import per_sample
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def resolve_reward(settings: config.Reward) -> Reward:
     if type(settings) is not reward.settings:
         name = settings.name
         raise UserError(f"reward.name is {name!r}, but the settings are another's: choose with reward={name}")
+    validate_group("reward", settings)
     reward.check(settings)
     return reward
 
@@ -111,13 +113,26 @@ def score_samples(scorer: Scorer, task: Task, prompts: list[Prompt], samples: li
     scores = scorer(items)
     assert len(scores) == len(sampled), f"{len(scores)} rewards for {len(sampled)} samples"
     remaining = iter(scores)
-    return [sample if sample.lost else _with_score(sample, next(remaining)) for sample in samples]
+    return [
+        sample if sample.lost else _with_score(sample, prompts[sample.prompt_index], next(remaining))
+        for sample in samples
+    ]
 
 
-def _with_score(sample: Sample, score: Score) -> Sample:
-    return replace(sample, reward=score.value, failure=score.failure)
+def _with_score(sample: Sample, prompt: Prompt, score: Score) -> Sample:
+    """Return the sample with its reward, or with why it has none, and whose it is."""
+    value, failure = score.value, score.failure
+    if value is not None:
+        try:
+            value = convert_reward(value)
+        except ValueError as error:  # of a reward from outside, or of a sum
+            value, failure = None, f"it is {error}"
+    if value is None:
+        failure = f"{failure} (prompt {ascii(prompt.text[-60:])})"
+    return replace(sample, reward=value, failure=failure)
 
 
 def _response_text(task: Task, sample: Sample) -> str:
     ids = sample.response.tolist()
-    return cast(str, task.tokenizer.decode(ids[:-1] if ids and ids[-1] == task.tokenizer.eos_token_id else ids))
+    text = cast(str, task.tokenizer.decode(ids[:-1] if ids and ids[-1] in task.end_tokens else ids))
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text

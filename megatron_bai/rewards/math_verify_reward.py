@@ -5,7 +5,7 @@ from typing import Any
 from megatron_bai import config
 from megatron_bai.data import answers
 from megatron_bai.rewards.reward import Reward
-from megatron_bai.rewards.sample_function import per_sample, require_package, validate_limits
+from megatron_bai.rewards.sample_function import per_sample, require_package
 
 
 def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settings: Any) -> float:
@@ -27,6 +27,8 @@ def score(prompt: str, response: str, answer: str, extra: dict[str, Any], settin
     import math_verify
 
     limits = {"parsing_timeout": None, "raise_on_error": True}
+    if "####" in answer:  # a solution, as GSM8K's
+        answer = answers.reference_answer(answer) or answer
     delimited = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
     gold = math_verify.parse(answer if delimited else f"${answer}$", **limits)
     if not gold:
@@ -40,4 +42,4 @@ def _require(settings: config.MathVerify) -> None:
     require_package("math_verify", "math", "math_verify")
 
 
-REWARD = Reward(config.MathVerify, per_sample(score), validate_limits, _require)
+REWARD = Reward(config.MathVerify, per_sample(score), require=_require)

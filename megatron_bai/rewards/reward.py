@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,6 +38,42 @@ class Score:
 
     value: float | None
     failure: str = ""
+
+
+def convert_reward(value: Any) -> float:
+    """Return a reward as a float: of a real number, also a `Decimal`, or a numpy or torch scalar, that float32 holds.
+
+    Args:
+        value: what a reward returned. A text that looks like a number is a mistake, too.
+
+    Raises:
+        ValueError: it is no such number; the message begins with the value.
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, Real | Decimal):
+        raise ValueError(f"{_shorten(value)}, a {type(value).__name__}")
+    try:
+        number = float(value)
+        if math.isfinite(number):
+            struct.pack("<f", number)
+    except OverflowError:
+        raise ValueError(f"{_shorten(value)}, which is too large for a reward, a float32 (up to 3.4e38)") from None
+    except ValueError:  # a signalling NaN
+        raise ValueError(_shorten(value)) from None
+    if not math.isfinite(number):
+        raise ValueError(_shorten(number))
+    return number
+
+
+def _shorten(value: Any) -> str:
+    """Return the `repr` of a value in one line of at most 120 characters that any file can hold."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value without a repr"
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return text if len(text) <= 120 else f"{text[:100]}…"
 
 
 Scorer: TypeAlias = Callable[[list[Item]], list[Score]]

@@ -21,8 +21,6 @@ from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
 
-INPUT_FORMATS = ("text", "ids", "chat")
-
 
 @contextmanager
 def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Scorer]:
@@ -87,8 +85,14 @@ def _make_body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]
         return lambda item: {"input_ids": [*item.prompt.ids, *item.ids]}
     from transformers import PreTrainedTokenizerFast
 
+    from megatron_bai.checkpoint.carried_files import require_tokenizer
+
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer)
+        require_tokenizer(settings.tokenizer)
+    except UserError as error:
+        raise UserError(f"reward.tokenizer: {error}") from None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer, local_files_only=True)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"reward.tokenizer={settings.tokenizer} cannot be read: {error}") from None
     if not tokenizer.chat_template:
@@ -115,17 +119,8 @@ def _check(settings: config.RewardModel) -> None:
             f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it "
             "with reward.remote=true"
         )
-    if settings.send not in INPUT_FORMATS:
-        raise UserError(f"reward.send is {settings.send!r}: choose one of {', '.join(INPUT_FORMATS)}")
     if (settings.send == "chat") != bool(settings.tokenizer):
         raise UserError("reward.tokenizer and reward.send=chat belong together: set both or neither")
-    for name, least in (("concurrency", 1), ("retries", 0)):
-        if getattr(settings, name) < least:
-            raise UserError(f"reward.{name} is {getattr(settings, name)}: it must be at least {least}")
-    if not math.isfinite(settings.check):
-        raise UserError(f"reward.check is {settings.check}: it must be a finite number")
-    if not 0 < settings.request_timeout_s < float("inf"):
-        raise UserError(f"reward.request_timeout_s is {settings.request_timeout_s:g}: it must be above 0")
 
 
 REWARD = Reward(config.RewardModel, _open, _check)

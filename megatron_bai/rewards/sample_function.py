@@ -57,14 +57,6 @@ def _arguments(item: Item) -> list[Any]:
     return [prompt.text, item.response, prompt.answer, prompt.extra]
 
 
-def validate_limits(settings: config.PerSample) -> None:
-    """Raise a UserError that names the setting unless limits are positive."""
-    if not 0 < settings.timeout_s < float("inf"):
-        raise UserError(f"reward.timeout_s is {settings.timeout_s:g}: it must be a number of seconds above 0")
-    if settings.workers < 1:
-        raise UserError(f"reward.workers is {settings.workers}: it must be at least 1")
-
-
 def require_package(module: str, extra: str, reward: str) -> None:
     """Raise a UserError with pip's line unless a module of an optional package can be found.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Reward, Scorer
-from megatron_bai.rewards.sample_function import validate_limits, worker_scorer
+from megatron_bai.rewards.sample_function import worker_scorer
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -23,7 +23,6 @@ def _open(settings: config.Function, task: Task, log: Path) -> AbstractContextMa
 def _check(settings: config.Function) -> None:
     if not re.fullmatch(r"[\w.]+:[\w.]+", settings.function):
         raise UserError(f"reward.function is {settings.function!r}: name it as module:function")
-    validate_limits(settings)
 
 
 REWARD = Reward(config.Function, _open, _check)

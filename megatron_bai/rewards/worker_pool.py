@@ -1,7 +1,8 @@
 """Worker processes for reward functions. One that hangs is killed and replaced.
 
 A thread could not be stopped, least of all in code in C. Processes are started anew and not forked: the trainer has
-threads, collectives and perhaps a GPU. Nothing is pickled; one sample a line goes each way as JSON.
+threads, collectives and perhaps a GPU. Nothing is pickled; one sample a line goes each way as JSON, on pipes of their
+own: a function that reads standard input finds its end, and one that prints writes to the log.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,23 @@ from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Score
 
 _START_S = 300.0  # to import the function's module, on a busy machine
+_KILL_S = 10.0  # from SIGTERM to SIGKILL
+# What launchers tell a rank. A library that a reward uses would take it for a rank and wait for the others.
+_RANK_VARIABLES = frozenset(
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME "
+    "NODE_RANK MASTER_ADDR MASTER_PORT SLURM_PROCID SLURM_LOCALID SLURM_NODEID".split()
+)
+_RANK_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_")
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a reward's process: that of the trainer without what makes it a rank."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIXES)
+    }
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 class WorkerPool:
@@ -96,7 +115,7 @@ class WorkerPool:
         busy = [(worker, worker.deadline) for worker in self._workers if worker.deadline is not None]
         with selectors.DefaultSelector() as selector:
             for worker, _ in busy:
-                selector.register(worker.stdout, selectors.EVENT_READ, worker)
+                selector.register(worker.replies, selectors.EVENT_READ, worker)
             until = min(deadline for _, deadline in busy) - time.monotonic()
             heard = [key.data for key, _ in selector.select(max(0.0, until))]
         return heard + [worker for worker, end in busy if worker not in heard and time.monotonic() >= end]
@@ -132,26 +151,35 @@ class _Worker:
 
     def __init__(self, function: str, settings: dict[str, Any] | None, log: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
+        samples, requests = os.pipe()
+        replies, answers = os.pipe()
         command = [
             sys.executable,
             "-m",
             "megatron_bai.rewards.worker_main",
-            str(os.getpid()),
+            *map(str, (os.getpid(), samples, answers)),
             function,
             json.dumps(settings),
         ]
-        with open(log, "ab") as errors:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                bufsize=0,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # a Ctrl-C is the trainer's; and what it starts is killed with it
-            )
-        assert self.process.stdin and self.process.stdout
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        try:
+            with open(log, "ab") as output:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(samples, answers),
+                    env=worker_environment(os.environ),
+                    start_new_session=True,  # a Ctrl-C is the trainer's
+                )
+        except BaseException:
+            os.close(requests)
+            os.close(replies)
+            raise
+        finally:
+            os.close(samples)
+            os.close(answers)
+        self.requests, self.replies = os.fdopen(requests, "wb", buffering=0), os.fdopen(replies, "rb", buffering=0)
         self.ready, self.has_exited = False, False
         self.sample_index: int | None = None
         self.deadline: float | None = time.monotonic() + _START_S
@@ -165,14 +193,14 @@ class _Worker:
 
     def _write(self, data: bytes) -> None:
         while data:
-            data = data[self.stdin.write(data) :]
+            data = data[self.requests.write(data) :]
 
     def read_reply(self) -> dict[str, Any] | None:
         """Return the line that the worker wrote; None until it is complete."""
         with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ)
+            selector.register(self.replies, selectors.EVENT_READ)
             if selector.select(0):
-                read = os.read(self.stdout.fileno(), 1 << 16)
+                read = os.read(self.replies.fileno(), 1 << 16)
                 self.has_exited = not read
                 self._buffer += read
         line, newline, rest = self._buffer.partition(b"\n")
@@ -184,10 +212,13 @@ class _Worker:
         return reply
 
     def kill(self) -> None:
-        """Kill the process and all that it started."""
-        with suppress(ProcessLookupError):
+        """Kill the process and all that it started, which its guard does at SIGTERM."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_KILL_S)
+        with suppress(ProcessLookupError):  # the guard was killed itself, or hangs
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.stdin, self.stdout):
+        for pipe in (self.requests, self.replies):
             with suppress(BrokenPipeError):
                 pipe.close()

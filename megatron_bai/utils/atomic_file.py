@@ -1,5 +1,6 @@
 """Write a small file in one step: readers see the old content or the new."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -26,10 +27,32 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
     Raises:
         OSError: it cannot be written; the file is unchanged.
     """
+    write_bytes(path, text.encode("utf-8"), durable)
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Replace a file's content.
+
+    A link stays, and what it points to is replaced. A device or a pipe, such as `/dev/stdout`, is written to.
+
+    Args:
+        path: as in `write_text`.
+        content: the new one.
+        durable: as in `write_text`.
+
+    Raises:
+        OSError: as `write_text`.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # two processes do not write into each other's
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

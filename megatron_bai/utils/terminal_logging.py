@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 
+from megatron_bai.utils.terminal_text import replace_unprintable
+
 
 class _TerminalHandler(logging.Handler):
     """Writes information to stdout and warnings to stderr, whatever these are at the time."""
@@ -20,9 +22,12 @@ class _TerminalHandler(logging.Handler):
 def setup() -> None:
     """Show what the package logs, from INFO on, on this process's terminal. Safe to call twice.
 
+    What a terminal or file that is not UTF-8 cannot hold is replaced from now on (`replace_unprintable`).
+
     A program that uses the library without its command line decides for itself where records of the logger
     `megatron_bai` go.
     """
+    replace_unprintable()
     logger = logging.getLogger("megatron_bai")
     if not any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
         logger.addHandler(_TerminalHandler())

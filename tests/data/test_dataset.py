@@ -1,6 +1,11 @@
 """Rows on local disk: read, refused by name, ordered, rendered, rewarded and learned."""
 
+import ast
 import json
+import re
+from dataclasses import fields
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +13,14 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from megatron_bai import config
 from megatron_bai.config import Arithmetic, Dataset
 from megatron_bai.data import task_factory
 from megatron_bai.data.dataset_task import DatasetTask
 from megatron_bai.data.shuffle import permute_index, shuffled_index
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
+from megatron_bai.utils.dataclass_defaults import read_defaults
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ';' }}{% elif m.role == 'user' %}"
@@ -125,11 +132,39 @@ def test_eval_rows_are_taken_out_of_train_and_stand_once(write, tokenizer) -> No
     assert {p.answer for p in task.prompts("train", 0, 0, 40)} == {str(i + 1) for i in range(10, 30)}
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_prompt_that_is_held_out_is_in_train_in_no_form(write, tokenizer, separate: bool) -> None:
+    """One prompt as a text, as messages, and as messages with the nulls that Parquet fills in, has one text."""
+    forms: list[dict[str, Any]] = []
+    for row in sums(30):
+        message = {"role": "user", "content": row["prompt"]}
+        forms += [row | {"prompt": [message | {"name": None}]}, row | {"prompt": [message]}, row]
+    settings = Dataset(train=write(forms), hold_out=0.2)
+    if separate:
+        settings.eval = write(
+            [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in sums(9)], "e.jsonl"
+        )
+    task = DatasetTask(settings, tokenizer, 64)
+    held = [prompt.text for prompt in task.prompts("eval", 0, 0, len(task._eval_order))]
+    trained = {prompt.text for prompt in task.prompts("train", 0, 0, len(task._train_order))}
+    assert held and len(set(held)) == len(held) and not trained & set(held)
+    assert len(trained) + len(held) == 30 and len(task._train_order) == 3 * len(trained)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path, tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n" for row in sums(30)).encode())
+    task = DatasetTask(Dataset(train=str(path), hold_out=0.3), tokenizer, 64)
+    assert len(task._train_order) + len(task._eval_order) == 30
+
+
 def test_prompts_that_are_too_long_are_left_out_and_counted(task) -> None:
     said: list[str] = []
     rows = [*sums(40), *({"prompt": "1+" * 20 + f"{i}", "answer": "1"} for i in range(7))]
     found = task(rows, hold_out=0.3, eval_prompts=0, max_prompt_tokens=8, log=said.append)
-    assert said == ["data.train: 7 of 47 rows are left out, their prompt has more than 8 tokens"]
+    assert said == [
+        "data.train: 7 of 47 rows are left out, their prompt has more than 8 tokens (data.max_prompt_tokens)"
+    ]
     assert len(found._train_order) + found.eval_size == 40
     task(rows, max_tokens=7, hold_out=0.3, log=said.append)  # what model and server leave room for
     assert "more than 7 tokens" in said[-1]
@@ -143,7 +178,17 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(task) -> None:
         ("[1, 2]", "a row must be a JSON object, this is a list"),
         ('{"prompt": "1+1"}', "there is no 'answer', only 'prompt'"),
         ('{"question": "1+1", "answer": 2}', "there is no 'prompt', only 'question', 'answer'"),
-        ('{"prompt": "1+1", "answer": null}', "there is no 'answer'"),
+        ('{"prompt": "1+1", "answer": null}', "'answer' is null"),
+        ('{"prompt": "1+1", "answer": NaN}', "'answer' must be a text or a number: it is nan"),
+        ('{"prompt": "1+1", "answer": -Infinity}', "'answer' must be a text or a number: it is -inf"),
+        ('{"prompt": "1+1", "answer": ["1", "2"]}', "'answer' must be a text or a number: it is a list"),
+        (r'{"prompt": "a\ud800b", "answer": 1}', r"'a\ud800b' has half of a surrogate pair"),
+        (r'{"prompt": "a", "answer": "\udfff"}', r"'\udfff' has half of a surrogate pair"),
+        (r'{"prompt": "a", "answer": "1", "more": [{"\uDBFFx": 1}]}', r"'\udbffx' has half of a surrogate pair"),
+        (
+            r'{"prompt": [{"role": "user", "content": "\udc00"}], "answer": 1}',
+            r"'\udc00' has half of a surrogate pair",
+        ),
         ('{"prompt": "1+1", "answer": true}', "'answer' must be a text or a number"),
         ('{"prompt": 7, "answer": 2}', "'prompt' must be a text or a list of messages"),
         ('{"prompt": [], "answer": 2}', "'prompt' must be a text or a list of messages"),
@@ -214,6 +259,9 @@ def test_a_response_is_learned_after_its_prompt_and_a_row_holds_one_document(tas
         ({"eval_prompts": -1}, "data.eval_prompts is -1"),
         ({"max_prompt_tokens": 0}, "data.max_prompt_tokens is 0"),
         ({"chat_template": False, "system": "be odd"}, "never read with data.chat_template=false"),
+        ({"system": "\udcff"}, r"data.system has '\\udcff', which is no text"),
+        ({"template_options": {"a": ["\ud800"]}}, "data.template_options has"),
+        ({"answer": "\ud800"}, "data.answer has"),
         ({"name": "arithmetic"}, "choose with data=arithmetic"),
         ({"name": "rows"}, "data.name is 'rows'"),
     ],
@@ -237,8 +285,11 @@ def test_what_a_run_lacks_is_refused_by_name(write, tokenizer) -> None:
         DatasetTask(Dataset(train=write(sums(5)), max_prompt_tokens=1), tokenizer, 64)
     with pytest.raises(UserError, match="no chat template"):
         DatasetTask(Dataset(train=write(sums(5))), build_tokenizer(Arithmetic(), 64), 64)
-    with pytest.raises(UserError, match=r"data.eval_prompts is 64, but only \d+ prompts are held out"):
+    with pytest.raises(UserError, match=r"64, and data.hold_out holds out only \d+ prompts: .*=0 .* data.hold_out"):
         DatasetTask(Dataset(train=write(sums(30)), hold_out=0.2), tokenizer, 64).prompts("eval", 0, 0, 64)
+    rows = write(sums(30), "eval.jsonl")
+    with pytest.raises(UserError, match=r"64, and data.eval has only 30 prompts: data.eval_prompts=0 takes all$"):
+        DatasetTask(Dataset(train=write(sums(60)), eval=rows), tokenizer, 64).prompts("eval", 0, 0, 64)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,3 +321,113 @@ def test_datasets_and_parquet_are_read_like_json_lines(tmp_path: Path, task, tok
     parquet.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="is no Parquet that can be read"):
         DatasetTask(Dataset(train=str(parquet)), tokenizer, 64)
+
+
+def test_the_setting_that_a_message_names_is_the_one_that_bounds(task) -> None:
+    def left(**kwargs: Any) -> str:
+        with pytest.raises(UserError, match="leaves 0 rows to train on") as error:
+            task(sums(20), **kwargs)
+        return str(error.value)
+
+    assert "supervised.length" in left(max_tokens=2, supervised=True) and "max_prompt" not in left(
+        max_tokens=2, supervised=True
+    )
+    assert "data.max_prompt_tokens" in left(max_prompt_tokens=2)
+    assert "rollout.max_new_tokens" in left(max_tokens=2)
+
+
+def test_every_setting_that_a_message_names_exists() -> None:
+    groups = {field.name: read_defaults(type(getattr(config.Config(), field.name))) for field in fields(config.Config)}
+    kinds_by_group: dict[str, list[type]] = {
+        "data": [Arithmetic, Dataset],
+        "reward": [config.Function, config.RewardModel],
+        "objective": [config.Ppo],
+        "init": [config.CheckpointInit, config.MergeInit],
+    }
+    for group, kinds in kinds_by_group.items():
+        groups[group] = {name: 0 for kind in kinds for name in read_defaults(kind)}
+    package = Path(task_factory.__file__).parent.parent
+    found = set()
+    for file in [*package.glob("data/*.py"), *package.glob("rewards/*.py"), *package.glob("rl/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                found |= set(re.findall(r"(?<![\w/.])([a-z]+)\.([a-z_]{3,})(?![\w/.(])", ast.unparse(node)))
+    named = {(group, name) for group, name in found if group in groups and name not in ("jsonl", "parquet")}
+    assert len(named) > 30
+    assert not {(group, name) for group, name in named if name not in groups[group]}
+
+
+def test_values_that_json_lacks_are_taken_from_parquet(tmp_path: Path, tokenizer) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    day = datetime(2024, 1, 2)
+    messages = [
+        [{"role": "user", "content": f"{i}+1", "timestamp": day, "raw": b"\xff", "score": None}] for i in range(30)
+    ]
+    table = pa.table(
+        {
+            "prompt": messages,
+            "answer": pa.array([i + 0.5 for i in range(30)], pa.float32()),
+            "day": [day.date()] * 30,
+            "cost": pa.array([Decimal("1.50")] * 30),
+            "more": [[{"at": day}]] * 30,
+            "map": pa.array([[("k", 1)]] * 30, pa.map_(pa.string(), pa.int32())),
+            "code": pa.array(["a"] * 30).dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    task = DatasetTask(Dataset(train=str(tmp_path / "rows.parquet"), hold_out=0.2), tokenizer, 64)
+    prompt = task._prompt(task._train, 3)
+    assert prompt.text == "<user>3+1<assistant>" and prompt.answer == "3.5"
+    assert prompt.messages == ({"role": "user", "content": "3+1", "timestamp": "2024-01-02T00:00:00", "raw": "/w=="},)
+    assert prompt.extra == {
+        "day": "2024-01-02", "cost": "1.50", "more": [{"at": "2024-01-02T00:00:00"}], "map": [["k", 1]], "code": "a"
+    }  # fmt: skip
+    json.dumps([prompt.messages, prompt.extra])
+
+
+@pytest.mark.parametrize(("width", "nested"), [(16, False), (32, False), (16, True), (32, True)])
+def test_a_narrow_float_is_the_number_that_was_written(tmp_path: Path, tokenizer, width: int, nested: bool) -> None:
+    """Also in a field, a list, or a dictionary of equal values: 0.1 is neither 0.10000000149 nor 0.099975586."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    datasets = pytest.importorskip("datasets")
+    values = pa.array(np.full(30, 0.1, np.dtype(f"float{width}")))
+    answer = pa.StructArray.from_arrays([values], ["truth"]) if nested else values
+    scores = pa.ListArray.from_arrays(pa.array(range(31), pa.int32()), values)
+    table = pa.table({"prompt": [f"{i}+1" for i in range(30)], "answer": answer, "scores": scores})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        settings = Dataset(train=str(path), hold_out=0.2, answer="answer.truth" if nested else "answer")
+        task = DatasetTask(settings, tokenizer, 64)
+        prompt = task._prompt(task._train, 3)
+        assert prompt.answer == "0.1" and prompt.extra == {"scores": [0.1]}
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "answer", "response"])
+def test_bytes_that_are_no_text_are_refused_where_one_is_needed(tmp_path: Path, tokenizer, column: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns: dict[str, list[Any]] = {"prompt": ["1", "2"], "answer": ["1", "2"], "response": ["1", "2"]}
+    columns[column] = [b"\xc3\xa9", b"\xe9"]  # é in UTF-8, and in Latin-1
+    if column == "messages":
+        columns["messages"] = [[{"role": "user", "content": text}] for text in columns["messages"]]
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    settings = Dataset(train=str(tmp_path / "rows.parquet"), prompt="messages" if column == "messages" else "prompt")
+    with pytest.raises(UserError, match=rf"rows.parquet: row 2: '{column}' .*bytes that are no text in UTF-8"):
+        DatasetTask(settings, tokenizer, 64, supervised=column == "response")
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer", "other"])
+def test_a_value_that_cannot_be_read_is_named_with_its_row_and_column(tmp_path: Path, tokenizer, column: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"prompt": pa.array(["1", "2"]), "answer": pa.array(["1", "2"]), "other": pa.array(["1", "2"])}
+    columns[column] = pa.array([1, 10**15], pa.timestamp("s"))  # the second in a year that Python has not
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=f"rows.parquet: row 2: the column '{column}' cannot be read"):
+        DatasetTask(Dataset(train=str(tmp_path / "rows.parquet")), tokenizer, 64)
+
+
+def test_answers_that_texts_are_not_compared_with_have_no_check(task) -> None:
+    texts = ["42", "so 40 + 2 = 42\n#### 42", "def f():\n    return 1", '{"inputs": [1]}', ""]
+    rows = [{"prompt": f"{i}+2", "answer": text} for i, text in enumerate(texts)]
+    found = task([*rows, *sums(30)], hold_out=0.1)
+    assert [found.has_check(found._prompt(found._train, i)) for i in range(5)] == [True, True, False, False, False]

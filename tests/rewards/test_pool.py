@@ -1,15 +1,23 @@
 """A reward function that raises, hangs or returns nonsense costs its sample, and nothing else."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.reward import Score
+from megatron_bai.rewards import Score, score_samples
 from megatron_bai.rewards.worker_pool import WorkerPool
+from megatron_bai.rollout.sample import Sample
 
 HERE = Path(__file__).parent
 
@@ -17,6 +25,13 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=":")
+    monkeypatch.setenv("TESTER", str(os.getpid()))
+
+
+def sleepers() -> list[psutil.Process]:
+    """Processes that `sleeping_child` started, of this test."""
+    wanted = ["sleep", f"600.{os.getpid()}"]
+    return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == wanted]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +44,7 @@ def pool(log: Path) -> Iterator[WorkerPool]:
     """Two workers with time enough to answer; a test that wants one to hang shortens it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE), prepend=":")
+        patch.setenv("TESTER", str(os.getpid()))
         with WorkerPool("functions:misbehave", None, 2, 60.0, log) as running:
             yield running
 
@@ -52,15 +68,77 @@ def test_rewards_come_in_the_order_of_the_samples(pool: WorkerPool) -> None:
         ("nothing", "it returned None, a NoneType"),
         ("exit", "SystemExit: 3"),
         ("crash", "it ended its process (-11)"),
+        ("input", "EOFError: EOF when reading a line"),
+        ("1e39", "it returned 1e+39, which is too large for a reward, a float32 (up to 3.4e38)"),
+        ("10**400", f"it returned 1{'0' * 99}…, which is too large for a reward, a float32 (up to 3.4e38)"),
+        ("10**5000", "it returned a number of 16610 bits, which is too large for a reward, a float32 (up to 3.4e38)"),
+        ("array", "it returned array([1.]), a ndarray"),
+        ("decimal nan", "it returned Decimal('sNaN')"),
+        ("complex", "it returned 1j, a complex"),
+        ("tuple", "it returned (1.0, 'well\\ndone'), a tuple"),
+        ("half a pair", "ValueError: \\ud800 is no text"),
+        ("long", "ValueError: " + "x " * 144),
+        ("no message", "UnreadableError, whose message cannot be read"),
+        ("interrupt", "KeyboardInterrupt:"),
         ("unheard of", "KeyError: 'unheard of'"),
     ],
 )
 def test_a_failure_costs_its_sample_alone(pool: WorkerPool, response: str, failure: str) -> None:
     found = pool.scores(ask("fine", response, "fine", "fine"))
-    assert found == [Score(1.0), Score(None, failure), Score(1.0), Score(1.0)]
+    assert found == [Score(1.0), Score(None, failure.strip()), Score(1.0), Score(1.0)]
 
 
-@pytest.mark.parametrize("response", ["sleep", "in C", "child"])
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [("float64", 0.5), ("int8", 3.0), ("bool_", 1.0), ("scalar array", 0.25), ("decimal", 0.5), ("fraction", 0.25)],
+)
+def test_every_kind_of_number_is_a_reward(pool: WorkerPool, response: str, value: float) -> None:
+    assert pool.scores(ask(response)) == [Score(value)]
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("program's input", 1.0),  # it finds the end of its input at once
+        ("ranks", 0.0),
+        ("descriptors", 0.0),
+        ("fork", 0.0),
+        ("raw print", 2.0),
+        ("surrogate print", 2.0),
+        ("signals", 0.0),
+        ("closed stdout", 2.0),
+    ],
+)
+def test_a_reward_has_nothing_of_the_trainers(
+    log: Path, response: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        with WorkerPool("functions:misbehave", None, 1, 60.0, log) as pool:
+            assert pool.scores(ask(response, "fine")) == [Score(value), Score(1.0)]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def test_a_reward_from_outside_that_float32_cannot_hold_is_named_with_its_prompt() -> None:
+    prompts = [Prompt([1], f"what\n{i}", "") for i in range(2)]
+    tokenizer = SimpleNamespace(decode=lambda ids: "half \ud800")
+    samples = [Sample(i, np.arange(3), 1, np.zeros(2), np.zeros((2, 1, 1)), (), "stop") for i in (0, 1)]
+    texts: list[str] = []
+
+    def score(items: list[Any]) -> list[Score]:
+        texts.extend(item.response for item in items)
+        return [Score(1e39), Score(1.0)]
+
+    found = score_samples(score, SimpleNamespace(tokenizer=tokenizer, end_tokens={0}), prompts, samples)
+    assert (found[0].reward, found[1].reward) == (None, 1.0)
+    assert found[0].failure.startswith("it is 1e+39, which is too large") and r"(prompt 'what\n0')" in found[0].failure
+    assert texts == ["half ?"] * 2
+
+
+@pytest.mark.parametrize("response", ["sleep", "in C", "child", "session", "daemon"])
 def test_a_hang_is_killed_with_all_it_started(pool: WorkerPool, response: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pool.scores(ask("fine", "fine"))
     monkeypatch.setattr(pool, "timeout_s", 0.5)
@@ -68,7 +146,39 @@ def test_a_hang_is_killed_with_all_it_started(pool: WorkerPool, response: str, m
     assert stuck == [Score(None, "it took longer than reward.timeout_s=0.5 s")]
     monkeypatch.setattr(pool, "timeout_s", 60.0)
     assert pool.scores(ask("fine", "fine", "fine")) == [Score(1.0)] * 3  # with a worker in the place of the killed one
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", f"600.{os.getpid()}"]]
+    assert not sleepers()
+
+
+@pytest.mark.parametrize("response", ["left behind", "left by a crash"])
+def test_what_a_function_leaves_behind_ends_with_its_process(log: Path, response: str) -> None:
+    with WorkerPool("functions:misbehave", None, 1, 60.0, log) as pool:
+        (score,) = pool.scores(ask(response))
+        crashed = response == "left by a crash"
+        assert score == (Score(None, "it ended its process (-11)") if crashed else Score(1.0))
+        assert bool(sleepers()) is not crashed
+    assert not sleepers()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from megatron_bai.rewards.worker_pool import WorkerPool
+with WorkerPool("functions:misbehave", None, 1, 600.0, Path(sys.argv[1])) as pool:
+    pool.scores([["a prompt", sys.argv[2], "an answer", {}]])
+    print("scored", flush=True)
+    input()
+"""
+
+
+@pytest.mark.parametrize("response", ["left behind", "daemon", "session"])
+def test_a_trainer_that_is_killed_leaves_no_process_of_a_reward(log: Path, response: str) -> None:
+    command = [sys.executable, "-c", KILLED, str(log), response]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
+        while not sleepers():
+            assert trainer.poll() is None
+        trainer.kill()
+    _, alive = psutil.wait_procs(sleepers(), timeout=60)
+    assert not alive
 
 
 def test_what_a_function_prints_goes_to_the_log(pool: WorkerPool, log: Path) -> None:

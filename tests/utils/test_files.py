@@ -22,6 +22,27 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> Non
     assert path.read_text() == '{\n "a": [\n  1,\n  null\n ]\n}\n'
 
 
+def test_what_is_no_file_of_its_own_stays_what_it_is(tmp_path: Path) -> None:
+    """A report to `/dev/stdout` or `/dev/null` must not leave a file in its place."""
+    target, link, dangling, pipe = (tmp_path / name for name in ("target", "link", "dangling", "pipe"))
+    target.write_text("old")
+    link.symlink_to("target")
+    dangling.symlink_to("new")
+    atomic_file.write_text(link, "through", durable=True)
+    atomic_file.write_text(dangling, "made")
+    assert link.is_symlink() and target.read_text() == "through"
+    assert dangling.is_symlink() and (tmp_path / "new").read_text() == "made"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic_file.write_text(pipe, "read")
+    assert pipe.is_fifo() and os.read(reader, 9) == b"read"
+    os.close(reader)
+    with pytest.raises(IsADirectoryError) as refused:
+        atomic_file.write_text(tmp_path, "x")
+    assert refused.value.filename == str(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "new", "pipe", "target"]
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_content(
     tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch

@@ -52,3 +52,18 @@ def test_a_closed_pipe_ends_the_command(log: logging.Logger, monkeypatch: pytest
     monkeypatch.setattr(sys, "stdout", Closed())
     with pytest.raises(BrokenPipeError):
         log.info("step 1")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_any_encoding_takes_any_text(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    # Without pytest's handler: its workers cannot send half a surrogate pair in what they captured.
+    monkeypatch.setattr(logging.getLogger("megatron_bai"), "handlers", [])
+    terminal_logging.setup()
+    text = "→ ü \ud800"
+    print(text)
+    logging.getLogger("megatron_bai").warning(text)
+    for stream in streams.values():
+        assert stream.buffer.getvalue().decode(encoding).rstrip("\n").endswith("\\ud800")
