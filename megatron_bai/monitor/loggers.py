@@ -1,18 +1,24 @@
 """Loggers of a run's metrics besides `metrics.jsonl`: TensorBoard, W&B and MLflow."""
 
 import logging
-import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Protocol
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
+from megatron_bai.monitor.samples.kept_sample import KeptSample
+from megatron_bai.monitor.samples.show import format_sample
 from megatron_bai.utils.flatten import flatten
+from megatron_bai.utils.json_numbers import is_finite_number
+
+_MAX_CHARACTERS = 4000  # of a sample's prompt, and of its response
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +27,7 @@ _SECRET_PATTERN = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(hf_|sk-|wandb_v1_|ghp_|g
 
 
 class Logger(Protocol):
-    """Takes the numbers of each step."""
+    """Takes the numbers of each step, and some of its samples as text."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record the finite numbers of a step.
@@ -29,6 +35,14 @@ class Logger(Protocol):
         Args:
             step: global step.
             values: by the metric's name, without `step`.
+        """
+
+    def log_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Record texts of a step.
+
+        Args:
+            step: global step.
+            texts: printable, by what they show.
         """
 
     def close(self) -> None:
@@ -58,6 +72,17 @@ class TensorBoard:
         self._writer = self._writer or self._make_writer(step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def log_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Write the texts.
+
+        Args:
+            step: as in `log`, which was called before.
+            texts: by tag. TensorBoard reads Markdown: indented, they are shown as they are.
+        """
+        for name, text in texts.items():
+            self._writer.add_text(name, indent(text, "    ", lambda line: True), step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -92,6 +117,18 @@ class Wandb:
         """
         self._run.log(values | {"step": step})
 
+    def log_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Send the texts as preformatted HTML.
+
+        Args:
+            step: as in `log`.
+            texts: by name.
+        """
+        import wandb
+
+        pages = {name: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False) for name, text in texts.items()}
+        self._run.log(pages | {"step": step})
+
     def close(self) -> None:
         """Finish the run at W&B."""
         self._run.finish()
@@ -108,7 +145,10 @@ class Mlflow:
         try:
             self._client = MlflowClient(uri)
             known = self._client.get_experiment_by_name(settings.monitor.mlflow)
-            experiment = known.experiment_id if known else self._client.create_experiment(settings.monitor.mlflow)
+            # Texts are artifacts: a local store would put them where the command was run.
+            artifacts = None if settings.monitor.mlflow_uri else (directory.resolve() / "mlflow-artifacts").as_uri()
+            name = settings.monitor.mlflow
+            experiment = known.experiment_id if known else self._client.create_experiment(name, artifacts)
             self._id = self._client.create_run(experiment, run_name=settings.run.name).info.run_id
             params = [Param(name, value[:500]) for name, value in flatten(asdict(settings)).items()]
             for begin in range(0, len(params), 100):  # as many as MLflow takes at once
@@ -129,6 +169,16 @@ class Mlflow:
         metrics = [Metric(name, value, now, step) for name, value in values.items()]
         for begin in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[begin : begin + 1000])
+
+    def log_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Send the texts as artifacts.
+
+        Args:
+            step: global step, part of their paths.
+            texts: by name, the rest of the path.
+        """
+        for name, text in texts.items():
+            self._client.log_text(self._id, text, f"{name}/step-{step:05}.txt")
 
     def close(self) -> None:
         """Mark the run as finished."""
@@ -157,10 +207,17 @@ class Loggers:
                 continue
             self._open[name] = make_logger(directory, settings)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Record the finite numbers of a step; other values are left out."""
-        numbers = {name: float(value) for name, value in values.items() if _is_number(value) and name != "step"}
+    def log(self, values: dict[str, Any], samples: Sequence[KeptSample] = ()) -> None:
+        """Record the finite numbers of a step, and one sample of each kind as text; other values are left out.
+
+        Args:
+            values: of the step, with `step`.
+            samples: that are kept of it.
+        """
+        numbers = {name: float(value) for name, value in values.items() if is_finite_number(value) and name != "step"}
         self._on_each(lambda logger: logger.log(values["step"], numbers))
+        if texts := _sample_texts(samples):
+            self._on_each(lambda logger: logger.log_texts(values["step"], texts))
 
     def close(self) -> None:
         """Close every logger."""
@@ -175,8 +232,13 @@ class Loggers:
                 del self._open[name]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _sample_texts(samples: Sequence[KeptSample]) -> dict[str, str]:
+    """Return the first sample of each order and split, as printable text of bounded length."""
+    texts: dict[str, str] = {}
+    for sample in samples:
+        for order in sample.kept_as:
+            texts.setdefault(f"samples/{sample.split}/{order}", format_sample(sample, _MAX_CHARACTERS))
+    return texts
 
 
 def validate(settings: config.Config) -> None:
@@ -185,9 +247,6 @@ def validate(settings: config.Config) -> None:
     Raises:
         UserError: names the setting, never its value.
     """
-    monitor = settings.monitor
-    if monitor.wandb_mode not in ("online", "offline"):
-        raise UserError(f"monitor.wandb_mode is {monitor.wandb_mode!r}: choose online or offline")
     for name, value in flatten(asdict(settings)).items():
         if _SECRET_PATTERN.search(value):
             raise UserError(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+LARGEST_WEIGHT = 1e140  # its square, times as many tokens as a step can have, is a float64
+
 
 class Stats:
     """Named running statistics.
@@ -61,13 +63,14 @@ class Stats:
         """Add importance weights to an effective sample size.
 
         The value is Kish's, as a share of the number of weights, (Σ w)² / (n · Σ w²): 1 when all are equal, 1/n when
-        all but one are 0.
+        all but one are 0. Weights above `LARGEST_WEIGHT` count as that much, so that the sum of squares is finite: a
+        weight beyond float64 leaves the share 1/n, as it should.
 
         Args:
             name: of the metric.
             weights: of any shape, ≥ 0, not logarithms.
         """
-        weights = weights.double()
+        weights = weights.double().clamp(max=LARGEST_WEIGHT)
         self._add_weights(name, (weights.numel(), float(weights.sum()), float(weights.square().sum())))
 
     def tally(self, name: str, values: torch.Tensor) -> None:

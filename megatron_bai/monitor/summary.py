@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bai import __version__, config
-from megatron_bai.errors import UserError
+from megatron_bai.checkpoint.carried_files import has_provenance
+from megatron_bai.errors import UserError, os_errors_as_user_errors
 from megatron_bai.utils.atomic_file import write_json
 
 _PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "transformer-engine")
@@ -32,7 +33,7 @@ def read_summary(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "summary.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
     except FileNotFoundError:
         return {}
@@ -73,7 +74,7 @@ class Summary:
             "steps": list(records),
         }
         provenance = Path(self._content["init"]) / "provenance.json"
-        if self._content["init"] and provenance.is_file():
+        if self._content["init"] and has_provenance(provenance.parent):
             self._content["provenance"] = str(provenance)
 
     def add_step(self, values: dict[str, Any]) -> None:
@@ -86,6 +87,11 @@ class Summary:
         Args:
             directory: of the run; it exists.
             complete: false until the result is saved.
+
+        Raises:
+            UserError: it cannot be written; an earlier one is unchanged.
         """
         self._content["complete"] = complete
-        write_json(Path(directory) / "summary.json", self._content)
+        path = Path(directory) / "summary.json"
+        with os_errors_as_user_errors(path):
+            write_json(path, self._content)

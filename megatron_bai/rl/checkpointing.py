@@ -8,8 +8,8 @@ were reported.
 """
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,15 +29,20 @@ from megatron_bai.model import training_state
 from megatron_bai.model.async_save import CheckpointSave
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.summary import read_summary
+from megatron_bai.rl import sample_sources
+from megatron_bai.rl.init_weights import weight_crcs
+from megatron_bai.rl.run_dir import checkpoints, unusable_error
 from megatron_bai.rl.saved_settings import complete_settings, list_changes
 from megatron_bai.rl.session import Session
+from megatron_bai.rl.writable_dirs import list_results
 from megatron_bai.utils.flatten import flatten
 
 _log = logging.getLogger(__name__)
 # Settings that may differ when a run is resumed: those that change no number, or only its rounding, and how long the
 # run is. A name that ends in a dot stands for its group.
 MAY_CHANGE = (
-    "run.name", "run.dir", "backend.kind", "backend.timeout_s", "parallel.",
+    "run.name", "run.dir", "backend.kind", "backend.timeout_s", "backend.transformer_impl", "backend.require",
+    "backend.untested", "parallel.",
     "rollout.concurrency", "rollout.request_timeout_s", "rollout.start_timeout_s", "rollout.retries", "rollout.host",
     "rollout.max_failed_fraction", "rollout.restarts", "rollout.api_key_file",
     "rollout.port", "rollout.servers", "rollout.tensor", "rollout.urls", "rollout.router", "rollout.sync",
@@ -48,9 +53,8 @@ MAY_CHANGE = (
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",
     "trainer.save", "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s",
     "objective.critic_save", "monitor.", "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.",
-    "report.",
+    "samples.", "report.",
 )  # fmt: skip
-_NAME = re.compile(r"step-(\d{5,})")
 
 
 class Stateful(Protocol):
@@ -111,7 +115,7 @@ class ResumePoint:
         try:
             training_state.load(models, self.checkpoint, self.restore_rng)
         except UserError as error:
-            raise _unusable_error(self.checkpoint, error) from None
+            raise unusable_error(self.checkpoint, error) from None
         if dist.get_rank() == 0:
             _log.info("going on from %s, after step %d", self.checkpoint, self.step)
             if not self.restore_rng:
@@ -151,13 +155,14 @@ def open_run(session: Session) -> Iterator[ResumePoint]:
     group, directory = current_ranks(), Path(session.settings.run.dir)
     with ExitStack() as stack:
         group.run_on_first(lambda: stack.enter_context(atomic_dir.lock(directory)))
+        task = session.task
+        session.sources = sample_sources.gather_sample_sources(
+            group,
+            lambda: sample_sources.compute_sample_sources(
+                session.settings, session.tokenizer_dir, task.tokenizer.chat_template, task.end_tokens
+            ),
+        )
         yield group.run_on_first(lambda: _find_resume_point(session, directory))
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Return a run's checkpoints, the oldest first."""
-    matches = ((_NAME.fullmatch(path.name), path) for path in (directory / "checkpoints").glob("step-*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
@@ -171,10 +176,18 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
     try:
         info = manifest.require_info(saved[-1])
     except UserError as error:
-        raise _unusable_error(saved[-1], error) from None
+        raise unusable_error(saved[-1], error) from None
     if "settings" not in info:
         raise UserError(f"{saved[-1]} was not written to go on from: move it away")
-    _refuse_changes(info["settings"], settings, directory)
+    _refuse_changes(info["settings"], settings, directory, info.get("sources", {}).keys() & session.sources.keys())
+    if "sources" not in info:
+        _log.info("%s does not say what data, reward and tokenizer contained: they are not compared", saved[-1])
+    elif names := sample_sources.list_changed_sources(info["sources"], session.sources):
+        changed = ", ".join(map(_with_value(settings), names))
+        raise UserError(
+            f"{directory} holds a run with other samples: the content of {changed} has changed since: put it back, or "
+            "choose another run.name"
+        )
     previous = complete_settings(info["settings"], settings)
     steps, step = settings.trainer.steps, info["step"]
     if step > steps:
@@ -196,7 +209,7 @@ def _find_resume_point(session: Session, directory: Path) -> ResumePoint:
 def _start_without_checkpoint(settings: config.Config, directory: Path, complete: bool) -> ResumePoint:
     """Return the point of a run without a checkpoint: its beginning, unless the run was finished."""
     path = directory / "config.yaml"
-    saved = flatten(yaml.safe_load(path.read_text())) if path.is_file() else {}
+    saved = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     previous = complete_settings(saved, settings)
     if not complete:
         same = not list_changes(saved, settings, _may_change)
@@ -220,8 +233,8 @@ def _same_store(previous: dict[str, str], settings: config.Config) -> bool:
 
 def result_paths(settings: config.Config) -> dict[str, str]:
     """Return the paths of the run's results, by model."""
-    critic = settings.objective.critic_save if isinstance(settings.objective, config.Ppo) else ""
-    return {name: path for name, path in (("actor", settings.trainer.save), ("critic", critic)) if path}
+    names = {"trainer.save": "actor", "objective.critic_save": "critic"}
+    return {names[setting]: path for setting, path in list_results(settings)}
 
 
 def _results_exist(settings: config.Config) -> bool:
@@ -234,9 +247,18 @@ def _may_change(name: str) -> bool:
     return any(name == free or free.endswith(".") and name.startswith(free) for free in MAY_CHANGE)
 
 
-def _refuse_changes(saved: dict[str, str], settings: config.Config, directory: Path) -> None:
-    """Raise a UserError if settings differ that may not."""
-    if changes := list_changes(saved, settings, _may_change):
+def _with_value(settings: config.Config) -> Callable[[str], str]:
+    """Return a function that writes a setting with its value, and another name alone."""
+    texts = flatten(asdict(settings))
+    return lambda name: f"{name}={texts[name]}" if name in texts else name
+
+
+def _refuse_changes(
+    saved: dict[str, str], settings: config.Config, directory: Path, compared: AbstractSet[str] = frozenset()
+) -> None:
+    """Raise a UserError if settings differ that may not; a path may whose content is `compared`."""
+    moved = compared & {"data.train", "data.eval", "reward.tokenizer"}
+    if changes := list_changes(saved, settings, lambda name: _may_change(name) or name in moved):
         raise UserError(
             f"{directory} holds a run with other settings ({'; '.join(changes)}): set them back, or choose another "
             "run.name"
@@ -246,19 +268,12 @@ def _refuse_changes(saved: dict[str, str], settings: config.Config, directory: P
 def initial_crcs(settings: config.Config) -> dict[str, int]:
     """Return the CRCs of the initial checkpoint: the reference policy must be the same after a restart."""
     source = config.initial_checkpoint(settings)
-    return manifest.recorded_crcs(source) if source else {}
+    return weight_crcs(source) if source else {}
 
 
 def _rng_layout(session: Session) -> dict[str, Any]:
     """Return the layout that states of random-number generators belong to."""
     return asdict(session.settings.parallel) | {"processes": dist.get_world_size(), "device": session.device.kind}
-
-
-def _unusable_error(path: Path, error: UserError) -> UserError:
-    """Make the error of a checkpoint that cannot be resumed from."""
-    others = [other for other in checkpoints(path.parent.parent) if other != path]
-    start = f"from {others[-1].name}" if others else "at its beginning"
-    return UserError(f"{error}. The run cannot go on from {path}; without that directory it begins again {start}")
 
 
 class RunCheckpoints:
@@ -313,6 +328,7 @@ class RunCheckpoints:
             "settings": flatten(asdict(settings)),
             "layout": _rng_layout(session),
             "init": initial_crcs(settings),
+            "sources": session.sources,
         }
         target = self._directory / "checkpoints" / f"step-{step:05}"
         background = settings.trainer.save_async

@@ -1,15 +1,20 @@
 """A run's initial weights, as `init` says: random, a checkpoint's, or those of a merge that is run at the start."""
 
+import functools
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint import crc32, formats, manifest
+from megatron_bai.checkpoint.carried_files import require_tokenizer
 from megatron_bai.checkpoint.formats import open_checkpoint
+from megatron_bai.checkpoint.reader import CheckpointReader
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import current_ranks, merge_ranks
 from megatron_bai.errors import UserError
@@ -17,10 +22,12 @@ from megatron_bai.merge import pipeline
 from megatron_bai.merge.recipe.output_spec import make_output_spec
 from megatron_bai.merge.recipe.recipe import ORIGINAL_SETTINGS
 from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
+from megatron_bai.model.architecture import Architecture, architecture_of, require_same
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.utils.dataclass_defaults import drop_later_defaults
 
 _log = logging.getLogger(__name__)
+_SAMPLED_BYTES = 1 << 20
 
 
 def validate_init(settings: config.Config) -> None:
@@ -43,8 +50,93 @@ def validate_init(settings: config.Config) -> None:
         raise UserError(f"trainer.save and merge.output are both {target}: the merge would be written over")
 
 
+def require_sources(settings: config.Config) -> None:
+    """Refuse checkpoints and tokenizers that a run names and could not start from, before a process group is made.
+
+    Raises:
+        UserError: names the directory, and what it is in place of a complete checkpoint.
+    """
+    for source in list_sources(settings):
+        source.require()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory that a run reads.
+
+    Attributes:
+        setting: that names it.
+        path: of the directory.
+        check: raises a UserError where it cannot be used, as far as its index tells.
+    """
+
+    setting: str
+    path: str
+    check: Callable[[str], object]
+
+    def require(self) -> None:
+        """Refuse a directory that cannot be used.
+
+        Raises:
+            UserError: names the setting, the directory, and what it is in place of what it should be.
+        """
+        try:
+            self.check(self.path)
+        except UserError as error:
+            raise UserError(f"{self.setting}: {error}") from None
+
+
+def list_sources(settings: config.Config) -> list[Source]:
+    """List the checkpoints and tokenizers that a run reads at its start, but for the result of its own merge."""
+    found = []
+    if isinstance(settings.init, config.CheckpointInit):
+        found.append(Source("init.checkpoint", settings.init.checkpoint, _require_complete_model))
+    if isinstance(settings.init, config.MergeInit):
+        # `merge.keep` may take the output layer from the pretrained checkpoint; the plan of the merge knows.
+        check = functools.partial(formats.require_model, output_layer=not settings.merge.keep)
+        found += [Source("init=merge", path, check) for path in list_merge_sources(settings.merge)]
+    critic = getattr(settings.objective, "critic_checkpoint", "")
+    found.append(Source("objective.critic_checkpoint", critic, _require_complete_model))
+    found.append(Source("reward.tokenizer", getattr(settings.reward, "tokenizer", ""), require_tokenizer))
+    return [source for source in found if source.path]
+
+
+def _require_complete_model(directory: str) -> None:
+    """Refuse what is no complete checkpoint of a model."""
+    formats.require_model(directory)
+    formats.require_complete(directory)
+
+
+def weight_crcs(directory: str | Path) -> dict[str, int]:
+    """Return CRC-32s that tell the weights of a checkpoint from others: its manifest's, of each whole file.
+
+    Without a manifest they are of the first and the last MiB of each file, since reading all of it takes minutes: other
+    weights differ there, too.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    if recorded := manifest.recorded_crcs(directory):
+        return recorded
+    found = {}
+    for path in sorted(path for path in Path(directory).iterdir() if path.suffix in manifest.WEIGHT_SUFFIXES):
+        size = path.stat().st_size
+        length = min(size, _SAMPLED_BYTES)
+        ends = crc32.compute_file(path, 0, length), crc32.compute_file(path, size - length, length)
+        found[path.name] = ends[0] ^ ends[1] << 1 ^ size
+    return found
+
+
+def list_merge_sources(merge: config.Merge) -> list[str]:
+    """Return the directories that a merge reads, the pretrained checkpoint first."""
+    return [term.source for term in pipeline.make_jobs(merge)[0].recipe.terms()]
+
+
 def run_init_merge(settings: config.Config) -> None:
     """Run the merge of `init=merge` on all ranks, unless it is complete already. Collective.
+
+    Args:
+        settings: of the run, whose model is its `Architecture`.
 
     Raises:
         UserError: as the verb `merge`; or its result would not be the configured model, or `merge.output` holds
@@ -52,20 +144,26 @@ def run_init_merge(settings: config.Config) -> None:
     """
     if not isinstance(settings.init, config.MergeInit):
         return
-    base = pipeline.make_jobs(settings.merge)[0].recipe.terms()[0].source  # has the output's config and tokenizer
-    current_ranks().run_on_first(lambda: _check_base(Path(base), settings.model))
+    current_ranks().run_on_first(lambda: _check_sources(settings.merge, architecture_of(settings.model)))
     with merge_ranks() as ranks:
         summary = pipeline.run_merge(settings.merge, ranks, replace=False)
         if ranks.rank == 0:
             _log.info(summary)
 
 
-def _check_base(base: Path, model: config.Model) -> None:
-    """Refuse a merge whose result could not be loaded, before hours of merging."""
-    if not base.is_dir():
-        raise UserError(f"no checkpoint at {base}: merge.pretrained and merge.members name directories")
-    megatron_checkpoint.require_architecture(base, model)
-    require_tokenizer(base)
+def _check_sources(merge: config.Merge, model: Architecture) -> None:
+    """Refuse a merge whose result could not be loaded, before hours of merging; the first source gives its config."""
+    base = Path(list_merge_sources(merge)[0])
+    formats.checkpoint_format(base)
+    require_same(base, model)
+    require_tokenizer(find_merged_tokenizer(merge))
+
+
+def find_merged_tokenizer(merge: config.Merge) -> Path:
+    """Return the source whose tokenizer the output of a merge gets: `merge.tokenizer`, or the first that has one."""
+    sources = [Path(source) for source in list_merge_sources(merge)]
+    with_tokenizer = (path for path in sources if (path / "tokenizer.json").is_file())
+    return make_output_spec(merge).tokenizer or next(with_tokenizer, sources[0])
 
 
 def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
@@ -91,20 +189,19 @@ def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
             build_tokenizer(settings.data, settings.model.vocab_size).save_pretrained(directory)
         dist.barrier()
         return directory
-    manifest.require_info(source)
-    if megatron_checkpoint.checkpoint_format(source) == "hf":
-        megatron_checkpoint.require_architecture(source, settings.model)
-        hf_checkpoint.load_hf(actor.modules, settings.model, source)
-        megatron_checkpoint.reload_master_weights(actor)
-    else:
-        megatron_checkpoint.load(actor, source)
+    formats.require_complete(source)
+    ranks = current_ranks()
+    with ExitStack() as stack:
+        readers: list[CheckpointReader] = []
+        ranks.run_on_all(lambda: readers.append(stack.enter_context(open_checkpoint(source))))
+        if formats.checkpoint_format(source) == "hf":
+            require_same(source, actor.architecture)
+            hf_checkpoint.load_hf(actor.modules, actor.architecture, source)
+            megatron_checkpoint.reload_master_weights(actor)
+        else:
+            megatron_checkpoint.load(actor, source)
+        ranks.run_on_all(readers[0].require_unchanged)  # its config.json and tokenizer, too
     return Path(source)
-
-
-def require_tokenizer(directory: Path) -> None:
-    """Raise a UserError unless the directory holds a tokenizer."""
-    if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory} holds no tokenizer.json: copy the model's tokenizer files there")
 
 
 def weights_fingerprint(settings: config.Config) -> Any:
@@ -121,4 +218,8 @@ def weights_fingerprint(settings: config.Config) -> Any:
         options = drop_later_defaults(recipe.settings, type(recipe), ORIGINAL_SETTINGS)
         return [recipe.method, options, [term.coefficient for term in recipe.terms()], sources, form]
     source = config.initial_checkpoint(settings)
+    if source and not manifest.has_manifest(Path(source)):
+        formats.require_complete(source)
+        with open_checkpoint(source) as reader:
+            return reader.stat_fingerprint()
     return manifest.require_info(source) if source else None

@@ -1,33 +1,39 @@
 """A training session: the process groups, the actor with its weights, the tokenizer and the task."""
 
 import logging
+import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_bai import config, rewards
-from megatron_bai.data import task_factory
+from megatron_bai.checkpoint import formats
 from megatron_bai.data.task import Task
 from megatron_bai.distributed import backend
 from megatron_bai.distributed.hosts import is_multi_host
+from megatron_bai.distributed.kernel_sources import format_kernels
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.rewards import Scorer
 from megatron_bai.rl import init_weights, objectives
+from megatron_bai.rl.batches.micro_batches import validate_batches
 from megatron_bai.rl.policy.critic import Critic
 from megatron_bai.rl.policy.training_engine import TrainingEngine
+from megatron_bai.rl.run_architecture import plain_settings, resolve_architecture
+from megatron_bai.rl.run_dir import require_usable_run_dir
+from megatron_bai.rl.run_task import make_generated_task, make_task
 from megatron_bai.rl.validate_settings import require_packages, validate_settings
-from megatron_bai.rollout.client import max_request_tokens
+from megatron_bai.rl.writable_dirs import require_writable_dirs
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.rollout.servers import auth
+from megatron_bai.rollout.servers import auth, fleet
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
 
@@ -49,6 +55,7 @@ class Session:
         replica_moe_layers: of each rank of the replica, its MoE layers, counted from 0.
         critic: if the objective has one.
         scorer: gives rewards; on a leader, if the objective has rollouts.
+        sources: hashes of what determines samples beside the settings (`sample_sources.py`).
     """
 
     settings: config.Config
@@ -66,6 +73,7 @@ class Session:
     replica_moe_layers: list[list[int]]
     critic: Critic | None = None
     scorer: Scorer | None = None
+    sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def reports_stats(self) -> bool:
@@ -106,25 +114,42 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     Raises:
         UserError: settings that contradict each other or the machine, or a checkpoint or a merge that cannot be used.
     """
+    init_weights.validate_init(settings)
+    init_weights.require_sources(settings)  # says what a directory is that is no checkpoint
+    settings = resolve_architecture(settings)
     validate_settings(settings)
     require_packages(settings)
+    require_writable_dirs(settings)
     if settings.rollout.api_key_file:
         auth.read_key(settings.rollout.api_key_file)  # an error before models are built
+    if objectives.get(settings.objective.name).rollouts and int(os.environ.get("RANK", 0)) == 0:
+        require_usable_run_dir(plain_settings(settings))
+        fleet.require_local_addresses(settings.rollout)
     device = backend.init_backend(settings.backend)
     try:
-        build.validate_layout(settings.model, settings.parallel, dist.get_world_size())
-        _validate_processes(settings.cluster, dist.get_world_size())
+        _validate_world(settings, dist.get_world_size())
+        if dist.get_rank() == 0:
+            _log.info("training kernels: %s", format_kernels(device.use_transformer_engine))
         if is_multi_host():
             _require_shared_dir(Path(settings.run.dir))
         init_weights.run_init_merge(settings)
+        task = _make_task_of_checkpoint(settings)
         with ExitStack() as stack:
-            session = _build_session(settings, device)
+            session = _build_session(settings, device, task)
             if session.is_replica_leader and objectives.get(settings.objective.name).rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_scorer(settings.reward, session.task, log))
             yield session
     finally:
         backend.shutdown_backend()
+
+
+def _validate_world(settings: config.Config, world: int) -> None:
+    """Refuse a layout or batches that this number of processes does not fit."""
+    parallel = settings.parallel
+    build.validate_layout(settings.model, parallel, world)
+    validate_batches(settings, world // (parallel.tensor * parallel.pipeline))
+    _validate_processes(settings.cluster, world)
 
 
 def _validate_processes(cluster: config.Cluster, world: int) -> None:
@@ -159,12 +184,13 @@ def _require_shared_dir(directory: Path) -> None:
             mark.rmdir()
 
 
-def _build_session(settings: config.Config, device: backend.Device) -> Session:
-    """Build the actor, the task and, if the objective has one, the critic. Collective."""
+def _build_session(settings: config.Config, device: backend.Device, task: Task | None) -> Session:
+    """Build the actor, the task if there is none yet and, if the objective has one, the critic. Collective."""
     build.init_parallel(settings.parallel, settings.run.seed, settings.backend.timeout_s)
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
+    settings = plain_settings(settings)
     tokenizer_dir = init_weights.load_initial_weights(actor, settings)
     replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
@@ -175,7 +201,7 @@ def _build_session(settings: config.Config, device: backend.Device) -> Session:
         device=device,
         actor=actor,
         engine=TrainingEngine(actor, replay, device.device, settings.rollout.temperature),
-        task=_make_task(settings, tokenizer_dir),
+        task=task or _make_task(settings, tokenizer_dir),
         tokenizer_dir=tokenizer_dir,
         signature=replay.signature,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -188,24 +214,23 @@ def _build_session(settings: config.Config, device: backend.Device) -> Session:
     )
 
 
+def _make_task_of_checkpoint(settings: config.Config) -> Task | None:
+    """Make the task before the model is built, where the tokenizer is a checkpoint's; None elsewhere. Collective."""
+    source = config.initial_checkpoint(settings)
+    if not source:
+        if isinstance(settings.data, config.Arithmetic):  # for its checks; the run's is read from its directory
+            make_generated_task(settings, settings.data)
+        return None
+    tasks = []
+
+    def make() -> None:
+        formats.require_complete(source)
+        tasks.append(_make_task(settings, Path(source)))
+
+    current_ranks().run_on_all(make)
+    return tasks[0]
+
+
 def _make_task(settings: config.Config, tokenizer_dir: Path) -> Task:
-    """Make the task, whose prompts leave room for a response."""
-    supervised = not objectives.get(settings.objective.name).rollouts
-    length = (
-        max_request_tokens(settings.rollout, settings.model.max_position_embeddings) - settings.rollout.max_new_tokens
-    )
-    if supervised:
-        length = settings.supervised.length
-    log = _log.warning if dist.get_rank() == 0 else (lambda line: None)
-    return task_factory.make_task(settings.data, _load_tokenizer(tokenizer_dir), length, supervised, log)
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer of a checkpoint."""
-    from transformers import PreTrainedTokenizerFast
-
-    init_weights.require_tokenizer(directory)
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from None
+    """Make the task on every rank; the first says what was left out."""
+    return make_task(settings, tokenizer_dir, _log.warning if dist.get_rank() == 0 else (lambda line: None))

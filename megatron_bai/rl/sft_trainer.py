@@ -7,11 +7,12 @@ from pathlib import Path
 from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
-from megatron_bai.model import build, megatron_checkpoint
+from megatron_bai.model import megatron_checkpoint
 from megatron_bai.monitor.run_log import RunLog
-from megatron_bai.rl import objectives
+from megatron_bai.rl import init_weights, objectives
 from megatron_bai.rl.batches.batch import Batch, from_sft
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
+from megatron_bai.rl.run_architecture import plain_settings, resolve_architecture
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.sft_fingerprint import describe_sft, list_differences, sft_fingerprint
 
@@ -27,6 +28,10 @@ def train_sft(settings: config.Config) -> None:
     target = settings.trainer.save
     if not target:
         raise UserError("trainer.save is empty: say where the checkpoint goes")
+    init_weights.validate_init(settings)
+    init_weights.require_sources(settings)
+    resolved = resolve_architecture(settings)
+    settings = plain_settings(resolved)
     info = manifest.read_info(target)
     if info is not None:
         if differences := list_differences(info, settings):
@@ -37,7 +42,7 @@ def train_sft(settings: config.Config) -> None:
         print(f"{target} is complete: nothing to do")  # noqa: T201, the verb's result
         return
     made = {"made_by": sft_fingerprint(settings), "made_with": describe_sft(settings)}
-    with open_session(settings) as session:
+    with open_session(resolved) as session:
         _run_steps(session)
         info = {**made, "data": asdict(settings.data), "steps": settings.trainer.steps}
         megatron_checkpoint.save(session.actor, target, session.tokenizer_dir, info)
@@ -55,7 +60,6 @@ def _run_steps(session: Session) -> None:
             start = time.monotonic()
             rate = set_learning_rate(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
             micro_batches = _sft_batch(session, step).split(settings.trainer.micro_batch_size)
-            build.validate_micro_batches(settings.parallel, len(micro_batches))
             stats, norm = session.engine.update(micro_batches, None, objective, settings.objective)
             values = stats.gather_sum(session.reports_stats).values()
             seconds = time.monotonic() - start
@@ -69,12 +73,6 @@ def _sft_batch(session: Session, step: int) -> Batch:
     """Build this data-parallel rank's rows of a step's batch."""
     supervised = session.settings.supervised
     rows, size = supervised.rows, session.dp_size
-    micro_batch_size = session.settings.trainer.micro_batch_size
-    if rows % (size * micro_batch_size):
-        raise UserError(
-            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({micro_batch_size}) × "
-            f"data-parallel ranks ({size})"
-        )
     tokens, target = session.task.supervised_batch(session.settings.run.seed, step, rows, supervised.length)
     local_rows = slice(session.dp_rank * rows // size, (session.dp_rank + 1) * rows // size)
     return from_sft(tokens[local_rows], target[local_rows].astype(bool))

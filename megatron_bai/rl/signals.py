@@ -1,4 +1,4 @@
-"""Requests to a running run by signals: SIGUSR1 for a checkpoint; SIGTERM to end the step, save and stop.
+"""Requests to a running run by signals: SIGUSR1 for a checkpoint; SIGTERM or SIGHUP to end the step, save and stop.
 
 A signal may reach one rank or all, and each at the end of another step. So a rank only records it, and at the end of a
 step the ranks agree: what was requested of one, all do, after the same step.
@@ -14,8 +14,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from megatron_bai.utils.stop_signals import drop_lost_output, stop_signals
+
 _log = logging.getLogger(__name__)
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM stopped
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,16 @@ class SignalActions:
 
     Attributes:
         save: a checkpoint.
-        stop: the end of the run, after a checkpoint.
+        stop: the signal that asks for the end of the run, after a checkpoint; 0: none does.
     """
 
     save: bool
-    stop: bool
+    stop: int
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a run that `stop` ends."""
+        return 128 + self.stop
 
 
 class SignalRequests:
@@ -37,38 +43,42 @@ class SignalRequests:
     def __init__(self, grace_s: float):
         self._grace_s = grace_s
         self._saves = self._handled = 0
-        self._stop = False
+        self._stop = 0
 
     def agree(self, device: torch.device) -> SignalActions:
         """Return what was requested of any rank since the last call. Collective."""
         saves, self._handled = self._saves - self._handled, self._saves
-        requested = torch.tensor([saves, int(self._stop)], device=device)
+        requested = torch.tensor([saves, self._stop], device=device)
         dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-        stop = bool(requested[1])
-        return SignalActions(save=bool(requested[0]) or stop, stop=stop)
+        stop = int(requested[1])
+        return SignalActions(save=bool(requested[0]) or bool(stop), stop=stop)
 
     def _on_save_requested(self, number: int, frame: FrameType | None) -> None:
         """Record SIGUSR1."""
         self._saves += 1
 
     def _on_stop_requested(self, number: int, frame: FrameType | None) -> None:
-        """Record SIGTERM, once: Slurm sends it to a rank and to torchrun, which sends it to the rank again."""
+        """Record the signal, once: Slurm sends it to a rank and to torchrun, which sends it to the rank again."""
+        if number == signal.SIGHUP:
+            drop_lost_output()
         if not self._stop:
-            self._stop = True
+            self._stop = number
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _on_grace_expired(self, number: int, frame: FrameType | None) -> None:
         """End the run by an exception, so that the server is stopped and files are closed."""
-        _log.error("stopped within a step, %g s after SIGTERM (trainer.grace_s): it is not saved", self._grace_s)
-        raise SystemExit(STOPPED)
+        name = signal.Signals(self._stop).name
+        _log.error("stopped within a step, %g s after %s (trainer.grace_s): it is not saved", self._grace_s, name)
+        raise SystemExit(128 + self._stop)
 
 
 @contextmanager
 def handle_signals(grace_s: float) -> Iterator[SignalRequests]:
-    """Record SIGUSR1 and SIGTERM while the block runs, in the process's main thread.
+    """Record SIGUSR1 and the signals that stop while the block runs, in the process's main thread.
 
     Args:
-        grace_s: `trainer.grace_s`, seconds from SIGTERM to the end of the step; 0 leaves SIGTERM's handler unchanged.
+        grace_s: `trainer.grace_s`, seconds from SIGTERM or SIGHUP to the end of the step; 0 leaves their handlers
+            unchanged.
 
     Yields:
         The recorded requests.
@@ -76,7 +86,8 @@ def handle_signals(grace_s: float) -> Iterator[SignalRequests]:
     requests = SignalRequests(grace_s)
     handlers = {signal.SIGUSR1: requests._on_save_requested}
     if grace_s > 0:
-        handlers |= {signal.SIGTERM: requests._on_stop_requested, signal.SIGALRM: requests._on_grace_expired}
+        handlers |= dict.fromkeys(stop_signals(), requests._on_stop_requested)
+        handlers[signal.SIGALRM] = requests._on_grace_expired
     previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield requests

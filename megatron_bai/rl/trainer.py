@@ -1,6 +1,9 @@
 """The reinforcement-learning loop: roll out, score, update, sync, record."""
 
 import logging
+import signal
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,19 +27,21 @@ from megatron_bai.monitor.step_timer import StepTimer
 from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches, validate_batches
+from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches
 from megatron_bai.rl.checkpointing import ResumePoint, RunCheckpoints, Stateful, open_run, result_paths
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
 from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
 from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
+from megatron_bai.rl.experience.sample_recorder import SampleRecorder
+from megatron_bai.rl.experience.server_probe import verify_rows
 from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 from megatron_bai.rl.policy.training_engine import Scores
 from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rl.session import Session, open_session
-from megatron_bai.rl.signals import STOPPED, SignalActions, handle_signals
+from megatron_bai.rl.signals import SignalActions, handle_signals
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 _log = logging.getLogger(__name__)
@@ -58,7 +63,7 @@ def train(settings: config.Config) -> None:
     Raises:
         UserError: anything that stops the run, in one line.
     """
-    with open_session(settings) as session, open_run(_validated(session)) as start:
+    with open_session(settings) as session, open_run(session) as start:
         if not start.is_finished:
             _run_training(session, start)
         elif session.is_rank_0:
@@ -96,11 +101,12 @@ def _run_steps(
     summary: Summary,
 ) -> int:
     """Run the remaining steps and return the version of the weights. Collective."""
+    progress.show_phase(start.step + 1, "server_start")
     with (
         open_route_recorder(session, start.step, start.same_store) as route_recorder,
         start_inference(session, start.version) as inference,
     ):
-        loop = TrainingLoop(session, inference, route_recorder, reference)
+        loop = TrainingLoop(session, inference, route_recorder, reference, progress.show_phase)
         start.load_states(loop.stateful)
         with (
             RunCheckpoints(session, models, loop.stateful) as checkpoints,
@@ -108,7 +114,7 @@ def _run_steps(
         ):
             for step in range(start.step, session.settings.trainer.steps):
                 values = loop.step(step)
-                progress.log_step(values, _PRINTED_METRICS)
+                progress.log_step(values, _PRINTED_METRICS, loop.sample_recorder.take())
                 if session.is_rank_0:
                     summary.add_step(values)
                     summary.write(session.settings.run.dir, complete=False)
@@ -133,14 +139,9 @@ def _act_on_requests(
     if requested.stop:
         checkpoints.wait()
         if dist.get_rank() == 0:
-            _log.info("stopped after step %d, as SIGTERM asked: the same command goes on from there", step)
-        raise SystemExit(STOPPED)
-
-
-def _validated(session: Session) -> Session:
-    """Refuse batches that do not divide evenly, before a server is started."""
-    validate_batches(session.settings, session.dp_size)
-    return session
+            name = signal.Signals(requested.stop).name
+            _log.info("stopped after step %d, as %s asked: the same command goes on from there", step, name)
+        raise SystemExit(requested.exit_code)
 
 
 class TrainingLoop:
@@ -157,10 +158,21 @@ class TrainingLoop:
         inference: InferenceEngine,
         route_recorder: RouteRecorder | None = None,
         reference: WeightCopy | None = None,
+        on_phase: Callable[[int, str], None] | None = None,
     ):
+        """Build what the steps share.
+
+        Args:
+            session: of the run.
+            inference: its servers.
+            route_recorder: writes the routes of each step; None: they are not written.
+            reference: weights of the KL penalty; None without one.
+            on_phase: called as each phase of a step, counted from 1, begins.
+        """
         from megatron.core import parallel_state
 
         self.session, self.inference, self.route_recorder = session, inference, route_recorder
+        self.sample_recorder, self._on_phase = SampleRecorder(session), on_phase or (lambda step, phase: None)
         self.collector = Collector(session, inference)
         self.settings = settings = session.settings
         self.objective = objectives.get(settings.objective.name)
@@ -183,7 +195,7 @@ class TrainingLoop:
         Returns:
             The step's metrics, the same on every rank.
         """
-        clock = StepTimer()
+        clock = StepTimer(partial(self._on_phase, step + 1))
         stats, router_stats = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
         with clock("rollout"):
@@ -192,7 +204,7 @@ class TrainingLoop:
         micro_batches = sum(mini_batches, [])
         rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, batch)
         with clock("old_logprob"):
-            routes = self._score_old_policy(batch, micro_batches, stats, router_stats)
+            routes, differing = self._score_old_policy(batch, micro_batches, stats, router_stats)
         if self.route_recorder:
             assert routes is not None, "a store belongs to a replay"
             with clock("store"):
@@ -200,6 +212,8 @@ class TrainingLoop:
         if self.session.critic:
             with clock("values"):
                 stats.add(self.session.critic.estimate_values(batch, micro_batches))
+        with clock("samples"):
+            self.sample_recorder.add_train(step + 1, samples, batch, micro_batches, differing)
         batch.drop_excluded()
         update_metrics: dict[str, Any] = {}
         if self.session.critic:
@@ -221,7 +235,7 @@ class TrainingLoop:
         every = self.settings.trainer.eval_every
         if every and ((step + 1) % every == 0 or step == 0):
             with clock("eval"):
-                evaluate(self.session, self.inference, stats)
+                self.sample_recorder.add_eval(step + 1, evaluate(self.session, self.inference, stats))
         values = {
             "step": step + 1,
             "weight_version": version,
@@ -232,6 +246,20 @@ class TrainingLoop:
             **clock.metrics(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
         return self._with_alarms(values)
+
+    def _verify_servers(self, stats: Stats, router_stats: Stats) -> None:
+        """Verify what servers of a release that is not in the table sampled first. Collective.
+
+        Raises:
+            UserError: as `verify_rows`; nothing was trained on it.
+        """
+        if not self.inference.unverified:
+            return
+        values = stats.gather_sum(self.session.reports_stats).values() | router_stats.gather_sum(True).values()
+        verified = verify_rows(self.inference.unverified, values, self.settings)
+        if self.session.is_rank_0:
+            _log.warning(verified)
+        self.inference.unverified = ()
 
     def _gather_metrics(self, stats: Stats, router_stats: Stats) -> dict[str, float]:
         """Gather the step's statistics over the world. Collective."""
@@ -247,15 +275,23 @@ class TrainingLoop:
 
     def _score_old_policy(
         self, batch: Batch, micro_batches: list[Batch], stats: Stats, router_stats: Stats
-    ) -> list[MicroRoutes] | None:
-        """Fill `old_logprobs`, measure the discrepancy, and return the routes the updates replay."""
+    ) -> tuple[list[MicroRoutes] | None, list[torch.Tensor]]:
+        """Fill `old_logprobs` and measure the discrepancy.
+
+        Returns:
+            The routes that the updates replay; where routes differ, as `router.add_route_mismatch` returns it, nothing
+            where that is not measured.
+        """
         engine, mode = self.session.engine, self.settings.replay.mode
         inference = [engine.local_routes(micro_batch) for micro_batch in micro_batches]
         replayed = engine.score(micro_batches, inference) if mode == "r3" else None
         live_scores: Scores | None = None
-        if mode != "r3" or self.settings.replay.measure_live:
+        differing: list[torch.Tensor] = []
+        if mode != "r3" or self.settings.replay.measure_live or self.inference.unverified:
             live_scores = engine.score(micro_batches, record=True)
-            router.add_route_mismatch(router_stats, inference, live_scores.routes, engine.replay.columns, self.stages)
+            differing = router.add_route_mismatch(
+                router_stats, inference, live_scores.routes, engine.replay.columns, self.stages
+            )
         old = replayed or live_scores
         assert old, "replayed with r3, live with the other modes"
         previous = None
@@ -267,6 +303,7 @@ class TrainingLoop:
             batch.old_logprobs.copy_(old.logprobs)
             add_discrepancies(stats, batch, previous, None if live_scores is None else live_scores.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
+        self._verify_servers(stats, router_stats)
         if self.reference:
             with self.reference.swapped_in():  # with its live router: it is one distribution for the whole run
                 reference = engine.score(micro_batches).logprobs
@@ -275,7 +312,7 @@ class TrainingLoop:
                 batch.reference_logprobs.copy_(reference)
         routes = inference if mode == "r3" else old.routes
         router.add_expert_load(router_stats, routes, engine.replay.columns)
-        return None if mode == "none" else routes
+        return None if mode == "none" else routes, differing
 
     def _update(
         self, step: int, mini_batches: MiniBatches, routes: list[MicroRoutes] | None, stats: Stats

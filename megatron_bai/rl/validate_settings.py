@@ -1,17 +1,19 @@
 """Validation of a training run's settings, before any work starts."""
 
 from megatron_bai import config, rewards
+from megatron_bai.config.limits import validate_group, validate_ranges
 from megatron_bai.data import task_factory
 from megatron_bai.distributed.hosts import is_loopback, is_multi_host
 from megatron_bai.errors import UserError
+from megatron_bai.model.architecture import architecture_of, require_served
+from megatron_bai.model.families.param_mapping import EXPERT_BIAS
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rl import init_weights, objectives
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
+from megatron_bai.rollout.client import max_request_tokens
 from megatron_bai.rollout.servers import fleet
-from megatron_bai.routing.missing import validate_missing_policy
-from megatron_bai.routing.store.codec import ENCODINGS
 from megatron_bai.routing.store.expert_set_code import MAX_EXPERTS, MAX_TOPK
 
 
@@ -22,21 +24,18 @@ def validate_settings(settings: config.Config) -> None:
         UserError: names the settings.
     """
     trainer, model = settings.trainer, settings.model
-    if settings.replay.mode not in ("none", "r2", "r3"):
-        raise UserError(f"replay.mode is {settings.replay.mode!r}: choose none, r2 or r3")
-    validate_missing_policy(settings.replay.missing)
+    validate_ranges(settings)
+    architecture = architecture_of(model)
+    if trainer.expert_bias_update_rate and EXPERT_BIAS not in architecture.mappings:
+        raise UserError(
+            f"trainer.expert_bias_update_rate is {trainer.expert_bias_update_rate:g}, and the model's routers have no"
+            " expert bias: leave it out"
+        )
     init_weights.validate_init(settings)
     lr_schedule.validate(settings)
     _validate_store(settings)
     run_monitor.validate(settings.monitor)
     loggers.validate(settings)
-    for name in ("steps", "prompts_per_step", "group_size", "mini_batches", "micro_batch_size"):
-        if getattr(trainer, name) < 1:
-            raise UserError(f"trainer.{name} is {getattr(trainer, name)}: it must be at least 1")
-    if trainer.save_every < 0 or trainer.keep < 1:
-        raise UserError(
-            f"trainer.save_every is {trainer.save_every} and trainer.keep {trainer.keep}: at least 0 and 1 are needed"
-        )
     rollouts = objectives.check(settings.objective).rollouts
     _validate_packing(settings, rollouts)
     task_factory.validate_data(settings.data, not rollouts, config.initial_checkpoint(settings))
@@ -44,9 +43,14 @@ def validate_settings(settings: config.Config) -> None:
     if not rollouts:
         if trainer.save_every:
             raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
+        _validate_rows(settings.supervised.length, model.max_position_embeddings)
         return
-    if trainer.eval_samples < 1:
-        raise UserError(f"trainer.eval_samples is {trainer.eval_samples}: it must be at least 1")
+    require_served(architecture, 1 if settings.rollout.urls else settings.rollout.tensor)
+    if isinstance(settings.data, config.Arithmetic) and not settings.data.eval_prompts:
+        raise UserError(
+            "data.eval_prompts is 0: it must be at least 1, since evaluations and the check of each weight sync take "
+            "held-out prompts"
+        )
     _validate_groups(settings)
     if isinstance(settings.objective, config.Ppo):
         _validate_critic(settings.objective, settings.trainer)
@@ -62,11 +66,7 @@ def validate_settings(settings: config.Config) -> None:
         )
     fleet.validate(settings.rollout)
     validate_stale_rollouts(settings)
-    if settings.rollout.max_new_tokens >= model.max_position_embeddings:
-        raise UserError(
-            f"rollout.max_new_tokens ({settings.rollout.max_new_tokens}) leaves no room for a prompt in "
-            f"model.max_position_embeddings ({model.max_position_embeddings})"
-        )
+    _validate_lengths(settings)
 
 
 def require_packages(settings: config.Config) -> None:
@@ -78,6 +78,31 @@ def require_packages(settings: config.Config) -> None:
     loggers.require(settings.monitor)
     if objectives.get(settings.objective.name).rollouts:
         rewards.require(settings.reward)
+
+
+def _validate_lengths(settings: config.Config) -> None:
+    """Refuse responses that leave no room for a prompt, and servers that the model cannot be divided among."""
+    rollout, model = settings.rollout, settings.model
+    for name, limit in (
+        ("model.max_position_embeddings", model.max_position_embeddings),
+        ("rollout.max_total_tokens", rollout.max_total_tokens),
+    ):
+        if rollout.max_new_tokens >= max_request_tokens(rollout, limit) and rollout.max_total_tokens >= limit:
+            raise UserError(
+                f"rollout.max_new_tokens ({rollout.max_new_tokens}) leaves no room for a prompt in {name} ({limit})"
+            )
+    for name, size in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size),
+    ):
+        if not rollout.urls and size % rollout.tensor:
+            raise UserError(f"{name} ({size}) is not a multiple of rollout.tensor ({rollout.tensor})")
+
+
+def _validate_rows(length: int, positions: int) -> None:
+    """Refuse supervised rows beyond the model's positions, where it is another function (windows) or none."""
+    if length > positions:
+        raise UserError(f"supervised.length ({length}) is more than model.max_position_embeddings ({positions})")
 
 
 def _validate_groups(settings: config.Config) -> None:
@@ -104,8 +129,6 @@ def _validate_packing(settings: config.Config, rollouts: bool) -> None:
     row, parallel, longest = settings.trainer.tokens_per_micro_batch, settings.parallel, settings.rollout.max_new_tokens
     if not row:
         return
-    if row < 0:
-        raise UserError(f"trainer.tokens_per_micro_batch is {row}: it must be at least 1, or 0 to count samples")
     if not rollouts:
         raise UserError(
             "trainer.tokens_per_micro_batch is for rollouts: supervised.length is the length of packed rows"
@@ -128,8 +151,6 @@ def _validate_store(settings: config.Config) -> None:
         return
     if replay.mode == "none" or not objectives.get(settings.objective.name).rollouts:
         raise UserError(f"replay.store={replay.store} keeps replayed routes, and nothing is replayed: leave it empty")
-    if replay.store_encoding not in ENCODINGS:
-        raise UserError(f"replay.store_encoding is {replay.store_encoding!r}: choose {' or '.join(ENCODINGS)}")
     if replay.store_encoding == "compact" and (model.num_experts > MAX_EXPERTS or model.moe_topk > MAX_TOPK):
         raise UserError(
             f"replay.store_encoding=compact knows up to {MAX_TOPK} of {MAX_EXPERTS} experts, the model uses "
@@ -145,7 +166,8 @@ def validate_stale_rollouts(settings: config.Config) -> None:
     """
     rollout, trainer, objective = settings.rollout, settings.trainer, policy_settings(settings.objective)
     tokens, limit = rollout.partial_tokens, rollout.max_staleness
-    if not 0 <= tokens < rollout.max_new_tokens:
+    validate_group("rollout", rollout)
+    if tokens >= rollout.max_new_tokens:
         raise UserError(
             f"rollout.partial_tokens is {tokens}: it must be less than rollout.max_new_tokens "
             f"({rollout.max_new_tokens}), or 0 for whole rollouts"
@@ -167,8 +189,10 @@ def validate_stale_rollouts(settings: config.Config) -> None:
             "rollout.overlap"
         )
     if limit is not None and limit < rollout.overlap:
-        least = "1 with rollout.overlap, whose tokens all are" if rollout.overlap else "0"
-        raise UserError(f"rollout.max_staleness is {limit}: it must be at least {least}, or unset for no limit")
+        raise UserError(
+            f"rollout.max_staleness is {limit}: it must be at least 1 with rollout.overlap, whose tokens all are, or "
+            "unset for no limit"
+        )
     if limit != 0 and not _corrects(objective):
         how = "objective.train_infer_is=true" if isinstance(objective, config.Minirl) else "objective.correction"
         only = "" if rollout.overlap else ", or rollout.max_staleness=0 to leave stale tokens out"

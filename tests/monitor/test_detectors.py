@@ -169,6 +169,19 @@ def test_a_restored_monitor_goes_on_as_if_never_stopped(cut: int) -> None:
     assert second.state_dict() == whole.state_dict()
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf"), None])
+def test_a_metric_that_is_no_number_for_a_step_is_as_if_it_were_missing(garbage: float | None) -> None:
+    """Of every detector: one overflow must not end the watch."""
+    records, missing = everything(), everything()
+    for step in (20, 90, 91):
+        for name in set(records[step]) - {"step", "responses_by_length/100"}:
+            records[step][name] = garbage
+            del missing[step][name]
+    found = watched(records)
+    assert {alarm.detector for alarm in found} >= {"reward_hockey_stick", "length_collapse", "discrepancy_divergence"}
+    assert found == watched(missing)
+
+
 def test_the_noise_is_that_of_the_series_whatever_its_trend() -> None:
     """The standard error of a difference of two medians of n normal values is σ √(π/2) √(2/n)."""
     random = np.random.default_rng(0)
@@ -199,12 +212,12 @@ def test_actions_are_those_of_the_settings_and_the_most_drastic_comes_first() ->
     [
         ({"bucket": 0}, "monitor.bucket is 0"),
         ({"smooth": 200}, "monitor.horizon is 100"),
-        ({"length_fall": 1.0}, "monitor.length_fall is 1.0"),
+        ({"length_fall": 1.0}, "monitor.length_fall is 1"),
         ({"entropy_fall": 0.0}, "monitor.entropy_fall"),
         ({"discrepancy_rise": 1.0}, "monitor.discrepancy_rise"),
         ({"reward_recovery": 0.0}, "monitor.reward_recovery"),
         ({"deviations": 0.0}, "monitor.deviations"),
-        ({"actions": {"lenght_collapse": "stop"}}, "'lenght_collapse': the detectors are length_collapse"),
+        ({"actions": {"lenght_collapse": "stop"}}, "'lenght_collapse': choose length_collapse"),
         ({"actions": {"length_collapse": "halt"}}, "monitor.actions.length_collapse is 'halt'"),
     ],
     ids=str,

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from monitor.kept import NASTY, kept
 
 from megatron_bai import config
+from megatron_bai.config.limits import validate_ranges
 from megatron_bai.errors import UserError
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors.alarm import Alarm
@@ -15,7 +17,14 @@ from megatron_bai.utils import terminal_logging
 
 ALARM = Alarm(2, "entropy_collapse", "entropy", 7.0, "entropy fell", "read the paper", 1, "warn", {"level": 0.1})
 RECORDS = [
-    {"step": 1, "reward_mean": 0.5, "route_mismatch/0": 0.25, "route_coverage": None, "kl_k3": float("nan")},
+    {
+        "step": 1,
+        "reward_mean": 0.5,
+        "route_mismatch/0": 0.25,
+        "route_coverage": None,
+        "kl_k3": float("nan"),
+        "no_float": 10**400,
+    },
     {"step": 2, "reward_mean": 0.75, "route_mismatch/0": 0.5, "alarms": [ALARM.json()]},
 ]
 NUMBERS = {"reward_mean": [(1, 0.5), (2, 0.75)], "route_mismatch/0": [(1, 0.25), (2, 0.5)]}
@@ -49,6 +58,27 @@ def test_tensorboard_has_the_numbers_of_every_step(tmp_path: Path) -> None:
         assert [(event.step, event.value) for event in found.Scalars(name)] == wanted
 
 
+TEXTS = [kept(1, "7+8=15"), kept(1, NASTY["surrogate"] + NASTY["terminal"] + NASTY["script"], kept_as=["worst"])]
+
+
+def test_tensorboard_shows_a_sample_of_each_kind_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    open_ = Loggers(tmp_path, settings())
+    open_.log(RECORDS[0], TEXTS)
+    open_.log(RECORDS[1])
+    open_.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    tags = {f"samples/train/{name}/text_summary" for name in ("best", "worst")}
+    assert set(found.Tags()["tensors"]) == tags
+    (event,) = found.Tensors("samples/train/worst/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 1 and "a\\ud800b\\x1b" in text and "<script>" in text
+    assert all(line.startswith("    ") for line in text.splitlines())  # Markdown leaves such lines alone
+
+
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -68,6 +98,24 @@ def test_wandb_offline_keeps_a_run_with_its_settings(tmp_path: Path) -> None:
     kept = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*.wandb"))
     for word in (b"reward_mean", b"route_mismatch/0", b"0.75", b"monitor.bucket", b"here"):
         assert word in kept, word
+
+
+def test_wandb_and_mlflow_take_texts(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    mlflow = pytest.importorskip("mlflow.tracking")
+    pytest.importorskip("sqlalchemy")
+    wanted = dict(tensorboard=False, wandb="project", wandb_mode="offline", mlflow="experiment")
+    open_ = Loggers(tmp_path, settings(**wanted))
+    open_.log(RECORDS[0], TEXTS)
+    assert set(open_._open) == {"wandb", "mlflow"}  # neither failed
+    open_.close()
+    page = next((tmp_path / "wandb").rglob("*.html")).read_text()
+    assert "&lt;" in page and "<script>alert" not in page
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
+    assert Path("mlruns").exists() is False and (tmp_path / "mlflow-artifacts").is_dir()
+    (path,) = (entry.path for entry in client.list_artifacts(run.info.run_id, "samples/train/best"))
+    assert path == "samples/train/best/step-00001.txt"
 
 
 def test_mlflow_keeps_a_run_with_its_settings(tmp_path: Path) -> None:
@@ -134,4 +182,4 @@ def test_what_is_no_secret_is_none(plain: str) -> None:
 
 def test_an_unknown_mode_of_wandb_is_refused() -> None:
     with pytest.raises(UserError, match="monitor.wandb_mode is 'of'"):
-        validate(settings(wandb_mode="of"))
+        validate_ranges(settings(wandb_mode="of"))

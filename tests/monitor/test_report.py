@@ -1,16 +1,23 @@
 """The report: what it reads, what it refuses, and that nothing in a run's files becomes markup."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from monitor.kept import NASTY, kept
 
 from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
+from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.report import load_run, write_report
 from megatron_bai.monitor.report.run_data import run_names
+from megatron_bai.monitor.samples import store
+from megatron_bai.monitor.samples.kept_sample import KeptSample
+from megatron_bai.monitor.samples.printable import make_printable
+from megatron_bai.utils import terminal_logging
 
 
 def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", config: str = "", **summary: Any) -> Path:
@@ -23,10 +30,25 @@ def make_run(directory: Path, records: list[dict[str, Any]], tail: str = "", con
     return directory
 
 
+def embedded(html: str, name: str) -> Any:
+    """The data of a page under a name; None where it has none."""
+    start = f'<script type="application/json" id="{name}">'
+    return json.loads(html.split(start)[1].split("</script>")[0]) if start in html else None
+
+
+def reported(run: Path) -> str:
+    write_report([run], run / "report.html")
+    return (run / "report.html").read_text()
+
+
+def headline(html: str) -> str:
+    """The first sentence after the title."""
+    return html.split("</h1>")[1].removeprefix('<p class="headline">').split("</p>")[0]
+
+
 def section_charts(html: str) -> dict[str, dict[str, Any]]:
     """The charts in a report by title."""
-    data = html.split('<script type="application/json" id="charts">')[1].split("</script>")[0]
-    return {chart["title"]: chart for chart in json.loads(data)}
+    return {chart["title"]: chart for chart in embedded(html, "charts")}
 
 
 @pytest.fixture
@@ -211,3 +233,205 @@ def test_alarms_that_are_none_are_refused(tmp_path, steps):
     steps[0]["alarms"] = [{"what": "ever"}]
     with pytest.raises(UserError, match="alarms of run"):
         write_report([make_run(tmp_path, steps)], tmp_path / "report.html")
+
+
+ALARM = {
+    "step": 3, "detector": "length_collapse", "metric": "response_length_mean", "deviations": 7.4, "since": 0,
+    "evidence": "it fell", "advice": "merge", "action": "stop", "facts": {},
+}  # fmt: skip
+LEARNING = [
+    {"step": s, "reward_mean": 0.25 * s, "response_length_mean": 10.0 - s, "kl_k3": 1e-5 * s, "loss": 1.0 / s}
+    for s in (1, 2, 3)
+]
+NUMBERS = "reward 0.250 → 0.750, response length in tokens 9.0 → 7.0, KL between the engines (k3) 1.0e-05 → 3.0e-05"
+
+
+@pytest.mark.parametrize(
+    ("records", "summary", "sentence"),
+    [
+        (LEARNING, {"complete": True}, f"run finished after 3 steps: {NUMBERS}; no alarm."),
+        (LEARNING, {"complete": False}, f"run is not finished, after 3 of 9 steps: {NUMBERS}; no alarm."),
+        (LEARNING, {}, f"run has 3 of 9 steps: {NUMBERS}; no alarm."),
+        (
+            [*LEARNING[:2], LEARNING[2] | {"alarms": [ALARM]}],
+            {"complete": False},
+            f"run was stopped by an alarm after 3 of 9 steps: {NUMBERS}; 1 alarm: length collapse at step 3.",
+        ),
+        (
+            [*LEARNING[:2], LEARNING[2] | {"alarms": [ALARM | {"action": "warn"}] * 6}],
+            {"complete": True},
+            f"run finished after 3 steps: {NUMBERS}; 6 alarms: {'length collapse at step 3, ' * 4}and 2 more.",
+        ),
+        (LEARNING[:1], {"complete": True}, "run finished after 1 step: reward 0.250, response length in tokens 9.0, "
+            "KL between the engines (k3) 1.0e-05; no alarm."),
+        ([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.5}], {"complete": True},
+            "run finished after 2 steps: loss 3 → 1.5; no alarm."),
+        ([{"step": 1, "reward_mean": 0.0, "eval_accuracy": -2e-5},
+            {"step": 2, "reward_mean": 4e37, "eval_accuracy": 6e-4}], {"complete": True},
+            "run finished after 2 steps: reward 0.000 → 4e+37, held-out reward -2e-05 → 0.0006; no alarm."),
+    ],
+)  # fmt: skip
+def test_the_first_sentence_says_how_the_run_went(
+    tmp_path: Path, records: list[dict[str, Any]], summary: dict[str, Any], sentence: str
+) -> None:
+    run = make_run(tmp_path / "run", records, config="trainer: {steps: 9}", **summary)
+    assert headline(reported(run)) == sentence
+
+
+def test_numbers_beyond_three_digits_keep_their_exponent_in_the_summary(tmp_path: Path) -> None:
+    page = reported(make_run(tmp_path / "run", [{"step": 1, "reward_mean": 2e-5}, {"step": 2, "reward_mean": -3e38}]))
+    assert "<dd class=big>2e-05 → -3e+38</dd>" in page
+
+
+def test_a_number_that_no_float_holds_is_no_number(tmp_path: Path) -> None:
+    page = reported(make_run(tmp_path / "run", [{"step": 1, "reward_mean": 0.5, "loss": 10**400, "odd": -(10**400)}]))
+    assert "reward 0.500" in headline(page) and "loss" not in headline(page)
+
+
+def test_a_word_that_is_too_long_for_the_page_breaks(tmp_path: Path) -> None:
+    """Runs are named by directories, often without a blank; a telephone would scroll sideways."""
+    page = reported(make_run(tmp_path / ("run_" * 40), LEARNING))
+    body = page[page.index("body {") :]
+    assert "overflow-wrap: break-word" in body[: body.index("}")] and ".legend span { min-width: 0" in page
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 1, "rew'])
+def test_a_run_whose_first_step_is_in_work_says_its_phase(tmp_path: Path, tail: str) -> None:
+    run = make_run(tmp_path / "run", [], tail, config="trainer: {steps: 9}")
+    assert headline(reported(run)) == "run has no finished step yet: its first may be in work."
+    (run / "progress.json").write_text('{"step": 1, "phase": "old_logprob", "since": 0}')
+    sentence = "run has no finished step yet (step 1 is in work: old logprob since 1970-01-01 00:00:00 UTC)."
+    assert headline(reported(run)) == sentence
+    (run / "metrics.jsonl").unlink()
+    assert headline(reported(run)) == sentence
+    for damaged in ("{", "[]", '{"step": "x", "phase": 1}', '{"step": 1, "phase": "eval", "since": 1e999}'):
+        (run / "progress.json").write_text(damaged)
+        assert headline(reported(run)).startswith("run has no finished step yet")
+
+
+def test_a_step_in_work_after_others_and_a_leftover_of_a_killed_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", LEARNING, config="trainer: {steps: 9}", complete=False)
+    (run / "progress.json").write_text('{"step": 4, "phase": "rollout", "since": 0}')
+    assert "after 3 of 9 steps (step 4 is in work: rollout since" in headline(reported(run))
+    (run / "progress.json").write_text('{"step": 3, "phase": "sync", "since": 0}')
+    assert headline(reported(run)).startswith("run is not finished, after 3 of 9 steps: reward")
+
+
+def test_zeros_are_drawn_on_a_log_axis(tmp_path: Path) -> None:
+    values = [0.0, 2e-7, None, -1e-12, 3e-4]
+    run = make_run(tmp_path, [{"step": s, "kl_k3": v, "grad_norm": 0.0} for s, v in enumerate(values)])
+    charts = section_charts(html := reported(run))
+    kl = charts["Training–inference KL (k3)"]
+    (trace,) = kl["traces"]
+    assert kl["floor"] == pytest.approx(1e-8)
+    assert trace["y"] == [kl["floor"], 2e-7, None, kl["floor"], 3e-4] and trace["customdata"] == values
+    assert "Gradient norm" not in charts  # nothing but zero
+    assert "1 chart of nothing but zero</summary><p>Gradient norm</p>" in html
+
+
+def test_charts_of_nothing_but_zero_fold_away(tmp_path: Path) -> None:
+    zeros = {"truncated_fraction": 0.0, "route_mismatch/0": 0.0, "route_mismatch/1": 0.0, "reward_by_length/0": 0}
+    run = make_run(tmp_path, [{"step": s, **zeros, "eval_truncated": 0.0, "eval_failed": 0.5} for s in (1, 2)])
+    html = reported(run)
+    assert set(section_charts(html)) == {"Held-out responses, fraction"}  # one of its two is not zero
+    assert "2 charts of nothing but zero</summary><p>Responses cut off at the limit, fraction<br>Reward by" in html
+    assert "1 chart of nothing but zero</summary><p>Routes that differ, by MoE layer" in html
+
+
+@pytest.mark.parametrize(
+    ("config", "best", "ends"),
+    [
+        ("", 1.0, (0.0, 1.0)),
+        ("reward: {name: exact}", 1.0, (0.0, 1.0)),
+        ("reward: {name: function}", 3.0, (-0.2, 1.1)),  # rewards of any size
+    ],
+)
+def test_an_interval_is_a_band_that_ends_where_rewards_do(
+    tmp_path: Path, config: str, best: float, ends: tuple[float, float]
+) -> None:
+    interval = {"eval_accuracy_low": -0.2, "eval_accuracy_high": 1.1}
+    steps = [{"step": 1, "eval_accuracy": 0.5, "eval_best": best, **interval}, {"step": 2}]
+    html = reported(make_run(tmp_path, steps, config=config))
+    low, high, mean = section_charts(html)["Mean reward on held-out problems, and its 95 % interval"]["traces"]
+    assert (low["y"], high["y"], mean["y"]) == ([ends[0]], [ends[1]], [0.5])
+    assert high["fill"] == "tonexty" and low["line"]["width"] == high["line"]["width"] == 0
+    assert html.count("95 % interval</span>") == 1
+    assert not {"eval_accuracy_low", "eval_accuracy_high"} & set(section_charts(html))
+
+
+def keep(run: Path, samples: dict[int, list[KeptSample]]) -> None:
+    for step, kept_samples in samples.items():
+        store.write_step(run, step, kept_samples, 1 << 30)
+
+
+def test_the_reader_has_the_samples_with_the_numbers_of_each_token(tmp_path: Path) -> None:
+    run = make_run(tmp_path, LEARNING)
+    keep(run, {2: [kept(2, "ab", logprobs_training=[-1.5, None])], 1: [kept(1, split="eval", logprobs_training=[])]})
+    first, second = embedded(html := reported(run), "samples")
+    assert (first["step"], first["split"], first["training"]) == (1, "eval", [None] * 6)
+    assert (second["texts"], second["training"], second["inference"]) == (["a", "b"], [-1.5, None], [-0.5, -0.5])
+    assert (second["routes"], second["layers"]) == ([2, 0], 4)
+    assert "<h2>Samples</h2>" in html and 'id="pick-shade"' in html and "Show more" in html
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
+def test_no_response_becomes_markup_or_turns_the_text_around_it(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path, LEARNING)
+    sample = kept(1, text, prompt=text, answer=text, failure=text, reward=None, kept_as=[text])
+    keep(run, {1: [sample]})
+    html = reported(run)
+    (entry,) = embedded(html, "samples")
+    assert entry["prompt"] == entry["answer"] == "".join(entry["texts"]) == make_printable(text)
+    elements = Elements()
+    elements.feed(html)
+    assert elements.scripts == 5  # plotly, charts, their script, samples, theirs
+    assert not set(html) & set("\u202e\u2066\ud800\x1b\x07")
+
+
+class Elements(HTMLParser):
+    """Counts the scripts of a page, and refuses what only a response has."""
+
+    scripts = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        assert tag != "b" or attributes, "markup of a response"
+
+
+def test_a_page_is_bounded_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", LEARNING)
+    keep(run, {step: [kept(step, "a" * 3000, prompt="p" * 10_000)] for step in range(1, 41)})
+    data = read_samples([("run", run, [7, 99])], 600_000)
+    steps = [entry["step"] for entry in data.samples]
+    assert {1, 7, 40} <= set(steps) and 5 < len(steps) < 20 and steps == sorted(steps)
+    assert len(json.dumps(data.samples)) < 600_000
+    (note,) = data.notes
+    assert f"{len(steps)} of the 40 steps" in note and f"samples.run={run}" in note
+    entry = data.samples[0]
+    assert len(entry["texts"]) == 1500 and entry["left_out"] == 1500 and entry["head"] == 750
+    assert "[… 4000 characters …]" in entry["prompt"]
+    assert read_samples([("run", run, [])], 100).samples == []  # nothing fits
+
+
+def test_a_torn_file_of_samples_is_a_line_and_the_others_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, LEARNING)
+    keep(run, {1: [kept(1)], 2: [kept(2)], 3: [kept(3)]})
+    store.step_path(run, 2).write_bytes(b"\x1f\x8b torn <b>")
+    terminal_logging.setup()
+    html = reported(run)
+    assert [entry["step"] for entry in embedded(html, "samples")] == [1, 3]
+    assert html.count("step-00002.jsonl.gz is damaged") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_that_keeps_no_samples_has_no_reader(tmp_path: Path) -> None:
+    html = reported(make_run(tmp_path, LEARNING))
+    assert "<h2>Samples</h2>" not in html and embedded(html, "samples") is None
+
+
+def test_a_path_that_is_no_text_is_no_traceback(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "ru\udcff", LEARNING)
+    write_report([run], tmp_path / "report.html")
+    assert "ru\\udcff has 3 steps" in (tmp_path / "report.html").read_text()

@@ -39,9 +39,11 @@ def token_weight(case: Case, i: int, t: int, settings: config.Corrected) -> floa
 
 
 def surrogate(ratio: float, a: float, settings: Any) -> tuple[float, float]:
-    """min(rA, clip(r)A) and its derivative in r."""
+    """min(rA, clip(r)A), with a dual clip c and A < 0 max(min(rA, clip(r)A), cA), and its derivative in r."""
     free, held = ratio * a, clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high) * a
-    return (free, a) if free <= held else (held, 0.0)
+    value, slope = (free, a) if free <= held else (held, 0.0)
+    dual = getattr(settings, "dual_clip", float("inf"))
+    return (dual * a, 0.0) if a < 0 and value < dual * a else (value, slope)
 
 
 def minirl(case: Case, settings: config.Minirl) -> Answer:
@@ -87,9 +89,10 @@ def denominators(case: Case, how: str) -> Callable[[int, list[int]], float]:
     }[how]
 
 
-def grpo(case: Case, settings: config.Grpo | config.Dapo) -> Answer:
+def grpo(case: Case, settings: config.Grpo | config.Dapo | config.Ppo) -> Answer:
     value, gradient = 0.0, np.zeros_like(case.new)
-    divisor = denominators(case, getattr(settings, "token_mean", "sample"))
+    how = "batch" if isinstance(settings, config.Ppo) else getattr(settings, "token_mean", "sample")
+    divisor = denominators(case, how)
     for i, tokens in responses(case):
         for t in tokens:
             r = exp(case.new[i, t]) / exp(case.old[i, t])
@@ -133,4 +136,5 @@ FORMULAS: dict[type, Callable[[Case, config.Objective], Answer]] = {
     config.Dapo: grpo,
     config.Cispo: cispo,
     config.Gspo: gspo,
+    config.Ppo: grpo,
 }

@@ -9,6 +9,40 @@ from megatron_bai import config
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
+from megatron_bai.rl.objectives.correction import CORRECTIONS
+
+# Every objective, with each of its variants.
+SETTINGS = [
+    config.Minirl(),
+    config.Minirl(clip=False),
+    config.Minirl(train_infer_is=False),
+    config.Minirl(length_norm=True),
+    config.Minirl(is_max=0.5, clip_low=0.0, clip_high=0.0),
+    config.Sequence(),
+    config.Sequence(is_max=1.5),
+    config.Grpo(),
+    config.Grpo(clip_high=0.28),
+    *(config.Grpo(correction=kind, correction_max=1.1) for kind in CORRECTIONS[1:]),
+    config.Grpo(dual_clip=1.5),
+    config.Dapo(),
+    config.Dapo(token_mean="prompt"),
+    config.Dapo(token_mean="prompt", correction="token_truncate"),
+    config.Dapo(dual_clip=3.0, correction="sequence_truncate"),
+    config.Cispo(),
+    config.Cispo(clip_low=0.1, token_mean="prompt"),
+    config.Cispo(correction="sequence_mask"),
+    config.Gspo(),
+    config.Gspo(clip_low=0.2, clip_high=0.3),
+    config.Gspo(clip_low=0.2, clip_high=0.3, correction="token_truncate", correction_max=1.1),
+    config.Ppo(),
+    config.Ppo(dual_clip=1.5, correction="token_mask"),
+]
+
+
+def name(settings: config.Objective) -> str:
+    """Of a test: the objective and the settings that are not its defaults."""
+    changed = {k: v for k, v in vars(settings).items() if v != getattr(type(settings), k)}
+    return " ".join([settings.name, *(f"{k}={v}" for k, v in changed.items())])
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Server:
 def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceEngine:
     """Of a replica, without a model."""
     settings = Config(model=Model(vocab_size=64), rollout=Rollout(max_new_tokens=NEW_TOKENS, retries=0, **rollout))
-    task = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=STOP, decode=lambda ids: ""))
+    task = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: ""), end_tokens={STOP})
     made = InferenceEngine.__new__(InferenceEngine)
     made._session = SimpleNamespace(
         settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE,

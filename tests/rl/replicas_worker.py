@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +25,14 @@ from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.experience.collector import Collector
+from megatron_bai.rl.batches.advantages import group_centred
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.experience.collector import Collector, rewards_and_mask
 from megatron_bai.rl.experience.evaluation import evaluate
+from megatron_bai.rl.experience.sample_recorder import SampleRecorder
 from megatron_bai.rollout.client import SampleRequest, sampling_seed
 from megatron_bai.rollout.sample import PARTIAL, Sample, lost_sample
+from megatron_bai.routing.layout import Place
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
 PROMPTS, SIZE, STEPS = 8, 4, 3
@@ -225,6 +229,30 @@ def evaluated(replicas: int, rank: int, mode: str = "", other_reward: bool = Fal
     return {"values": stats.gather_sum(True).values(), "asked": engine.asked}
 
 
+def recorded(replicas: int, rank: int) -> list[list[dict[str, Any]]]:
+    """The samples that are kept of each step, on rank 0: some are lost, others have no reward."""
+    here, engine = session(replicas, rank), FakeInference("lost")
+    alone = [dist.new_group([r]) for r in range(replicas)][rank]
+    here.reports_stats, here.model_group = True, alone
+    here.engine = SimpleNamespace(place=Place(), tensor_rank=0)
+    collector, recorder, steps = Collector(here, engine), SampleRecorder(here), []
+    for step in range(STEPS):
+        samples = collector._sample_groups(Stats())
+        rewards, valid = rewards_and_mask(samples)
+        length = max(len(sample.tokens) for sample in samples) + rank  # padded otherwise
+        batch = from_samples(samples, group_centred(rewards, SIZE, valid), length, 0, here.signature)
+        numbers = torch.tensor([s.stream_index * SIZE + i % SIZE for i, s in enumerate(samples)])
+        batch.old_logprobs = batch.sampled_logprobs = -((numbers * 7 % 11) / 10)[:, None] * batch.mask
+        batch = batch.reorder(list(reversed(range(len(batch)))))
+        fed = torch.arange(length).repeat(len(batch), 1) + numbers.flip(0)[:, None]
+        micro_batches = batch.split(4)  # a row is token s of its sample b
+        routes = [part.T.flatten().to(torch.int16) % 2 for part in fed.split(4)]
+        recorder.add_train(step + 1, samples, batch, micro_batches, routes)
+        recorder.add_eval(step + 1, evaluate(here, engine, Stats()))
+        steps.append([asdict(sample) for sample in recorder.take()])
+    return steps
+
+
 def work(directory: Path, replicas: int, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store-{replicas}", rank=rank, world_size=replicas)
     dropped = {"drop_uniform_groups": True, "refill_rounds": 20}
@@ -245,6 +273,7 @@ def work(directory: Path, replicas: int, rank: int) -> None:
         "partial, lost": ahead(directory, replicas, rank, "lost", partial_tokens=GO),
         "overlap, lost": ahead(directory, replicas, rank, "lost", overlap=True),
         "moved": moved(directory, replicas, rank),
+        "recorded": recorded(replicas, rank),
         "evaluated with another reward": evaluated(replicas, rank, other_reward=True),
         "evaluated without": evaluated(replicas, rank, "lost"),
     }

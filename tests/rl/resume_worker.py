@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,23 @@ LAYOUTS = {
     "pp2_vpp2": (2, config.Parallel(pipeline=2, virtual_pipeline=2)),
 }
 STEPS = 3
-# Where in a step that saves it is killed, and whether it saves in the background: its routes are written and its
-# metrics not yet on the disk; the directory is made; its index is there; the manifest is, but beside its place; in its
-# place; while the former checkpoint is deleted.
-POINTS = {1: False, 8: False, 13: True, 28: False, 29: False, 34: False}
+# Before which change of a file (what happens, and the file's name) a step that saves is killed, and whether it saves in
+# the background.
+MOMENTS = {
+    "routes are written, metrics are not": ("os.fsync", "*/metrics.jsonl", False),
+    "the directory is made": ("open", "*/.step-00002.unfinished/.metadata.tmp", False),
+    "the index is there": ("open", "*/.step-00002.unfinished/metadata.json", True),
+    "the manifest is there, beside its place": ("os.rename", "*/.step-00002.unfinished", False),
+    "it is in its place": ("os.fsync", "*/checkpoints", False),
+    "the former one is being deleted": ("os.remove", "manifest.json", False),
+}
 
 
 class Rollouts:
     """In place of SGLang. Every second sample is right."""
 
     def __init__(self, session: Any, version: int):
-        self.session, self.version, self.sync_gap = session, version, 0.0
+        self.session, self.version, self.sync_gap, self.unverified = session, version, 0.0, ()
         self.seen: Callable[[int], None] = lambda version: None
 
     def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:
@@ -113,7 +120,7 @@ def settings(run: Path, layout: str = "one", **trainer: Any) -> config.Config:
         replay=config.Replay(mode="r3", measure_live=False, store=str(run / "routes")),
         rollout=config.Rollout(max_new_tokens=16),
         objective=config.Minirl(entropy_bonus=0.01, kl_penalty=0.1),
-        monitor=config.Monitor(tensorboard=False),  # whose files would be counted among the points below
+        monitor=config.Monitor(tensorboard=False),
         trainer=config.Trainer(**{"steps": STEPS, "save_every": 2, "keep": 9} | sizes | trainer),
     )
 
@@ -140,9 +147,10 @@ def run(
         child.start()
     for child in children:
         child.join(200)
-    said = [(words / str(rank)).read_text() for rank in range(processes)]
+    lines = (words / "0").read_text().splitlines(keepends=True)
+    said = "".join(line for line in lines if "training kernels: " not in line)  # which every session says
     codes = [child.exitcode for child in children]
-    return {"codes": codes, "said": said[0], "seconds": time.monotonic() - started}
+    return {"codes": codes, "said": said, "seconds": time.monotonic() - started}
 
 
 def _rank(
@@ -200,28 +208,21 @@ def at_version(version: int, act: Callable[[], None]) -> Callable[[int], None]:
     return lambda seen: act() if seen == version else None
 
 
-def at_point(point: int) -> Callable[[], None]:
-    """From now on, die before the `point`-th change of a directory or opening of a file to write."""
+def at_moment(what: str, pattern: str) -> Callable[[], None]:
+    """From now on, die before a directory's change, a file's opening to write or its way to the disk, by its name."""
 
     def arm() -> None:
-        left, pid = point, os.getpid()  # a writer that dies is another fault
+        pid, sync = os.getpid(), os.fsync  # a writer that dies is another fault
 
-        def count(*_: object) -> None:
-            nonlocal left
-            if os.getpid() == pid:
-                if left == 0:
+        def see(event: str, about: tuple) -> None:  # gets every event there is
+            if event == what and os.getpid() == pid and fnmatch(str(about[0]), pattern):
+                if event != "open" or about[2] & (os.O_WRONLY | os.O_RDWR):
                     die()
-                left -= 1
 
-        def hook(event: str, about: tuple) -> None:
-            if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (
-                event == "open" and about[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            ):
-                count()
-
-        sync = os.fsync
-        os.fsync = lambda fd: (count(), sync(fd))[1]
-        sys.addaudithook(hook)
+        os.fsync = lambda fd: (see("os.fsync", (os.readlink(f"/proc/self/fd/{fd}"),)), sync(fd))[1]
+        sys.addaudithook(
+            lambda event, about: see(event, about) if event in ("open", "os.rename", "os.remove") else None
+        )
 
     return arm
 
@@ -290,12 +291,12 @@ def killed_while_saving(found: dict[str, Any], directory: Path) -> None:
     run(settings(source, steps=1, save_every=1))
     found["plain"] = {"runs": [run(settings(copy(source, directory / "plain"), steps=2, save_every=1, keep=1))]}
     found["plain"] |= left(directory / "plain")
-    for point, background in POINTS.items():
-        path = copy(source, directory / f"point-{point}")
+    for name, (event, pattern, background) in MOMENTS.items():
+        path = copy(source, directory / name.replace(" ", "-"))
         what = settings(path, steps=2, save_every=1, keep=1, save_async=background)
-        killed = run(what, seen=at_version(1, at_point(point)))
+        killed = run(what, seen=at_version(1, at_moment(event, pattern)))
         between = left(path)
-        found[path.name] = {"runs": [killed, run(what)], "between": between, **left(path)}
+        found[name] = {"runs": [killed, run(what)], "between": between, **left(path)}
 
 
 def refused(found: dict[str, Any], directory: Path) -> None:
@@ -308,6 +309,16 @@ def refused(found: dict[str, Any], directory: Path) -> None:
         path = directory / name / "checkpoints" / "step-00002"
         info = manifest.read_info(path)
         info["settings"] = {key: text for key, text in (info["settings"] | saved).items() if text is not None}
+        shutil.copytree(path, atomic_dir.staging_path(path))
+        manifest.finalize(atomic_dir.staging_path(path), path, info)
+
+    def with_sources(name: str, change: Callable[[dict[str, str]], Any]) -> None:
+        """Go on from a checkpoint that was made with other content, or does not say (None)."""
+        path = directory / name / "checkpoints" / "step-00002"
+        info = manifest.read_info(path)
+        info["sources"] = change(info["sources"])
+        if info["sources"] is None:
+            del info["sources"]
         shutil.copytree(path, atomic_dir.staging_path(path))
         manifest.finalize(atomic_dir.staging_path(path), path, info)
 
@@ -333,6 +344,8 @@ def refused(found: dict[str, Any], directory: Path) -> None:
     attempt("locked")
     attempt("older", lambda what: with_settings("older", **{"trainer.adam_beta2": None, "objective.is_max": None}))
     attempt("newer", lambda what: with_settings("newer", **{"trainer.extra": "3", "objective.is_max": None}))
+    attempt("other sources", lambda what: with_sources("other sources", lambda saved: {**saved, "the tokenizer": "0"}))
+    attempt("no sources", lambda what: with_sources("no sources", lambda saved: None))
     attempt("goes on", lambda what: setattr(what.trainer, "micro_batch_size", 4))
 
 

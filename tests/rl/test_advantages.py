@@ -43,6 +43,14 @@ def test_centred_is_not_divided_by_the_deviation() -> None:
     assert group_centred(np.array([1.0, 0, 0, 0, 10, 0]), 2).tolist() == [0.5, -0.5, 0, 0, 5, -5]
 
 
+@pytest.mark.parametrize("estimator", ["centred", "normalised", "leave_one_out"])
+@pytest.mark.parametrize("reward", [0.1, -1e30, 1e9 + 0.1, 3e38])
+def test_equal_rewards_have_no_advantage_at_all(reward: float, estimator: str) -> None:
+    """Their mean is rounded; a deviation of that rounding would make advantages of 1."""
+    valid = np.array([True] * 7 + [False] + [True, True, False] + [False] * 5)
+    assert not group_advantages(np.full(16, reward), 8, estimator, valid).any()
+
+
 @given(rewards_of_6, st.sampled_from([2, 3, 6]))
 def test_normalised_is_also_divided_by_the_groups_deviation(rewards: list[float], size: int) -> None:
     wanted = [

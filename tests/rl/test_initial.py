@@ -131,9 +131,6 @@ def test_what_could_not_be_loaded_is_refused_before_it_is_merged(started: Path, 
         init_weights.run_init_merge(settings)
     with pytest.raises(UserError, match="no checkpoint at .*/nowhere"):
         init_weights.run_init_merge(merging(started, tmp_path / "actor", pretrained=str(tmp_path / "nowhere")))
-    both = [str(started / "hf" / name) for name in SOURCES[1:]]
-    with pytest.raises(UserError, match="convert"):
-        init_weights.run_init_merge(merging(started, tmp_path / "actor", members=both))
     assert list(tmp_path.iterdir()) == []
 
 

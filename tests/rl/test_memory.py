@@ -2,13 +2,19 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from model.families import published
 from processes import TESTS, launch
 
 from megatron_bai.config import Model, Parallel
 from megatron_bai.memory_plan import rank_memory
+from megatron_bai.model.architecture import read_architecture
+from megatron_bai.model.hf_checkpoint import hf_config
+from megatron_bai.model.hf_mapping import megatron_shapes
 
 LARGE = Model(
     num_layers=48, hidden_size=2048, num_attention_heads=32, num_query_groups=4, head_dim=128, num_experts=128,
@@ -35,10 +41,19 @@ CASES: dict[str, tuple[int, int, Model, Parallel, str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[str, Any]:
+def published_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: tmp_path_factory.mktemp(name) for name in published.NAMES}
+    for name, directory in found.items():
+        (directory / "config.json").write_text(json.dumps(published.read(name)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(published_models: dict[str, Path]) -> dict[str, Any]:
     asked = [[asdict(part) if isinstance(part, Model | Parallel) else part for part in case] for case in CASES.values()]
+    asked += [[0, 1, str(each), asdict(Parallel()), "float32", "family"] for each in published_models.values()]
     lines = launch(TESTS / "rl" / "memory_worker.py", json.dumps(asked)).splitlines()
-    return dict(zip(CASES, json.loads(lines[-1]), strict=True))
+    return dict(zip([*CASES, *published_models], json.loads(lines[-1]), strict=True))
 
 
 def test_the_model_has_the_parameters_its_makers_publish() -> None:
@@ -77,6 +92,51 @@ def test_activations_of_a_layer_are_nearly_megatrons(built: dict[str, Any]) -> N
     assert 1.0 <= built["layer"] / (attention + moe) <= 1.5
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", published.NAMES)
+def test_a_familys_parameters_and_saved_tensors_are_megatrons(
+    name: str, published_models: dict[str, Path], built: dict[str, Any]
+) -> None:
+    model = read_architecture(published_models[name])
+    own = rank_memory.count_params(model)
+    assert (own.dense, own.experts) == (built[name]["dense"], built[name]["experts"])
+    assert megatron_shapes(model) == {key: tuple(shape) for key, shape in built[name]["saved"].items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", published.NAMES)
+def test_activations_of_a_familys_layers_are_nearly_megatrons(
+    name: str, published_models: dict[str, Path], built: dict[str, Any]
+) -> None:
+    """Of each layer, dense or not, and of its shared experts, whose input is the layer's. A CPU's are not fused."""
+    model, kept = read_architecture(published_models[name]), iter(built[name]["kept"])
+    shared, entry = 4 * rank_memory.shared_expert_values(model), 4 * model.hidden_size
+    attention, moe, _ = rank_memory.layer_activation_bytes(model, Parallel(), 1, "float32")
+    for layer in range(model.num_layers):
+        expected, found = attention, 0.0
+        if layer not in model.moe_layers:
+            expected += rank_memory.dense_activation_bytes(model, Parallel(), 1, "float32")
+        else:
+            expected += moe
+            if shared:
+                found = next(kept) - entry
+                assert 1.0 <= found / shared <= 1.3
+        assert 1.0 <= (next(kept) + found) / expected <= 1.65
+    assert next(kept, None) is None
+
+
+def test_shared_experts_are_an_mlp_of_all_tokens_that_tensor_ranks_split(tmp_path: Path) -> None:
+    def moe(experts: int, tensor: int) -> float:
+        changes = {"n_shared_experts": experts, "moe_intermediate_size": 1408}
+        (tmp_path / "config.json").write_text(json.dumps(published.read("glm4_moe") | changes))
+        return rank_memory.layer_activation_bytes(
+            read_architecture(tmp_path), Parallel(tensor=tensor), 4096, "bfloat16"
+        )[1]
+
+    assert moe(3, 1) - moe(1, 1) == 4096 * 2 * 4 * 2 * 1408
+    assert moe(3, 8) - moe(1, 8) == 4096 // 8 * 2 * 4 * 2 * 1408
+
+
 def test_recomputation_and_stages_hold_what_they_say() -> None:
     def held(stage: int = 0, micro_batches: int = 8, **layout: Any) -> float:
         return rank_memory.activation_bytes(LARGE, Parallel(**layout), stage, 4096, micro_batches, "bfloat16")
@@ -89,3 +149,21 @@ def test_recomputation_and_stages_hold_what_they_say() -> None:
     assert held(pipeline=4, micro_batches=2) == 2 * 12 * (attention + moe) + moe  # there are no more of them
     # Megatron's interleaved schedule: 2 · 3 + 1 · 4 chunks ahead and one in work, of 6 layers each.
     assert held(pipeline=4, virtual_pipeline=2) == 11 * 6 * (attention + moe) + moe
+
+
+def test_layers_without_experts_hold_an_mlp(tmp_path: Path) -> None:
+    """The first of two stages has one dense layer beside 23 with experts; the second has experts alone."""
+    changes = {"mlp_only_layers": [0], "intermediate_size": 6144}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(LARGE, torch.bfloat16) | changes))
+    model = read_architecture(tmp_path)
+
+    def held(stage: int, recompute: str) -> float:
+        layout = Parallel(pipeline=2, recompute=recompute)
+        return rank_memory.activation_bytes(model, layout, stage, 4096, 1, "bfloat16")
+
+    attention, moe, entry = rank_memory.layer_activation_bytes(LARGE, Parallel(), 4096, "bfloat16")
+    dense = 4096 * (2 * 2048 + 4 * 6144) * 2
+    assert held(0, "none") == 24 * attention + 23 * moe + dense + moe
+    assert held(0, "moe") == 24 * attention + 23 * entry + dense + 2 * moe
+    assert held(0, "full") == 24 * entry + attention + 2 * moe
+    assert held(1, "none") == 24 * (attention + moe) + moe

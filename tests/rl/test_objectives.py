@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policies import dirty, drawn, loss, one_token
+from policies import SETTINGS, dirty, drawn, loss, name, one_token
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
@@ -16,35 +16,6 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.advantages import group_advantages
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
-from megatron_bai.rl.objectives.correction import CORRECTIONS
-
-SETTINGS = [
-    config.Minirl(),
-    config.Minirl(clip=False),
-    config.Minirl(train_infer_is=False),
-    config.Minirl(length_norm=True),
-    config.Minirl(is_max=0.5, clip_low=0.0, clip_high=0.0),
-    config.Sequence(),
-    config.Sequence(is_max=1.5),
-    config.Grpo(),
-    config.Grpo(clip_high=0.28),
-    *(config.Grpo(correction=kind, correction_max=1.1) for kind in CORRECTIONS[1:]),
-    config.Dapo(),
-    config.Dapo(token_mean="prompt"),
-    config.Dapo(token_mean="prompt", correction="token_truncate"),
-    config.Cispo(),
-    config.Cispo(clip_low=0.1, token_mean="prompt"),
-    config.Cispo(correction="sequence_mask"),
-    config.Gspo(),
-    config.Gspo(clip_low=0.2, clip_high=0.3),
-    config.Gspo(clip_low=0.2, clip_high=0.3, correction="token_truncate", correction_max=1.1),
-]
-
-
-def name(settings: config.Objective) -> str:
-    changed = {k: v for k, v in vars(settings).items() if v != getattr(type(settings), k)}
-    return " ".join([settings.name, *(f"{k}={v}" for k, v in changed.items())])
-
 
 each = pytest.mark.parametrize("settings", SETTINGS, ids=name)
 
@@ -135,7 +106,8 @@ def test_on_policy_and_without_discrepancy_the_gradient_is_the_policy_gradient(s
     if getattr(settings, "is_max", 1.0) < 1:
         return
     case = drawn(6, 6, 2, 0.0)
-    how = {"minirl": "sum", "sequence": "sum"}.get(settings.name, getattr(settings, "token_mean", "sample"))
+    how = {"minirl": "sum", "sequence": "sum", "ppo": "batch"}.get(settings.name, "sample")
+    how = getattr(settings, "token_mean", how)
     how = "sample" if getattr(settings, "length_norm", False) else how
     wanted = np.zeros_like(case.new)
     for i, tokens in papers.responses(case):
@@ -161,6 +133,22 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_its_advantage_pushe
     dropped = wanted == 0 and advantage != 0
     signs = [found[2][f"clip_fraction{sign}"] for sign in ("", "_positive", "_negative")]
     assert signs == [dropped, dropped and advantage > 0, dropped and advantage < 0]
+
+
+def test_a_dual_clip_limits_the_loss_of_a_bad_token_that_became_more_likely() -> None:
+    """max(min(r·A, clip(r)·A), c·A) where A < 0, and no change elsewhere (arXiv 1912.09729, eq. 5)."""
+    for ratio, advantage, gradient in (
+        (3 - 1e-9, -1.0, 3.0), (3 + 1e-9, -1.0, 0.0), (1e6, -1.0, 0.0), (0.1, -1.0, 0.0), (0.9, -1.0, 0.9),
+        (1.1, 1.0, -1.1), (1e6, 1.0, 0.0), (1e-3, 1.0, -1e-3), (1e6, 0.0, 0.0),
+    ):  # fmt: skip
+        for kind in (config.Grpo, config.Dapo, config.Ppo):
+            found = loss(kind(dual_clip=3.0), one_token(ratio, advantage))
+            assert found[1][0, 0] == pytest.approx(gradient, rel=1e-8)
+            # verl, core_algos.compute_policy_loss_vanilla, as a formula
+            first, second = -advantage * ratio, -advantage * np.clip(ratio, 0.8, 1 + kind.clip_high)
+            wanted = min(-advantage * 3.0, max(first, second)) if advantage < 0 else max(first, second)
+            assert found[0] == pytest.approx(wanted, rel=1e-8)
+            assert found[2]["clip_fraction"] == (gradient == 0 and advantage != 0)
 
 
 def test_cispo_clips_a_ratio_and_keeps_its_token() -> None:

@@ -274,3 +274,25 @@ def test_where_another_reward_is_paid_the_share_that_is_right_is_known_too(found
         plain, other = (rank[case]["values"] for case in ("evaluated", "evaluated with another reward"))
         assert other["eval_exact"] == 0.5 and "eval_exact" not in plain  # the stream's odd prompts
         assert other["eval_accuracy"] == plain["eval_accuracy"]
+
+
+@pytest.mark.parametrize("replicas", WORLDS)
+def test_the_samples_that_are_kept_are_the_same(found: Any, replicas: int) -> None:
+    """And what is written of them; they are on rank 0 alone, and a lost one is not among them."""
+    assert [rank["recorded"] for rank in found[replicas][1:]] == [[[]] * STEPS] * (replicas - 1)
+    steps = found[replicas][0]["recorded"]
+    assert steps == found[1][0]["recorded"]
+    task = ArithmeticTask(config.Arithmetic(eval_prompts=10), build_tokenizer(config.Arithmetic(), 64))
+    for number, step in enumerate(steps):
+        train, held_out = ([s for s in step if s["split"] == split] for split in ("train", "eval"))
+        assert len(train) == len(held_out) == 8
+        assert all(number * PROMPTS <= s["prompt_index"] < (number + 1) * PROMPTS for s in train)
+        for sample in step:
+            (prompt,) = task.prompts(sample["split"], 0, sample["prompt_index"], 1)
+            assert sample["prompt"] == prompt.text and sample["finish"] == "stop"
+        for sample in train:
+            n = sample["prompt_index"] * SIZE + sample["member"]
+            assert sample["logprobs_training"] == pytest.approx([-(n * 7 % 11) / 10] * sample["length"], abs=1e-6)
+            assert sample["discrepancy"] == pytest.approx(n * 7 % 11 / 10, abs=1e-6)
+            odd = [[t, 1] for t in range(len(sample["tokens"])) if (t + n) % 2]
+            assert sample["routes_differ"] == odd

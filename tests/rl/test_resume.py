@@ -5,6 +5,7 @@ and gradient norm 3e-7 relative, of moments 6e-7 of their tensor's largest, of w
 """
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from processes import TESTS, launch
-from resume_worker import LAYOUTS, POINTS, STEPS
+from resume_worker import LAYOUTS, MOMENTS, STEPS
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -23,14 +24,13 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import checkpointing
-from megatron_bai.rl.signals import STOPPED
 from megatron_bai.rl.validate_settings import validate_settings
 from megatron_bai.routing.store.route_store import RouteStore
 from megatron_bai.utils.flatten import flatten
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long]
 RATE = config.Trainer().learning_rate
-TINY = config.Model(*[1] * 10)
+TINY = config.Model(*[2] * 10)
 Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`
 
 
@@ -143,16 +143,18 @@ def test_a_run_goes_on_in_another_layout(layout: str, found: dict[str, Any], dir
     assert any((wanted[key] - before[key]).abs().max() > 0.1 * RATE for key in wanted if key.startswith("decoder"))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_while_saving_leaves_a_checkpoint_to_go_on_from(
-    point: int, found: dict[str, Any], directory: Path
+    moment: str, found: dict[str, Any], directory: Path
 ) -> None:
-    killed, plain = found[f"point-{point}"], found["plain"]
+    killed, plain = found[moment], found["plain"]
     assert killed["runs"][0]["codes"] == [-9] and killed["runs"][1]["codes"] == [0]
-    assert killed["between"]["whole"][-1:] == (["step-00001"] if point < 29 else ["step-00002"])
-    assert killed["checkpoints"] == killed["whole"] == ["step-00002"] or point >= 29
+    done = moment in ("it is in its place", "the former one is being deleted")
+    assert killed["between"]["whole"][-1:] == (["step-00002"] if done else ["step-00001"])
+    assert killed["checkpoints"] == killed["whole"] == ["step-00002"] or done
     assert not [name for name in killed["checkpoints"] if name.startswith(".")]
-    assert same(directory / f"point-{point}/checkpoints/step-00002", directory / "plain/checkpoints/step-00002")
+    path = directory / moment.replace(" ", "-")
+    assert same(path / "checkpoints/step-00002", directory / "plain/checkpoints/step-00002")
     assert untimed(killed["metrics"]) == untimed(plain["metrics"]) and killed["summary"]["complete"]
 
 
@@ -168,6 +170,10 @@ def test_the_last_checkpoints_are_kept(found: dict[str, Any]) -> None:
         ("objective", "objective.name was minirl, is grpo"),
         ("fewer", "/fewer holds 2 steps of a run, more than trainer.steps=1: raise it"),
         ("newer", "/newer holds a run with other settings (trainer.extra was 3, and this release has no such setting)"),
+        (
+            "other sources",
+            "holds a run with other samples: the content of the tokenizer has changed since: put it back",
+        ),
         ("damaged weights", ".distcp is not what was written"),
         ("damaged index", "step-00002/.metadata is not what was written"),
         ("locked", "/locked is being written by another process: let it end first"),
@@ -190,6 +196,10 @@ def test_settings_that_the_run_did_not_have_count_as_their_defaults(found: dict[
     assert found["older"]["runs"][0]["codes"] == [0] and found["older"]["summary"]["resumed"] == [2]
     ours, theirs = found["older"]["metrics"][-1], found["goes on"]["metrics"][-1]
     assert ours["step"] == theirs["step"] == 3 and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-6)
+
+
+def test_a_checkpoint_that_does_not_say_what_the_data_contained_is_gone_on_from(found: dict[str, Any]) -> None:
+    assert found["no sources"]["runs"][0]["codes"] == [0] and found["no sources"]["summary"]["resumed"] == [2]
 
 
 def test_a_finished_run_is_done_and_a_longer_one_goes_on(found: dict[str, Any]) -> None:
@@ -223,7 +233,7 @@ def test_a_full_disk_is_one_line_and_the_former_checkpoint_is_gone_on_from(
 def test_sigterm_ends_the_step_saves_and_loses_nothing(found: dict[str, Any], fault: Note) -> None:
     """It comes in the second rollout; `save_every` asks for no checkpoint before the third step."""
     asked, again = found["asked"]["runs"]
-    assert asked["codes"] == [STOPPED] and again["codes"] == [0]
+    assert asked["codes"] == [128 + signal.SIGTERM] and again["codes"] == [0]
     line = asked["said"].splitlines()[-1]
     assert line == "[rank 0] stopped after step 2, as SIGTERM asked: the same command goes on from there"
     assert found["asked"]["between"]["whole"] == ["step-00002"] and len(found["asked"]["between"]["metrics"]) == 2
@@ -250,9 +260,12 @@ def test_every_setting_that_may_change_exists() -> None:
         assert any(name == free or free.endswith(".") and name.startswith(free) for name in names), free
 
 
-@pytest.mark.parametrize("wrong", [{"save_every": -1}, {"keep": 0}])
-def test_settings_of_checkpoints_are_checked(wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="trainer.save_every is .* and trainer.keep"):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"save_every": -1}, "save_every is -1: .* at least 0"), ({"keep": 0}, "keep is 0: .* at least 1")],
+)
+def test_settings_of_checkpoints_are_checked(wrong: dict[str, int], said: str) -> None:
+    with pytest.raises(UserError, match=f"trainer.{said}"):
         validate_settings(config.Config(model=TINY, trainer=config.Trainer(**wrong)))
 
 

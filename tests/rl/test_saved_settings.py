@@ -60,9 +60,9 @@ def test_a_setting_or_group_that_did_not_exist_counts_as_its_default() -> None:
     assert list_changes(saved, newer(extra=4), lambda name: name == "trainer.extra") == []
 
 
-def test_a_setting_without_a_default_is_unknown() -> None:
+def test_a_size_that_was_not_said_is_a_change() -> None:
     saved = {name: text for name, text in flatten_settings(older()).items() if name != "model.num_layers"}
-    assert list_changes(saved, older()) == ["model.num_layers was unknown, is 1"]
+    assert list_changes(saved, older()) == ["model.num_layers was 0, is 1"]
     assert list_changes({}, older())
 
 

@@ -1,5 +1,6 @@
 """The reward hockey stick (arXiv 2509.00309): reward drops, bottoms out and recovers, per length bucket."""
 
+import math
 from typing import Any
 
 from megatron_bai.monitor.detectors.alarm import Alarm
@@ -47,10 +48,10 @@ class HockeyStickDetector:
         Args:
             step: global step.
             values: the step's metrics by name, of which the bucket's mean reward and number of responses are read; with
-                0 responses the step is without the bucket.
+                0 responses, or a reward that is not finite, the step is without the bucket.
         """
         reward, count = values.get(self.metric), values.get(self._counts)
-        if reward is None or not count:
+        if reward is None or not math.isfinite(reward) or not count:
             return []
         self._pool[0] += reward * count
         self._pool[1] += count

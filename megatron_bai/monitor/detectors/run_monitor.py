@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_bai import config
+from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors import hockey_stick
 from megatron_bai.monitor.detectors.alarm import ACTIONS, Alarm
@@ -119,24 +120,6 @@ def validate(settings: config.Monitor) -> None:
     Raises:
         UserError: names the setting.
     """
-    for name in ("bucket", "smooth", "reward_smooth", "reward_responses"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it must be at least 1")
+    validate_group("monitor", settings)
     if settings.horizon <= max(settings.smooth, settings.reward_smooth):
         raise UserError(f"monitor.horizon is {settings.horizon}: it must be above monitor.smooth and reward_smooth")
-    for name in ("length_fall", "entropy_fall", "experts_fall"):
-        if not 0 < getattr(settings, name) < 1:
-            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it is a share, above 0 and below 1")
-    if not 0 < settings.reward_recovery <= 1:
-        raise UserError(f"monitor.reward_recovery is {settings.reward_recovery}: it is a share, above 0 and at most 1")
-    for name in ("discrepancy_rise", "router_rise"):
-        if not getattr(settings, name) > 1:
-            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it is a factor, above 1")
-    for name in ("reward_drop", "deviations"):
-        if not getattr(settings, name) > 0:
-            raise UserError(f"monitor.{name} is {getattr(settings, name)}: it must be above 0")
-    for detector, action in settings.actions.items():
-        if detector not in DETECTORS:
-            raise UserError(f"monitor.actions names {detector!r}: the detectors are {', '.join(DETECTORS)}")
-        if action not in ACTIONS:
-            raise UserError(f"monitor.actions.{detector} is {action!r}: choose {', '.join(ACTIONS)}")

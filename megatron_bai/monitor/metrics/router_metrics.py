@@ -22,7 +22,7 @@ def add_route_mismatch(
     live: Sequence[MicroRoutes],
     layers: Sequence[int],
     stages: dist.ProcessGroup | None = None,
-) -> None:
+) -> list[torch.Tensor]:
     """Compare the inference engine's routes with those that the training engine's live router chose.
 
     *Collective* over `stages`.
@@ -37,9 +37,15 @@ def add_route_mismatch(
         live: routes of the training engine's live router, by micro-batch.
         layers: indices of this rank's MoE layers in the whole model, in the order of the routes.
         stages: the pipeline's group, whose ranks see other layers of the same tokens; None for one stage.
+
+    Returns:
+        Of each micro-batch, `[rows]` int16: in how many of this rank's layers a row differs; 0 in rows left out.
     """
-    pairs = zip(recorded, live, strict=True)
-    rows = torch.cat([sets_differ(b.ids, a.ids)[_checked_rows(a)] for a, b in pairs])
+    differ = [sets_differ(b.ids, a.ids) for a, b in zip(recorded, live, strict=True)]
+    for rows, routes in zip(differ, recorded, strict=True):
+        if routes.checked is not None:
+            rows &= routes.checked[:, None]
+    rows = torch.cat([rows[_checked_rows(routes)] for rows, routes in zip(differ, recorded, strict=True)])
     stats.ratio("route_mismatch", int(rows.sum()), rows.numel())
     for layer, different in zip(layers, rows.sum(0).tolist(), strict=True):
         stats.ratio(f"route_mismatch/{layer}", different, len(rows))
@@ -47,6 +53,7 @@ def add_route_mismatch(
     if stages is not None:
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=stages)
     stats.mean("tokens_route_mismatch", anywhere)  # every stage adds the same tokens: the mean is unchanged
+    return [rows.sum(1, dtype=torch.int16) for rows in differ]
 
 
 def add_expert_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int]) -> None:

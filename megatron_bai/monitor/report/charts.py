@@ -3,16 +3,20 @@
 What each metric means is defined where it is computed (docs/monitoring.md).
 """
 
+import math
 from html import escape
 from textwrap import wrap
 from typing import Any
 
 from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX
 from megatron_bai.monitor.report.html_page import Chart
-from megatron_bai.monitor.report.run_data import RunData, is_number
+from megatron_bai.monitor.report.run_data import RunData
+from megatron_bai.utils.json_numbers import is_number
 
 COLOURS = ("#4269d0", "#e0862b", "#3ca951", "#d9534f", "#a463f2", "#2a9d9d", "#c94f8f", "#8c6d4f")
-PHASES = ("rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval")
+PHASES = (
+    "rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval", "ahead", "samples",
+)  # fmt: skip
 _ALARM = "#d9304f"
 _DASHES = ("solid", "dot", "dash")  # of a chart's first, second and third metric
 _BY_LENGTH = (REWARD_PREFIX.rstrip("/"), COUNT_PREFIX.rstrip("/"))
@@ -34,10 +38,6 @@ def _perplexity(suffix: str) -> dict[str, str]:
     return {f"perplexity_ratio{suffix}": "mean", f"perplexity_ratio_max{suffix}": "largest"}
 
 
-def _bounds(of: str) -> dict[str, str]:
-    return {of: "mean", f"{of}_low": "low end", f"{of}_high": "high end"}
-
-
 def _quantiles(of: str) -> dict[str, str]:
     return {f"{of}_p{q}": f"{q} %" for q in (10, 50, 90)}
 
@@ -54,7 +54,7 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
         "Is the policy getting better, and does it keep its length?",
         [
             ("Reward, mean over the batch", {"reward_mean": "mean"}, False),
-            ("Mean reward on held-out problems, and its 95 % interval", _bounds("eval_accuracy"), False),
+            ("Mean reward on held-out problems, and its 95 % interval", {"eval_accuracy": "mean"}, False),
             ("Held-out responses that the data's own check finds right, fraction", {"eval_exact": "fraction"}, False),
             ("Best reward of n on held-out problems, mean", {"eval_best": "mean"}, False),
             ("Response length on held-out problems, tokens", {"eval_length": "mean"}, False),
@@ -157,7 +157,7 @@ def other_charts(runs: list[RunData]) -> list[Chart]:
 
 def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> Chart | None:
     """Return a chart with one line per run and metric: colours distinguish runs, dashes metrics."""
-    traces, marks = [], []
+    traces, marks, bands = [], [], []
     keys = {key: label for key, label in keys.items() if any(v is not None for run in runs for v in run.series(key)[1])}
     for run in runs:
         for dash, (key, label) in zip(_DASHES, keys.items(), strict=False):
@@ -167,8 +167,63 @@ def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> 
             parts = ([run.name] if len(runs) > 1 else []) + ([label] if len(keys) > 1 or len(runs) == 1 else [])
             traces.append(_line(steps, values, " · ".join(parts), run.colour, dash))
             marks += _alarms(run, key)
-    legend = len(runs) > 1 or len(traces) > 1 or bool(marks)
-    return {"title": title, "traces": traces + marks, "log": log, "legend": legend} if traces else None
+            bands += _band(run, key)
+    legend = len(runs) > 1 or len(traces) > 1 or bool(marks) or bool(bands)
+    chart = {"title": title, "traces": bands + traces + marks, "log": log, "legend": legend}
+    return (_with_zeros(chart) if log else chart) if traces else None
+
+
+def _with_zeros(chart: Chart) -> Chart:
+    """Draw what is not above 0 at a floor a decade or more below the smallest value: a log axis has no place for it."""
+    values = [y for trace in chart["traces"] for y in trace["y"] if y is not None]
+    positive = [y for y in values if y > 0]
+    if not positive:
+        return chart | {"log": False}
+    if len(positive) == len(values):
+        return chart
+    floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1)
+    for trace in chart["traces"]:
+        trace.setdefault("hovertemplate", "%{customdata:.4~g}")
+        trace["customdata"] = trace["y"]
+        trace["y"] = [floor if y is not None and y <= 0 else y for y in trace["y"]]
+    return chart | {"floor": floor}
+
+
+def _band(run: RunData, key: str) -> list[dict[str, Any]]:
+    """Return the two edges of the interval KEY_low to KEY_high, the area between filled; nothing where there is none.
+
+    An interval of a mean that cannot leave [0, 1] ends there, whatever the formula says.
+    """
+    lows, highs = ({s: v for s, v in zip(*run.series(key + end), strict=True)} for end in ("_low", "_high"))
+    steps = [s for s in lows if lows[s] is not None and highs.get(s) is not None]
+    if not steps:
+        return []
+    bounded = _has_rewards_up_to_1(run)
+    edges = []
+    for values in (lows, highs):
+        clipped = [min(max(values[s] or 0.0, 0.0), 1.0) if bounded else values[s] for s in steps]
+        edges.append(
+            {"x": steps, "y": clipped, "mode": "lines", "line": {"width": 0, "color": run.colour, "dash": "solid"}}
+        )
+    low = edges[0] | {"name": escape(f"{run.name} · low end"), "unnamed": True}
+    high = edges[1] | {"name": escape(f"{run.name} · 95 % interval"), "fill": "tonexty", "fillcolor": run.colour + "33"}
+    return [low, high]
+
+
+def _has_rewards_up_to_1(run: RunData) -> bool:
+    """Return whether rewards lie between 0 and 1: by the reward's kind, otherwise by all means that there are."""
+    reward = run.config.get("reward")
+    if isinstance(reward, dict) and reward.get("name") in ("exact", "math_verify"):
+        return True
+    means = [v for key in ("reward_mean", "eval_accuracy", "eval_best") for v in run.series(key)[1] if v is not None]
+    return all(0 <= mean <= 1 for mean in means)
+
+
+def is_all_zero(chart: Chart) -> bool:
+    """Return whether a chart has numbers, and each is 0."""
+    rows = [row for trace in chart["traces"] for row in (trace["z"] if "z" in trace else [trace["y"]])]
+    values = [value for row in rows for value in row if value is not None]
+    return bool(values) and not any(values)
 
 
 def _line(steps: list[int], values: list[float | None], name: str, colour: str, dash: str = "solid") -> dict[str, Any]:
@@ -250,7 +305,7 @@ def _phase_bars(run: RunData) -> Chart | None:
             "type": "bar",
             "marker": {"color": colour},
         }
-        for (phase, seconds), colour in zip(spent.items(), (*COLOURS, "#9aa0a8"), strict=False)
+        for (phase, seconds), colour in zip(spent.items(), (*COLOURS, "#b8a038", "#6b7fb8", "#9aa0a8"), strict=False)
         if seconds
     ]
     title = f"Seconds per step: {run.name}"
@@ -260,6 +315,7 @@ def _phase_bars(run: RunData) -> Chart | None:
 def _other_keys(runs: list[RunData]) -> list[str]:
     """Return the names of numeric metrics that no section shows, in alphabetical order."""
     shown = {key for _, charts in SECTIONS.values() for _, keys, _ in charts for key in keys}
+    shown |= {f"{key}_{end}" for key in shown for end in ("low", "high")}  # of its interval
     shown |= {key for run in runs for prefix in (*_LAYERS, *_BY_LENGTH) for key in run.numbered_metrics(prefix)}
     shown |= {f"seconds_{phase}" for phase in PHASES} | {"seconds_step", "step", "weight_version"}
     names = {key for run in runs for record in run.records for key, value in record.items() if is_number(value)}

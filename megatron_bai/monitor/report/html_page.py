@@ -1,6 +1,7 @@
 """The HTML shell of a report: one file, plotly's own JavaScript inside it, charts drawn by the reader's browser.
 
-A chart is a dictionary of plain data (`title`, `traces`, `log`, `legend`, and `map` for a heat map over layers).
+A chart is a dictionary of plain data: `title`, `traces`, `log`, `legend`, `map` for a heat map over layers, and `floor`
+where zeros are drawn on a log axis.
 `_SCRIPT` gives it the colours of the page: light and dark follow the reader's setting, also while the page is open.
 """
 
@@ -9,6 +10,8 @@ from html import escape
 from typing import Any
 
 from plotly.offline import get_plotlyjs
+
+from megatron_bai.monitor.report import reader_page
 
 Chart = dict[str, Any]
 
@@ -21,7 +24,7 @@ _STYLE = """
   :root { --page: #131518; --card: #1b1e22; --text: #e6e7ea; --soft: #9aa0a8; --line: #2e3238; --mark: #3a3320 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.6rem; font-weight: 600; margin: 0 0 .25rem }
 h2 { font-size: 1.15rem; font-weight: 600; margin: 2.75rem 0 .25rem }
 h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .75rem; overflow-wrap: anywhere }
@@ -37,9 +40,11 @@ dd.big { font-size: 1.3rem }
   font-size: .88rem }
 .line + .line { margin-top: -.6rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+.headline { font-size: 1.12rem; color: var(--text); max-width: none; margin: .75rem 0 1.25rem }
 figure { margin: 0; padding: .85rem .5rem .25rem }
 figcaption { font-size: .88rem; font-weight: 600; padding: 0 .6rem }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .25rem .6rem 0; font-size: .78rem; color: var(--soft) }
+.legend span { min-width: 0; overflow-wrap: anywhere }
 .legend i { display: inline-block; width: 1.3rem; margin-right: .4rem; vertical-align: middle }
 .plot { height: 17rem }
 .wide { overflow-x: auto }
@@ -48,9 +53,10 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; bor
 td { font-family: ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere }
 th { font-weight: 500; color: var(--soft) }
 .prose td { font: inherit }
-.prose p { margin: .75rem 0 0 }
+.prose p { margin: .75rem 0 0 } .prose :is(th, td) { overflow-wrap: break-word }
 tr.differs { background: var(--mark) }
 summary { cursor: pointer; color: var(--soft) }
+.charts + details { margin-top: .9rem }
 @media (max-width: 36rem) { body { padding: 1.25rem .75rem 3rem } .plot { height: 14rem } }
 """
 
@@ -58,10 +64,25 @@ _SCRIPT = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // On a log axis over more than one decade 1, 2 and 5 of each, or every n-th decade: all nine digits would crowd.
+// With a format every tick has its whole number; without, plotly writes 2 and 5 where it means 2e-5 and 5e-5.
 function ticks(chart) {
   const logs = chart.traces.flatMap(trace => trace.y).filter(y => y > 0).map(Math.log10);
-  const decades = logs.reduce((a, b) => Math.max(a, b), -400) - logs.reduce((a, b) => Math.min(a, b), 400);
-  return decades > 2 ? Math.ceil(decades / 6) : decades > 1 ? "D2" : "D1";
+  const high = logs.reduce((a, b) => Math.max(a, b), -400), low = logs.reduce((a, b) => Math.min(a, b), 400);
+  const decades = high - low;
+  if (chart.floor === undefined)
+    return { tickformat: high < -1 ? ".3~e" : ".3~g",
+      dtick: decades > 2 ? Math.ceil(decades / 6) : decades > 1 ? "D2" : "D1" };
+  const every = Math.max(1, Math.ceil(decades / 6)), values = [chart.floor];  // where zeros are drawn
+  for (let exponent = Math.round(Math.log10(chart.floor)) + 1; exponent <= Math.ceil(high); exponent += every)
+    values.push(10 ** exponent);
+  const text = value => value < .01 ? value.toExponential(0) : String(+value.toPrecision(1));
+  return { tickvals: values, ticktext: values.map((value, i) => i ? text(value) : "0") };
+}
+// Of few steps plotly would mark halves.
+function wholeSteps(chart) {
+  const steps = chart.traces.flatMap(trace => trace.x);
+  const span = steps.reduce((a, b) => Math.max(a, b), -Infinity) - steps.reduce((a, b) => Math.min(a, b), Infinity);
+  return span <= 8 ? { dtick: 1 } : {};
 }
 function layout(chart) {
   const line = colour("--line");
@@ -73,9 +94,9 @@ function layout(chart) {
     barmode: "stack", bargap: .25,
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
     showlegend: false,  // the page's own wraps below the title and leaves the plot its height
-    xaxis: { ...axis, title: { text: "global step", standoff: 6 } },
-    yaxis: { ...axis, type: chart.map ? "category" : chart.log ? "log" : "linear", exponentformat: "e",
-      rangemode: "tozero", ...(chart.log ? { dtick: ticks(chart) } : {}) },
+    xaxis: { ...axis, title: { text: "global step", standoff: 6 }, ...wholeSteps(chart) },
+    yaxis: { ...axis, type: chart.map ? "category" : chart.log ? "log" : "linear", rangemode: "tozero",
+      exponentformat: "e", ...(chart.log ? ticks(chart) : {}) },
   };
 }
 const draw = () => charts.forEach((chart, i) =>
@@ -103,6 +124,8 @@ def _legend_entry(trace: dict[str, Any]) -> str:
     if trace.get("mode") == "markers":
         return f'<span><b style="color:{trace["marker"]["color"]}">▼</b> {trace["name"]}</span>'
     line = trace.get("line")
+    if "fillcolor" in trace:
+        return f'<span><i style="border-top:8px solid {trace["fillcolor"]}"></i>{trace["name"]}</span>'
     style = f"2px {_DASHES[line['dash']]} {line['color']}" if line else f"8px solid {trace['marker']['color']}"
     return f'<span><i style="border-top:{style}"></i>{trace["name"]}</span>'
 
@@ -141,19 +164,28 @@ def table_html(header: list[str], rows: list[list[str]], compare: bool = True) -
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def render_page(title: str, body: str, charts: list[Chart]) -> str:
+def render_page(title: str, body: str, charts: list[Chart], samples: list[dict[str, Any]] | None = None) -> str:
     """Return the whole document, which loads nothing from outside.
 
     Args:
         title: text.
         body: HTML.
         charts: drawn in the figures of their indices.
+        samples: shown by the reader, whose section is in `body`; None or none: there is no reader.
     """
-    # A browser ends a script element at "</", wherever it stands: no "<" is left in the data.
-    data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
-    return (
+    reader = f"{_data_html('samples', samples)}<script>{reader_page.SCRIPT}</script>" if samples else ""
+    page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}{reader_page.STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body><h1>{escape(title)}</h1>{body}"
-        f'<script type="application/json" id="charts">{data}</script><script>{_SCRIPT}</script></body></html>\n'
+        f"{_data_html('charts', charts)}<script>{_SCRIPT}</script>{reader}</body></html>\n"
     )
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # a path may have bytes that are no text
+
+
+def _data_html(name: str, data: Any) -> str:
+    """Return an element whose text is JSON in ASCII, for a script to parse."""
+    # A browser ends a script element at "</", wherever it stands: no "<" is left in the data.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'

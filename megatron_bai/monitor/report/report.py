@@ -3,9 +3,12 @@
 from html import escape
 from pathlib import Path
 
-from megatron_bai.errors import UserError
+from megatron_bai.errors import UserError, os_errors_as_user_errors
 from megatron_bai.monitor.report import html_page
-from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, other_charts, section_charts
+from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, is_all_zero, other_charts, section_charts
+from megatron_bai.monitor.report.headline import describe_run, format_change
+from megatron_bai.monitor.report.reader import read_samples
+from megatron_bai.monitor.report.reader_page import reader_html
 from megatron_bai.monitor.report.run_data import RunData, load_run, run_names
 from megatron_bai.utils import atomic_file
 from megatron_bai.utils.flatten import flatten
@@ -19,7 +22,8 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
         output: the HTML file; its directory is made if it is missing.
 
     Raises:
-        UserError: there is no run, a directory has no usable metrics, or a file in it cannot be read.
+        UserError: there is no run, a directory has no usable metrics, a file in it cannot be read, or the report
+            cannot be written.
     """
     if not run_dirs:
         raise UserError("there is no run to report: name run directories in report.runs")
@@ -28,24 +32,34 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
         load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, names, strict=True))
     ]
     charts: list[html_page.Chart] = []
-    sections = [_summary_cards(runs), _alarm_section(runs)]
+    samples = read_samples([(run.name, run.directory, [alarm.step for alarm in run.alarms()]) for run in runs])
+    headlines = "".join(f'<p class="headline">{escape(describe_run(run))}</p>' for run in runs)
+    sections = [headlines, _summary_cards(runs), _alarm_section(runs), reader_html(samples)]
     sections += [
         _chart_section(title, intro, section_charts(title, runs), charts) for title, (intro, _) in SECTIONS.items()
     ]
     sections.append(_chart_section("Other", "Metrics this report has no place for.", other_charts(runs), charts))
     sections += [_merge_section(runs), _config_section(runs)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    page = html_page.render_page("megatron-bai · " + ", ".join(names), "".join(sections), charts)
-    atomic_file.write_text(output, page)
+    page = html_page.render_page("megatron-bai · " + ", ".join(names), "".join(sections), charts, samples.samples)
+    with os_errors_as_user_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_file.write_text(output, page)
 
 
 def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts: list[html_page.Chart]) -> str:
-    """Append the charts to the page's list and return the HTML that shows them; an empty text for no chart."""
+    """Append the charts to the page's list and return the HTML that shows them; an empty text for no chart.
+
+    Charts of nothing but zero are named in a line that unfolds.
+    """
     if not drawn:
         return ""
-    figures = "".join(html_page.figure_html(len(charts) + i, chart) for i, chart in enumerate(drawn))
-    charts.extend(drawn)
-    return f'<h2>{title}</h2><p>{intro}</p><div class="charts">{figures}</div>'
+    shown = [chart for chart in drawn if not is_all_zero(chart)]
+    names = [escape(chart["title"]) for chart in drawn if is_all_zero(chart)]
+    figures = "".join(html_page.figure_html(len(charts) + i, chart) for i, chart in enumerate(shown))
+    charts.extend(shown)
+    count = f"{len(names)} chart{'s' if len(names) > 1 else ''} of nothing but zero"
+    folded = f"<details><summary>{count}</summary><p>{'<br>'.join(names)}</p></details>" if names else ""
+    return f'<h2>{title}</h2><p>{intro}</p><div class="charts">{figures}</div>{folded}'
 
 
 def _summary_cards(runs: list[RunData]) -> str:
@@ -54,7 +68,8 @@ def _summary_cards(runs: list[RunData]) -> str:
         f"{_summary_card(run)}</div>"
         for run in runs
     )
-    return "<p>Every chart has the global step on its x axis.</p>" + "".join(cards)
+    note = "<p>Every chart has the global step on its x axis.</p>" if any(run.records for run in runs) else ""
+    return "".join(cards) + note
 
 
 def _alarm_section(runs: list[RunData]) -> str:
@@ -79,7 +94,7 @@ def _summary_card(run: RunData) -> str:
     for key, label in (("reward_mean", "Reward, first → last"), ("eval_accuracy", "Held-out reward, first → last")):
         values = [v for v in run.series(key)[1] if v is not None]
         if values:
-            items.append((label, f"{values[0]:.3f} → {values[-1]:.3f}"))
+            items.append((label, format_change(values)))
     items.append(("Steps", str(len(run.records))))
     seconds = {phase: sum(v or 0.0 for v in run.series(f"seconds_{phase}")[1]) for phase in (*PHASES, "step")}
     total = seconds.pop("step")
@@ -87,7 +102,7 @@ def _summary_card(run: RunData) -> str:
         slowest = max(seconds, key=seconds.__getitem__)
         items.append(("Seconds in all", f"{total:.0f}"))
         items.append(("Slowest phase", f"{slowest.replace('_', ' ')}, {seconds[slowest] / total:.0%}"))
-    if "weight_version" in run.records[-1]:
+    if run.records and "weight_version" in run.records[-1]:
         items.append(("Weight version", str(run.records[-1]["weight_version"])))
     big = len(items)
     if resumed := run.summary.get("resumed"):

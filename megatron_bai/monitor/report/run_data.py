@@ -7,7 +7,7 @@ in progress may have none). `summary["provenance"]` may name a merge's `provenan
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ import yaml
 
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors.alarm import Alarm
+from megatron_bai.monitor.run_log import PROGRESS
+from megatron_bai.utils.json_numbers import is_number
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The content of a run directory. `records` are in the order of their steps, one a step."""
+    """The content of a run directory.
+
+    `records` are in the order of their steps, one a step; there is none while the first is in work. `progress` is the
+    phase of the step in work.
+    """
 
     name: str
     colour: str
@@ -27,6 +33,8 @@ class RunData:
     config: dict[str, Any]
     summary: dict[str, Any]
     provenance: dict[str, Any]
+    directory: Path = Path()
+    progress: dict[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[int], list[float | None]]:
         """Return the steps that have a number under `key`, and the numbers; null and non-finite ones are gaps, None."""
@@ -68,11 +76,21 @@ def load_run(directory: Path, name: str, colour: str) -> RunData:
     return RunData(
         name=name,
         colour=colour,
-        records=_read_metrics(directory / "metrics.jsonl"),
+        records=_read_metrics(directory / "metrics.jsonl", has_begun=(directory / "config.yaml").is_file()),
         config=_read_mapping(directory / "config.yaml", yaml.safe_load),
         summary=summary,
         provenance=_read_mapping(provenance, json.loads),
+        directory=directory,
+        progress=_read_progress(directory / PROGRESS),
     )
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    """Read the phase of the step in work; an empty mapping where there is none, or none that can be read."""
+    try:
+        return _read_mapping(path, json.loads)
+    except UserError:
+        return {}
 
 
 def _read_mapping(path: Path, parse: Any) -> dict[str, Any]:
@@ -88,8 +106,15 @@ def _read_mapping(path: Path, parse: Any) -> dict[str, Any]:
     return content
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records in the order of their steps. Of a step written twice (a resumed run) the last record counts."""
+def _read_metrics(path: Path, has_begun: bool = False) -> list[dict[str, Any]]:
+    """Read the records in the order of their steps. Of a step written twice (a resumed run) the last record counts.
+
+    Args:
+        path: of the file.
+        has_begun: whether the run has written its settings, so that it may have no step yet.
+    """
+    if not path.is_file() and has_begun:
+        return []
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a directory that a training run wrote")
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -102,7 +127,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(lines) - 1:
                 break  # the run is writing this line
             raise UserError(f"{path}, record {number + 1}, is not a JSON object with a step: repair it") from error
-    if not records:
+    if not records and not has_begun:
         raise UserError(f"{path} holds no step yet: wait for the run's first")
     return [records[step] for step in sorted(records)]
 
@@ -115,8 +140,3 @@ def run_names(run_dirs: list[Path]) -> list[str]:
         return names
     parent = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(parent)) for path in paths]
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

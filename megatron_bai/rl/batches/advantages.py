@@ -7,8 +7,6 @@ import torch
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]  # a tensor's sum over the data-parallel ranks
 
-ESTIMATORS = ("centred", "normalised", "leave_one_out")
-
 
 def group_centred(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
     """Compute A = R − mean of the group's R, without a division by the standard deviation (arXiv 2512.01374).
@@ -99,9 +97,7 @@ def in_uniform_group(rewards: np.ndarray, group_size: int, valid: np.ndarray | N
         `[groups · group_size]` bool, of every sample.
     """
     groups, valid, _ = _grouped(rewards, group_size, valid)
-    lowest = np.where(valid, groups, np.inf).min(axis=1)
-    highest = np.where(valid, groups, -np.inf).max(axis=1)
-    return np.repeat(lowest >= highest, group_size)
+    return np.repeat(_all_equal(groups, valid), group_size)
 
 
 def has_peer(valid: np.ndarray, group_size: int) -> np.ndarray:
@@ -128,7 +124,16 @@ def _grouped(
 
 
 def _centred(groups: np.ndarray, valid: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return np.where(valid, groups - groups.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+    """Return R − mean, exactly 0 in a group of equal rewards, whose mean may be rounded (three times 0.1)."""
+    centred = groups - groups.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    return np.where(valid & ~_all_equal(groups, valid)[:, None], centred, 0.0)
+
+
+def _all_equal(groups: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Return `[groups]` bool, whether the rewards that there are do not differ."""
+    lowest, highest = (np.where(valid, groups, fill) for fill in (np.inf, -np.inf))
+    equal: np.ndarray = lowest.min(axis=1) >= highest.max(axis=1)
+    return equal
 
 
 def _compared(valid: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -32,6 +32,9 @@ def validate_batches(settings: config.Config, replicas: int) -> None:
         UserError: names the settings.
     """
     trainer = settings.trainer
+    if isinstance(settings.objective, config.Sft):
+        _validate_rows(settings, replicas)
+        return
     num_mini_batches = replicas * trainer.mini_batches
     if trainer.prompts_per_step % num_mini_batches:
         raise UserError(
@@ -49,9 +52,22 @@ def validate_batches(settings: config.Config, replicas: int) -> None:
     if samples % trainer.micro_batch_size:
         raise UserError(
             f"trainer.micro_batch_size ({trainer.micro_batch_size}) does not divide the {samples} samples of a rank's "
-            "mini-batch"
+            f"mini-batch, trainer.prompts_per_step {trainer.prompts_per_step} × trainer.group_size {trainer.group_size}"
+            f" / (trainer.mini_batches {trainer.mini_batches} × data-parallel ranks {replicas}); choose a divisor of "
+            f"{samples}"
         )
     build.validate_micro_batches(settings.parallel, samples // trainer.micro_batch_size)
+
+
+def _validate_rows(settings: config.Config, replicas: int) -> None:
+    """Refuse rows of supervised training that do not divide evenly."""
+    rows, size = settings.supervised.rows, settings.trainer.micro_batch_size
+    if rows % (replicas * size):
+        raise UserError(
+            f"supervised.rows ({rows}) is not a multiple of trainer.micro_batch_size ({size}) × data-parallel ranks "
+            f"({replicas})"
+        )
+    build.validate_micro_batches(settings.parallel, rows // (replicas * size))
 
 
 def make_mini_batches(

@@ -175,6 +175,7 @@ class Collector:
         self.num_prompts_taken += sum(counts)
         prompts = session.task.prompts("train", seed, start, count)
         samples = self.inference.sample(prompts, trainer.group_size, f"train/{seed}", first=start)
+        samples = [replace(sample, stream_index=start + sample.prompt_index) for sample in samples]
         self._add_responses(samples, stats)
         return samples
 

@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts: avg@n with a confidence interval."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch.distributed as dist
@@ -9,35 +10,41 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.experience.failed_samples import count_failures
 from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rl.session import Session
+from megatron_bai.rollout.sample import Sample
 
 
-def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None:
+def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> list[Sample]:
     """Sample `trainer.eval_samples` responses to each held-out prompt, with the new weights. Collective.
 
-    Adds `eval_accuracy` (avg@n: the mean over prompts of a prompt's mean reward) with the ends of its 95 % interval,
-    `eval_accuracy_low` and `eval_accuracy_high` (`confidence_interval`); `eval_best`, the mean over prompts of the best
-    reward (pass@n where rewards are 0 and 1); `eval_length`, the mean length of responses in tokens, `eval_truncated`,
-    the share cut off, and `eval_failed`, the share without a reward, lost samples among them. If training has another
-    reward than the data's own check, `eval_exact` is the share of samples that this check finds right, of prompts with
-    an answer.
+    Adds `eval_accuracy` (avg@n of the reward, whatever reward that is: the mean over prompts of a prompt's mean) with
+    the ends of its 95 % interval, `eval_accuracy_low` and `eval_accuracy_high` (`confidence_interval`); `eval_best`,
+    the mean over prompts of the best reward (pass@n where rewards are 0 and 1); `eval_length`, the mean length of
+    responses in tokens, `eval_truncated`, the share cut off, and `eval_failed`, the share without a reward, lost
+    samples among them. If training has another reward than the data's own check, `eval_exact` is the share of samples
+    that this check finds right, of prompts with an answer that it can compare; it is left out where no prompt has
+    one.
 
     Args:
         session: of the run.
         inference: its servers, with the new weights.
         stats: gets the metrics.
+
+    Returns:
+        This replica's samples, in groups, on every rank of it.
     """
     settings, task = session.settings, session.task
     count, n, seed = task.eval_size, settings.trainer.eval_samples, settings.run.seed
     start, end = (count * (session.dp_rank + i) // session.dp_size for i in (0, 1))
     prompts = task.prompts("eval", seed, start, end - start)
     samples = inference.sample(prompts, n, f"eval/{seed}", start, settings.trainer.eval_temperature)
+    samples = [replace(sample, stream_index=start + sample.prompt_index) for sample in samples]
     count_failures(session, [sample.failure for sample in samples], "eval_failed", stats)
     rewards: list[list[float]] = [[] for _ in prompts]
     for sample in samples:
         if sample.reward is not None:
             rewards[sample.prompt_index].append(sample.reward)
         sampled = not sample.lost
-        if sampled and settings.reward.name != "exact" and prompts[sample.prompt_index].answer:
+        if sampled and settings.reward.name != "exact" and task.has_check(prompts[sample.prompt_index]):
             stats.ratio("eval_exact", task.reward(prompts[sample.prompt_index], sample.response.tolist()), 1)
         stats.ratio("eval_length", len(sample.response), sampled)
         stats.ratio("eval_truncated", sampled and sample.finish != "stop", sampled)
@@ -50,6 +57,7 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> None
         values |= {"eval_accuracy_low": mean - half_width, "eval_accuracy_high": mean + half_width}
     for name, value in values.items():
         stats.ratio(name, value, 1)
+    return samples
 
 
 def confidence_interval(means: np.ndarray, confidence: float = 0.95) -> tuple[float, float | None]:

@@ -44,7 +44,10 @@ def count_failures(session: Session, failures: list[str], metric: str, stats: St
     if failed == total:
         raise UserError(f"all {total} rewards of a step failed (reward={session.settings.reward.name}), first: {first}")
     if session.is_rank_0:
-        _log.warning("%d of %d rewards failed, their samples are left out; first: %s", failed, total, first)
+        name = session.settings.reward.name
+        _log.warning(
+            "%d of %d rewards failed (reward=%s), their samples are left out; first: %s", failed, total, name, first
+        )
 
 
 def _count_over_replicas(session: Session, failures: list[str], metric: str, stats: Stats) -> tuple[int, int, str]:

@@ -25,8 +25,10 @@ from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
 from megatron_bai.rollout.servers.quantize import fake_quantize
 from megatron_bai.rollout.servers.weight_sync import WeightTransport
+from megatron_bai.routing.layout import ServedColumns
 
 _PROBES = 4  # held-out prompts whose log-probabilities verify that new weights arrived
+_LENGTHENED = 4  # tokens of a probe made of a prompt of one token
 
 
 class InferenceEngine:
@@ -36,6 +38,7 @@ class InferenceEngine:
         version: of the weights in use, counted in syncs from 0; before the first sync, of the weights before it.
         sync_gap: |mean log-probability of the probe under a server − under the trainer|, nats, after the last sync; the
             largest of the servers'.
+        unverified: releases of the servers whose rows must be verified before the first update.
     """
 
     def __init__(self, session: Session, servers: FleetInfo, version: int, server_fleet: ServerFleet | None = None):
@@ -53,16 +56,20 @@ class InferenceEngine:
         self._has_pushed = False
         self._disk_version = version + 1  # the checkpoint below run.dir that a server can be started from
         self._client = self._make_client(servers.sampling_urls, session.dp_rank)
-        self._shapes = hf_checkpoint.hf_shapes(session.actor.modules, settings.model)
+        self._shapes = hf_checkpoint.hf_shapes(session.actor.modules, session.actor.architecture)
         probes = min(_PROBES, session.task.eval_size)
-        self._probe = [prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)]
+        self._probe = make_probe([prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)])
         self.version = version
+        self.unverified = servers.untested
         self.sync_gap = float("nan")
 
     def _make_client(self, urls: list[str], first: int = 0) -> RolloutClient:
         model, rollout = self._session.settings.model, self._session.settings.rollout
         signature = self._session.signature
-        return RolloutClient(urls, rollout, signature, model.vocab_size, model.max_position_embeddings, first)
+        architecture = self._session.actor.architecture
+        served = ServedColumns(*architecture.family.route_columns(architecture))
+        longest = model.max_position_embeddings
+        return RolloutClient(urls, rollout, signature, model.vocab_size, longest, first, served)
 
     def sample(
         self,
@@ -94,7 +101,7 @@ class InferenceEngine:
         max_failures = self.max_failures(len(prompts) * group_size)
         while True:
             if session.is_replica_leader:
-                end, version = session.task.tokenizer.eos_token_id, str(self.version)
+                end, version = session.task.end_tokens, str(self.version)
                 arguments = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
                 results = self._client.generate(
                     *arguments, version=version, max_failures=max_failures, previous=results
@@ -135,7 +142,7 @@ class InferenceEngine:
             UserError: a server aborted a sample.
         """
         session = self._session
-        end, budget = session.task.tokenizer.eos_token_id, session.settings.rollout.partial_tokens
+        end, budget = session.task.end_tokens, session.settings.rollout.partial_tokens
         results = self._client.sample(wanted, end, budget=budget, version=str(self.version), max_failures=max_failures)
         self._refuse_aborted(results)
         return results
@@ -241,13 +248,14 @@ class InferenceEngine:
     def _through_memory(self) -> None:
         """Send the weights as tensors. Collective."""
         session, rollout = self._session, self._session.settings.rollout
-        tensors = hf_checkpoint.iter_hf_tensors(session.actor.modules, session.settings.model)
+        tensors = hf_checkpoint.iter_hf_tensors(session.actor.modules, session.actor.architecture)
         if session.is_rank_0:
             tensors = ((name, fake_quantize(name, tensor, rollout.quantize)) for name, tensor in tensors)
             self._transport = self._transport or self._make_transport()
             bucket = rollout.sync_bucket_mib << 20
+            together = session.actor.architecture.family.loaded_together
             weight_sync.sync_from_tensors(
-                self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket
+                self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket, together
             )
         else:
             for _ in tensors:  # takes part in gathering, and sends nothing
@@ -292,12 +300,27 @@ class InferenceEngine:
             gap[0] = max(abs(float(mean) - server_mean) for server_mean in means)
         dist.broadcast_object_list(gap, src=0)
         self.sync_gap = gap[0]
+        if not mean.isfinite():
+            raise UserError(
+                f"before weight sync {self.version} the training engine's log-probabilities of the probe are "
+                f"{float(mean)}: the weights are of no use; continue from the last checkpoint, or from another start"
+            )
         tolerance = session.settings.rollout.sync_tolerance
         if not self.sync_gap <= tolerance:
             raise UserError(
                 f"after weight sync {self.version} a server's log-probabilities of the probe are {self.sync_gap:.3g} "
                 f"nats off, more than rollout.sync_tolerance ({tolerance:g}): it does not use the new weights"
             )
+
+
+def make_probe(prompts: list[list[int]]) -> list[list[int]]:
+    """Return sequences of at least two tokens, so that each has a token that the model predicts.
+
+    Args:
+        prompts: token ids of each. One of a single token is followed by all prompts' tokens, over and over.
+    """
+    tokens = [token for ids in prompts for token in ids]
+    return [ids if len(ids) > 1 else (ids + tokens * _LENGTHENED)[:_LENGTHENED] for ids in prompts]
 
 
 def _weights_dir(session: Session, version: int) -> Path:
@@ -308,10 +331,10 @@ def _weights_dir(session: Session, version: int) -> Path:
 def _export_weights(session: Session, version: int) -> Path:
     """Export the actor's weights in the format of Hugging Face. Collective."""
     directory = _weights_dir(session, version)
-    settings = session.settings
-    change = partial(fake_quantize, fmt=settings.rollout.quantize)
+    change = partial(fake_quantize, fmt=session.settings.rollout.quantize)
+    info = {"version": version}
     hf_checkpoint.save_hf(
-        session.actor.modules, settings.model, directory, session.tokenizer_dir, {"version": version}, change
+        session.actor.modules, session.actor.architecture, directory, session.tokenizer_dir, info, change, True
     )
     return directory
 
@@ -320,7 +343,7 @@ def _export_weights(session: Session, version: int) -> Path:
 def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEngine]:
     """Start servers, or connect to running ones, and sync the actor's weights to them. Collective.
 
-    Servers that were started here are stopped however the block ends.
+    However the block ends or fails to begin, servers that were started here are stopped and exported weights removed.
 
     Args:
         session: of the run.
@@ -333,8 +356,13 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
         UserError: a server did not start, or one that runs already cannot be used.
     """
     settings = session.settings
-    directory = None if settings.rollout.urls else _export_weights(session, version)
     with ExitStack() as stack:
+        if session.is_rank_0:
+            # What was sent the servers have; a run's result is `trainer.save`. What a killed run left goes first.
+            weights = _weights_dir(session, version).parent
+            rmtree(weights, ignore_errors=True)
+            stack.callback(rmtree, weights, ignore_errors=True)
+        directory = None if settings.rollout.urls else _export_weights(session, version)
         server_fleet: ServerFleet | None = None
         info: list[Any] = [None]
         if session.is_rank_0:
@@ -346,8 +374,6 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
                 )
             )
             info[0] = server_fleet.fleet
-            # What was sent the servers have now; a run's result is `trainer.save`.
-            stack.callback(rmtree, _weights_dir(session, version).parent, ignore_errors=True)
         dist.broadcast_object_list(info, src=0)
         inference = InferenceEngine(session, info[0], version - 1, server_fleet)
         stack.callback(inference.close)

@@ -103,7 +103,7 @@ class RolloutBuffer:
             self._complete_next()
         assert self._work is None and not self._failed, "`finish_next` comes after a sync, and before this"
         samples = [
-            replace(sample, prompt_index=index)
+            replace(sample, prompt_index=index, stream_index=group.prompt_index)
             for index, group in enumerate(self._next_groups)
             for sample in group.started_samples()
         ]

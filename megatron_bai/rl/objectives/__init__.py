@@ -8,6 +8,7 @@ whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does 
 from hydra.core.config_store import ConfigStore
 
 from megatron_bai import config
+from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
@@ -61,6 +62,7 @@ def check(settings: config.Objective) -> Objective:
             f"objective.name is {settings.name!r}, but the settings are those of {type(settings).name!r}: choose with "
             f"objective={settings.name}"
         )
+    validate_group("objective", settings)
     if isinstance(settings, config.Policy):
         validate_policy(settings)
     objective.check(settings)

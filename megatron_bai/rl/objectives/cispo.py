@@ -4,10 +4,10 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import validate_clipping
-from megatron_bai.rl.objectives.correction import apply_correction
+from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.dapo import token_mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, log_ratio
+from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, coefficients, log_ratio
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerToken, Stats]:
@@ -29,8 +29,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerT
     stats = Stats()
     advantages = broadcast_advantages(batch.advantages)
     add_clip_fractions(stats, weight != ratio, advantages, mask)
-    losses = -weight * advantages * logprobs.masked_fill(~mask, 0.0)
-    return apply_correction(losses, batch, settings, stats), stats
+    losses = -coefficients(weight, advantages) * logprobs.masked_fill(~mask, 0.0)
+    return Correction(batch, settings, stats).apply(losses), stats
 
 
 OBJECTIVE = Objective(loss, config.Cispo, token_mean, validate_clipping)

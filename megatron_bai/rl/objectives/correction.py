@@ -5,12 +5,11 @@ is above C (masking), or take the whole response's weight, Π_t π_old/μ_old, a
 """
 
 from megatron_bai import config
+from megatron_bai.config.objectives import CORRECTIONS as CORRECTIONS
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
-from megatron_bai.rl.objectives.terms import log_ratio, sequence_log_ratio
-
-CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, sequence_log_ratio
 
 
 def correction_weights(
@@ -34,19 +33,33 @@ def correction_weights(
     return weight.masked_fill(over, limit if correction.endswith("truncate") else 0.0), over
 
 
-def apply_correction(losses: PerToken, batch: Batch, settings: config.Corrected, stats: Stats) -> PerToken:
-    """Multiply losses by their weights; add `corrected_fraction`, the share of tokens whose weight is above C.
+class Correction:
+    """The weights of a batch's tokens.
 
-    Args:
-        losses: `[B, T]`.
-        batch: `mask`, `old_logprobs` and `infer_logprobs` are used.
-        settings: of the objective.
-        stats: gets the metric.
+    Attributes:
+        dropped: `[B, T]` bool, tokens outside the mask and those that masking leaves out: their loss becomes 0.
     """
-    if settings.correction == "none":
-        return losses
-    weight, over = correction_weights(
-        batch.old_logprobs, batch.infer_logprobs, batch.mask, settings.correction, settings.correction_max
-    )
-    stats.mean("corrected_fraction", over[batch.mask])
-    return losses * weight
+
+    def __init__(self, batch: Batch, settings: config.Corrected, stats: Stats):
+        """Compute the weights; add `corrected_fraction`, the share of tokens whose weight is above C.
+
+        Args:
+            batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
+            settings: of the objective.
+            stats: gets the metric, unless there is no correction.
+        """
+        self.dropped, self._weight = ~batch.mask, None
+        if settings.correction == "none":
+            return
+        weight, over = correction_weights(
+            batch.old_logprobs, batch.infer_logprobs, batch.mask, settings.correction, settings.correction_max
+        )
+        stats.mean("corrected_fraction", over[batch.mask])
+        if settings.correction.endswith("mask"):
+            self.dropped = self.dropped | over
+        # Without a maximum a weight may be infinite, and times the loss 0 of a token without advantage be NaN.
+        self._weight = weight.masked_fill(self.dropped | (broadcast_advantages(batch.advantages) == 0), 0.0)
+
+    def apply(self, losses: PerToken) -> PerToken:
+        """Multiply losses `[B, T]` by their weights; those of dropped tokens may be anything."""
+        return losses if self._weight is None else losses.masked_fill(self.dropped, 0.0) * self._weight

@@ -4,7 +4,7 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import validate_clipping
-from megatron_bai.rl.objectives.correction import apply_correction
+from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, clipped_surrogate, log_ratio
 
@@ -13,7 +13,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo |
     """Compute −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) at each token, r = π_θ/π_old.
 
     A response's tokens are averaged, then the responses. A is divided by the group's deviation. The paper's KL penalty
-    is an option (`kl_penalty`, k3), and so is the weight π_old/μ_old (`correction`).
+    is an option (`kl_penalty`, k3), and so are the weight π_old/μ_old (`correction`) and a limit of the loss of a token
+    with A < 0 whose ratio grows (`dual_clip`).
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
@@ -21,14 +22,17 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo |
         settings: of the objective.
 
     Returns:
-        Losses `[B, T]`, and `clip_fraction`, the share of tokens whose gradient the limit removes, also by sign of A.
+        Losses `[B, T]`, and `clip_fraction`, the share of tokens whose gradient a limit removes, also by sign of A.
     """
     logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
     advantages = broadcast_advantages(batch.advantages)
-    losses, clipped = clipped_surrogate(logs, advantages, settings.clip_low, settings.clip_high)
     stats = Stats()
+    correction = Correction(batch, settings, stats)
+    losses, clipped = clipped_surrogate(
+        logs, advantages, settings.clip_low, settings.clip_high, settings.dual_clip, correction.dropped
+    )
     add_clip_fractions(stats, clipped, advantages, batch.mask)
-    return apply_correction(losses, batch, settings, stats), stats
+    return correction.apply(losses), stats
 
 
 OBJECTIVE = Objective(loss, config.Grpo, mean=lambda settings: "sample_mean", check=validate_clipping)

@@ -4,7 +4,7 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import validate_clipping
-from megatron_bai.rl.objectives.correction import apply_correction
+from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
@@ -31,10 +31,13 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerTo
     mask = batch.mask
     logs = sequence_log_ratio(log_ratio(logprobs, batch.old_logprobs, mask)) / response_lengths(mask)
     advantages = broadcast_advantages(batch.advantages)
-    losses, clipped = clipped_surrogate(logs, advantages, settings.clip_low, settings.clip_high)
     stats = Stats()
+    correction = Correction(batch, settings, stats)
+    losses, clipped = clipped_surrogate(
+        logs, advantages, settings.clip_low, settings.clip_high, dropped=correction.dropped
+    )
     add_clip_fractions(stats, clipped, advantages, mask)
-    return apply_correction(losses, batch, settings, stats), stats
+    return correction.apply(losses), stats
 
 
 OBJECTIVE = Objective(loss, config.Gspo, mean=lambda settings: "sample_mean", check=validate_clipping)

@@ -3,9 +3,15 @@
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import refuse_unused, require_positive, require_range
+from megatron_bai.rl.objectives.checks import refuse_unused
 from megatron_bai.rl.objectives.objective import Mean, Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, log_ratio, outside_trust_region
+from megatron_bai.rl.objectives.terms import (
+    add_clip_fractions,
+    broadcast_advantages,
+    coefficients,
+    log_ratio,
+    outside_trust_region,
+)
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[PerToken, Stats]:
@@ -28,7 +34,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
     detached_logprobs = logprobs.detach()
     ratio = log_ratio(detached_logprobs, batch.old_logprobs, mask).exp()
     weight = log_ratio(detached_logprobs, batch.infer_logprobs, mask).exp() if settings.train_infer_is else ratio
-    coefficient = weight.clamp(max=settings.is_max) * advantages
+    coefficient = coefficients(weight.clamp(max=settings.is_max), advantages)
     stats = Stats()
     if settings.clip:
         clipped = outside_trust_region(ratio, advantages, settings.clip_low, settings.clip_high)
@@ -44,9 +50,6 @@ def mean(settings: config.Minirl) -> Mean:
 
 def check(settings: config.Minirl) -> None:
     """Validate the settings by name."""
-    require_range(settings, "clip_low", 0, 1)
-    require_range(settings, "clip_high", 0)
-    require_positive(settings, "is_max")
     if not settings.clip:
         refuse_unused(settings, ["clip_low", "clip_high"], "objective.clip=false")
 

@@ -10,7 +10,7 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.objectives import grpo
-from megatron_bai.rl.objectives.checks import require_positive, require_range, validate_clipping
+from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 
 
@@ -44,12 +44,6 @@ def critic_loss(
 def check(settings: config.Ppo) -> None:
     """Validate the settings by name."""
     validate_clipping(settings)
-    require_range(settings, "gamma", 0, 1)
-    require_range(settings, "lam", 0, 1)
-    require_positive(settings, "value_clip")
-    require_range(settings, "critic_warmup", 0)
-    if settings.critic_learning_rate is not None:
-        require_positive(settings, "critic_learning_rate")
     if settings.critic_save and settings.critic_save == settings.critic_checkpoint:
         raise UserError(f"objective.critic_save and objective.critic_checkpoint are both {settings.critic_save}")
 

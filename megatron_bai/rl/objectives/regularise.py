@@ -6,8 +6,6 @@ from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
 from megatron_bai.rl.objectives.terms import log_ratio
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
 
 def kl_estimate(new: PerToken, reference: PerToken, mask: PerToken, kind: str) -> PerToken:
     """Estimate KL(π_θ ‖ π_ref) at sampled tokens.
@@ -24,7 +22,7 @@ def kl_estimate(new: PerToken, reference: PerToken, mask: PerToken, kind: str) -
         new: `[B, T]` log π_θ, with gradient.
         reference: `[B, T]` log π_ref.
         mask: `[B, T]` bool.
-        kind: one of `KL_ESTIMATORS`.
+        kind: `objective.kl_estimator`.
 
     Returns:
         `[B, T]` nats, 0 outside `mask`.

@@ -1,13 +1,10 @@
 """The sequence-level objective that token-level ones approximate to first order (arXiv 2512.01374)."""
 
-import torch
-
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives.checks import require_positive
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, sequence_log_ratio
+from megatron_bai.rl.objectives.terms import broadcast_advantages, coefficients, log_ratio, sequence_log_ratio
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[PerToken, Stats]:
@@ -29,16 +26,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[P
     stats = Stats()
     stats.mean("sequence_weight_mean", weight[batch.mask])
     stats.max("sequence_weight_max", weight[batch.mask])
-    # Without truncation an overflowing weight stays finite here, so that 0 · weight is 0; the engine refuses the rest.
-    coefficient = weight.clamp(max=min(settings.is_max, torch.finfo(weight.dtype).max)) * broadcast_advantages(
-        batch.advantages
-    )
+    coefficient = coefficients(weight.clamp(max=settings.is_max), broadcast_advantages(batch.advantages))
     return -coefficient * (1 + logs - logs.detach()), stats
 
 
-def check(settings: config.Sequence) -> None:
-    """Validate the settings by name."""
-    require_positive(settings, "is_max")
-
-
-OBJECTIVE = Objective(loss, config.Sequence, mean=lambda settings: "sample_mean", check=check)
+OBJECTIVE = Objective(loss, config.Sequence, mean=lambda settings: "sample_mean")

@@ -49,6 +49,18 @@ def broadcast_advantages(advantages: torch.Tensor) -> torch.Tensor:
     return advantages[:, None] if advantages.dim() == 1 else advantages
 
 
+def coefficients(weight: PerToken, advantages: torch.Tensor) -> PerToken:
+    """Compute weight · A, `[B, T]`, in which ∞ · 0 is 0: a token without advantage has no loss, however far it went.
+
+    With an advantage an infinite weight stays infinite, so that the engine finds the gradient not finite.
+
+    Args:
+        weight: `[B, T]`, ≥ 0, without gradient; inf beyond its type.
+        advantages: `[B, T]` or `[B, 1]` A.
+    """
+    return (weight * advantages).masked_fill(weight.isinf() & (advantages == 0), 0.0)
+
+
 def outside_trust_region(ratio: PerToken, advantages: torch.Tensor, low: float, high: float) -> PerToken:
     """Return whether a ratio has left the trust region on the side that its advantage pushes to.
 
@@ -66,21 +78,39 @@ def outside_trust_region(ratio: PerToken, advantages: torch.Tensor, low: float, 
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
 
 
-def clipped_surrogate(logs: PerToken, advantages: torch.Tensor, low: float, high: float) -> tuple[PerToken, PerToken]:
+def clipped_surrogate(
+    logs: PerToken,
+    advantages: torch.Tensor,
+    low: float,
+    high: float,
+    dual: float = float("inf"),
+    dropped: PerToken | None = None,
+) -> tuple[PerToken, PerToken]:
     """Compute −min(r·A, clip(r, 1 − low, 1 + high)·A), r = exp(logs) (PPO, arXiv 1707.06347, eq. 7).
+
+    With a dual clip c, the larger of that minimum and c·A where A < 0 (arXiv 1912.09729, eq. 5).
+
+    Where the gradient is 0, autograd takes no ratio: that of one beyond its type is infinite, and 0 · ∞ is NaN. Where
+    the gradient is not 0, a ratio beyond its type gives an infinite loss and no finite gradient.
 
     Args:
         logs: `[B, T]` log r, with gradient.
         advantages: `[B, T]` or `[B, 1]` A.
         low: limit below 1.
         high: limit above 1.
+        dual: c, above 1; inf: none.
+        dropped: `[B, T]` bool, tokens whose loss the caller multiplies by 0; their loss here is arbitrary but finite.
 
     Returns:
-        The loss `[B, T]`, and `[B, T]` bool, where the limit holds: there the gradient is 0.
+        The loss `[B, T]`, and `[B, T]` bool, where a limit holds: there the gradient is 0.
     """
-    ratio = logs.exp()
-    losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    return losses, outside_trust_region(ratio.detach(), advantages, low, high)
+    ratio = logs.detach().exp()
+    capped = (advantages < 0) & (ratio > dual)
+    clipped = outside_trust_region(ratio, advantages, low, high) | capped
+    limit = ratio.clamp(1 - low, 1 + high).masked_fill(capped, dual)
+    constant = clipped | ((advantages == 0) & ~logs.isnan())
+    constant = constant if dropped is None else constant | dropped
+    return -torch.where(clipped, limit, logs.masked_fill(constant, 0.0).exp()) * advantages, clipped
 
 
 def add_clip_fractions(stats: Stats, clipped: PerToken, advantages: torch.Tensor, mask: PerToken) -> None:

@@ -10,6 +10,7 @@ from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.model.build import MegatronModel
+from megatron_bai.model.param_shards import named_weights
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import at_last_token, explained_variance, gae, whiten
 from megatron_bai.rl.batches.batch import Batch
@@ -47,7 +48,7 @@ class Critic:
         rate = self.settings.critic_learning_rate
         self._trainer = settings.trainer if rate is None else _with_learning_rate(settings.trainer, rate)
         self._updates = self._trainer.steps * self._trainer.mini_batches
-        self.model = build.build_critic(replace(settings, trainer=self._trainer), device)
+        self.model = build.build_critic(replace(settings, trainer=self._trainer, model=actor.architecture), device)
         if self.settings.critic_checkpoint:
             _load(self.model, self.settings.critic_checkpoint)
         else:
@@ -146,18 +147,18 @@ def copy_backbone(actor: MegatronModel, critic: MegatronModel) -> None:
         critic: filled in place, with the master weights of its optimizer; its architecture and layout are the actor's.
     """
     for actor_module, critic_module in zip(actor.modules, critic.modules, strict=True):
-        remaining = dict(actor_module.named_parameters())
-        for name, parameter in critic_module.named_parameters():
+        remaining = dict(named_weights(actor_module))
+        for name, tensor in named_weights(critic_module):
             if name.startswith("output_layer."):
-                parameter.zero_()
+                tensor.zero_()
             else:
-                parameter.copy_(remaining.pop(name))
+                tensor.copy_(remaining.pop(name))
         assert all(name.startswith("output_layer.") for name in remaining), f"the critic lacks {sorted(remaining)}"
     megatron_checkpoint.reload_master_weights(critic)
 
 
 def _load(critic: MegatronModel, path: str) -> None:
     try:
-        megatron_checkpoint.load(critic, path)
+        megatron_checkpoint.load(critic, path, critic=True)
     except UserError as error:
         raise UserError(f"objective.critic_checkpoint: {error}") from None

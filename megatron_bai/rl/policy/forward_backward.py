@@ -15,6 +15,8 @@ from megatron_bai.routing.layout import Packing
 
 Result = TypeVar("Result")
 
+_LARGEST_ADVANTAGE = 1e15  # beyond, the squares in a gradient's norm are near the end of float32
+
 
 class ForwardBackward:
     """Forward and backward passes of one model.
@@ -82,8 +84,17 @@ class ForwardBackward:
             self._run_schedule(micro_batches, scaled, forward_only=False)
         success, norm, _ = self.model.optimizer.step()
         if not success or norm != norm or norm == float("inf"):
-            raise UserError(f"the gradient's norm is {norm}: the run stops; continue from its last checkpoint")
+            raise UserError(f"the gradient's norm is {norm}{self._explain_overflow(micro_batches)}")
         return float(norm)
+
+    def _explain_overflow(self, micro_batches: list[Batch]) -> str:
+        """Return why a gradient may not be finite, and what to do, the same on all ranks. Collective."""
+        largest = torch.stack([micro_batch.advantages.abs().max() for micro_batch in micro_batches]).max()
+        largest = largest.to(self.device, torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if not largest <= _LARGEST_ADVANTAGE:  # NaN included
+            return f", with advantages up to {float(largest):.2g}: rewards this large overflow float32; scale them down"
+        return ": the run stops; continue from its last checkpoint"
 
     def _global_count(self, local_count: int) -> int:
         """Return the mini-batch's denominator: the sum over data-parallel ranks, at least 1."""

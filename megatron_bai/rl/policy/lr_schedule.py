@@ -1,12 +1,10 @@
 """The learning rate and the weight decay of each update, as Megatron-Core's scheduler sets them."""
 
-import math
 from typing import Any
 
 from megatron_bai import config
+from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
-
-DECAYS = ("constant", "linear", "cosine", "inverse-square-root")
 
 
 def validate(settings: config.Config) -> None:
@@ -16,12 +14,7 @@ def validate(settings: config.Config) -> None:
         UserError: names the setting.
     """
     trainer = settings.trainer
-    for name in ("learning_rate", "min_learning_rate", "weight_decay"):
-        value = getattr(trainer, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"trainer.{name} is {value}: give 0 or a positive number")
-    if trainer.decay not in DECAYS:
-        raise UserError(f"trainer.decay is {trainer.decay!r}: choose {', '.join(DECAYS)}")
+    validate_group("trainer", trainer)
     if trainer.min_learning_rate and trainer.decay == "constant":
         raise UserError("trainer.min_learning_rate needs a trainer.decay that ends there: constant never falls")
     if trainer.min_learning_rate > trainer.learning_rate:

@@ -59,6 +59,12 @@ class TrainingEngine:
         live = missing.to(self.device) if missing.any() else None
         return MicroRoutes(ids.to(self.device), routed.to(self.device), live)
 
+    def _live_routes(self, micro_batch: Batch) -> MicroRoutes:
+        """Return routes that leave the choice to the routers, but for padding, which moves no expert bias then."""
+        rows = self.place.rows(micro_batch.pack(micro_batch.targets >= 0)).to(self.device)
+        ids = torch.from_numpy(filler_routes(len(rows), self.replay.signature, self.replay.columns))
+        return MicroRoutes(ids.to(self.device), rows, rows)
+
     @torch.no_grad()
     def score(
         self, micro_batches: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False
@@ -136,6 +142,8 @@ class TrainingEngine:
             stats.add(loss_stats)
             return total
 
+        if routes is None and self.replay.moves_bias:
+            routes = [self._live_routes(micro_batch) for micro_batch in micro_batches]
         return stats, self.forward_backward.update(micro_batches, loss, local_count, self._replaying(routes))
 
     def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_bai.model.build import MegatronModel
+from megatron_bai.model.param_shards import named_weights
 
 
 class WeightCopy:
@@ -13,16 +14,16 @@ class WeightCopy:
 
     def __init__(self, actor: MegatronModel):
         self._actor = actor
-        self._weights = [parameter.detach().clone() for parameter in self._parameters()]
+        self._weights = [tensor.detach().clone() for tensor in self._tensors()]
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for module in self._actor.modules for parameter in module.parameters()]
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for module in self._actor.modules for _, tensor in named_weights(module)]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the actor's current weights in place of the earlier ones."""
-        for parameter, copied in zip(self._parameters(), self._weights, strict=True):
-            copied.copy_(parameter)
+        for tensor, copied in zip(self._tensors(), self._weights, strict=True):
+            copied.copy_(tensor)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -35,8 +36,8 @@ class WeightCopy:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Swap in place, since Megatron's parameters are views of its buffers; one parameter's memory at a time."""
-        for parameter, copied in zip(self._parameters(), self._weights, strict=True):
-            current = parameter.clone()
-            parameter.copy_(copied)
+        """Swap in place, since Megatron's parameters are views of its buffers; one tensor's memory at a time."""
+        for tensor, copied in zip(self._tensors(), self._weights, strict=True):
+            current = tensor.clone()
+            tensor.copy_(copied)
             copied.copy_(current)
