@@ -1,7 +1,8 @@
 """Report what this machine has, what each missing component disables, and whether the main job can run.
 
 Versions are compared with the package's own requirements (its installed metadata), so a pin is written in one place.
-Nothing heavy is imported: packages are asked for their metadata, the GPU driver for its devices.
+Nothing heavy is imported: packages are asked for their metadata, the GPU driver for its devices, and processes of their
+own for what must be imported.
 """
 
 import os
@@ -15,18 +16,20 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_bai import compat, project_files
+from megatron_bai.cli.findings import FAULT, OK, WITHOUT, Finding
+from megatron_bai.cli.kernel_findings import find_kernels
 from megatron_bai.compat.patch import Patch
-from megatron_bai.config import Config
+from megatron_bai.compat.releases import TAKEN
+from megatron_bai.config import Backend, Config
 from megatron_bai.errors import UserError
+from megatron_bai.utils.terminal_text import make_console
 
 _PACKAGE = "megatron-bai"
-_OK, _WITHOUT, _FAULT = "ok", "without", "fault"
-_MARKS = {_OK: ("✓", "green"), _WITHOUT: ("–", "yellow"), _FAULT: ("✗", "red")}
+_MARKS = {OK: ("✓", "green"), WITHOUT: ("–", "yellow"), FAULT: ("✗", "red")}
 
 # What the main job cannot do without the requirements that deserve a line of their own.
 _PURPOSES = {
@@ -37,11 +40,6 @@ _PURPOSES = {
 }
 # Optional: import name → what is lost without it. None of these is needed on a CPU.
 _OPTIONAL = {
-    "transformer_engine": (
-        "fused layers, FP8 and context parallelism; Megatron-Core's local layers are used",
-        "pip install 'megatron-bai[gpu]'",
-    ),
-    "apex": ("fused Adam and layer norm; torch's own are used", "build NVIDIA Apex from source"),
     "flash_attn": ("flash attention in training; unfused attention is used", "pip install flash-attn"),
 }
 # Optional on every machine: import name → what is lost without it.
@@ -49,21 +47,6 @@ _EXTRAS = {
     "datasets": ("data=dataset from Parquet or datasets.save_to_disk (JSON Lines is read)", "datasets"),
     "math_verify": ("reward=math_verify", "math"),
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's table.
-
-    Attributes:
-        state: `ok`, `without` (something optional is disabled) or `fault` (the main job cannot run).
-        note: what it is for or what is disabled, and what to do.
-    """
-
-    piece: str
-    found: str
-    state: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,33 +79,34 @@ def run(config: Config) -> None:
         SystemExit: with code 1, the main job cannot run here.
     """
     machine = Machine.detect()
-    findings = [*collect_findings(config.backend.kind, machine)]
+    findings = [*collect_findings(config.backend, machine)]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("", "piece", "found", "what it means"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         mark, colour = _MARKS[finding.state]
         table.add_row(Text(mark, style=colour), Text(finding.piece), Text(finding.found), Text(finding.note))
-    console = Console()
+    console = make_console()
     console.print(table)
-    faults = [finding.piece for finding in findings if finding.state == _FAULT]
+    faults = [finding.piece for finding in findings if finding.state == FAULT]
     if faults:
         console.print(f"\nThe main job cannot run here: {', '.join(faults)}.", style="red", markup=False)
         raise SystemExit(1)
     console.print(f"\nThe main job can run here, on {'GPUs' if machine.gpus else 'the CPU'}.", markup=False)
 
 
-def collect_findings(backend: str, machine: Machine) -> Iterator[Finding]:
+def collect_findings(backend: Backend, machine: Machine) -> Iterator[Finding]:
     """Yield all findings, in the order in which they are shown.
 
     Args:
-        backend: the setting `backend.kind`.
+        backend: the settings `backend.*`.
         machine: the hardware.
     """
     yield from _requirements()
     yield from _files()
+    yield from find_kernels(backend, bool(machine.gpus))
     yield from _optional(machine)
-    yield from _devices(backend, machine)
+    yield from _devices(backend.kind, machine)
     yield from _patches(compat.PATCHES, machine)
 
 
@@ -134,7 +118,7 @@ def _requirements() -> Iterator[Finding]:
         raise UserError(f"{_PACKAGE} is not installed, so its requirements are unknown: {_remedy(_PACKAGE)}") from error
     wanted, version = SpecifierSet(own["Requires-Python"]), platform.python_version()
     fits = wanted.contains(version, prereleases=True)
-    yield Finding("Python", version, _OK if fits else _FAULT, "" if fits else f"needs {wanted}: make a new environment")
+    yield Finding("Python", version, OK if fits else FAULT, "" if fits else f"needs {wanted}: make a new environment")
     wrong, right = [], 0
     for requirement in sorted(
         _main_requirements(own.get_all("Requires-Dist") or []), key=lambda r: r.name not in _PURPOSES
@@ -142,12 +126,12 @@ def _requirements() -> Iterator[Finding]:
         finding = _check_pin(requirement)
         if requirement.name in _PURPOSES:
             yield finding
-        elif finding.state == _OK:
+        elif finding.state == OK:
             right += 1
         else:
             wrong.append(finding)
     yield from wrong
-    yield Finding("other requirements", f"{right} of {right + len(wrong)}", _FAULT if wrong else _OK)
+    yield Finding("other requirements", f"{right} of {right + len(wrong)}", FAULT if wrong else OK)
 
 
 def _main_requirements(lines: Iterable[str]) -> Iterator[Requirement]:
@@ -159,15 +143,17 @@ def _main_requirements(lines: Iterable[str]) -> Iterator[Requirement]:
 
 
 def _check_pin(requirement: Requirement) -> Finding:
-    """Compare an installed release with its pin; a build's local suffix (`+cpu`) does not count."""
+    """Compare an installed release with its pin, and with others that are taken, without a build's suffix (`+cpu`)."""
     found, role = _version(requirement.name), _PURPOSES.get(requirement.name, "")
     if found is None:
         note = f"{role or 'needed by the package'}: {_remedy(_pin(requirement))}"
-        return Finding(requirement.name, "missing", _FAULT, note)
+        return Finding(requirement.name, "missing", FAULT, note)
+    if found.partition("+")[0] in TAKEN.get(requirement.name, ()):
+        return Finding(requirement.name, found, OK, role)
     if not requirement.specifier.contains(found, prereleases=True):
         note = f"needs {requirement.specifier}: {_remedy(_pin(requirement))}"
-        return Finding(requirement.name, found, _FAULT, note)
-    return Finding(requirement.name, found, _OK, role)
+        return Finding(requirement.name, found, FAULT, note)
+    return Finding(requirement.name, found, OK, role)
 
 
 def _pin(requirement: Requirement) -> str:
@@ -187,9 +173,9 @@ def _files() -> Iterator[Finding]:
         ("launch scripts", project_files.launch_dir, "runs on many machines and under Slurm"),
     ):
         try:
-            yield Finding(name, str(find()), _OK, role)
+            yield Finding(name, str(find()), OK, role)
         except UserError as error:
-            yield Finding(name, "missing", _FAULT, str(error))
+            yield Finding(name, "missing", FAULT, str(error))
 
 
 def _optional(machine: Machine) -> Iterator[Finding]:
@@ -197,47 +183,47 @@ def _optional(machine: Machine) -> Iterator[Finding]:
     for module, (lost, remedy) in _OPTIONAL.items():
         name = module.replace("_", "-")
         if util.find_spec(module) is not None:
-            yield Finding(name, _version(name) or "present", _OK)
+            yield Finding(name, _version(name) or "present", OK)
         elif machine.gpus:
-            yield Finding(name, "missing", _WITHOUT, f"no {lost}: {remedy}")
+            yield Finding(name, "missing", WITHOUT, f"no {lost}: {remedy}")
         else:
-            yield Finding(name, "missing", _WITHOUT, "not needed without a GPU")
+            yield Finding(name, "missing", WITHOUT, "not needed without a GPU")
     for module, (lost, extra) in _EXTRAS.items():
         name = module.replace("_", "-")
         if util.find_spec(module) is not None:
-            yield Finding(name, _version(name) or "present", _OK)
+            yield Finding(name, _version(name) or "present", OK)
         else:
-            yield Finding(name, "missing", _WITHOUT, f"no {lost}: pip install 'megatron-bai[{extra}]'")
+            yield Finding(name, "missing", WITHOUT, f"no {lost}: pip install 'megatron-bai[{extra}]'")
 
 
 def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
     """Report GPUs, CPU and compiler."""
     torch_build = _version("torch") or ""
     if machine.gpus and torch_build.endswith("+cpu"):
-        state = _FAULT if backend == "cuda" else _WITHOUT
+        state = FAULT if backend == "cuda" else WITHOUT
         note = f"unused: torch {torch_build} is a CPU build, install the CUDA build of that release"
         yield Finding("GPUs", ", ".join(machine.gpus), state, note)
     elif machine.gpus:
-        yield Finding("GPUs", ", ".join(machine.gpus), _OK)
+        yield Finding("GPUs", ", ".join(machine.gpus), OK)
     elif backend == "cuda":
-        yield Finding("GPUs", "none", _FAULT, "backend.kind is cuda: set it to auto, or install the NVIDIA driver")
+        yield Finding("GPUs", "none", FAULT, "backend.kind is cuda: set it to auto, or install the NVIDIA driver")
     else:
-        yield Finding("GPUs", "none", _WITHOUT, "tiny models on gloo only: no NCCL, no bfloat16 speed, no large run")
+        yield Finding("GPUs", "none", WITHOUT, "tiny models on gloo only: no NCCL, no bfloat16 speed, no large run")
     memory = f", {machine.memory_gib:.0f} GiB" if machine.memory_gib else ""
-    yield Finding("CPU", f"{machine.cores} cores{memory}", _OK, "ranks share the cores, one thread each")
+    yield Finding("CPU", f"{machine.cores} cores{memory}", OK, "ranks share the cores, one thread each")
     for name, flag, lost in (
         ("AMX", "amx_tile", "without SGLang's CPU kernels: its torch fallback serves, more slowly"),
         ("AVX-512 bf16", "avx512_bf16", "bfloat16 is slow on the CPU: keep backend.dtype and rollout.dtype at float32"),
     ):
         if flag in machine.cpu_flags:
-            yield Finding(name, "yes", _OK)
+            yield Finding(name, "yes", OK)
         else:
-            yield Finding(name, "no", _WITHOUT, "" if machine.gpus else lost)
+            yield Finding(name, "no", WITHOUT, "" if machine.gpus else lost)
     if machine.compiler:
-        yield Finding("C compiler", machine.compiler, _OK)
+        yield Finding("C compiler", machine.compiler, OK)
     else:
         note = "without torch.compile, which SGLang's seeded sampling needs: install gcc or clang"
-        yield Finding("C compiler", "none", _WITHOUT, note)
+        yield Finding("C compiler", "none", WITHOUT, note)
 
 
 def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
@@ -245,12 +231,14 @@ def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
     for patch in known:
         piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.installed_version or '–'}"
         if machine.gpus and patch.scope.endswith("-cpu"):
-            yield Finding(piece, found, _OK, "not needed with a GPU")
+            yield Finding(piece, found, OK, "not needed with a GPU")
+        elif patch.state == "not needed":
+            yield Finding(piece, found, OK, patch.state)
         elif patch.state in ("ready", "applied"):
-            yield Finding(piece, found, _OK, f"{patch.state}: {patch.summary}")
+            yield Finding(piece, found, OK, f"{patch.state}: {patch.summary}")
         else:
-            remedy = f"written for {patch.version}: pip install '{patch.distribution}=={patch.version}'"
-            yield Finding(piece, found, _FAULT, f"{patch.state}; {remedy}")
+            remedy = f"written for {', '.join(patch.versions)}: pip install '{patch.distribution}=={patch.versions[0]}'"
+            yield Finding(piece, found, FAULT, f"{patch.state}; {remedy}")
 
 
 def _version(distribution: str) -> str | None:
@@ -277,7 +265,7 @@ def _gpus() -> tuple[str, ...]:
 
 def _cpu_flags() -> frozenset[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return frozenset()
     return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())

@@ -1,25 +1,22 @@
 """What `megatron-bai --help` and `megatron-bai VERB --help` print."""
 
+import dataclasses
 import inspect
 import re
+from typing import Any, cast
+
+from omegaconf import MISSING
 
 from megatron_bai import config, project_files
 from megatron_bai.cli.compose import config_subclasses
 from megatron_bai.cli.verbs import VERBS, Verb
-
-# Defaults as one would write them on the command line; ??? is Hydra's mark for a value that must be given.
-_DEFAULT_TEXT = {
-    "field(default_factory=list)": "[]",
-    "field(default_factory=dict)": "{}",
-    "MISSING": "???",
-    "None": "null",
-    'float("inf")': "inf",
-}
+from megatron_bai.config.limits import describe_limits
 
 
 def overview() -> str:
     """Return the text of `megatron-bai --help`: the verbs and where the presets are."""
     lines = [f"  {name:8} {verb.summary}" for name, verb in VERBS.items()]
+    lines.append("  torchrun Start a verb in several processes: torchrun's own options, then the verb.")
     return "\n".join(
         [
             "usage: megatron-bai VERB [experiment=NAME] [group.key=value …]",
@@ -59,14 +56,43 @@ def _group_settings(group: str) -> list[str]:
 
 
 def _format_settings(group: str, kind: type) -> list[str]:
-    """List a class's own settings with type, default and the comment beside each."""
+    """List a class's own settings with type, default, what they may be, and the comment beside or above each."""
     about = inspect.getdoc(kind) or ""
     written = not about.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
     lines = [f"{group}: {about.splitlines()[0]}" if written else f"{group}:"]
-    for line in inspect.getsource(kind).splitlines():
-        if found := re.match(r"    (\w+): ([\w\[\], |]+) = (.+?)(?:  # (.+))?$", line):
-            key, typename, default, comment = found.groups()
-            lines.append(
-                f"  {group}.{key}={_DEFAULT_TEXT.get(default, default)}  ({typename}) {comment or ''}".rstrip()
-            )
+    comments = _read_comments(kind)
+    for setting in dataclasses.fields(kind):
+        if setting.name in comments:  # its own, and no base class's
+            allowed = describe_limits(setting)
+            plain = setting.type in (bool, int, float, str)
+            typename = cast(type, setting.type).__name__ if plain else str(setting.type).replace("typing.", "")
+            about = f"({typename}{', ' if allowed else ''}{allowed}) {comments[setting.name]}"
+            lines.append(f"  {group}.{setting.name}={_format_default(setting)}  {about}".rstrip())
     return lines
+
+
+def _format_default(setting: "dataclasses.Field[Any]") -> str:
+    """Return a default as one would write it on the command line; ??? is Hydra's mark for one that must be given."""
+    if setting.default_factory is not dataclasses.MISSING:
+        return "{}" if setting.default_factory is dict else "[]"
+    if setting.default is None:
+        return "null"
+    if isinstance(setting.default, bool):
+        return str(setting.default).lower()
+    quoted = isinstance(setting.default, str) and setting.default != MISSING
+    return f'"{setting.default}"' if quoted else str(setting.default)
+
+
+def _read_comments(kind: type) -> dict[str, str]:
+    """Return the comment beside or above each field that a class declares, or an empty text, in their order."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        if found := re.match(r"    # (.+)$", line):
+            above.append(found[1])
+        elif found := re.match(r"    (\w+): .+?(?:  # (.+))?$", line):
+            comments[found[1]] = found[2] or " ".join(above)
+            above = []
+        else:
+            above = []
+    return comments

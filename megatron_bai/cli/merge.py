@@ -1,6 +1,7 @@
 """The verb `merge`: merge checkpoints into the one that RL starts from."""
 
 from megatron_bai import config
+from megatron_bai.utils.terminal_text import escape_controls
 
 
 def run(settings: config.Config) -> None:
@@ -15,4 +16,4 @@ def run(settings: config.Config) -> None:
     with merge_ranks() as ranks:
         text = run_merge(settings.merge, ranks)
         if ranks.rank == 0:
-            print(text)
+            print(escape_controls(text))

@@ -17,6 +17,7 @@ from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from megatron_bai.cli.overrides import setting_choices, setting_types, sweep_values
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
 
@@ -60,6 +61,10 @@ def run_multirun(verb: str, arguments: Sequence[str], compose: Callable[[list[st
         raise UserError("--multirun starts a job's processes itself: leave out torchrun and set cluster.processes")
     jobs = [_make_job(verb, name, overrides, compose) for name, overrides in combinations(arguments)]
     _refuse_shared_outputs(verb, jobs, compose)
+    for word in arguments:
+        key, paths = word.partition("=")[0].lstrip("+"), sweep_values(word) or []
+        if len(paths) > 1 and setting_types().get(key) in ("str", "list[str]") and key not in setting_choices():
+            print(f"{key}: {len(paths)} values; one that has a comma is quoted, as in \"{key}='a,b'\"", flush=True)
     failed = []
     for index, job in enumerate(jobs, start=1):
         print(f"[{index}/{len(jobs)}] {job.name}", flush=True)
@@ -77,18 +82,22 @@ def combinations(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
         UserError: nothing is listed.
         HydraException: one is no override.
     """
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
-    choices = [
-        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
-        if each.is_sweep_override()
-        else [str(each.input_line)]
-        for each in parsed
-    ]
-    varied = [position for position, each in enumerate(parsed) if each.is_sweep_override()]
+    choices = [_list_values(word) for word in arguments]
+    varied = [position for position, values in enumerate(choices) if len(values) > 1]
     if not varied:
         raise UserError("--multirun has nothing to vary: list values, as in replay.mode=r2,r3")
     found = [list(overrides) for overrides in product(*choices)]
     return [(",".join(_path_safe(overrides[position]) for position in varied), overrides) for overrides in found]
+
+
+def _list_values(word: str) -> list[str]:
+    """Return the overrides that a word stands for: one for each value that it lists."""
+    if (values := sweep_values(word)) is not None:
+        return values
+    override = OverridesParser.create().parse_override(word)
+    if not override.is_sweep_override():
+        return [word]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _make_job(verb: str, name: str, overrides: list[str], compose: Callable[[list[str]], Config]) -> Job:
@@ -117,8 +126,10 @@ def _refuse_shared_outputs(verb: str, jobs: list[Job], compose: Callable[[list[s
 def _command(verb: str, job: Job) -> list[str]:
     start = [sys.executable, "-m"]
     if job.processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", "-m"]
-    return [*start, "megatron_bai", verb, *job.overrides]
+        start += ["megatron_bai", "torchrun", "--standalone", f"--nproc-per-node={job.processes}"]
+    else:
+        start.append("megatron_bai")
+    return [*start, verb, *job.overrides]
 
 
 def _run_job(command: list[str]) -> int:

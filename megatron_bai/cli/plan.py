@@ -1,23 +1,34 @@
-"""The verb `plan`: what a training run will do and need, from its settings alone."""
+"""The verb `plan`: what a training run will do and need, from its settings and what they name."""
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_bai.config import Config
 from megatron_bai.errors import UserError
-from megatron_bai.memory_plan.run_plan import GB, describe_batches, gpu_bytes, validate_plan
+from megatron_bai.memory_plan.run_inputs import read_inputs, read_task
+from megatron_bai.memory_plan.run_plan import GB, describe_batches, gpu_bytes, require_rollouts, validate_plan
+from megatron_bai.rl.init_weights import validate_init
+from megatron_bai.rl.run_architecture import resolve_architecture
+from megatron_bai.rl.validate_settings import validate_settings
+from megatron_bai.utils.terminal_text import make_console
 
 
 def run(settings: Config) -> None:
     """Print the batches and the memory of the fullest GPU.
 
     Raises:
-        UserError: settings that contradict each other, or more memory than `cluster.memory_gb`.
+        UserError: settings that contradict each other, something to read that does not exist, or more memory than
+            `cluster.memory_gb`.
     """
+    require_rollouts(settings)
+    validate_init(settings)
+    notes = read_inputs(settings)
+    settings = resolve_architecture(settings)
+    validate_settings(settings)
     processes = validate_plan(settings)
+    notes |= read_task(settings)
     held = gpu_bytes(settings, processes)
-    console = Console(highlight=False)
-    for title, rows in (("", describe_batches(settings, processes)), ("GPU memory", _format_sizes(held))):
+    console = make_console(highlight=False)
+    for title, rows in (("", describe_batches(settings, processes) | notes), ("GPU memory", _format_sizes(held))):
         table = Table(title=title or None, box=None, pad_edge=False, show_header=False, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, value)

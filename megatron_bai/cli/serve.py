@@ -1,14 +1,21 @@
 """The verb `serve`: SGLang on a checkpoint, until interrupted."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from shutil import rmtree
 
 from megatron_bai import config
-from megatron_bai.checkpoint import manifest
+from megatron_bai.checkpoint import atomic_dir, formats, hf_files, manifest
+from megatron_bai.compat.releases import admit_untested
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
-from megatron_bai.model import megatron_checkpoint
+from megatron_bai.model.architecture import Architecture, find_architecture, require_served
 from megatron_bai.model.convert import convert
+from megatron_bai.model.hf_reader import HFReader
+from megatron_bai.model.required_tensors import require_tensors
+from megatron_bai.rl.writable_dirs import require_writable
+from megatron_bai.rollout.servers.ports import require_local_address
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 
@@ -21,21 +28,65 @@ def run(settings: config.Config) -> None:
     source = settings.serve.checkpoint or settings.merge.output
     if not source:
         raise UserError("serve.checkpoint is empty: give a Hugging Face or Megatron checkpoint")
-    if not Path(source).is_dir():
-        raise UserError(f"no checkpoint at {source}")
+    checkpoint_format = formats.require_model(source)
     kind = backend.select_device(settings.backend).kind
-    directory = Path(source)
-    manifest.read_info(source)
-    if megatron_checkpoint.checkpoint_format(source) == "hf":
-        manifest.verify_weights(source)  # SGLang would not notice; `convert` does so itself
-    else:
-        directory = Path(settings.run.dir) / "serve" / "model"
-        # Made anew each time: the source may have changed since the last.
-        manifest.require_info(source)
-        convert(settings, source, directory, "hf")
-    log = Path(settings.run.dir) / "serve" / "server.log"
-    with SGLangServer(directory, settings.rollout, log, kind, text=True) as server:
+    admit_untested(settings.backend.untested)
+    require_writable("run.dir", settings.run.dir)
+    require_local_address("rollout.host", settings.rollout.host, settings.rollout.port)
+    with ExitStack() as stack:
+        directory = Path(source)
+        model = find_architecture(directory)  # SGLang may have models that are no family of ours
+        if model is not None:
+            require_served(model, settings.rollout.tensor)
+            require_tensors(directory, model)  # SGLang would leave at random what is missing, and drop what it lacks
+        if checkpoint_format == "hf" and not (model is not None and _needs_copy(directory, model)):
+            _require_no_others(directory)
+            manifest.verify_weights(source)  # SGLang would not notice; `convert` does so itself
+        else:
+            # Made anew each time, and removed: the source may have changed until the next.
+            directory = Path(settings.run.dir) / "serve" / "model"
+            formats.require_complete(source)
+            stack.callback(_remove_copy, directory)
+            convert(settings, source, directory, "hf")
+        log = Path(settings.run.dir) / "serve" / "server.log"
+        server = stack.enter_context(SGLangServer(directory, settings.rollout, log, kind, text=True))
         print(f"serving {source} at {server.url} (log: {log}); Ctrl-C stops it", flush=True)
         while True:
             time.sleep(1)
             server.check_alive()
+
+
+def _needs_copy(directory: Path, model: Architecture) -> bool:
+    """Return whether SGLang reads a Hugging Face checkpoint as another model than transformers does.
+
+    It drops fused experts, and takes what `config.json` leaves out otherwise. A copy has published names and keys.
+    """
+    return HFReader(directory).has_fused_experts(model) or bool(model.family.missing_values(model, model.raw))
+
+
+def _remove_copy(directory: Path) -> None:
+    """Remove a converted checkpoint, complete or not."""
+    rmtree(directory, ignore_errors=True)
+    atomic_dir.remove_leftovers(directory)
+
+
+def _require_no_others(path: Path) -> None:
+    """Refuse files that SGLang would read beside the checkpoint's, or in place of them.
+
+    It takes the files that the index names, and without an index every file there is, one after another.
+
+    Args:
+        path: directory of the checkpoint.
+
+    Raises:
+        UserError: names the file.
+    """
+    single, index = hf_files.SINGLE, path / hf_files.INDEX
+    if index.is_file() and not hf_files.read_weight_map(path):
+        raise UserError(f"{index} is damaged, and SGLang would take it: remove it, {single} has all tensors")
+    others = sorted(file.name for file in path.glob(f"*{hf_files.SUFFIX}") if file.name != single)
+    if others and not index.is_file():
+        raise UserError(
+            f"{path} holds {others[0]} beside {single}, and no {index.name}: SGLang would read both, move away the one"
+            " that is not the model's"
+        )

@@ -9,8 +9,9 @@ class Verb:
 
     summary: str
     function: str  # module:function taking the Config; imported when the verb runs
-    groups: tuple[str, ...]
+    groups: tuple[str, ...]  # in the order of its help
     example: str
+    also_reads: tuple[str, ...] = ()  # groups of which it reads a setting or two, not listed by its help
 
 
 _TRAINING = ("run", "backend", "model", "parallel", "data", "reward", "init", "merge")
@@ -22,22 +23,24 @@ VERBS = {
         "megatron-bai merge merge.pretrained=a 'merge.members=[b,c]' 'merge.weights=[.5,.5]' merge.output=d",
     ),
     "train": Verb(
-        "Train: reinforcement learning, or supervised with objective=sft. Start several processes with torchrun.",
+        "Train: reinforcement learning, or supervised with objective=sft. Several processes: megatron-bai torchrun.",
         "megatron_bai.cli.train:run",
         _TRAINING + ("cluster", "rollout", "replay", "objective", "supervised", "trainer", "monitor"),
-        "torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo",
+        "megatron-bai torchrun --nproc-per-node 2 train experiment=demo",
     ),
     "plan": Verb(
         "Say what a training run will do and need of each GPU, without starting it.",
         "megatron_bai.cli.plan:run",
         _TRAINING + ("cluster", "rollout", "replay", "objective", "trainer", "monitor"),
         "megatron-bai plan experiment=qwen3_30b_minirl cluster=gpus_16 updates=n4",
+        also_reads=("supervised",),  # so that a command line of `train` is one of `plan`
     ),
     "serve": Verb(
         "Serve a checkpoint with SGLang until interrupted.",
         "megatron_bai.cli.serve:run",
         ("run", "backend", "serve", "rollout"),
         "megatron-bai serve serve.checkpoint=runs/demo/actor",
+        also_reads=("merge",),
     ),
     "convert": Verb(
         "Convert a checkpoint between Megatron torch_dist and Hugging Face safetensors.",
@@ -51,6 +54,12 @@ VERBS = {
         ("inspect",),
         "megatron-bai inspect inspect.path=runs/demo/actor",
     ),
+    "samples": Verb(
+        "Print responses that a run kept: the best, worst or longest of a step, or where the engines differ.",
+        "megatron_bai.cli.samples:run",
+        ("run", "samples"),
+        "megatron-bai samples samples.run=runs/demo samples.step=12 samples.sort=worst",
+    ),
     "report": Verb(
         "Write one HTML page about runs, finished or in progress.",
         "megatron_bai.cli.report:run",
@@ -62,5 +71,6 @@ VERBS = {
         "megatron_bai.cli.doctor:run",
         (),
         "megatron-bai doctor",
+        also_reads=("backend",),
     ),
 }

@@ -8,9 +8,14 @@ layer, with attention that keeps no scores and a perfectly balanced router. Mega
 All sizes are in bytes; `tokens` are those of one micro-batch.
 """
 
+import math
 from dataclasses import dataclass
 
 from megatron_bai.config import Model, Parallel
+from megatron_bai.model.architecture import Architecture, architecture_of
+from megatron_bai.model.families.param_mapping import EMBEDDING, OUTPUT_LAYER
+from megatron_bai.model.hf_mapping import VALUE_HEAD
+from megatron_bai.model.pipeline_stages import stage_layers
 from megatron_bai.rl.policy.logprobs import WORK_ELEMENTS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -48,18 +53,24 @@ def count_params(model: Model, parallel: Parallel | None = None, stage: int = 0,
         critic: whether a value head takes the place of the output layer.
     """
     parallel = parallel or Parallel()
-    h, d, t = model.hidden_size, model.head_dim, parallel.tensor
-    layers = model.num_layers // parallel.pipeline
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    attention = ((heads + 2 * groups) * d * h + heads * d * h) // t
-    unsplit = 2 * h + 2 * d + model.num_experts * h  # norms and the router, which tensor ranks do not split
-    dense = layers * (attention + unsplit)
-    vocabulary = model.vocab_size // t * h
-    if stage == 0:
-        dense += vocabulary
-    if stage == parallel.pipeline - 1:
-        dense += h + (h if critic else vocabulary)
-    experts = layers * (model.num_experts // parallel.expert) * 3 * h * model.moe_ffn_hidden_size
+    architecture = architecture_of(model)
+    layers = set(stage_layers(model.num_layers, parallel, stage))
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    mappings = {key: kind for key, kind in architecture.mappings.items() if kind.trained}
+    kinds = [kind for key, kind in mappings.items() if not (critic and key == OUTPUT_LAYER)]
+    kinds += [VALUE_HEAD] if critic else []
+    dense = experts = 0
+    for kind in kinds:
+        size = math.prod(kind.shape(architecture)) // (parallel.tensor if kind.tensor_parallel else 1)
+        if kind.num_stacked_axes == 2:
+            held = len(layers.intersection(architecture.layers(kind.layers))) * model.num_experts // parallel.expert
+            experts += held * size
+        elif kind.num_stacked_axes == 1:
+            dense += len(layers.intersection(architecture.layers(kind.layers))) * size
+        elif is_first if kind.megatron == EMBEDDING else is_last:
+            dense += size
+        elif is_last and architecture.tied and not critic and kind.megatron == EMBEDDING:
+            dense += size  # the output layer's copy
     return ParamCounts(dense, experts)
 
 
@@ -103,16 +114,44 @@ def layer_activation_bytes(model: Model, parallel: Parallel, tokens: int, dtype:
     Returns:
         What attention keeps for its backward pass, what the MoE layer does, and the layer's input alone.
     """
-    h, qkv = model.hidden_size, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    q, item_bytes = model.num_attention_heads * model.head_dim, DTYPE_BYTES[dtype]
+    h, item_bytes, architecture = model.hidden_size, DTYPE_BYTES[dtype], architecture_of(model)
+    kept = architecture.family.attention_values_per_token(architecture)
     local_tokens = tokens / parallel.tensor  # sequence parallelism, heads or balanced experts: all split alike
     # The input and its norm; queries, keys and values as projected and as rotated; the result; float32 statistics.
-    attention = local_tokens * (item_bytes * (2 * h + 2 * qkv + q) + 4 * (2 + 2 * model.num_attention_heads))
+    attention = local_tokens * (item_bytes * (2 * h + kept) + 4 * (2 + 2 * model.num_attention_heads))
     # For each of a token's experts: the row it reads; gate and up, the activated gate, the product, and that times the
     # router's weight. Once a token: the input, its norm, and the router's float32 scores, as logits and probabilities.
     routed = model.moe_topk * (h + 5 * model.moe_ffn_hidden_size)
-    moe = local_tokens * (item_bytes * (2 * h + routed) + 4 * 2 * model.num_experts)
+    shared = shared_expert_values(architecture)
+    moe = local_tokens * (item_bytes * (2 * h + routed + shared) + 4 * 2 * model.num_experts)
     return attention, moe, local_tokens * h * item_bytes
+
+
+def shared_expert_values(architecture: Architecture) -> int:
+    """Return how many numbers of a token autograd keeps of the experts that all tokens pass; 0 where there are none.
+
+    Their input is the MoE layer's. Tensor ranks split them as they split an MLP: each has all tokens and a part of the
+    width.
+    """
+    arguments = architecture.family.transformer_arguments(architecture)
+    width = arguments.get("moe_shared_expert_intermediate_size") or 0
+    # Gate and up, the activated gate, and the product; what a gate of the whole output scales, and by what.
+    gated = architecture.hidden_size + 1 if arguments.get("moe_shared_expert_gate") else 0
+    return int(4 * width + gated)
+
+
+def dense_activation_bytes(architecture: Architecture, parallel: Parallel, tokens: int, dtype: str) -> float:
+    """Compute the bytes that the MLP of a layer without experts keeps on a rank for its backward pass.
+
+    Args:
+        architecture: of the model.
+        parallel: the layout.
+        tokens: of one micro-batch, over all tensor ranks.
+        dtype: of activations, a key of `DTYPE_BYTES`.
+    """
+    # The input and its norm; gate and up, the activated gate, and the product.
+    values = 2 * architecture.hidden_size + 4 * architecture.dense_ffn_hidden_size
+    return tokens / parallel.tensor * values * DTYPE_BYTES[dtype]
 
 
 def activation_bytes(
@@ -136,15 +175,19 @@ def activation_bytes(
     stages_after = parallel.pipeline - stage - 1
     forward_first = stages_after * 2 + (chunks - 1) * parallel.pipeline if chunks > 1 else stages_after
     live_micro_batches = min(forward_first + 1, micro_batches * chunks)
-    layers = model.num_layers // parallel.pipeline / chunks
+    architecture, layers = architecture_of(model), set(stage_layers(model.num_layers, parallel, stage))
     attention, moe, layer_input = layer_activation_bytes(model, parallel, tokens, dtype)
+    dense = dense_activation_bytes(architecture, parallel, tokens, dtype)
+    num_moe, num_dense = (len(layers.intersection(architecture.layers(kind))) / chunks for kind in ("moe", "dense"))
+    largest = max(moe if num_moe else 0.0, dense if num_dense else 0.0)
+    everything = (num_moe + num_dense) * attention + num_moe * moe + num_dense * dense
     kept, recomputed = {
-        "none": (attention + moe, 0.0),
-        "selective": (attention + moe, 0.0),  # it would save scores, and none are counted
-        "moe": (attention + layer_input, moe),
-        "full": (layer_input, attention + moe),
+        "none": (everything, 0.0),
+        "selective": (everything, 0.0),  # it would save scores, and none are counted
+        "moe": (everything - num_moe * (moe - layer_input), moe if num_moe else 0.0),
+        "full": ((num_moe + num_dense) * layer_input, attention + largest),
     }[parallel.recompute]
-    return live_micro_batches * layers * kept + recomputed + max(attention, moe)
+    return live_micro_batches * kept + recomputed + max(attention, largest)
 
 
 def logits_bytes(model: Model, parallel: Parallel, tokens: int, dtype: str) -> float:
@@ -175,6 +218,6 @@ def server_bytes(model: Model, tensor: int, cached_tokens: int, dtype: str) -> t
         dtype: of weights and cache, a key of `DTYPE_BYTES`.
     """
     params = count_params(model)
-    heads = max(1, model.num_query_groups // tensor)
-    cache = cached_tokens * model.num_layers * 2 * heads * model.head_dim
+    architecture = architecture_of(model)
+    cache = cached_tokens * model.num_layers * architecture.family.cached_values_per_token(architecture, tensor)
     return params.total / tensor * DTYPE_BYTES[dtype], cache * DTYPE_BYTES[dtype]

@@ -17,6 +17,12 @@ GB = 1e9
 RUNTIME_BYTES = 2 * GB
 
 
+def require_rollouts(settings: Config) -> None:
+    """Refuse supervised training, which is not planned."""
+    if not objectives.check(settings.objective).rollouts:
+        raise UserError("plan is for reinforcement learning: choose another objective than sft")
+
+
 def validate_plan(settings: Config) -> int:
     """Refuse what `train` would refuse, and what it could find only later.
 
@@ -26,8 +32,7 @@ def validate_plan(settings: Config) -> int:
     Raises:
         UserError: names the settings.
     """
-    if not objectives.check(settings.objective).rollouts:
-        raise UserError("plan is for reinforcement learning: choose another objective than sft")
+    require_rollouts(settings)
     validate_settings(settings)
     parallel, cluster, rollout = settings.parallel, settings.cluster, settings.rollout
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline

@@ -28,6 +28,16 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's")
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--cfg", "job"]])
+def test_a_full_disk_behind_the_standard_output_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "megatron_bai", *words]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.endswith("such as the standard output: No space left on device\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """Call the command line in this process, in an empty directory; gives the exit code."""
@@ -49,9 +59,9 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     ("arguments", "named"),
     [
         (["trian"], ["no verb 'trian'", "merge, train"]),
-        (["train", "trainer.stepz=3"], ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
+        (["train", "trainer.stepz=3"], ["trainer.stepz", "did you mean trainer.steps"]),
         (["train", "foo.bar=1"], ["foo.bar"]),
-        (["train", "--cfg", "job", "trainer.stepz=3"], ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
+        (["train", "--cfg", "job", "trainer.stepz=3"], ["trainer.stepz", "did you mean trainer.steps"]),
         (["train", "init.checkpoint=x"], ["init.checkpoint", "add init=checkpoint, which has it"]),
         (
             ["train", "objective=grpo", "objective.is_max=3"],
@@ -98,7 +108,14 @@ def test_so_it_is_in_a_process_of_its_own(arguments: list[str], named: str, tmp_
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train", "--help"], ["doctor"], ["report", "report.runs=[nothing]"], ["train", "trainer.stepz=3"]],
+    [
+        [],
+        ["train", "--help"],
+        ["doctor"],
+        ["report", "report.runs=[nothing]"],
+        ["samples", "samples.run=nothing"],
+        ["train", "trainer.stepz=3"],
+    ],
     ids=" ".join,
 )
 def test_what_needs_no_tensors_does_not_wait_for_torch(

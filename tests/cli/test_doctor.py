@@ -1,16 +1,18 @@
 """The doctor: what it calls a fault, what merely disables something, and its exit code."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
 
+import kernel_stubs
 import pytest
 
 from megatron_bai import project_files
 from megatron_bai.cli import doctor
 from megatron_bai.compat import Patch
-from megatron_bai.config import Config
+from megatron_bai.config import Backend, Config
 from megatron_bai.errors import UserError
 
 CPU = doctor.Machine(gpus=(), cores=2, memory_gib=24.0, cpu_flags=frozenset(), compiler="/usr/bin/cc")
@@ -39,8 +41,8 @@ class Own(dict):
         return [*pins, 'sglang==0.5.21; extra == "gpu"', 'unheard-of==1; extra == "test"']
 
 
-def look(backend: str = "auto", machine: doctor.Machine = CPU) -> dict[str, doctor.Finding]:
-    return {finding.piece: finding for finding in doctor.collect_findings(backend, machine)}
+def look(backend: Backend | None = None, machine: doctor.Machine = CPU) -> dict[str, doctor.Finding]:
+    return {finding.piece: finding for finding in doctor.collect_findings(backend or Backend(), machine)}
 
 
 def faults(found: dict[str, doctor.Finding]) -> set[str]:
@@ -63,6 +65,14 @@ def test_every_pin_is_compared(installed, name):
     assert faults(look()) == {name} and look()[name].found == "missing"
 
 
+def test_releases_of_the_table_are_taken_beside_the_pin(installed):
+    for name, release in (("sglang", "0.5.22"), ("sglang", "0.5.23"), ("transformers", "5.19.0")):
+        installed[name] = release
+        assert not faults(look()) and look()[name].found == release
+    installed["sglang"] = "0.5.24"
+    assert faults(look()) == {"sglang"}
+
+
 def test_beside_an_installed_package_pip_is_the_remedy(installed, monkeypatch):
     del installed["sglang"]
     monkeypatch.setattr(project_files, "checkout", lambda: None)
@@ -81,26 +91,77 @@ def test_another_requirement_missing(installed, monkeypatch):
 
 
 def test_devices(installed):
-    assert faults(look("cuda")) == {"GPUs"}
-    assert faults(look("cuda", GPU)) == {"GPUs"}  # a CPU build of torch beside a GPU
+    cuda = Backend(kind="cuda", transformer_impl="local")
+    assert faults(look(cuda)) == {"GPUs"}
+    assert faults(look(cuda, GPU)) == {"GPUs"}  # a CPU build of torch beside a GPU
     installed["torch"] = "2.13.0+cu130"
-    assert not faults(look("cuda", GPU))
-    assert look("auto", replace(CPU, compiler=None))["C compiler"].state == "without"
+    assert not faults(look(cuda, GPU))
+    assert look(machine=replace(CPU, compiler=None))["C compiler"].state == "without"
 
 
 def test_optional_pieces_name_what_is_lost_on_a_gpu_only(installed, monkeypatch):
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
     assert "fused" in look(machine=GPU)["apex"].note and "not needed" in look()["apex"].note
+    assert "unfused" in look(machine=GPU)["flash-attn"].note and "not needed" in look()["flash-attn"].note
+
+
+def test_without_transformer_engine_a_run_on_gpus_is_refused(installed):
+    found = look(machine=GPU)
+    assert faults(found) == {"transformer-engine"} and found["training kernels"].note == "none, the run is refused"
+    assert "docs/gpu.md" in found["transformer-engine"].note
+    found = look(Backend(transformer_impl="local"), GPU)
+    assert not faults(found) and found["training kernels"].note.endswith(": torch")
+    assert faults(look(Backend(transformer_impl="local", require=["apex"]), GPU)) == {"apex"}
+    assert not faults(look(Backend(kind="cpu"), GPU)) and not faults(look())
+    assert faults(look(Backend(require=["apex"]))) == {"training kernels"}, "a CPU has no use for it"
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """A directory that this process and those it starts import from."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    return tmp_path
+
+
+def test_another_apex_is_told_apart_without_a_gpu(installed, path):
+    kernel_stubs.place_apex(path, "other")
+    assert look()["apex"].found == "another project" and look()["apex"].state == "without"
+
+
+def test_nothing_is_imported_for_a_cpu(installed, path):
+    kernel_stubs.place_transformer_engine(path, "killed")
+    assert look()["transformer-engine"].note == "not used on a CPU"
+
+
+@pytest.mark.distributed
+def test_packages_are_imported_for_gpus_and_named_with_what_they_are_used_for(installed, path):
+    kernel_stubs.place_transformer_engine(path)
+    init = path / "transformer_engine" / "__init__.py"
+    init.write_text(init.read_text().replace("2.11.0", "2.18.0"))
+    kernel_stubs.place_apex(path, "python")
+    found = look(machine=GPU)
+    assert not faults(found) and found["transformer-engine"].found == "2.18.0"
+    assert "Megatron-Core 0.16.1 names <2.12.0,>=2.9.0" in found["transformer-engine"].note
+    assert "built without its CUDA extensions (amp_C)" in found["apex"].note and "APEX_CUDA_EXT=1" in found["apex"].note
+    assert "optimizer, gradient norm and clipping: Transformer Engine 2.18.0" in found["training kernels"].note
+
+
+@pytest.mark.distributed
+def test_an_import_that_ends_its_process_is_a_fault(installed, path):
+    kernel_stubs.place_transformer_engine(path, "killed")
+    found = look(machine=GPU)
+    assert faults(found) == {"training kernels"} and "exit code -6" in found["training kernels"].note
 
 
 def test_patches(installed, monkeypatch):
-    patch = Patch("fix", "megatron-bai", "0.0.0", "megatron-cpu", "a symptom", lambda: None)
-    ready = replace(patch, version=metadata.version("megatron-bai"))
+    patch = Patch("fix", "megatron-bai", ("0.0.0",), "megatron-cpu", "a symptom", lambda: None)
+    ready = replace(patch, versions=(metadata.version("megatron-bai"),))
     monkeypatch.setattr(doctor.compat, "PATCHES", (ready,))
     assert look()["patch fix"].state == "ok" and "ready: a symptom" in look()["patch fix"].note
     monkeypatch.setattr(doctor.compat, "PATCHES", (patch,))
     assert faults(look()) == {"patch fix"} and "0.0.0" in look()["patch fix"].note
-    assert not faults(look(machine=GPU))
+    assert not faults(look(Backend(transformer_impl="local"), GPU))
 
 
 def test_exit_code_and_text(installed, monkeypatch, capsys):
@@ -125,7 +186,7 @@ def test_not_installed(monkeypatch):
 def test_imports_nothing_heavy():
     code = (
         "import sys; from megatron_bai.cli import doctor;"
-        "list(doctor.collect_findings('auto', doctor.Machine.detect()));"
+        "from megatron_bai.config import Backend; list(doctor.collect_findings(Backend(), doctor.Machine.detect()));"
         "sys.exit(', '.join({'torch', 'transformers', 'sglang', 'megatron.core'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

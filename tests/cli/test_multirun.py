@@ -47,8 +47,15 @@ def test_jobs_are_all_combinations_and_a_failure_is_named_at_the_end(
 def test_a_job_of_several_processes_is_started_by_torchrun(started: list[list[str]]) -> None:
     with pytest.raises(UserError, match="1 of 2"):
         run_jobs("train", "-m", "cluster.processes=2,1", "parallel.expert=1")
-    assert started[0][:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert started[0][:4] == ["-m", "megatron_bai", "torchrun", "--standalone"]
     assert started[1][:3] == ["-m", "megatron_bai", "train"]
+
+
+def test_a_list_of_texts_is_said(started: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="1 of 2"):
+        run_jobs("merge", "-m", "merge.output=1e5,'b,c'")
+    assert capsys.readouterr().out.startswith("merge.output: 2 values; one that has a comma is quoted")
+    assert [command[3] for command in started] == ["merge.output=1e5", "merge.output='b,c'"]
 
 
 def test_choices_ranges_and_what_paths_cannot_hold(started: list[list[str]]) -> None:

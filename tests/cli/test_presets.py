@@ -1,16 +1,22 @@
 """Every preset composes and is valid, its batches divide, and a GPU has what it needs, by `plan`'s arithmetic."""
 
+import json
 import re
 from itertools import product
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
+from whole_models import hf_tensors
 
 from megatron_bai import config
+from megatron_bai.checkpoint import manifest
 from megatron_bai.cli import compose, plan
 from megatron_bai.config import Config
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 from megatron_bai.memory_plan import run_plan
+from megatron_bai.model.architecture import read_architecture
 
 DOCS = Path(__file__).parents[2] / "docs" / "presets.md"
 CLUSTERS, UPDATES, REPLAY = ("gpus_8", "gpus_16", "gpus_32"), ("n1", "n2", "n4", "n8"), ("none", "r2", "r3")
@@ -84,6 +90,118 @@ def test_bai_in_the_papers_settings() -> None:
 def test_plan_refuses_by_name(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         plan.run(composed(MINIRL, *words))
+
+
+OTHER = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "vocab_size": 96, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4, "norm_topk_prob": True, "tie_word_embeddings": False, "initializer_range": 0.02,
+    "hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+def make_checkpoint(directory: Path) -> str:
+    """What `plan` reads of one: the architecture is another than `model=tiny`."""
+    stage = manifest.make_staging_dir(directory)
+    (stage / "config.json").write_text(json.dumps(OTHER), encoding="utf-8")
+    save_file(hf_tensors(read_architecture(stage)), stage / "model.safetensors")
+    build_tokenizer(config.Arithmetic(), 96).save_pretrained(stage)
+    manifest.finalize(stage, directory, {})
+    return str(directory)
+
+
+def test_plan_is_for_the_model_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = make_checkpoint(tmp_path / "one"), make_checkpoint(tmp_path / "merged")
+    model = config.Model(2, 32, 4, 2, 8, 4, 2, 16, 96, 256)
+    count = f"{run_plan.rank_memory.count_params(model).total:,} parameters"
+    merge = ["init=merge", f"merge.pretrained={source}", f"merge.members=[{source}]", "merge.weights=[1]"]
+    for words in (
+        ["init=checkpoint", f"init.checkpoint={source}"],
+        [*merge, f"merge.output={output}"],
+        [*merge, f"merge.output={tmp_path}/none"],
+    ):
+        plan.run(composed(*words))
+        printed = " ".join(capsys.readouterr().out.split())
+        assert count in printed and "model of" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["init=checkpoint", "init.checkpoint=/nowhere"], "init.checkpoint=/nowhere does not exist"),
+        (
+            ["init=merge", "merge.pretrained=/a", "merge.members=[/b]", "merge.weights=[1]"],
+            "merge.pretrained=/a does not",
+        ),
+        (
+            ["data=dataset", "init=checkpoint", "init.checkpoint={one}", "data.train=/no.jsonl"],
+            "data.train=/no.jsonl does",
+        ),
+        (["reward=function", "reward.function=no_such:f"], "there is no module no_such"),
+        (["objective=ppo", "objective.critic_checkpoint=/c"], "objective.critic_checkpoint=/c does not exist"),
+        (["init=checkpoint", "init.checkpoint={empty}"], "empty holds neither .*: it is empty"),
+    ],
+)
+def test_plan_refuses_what_does_not_exist(words: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [word.format(one=tmp_path / "one", empty=tmp_path / "empty") for word in words]
+    make_checkpoint(tmp_path / "one")
+    with pytest.raises(UserError, match=says):
+        plan.run(composed(*words))
+
+
+ROWS = ["data=dataset", "data.train=DIR/rows.jsonl", "data.chat_template=false", "rollout.max_new_tokens=16"]
+
+
+@pytest.mark.parametrize("init", ["checkpoint", "merge"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            [*ROWS, "data.hold_out=0.5", "trainer.eval_every=1"],
+            r"data.eval_prompts is 64, and .* holds out only \d+",
+        ),
+        ([*ROWS, "data.prompt=question"], "there is no 'question', only 'prompt', 'answer'"),
+        ([*ROWS, "data.chat_template=true"], "the tokenizer has no chat template"),
+        ([*ROWS, "data.max_prompt_tokens=1"], "leaves 0 rows to train on and 0 held out"),
+        ([*ROWS, "rollout.urls=[http://127.0.0.1:1]", "rollout.api_key_file=DIR/key"], "key is open to other users"),
+        ([*ROWS, "run.dir=DIR/run"], "summary.json is not what a run wrote"),
+        (["data=arithmetic", "data.eval_prompts=1000000"], "data.eval_prompts is 1000000, and the task has"),
+        (["init=random", "data=arithmetic", "model.vocab_size=8"], "model.vocab_size is 8"),
+    ],
+)
+def test_plan_refuses_what_train_refuses_before_it_starts(
+    words: list[str], says: str, init: str, tmp_path: Path
+) -> None:
+    source = make_checkpoint(tmp_path / "one")
+    rows = (json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(60))
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    (tmp_path / "key").write_text("k")
+    (tmp_path / "key").chmod(0o644)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("[1]")
+    start = ["init=checkpoint", f"init.checkpoint={source}"]
+    if init == "merge":
+        start = ["init=merge", f"merge.pretrained={source}", f"merge.members=[{source}]", "merge.weights=[1]"]
+        start.append(f"merge.output={tmp_path}/none")
+    if "init=random" in words:
+        start = []
+    with pytest.raises(UserError, match=says):
+        plan.run(composed(*start, *(word.replace("DIR", str(tmp_path)) for word in words)))
+
+
+def test_plan_says_which_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_checkpoint(tmp_path / "one")
+    rows = [{"prompt": f"{i}+1=" + "1" * 99 * (i == 3), "answer": str(i + 1)} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word.replace("DIR", str(tmp_path)) for word in ROWS]
+    plan.run(
+        composed(
+            "init=checkpoint", f"init.checkpoint={source}", *words, "data.eval_prompts=0", "data.max_prompt_tokens=50"
+        )
+    )
+    assert re.search(r"rows +.*left out", capsys.readouterr().out)
 
 
 def test_plan_prints_what_the_docs_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
