@@ -37,7 +37,7 @@ demo: install
 	$(BIN)/megatron-bai train experiment=demo_instruct $(ARGS)
 	$(BIN)/megatron-bai train experiment=demo_reasoning $(ARGS)
 	$(BIN)/megatron-bai merge experiment=demo $(ARGS)
-	$(BIN)/torchrun --nproc-per-node 2 -m megatron_bai train experiment=demo $(ARGS)
+	$(BIN)/megatron-bai torchrun --nproc-per-node 2 train experiment=demo $(ARGS)
 
 # .pre-commit-config.yaml runs the same.
 lint: $(VENV)/installed-lint

@@ -99,7 +99,7 @@ def report(url: str, rollout: Rollout, signature: RouteSignature, concurrency: i
             if name == "checked":
                 limited = Rollout(**(vars(rollout) | {"concurrency": concurrency}))
                 client = RolloutClient([url], limited, signature, VOCAB, 4096)
-                found = client.generate([PROMPT], samples, 0, NEVER)
+                found = client.generate([PROMPT], samples, 0, [NEVER])
                 for each in found:
                     assert isinstance(each, Sample) and len(each.response) == asked.tokens, "a response ended early"
             else:
@@ -108,7 +108,7 @@ def report(url: str, rollout: Rollout, signature: RouteSignature, concurrency: i
     replies = asyncio.run(ask(url, samples, asked.tokens, concurrency, True))
     began = time.perf_counter()
     for reply in replies:
-        parse_sample(reply, 0, PROMPT, signature, asked.tokens, NEVER)
+        parse_sample(reply, 0, PROMPT, signature, asked.tokens, [NEVER])
     checks = time.perf_counter() - began
     speeds = "".join(f"{samples * asked.tokens / best[name]:12.0f}" for name in ("plain", "routes", "checked"))
     print(f"{concurrency:>10}{speeds}{'':9}{checks / best['checked']:>17.1%}", flush=True)
@@ -132,7 +132,7 @@ def alone(signature: RouteSignature, prompt: int, tokens: int, repeat: int) -> N
         began = time.process_time()
         reply = json.loads(text)
         parsed = time.process_time()
-        parse_sample(reply, 0, [2] * prompt, signature, tokens, NEVER)
+        parse_sample(reply, 0, [2] * prompt, signature, tokens, [NEVER])
         parsing.append(parsed - began)
         checking.append(time.process_time() - parsed)
     print(f"{prompt} + {tokens} tokens, {signature.moe_layers} layers, {signature.topk} of "

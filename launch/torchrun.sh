@@ -54,10 +54,10 @@ number --grace "$grace" 0
 
 # Of the checkout, of the environment that the package is installed in, or of whatever environment is active.
 here=$(cd "$(dirname "$0")" && pwd) bin=''
-for each in "$here/../.venv/bin/torchrun" "${here%/lib*/python*/*}/bin/torchrun" "$(command -v torchrun)"; do
+for each in "$here/../.venv/bin/megatron-bai" "${here%/lib*/python*/*}/bin/megatron-bai" "$(command -v megatron-bai)"; do
     [ ! -x "$each" ] || { bin=$(dirname "$each") && break; }
 done
-[ -n "$bin" ] || fail "no torchrun here: run \`make install\` in a checkout, or activate the environment that has it"
+[ -n "$bin" ] || fail "no megatron-bai here: run \`make install\` in a checkout, or activate the environment that has it"
 
 # The head's address and this machine's on the way there: torch would announce host names, which may mean loopback.
 route='
@@ -103,6 +103,6 @@ trap '' USR1
 # What rank 0 says is shown at once: into a file, as Slurm's, torchrun would write 8 KiB at a time, some sixty steps.
 export PYTHONUNBUFFERED=1
 # torchrun waits a little longer than the ranks do before it kills.
-exec "$bin/torchrun" "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
+exec "$bin/megatron-bai" torchrun "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
     --shutdown-timeout $((grace + 10)) --log-dir "$logs/$(hostname)" --redirects 3 --tee 0:3 \
-    -m megatron_bai "$@" "trainer.grace_s=$grace"
+    "$@" "trainer.grace_s=$grace"

@@ -10,10 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_bai"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests/README.md", ROOT / "patches/README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "tests/README.md",
+        ROOT / "examples/README.md",
+        ROOT / "patches/README.md",
+    ]
+)
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "compat")  # those name upstream's files
 FILES = {path.name for folder in ("megatron_bai", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-UPSTREAM = {"weighted_merge.py", "pipeline_parallel/schedules.py"}  # of Megatron-LM
+# Of Megatron-LM, and the last of SGLang
+UPSTREAM = {"weighted_merge.py", "pipeline_parallel/schedules.py", "pretrain_gpt.py", "model_hook.py"}
 
 
 def docstrings(source: Path) -> Iterator[str]:

@@ -12,16 +12,24 @@ from functools import partial
 from pathlib import Path
 
 from megatron_bai.rollout.servers import control
-from megatron_bai.rollout.servers.sglang_server import _environment, _free_port, last_error
+from megatron_bai.rollout.servers.ports import reserve_port
+from megatron_bai.rollout.servers.sglang_server import _environment, last_error
 from megatron_bai.utils.child_processes import die_with_parent
 
 _HOST, _START_S = "127.0.0.1", 600.0
 
 
+def _free_port() -> int:
+    """A port that is free now, and released for the process that will reserve it itself."""
+    reservation = reserve_port(_HOST, 0)
+    reservation.release()
+    return reservation.port
+
+
 @contextmanager
 def policy(checkpoint: Path, overrides: list[str], directory: Path) -> Iterator[str]:
     """The URL of a server for models of the checkpoint's shape, under the `rollout` settings among the overrides."""
-    port = _free_port(_HOST, 0)
+    port = _free_port()
     words = [word for word in overrides if word.startswith("rollout.")]
     where = [f"run.dir={directory}", f"serve.checkpoint={checkpoint}", f"rollout.port={port}"]
     command = [sys.executable, "-m", "megatron_bai", "serve", *where, *words]
@@ -32,7 +40,7 @@ def policy(checkpoint: Path, overrides: list[str], directory: Path) -> Iterator[
 @contextmanager
 def rewards(model: Path, directory: Path) -> Iterator[str]:
     """The URL of a server with the reward model."""
-    port = _free_port(_HOST, 0)
+    port = _free_port()
     options = {
         "model-path": model, "host": _HOST, "port": port, "device": "cpu", "dtype": "float32",
         "max-total-tokens": 16384, "max-running-requests": 64, "attention-backend": "torch_native",

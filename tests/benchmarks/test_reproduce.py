@@ -28,7 +28,7 @@ def settings_of(study: str, variant: str, updates: int) -> Any:
     words = STUDIES[study].overrides(variant, 1, updates, Path("/study/run"))
     judge = ["reward.url=http://127.0.0.1:20000"] if STUDIES[study].judged else []
     with initialize_config_dir(version_base="1.3", config_dir=str(config.conf_dir())):
-        return OmegaConf.to_object(compose("config", overrides=[*words, *judge]))
+        return OmegaConf.to_object(compose("config", overrides=["model=tiny", *words, *judge]))
 
 
 @pytest.mark.parametrize(

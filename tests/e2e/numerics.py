@@ -30,6 +30,7 @@ from megatron_bai.rollout.servers.quantize import FORMATS
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, sets_differ
 
 _PROMPTS, _GROUP = 8, 4
+TIE = 1e-4  # of two experts' scores, in nats: what log-probabilities of the engines are held to, too
 
 
 def measure(session: Session, inference: InferenceEngine) -> dict[str, Any]:
@@ -71,12 +72,15 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
     scores = session.engine.score([batch], record=True)
     forced = session.engine.score([batch], [session.engine.local_routes(batch)])
     different, rows = _compare(session, batch, scores.routes[0])
+    wrong, tied = _judged(session, batch)
     live, replayed = ((each.logprobs - batch.infer_logprobs)[batch.mask].abs() for each in (scores, forced))
     return {
         "logprobs": float(live.max()),
         "logprobs_replayed": float(replayed.max()),
         "tokens": live.numel(),
         "routes_different": different,
+        "routes_wrong": wrong,
+        "routes_tied": tied,
         "routes": rows,
         "routes_expected": fed * session.signature.moe_layers,
     }
@@ -103,6 +107,46 @@ def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, in
     return _sum([int(different.sum()), different.numel()])
 
 
+def _judged(session: Session, batch: Batch) -> tuple[int, int]:
+    """Of the routes the server recorded: how many our routers contradict, and how many rounding may have decided.
+
+    The server's routes are forced, so that each router sees what the server's saw, to rounding, whatever was chosen
+    before. Then the experts that it scores best must be the server's, unless the last one that is and the first one
+    that is not are tied.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    routes = session.engine.local_routes(batch)
+    theirs, checked = dict(zip(session.engine.replay.layers, routes.ids.long().unbind(dim=1))), routes.checked
+    margins: list[torch.Tensor] = []
+
+    def watch(router: Any, original: Any) -> Any:
+        def gate(hidden: torch.Tensor) -> torch.Tensor:
+            scores = original(hidden)
+            flat, chosen = scores.detach().flatten(0, -2).float(), theirs[router.layer_number - 1]
+            is_chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True)
+            worst, best = (
+                flat.masked_fill(~is_chosen, torch.inf).amin(1),
+                flat.masked_fill(is_chosen, -torch.inf).amax(1),
+            )
+            margins.append((worst - best)[checked])
+            return scores
+
+        return gate
+
+    routers = [m for module in session.actor.modules for m in module.modules() if isinstance(m, TopKRouter)]
+    originals = [router.gating for router in routers]
+    for router, original in zip(routers, originals):
+        router.gating = watch(router, original)
+    session.engine.score([batch], [routes])
+    for router, original in zip(routers, originals):
+        router.gating = original
+    margin = torch.cat(margins)
+    wrong, tied, rows = _sum([int((margin < -TIE).sum()), int((margin.abs() <= TIE).sum()), len(margin)])
+    assert rows == _compare(session, batch, routes)[1], "a router was not seen"
+    return wrong, tied
+
+
 def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[str, Any]:
     """What the log-probabilities of nine in ten of the batch's tokens differ by at most, at temperature 1.
 
@@ -122,7 +166,7 @@ def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[s
 def _update(session: Session, batch: Batch) -> dict[str, Any]:
     """One optimizer step with the server's routes: which experts ran, and what reached the routers."""
     engine = session.engine
-    live_different, _ = _compare(session, batch, engine.score([batch], record=True).routes[0])
+    live_wrong, _ = _judged(session, batch)
     batch.old_logprobs.copy_(engine.score([batch], [engine.local_routes(batch)]).logprobs)
     replayed = engine.replay.rows
     with _experts_used(session, batch) as used:
@@ -137,7 +181,7 @@ def _update(session: Session, batch: Batch) -> dict[str, Any]:
     ]
     return {
         "grad_norm": norm,
-        "live_different": live_different,
+        "live_wrong": live_wrong,
         "rows_replayed": rows,
         "rows_used": same,
         "rows_expected": int(batch.routed.sum()) * session.signature.moe_layers,

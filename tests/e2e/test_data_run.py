@@ -74,7 +74,7 @@ def test_reinforcement_on_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert step["eval_accuracy_low"] <= step["eval_accuracy"] <= step["eval_accuracy_high"]
         assert step["eval_best"] >= step["eval_accuracy"] and 0 < step["eval_length"] <= 12
         assert step["route_coverage"] == 1.0
-    assert "rewards failed, their samples are left out; first: ValueError: the first" in done.err
+    assert "rewards failed (reward=function), their samples are left out; first: ValueError: the first" in done.err
     assert "rewarding <user>" in (place / "run-3" / "reward.log").read_text()
 
 

@@ -90,7 +90,7 @@ NAMED = {
     "truncated": r"damaged/truncated/.*\.distcp has \d+ bytes instead of \d+",
     "tokenizer": r"damaged/tokenizer holds no tokenizer.json",
     "garbled": r"damaged/garbled/tokenizer.json is not what was written",
-    "vocabulary": r"vocab_size 64, the configured model.vocab_size is 128",
+    "vocabulary": r"model.vocab_size is 128, and \S+ has 64: leave it out",
     "prompts": r"trainer.prompts_per_step \(15\) is not a multiple of trainer.mini_batches \(2\)",
     "micro-batch": r"trainer.micro_batch_size \(24\) does not divide the 64 samples",
     "otherwise": r"/instruct was made with other settings: remove it",

@@ -30,11 +30,13 @@ def found(demo: Demo) -> dict[str, Any]:
 @pytest.mark.parametrize("rollout", ["live", "fresh"])  # of the first weights, of those after an update and a sync
 def test_logprobs_and_routes_are_the_same_in_both_engines(found: dict[str, Any], rollout: str) -> None:
     seen = found[rollout]
+    # Every token but each sequence's last has a route in every layer, and all were compared: each is the one that
+    # Megatron's router prefers where the server's routes were used before it, but for ties, which rounding decides. One
+    # that it decides otherwise changes what the tokens after it see, so how many live routes differ has no bound.
+    assert seen["routes_wrong"] == 0 and seen["routes"] == seen["routes_expected"] > 1000
+    assert seen["routes_tied"] < 0.01 * seen["routes"]
     assert seen["tokens"] > 100 and seen["logprobs_replayed"] <= 1e-4
-    # Every token but each sequence's last has a route in every layer, and all were compared. Rounding decides between
-    # experts whose scores are equal to the last digits: of thousands of routes none or one, and others on each
-    # processor.
-    assert seen["routes_different"] <= 2 and seen["routes"] == seen["routes_expected"] > 1000
+    assert not seen["routes_different"] or seen["routes_tied"]
     assert seen["logprobs"] <= 1e-4 or seen["routes_different"]
 
 
@@ -42,9 +44,9 @@ def test_training_uses_exactly_the_servers_experts(found: dict[str, Any]) -> Non
     fresh, stale = found["updates"]
     for update in (fresh, stale):
         assert update["rows_replayed"] == update["rows_used"] == update["rows_expected"] > 1000
-    # On the rollout's own weights the live router agrees anyway; after an update of every weight by the rate it does
-    # not.
-    assert fresh["live_different"] <= 2 < stale["live_different"]
+    # On the rollout's own weights the live router would choose them anyway; after an update of every weight by the rate
+    # it would not.
+    assert fresh["live_wrong"] == 0 < stale["live_wrong"]
 
 
 def test_routers_learn_under_replay(found: dict[str, Any]) -> None:

@@ -3,17 +3,21 @@
 import json
 import math
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import Result, succeeded
 from pipeline import STEPS, Demo
 
 from megatron_bai.monitor.report.charts import other_charts
 from megatron_bai.monitor.report.run_data import load_run
+from megatron_bai.monitor.samples import store
+from megatron_bai.monitor.samples.show import select
 from megatron_bai.routing.store.route_store import RouteStore
 
 pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.usefixtures("forked_servers")]
@@ -125,7 +129,10 @@ def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:
     logs = {"pretrained-log", "instruct-log", "reasoning-log", "server.log"}
     events = {"tensorboard"} if find_spec("tensorboard") else set()
     models = {"pretrained", "instruct", "reasoning", "actor", "tokenizer"}
-    assert found == models | logs | {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "routes"} | events
+    assert (
+        found
+        == models | logs | {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "routes", "samples"} | events
+    )
 
 
 def test_the_routes_of_every_step_are_kept_and_described(demo: Demo, summary: dict[str, Any]) -> None:
@@ -142,6 +149,28 @@ def test_the_routes_of_every_step_are_kept_and_described(demo: Demo, summary: di
     assert f"{STEPS * samples} samples of {STEPS} steps (0 to {STEPS - 1}), r3" in found.out
     refused = demo.reinforce("again", 2, f"replay.store={demo.directory}/routes").wait()
     assert refused.code and "holds routes of another run" in refused.complaints[0] and not refused.tracebacks
+
+
+def test_some_responses_of_every_step_are_kept_and_printed(demo: Demo, summary: dict[str, Any]) -> None:
+    assert store.list_steps(demo.directory) == list(range(1, STEPS + 1))
+    for step in summary["steps"]:
+        samples = store.read_step(demo.directory, step["step"])
+        assert Counter(s.split for s in samples) == {"train": 8} | ({"eval": 8} if "eval_accuracy" in step else {})
+        train = [sample for sample in samples if sample.split == "train"]
+        assert max(sample.length for sample in train) == step["response_length_max"]
+        rewards = [sample.reward for sample in train]
+        assert (min(rewards) < max(rewards)) == (0 < step["reward_mean"] < 1)  # the best and the worst are there
+        for sample in train:
+            # The arithmetic task's reward, from the text alone.
+            assert sample.reward == float(
+                sample.response == f"{sample.response.split('answer:')[0]}answer:{sample.answer}<eos>"
+            )
+            assert sample.versions == [[str(step["weight_version"]), 0, sample.length]]
+            assert 0 < sample.discrepancy < 0.1 and sample.routes_differ is not None
+            assert sample.discrepancy == pytest.approx(np.mean(sample.token_discrepancies), abs=2e-6)
+    printed = succeeded(demo.verb("samples", "samples", f"samples.run={demo.directory}", "samples.step=2"))
+    best = select(store.read_step(demo.directory, 2), "best", 3)
+    assert all(sample.prompt in printed.out and sample.response in printed.out for sample in best)
 
 
 @pytest.mark.long

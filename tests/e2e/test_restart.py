@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command import SERVER, succeeded, torchrun
 
+from megatron_bai.monitor.samples import store
+
 pytestmark = [pytest.mark.live, pytest.mark.distributed, pytest.mark.long]
 STEPS = 4
 
@@ -35,6 +37,10 @@ def test_a_killed_rank_is_restarted_and_goes_on(tmp_path: Path, fault: Callable[
     assert summary["complete"] and len(summary["resumed"]) == 1 and summary["resumed"][0] in range(1, STEPS)
     assert [step["step"] for step in summary["steps"]] == list(range(1, STEPS + 1))
     assert [step["weight_version"] for step in summary["steps"]] == list(range(STEPS))
+    assert store.list_steps(run) == list(range(1, STEPS + 1))
+    kept = [sample for step in store.list_steps(run) for sample in store.read_step(run, step)]
+    assert len({(s.step, s.prompt_index, s.member) for s in kept}) == len(kept) == 8 * STEPS
+    assert all(len(s.logprobs_training) == s.length for s in kept)
     assert all(step["route_coverage"] == 1.0 and step["sync_gap"] <= 0.01 for step in summary["steps"])
     assert all(step["grad_norm"] > 0 for step in summary["steps"])
     first, again = summary["steps"][0], summary["resumed"][0]

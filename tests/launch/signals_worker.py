@@ -23,8 +23,9 @@ CPU = torch.device("cpu")
 def rank(number: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=2)
     found = []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under `nohup`
     with handle_signals(grace_s=60) as requests:
-        for step, sign in enumerate([None, signal.SIGUSR1, None, signal.SIGTERM, None]):
+        for step, sign in enumerate([None, signal.SIGUSR1, None, signal.SIGHUP, None]):
             if sign and number == step // 2:  # rank 0 is asked in step 1, rank 1 in step 3
                 os.kill(os.getpid(), sign)
                 os.kill(os.getpid(), sign)  # Slurm and torchrun both send it
@@ -52,8 +53,9 @@ def lost(number: int, directory: Path) -> None:
     group = dist.new_group(timeout=limit)
     said = ""
     if second:
-        store.wait(["given up"] if pair else [], timedelta(seconds=60))
+        store.wait(["given up" if pair else "connected"], timedelta(seconds=60))
     else:
+        store.set("connected", "")  # the other's end within `new_group` would be another error
         try:
             dist.all_reduce(torch.ones(1), group=group)
         except RuntimeError as error:

@@ -42,7 +42,7 @@ def test_a_run_directory_that_is_not_shared_is_refused_on_all_ranks(found: dict)
 
 
 def test_a_server_on_loopback_is_refused_on_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config.Config(model=config.Model(max_position_embeddings=256))
+    settings = config.Config(model=config.Model(1, 8, 2, 2, 4, 4, 2, 8, 16, max_position_embeddings=256))
     validate_settings(settings)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="rollout.host=127.0.0.1 is reached from the server's machine alone"):

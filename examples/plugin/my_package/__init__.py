@@ -1,0 +1,1 @@
+"""An objective and a family of models, each a module that an entry point names."""
