@@ -1,5 +1,6 @@
 """Signals that ask a process to stop: SIGTERM, and SIGHUP, which a closed terminal or a lost ssh connection sends."""
 
+import atexit
 import io
 import math
 import os
@@ -24,7 +25,9 @@ def unwind_at_stop_signals() -> None:
     """Have the signals raise SystemExit(128 + number), so that servers are stopped and files are closed.
 
     To be called in the main thread. One that comes twice counts once, so that it does not interrupt the clean-up: a
-    closed terminal's comes from the kernel and from the shell, Slurm's from it and from torchrun.
+    closed terminal's comes from the kernel and from the shell, Slurm's from it and from torchrun. Once the clean-up is
+    done the signals are ignored: Python's last act but one is to give them back their default effect, with which the
+    second would replace the exit status.
     """
     last = -math.inf
 
@@ -39,6 +42,7 @@ def unwind_at_stop_signals() -> None:
 
     for number in stop_signals():
         signal.signal(number, unwind)
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 class _LossyFile(io.FileIO):

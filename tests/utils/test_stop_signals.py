@@ -42,6 +42,15 @@ def train(words):
         Path(sys.argv[1], "closed").touch()
         sys.exit(128 + requests._stop)
 
+class SignalsOnceMore:  # when Python takes its modules apart, after it reset the handlers
+    def __del__(self, raise_signal=signal.raise_signal, number=int((sys.argv[3:] or [0])[0])):
+        raise_signal(number)
+
+def end(words):
+    global last_to_go
+    last_to_go = SignalsOnceMore()
+    signal.raise_signal(int(sys.argv[3]))
+
 entry_point._dispatch = globals()[sys.argv[2]]
 entry_point.main()
 """
@@ -55,8 +64,8 @@ def hang_up() -> Iterator[None]:
     signal.signal(signal.SIGHUP, previous)
 
 
-def start(directory: Path, function: str, **options: object) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", VERB, str(directory), function]
+def start(directory: Path, function: str, *arguments: str, **options: object) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", VERB, str(directory), function, *arguments]
     return subprocess.Popen(command, **options)  # type: ignore[call-overload,no-any-return]
 
 
@@ -88,6 +97,13 @@ def test_a_signal_that_comes_twice_does_not_interrupt_the_clean_up(
     process.send_signal(number)
     assert process.wait(60) == 128 + number and (tmp_path / "closed").exists()
     assert (tmp_path / "output").read_text().count("a line for nobody") == 5000  # a file is there still
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_second_signal_does_not_replace_the_exit_status_of_a_verb_that_is_gone_but_for_python(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    assert start(tmp_path, "end", str(int(number))).wait(60) == 128 + number
 
 
 def test_what_read_our_output_may_have_gone_with_the_terminal(tmp_path: Path) -> None:
