@@ -2,14 +2,16 @@
 # make lint   create .venv, install, check style, types and sizes
 # make test   create .venv, install, run the tests that every change must pass (12 minutes on two cores)
 # make test-long   the others: more layouts, faults, clusters, the studies in short (30 minutes)
+# make test-matrix  tests with every release of the engines that is taken, for docs/compatibility.md (hours; it may be stopped)
 # ARGS adds Hydra overrides to the demo: make demo ARGS="run.name=demo-1 run.seed=1"
+#      and chooses cells of the matrix: make test-matrix ARGS="megatron-core=0.19.2 suite=routing" (tests/release_matrix.py)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo lint test test-long clean
+.PHONY: install demo lint test test-long test-matrix clean
 
 install: $(VENV)/installed
 
@@ -31,7 +33,7 @@ $(VENV)/installed-lint: $(VENV)/installed-test requirements/lint.lock
 	touch $@
 
 # torchrun would set it too, with a warning; and threads of several programs would spin while they wait for each other.
-demo test test-long: export OMP_NUM_THREADS = 1
+demo test test-long test-matrix: export OMP_NUM_THREADS = 1
 demo: install
 	$(BIN)/megatron-bai train experiment=demo_pretrained $(ARGS)
 	$(BIN)/megatron-bai train experiment=demo_instruct $(ARGS)
@@ -55,6 +57,9 @@ test: $(VENV)/installed-test
 
 test-long: $(VENV)/installed-test
 	$(BIN)/pytest -n 4 -m long
+
+test-matrix: $(VENV)/installed-test
+	$(BIN)/python tests/release_matrix.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist

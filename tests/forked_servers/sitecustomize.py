@@ -34,6 +34,11 @@ def _stand_for_fork(address: str, arguments: list[str]) -> None:
     os._exit(int(code or 1) % 256)
 
 
+if os.environ.get("ENGINE_IMPORTS"):  # Python imports one sitecustomize: this one stands before that of import_log
+    import runpy
+
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "import_log", "sitecustomize.py"))
+
 if os.environ.get("FORKED_SERVERS") and sys.orig_argv[1:3] == ["-m", MODULE]:
     words = sys.orig_argv[3:]
     if ("--device", "cpu") in zip(words, words[1:], strict=False):
