@@ -170,8 +170,7 @@ def run(cell: Cell, *, part: bool = False) -> dict[str, Any]:
     with TemporaryDirectory() as directory:
         report, notes, copies = (Path(directory) / name for name in ("report.xml", "notes", "tmp"))
         environment = engine_releases.environment(cell.engines, notes)
-        options = ["-q", "-p", "no:cacheprovider", f"--basetemp={copies}", f"--junit-xml={report}"]
-        options += ["-p", "no:xdist"] if part else ["-n", "2"]
+        options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={copies}", f"--junit-xml={report}"]
         command = [sys.executable, "-m", "pytest", *options, *(suite.part if part else suite.arguments)]
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

@@ -3,6 +3,7 @@ them. The page is a function of the table of releases, the suites and the record
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ class Described(Protocol):
     @property
     def arguments(self) -> Sequence[str]:
         """What pytest is asked for."""
+
+    @property
+    def engines(self) -> Sequence[str]:
+        """The distributions whose release its result depends on."""
 
 
 Rows = Mapping[Engines, Sequence[str]]  # the suites of each row of releases
@@ -121,9 +126,9 @@ def format_outcome(record: Mapping[str, Any] | None) -> str:
 def _table(rows: Rows, suites: Mapping[str, Described], records: Mapping[str, Any]) -> str:
     lines = _head(*NAMES.values(), *suites)
     for engines, names in rows.items():
+        if not names:  # no suite can be asked for
+            names = [name for name, suite in suites.items() if engines.others.keys() & {*suite.engines}]
         outcomes = [format_outcome(records.get(make_key(engines, name))) if name in names else "–" for name in suites]
-        if not names:  # a release that no suite can be asked for
-            outcomes = ["*not run*"] * len(suites)
         lines.append(_line(*engines.releases.values(), *outcomes))
     return "\n".join(lines)
 
@@ -136,7 +141,7 @@ def _failures(done: Mapping[str, tuple[Engines, str]], records: Mapping[str, Any
         lines += [f"- `{name}`: `{_plain(line)}`" for name, line in list(failed.items())[:FAILURES_SHOWN]]
         lines += [f"- and {len(failed) - FAILURES_SHOWN} more"] if len(failed) > FAILURES_SHOWN else []
         lines += [""] if failed else []
-    return "\n".join(lines if len(lines) > 2 else [*lines, "Nothing."])
+    return "\n".join(lines if len(lines) > 2 else [*lines, "Nothing that was run."])
 
 
 def _plain(line: str) -> str:
@@ -146,12 +151,12 @@ def _plain(line: str) -> str:
 
 def _describe(suites: Mapping[str, Described]) -> str:
     lines = ["## Suites", "", *_head("suite", "what it shows", "pytest")]
-    lines += [_line(f"`{name}`", each.shows, f"`{' '.join(each.arguments)}`") for name, each in suites.items()]
+    lines += [_line(f"`{name}`", each.shows, f"`{shlex.join(each.arguments)}`") for name, each in suites.items()]
     return "\n".join(lines)
 
 
 def _runs(done: Mapping[str, tuple[Engines, str]], records: Mapping[str, Any]) -> str:
-    lines = ["## When and where", "", "Seconds are of two processes beside whatever else the machine did.", ""]
+    lines = ["## When and where", "", "Seconds are of one pytest, beside whatever else the machine did.", ""]
     lines += _head(*NAMES.values(), "suite", "date", "commit", "machine", "Python", "torch", "s", "imports")
     for key, (engines, suite) in done.items():
         record = records[key]

@@ -58,7 +58,7 @@ def test_the_defaults_are_what_the_lock_installs() -> None:
 def test_outcomes_are_named() -> None:
     assert page({}).count("*not run*") > len(release_matrix.cells())
     done = page({NEWEST.key: RECORD})
-    assert "| 3 passed, 1 skipped |" in done and "Nothing." in done and "a processor, 2 cores" in done
+    assert "| 3 passed, 1 skipped |" in done and "Nothing that was run." in done and "a processor, 2 cores" in done
     failed = page({NEWEST.key: RECORD | {"failed": {"tests.test_it::test": "assert `a`"}}})
     assert "| **1 failed**, 3 passed, 1 skipped |" in failed
     assert f"`{NEWEST.key}`:\n\n- `tests.test_it::test`: `assert 'a'`" in failed
