@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from megatron_bai.config.limits import checkpoint_path, choice, number, path
 
 ADVANTAGES = ("centred", "normalised", "leave_one_out")
-CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "token_kpop")
 
 
 @dataclass
@@ -65,12 +65,45 @@ class Sequence(Policy):
 
 
 @dataclass
+class Dppo(Policy):
+    """DPPO (arXiv 2602.04879): MiniRL with a trust region in probabilities, around the policy that sampled."""
+
+    name: str = "dppo"
+    advantage: str = choice("centred", *ADVANTAGES)
+    # D of a token, the vocabulary taken as this token or any other: tv, |π_θ − μ_old|; kl, KL(μ_old ‖ π_θ)
+    divergence: str = choice("tv", "tv", "kl")
+    # δ: a token that A pushes away has no gradient once D is over it; unset: the authors' 0.15 of tv, 0.05 of kl
+    delta: float | None = number(None, at_least=0, finite=False)
+    # the trust region's centre: μ_old; training: π_old
+    anchor: str = choice("inference", "inference", "training")
+    is_max: float = number(
+        float("inf"), above=0, finite=False
+    )  # the token weight π_θ/μ_old is truncated here; inf: never
+    length_norm: bool = False  # true: 1/|y|
+
+
+@dataclass
+class Drpo(Policy):
+    """DRPO (arXiv 2606.09821): DPPO with a smooth pull towards the policy that sampled in the mask's place."""
+
+    name: str = "drpo"
+    advantage: str = choice("centred", *ADVANTAGES)
+    # δ: the shift |π_θ − μ_old| at which a token that A pushes away has no gradient; the default is the authors'
+    delta: float = number(12.5, above=0)
+    length_norm: bool = False  # true: 1/|y|
+
+
+@dataclass
 class Corrected(Policy):
     """Settings of objectives with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
 
-    # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask
+    # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask (with correction_min: IcePop), or
+    # token_kpop
     correction: str = choice("none", *CORRECTIONS)
     correction_max: float = number(2.0, above=0, finite=False)  # C: a weight above it becomes C (truncate) or 0 (mask)
+    correction_min: float = number(0.0, at_least=0)  # a weight below it becomes 0 (mask)
+    # φ of token_kpop: a weight becomes 0 where KL(π_old ‖ μ_old) or its reverse, of this token or any other, is over it
+    correction_kl: float = number(0.1, above=0)
 
 
 @dataclass
@@ -118,6 +151,24 @@ class Gspo(Corrected):
     name: str = "gspo"
     clip_low: float = number(3e-4, at_least=0, at_most=1)
     clip_high: float = number(4e-4, at_least=0, finite=False)
+
+
+@dataclass
+class Sapo(Corrected):
+    """SAPO (arXiv 2511.20347): a gate that closes smoothly as the ratio leaves 1, in place of clipping."""
+
+    name: str = "sapo"
+    tau_positive: float = number(1.0, above=0)  # τ where A > 0: the larger, the sooner the gate closes
+    tau_negative: float = number(1.05, above=0)  # τ elsewhere
+
+
+@dataclass
+class Gmpo(Corrected):
+    """GMPO (arXiv 2507.20673): the response's ratio is the geometric mean of its tokens' clipped ones."""
+
+    name: str = "gmpo"
+    clip_low: float = number(0.4, at_least=0, finite=False)  # limits of a token's log π_θ/π_old: not under −clip_low
+    clip_high: float = number(0.4, at_least=0, finite=False)  # … and not over clip_high
 
 
 @dataclass

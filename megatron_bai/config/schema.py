@@ -8,7 +8,21 @@ from omegaconf import MISSING
 from megatron_bai.config.data import Arithmetic, Data, Dataset
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
-from megatron_bai.config.objectives import Cispo, Dapo, Grpo, Gspo, Minirl, Objective, Ppo, Sequence, Sft
+from megatron_bai.config.objectives import (
+    Cispo,
+    Dapo,
+    Dppo,
+    Drpo,
+    Gmpo,
+    Grpo,
+    Gspo,
+    Minirl,
+    Objective,
+    Ppo,
+    Sapo,
+    Sequence,
+    Sft,
+)
 from megatron_bai.config.rewards import Exact, Function, MathVerify, Reward, RewardModel
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
@@ -53,7 +67,7 @@ def register_schema() -> None:
         "data": (Arithmetic, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
         "reward": (Exact, MathVerify, Function, RewardModel),
-        "objective": (Sft, Minirl, Sequence, Grpo, Dapo, Cispo, Gspo, Ppo),
+        "objective": (Sft, Minirl, Sequence, Dppo, Drpo, Grpo, Dapo, Cispo, Gspo, Gmpo, Sapo, Ppo),
     }
     for group, kinds in choices.items():
         for kind in kinds:

@@ -106,7 +106,8 @@ def test_on_policy_and_without_discrepancy_the_gradient_is_the_policy_gradient(s
     if getattr(settings, "is_max", 1.0) < 1:
         return
     case = drawn(6, 6, 2, 0.0)
-    how = {"minirl": "sum", "sequence": "sum", "ppo": "batch"}.get(settings.name, "sample")
+    sums = dict.fromkeys(("minirl", "sequence", "dppo", "drpo"), "sum")
+    how = (sums | {"ppo": "batch"}).get(settings.name, "sample")
     how = getattr(settings, "token_mean", how)
     how = "sample" if getattr(settings, "length_norm", False) else how
     wanted = np.zeros_like(case.new)

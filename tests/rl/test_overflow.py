@@ -27,6 +27,8 @@ UNLIMITED = [  # a weight or a ratio that nothing truncates
     config.Gspo(correction="sequence_truncate", correction_max=INF),
     config.Cispo(clip_high=INF, correction="token_mask"),
     config.Grpo(clip_low=1.0, clip_high=INF, correction="sequence_mask"),
+    config.Gmpo(clip_high=INF, correction="token_kpop"),
+    config.Dppo(delta=INF),
 ]
 SHARES = ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative", "corrected_fraction", "ess")
 each = pytest.mark.parametrize("settings", [*SETTINGS, *UNLIMITED], ids=name)
@@ -57,7 +59,8 @@ def far(distance: float, which: str, dtype: type, garbage: float = 0.0) -> Case:
 
 def exact(case: Case, settings: config.Objective, monkeypatch: pytest.MonkeyPatch) -> papers.Answer:
     """The formula's loss and gradient; inf where a float64 holds them not."""
-    monkeypatch.setattr(papers, "exp", lambda x: mpmath.exp(float(x)))
+    monkeypatch.setattr(papers, "exp", lambda x: mpmath.exp(x if isinstance(x, mpmath.mpf) else float(x)))
+    monkeypatch.setattr(papers, "log", mpmath.log)
     arrays = ("new", "old", "infer", "reference", "advantages")
     double = replace(case, **{key: getattr(case, key).astype(np.float64) for key in arrays})
     value, gradient = papers.FORMULAS[type(settings)](double, settings)

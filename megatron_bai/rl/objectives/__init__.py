@@ -12,7 +12,20 @@ from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.objectives import cispo, dapo, grpo, gspo, minirl, ppo, sequence, sft
+from megatron_bai.rl.objectives import (
+    cispo,
+    dapo,
+    dppo,
+    drpo,
+    gmpo,
+    grpo,
+    gspo,
+    minirl,
+    ppo,
+    sapo,
+    sequence,
+    sft,
+)
 from megatron_bai.rl.objectives.aggregate import loss_numerator
 from megatron_bai.rl.objectives.checks import validate_policy
 from megatron_bai.rl.objectives.objective import Objective, PerToken, Scalar
@@ -21,7 +34,7 @@ from megatron_bai.rl.objectives.terms import ratio_metrics
 
 __all__ = ["Objective", "batch_loss", "check", "get", "register", "total"]
 
-_BUILT_IN = (sft, minirl, sequence, grpo, dapo, cispo, gspo, ppo)
+_BUILT_IN = (sft, minirl, sequence, dppo, drpo, grpo, dapo, cispo, gspo, gmpo, sapo, ppo)
 _REGISTRY: dict[str, Objective] = {module.OBJECTIVE.settings.name: module.OBJECTIVE for module in _BUILT_IN}
 
 

@@ -31,5 +31,14 @@ def validate_policy(settings: config.Policy) -> None:
 
 def validate_clipping(settings: Any) -> None:
     """Refuse settings of the correction that are never read."""
-    if settings.correction == "none":
-        refuse_unused(settings, ["correction_max"], "objective.correction=none")
+    kind = settings.correction
+    read = {"none": set[str](), "token_kpop": {"correction_kl"}}.get(kind, {"correction_max"})
+    if kind.endswith("mask"):
+        read |= {"correction_min"}
+    unused = [name for name in ("correction_max", "correction_min", "correction_kl") if name not in read]
+    refuse_unused(settings, unused, f"objective.correction={kind}")
+    if kind.endswith("mask") and settings.correction_min > settings.correction_max:
+        raise UserError(
+            f"objective.correction_min ({settings.correction_min}) is above objective.correction_max "
+            f"({settings.correction_max}): no weight would remain"
+        )

@@ -2,35 +2,44 @@
 
 Truncated importance sampling (TIS) multiplies a token's loss by min(π_old/μ_old, C). Its peers put 0 where the weight
 is above C (masking), or take the whole response's weight, Π_t π_old/μ_old, at each of its tokens (sequence level).
+IcePop (arXiv 2510.18855) masks a weight below a lower limit, too. KPop (Guo et al., 2026) masks by divergences instead
+of by the weight: where KL(π_old ‖ μ_old) or KL(μ_old ‖ π_old) of the token against all others is above φ.
 """
+
+import torch
 
 from megatron_bai import config
 from megatron_bai.config.objectives import CORRECTIONS as CORRECTIONS
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.objectives.divergence import binary_kl
 from megatron_bai.rl.objectives.objective import PerToken
 from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, sequence_log_ratio
 
 
 def correction_weights(
-    old: PerToken, infer: PerToken, mask: PerToken, correction: str, limit: float
+    old: PerToken, infer: PerToken, mask: PerToken, settings: config.Corrected
 ) -> tuple[PerToken, PerToken]:
-    """Compute importance weights w = π_old/μ_old, without gradient.
+    """Compute importance weights w = π_old/μ_old, limited as the settings say, without gradient.
 
     Args:
         old: `[B, T]` log π_old.
         infer: `[B, T]` log μ_old.
         mask: `[B, T]` bool, the response's tokens.
-        correction: one of `CORRECTIONS` but none.
-        limit: C.
+        settings: `correction`, which is not none, and its limits.
 
     Returns:
-        min(w, C), or w where w ≤ C and else 0; and where w > C (bool).
+        The limited weights, and where a limit holds (bool): there w is C, or 0.
     """
     logs = log_ratio(old, infer, mask)
-    weight = (sequence_log_ratio(logs) if correction.startswith("sequence") else logs).exp()
-    over = weight > limit
-    return weight.masked_fill(over, limit if correction.endswith("truncate") else 0.0), over
+    weight = (sequence_log_ratio(logs) if settings.correction.startswith("sequence") else logs).exp()
+    if settings.correction == "token_kpop":
+        old, infer = (values.masked_fill(~mask, 0.0) for values in (old, infer))
+        outside = torch.maximum(binary_kl(old, infer), binary_kl(infer, old)) > settings.correction_kl
+    else:
+        outside = (weight > settings.correction_max) | (weight < settings.correction_min)
+    limit = settings.correction_max if settings.correction.endswith("truncate") else 0.0
+    return weight.masked_fill(outside, limit), outside
 
 
 class Correction:
@@ -41,7 +50,7 @@ class Correction:
     """
 
     def __init__(self, batch: Batch, settings: config.Corrected, stats: Stats):
-        """Compute the weights; add `corrected_fraction`, the share of tokens whose weight is above C.
+        """Compute the weights; add `corrected_fraction`, the share of tokens whose weight a limit holds.
 
         Args:
             batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
@@ -51,12 +60,10 @@ class Correction:
         self.dropped, self._weight = ~batch.mask, None
         if settings.correction == "none":
             return
-        weight, over = correction_weights(
-            batch.old_logprobs, batch.infer_logprobs, batch.mask, settings.correction, settings.correction_max
-        )
-        stats.mean("corrected_fraction", over[batch.mask])
-        if settings.correction.endswith("mask"):
-            self.dropped = self.dropped | over
+        weight, outside = correction_weights(batch.old_logprobs, batch.infer_logprobs, batch.mask, settings)
+        stats.mean("corrected_fraction", outside[batch.mask])
+        if not settings.correction.endswith("truncate"):
+            self.dropped = self.dropped | outside
         # Without a maximum a weight may be infinite, and times the loss 0 of a token without advantage be NaN.
         self._weight = weight.masked_fill(self.dropped | (broadcast_advantages(batch.advantages) == 0), 0.0)
 
