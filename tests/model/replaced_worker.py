@@ -14,6 +14,8 @@ from moe import MODEL
 from processes import prepare
 
 from megatron_bai import config
+from megatron_bai.checkpoint.common_state import COMMON, COMMON_OBJECT
+from megatron_bai.checkpoint.torch_dist import TorchDistReader
 
 # verb, format of the source, what is replaced once the weights are read
 CASES = [
@@ -21,7 +23,7 @@ CASES = [
     ("convert", "hf", "tokenizer.json"),
     ("convert", "hf", "model.safetensors"),
     ("convert", "hf", "nothing"),
-    ("convert", "megatron", "common.pt"),
+    ("convert", "megatron", "common state"),
     ("convert", "megatron", "generation_config.json"),
     ("convert", "megatron", "directory"),
     ("convert", "megatron", "log"),
@@ -65,8 +67,12 @@ def make_sources(rank: int, directory: Path) -> None:
         shutil.copytree(directory / case[1], directory / "-".join(case))
 
 
-def replace(source: Path, what: str) -> None:
-    """Replace a file by another one of the same content, or the directory, or write on into a log."""
+def replace(source: Path, what: str) -> str:
+    """Replace a file by another one of the same content, or the directory, or write on into a log.
+
+    Returns:
+        The name of the file that was replaced; empty where none was.
+    """
     if what == "log":
         with open(source / "train.log", "a") as log:
             log.write(" and going on")
@@ -75,8 +81,17 @@ def replace(source: Path, what: str) -> None:
         source.rename(source.with_name("before"))
         source.with_name("other").rename(source)
     elif what != "nothing":
-        shutil.copy(source / what, source / "new")
-        (source / "new").replace(source / what)
+        name = file_of_common_state(source) if what == "common state" else what
+        shutil.copy(source / name, source / "new")
+        (source / "new").replace(source / name)
+        return name
+    return ""
+
+
+def file_of_common_state(source: Path) -> str:
+    """The file that has the state that is not sharded, whatever release wrote it."""
+    with TorchDistReader(source) as reader:
+        return reader.objects[COMMON_OBJECT].file if COMMON_OBJECT in reader.objects else COMMON
 
 
 def run(rank: int, directory: Path, verb: str, form: str, what: str) -> None:
@@ -88,15 +103,16 @@ def run(rank: int, directory: Path, verb: str, form: str, what: str) -> None:
 
     def then_replace(load: Callable[..., object]) -> Callable[..., object]:
         def loaded(*arguments: object) -> object:
+            nonlocal replaced
             result = load(*arguments)
-            replace(source, what)
+            replaced = replace(source, what)
             return result
 
         return loaded
 
     hf_checkpoint.load_hf = then_replace(hf_checkpoint.load_hf)
     megatron_checkpoint.load = then_replace(megatron_checkpoint.load)
-    target, said = source.with_name(f"{source.name}-target"), ""
+    target, said, replaced = source.with_name(f"{source.name}-target"), "", ""
     settings = config.Config(
         model=MODEL, backend=config.Backend(kind="cpu"), init=config.CheckpointInit(checkpoint=str(source))
     )
@@ -107,7 +123,9 @@ def run(rank: int, directory: Path, verb: str, form: str, what: str) -> None:
             init_weights.load_initial_weights(build(settings), settings)
     except UserError as error:
         said = str(error)
-    source.with_name(f"{source.name}.json").write_text(json.dumps({"said": said, "target": target.exists()}))
+    source.with_name(f"{source.name}.json").write_text(
+        json.dumps({"said": said, "replaced": replaced, "target": target.exists()})
+    )
 
 
 def main(directory: Path) -> None:

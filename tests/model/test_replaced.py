@@ -23,8 +23,8 @@ def test_a_source_that_is_replaced_while_it_is_read_gives_no_result(case: tuple[
     verb, _, what = case
     found = json.loads((replaced / f"{'-'.join(case)}.json").read_text())
     if what in ("nothing", "log"):
-        assert found == {"said": "", "target": verb == "convert"}
+        assert found == {"said": "", "replaced": "", "target": verb == "convert"}
     else:
-        name = "" if what == "directory" else what
-        assert "was replaced or changed while it was read: run again" in found["said"] and name in found["said"]
+        assert bool(found["replaced"]) == (what != "directory") and found["replaced"] in found["said"]
+        assert "was replaced or changed while it was read: run again" in found["said"]
         assert not found["target"] and not list(replaced.glob(f".{'-'.join(case)}-target.unfinished"))

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from processes import TESTS, launch
 from resume_worker import LAYOUTS, MOMENTS, STEPS
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from training_states import same, tensors
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
@@ -44,24 +41,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "found.json").read_text())
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint that is a tensor: weights, moments, master weights, generators."""
-    state: dict[str, Any] = {}
-    _load_state_dict(state, FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether two checkpoints have the same bits."""
-    ours, theirs = tensors(one), tensors(other)
-    moments = [f"optimizer.state.{name}." for name in ("param", "exp_avg", "exp_avg_sq")]
-    kinds = ("embedding.", "rng_state.", *moments)
-    assert all(any(key.startswith(kind) for key in ours) for kind in kinds) and ours.keys() == theirs.keys()
-    return all(torch.equal(ours[key], theirs[key]) for key in ours) and (
-        torch.load(one / "common.pt") == torch.load(other / "common.pt")
-    )
 
 
 def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
