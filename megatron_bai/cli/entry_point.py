@@ -25,6 +25,7 @@ from megatron_bai.cli.compose import compose, compose_unresolved, hydra_errors_a
 from megatron_bai.cli.help_text import overview, verb_help
 from megatron_bai.cli.overrides import for_hydra
 from megatron_bai.cli.verbs import VERBS
+from megatron_bai.compat.megatron_notices import hide_notices
 from megatron_bai.config.limits import unknown_name
 from megatron_bai.errors import UserError, from_os_error, from_peer_error
 from megatron_bai.utils import terminal_logging
@@ -47,6 +48,7 @@ def main() -> None:
     _leave_ascii_locale()
     terminal_logging.setup()
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|hydra)\b")
+    hide_notices()
     unwind_at_stop_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_after_parent(_STOP_AFTER_TORCHRUN_S)

@@ -34,6 +34,7 @@ class MegatronRelease:
         refused_settings: of TransformerConfig, those that must be None for routes to be replayed, with the reason.
         inference_router: class of routers whose forward pass is another during inference; empty: there is none.
         mtp_layer: name of the transformer layer within a layer of multi-token prediction, as checkpoints have it.
+        notices: how the warnings begin that it logs in every run, about what only this package could do otherwise.
     """
 
     save_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class MegatronRelease:
     refused_settings: Mapping[str, str] = field(default_factory=dict)
     inference_router: str = ""
     mtp_layer: str = "transformer_layer"
+    notices: tuple[str, ...] = ()
 
 
 _MEGATRON_0_16 = MegatronRelease()
@@ -50,9 +52,18 @@ _MEGATRON_0_17 = MegatronRelease(
     refused_settings={"moe_router_force_biased": "it replaces the live logits, from which the weights are computed"},
     inference_router="InferenceTopKRouter",
     mtp_layer="mtp_model_layer",
+    notices=("MCore's async save is deprecated",),
 )
-_MEGATRON_0_18 = replace(_MEGATRON_0_17, graph_setting="cuda_graph_modules")
-_MEGATRON_0_19 = replace(_MEGATRON_0_18, common_is_object=True)
+_MEGATRON_0_18 = replace(
+    _MEGATRON_0_17,
+    graph_setting="cuda_graph_modules",
+    notices=(*_MEGATRON_0_17.notices, "DistributedDataParallel: full_param_layout not provided"),
+)
+_MEGATRON_0_19 = replace(
+    _MEGATRON_0_18,
+    common_is_object=True,
+    notices=(*_MEGATRON_0_18.notices, "GPTModel IS DEPRECATED", "load_common is deprecated"),
+)
 MEGATRON = {
     "0.16.0": _MEGATRON_0_16,
     MEGATRON_CORE: _MEGATRON_0_16,

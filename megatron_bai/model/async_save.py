@@ -5,6 +5,7 @@ back through a server process, which would outlive a trainer that is killed, and
 through anonymous memory instead, and so do the checksums, which the process that wrote the files computes.
 """
 
+import logging
 import os
 import pickle
 import queue
@@ -24,6 +25,7 @@ from megatron_bai.utils.child_processes import set_forks_die_with_parent
 
 # All that `torch.save` says of the system's error, at times behind another one about the end of the file.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error")
+_BEFORE_CAUSE = "encountered an error: "  # in what Megatron-Core logs of a writer that failed
 
 
 class CheckpointSave:
@@ -149,9 +151,44 @@ def _write_and_checksum(
     write: Callable[..., None], stage: Path, crcs: _ForkQueue, rank: int, buckets: list[Any], results: _ForkQueue
 ) -> None:
     """Write this rank's files and send their CRC-32."""
-    write(rank, buckets, results)
+    with _logged_errors() as logged:
+        write(rank, buckets, _NamedCauses(results, logged))
     with suppress(UserError):  # one that could not be written: `results` say why
         crcs.put(manifest.compute_crcs(stage, [name for _, name, _ in buckets]))
+
+
+class _NamedCauses:
+    """A queue into which Megatron-Core puts the results of a write; of an exception, the cause that it logged.
+
+    From 0.17 on the exception itself names the cause's class alone.
+    """
+
+    def __init__(self, results: _ForkQueue, logged: list[str]):
+        self._results, self._logged = results, logged
+
+    def put(self, content: Any) -> None:
+        """Send the results, or an exception with the first error that was logged."""
+        if isinstance(content, Exception) and self._logged:
+            content = RuntimeError(self._logged[0].rpartition(_BEFORE_CAUSE)[2])
+        self._results.put(content)
+
+
+@contextmanager
+def _logged_errors() -> Iterator[list[str]]:
+    """Collect, and keep off the terminal, the errors that Megatron-Core's writer logs during a block."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    logged: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(filesystem_async.__name__)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield logged
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 @contextmanager
@@ -166,6 +203,8 @@ def _as_user_error(stage: Path) -> Iterator[None]:
         if not any(word in said for word in _TORCH_CANNOT_WRITE):
             raise
         raise UserError(f"{stage} cannot be written: the disk is full or failed") from None
+    except OSError as error:  # a limit on files' sizes holds for what brings the results back, too
+        raise UserError(f"{stage} cannot be written: {error.strerror or error}") from None
 
 
 def first_cause(error: CheckpointException) -> object:

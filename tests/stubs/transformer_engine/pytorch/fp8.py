@@ -1,10 +1,11 @@
-"""What Megatron-Core 0.16 imports from here."""
+"""What Megatron-Core imports from here."""
 
 from contextlib import nullcontext as fp8_autocast
+from contextlib import nullcontext as fp8_model_init
 
 
 class FP8GlobalStateManager:
     """Nothing is in eight bits."""
 
 
-__all__ = ["FP8GlobalStateManager", "fp8_autocast"]
+__all__ = ["FP8GlobalStateManager", "fp8_autocast", "fp8_model_init"]

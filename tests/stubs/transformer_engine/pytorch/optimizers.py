@@ -21,3 +21,8 @@ def multi_tensor_l2norm(*arguments: object) -> None:
 
 def multi_tensor_scale(*arguments: object) -> None:
     raise NotImplementedError
+
+
+def multi_tensor_scale_tensor(*arguments: object) -> None:
+    """Without it, Megatron-Core from 0.17 on takes none of these kernels."""
+    raise NotImplementedError
