@@ -12,6 +12,7 @@ those on its path when Python starts, and what it finds is a record, not a verdi
 """
 
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,8 +161,8 @@ def run(cell: Cell, *, part: bool = False) -> dict[str, Any]:
         part: ask for the part of `make test-long` alone.
 
     Returns:
-        The numbers of those that passed and were skipped, names of those that failed with their first line, and how
-        often each engine was imported.
+        The numbers of those that passed and were skipped, names of those that failed with a line that says why, and
+        how often each engine was imported. What pytest printed of failures goes to stderr.
 
     Raises:
         RuntimeError: the tests did not run to their end, or with another release than the cell's; nothing was learnt.
@@ -179,6 +180,8 @@ def run(cell: Cell, *, part: bool = False) -> dict[str, Any]:
             raise RuntimeError(
                 f"{cell.key}: pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
             )
+        if done.returncode:
+            print(done.stdout[-12000:], file=sys.stderr, flush=True)
         imports = engine_releases.require_imported(cell.engines, notes, suite.engines, copies)
         return read_report(report) | {"imports": imports}
 
@@ -190,12 +193,18 @@ def read_report(report: Path) -> dict[str, Any]:
         problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
         if problem is not None:
             name = f"{case.get('classname', '')}::{case.get('name', '')}".lstrip(":")
-            failed[name] = (problem.get("message") or "").strip().partition("\n")[0][:200]
+            failed[name] = _telling_line(problem.get("message") or "")
         elif case.find("skipped") is not None:
             skipped += 1
         else:
             passed += 1
     return {"passed": passed, "skipped": skipped, "failed": failed}
+
+
+def _telling_line(message: str) -> str:
+    """Return the last line that names an error, since a message may have what a command said; else the first."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if re.search("error", line, re.IGNORECASE)), (lines or [""])[0])[:200]
 
 
 def circumstances() -> dict[str, Any]:

@@ -101,10 +101,11 @@ def test_a_report_is_read(tmp_path: Path) -> None:
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.a" name="one"/>'
         '<testcase classname="tests.a" name="two"><skipped message="no"/></testcase>'
-        '<testcase classname="tests.a" name="three"><failure message="assert 1&#10;more"/></testcase>'
+        '<testcase classname="tests.a" name="three">'
+        '<failure message="AssertionError: a warning&#10;  TypeError: no&#10;assert 1 == 0"/></testcase>'
         '<testcase classname="tests.a" name="four"><error message="no fixture"/></testcase></testsuite></testsuites>'
     )
-    failed = {"tests.a::three": "assert 1", "tests.a::four": "no fixture"}
+    failed = {"tests.a::three": "TypeError: no", "tests.a::four": "no fixture"}
     assert release_matrix.read_report(report) == {"passed": 1, "skipped": 1, "failed": failed}
 
 
