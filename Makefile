@@ -5,7 +5,9 @@
 # make test-matrix  tests with every release of the engines that is taken, for docs/compatibility.md (hours; it may be stopped)
 # ARGS adds Hydra overrides to the demo: make demo ARGS="run.name=demo-1 run.seed=1"
 #      and chooses cells of the matrix: make test-matrix ARGS="megatron-core=0.19.2 suite=routing" (tests/release_matrix.py)
+# PYTHON=python3.12 takes the newest releases of the engines, which want it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+LOCK := requirements/$(shell $(PYTHON) -c 'import sys; print("cpu" if sys.version_info < (3, 12) else "cpu-py312")').lock
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
@@ -17,10 +19,10 @@ install: $(VENV)/installed
 
 # torch comes first and with its dependencies, from wherever pip finds it. The rest is exactly the lock: SGLang's
 # CUDA-only dependencies are left out of it, so pip must not look for them.
-$(VENV)/installed: requirements/cpu.lock pyproject.toml setup.py
+$(VENV)/installed: $(LOCK) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) --no-deps -r requirements/cpu.lock
+	$(PIP) $$(grep ^torch== $(LOCK))
+	$(PIP) --no-deps -r $(LOCK)
 	$(PIP) --no-deps --editable .
 	touch $@
 

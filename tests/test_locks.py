@@ -7,8 +7,11 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from megatron_bai.compat.releases import MEGATRON, SERVERS, TAKEN
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -23,9 +26,7 @@ LINUX_312 = {
     "platform_python_implementation": "CPython",
 }
 HERE = {**LINUX_312, "python_version": "3.11", "python_full_version": "3.11.0"}
-CPU = ("cpu.lock", "test.lock")
-# A CPU does without, and the Makefile installs torch first, from any index.
-NOT_IN_CPU_LOCK = {"torch", "transformer-engine"}
+NOT_ON_A_CPU = {"transformer-engine"}
 
 
 def pinned(*locks: str) -> dict[str, str]:
@@ -64,9 +65,19 @@ def test_the_gpu_lock_has_what_the_gpu_extra_asks_for() -> None:
     assert not unmet(requirements("gpu"), pinned("gpu.lock"), LINUX_312)
 
 
-def test_the_cpu_locks_have_what_they_install() -> None:
-    asked = (r for r in requirements("gpu", "datasets", "math") if r.name not in NOT_IN_CPU_LOCK)
-    assert not unmet(asked, pinned(*CPU), HERE)
+@pytest.mark.parametrize("lock, environment", [("cpu.lock", HERE), ("cpu-py312.lock", LINUX_312)])
+def test_the_cpu_locks_have_what_they_install(lock: str, environment: dict[str, str]) -> None:
+    pins = pinned(lock, "test.lock")
+    asked = (r for r in requirements("gpu", "datasets", "math") if r.name not in NOT_ON_A_CPU)
+    asked = (r for r in asked if pins.get(canonicalize_name(r.name)) not in TAKEN.get(r.name, ()))
+    assert not unmet(asked, pins, environment)
+
+
+def test_the_cpu_lock_of_newer_pythons_has_the_newest_engines() -> None:
+    pins = pinned("cpu-py312.lock")
+    newest = {"megatron-core": list(MEGATRON)[-1], "sglang": list(SERVERS)[-1]}
+    assert {name: pins[name] for name in newest} == newest
+    assert pins["torch"] in TAKEN["torch"] and pins["transformers"] in TAKEN["transformers"]
 
 
 def test_what_the_locked_releases_ask_for_is_in_the_gpu_lock() -> None:
@@ -79,11 +90,6 @@ def test_what_the_locked_releases_ask_for_is_in_the_gpu_lock() -> None:
             if missing := unmet(map(Requirement, distribution.requires or []), pins, LINUX_312):
                 wrong[name] = missing
     assert len(checked) > 20 and not wrong
-
-
-def test_the_makefile_installs_the_torch_that_is_asked_for() -> None:
-    (release,) = re.findall(r"torch==(\S+)", (ROOT / "Makefile").read_text())
-    assert not unmet((r for r in requirements() if r.name == "torch"), {"torch": release}, HERE)
 
 
 def test_transformer_engine_is_built_for_the_cuda_of_torch() -> None:

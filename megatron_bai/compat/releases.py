@@ -191,7 +191,12 @@ def sglang_releases(where: Callable[[SGLangRelease], bool] = lambda release: Tru
 
 
 # Releases of a distribution that are taken beside the one that this package installs.
-TAKEN = {"sglang": sglang_releases(), "megatron-core": tuple(MEGATRON), "transformers": ("5.19.0",)}
+TAKEN = {
+    "sglang": sglang_releases(),
+    "megatron-core": tuple(MEGATRON),
+    "transformers": ("5.19.0",),  # SGLang 0.5.22 and 0.5.23 ask for it, and for this torch
+    "torch": ("2.14.1",),
+}
 
 _admits_untested = False
 

@@ -66,7 +66,8 @@ def test_every_pin_is_compared(installed, name):
 
 
 def test_releases_of_the_table_are_taken_beside_the_pin(installed):
-    for name, release in (("sglang", "0.5.22"), ("sglang", "0.5.23"), ("transformers", "5.19.0")):
+    others = {"sglang": ("0.5.22", "0.5.23"), "transformers": ("5.19.0",), "torch": ("2.14.1", "2.14.1+cpu")}
+    for name, release in ((name, release) for name, releases in others.items() for release in releases):
         installed[name] = release
         assert not faults(look()) and look()[name].found == release
     installed["sglang"] = "0.5.24"
