@@ -1,5 +1,8 @@
 """A weight update is checked before it is sent, ordered, proven, and always lets the server go on."""
 
+import io
+import pickle
+import pickletools
 import shutil
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,6 +24,7 @@ from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.weight_sync import (
     HttpTransport,
     check_shapes,
+    pickle_tensors,
     sync_from_disk,
     sync_from_tensors,
     tensor_shapes,
@@ -182,3 +186,18 @@ def test_every_rank_gets_every_bit_once_whatever_dtypes_share_a_bucket(way: str,
         received = [each for ranks in server.requests for each in ranks[rank]]
         assert sorted(received) == sorted(digests(ODD.items()))
     assert len(server.requests) == {1: len(ODD), 24: 3, 1 << 20: 1}[bucket_bytes]
+
+
+def load_storage(data: bytes) -> Any:
+    """What Megatron-Core puts in the place of torch's."""
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def test_a_pickle_names_torch_alone_whatever_loads_storages_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang unpickles no function that it does not know."""
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", load_storage)
+    assert __name__.encode() in pickle.dumps(ODD)
+    data = pickle_tensors(list(ODD.items()))
+    words = [word for _, word, _ in pickletools.genops(data) if isinstance(word, str)]
+    assert "_load_from_bytes" in words and __name__ not in words and "load_storage" not in words
+    assert all(torch.equal(found, ODD[name]) for name, found in pickle.loads(data))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -114,16 +114,27 @@ class HttpTransport:
 
     def send(self, bucket: Bucket) -> None:
         """Send a bucket, and wait until every server has loaded it."""
-        # Plain pickle carries the values; torch's own for processes would carry names of shared memory.
         # A clone, since a view would take its whole storage along.
         named = [(name, tensor.detach().cpu().clone()) for name, tensor in bucket]
-        data = base64.b64encode(pickle.dumps(named)).decode()
+        data = base64.b64encode(pickle_tensors(named)).decode()
 
         def post(url: str) -> None:
             body = {"serialized_named_tensors": [data] * self._sizes[url], "flush_cache": False}
             control.post(url, "/update_weights_from_tensor", body, self._timeout_s)
 
         on_all_servers(list(self._sizes), post)
+
+
+def pickle_tensors(bucket: Bucket) -> bytes:
+    """Pickle tensors on the host as SGLang unpickles them: by names of torch's functions alone.
+
+    Plain pickle carries the values; torch's own for processes would carry names of shared memory. Megatron-Core (from
+    0.17.1, `megatron/core/__init__.py`) puts a function of its own, a stricter one, in the place of torch's that loads
+    storages, and a pickle would name that: SGLang's scheduler ends on names that it does not know.
+    """
+    load_storage: Any = torch.storage._load_from_bytes
+    load_storage.__module__, load_storage.__qualname__ = "torch.storage", "_load_from_bytes"  # where it is found
+    return pickle.dumps(bucket)
 
 
 def sync_from_tensors(
