@@ -38,8 +38,8 @@ def place_apex(directory: Path, fault: str = "") -> None:
 
     Args:
         directory: for the path.
-        fault: `python` (built without its CUDA extensions), `symbol`, `syntax` (an error that is no ImportError) or
-            `other` (PyPI's project of that name).
+        fault: `python` (built without its CUDA extensions), `symbol`, `optimizer` (one without its optimizer), `syntax`
+            (an error that is no ImportError) or `other` (PyPI's project of that name).
     """
     package = directory / "apex"
     if fault == "other":
@@ -52,7 +52,7 @@ def place_apex(directory: Path, fault: str = "") -> None:
     shutil.copytree(STUBS / "apex", package, ignore=shutil.ignore_patterns("__pycache__"))
     if fault != "python":
         shutil.copy(STUBS / "amp_C.py", directory)
-    if fault in ("symbol", "syntax"):
-        added = {"symbol": f'raise ImportError("{SYMBOL}")', "syntax": "print 1"}[fault]
+    added = {"symbol": f'raise ImportError("{SYMBOL}")', "syntax": "print 1", "optimizer": "del FusedAdam"}.get(fault)
+    if added:
         file = package / "optimizers" / "__init__.py"
         file.write_text(f"{file.read_text()}\n{added}\n")

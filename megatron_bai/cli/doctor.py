@@ -23,7 +23,7 @@ from megatron_bai import compat, project_files
 from megatron_bai.cli.findings import FAULT, OK, WITHOUT, Finding
 from megatron_bai.cli.kernel_findings import find_kernels
 from megatron_bai.compat.patch import Patch
-from megatron_bai.compat.releases import TAKEN
+from megatron_bai.compat.releases import TAKEN, describe_row, installed_megatron
 from megatron_bai.config import Backend, Config
 from megatron_bai.errors import UserError
 from megatron_bai.utils.terminal_text import make_console
@@ -38,6 +38,7 @@ _PURPOSES = {
     "transformers": "tokenizers and the Hugging Face format",
     "sglang": "rollouts: the inference engine",
 }
+_ENGINES = ("megatron-core", "sglang")  # whose releases have rows in the table
 # Optional: import name → what is lost without it. None of these is needed on a CPU.
 _OPTIONAL = {
     "flash_attn": ("flash attention in training; unfused attention is used", "pip install flash-attn"),
@@ -102,7 +103,7 @@ def collect_findings(backend: Backend, machine: Machine) -> Iterator[Finding]:
         backend: the settings `backend.*`.
         machine: the hardware.
     """
-    yield from _requirements()
+    yield from _requirements(backend.untested and backend.kind != "cpu" and bool(machine.gpus))
     yield from _files()
     yield from find_kernels(backend, bool(machine.gpus))
     yield from _optional(machine)
@@ -110,8 +111,12 @@ def collect_findings(backend: Backend, machine: Machine) -> Iterator[Finding]:
     yield from _patches(compat.PATCHES, machine)
 
 
-def _requirements() -> Iterator[Finding]:
-    """Report Python and the package's requirements; those without a purpose of their own share one line."""
+def _requirements(probed: bool) -> Iterator[Finding]:
+    """Report Python and the package's requirements; those without a purpose of their own share one line.
+
+    Args:
+        probed: whether a run takes engines of other releases than the table's, once it has probed them.
+    """
     try:
         own = metadata.metadata(_PACKAGE)
     except metadata.PackageNotFoundError as error:
@@ -123,7 +128,7 @@ def _requirements() -> Iterator[Finding]:
     for requirement in sorted(
         _main_requirements(own.get_all("Requires-Dist") or []), key=lambda r: r.name not in _PURPOSES
     ):
-        finding = _check_pin(requirement)
+        finding = _check_pin(requirement, probed)
         if requirement.name in _PURPOSES:
             yield finding
         elif finding.state == OK:
@@ -142,17 +147,27 @@ def _main_requirements(lines: Iterable[str]) -> Iterator[Requirement]:
             yield requirement
 
 
-def _check_pin(requirement: Requirement) -> Finding:
-    """Compare an installed release with its pin, and with others that are taken, without a build's suffix (`+cpu`)."""
+def _check_pin(requirement: Requirement, probed: bool) -> Finding:
+    """Compare an installed release with its pin, and with others that are taken, without a build's suffix (`+cpu`).
+
+    Args:
+        requirement: the pin.
+        probed: as in `_requirements`.
+    """
     found, role = _version(requirement.name), _PURPOSES.get(requirement.name, "")
     if found is None:
         note = f"{role or 'needed by the package'}: {_remedy(_pin(requirement))}"
         return Finding(requirement.name, "missing", FAULT, note)
-    if found.partition("+")[0] in TAKEN.get(requirement.name, ()):
+    release = found.partition("+")[0]
+    row = describe_row(requirement.name, release) if requirement.name in _ENGINES else ""
+    role = f"{role}; {row}" if row else role
+    if release in TAKEN.get(requirement.name, ()):
         return Finding(requirement.name, found, OK, role)
-    if not requirement.specifier.contains(found, prereleases=True):
-        note = f"needs {requirement.specifier}: {_remedy(_pin(requirement))}"
-        return Finding(requirement.name, found, FAULT, note)
+    if row and probed and "backend.untested" in row:
+        return Finding(requirement.name, found, WITHOUT, role)
+    if requirement.name in _ENGINES or not requirement.specifier.contains(found, prereleases=True):
+        needed = f"needs {requirement.specifier}: {_remedy(_pin(requirement))}"
+        return Finding(requirement.name, found, FAULT, f"{needed}; {row}" if row else needed)
     return Finding(requirement.name, found, OK, role)
 
 
@@ -242,6 +257,9 @@ def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
 
 
 def _version(distribution: str) -> str | None:
+    """Return an installed release; of Megatron-Core that of the sources which are imported."""
+    if distribution == "megatron-core":
+        return installed_megatron()
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

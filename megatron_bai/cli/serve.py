@@ -1,5 +1,6 @@
 """The verb `serve`: SGLang on a checkpoint, until interrupted."""
 
+import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,10 @@ from megatron_bai.model.hf_reader import HFReader
 from megatron_bai.model.required_tensors import require_tensors
 from megatron_bai.rl.writable_dirs import require_writable
 from megatron_bai.rollout.servers.ports import require_local_address
-from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.releases import is_untested
+from megatron_bai.rollout.servers.sglang_server import SGLangServer, installed_release
+
+_log = logging.getLogger(__name__)
 
 
 def run(settings: config.Config) -> None:
@@ -50,6 +54,8 @@ def run(settings: config.Config) -> None:
             convert(settings, source, directory, "hf")
         log = Path(settings.run.dir) / "serve" / "server.log"
         server = stack.enter_context(SGLangServer(directory, settings.rollout, log, kind, text=True))
+        if is_untested(release := installed_release()):
+            _log.warning("SGLang %s was not tried with this package; what it serves is compared with nothing", release)
         print(f"serving {source} at {server.url} (log: {log}); Ctrl-C stops it", flush=True)
         while True:
             time.sleep(1)

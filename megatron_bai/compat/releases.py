@@ -122,6 +122,11 @@ def admit_megatron(release: str) -> None:
     _admitted.add(release)
 
 
+def admitted_megatron() -> tuple[str, ...]:
+    """Return the releases without a row that this process uses: the installed one, once it was probed, or none."""
+    return tuple(sorted(_admitted))
+
+
 def is_admitted(release: str | None) -> bool:
     """Return whether this process may use a release of Megatron-Core: it has a row, or was probed."""
     return release in MEGATRON or release in _admitted
@@ -231,3 +236,23 @@ def untested_server(release: str | None) -> SGLangRelease | None:
     """
     earlier = _nearest_earlier(release or "", SERVERS)
     return SERVERS[earlier] if _admits_untested and earlier else None
+
+
+def describe_row(distribution: str, release: str) -> str:
+    """Return which row of the table an engine's release has, and what one without a row needs, in a phrase.
+
+    Args:
+        distribution: `megatron-core` or `sglang`.
+        release: the installed one, without a build's local suffix.
+    """
+    table: Iterable[str] = MEGATRON if distribution == "megatron-core" else SERVERS
+    if release in table:
+        elsewhere = distribution == "sglang" and not SERVERS[release].starts_here
+        return f"row {release} of the table of releases{', at rollout.urls alone' if elsewhere else ''}"
+    earlier = _nearest_earlier(release, table)
+    if earlier is None:
+        return f"no row in the table of releases ({', '.join(table)})"
+    return (
+        f"no row in the table of releases ({', '.join(table)}): backend.untested=true takes it as {earlier}, if a probe"
+        " at the start of the run verifies it; on a CPU it needs compatibility fixes that name it"
+    )

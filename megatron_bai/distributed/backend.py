@@ -47,15 +47,19 @@ def select_device(settings: config.Backend) -> Device:
     return Device(kind, device, DTYPES[settings.dtype])
 
 
-def init_backend(settings: config.Backend) -> Device:
+def init_backend(settings: config.Backend, has_rollouts: bool = False) -> Device:
     """Prepare this process and join the world that torchrun describes (or a world of one). *Collective*.
+
+    Args:
+        settings: of the backend.
+        has_rollouts: whether what a server samples is trained on.
 
     Raises:
         UserError: as `select_device`; a Megatron-Core that is not taken; the hosts of the run cannot reach each other.
     """
-    require_known_release(settings)
+    require_known_release(settings, select_device(settings).kind)
     device = join_world(settings)
-    admit_release(settings)
+    admit_release(settings, has_rollouts)
     return device
 
 

@@ -23,8 +23,12 @@ _OF_A_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RA
 _log = logging.getLogger(__name__)
 
 
-def require_known_release(settings: config.Backend) -> None:
+def require_known_release(settings: config.Backend, kind: str) -> None:
     """Refuse a Megatron-Core that this package was not run with, unless `backend.untested` asks for the probe.
+
+    Args:
+        settings: `untested`.
+        kind: of the device, `cpu` or `cuda`: on a CPU the fix that training needs refuses it all the same.
 
     Raises:
         UserError: names the release, those that were run, and the setting.
@@ -33,31 +37,41 @@ def require_known_release(settings: config.Backend) -> None:
     if release is None:
         raise UserError(f"megatron-core is not installed: install megatron-core=={releases.MEGATRON_CORE}")
     if release not in releases.MEGATRON and not settings.untested:
+        remedy = ", or set backend.untested=true, which probes it first" if kind != "cpu" else ""
         raise UserError(
             f"megatron-core {release} is none of the releases that this package was run with"
-            f" ({releases.list_megatron()}): install one of them, or set backend.untested=true, which probes it first"
+            f" ({releases.list_megatron()}): install one of them{remedy}"
         )
 
 
-def admit_release(settings: config.Backend) -> None:
+def admit_release(settings: config.Backend, has_rollouts: bool) -> None:
     """Probe a release without a row, and admit it in this process. *Collective*. One with a row is not probed.
 
     Args:
         settings: of the model that is probed.
+        has_rollouts: whether its rows will be compared with a server's, before anything is trained on these.
 
     Raises:
         UserError: names what the release fails.
     """
-    release = releases.installed_megatron()
-    if release is None or release in releases.MEGATRON:
-        return
-    is_first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    found = current_ranks().run_on_all(lambda: _probe(settings, release) if is_first_here else [])
-    releases.admit_megatron(release)
-    _log.warning(
-        f"megatron-core {release} was not tried with this package; the probe verified: {'; '.join(found[0])}. Nothing"
-        " else of it is known to work"
-    )
+    if not settings.untested:
+        return  # the setting is one of all ranks, which may have several releases
+    is_first_here, ranks = int(os.environ.get("LOCAL_RANK", 0)) == 0, current_ranks()
+
+    def probe() -> dict[str, list[str]]:
+        release = releases.installed_megatron()
+        if release is None or release in releases.MEGATRON or not is_first_here:
+            return {}
+        return {release: _probe(settings, release)}
+
+    rows = "are compared with a server's next" if has_rollouts else "were not compared with a server's"
+    for release, verified in {key: lines for found in ranks.run_on_all(probe) for key, lines in found.items()}.items():
+        releases.admit_megatron(release)
+        if ranks.rank == 0:
+            _log.warning(
+                f"megatron-core {release} was not tried with this package; the probe verified: {'; '.join(verified)}."
+                f" Its rows {rows}. Nothing else of it is known to work"
+            )
 
 
 def _probe(settings: config.Backend, release: str) -> list[str]:

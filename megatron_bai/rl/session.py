@@ -122,10 +122,11 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     require_writable_dirs(settings)
     if settings.rollout.api_key_file:
         auth.read_key(settings.rollout.api_key_file)  # an error before models are built
-    if objectives.get(settings.objective.name).rollouts and int(os.environ.get("RANK", 0)) == 0:
+    has_rollouts = objectives.get(settings.objective.name).rollouts
+    if has_rollouts and int(os.environ.get("RANK", 0)) == 0:
         require_usable_run_dir(plain_settings(settings))
         fleet.require_local_addresses(settings.rollout)
-    device = backend.init_backend(settings.backend)
+    device = backend.init_backend(settings.backend, has_rollouts)
     try:
         _validate_world(settings, dist.get_world_size())
         if dist.get_rank() == 0:
@@ -136,7 +137,7 @@ def open_session(settings: config.Config) -> Iterator[Session]:
         task = _make_task_of_checkpoint(settings)
         with ExitStack() as stack:
             session = _build_session(settings, device, task)
-            if session.is_replica_leader and objectives.get(settings.objective.name).rollouts:
+            if session.is_replica_leader and has_rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_scorer(settings.reward, session.task, log))
             yield session

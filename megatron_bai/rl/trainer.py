@@ -34,7 +34,7 @@ from megatron_bai.rl.experience.evaluation import evaluate
 from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
 from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
-from megatron_bai.rl.experience.server_probe import verify_rows
+from megatron_bai.rl.experience.server_probe import verify_engines
 from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
@@ -107,6 +107,7 @@ def _run_steps(
         start_inference(session, start.version) as inference,
     ):
         loop = TrainingLoop(session, inference, route_recorder, reference, progress.show_phase)
+        verify_engines(loop.collector, loop.stages)
         start.load_states(loop.stateful)
         with (
             RunCheckpoints(session, models, loop.stateful) as checkpoints,
@@ -247,20 +248,6 @@ class TrainingLoop:
         }
         return self._with_alarms(values)
 
-    def _verify_servers(self, stats: Stats, router_stats: Stats) -> None:
-        """Verify what servers of a release that is not in the table sampled first. Collective.
-
-        Raises:
-            UserError: as `verify_rows`; nothing was trained on it.
-        """
-        if not self.inference.unverified:
-            return
-        values = stats.gather_sum(self.session.reports_stats).values() | router_stats.gather_sum(True).values()
-        verified = verify_rows(self.inference.unverified, values, self.settings)
-        if self.session.is_rank_0:
-            _log.warning(verified)
-        self.inference.unverified = ()
-
     def _gather_metrics(self, stats: Stats, router_stats: Stats) -> dict[str, float]:
         """Gather the step's statistics over the world. Collective."""
         stats, router_stats = stats.gather_sum(self.session.reports_stats), router_stats.gather_sum(True)
@@ -287,7 +274,7 @@ class TrainingLoop:
         replayed = engine.score(micro_batches, inference) if mode == "r3" else None
         live_scores: Scores | None = None
         differing: list[torch.Tensor] = []
-        if mode != "r3" or self.settings.replay.measure_live or self.inference.unverified:
+        if mode != "r3" or self.settings.replay.measure_live:
             live_scores = engine.score(micro_batches, record=True)
             differing = router.add_route_mismatch(
                 router_stats, inference, live_scores.routes, engine.replay.columns, self.stages
@@ -303,7 +290,6 @@ class TrainingLoop:
             batch.old_logprobs.copy_(old.logprobs)
             add_discrepancies(stats, batch, previous, None if live_scores is None else live_scores.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
-        self._verify_servers(stats, router_stats)
         if self.reference:
             with self.reference.swapped_in():  # with its live router: it is one distribution for the whole run
                 reference = engine.score(micro_batches).logprobs

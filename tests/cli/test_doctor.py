@@ -74,6 +74,25 @@ def test_releases_of_the_table_are_taken_beside_the_pin(installed):
     assert faults(look()) == {"sglang"}
 
 
+def test_an_engine_is_told_its_row_or_what_one_without_a_row_needs(installed):
+    notes = {name: look()[name].note for name in ("megatron-core", "sglang")}
+    assert notes == {
+        "megatron-core": "the training engine; row 0.16.1 of the table of releases",
+        "sglang": "rollouts: the inference engine; row 0.5.21 of the table of releases",
+    }
+    installed |= {"megatron-core": "0.20.0", "sglang": "0.5.24"}
+    for name, row in (("megatron-core", "0.19.2"), ("sglang", "0.5.23")):
+        assert f"backend.untested=true takes it as {row}, if a probe" in look()[name].note
+        assert "on a CPU it needs compatibility fixes that name it" in look()[name].note
+    untested = Backend(untested=True, transformer_impl="local")
+    assert faults(look(untested, GPU)) == set() and look(untested, GPU)["sglang"].state == "without"
+    assert faults(look(untested)) == faults(look(Backend(transformer_impl="local"), GPU)) == {"megatron-core", "sglang"}
+    installed |= {"megatron-core": "0.15.3", "sglang": "0.5.20"}
+    assert faults(look(untested, GPU)) == {"megatron-core", "sglang"}
+    assert "no row in the table of releases (0.16.0, " in look()["megatron-core"].note
+    assert "row 0.5.20 of the table of releases, at rollout.urls alone" in look()["sglang"].note
+
+
 def test_beside_an_installed_package_pip_is_the_remedy(installed, monkeypatch):
     del installed["sglang"]
     monkeypatch.setattr(project_files, "checkout", lambda: None)

@@ -26,7 +26,7 @@ LAYOUTS = {1: config.Parallel(), 2: config.Parallel(pipeline=2, virtual_pipeline
 class Given:
     """A collector whose samples never change, and the inference engine that they need not."""
 
-    prompts, version, sync_gap, unverified = SAMPLES, 0, 0.0, ()
+    prompts, version, sync_gap = SAMPLES, 0, 0.0
 
     def __init__(self, columns: list[int]):
         self.columns, self.rewards, self.synced = columns, np.zeros(SAMPLES), 0

@@ -1,4 +1,6 @@
-"""A server of a release without a row of the table: taken with `backend.untested`, if its rows are the trainer's."""
+"""A server or a Megatron-Core of a release without a row of the table: taken with `backend.untested`, if the server's
+rows are the trainer's.
+"""
 
 import base64
 import json
@@ -14,10 +16,18 @@ import pytest
 from aiohttp import web
 from family_runs import make_checkpoint, two_steps
 
+from megatron_bai.compat.releases import SGLANG, installed_megatron
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 RELEASE = "0.9.0"
+# In a directory on the path: the installed Megatron-Core is taken out of the table; the fix for a CPU still names it.
+UNTABLED = """
+from megatron_bai import compat
+from megatron_bai.compat import releases
+
+del releases.MEGATRON[releases.installed_megatron()]
+"""
 ROLLOUT = Rollout(max_new_tokens=12, max_total_tokens=1024, sync="disk")
 
 pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
@@ -48,8 +58,17 @@ def lower(reply: dict[str, Any]) -> None:
     reply["meta_info"]["output_token_logprobs"] = [[value - 0.05, *rest] for value, *rest in pairs]
 
 
+@pytest.fixture
+def untabled(tmp_path: Path) -> Path:
+    """A directory for the path of a run whose Megatron-Core no one has tried."""
+    directory = tmp_path / "untabled"
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(UNTABLED)
+    return directory
+
+
 @contextmanager
-def behind_proxy(server: SGLangServer, change: Any) -> Iterator[str]:
+def behind_proxy(server: SGLangServer, change: Any, release: str = RELEASE) -> Iterator[str]:
     """The server as one of another release, whose samples are changed."""
 
     async def pass_on(request: web.Request, body: dict[str, Any]) -> web.Response:
@@ -60,7 +79,7 @@ def behind_proxy(server: SGLangServer, change: Any) -> Iterator[str]:
                     return web.Response(body=await reply.read(), status=reply.status, content_type=reply.content_type)
                 content = await reply.json()
         if request.path == "/server_info":
-            content["version"] = RELEASE
+            content["version"] = release
         elif request.path == "/generate" and body.get("return_routed_experts") and change:
             change(content)
         return web.json_response(content, status=reply.status)
@@ -69,24 +88,31 @@ def behind_proxy(server: SGLangServer, change: Any) -> Iterator[str]:
         yield url
 
 
-def test_it_is_verified_and_trained_with(checkpoint: Path, server: SGLangServer, tmp_path: Path) -> None:
+def test_both_are_verified_and_trained_with(
+    checkpoint: Path, server: SGLangServer, untabled: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     with behind_proxy(server, None) as url:
-        done = two_steps(checkpoint, run, "rollout.sync=disk", f"rollout.urls=[{url}]", "backend.untested=true")
+        settings = ["rollout.sync=disk", f"rollout.urls=[{url}]", "backend.untested=true"]
+        done = two_steps(checkpoint, run, *settings, first=(untabled,))
+    said, engine = done.stderr + done.stdout, f"megatron-core {installed_megatron()}"
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"SGLang {RELEASE}, which no one has tried, is verified" in done.stderr + done.stdout
+    assert f"{engine} was not tried with this package; the probe verified: a model of one MoE layer is built" in said
+    assert f"SGLang {RELEASE} and {engine}, which no one has tried, is verified: of a first rollout" in said
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["route_coverage"] for step in steps] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("change", [shift, lower], ids=lambda change: change.__name__)
-def test_one_with_other_rows_is_refused_before_any_update(
-    change: Any, checkpoint: Path, server: SGLangServer, tmp_path: Path
+def test_rows_that_differ_are_refused_before_any_update(
+    change: Any, checkpoint: Path, server: SGLangServer, untabled: Path, tmp_path: Path
 ) -> None:
-    with behind_proxy(server, change) as url:
-        done = two_steps(
-            checkpoint, tmp_path / "run", "rollout.sync=disk", f"rollout.urls=[{url}]", "backend.untested=true"
-        )
+    """`shift` of an unknown server, `lower` of a known one beside an unknown Megatron-Core."""
+    release, first = (RELEASE, ()) if change is shift else (SGLANG, (untabled,))
+    with behind_proxy(server, change, release) as url:
+        settings = ["rollout.sync=disk", f"rollout.urls=[{url}]", "backend.untested=true"]
+        done = two_steps(checkpoint, tmp_path / "run", *settings, first=first)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"SGLang {RELEASE}, which no one has tried, is refused" in done.stderr
+    engine = f"SGLang {RELEASE}" if change is shift else f"megatron-core {installed_megatron()}"
+    assert f"error: {engine}, which no one has tried, is refused: of a first rollout" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()

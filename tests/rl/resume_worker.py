@@ -60,7 +60,7 @@ class Rollouts:
     """In place of SGLang. Every second sample is right."""
 
     def __init__(self, session: Any, version: int):
-        self.session, self.version, self.sync_gap, self.unverified = session, version, 0.0, ()
+        self.session, self.version, self.sync_gap, self.untested = session, version, 0.0, ()
         self.seen: Callable[[int], None] = lambda version: None
 
     def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:

@@ -68,7 +68,7 @@ def test_a_run_names_the_setting_before_it_starts(name: str, directory: Path, mo
     setattr(getattr(settings, group), key, str(directory / "file"))
     monkeypatch.setattr(session, "validate_settings", lambda _: None)
     monkeypatch.setattr(session, "require_packages", lambda _: None)
-    monkeypatch.setattr(session.backend, "init_backend", lambda _: pytest.fail("it started"))
+    monkeypatch.setattr(session.backend, "init_backend", lambda *_: pytest.fail("it started"))
     with pytest.raises(UserError, match=f"^{name}=.*/file cannot be written: Not a directory"):  # noqa: SIM117
         with session.open_session(settings):
             pass

@@ -55,11 +55,26 @@ def test_a_server_of_a_release_without_a_row_is_noted(monkeypatch: pytest.Monkey
     assert found(GOOD | {"version": "0.6.0"}).untested == ("0.6.0",)
 
 
+def test_one_that_comes_back_as_another_release_without_a_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run has verified the rows of the release before it."""
+    monkeypatch.setattr("megatron_bai.compat.releases._admits_untested", True)
+    monkeypatch.setattr(fleet.control, "wait_until_healthy", lambda *_: True)
+    release = ["0.6.0"]
+    with serve(lambda request, body: GOOD | {"version": release[0]}) as url:
+        servers = fleet.connect_servers(Rollout(urls=[url]))
+        servers._wait_for_server(url)
+        release[0] = "0.6.1"
+        with pytest.raises(UserError, match=f"SGLang 0.6.1 answers at {url}, another release than this run has"):
+            servers._wait_for_server(url)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"version": "0.5.18"}, r"SGLang 0.5.18 answers at http.*, and its replies do not say .*: use one of .*0.5.21"),
         ({"speculative_algorithm": "EAGLE"}, "was started with --speculative-algorithm, under which routes may"),
+        ({"enable_hierarchical_cache": True}, "was started with --enable-hierarchical-cache, under which routes may"),
+        ({"enable_dp_attention": True}, "was started with --enable-dp-attention, under which routes may"),
         ({"enable_return_routed_experts": False}, "was started without --enable-return-routed-experts"),
         ({"enable_deterministic_inference": False}, "was started without --enable-deterministic-inference"),
         ({"dp_size": 2}, "has --dp-size 2: start 2 servers"),

@@ -36,7 +36,7 @@ class Rollouts:
     """In place of SGLang: random samples of the current version."""
 
     def __init__(self, session: Any):
-        self.session, self.version, self.sync_gap, self.unverified = session, 0, 0.0, ()
+        self.session, self.version, self.sync_gap = session, 0, 0.0
         self.sampled: list[list[Sample]] = []
 
     def sample(self, prompts: list, group_size: int, seed: str, first: int) -> list[Sample]:

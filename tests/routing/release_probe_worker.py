@@ -43,6 +43,42 @@ def weighs_forced_routes_otherwise() -> None:
     RouterReplay.get_replay_topk = choose
 
 
+def records_otherwise() -> None:
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+
+    inner = RouterReplay.get_replay_topk
+
+    def choose(self: Any, *arguments: Any, **named: Any) -> Any:
+        probs, chosen = inner(self, *arguments, **named)
+        return (probs if self.router_replay_action is None else probs * 1.001), chosen
+
+    RouterReplay.get_replay_topk = choose
+
+
+def stops_gradients() -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    inner = TopKRouter.routing
+
+    def routing(self: Any, *arguments: Any, **named: Any) -> Any:
+        probs, chosen = inner(self, *arguments, **named)
+        return probs.detach() + 0 * self.weight.sum(), chosen
+
+    TopKRouter.routing = routing
+
+
+def has_no_replay() -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    inner = TopKRouter.__init__
+
+    def build(self: Any, *arguments: Any, **named: Any) -> None:
+        inner(self, *arguments, **named)
+        self.router_replay = None
+
+    TopKRouter.__init__ = build
+
+
 def loads_other_weights() -> None:
     from megatron.core import dist_checkpointing
 
@@ -66,7 +102,8 @@ def cannot_be_built() -> None:
 
 
 FAULTS = (
-    healthy, ignores_forced_routes, weighs_forced_routes_otherwise, loads_other_weights, cannot_be_built,
+    healthy, ignores_forced_routes, weighs_forced_routes_otherwise, records_otherwise, stops_gradients, has_no_replay,
+    loads_other_weights, cannot_be_built,
 )  # fmt: skip
 
 

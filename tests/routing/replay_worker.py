@@ -337,7 +337,7 @@ def training_steps(device: backend.Device) -> dict[str, Any]:
         "masked": targets,
         "tokens": sum(len(sample.response) for sample in rollouts),
     }
-    servers = {"version": 0, "sync_gap": 0.0, "unverified": ()}
+    servers = {"version": 0, "sync_gap": 0.0}
     inference = SimpleNamespace(**servers, sync=lambda: None, sample=lambda *args, **kwargs: rollouts)
     prompts = [SimpleNamespace(ids=[1, 2])] * 2
     task = SimpleNamespace(

@@ -182,9 +182,36 @@ def checks() -> dict[str, Any]:
     }
 
 
+def later_rows() -> dict[str, dict[str, str]]:
+    """What is said, by release, of what only some have: their settings, and routers that are meant for inference."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_bai.compat import releases
+    from megatron_bai.errors import UserError
+    from megatron_bai.routing.replay.preflight import preflight
+    from megatron_bai.routing.replay.router_binding import bind_routers
+
+    def said(function: Any, *arguments: Any) -> str:
+        try:
+            function(*arguments)
+        except UserError as error:
+            return str(error)
+        return "nothing"
+
+    biased, model, installed, found = settings(), Alone(), releases.megatron_release, {}
+    biased.moe_router_force_biased = 0.5
+    model.router.__class__ = type("InferenceTopKRouter", (type("Between", (TopKRouter,), {}),), {})
+    for release, row in releases.MEGATRON.items():
+        releases.megatron_release = lambda _=None, row=row: row
+        found[release] = {"biased": said(preflight, biased), "router": said(bind_routers, [model], [0])}
+    releases.megatron_release = installed
+    return found
+
+
 def gather(device: Any) -> dict[str, Any]:
     return {
         "kinds": {name: kind(changes) for name, changes in KINDS.items()},
         "sparse": sparse_model(device),
         "checks": checks(),
+        "later": later_rows(),
     }

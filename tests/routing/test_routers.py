@@ -138,6 +138,15 @@ def test_what_only_misleads_is_a_warning(setting: str, named: str, facts: Facts)
     assert isinstance(said, list) and [warning.partition(" ")[0] for warning in said] == [named] * bool(named)
 
 
+@pytest.mark.parametrize("release", MEGATRON)
+def test_what_came_with_a_release_is_refused_from_it_on(release: str, facts: Facts) -> None:
+    """Whichever is installed: its row alone decides."""
+    said, is_later = facts["routers"]["later"][release], not release.startswith("0.16")
+    assert ("moe_router_force_biased=0.5: it replaces the live logits" in said["biased"]) == is_later
+    assert ("the router of layer 0 is an InferenceTopKRouter, which answers in" in said["router"]) == is_later
+    assert is_later or said == {"biased": "nothing", "router": "nothing"}
+
+
 def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     preflight.check_version()
     monkeypatch.setattr(preflight.releases, "installed_megatron", lambda: "0.15.3")

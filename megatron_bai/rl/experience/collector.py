@@ -105,7 +105,7 @@ class Collector:
         has_critic = isinstance(objective, config.Ppo)  # which computes an advantage for each token, later
         advantages = None if has_critic else group_advantages(rewards, size, objective.advantage, valid)
         in_loss = _samples_in_loss(samples, rewards, valid, self.settings, stats)
-        batch = self._make_batch(samples, rewards, advantages, in_loss)
+        batch = self.make_batch(samples, rewards, advantages, in_loss)
         if self.buffer:
             staleness.apply_max_staleness(
                 batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats
@@ -196,10 +196,21 @@ class Collector:
         dist.all_reduce(values)
         return values.tolist()
 
-    def _make_batch(
-        self, samples: list[Sample], rewards: np.ndarray, advantages: np.ndarray | None, in_loss: np.ndarray
+    def make_batch(
+        self,
+        samples: list[Sample],
+        rewards: np.ndarray | None = None,
+        advantages: np.ndarray | None = None,
+        in_loss: np.ndarray | None = None,
     ) -> Batch:
-        """Pad the samples to the length of the longest on any rank. Collective."""
+        """Pad the samples to the length of the longest on any rank. Collective.
+
+        Args:
+            samples: of this replica.
+            rewards: as in `from_samples`.
+            advantages: likewise.
+            in_loss: likewise.
+        """
         session = self.session
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)

@@ -38,7 +38,7 @@ class InferenceEngine:
         version: of the weights in use, counted in syncs from 0; before the first sync, of the weights before it.
         sync_gap: |mean log-probability of the probe under a server − under the trainer|, nats, after the last sync; the
             largest of the servers'.
-        unverified: releases of the servers whose rows must be verified before the first update.
+        untested: releases of the servers that are not in the table: their rows must be verified before they are used.
     """
 
     def __init__(self, session: Session, servers: FleetInfo, version: int, server_fleet: ServerFleet | None = None):
@@ -60,7 +60,7 @@ class InferenceEngine:
         probes = min(_PROBES, session.task.eval_size)
         self._probe = make_probe([prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)])
         self.version = version
-        self.unverified = servers.untested
+        self.untested = servers.untested
         self.sync_gap = float("nan")
 
     def _make_client(self, urls: list[str], first: int = 0) -> RolloutClient:
@@ -128,12 +128,15 @@ class InferenceEngine:
         assert self._session.scorer
         return score_samples(self._session.scorer, self._session.task, prompts, samples)
 
-    def sample_partial(self, wanted: list[SampleRequest], max_failures: int) -> list[Sample | UserError]:
-        """Sample at most `rollout.partial_tokens` more tokens each, without rewards. Called on leaders, not collective.
+    def sample_partial(
+        self, wanted: list[SampleRequest], max_failures: int, tokens: int = 0
+    ) -> list[Sample | UserError]:
+        """Sample a few more tokens each, without rewards. Called on leaders, not collective.
 
         Args:
             wanted: samples to start or to continue.
             max_failures: how many may fail.
+            tokens: the most new tokens of each; 0: `rollout.partial_tokens`.
 
         Returns:
             A sample or, where its request failed, the reason, for each of `wanted`.
@@ -142,7 +145,7 @@ class InferenceEngine:
             UserError: a server aborted a sample.
         """
         session = self._session
-        end, budget = session.task.end_tokens, session.settings.rollout.partial_tokens
+        end, budget = session.task.end_tokens, tokens or session.settings.rollout.partial_tokens
         results = self._client.sample(wanted, end, budget=budget, version=str(self.version), max_failures=max_failures)
         self._refuse_aborted(results)
         return results
