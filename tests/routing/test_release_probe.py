@@ -141,7 +141,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("loads_other_weights", f"{CLAIMS[3]}: the weights loaded are not those saved"),
         ("records_otherwise", f"{CLAIMS[1]}: recording changes the output"),
         ("stops_gradients", f"{CLAIMS[1]}: the router has no gradient"),
-        ("has_no_replay", f"{CLAIMS[0]}: the router of layer 0 has no replay handle"),
+        ("has_no_replay", f"{CLAIMS[0]}: RuntimeError: the router of layer 0 has no replay handle"),
         ("cannot_be_built", f"{CLAIMS[0]}: TypeError: unexpected keyword argument 'vp_stage'"),
     ],
 )
