@@ -103,12 +103,13 @@ def collect_findings(backend: Backend, machine: Machine) -> Iterator[Finding]:
         backend: the settings `backend.*`.
         machine: the hardware.
     """
-    yield from _requirements(backend.untested and backend.kind != "cpu" and bool(machine.gpus))
+    probed = backend.untested and backend.kind != "cpu" and bool(machine.gpus)
+    yield from _requirements(probed)
     yield from _files()
     yield from find_kernels(backend, bool(machine.gpus))
     yield from _optional(machine)
     yield from _devices(backend.kind, machine)
-    yield from _patches(compat.PATCHES, machine)
+    yield from _patches(compat.PATCHES, machine, probed)
 
 
 def _requirements(probed: bool) -> Iterator[Finding]:
@@ -241,8 +242,14 @@ def _devices(backend: str, machine: Machine) -> Iterator[Finding]:
         yield Finding("C compiler", "none", WITHOUT, note)
 
 
-def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
-    """Report the fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only."""
+def _patches(known: Iterable[Patch], machine: Machine, probed: bool) -> Iterator[Finding]:
+    """Report the fixes to upstream releases. Those of a CPU scope matter on a machine without a GPU only.
+
+    Args:
+        known: the fixes.
+        machine: the hardware.
+        probed: as in `_requirements`: a run does without those that do not name the installed release.
+    """
     for patch in known:
         piece, found = f"patch {patch.name}", f"{patch.distribution} {patch.installed_version or '–'}"
         if machine.gpus and patch.scope.endswith("-cpu"):
@@ -253,7 +260,7 @@ def _patches(known: Iterable[Patch], machine: Machine) -> Iterator[Finding]:
             yield Finding(piece, found, OK, f"{patch.state}: {patch.summary}")
         else:
             remedy = f"written for {', '.join(patch.versions)}: pip install '{patch.distribution}=={patch.versions[0]}'"
-            yield Finding(piece, found, FAULT, f"{patch.state}; {remedy}")
+            yield Finding(piece, found, WITHOUT if probed else FAULT, f"{patch.state}; {remedy}")
 
 
 def _version(distribution: str) -> str | None:

@@ -251,8 +251,8 @@ def describe_row(distribution: str, release: str) -> str:
         return f"row {release} of the table of releases{', at rollout.urls alone' if elsewhere else ''}"
     earlier = _nearest_earlier(release, table)
     if earlier is None:
-        return f"no row in the table of releases ({', '.join(table)})"
+        return f"before the first row of the table of releases, {min(table, key=Version)}"
     return (
-        f"no row in the table of releases ({', '.join(table)}): backend.untested=true takes it as {earlier}, if a probe"
-        " at the start of the run verifies it; on a CPU it needs compatibility fixes that name it"
+        f"no row in the table of releases; backend.untested=true takes it as {earlier}, if a probe at the start of the"
+        " run verifies it; on a CPU it needs compatibility fixes that name it"
     )

@@ -19,6 +19,7 @@ import torch
 from megatron_bai import config
 from megatron_bai.compat import releases
 from megatron_bai.distributed import backend
+from megatron_bai.distributed.kernel_sources import format_kernels
 from megatron_bai.errors import UserError
 from megatron_bai.model import build, megatron_checkpoint, param_shards
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
@@ -117,7 +118,7 @@ def verify(settings: config.Backend) -> list[str]:
         verified.append(text)
         return result
 
-    probe: Probe = claim("a model of one MoE layer is built and its router bound", lambda: _build(settings))
+    probe: Probe = claim("a model of one MoE layer is built with its optimizer, and its router bound", lambda: _build(settings))
     try:
         routes = claim("recorded routes, forced, change no bit", lambda: _check_identity(probe))
         claim("other routes change output and gradient", lambda: _check_other_routes(probe, routes))
@@ -132,7 +133,8 @@ def _build(chosen: config.Backend) -> Probe:
     settings = config.Config(model=MODEL, backend=chosen)
     device = backend.join_world(settings.backend)
     build.init_parallel(settings.parallel, seed=0)
-    model = build.build_actor(settings, device, train=False)
+    model = build.build_actor(settings, device)
+    format_kernels(device.use_transformer_engine)  # asks modules of its optimizers, as a run does
     param_shards.init_random(model.modules, model.architecture, seed=0)
     tokens = torch.randint(MODEL.vocab_size, (_BATCH, _LENGTH), generator=torch.Generator().manual_seed(0))
     return Probe(model, RoutingReplay(model.chunks), tokens.to(device.device))

@@ -89,7 +89,7 @@ def test_an_engine_is_told_its_row_or_what_one_without_a_row_needs(installed):
     assert faults(look(untested)) == faults(look(Backend(transformer_impl="local"), GPU)) == {"megatron-core", "sglang"}
     installed |= {"megatron-core": "0.15.3", "sglang": "0.5.20"}
     assert faults(look(untested, GPU)) == {"megatron-core", "sglang"}
-    assert "no row in the table of releases (0.16.0, " in look()["megatron-core"].note
+    assert "before the first row of the table of releases, 0.16.0" in look()["megatron-core"].note
     assert "row 0.5.20 of the table of releases, at rollout.urls alone" in look()["sglang"].note
 
 
@@ -182,6 +182,9 @@ def test_patches(installed, monkeypatch):
     monkeypatch.setattr(doctor.compat, "PATCHES", (patch,))
     assert faults(look()) == {"patch fix"} and "0.0.0" in look()["patch fix"].note
     assert not faults(look(Backend(transformer_impl="local"), GPU))
+    monkeypatch.setattr(doctor.compat, "PATCHES", (replace(patch, scope="sglang-models"),))
+    assert faults(look(Backend(transformer_impl="local"), GPU)) == {"patch fix"}
+    assert not faults(look(Backend(transformer_impl="local", untested=True), GPU)), "a run does without it"
 
 
 def test_exit_code_and_text(installed, monkeypatch, capsys):

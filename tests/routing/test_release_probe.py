@@ -16,7 +16,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.routing.replay import preflight
 
 CLAIMS = [
-    "a model of one MoE layer is built and its router bound",
+    "a model of one MoE layer is built with its optimizer, and its router bound",
     "recorded routes, forced, change no bit",
     "other routes change output and gradient",
     "a checkpoint is saved and loaded bit for bit",
