@@ -118,7 +118,9 @@ def verify(settings: config.Backend) -> list[str]:
         verified.append(text)
         return result
 
-    probe: Probe = claim("a model of one MoE layer is built with its optimizer, and its router bound", lambda: _build(settings))
+    probe: Probe = claim(
+        "a model of one MoE layer is built with its optimizer, and its router bound", lambda: _build(settings)
+    )
     try:
         routes = claim("recorded routes, forced, change no bit", lambda: _check_identity(probe))
         claim("other routes change output and gradient", lambda: _check_other_routes(probe, routes))

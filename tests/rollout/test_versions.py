@@ -52,6 +52,10 @@ def test_a_release_without_a_row_needs_the_setting(monkeypatch: pytest.MonkeyPat
     """The newest release before it stands for it; faults that are known stay faults, and a CPU needs fixes."""
     with pytest.raises(UserError, match=r"no one has tried it \(backend.untested=true takes it, and verifies it\)"):
         releases.release_of("0.6.0", "answers")
+    with pytest.raises(
+        UserError, match=r"0.6.0 is installed, and no one has tried it \(backend.untested=true takes it"
+    ):
+        releases.require_startable("0.6.0", "is installed", "cuda")
     monkeypatch.setattr("megatron_bai.compat.releases._admits_untested", True)
     assert releases.release_of("0.6.0", "answers") is SERVERS["0.5.23"] and releases.is_untested("0.6.0")
     releases.require_startable("0.6.0", "is installed", "cuda")

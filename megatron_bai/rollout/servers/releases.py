@@ -42,8 +42,9 @@ def require_startable(found: str | None, where: str, device: str = "cpu") -> Non
     """
     known = sglang_releases()
     if found not in known and not (device != "cpu" and is_untested(found) and untested_server(found)):
+        fault = server_fault(found) if device != "cpu" and is_untested(found) else ""
         raise UserError(
-            f"SGLang {found or '(none)'} {where}; a run starts servers of {', '.join(known)} alone: "
+            f"SGLang {found or '(none)'} {where}{fault}; a run starts servers of {', '.join(known)} alone: "
             f"pip install sglang=={SGLANG}"
         )
 
