@@ -44,7 +44,7 @@ REFUSED = {
     "nothing": "Transformer Engine is not installed, and without it a Python loop computes one expert after another",
     "engine without a library": "cannot be imported (OSError: libcudnn.so.9: cannot open shared object file), and",
     "engine without a library, named": "backend.transformer_impl is transformer_engine, and Transformer Engine",
-    "engine without a library, required": "backend.require names transformer_engine, and Transformer Engine 2.11.0 can",
+    "engine without a library, required": "backend.require names transformer_engine, and Transformer Engine cannot be",
     "engine of another torch": "cannot be imported (ImportError: undefined symbol",
     "engine without grouped layers": "has no transformer_engine.pytorch.GroupedLinear",
     "engine of a newer release": "does not find in Transformer Engine 2.99.0 all that it uses",
