@@ -47,9 +47,13 @@ def attention(w: Weights, at: str, model: Model, x: Tensor) -> Tensor:
     return mixed.transpose(1, 2).flatten(-2) @ w[f"{at}o_proj.weight"].T
 
 
-def experts(w: Weights, at: str, model: Model, x: Tensor, chosen: Tensor | None) -> Tensor:
+def experts(
+    w: Weights, at: str, model: Model, x: Tensor, chosen: Tensor | None, router_logits: list[Tensor] | None = None
+) -> Tensor:
     """The mixture. `chosen`: `[B, T, topk]` experts to use; None takes the router's best."""
     scores = x @ w[f"{at}gate.weight"].T
+    if router_logits is not None:
+        router_logits.append(scores)
     if chosen is None:
         chosen = scores.topk(model.moe_topk, dim=-1).indices
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
@@ -61,20 +65,36 @@ def experts(w: Weights, at: str, model: Model, x: Tensor, chosen: Tensor | None)
     return total
 
 
-def hidden(w: Weights, model: Model, tokens: Tensor, routes: Tensor | None = None) -> Tensor:
-    """`[B, T]` token ids → `[B, T, H]`, of the last layer after its norm. `routes`: as in `logits`."""
+def hidden(
+    w: Weights,
+    model: Model,
+    tokens: Tensor,
+    routes: Tensor | None = None,
+    router_logits: list[Tensor] | None = None,
+) -> Tensor:
+    """`[B, T]` token ids → `[B, T, H]`, of the last layer after its norm. `routes`, `router_logits`: as in `logits`."""
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(model.num_layers):
         at = f"model.layers.{layer}."
         x = x + attention(w, at + "self_attn.", model, norm(x, w[at + "input_layernorm.weight"], model.norm_epsilon))
         normed = norm(x, w[at + "post_attention_layernorm.weight"], model.norm_epsilon)
-        x = x + experts(w, at + "mlp.", model, normed, None if routes is None else routes[:, :, layer].long())
+        chosen = None if routes is None else routes[:, :, layer].long()
+        x = x + experts(w, at + "mlp.", model, normed, chosen, router_logits)
     return norm(x, w["model.norm.weight"], model.norm_epsilon)
 
 
-def logits(w: Weights, model: Model, tokens: Tensor, routes: Tensor | None = None) -> Tensor:
-    """`[B, T]` token ids → `[B, T, V]`. `routes`: `[B, T, layers, topk]` experts to force; None lets routers choose."""
-    return hidden(w, model, tokens, routes) @ w["lm_head.weight"].T
+def logits(
+    w: Weights,
+    model: Model,
+    tokens: Tensor,
+    routes: Tensor | None = None,
+    router_logits: list[Tensor] | None = None,
+) -> Tensor:
+    """`[B, T]` token ids → `[B, T, V]`. `routes`: `[B, T, layers, topk]` experts to force; None lets routers choose.
+
+    `router_logits` gets each layer's, `[B, T, E]`.
+    """
+    return hidden(w, model, tokens, routes, router_logits) @ w["lm_head.weight"].T
 
 
 def values(w: Weights, model: Model, tokens: Tensor) -> Tensor:

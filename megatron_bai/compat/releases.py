@@ -35,6 +35,7 @@ class MegatronRelease:
         inference_router: class of routers whose forward pass is another during inference; empty: there is none.
         mtp_layer: name of the transformer layer within a layer of multi-token prediction, as checkpoints have it.
         notices: how the warnings begin that it logs in every run, about what only this package could do otherwise.
+        has_metrics_tracker: the routers' losses are recorded by an object (`moe_logging`), not in a dict (`moe_utils`).
     """
 
     save_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class MegatronRelease:
     inference_router: str = ""
     mtp_layer: str = "transformer_layer"
     notices: tuple[str, ...] = ()
+    has_metrics_tracker: bool = False
 
 
 _MEGATRON_0_16 = MegatronRelease()
@@ -57,6 +59,7 @@ _MEGATRON_0_17 = MegatronRelease(
 _MEGATRON_0_18 = replace(
     _MEGATRON_0_17,
     graph_setting="cuda_graph_modules",
+    has_metrics_tracker=True,
     notices=(*_MEGATRON_0_17.notices, "DistributedDataParallel: full_param_layout not provided"),
 )
 _MEGATRON_0_19 = replace(

@@ -11,6 +11,11 @@ class Supervised:
 
     rows: int = number(32, at_least=1)  # packed rows per step, over all data-parallel ranks
     length: int = number(64, at_least=1)  # tokens in a row
+    # what routers learn beside the text, as Megatron-Core has it (docs/training.md): an even load of experts in each
+    # micro-batch (aux_loss), in each row (seq_aux_loss), or in the step so far over all replicas (global_aux_loss)
+    load_balancing: str = choice("none", "none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+    aux_loss_coeff: float = number(0.0, at_least=0)  # of that loss
+    z_loss_coeff: float = number(0.0, at_least=0)  # of the routers' z loss, which keeps their logits small
 
 
 @dataclass

@@ -13,6 +13,7 @@ from megatron_bai.model.architecture import architecture_of
 from megatron_bai.model.families.architecture import Architecture
 from megatron_bai.model.parameter_names import require_known_parameters
 from megatron_bai.model.pipeline_stages import chunk_sizes
+from megatron_bai.model.router_losses import set_router_losses
 from megatron_bai.model.spec_parts import activation, decoder_spec
 from megatron_bai.model.value_head import ValueHead
 
@@ -229,12 +230,13 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
     afterwards calls `megatron_checkpoint.reload_master_weights`.
 
     Args:
-        settings: model, parallel and trainer are used.
+        settings: model, parallel, trainer and supervised are used.
         device: what this process computes on.
         train: build the optimizer, too.
     """
     megatron_config = transformer_config(settings.model, settings.parallel, device)
     megatron_config.moe_router_bias_update_rate = settings.trainer.expert_bias_update_rate
+    set_router_losses(megatron_config, settings.supervised)
     return _build(settings, megatron_config, device, train)
 
 

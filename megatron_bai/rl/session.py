@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -193,7 +194,10 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
     actor = build.build_actor(settings, device)
     settings = plain_settings(settings)
     tokenizer_dir = init_weights.load_initial_weights(actor, settings)
-    replay = RoutingReplay(actor.modules)
+    with warnings.catch_warnings():
+        if not objectives.get(settings.objective.name).rollouts:
+            warnings.simplefilter("ignore")  # of losses that contradict replay: nothing is replayed
+        replay = RoutingReplay(actor.modules)
     group = parallel_state.get_model_parallel_group()
     replica_moe_layers: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(replica_moe_layers, replay.columns, group=group)

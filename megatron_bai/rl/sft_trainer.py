@@ -8,10 +8,13 @@ from megatron_bai import config
 from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
 from megatron_bai.model import megatron_checkpoint
+from megatron_bai.model.router_losses import mend_router
+from megatron_bai.monitor.metrics.router_metrics import compute_load_metrics
 from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import init_weights, objectives
 from megatron_bai.rl.batches.batch import Batch, from_sft
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
+from megatron_bai.rl.policy.router_measurement import measure_routers
 from megatron_bai.rl.run_architecture import plain_settings, resolve_architecture
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rl.sft_fingerprint import describe_sft, list_differences, sft_fingerprint
@@ -53,15 +56,22 @@ def train_sft(settings: config.Config) -> None:
 def _run_steps(session: Session) -> None:
     """Make `trainer.steps` updates, and log their metrics. Collective."""
     settings = session.settings
-    objective = objectives.get(settings.objective.name)
+    objective, replay = objectives.get(settings.objective.name), session.engine.replay
+    for router in replay.routers.values():
+        mend_router(router)
     directory = Path(settings.run.dir) / f"{Path(settings.trainer.save).name}-log"
     with RunLog(directory, settings, settings.trainer.steps, active=session.is_rank_0) as progress:
         for step in range(settings.trainer.steps):
             start = time.monotonic()
             rate = set_learning_rate(session.actor.optimizer, settings.trainer, step, settings.trainer.steps)
             micro_batches = _sft_batch(session, step).split(settings.trainer.micro_batch_size)
-            stats, norm = session.engine.update(micro_batches, None, objective, settings.objective)
+            with measure_routers(replay.routers, replay.columns) as router_stats:
+                stats, norm = session.engine.update(
+                    micro_batches, None, objective, settings.objective, mask_padding=True
+                )
             values = stats.gather_sum(session.reports_stats).values()
+            router_stats = router_stats.gather_sum(True)
+            values |= router_stats.values() | compute_load_metrics(router_stats, session.signature.num_experts)
             seconds = time.monotonic() - start
             progress.log_step(
                 {"step": step + 1, **values, "grad_norm": norm, "learning_rate": rate, "seconds_step": seconds},

@@ -40,6 +40,7 @@ def validate_settings(settings: config.Config) -> None:
     _validate_packing(settings, rollouts)
     task_factory.validate_data(settings.data, not rollouts, config.initial_checkpoint(settings))
     rewards.resolve_reward(settings.reward)
+    _validate_router_losses(settings.supervised, rollouts)
     if not rollouts:
         if trainer.save_every:
             raise UserError("trainer.save_every is for reinforcement learning: supervised training is not resumed")
@@ -103,6 +104,25 @@ def _validate_rows(length: int, positions: int) -> None:
     """Refuse supervised rows beyond the model's positions, where it is another function (windows) or none."""
     if length > positions:
         raise UserError(f"supervised.length ({length}) is more than model.max_position_embeddings ({positions})")
+
+
+def _validate_router_losses(supervised: config.Supervised, rollouts: bool) -> None:
+    """Refuse losses of the routers that contradict each other, and all of them in reinforcement learning."""
+    balancing, coefficient = supervised.load_balancing, supervised.aux_loss_coeff
+    given = f"supervised.load_balancing={balancing}" if balancing != "none" else ""
+    given = given or next((f"supervised.{n}" for n in ("aux_loss_coeff", "z_loss_coeff") if getattr(supervised, n)), "")
+    if rollouts and given:
+        raise UserError(
+            f"{given} is for objective=sft: in reinforcement learning a token's experts are replayed, or those that "
+            "sampled it, and a gradient that moves the routers elsewhere is no part of the objective: leave it out"
+        )
+    if balancing != "none" and not coefficient:
+        raise UserError(f"{given} has no effect while supervised.aux_loss_coeff is 0: set it (Qwen3 has 0.001)")
+    if balancing == "none" and coefficient:
+        raise UserError(
+            f"supervised.aux_loss_coeff is {coefficient:g} and supervised.load_balancing=none: choose global_aux_loss, "
+            "aux_loss or seq_aux_loss"
+        )
 
 
 def _validate_groups(settings: config.Config) -> None:

@@ -54,7 +54,7 @@ def updated(rank: int, settings: config.Objective) -> dict[str, Any]:
     batch = case.batch().split([6, 3])[rank]
     micros = batch.split(2 - rank)
 
-    def schedule(micro_batches: list, collect: Any, forward_only: bool) -> None:
+    def schedule(micro_batches: list, collect: Any, forward_only: bool, mask_padding: bool) -> None:
         for output, micro in zip(own.split(2 - rank), micro_batches, strict=True):
             (collect(output, micro_batch=micro)[0] / len(micro_batches)).backward(retain_graph=True)
 

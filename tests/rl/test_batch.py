@@ -120,6 +120,7 @@ def test_supervised_targets_move_to_the_position_that_predicts_them() -> None:
     batch = from_sft(tokens, target)
     predicted = [int(batch.tokens[i, t + 1]) for i, t in zip(*np.nonzero(batch.mask.numpy()))]
     assert predicted == [1, 2, 9]  # the first token of a row is predicted by nothing
+    assert batch.padding.tolist() == [[False] * 3 + [True] * 2, [False] * 5]  # what follows a row's last target
 
 
 def test_a_blank_batch_has_nothing_to_learn() -> None:

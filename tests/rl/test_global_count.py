@@ -30,7 +30,7 @@ def test_a_loss_is_divided_by_what_all_ranks_count(local: int, wanted: int, monk
     passes._dp_size, passes._data_group = 4, "data-parallel ranks"
     scaled: list[float] = []
 
-    def schedule(micro_batches: list[Any], collect: Any, forward_only: bool) -> None:
+    def schedule(micro_batches: list[Any], collect: Any, forward_only: bool, mask_padding: bool) -> None:
         scaled.extend(float(collect(torch.tensor(3.0), micro_batch=each)[0]) for each in micro_batches)
 
     passes._run_schedule = schedule

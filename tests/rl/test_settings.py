@@ -94,6 +94,19 @@ def test_the_defaults_are_valid() -> None:
             {"trainer__tokens_per_micro_batch": 64, "objective": config.Sft()},
             ["trainer.tokens_per_micro_batch is for rollouts", "supervised.length"],
         ),
+        (
+            {"supervised__load_balancing": "aux_loss", "supervised__aux_loss_coeff": 0.01},
+            ["supervised.load_balancing=aux_loss is for objective=sft", "no part of the objective"],
+        ),
+        ({"supervised__z_loss_coeff": 0.01}, ["supervised.z_loss_coeff is for objective=sft"]),
+        (
+            {"supervised__load_balancing": "aux_loss", "objective": config.Sft()},
+            ["supervised.load_balancing=aux_loss has no effect", "supervised.aux_loss_coeff is 0"],
+        ),
+        (
+            {"supervised__aux_loss_coeff": 0.01, "objective": config.Sft()},
+            ["supervised.aux_loss_coeff is 0.01", "supervised.load_balancing=none", "global_aux_loss"],
+        ),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
     ],
 )

@@ -70,6 +70,17 @@ def add_expert_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequenc
             stats.tally(f"{_LOAD}{layer}", ids[:, position])
 
 
+def add_expert_counts(stats: Stats, counts: torch.Tensor, layer: int) -> None:
+    """Add how many tokens chose each expert of a layer.
+
+    Args:
+        stats: to add to.
+        counts: `[experts]` of any integer dtype.
+        layer: index of the MoE layer in the whole model.
+    """
+    stats.tallies[f"{_LOAD}{layer}"].update({expert: n for expert, n in enumerate(counts.tolist()) if n})
+
+
 def compute_load_metrics(stats: Stats, num_experts: int) -> dict[str, float]:
     """Compute how evenly the tokens of a step use the experts.
 

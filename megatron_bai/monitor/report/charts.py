@@ -111,6 +111,8 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Effective number of experts, mean over layers", {"experts_effective": "experts"}, False),
             ("Entropy of the expert load, nats, mean over layers", {"expert_entropy": "entropy"}, False),
             ("Largest load of an expert, 1 if all are alike", {"expert_load_max": "load"}, False),
+            ("Load-balancing loss of the routers, 1 if even, mean over layers", {"load_balancing_loss": "loss"}, False),
+            ("z loss of the routers, mean over layers", {"z_loss": "loss"}, False),
             ("Experts without a token, fraction of (layer, expert)", {"experts_unused": "fraction"}, False),
             ("Tokens without a route, fraction", {"route_missing": "missing", "route_masked": "left out"}, False),
         ],

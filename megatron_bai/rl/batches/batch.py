@@ -119,6 +119,11 @@ class Batch:
         later = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= last
         return self.tokens.roll(-1, dims=1).masked_fill_(later, -1)
 
+    @property
+    def padding(self) -> torch.Tensor:
+        """`[B, T]` bool, true for what is no token of the sample."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.lengths[:, None]
+
     def pack(self, values: torch.Tensor, filling: torch.Tensor | int = 0) -> torch.Tensor:
         """Return `[B, T, …]` as a model is fed it: unchanged, or as the packed row `[1, row, …]` (`Packing.pack`).
 
@@ -213,10 +218,12 @@ def from_sft(tokens: np.ndarray, target_mask: np.ndarray) -> Batch:
 
     Args:
         tokens: `[B, T]` int64.
-        target_mask: `[B, T]` bool, true where token t is to be learned.
+        target_mask: `[B, T]` bool, true where token t is to be learned. A row's last one is the end of its text: what
+            follows is padding.
     """
-    batch = empty_batch(torch.from_numpy(tokens))
-    batch.mask[:, :-1] = torch.from_numpy(target_mask)[:, 1:]
+    batch, targets = empty_batch(torch.from_numpy(tokens)), torch.from_numpy(target_mask)
+    batch.mask[:, :-1] = targets[:, 1:]
+    batch.lengths = (targets * torch.arange(1, targets.shape[1] + 1)).amax(dim=1)
     return batch
 
 

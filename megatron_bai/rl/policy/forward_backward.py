@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_bai.errors import UserError
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.routing.layout import Packing
+from megatron_bai.routing.layout import Packing, Place
 
 Result = TypeVar("Result")
 
@@ -55,6 +55,7 @@ class ForwardBackward:
         loss: Callable[[torch.Tensor, Batch], torch.Tensor],
         local_count: int,
         context: AbstractContextManager[object] | None = None,
+        mask_padding: bool = False,
     ) -> float:
         """Make one optimizer step on Σ loss(output, micro_batch) / Σ local_count, over all ranks. Collective.
 
@@ -63,6 +64,8 @@ class ForwardBackward:
             loss: a scalar sum, called on ranks of the last stage with the arguments of `collect` in `forward`.
             local_count: this data-parallel rank's part of the denominator.
             context: entered for the passes, if given. An error at its end comes before the weights change.
+            mask_padding: tell the routers what is padding, which their losses leave out; they must be mended
+                (`model/router_losses.py`).
 
         Returns:
             The gradient's norm before clipping.
@@ -81,7 +84,7 @@ class ForwardBackward:
             chunk.zero_grad_buffer()
         self.model.optimizer.zero_grad()
         with context or nullcontext():
-            self._run_schedule(micro_batches, scaled, forward_only=False)
+            self._run_schedule(micro_batches, scaled, forward_only=False, mask_padding=mask_padding)
         success, norm, _ = self.model.optimizer.step()
         if not success or norm != norm or norm == float("inf"):
             raise UserError(f"the gradient's norm is {norm}{self._explain_overflow(micro_batches)}")
@@ -102,7 +105,9 @@ class ForwardBackward:
         dist.all_reduce(count, group=self._data_group)
         return max(int(count), 1)
 
-    def _run_schedule(self, micro_batches: list[Batch], collect: Callable[..., Any], forward_only: bool) -> list[Any]:
+    def _run_schedule(
+        self, micro_batches: list[Batch], collect: Callable[..., Any], forward_only: bool, mask_padding: bool = False
+    ) -> list[Any]:
         """Run Megatron's schedule over the micro-batches."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -110,7 +115,8 @@ class ForwardBackward:
 
         def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro_batch = next(queue).to(self.device)
-            return self._forward_chunk(model, micro_batch), partial(collect, micro_batch=micro_batch)
+            padding = self._padding(model, micro_batch) if mask_padding else None
+            return self._forward_chunk(model, micro_batch, padding), partial(collect, micro_batch=micro_batch)
 
         rows, length = micro_batches[0].pack(micro_batches[0].tokens).shape
         outputs: list[Any] = get_forward_backward_func()(
@@ -126,15 +132,23 @@ class ForwardBackward:
         assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
 
-    def _forward_chunk(self, model: Any, micro_batch: Batch) -> torch.Tensor:
+    def _padding(self, model: Any, micro_batch: Batch) -> torch.Tensor:
+        """Return the padding mask that a model chunk takes: Megatron-Core splits it on the pipeline's first alone."""
+        if model.module.pre_process:
+            return micro_batch.padding
+        rank, ranks = Place.here(self.model.transformer_config).tensor
+        return micro_batch.padding.chunk(ranks, dim=1)[rank]
+
+    def _forward_chunk(self, model: Any, micro_batch: Batch, padding: torch.Tensor | None) -> torch.Tensor:
         """Run a model chunk on a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
         tokens, packing = micro_batch.pack(micro_batch.tokens), micro_batch.packing
         if packing is None:
             output: torch.Tensor = model(
-                tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None
+                tokens, torch.arange(tokens.shape[1], device=self.device).expand_as(tokens), None, padding_mask=padding
             )
             return output
         positions = packing.positions.to(self.device)  # Megatron restarts the rotary ones with each sequence by itself
+        assert padding is None, "no caller masks the padding of packed rows"
         output = model(tokens, positions[None], None, packed_seq_params=_packed_seq_params(packing, self.device))
         return output
 

@@ -114,6 +114,7 @@ class TrainingEngine:
         routes: list[MicroRoutes] | None,
         objective: Objective,
         settings: config.Objective,
+        mask_padding: bool = False,
     ) -> tuple[Stats, float]:
         """Make one optimizer step on a mini-batch. Collective.
 
@@ -122,6 +123,7 @@ class TrainingEngine:
             routes: experts to force, one entry a micro-batch; None lets the routers choose.
             objective: gives the loss.
             settings: of the objective.
+            mask_padding: as in `ForwardBackward.update`.
 
         Returns:
             The objective's statistics, with `loss`, on ranks of the last stage (empty elsewhere), and the gradient's
@@ -144,7 +146,8 @@ class TrainingEngine:
 
         if routes is None and self.replay.moves_bias:
             routes = [self._live_routes(micro_batch) for micro_batch in micro_batches]
-        return stats, self.forward_backward.update(micro_batches, loss, local_count, self._replaying(routes))
+        norm = self.forward_backward.update(micro_batches, loss, local_count, self._replaying(routes), mask_padding)
+        return stats, norm
 
     def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
         return nullcontext() if routes is None else self.replay.force(routes)

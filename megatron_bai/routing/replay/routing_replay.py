@@ -28,7 +28,8 @@ class RoutingReplay:
 
     Attributes:
         signature: of the whole model's routes.
-        layers: MoE layers on this rank, counted from 0 among all decoder layers.
+        routers: Megatron's, by the MoE layers on this rank, counted from 0 among all decoder layers.
+        layers: those layers.
         columns: the same, counted among MoE layers only: indices into routes of the whole model.
         rows: (token, layer) rows forced in forward passes so far, checked against what the router did. Padding and live
             rows are not counted.
@@ -57,8 +58,8 @@ class RoutingReplay:
             pipeline_group = parallel_state.get_pipeline_model_parallel_group()
         expected = moe_layer_indices(config)
         self.signature = RouteSignature(len(expected), config.num_moe_experts, config.moe_router_topk)
-        self._routers = bind_routers(chunks, expected, pipeline_group)
-        self.layers = list(self._routers)
+        self.routers = bind_routers(chunks, expected, pipeline_group)
+        self.layers = list(self.routers)
         self.columns = [expected.index(layer) for layer in self.layers]
         # Whether a bias moves by the load: then it is that of the experts which the router itself would choose
         self.moves_bias = bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
@@ -129,7 +130,7 @@ class RoutingReplay:
             raise RuntimeError("routing replay is already recording or forcing: its blocks do not nest")
         self._pass, hooks = run, []
         try:
-            for router in self._routers.values():
+            for router in self.routers.values():
                 hooks.append(router.register_forward_pre_hook(self._pre_hook))
                 hooks.append(router.register_forward_hook(self._post_hook))
             yield run
@@ -137,7 +138,7 @@ class RoutingReplay:
             self._pass = None
             for hook in hooks:
                 hook.remove()
-            for router in self._routers.values():
+            for router in self.routers.values():
                 _clear_handle(router.router_replay)
         run.check_complete()
 
