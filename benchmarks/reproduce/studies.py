@@ -13,6 +13,12 @@ from pathlib import Path
 GROUP = 8  # samples per prompt
 # 32 experts, four of which a token uses: its routers are less sure than those of `tiny`.
 _WIDE = "model.num_experts=32", "model.moe_topk=4"
+
+
+def _balanced(loss: str, coefficient: str) -> tuple[str, ...]:
+    return f"supervised.load_balancing={loss}", f"supervised.aux_loss_coeff={coefficient}"
+
+
 # Supervised training of each checkpoint, as settings of the verb `train`; the first is the two next ones' origin. The
 # instructed one derives its answers, the reasoning one says its lines once more, as models distilled from long ones do.
 CHECKPOINTS = {
@@ -20,6 +26,12 @@ CHECKPOINTS = {
     "instruct": ("experiment=demo_instruct", "data.style=reasoning"),
     "reasoning": ("experiment=demo_reasoning", "data.style=checked", "supervised.length=128", "trainer.steps=500"),
     "wide": ("experiment=demo_pretrained", "trainer.steps=1000", *_WIDE),
+    # The load balanced in each row (`seq`), as a micro-batch of one row would be, or in the whole batch (`global`)
+    "gap-none": ("experiment=gap_pretrained", *_balanced("none", "0")),
+    **{
+        f"gap-{scope}-{coefficient}": ("experiment=gap_pretrained", *_balanced(f"{scope}_aux_loss", coefficient))
+        for scope, coefficient in product(("seq", "global"), ("0.001", "0.01"))
+    },
 }
 
 
@@ -84,7 +96,9 @@ class Study:
 def all_studies(directory: Path) -> dict[str, Study]:
     """By name. `directory` holds the checkpoints (`CHECKPOINTS`) and merges made of them."""
     checkpoints = directory / "checkpoints"
-    studies = _bai(checkpoints, directory / "merges"), _minirl(checkpoints), _discrepancy(checkpoints)
+    studies = (
+        _bai(checkpoints, directory / "merges"), _minirl(checkpoints), _discrepancy(checkpoints), _gap(checkpoints)
+    )  # fmt: skip
     return {study.name: study for study in studies}
 
 
@@ -193,3 +207,15 @@ def _discrepancy(checkpoints: Path) -> Study:
         for name, words in served.items()
     }
     return Study("discrepancy", _some("pretrained", "wide"), settings, variants, prompts=16, updates=6)
+
+
+def _gap(checkpoints: Path) -> Study:
+    """As `_discrepancy`, of routers that were trained with a load-balancing loss and without."""
+    settings = "replay.mode=r3", "rollout.sync_tolerance=1", "trainer.learning_rate=0", "rollout.dtype=bfloat16"
+    starts = {name.removeprefix("gap-"): checkpoints / name for name in CHECKPOINTS if name.startswith("gap-")}
+    variants = {
+        name + suffix: Variant((*_start(checkpoint), *words))
+        for name, checkpoint in starts.items()
+        for suffix, words in (("", ()), ("-fp8", ("rollout.quantize=fp8",)))
+    }
+    return Study("gap", _some(*(f"gap-{name}" for name in starts)), settings, variants, prompts=16, updates=6)

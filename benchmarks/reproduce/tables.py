@@ -193,6 +193,7 @@ TABLES = {
         "tokens with one": mean(whole("tokens_route_mismatch")),
     },
 }
+TABLES["gap"] = TABLES["discrepancy"]
 
 
 def of_study(directory: Path, name: str) -> str:

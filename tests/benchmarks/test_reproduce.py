@@ -36,6 +36,7 @@ def settings_of(study: str, variant: str, updates: int) -> Any:
     [
         ("bai", "reasoning"), ("bai", "instruct+reasoning"), ("bai", "bai-0.1"),
         ("minirl", "n1-no-is"), ("minirl", "n8-r2-noclip"), ("discrepancy", "wide-bfloat16-fp8"),
+        ("gap", "seq-0.001"), ("gap", "global-0.01-fp8"),
     ],
 )  # fmt: skip
 def test_the_product_accepts_the_settings_and_budgets_are_equal(study: str, variant: str) -> None:

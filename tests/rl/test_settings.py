@@ -71,7 +71,7 @@ def test_the_defaults_are_valid() -> None:
         ({"trainer__mini_batches": 0}, ["trainer.mini_batches is 0"]),
         ({"trainer__micro_batch_size": 0}, ["trainer.micro_batch_size is 0"]),
         ({"trainer__mini_batches": 3}, ["trainer.prompts_per_step (16)", "trainer.mini_batches (3)"]),
-        ({"objective__name": "a2c"}, ["objective.name is 'a2c'", "grpo, gspo, minirl, ppo, sequence, sft"]),
+        ({"objective__name": "a2c"}, ["objective.name is 'a2c'", "minirl, ppo, sapo, sequence, sft"]),
         ({"init": config.CheckpointInit()}, ["init.checkpoint is empty", "init=random or init=merge"]),
         ({"init": config.MergeInit()}, ["merge.output is empty"]),
         ({"init": config.MergeInit(), "merge": config.Merge(output="o")}, ["merge.pretrained is empty"]),
