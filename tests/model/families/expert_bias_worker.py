@@ -54,7 +54,9 @@ class BiasBench(Bench):
         states = [state for each in self.actor.optimizer.chained_optimizers for state in each.optimizer.state.values()]
         return sorted({step for steps in gathered({float(state["step"]) for state in states}) for step in steps})
 
-    def update(self, forced: bool, rate: float = RATE, learning_rate: float = 0.0) -> float:
+    def update(
+        self, forced: bool, rate: float = RATE, learning_rate: float = 0.0, mask_padding: bool = False
+    ) -> float:
         """An update of the published weights; returns the gradient's norm."""
         from megatron_bai.rl import objectives
 
@@ -66,12 +68,13 @@ class BiasBench(Bench):
             micro.old_logprobs.copy_(micro.infer_logprobs)
         routes = [self.engine.local_routes(micro) for micro in self.micros] if forced else None
         settings = config.Grpo()
-        return self.engine.update(self.micros, routes, objectives.get(settings.name), settings)[1]
+        return self.engine.update(self.micros, routes, objectives.get(settings.name), settings, mask_padding)[1]
 
 
 def work(directory: Path, layout: str, device: backend.Device) -> dict[str, Any]:
     """All facts of one layout."""
     from megatron_bai.model import training_state
+    from megatron_bai.model.router_losses import mend_router
     from megatron_bai.rl.policy.weight_copy import WeightCopy
 
     found: dict[str, Any] = {}
@@ -99,6 +102,9 @@ def work(directory: Path, layout: str, device: backend.Device) -> dict[str, Any]
         found[f"resumed from {state.parent.name}"] = bench.biases()
         found[f"steps from {state.parent.name}"] = bench.steps()
     found |= critic_facts(bench, device)
+    for router in bench.replay.routers.values():
+        mend_router(router)
+    found["masked norm"], found["masked"] = bench.update(forced=False, mask_padding=True), bench.biases()
     if layout == "one":
         found["bfloat16"] = bfloat16_facts(directory, device)
     return found

@@ -66,6 +66,8 @@ def require_facts(facts: Facts, layout: str) -> None:
     found, moved = facts.of(layout), facts.moved(None)
     assert all((moved[name] != facts.published[name]).any() for name in moved)
     require_same(found["live"], moved)
+    require_same(found["masked"], moved)  # as in supervised training
+    assert found["masked norm"] == pytest.approx(found["live norm"], rel=1e-6)
     routes = torch.from_numpy(found["other routes"].astype("int64"))
     forced = facts.moved(torch.cat([routes, routes[:, -1:]], 1))  # the last token's predict nothing
     for recompute in ("none", "full"):
