@@ -6,7 +6,8 @@ A curve is the points of `data/curves.json`, which names its sources, joined by 
 value (a reward is added to it, as the mean of `RESPONSES` answers that are right or wrong): independent from step to
 step, or with a correlation of 0.5 between neighbours, or independent with one value in fifty three times off. On a
 curve that does not collapse every alarm is false. On one that does, an alarm before its onset is false; the delay is
-counted from the onset to the first alarm after it. The tables replace what lies between the marks in the document.
+counted from the onset to the first alarm after it. A curve with `evaluations` has held-out scores, too: every so many
+steps, of as many samples to as many prompts. The tables replace what lies between the marks in the document.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from megatron_bai import config
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.detectors.run_monitor import Monitor
 from megatron_bai.monitor.report.run_data import load_run
+from megatron_bai.rl.experience.evaluation import confidence_interval
 
 CURVES = Path(__file__).parent / "data" / "curves.json"
 MARKS = "<!-- calibration: written by benchmarks/detectors.py -->", "<!-- end of calibration -->"
@@ -70,8 +72,22 @@ def alarms(curve: dict[str, Any], kind: str, random: np.random.Generator, settin
         record = {"step": step, metric: value}
         if reward:
             record[metric.replace("reward", "responses")] = RESPONSES
+        if "evaluations" in curve:
+            record |= evaluation(curve["evaluations"], step, random)
         found += monitor.step(record)
     return found
+
+
+def evaluation(curve: dict[str, Any], step: int, random: np.random.Generator) -> dict[str, float | None]:
+    """Held-out scores of a step, or none: of prompts whose chances are drawn anew around the curve's accuracy."""
+    if step % curve["every"] and step > 1:
+        return {}
+    chance = np.interp(step, *np.array(curve["points"], dtype=float).T)
+    chances = random.beta(2 * chance, 2 * (1 - chance), curve["prompts"])
+    right = random.binomial(curve["samples"], chances)
+    accuracy, half = confidence_interval(right / curve["samples"])
+    ends = {f"eval_accuracy_{name}": accuracy + sign * (half or 0) for name, sign in (("low", -1), ("high", 1))}
+    return {"eval_accuracy": accuracy, "eval_best": float((right > 0).mean()), **ends}
 
 
 def measure(curve: dict[str, Any], kind: str, draws: int, settings: config.Monitor) -> dict[str, Any]:

@@ -113,6 +113,49 @@ def test_a_fall_is_told_again_only_after_a_recovery_or_once_it_is_the_baseline()
     assert len(steps) == 2 and 100 <= steps[0] < 106 and 300 <= steps[1] < 306
 
 
+def evaluated(steps: list[int], accuracy: list[float], best: list[float], every: int = 5) -> list[Record]:
+    """Entropy falls to a third between steps 100 and 135; evaluations have the accuracy and the pass@n of the lines."""
+    records = series("entropy", noisy(np.interp(STEPS[:200], [100, 135], [0.31, 0.1])))
+    for record in records[every - 1 :: every]:
+        score, best_score = np.interp(record["step"], steps, accuracy), np.interp(record["step"], steps, best)
+        record |= {"eval_accuracy": score, "eval_accuracy_low": score - 0.08, "eval_accuracy_high": score + 0.08}
+        record["eval_best"] = best_score
+    return records
+
+
+def test_entropy_that_falls_while_the_run_learns_is_no_collapse() -> None:
+    assert watched(evaluated([100, 135], [0.2, 0.6], [0.5, 0.8])) == []
+    assert watched(evaluated([100, 135], [0.5, 0.9], [1.0, 1.0])) == []  # pass@n can rise no more
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "best"),
+    [
+        ([0.4, 0.6, 0.2, 0.1], [0.6, 0.8, 0.4, 0.3]),  # it learned before, and forgets
+        ([0.4, 0.4, 0.4, 0.4], [0.6, 0.6, 0.6, 0.6]),
+        ([0.4, 0.4, 0.45, 0.45], [0.6, 0.6, 0.7, 0.7]),  # within the interval
+        ([0.4, 0.4, 0.6, 0.7], [0.8, 0.8, 0.8, 0.75]),  # surer of what it could do already
+        ([0.4, 0.4, 0.8, 0.5], [0.5, 0.5, 0.8, 0.6]),  # most of what it learned meanwhile is gone
+    ],
+    ids=["falls", "stays", "rises too little", "pass@n stays", "rises and falls"],
+)
+def test_entropy_that_falls_without_learning_is_a_collapse(accuracy: list[float], best: list[float]) -> None:
+    records = evaluated([1, 100, 135, 150], accuracy, best)
+    (alarm,) = watched(records)
+    without = watched([{"step": record["step"], "entropy": record["entropy"]} for record in records])
+    assert alarm.detector == "entropy_collapse"
+    assert [alarm] == without or accuracy[2] == 0.8 and alarm.step > without[0].step, "an evaluation delays no alarm"
+
+
+def test_without_an_interval_or_a_later_evaluation_nothing_says_that_the_run_learns() -> None:
+    learning = evaluated([100, 135], [0.2, 0.6], [0.5, 0.8])
+    (plain,) = watched([{"step": record["step"], "entropy": record["entropy"]} for record in learning])
+    assert watched([record for record in evaluated([100, 135], [0.2, 0.6], [0.5, 0.8], every=110)]) == [plain]
+    for record in learning:
+        record.pop("eval_accuracy_low", None)
+    assert watched(learning) == [plain]
+
+
 def stick(low: int, at: list[int], reward: list[float], steps: int, seed: int = 0, count: int = 200) -> list[Record]:
     """Rewards of answers that are right or wrong."""
     clean = np.interp(np.arange(1, steps + 1), at, reward)
@@ -153,6 +196,11 @@ def everything(steps: int = 300) -> list[Record]:
     for i, record in enumerate(records):
         record |= {"response_length_mean": float(LENGTH[i] * random.lognormal(0, 0.05)), "entropy": 0.3}
         record["kl_k3"] = float(1e-3 * (1 + max(0, i - 120) / 10))
+        record["entropy"] *= 0.1 if i >= 75 else 1  # no alarm before the accuracy is back, at step 200
+        score = 0.7 if 75 <= i < 199 else 0.2
+        if i % 5 == 0:
+            record |= {f"eval_accuracy{end}": score + width for end, width in (("", 0), ("_low", -0.1), ("_high", 0.1))}
+            record["eval_best"] = score + 0.2
     return records
 
 

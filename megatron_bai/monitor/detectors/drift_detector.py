@@ -1,11 +1,14 @@
 """Detection of drift: a metric falls or rises from its own baseline by more than a factor within a horizon."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.detectors.metric_track import MetricTrack
+
+_BEGUN = 0.25  # the share of the change that raises an alarm (in logarithms) from which on it has begun: beyond noise
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,21 @@ class DriftRule:
 class DriftDetector:
     """Compares the newest level with the baseline: the best level of the horizon that shares no value with it.
 
-    An alarm needs a change by `rule.factor` and by `deviations` of its standard errors (on a logarithmic scale). The
-    next one needs the change to shrink below half of it (in logarithms) first: by recovery, or because the horizon has
-    passed and the new level is the baseline.
+    An alarm needs a change by `rule.factor` and by `deviations` of its standard errors (on a logarithmic scale), and
+    that `is_harmless`, if given, is false of the step at which the change began. The next one needs the change to
+    shrink below half of it (in logarithms) first: by recovery, or because the horizon has passed and the new level is
+    the baseline.
     """
 
-    def __init__(self, rule: DriftRule, smooth: int, horizon: int, deviations: float):
-        self.rule, self.deviations = rule, deviations
+    def __init__(
+        self,
+        rule: DriftRule,
+        smooth: int,
+        horizon: int,
+        deviations: float,
+        is_harmless: Callable[[int], bool] | None = None,
+    ):
+        self.rule, self.deviations, self._is_harmless = rule, deviations, is_harmless
         self._sign = 1.0 if rule.factor > 1 else -1.0
         self._needed = abs(math.log(rule.factor))
         self._track = MetricTrack(smooth, horizon)
@@ -73,8 +84,14 @@ class DriftDetector:
         )
         if deviations_seen < self.deviations:
             return []
+        if self._is_harmless is not None and self._is_harmless(self._find_begin(base)):
+            return []
         self._alarmed = True
         return [self._alarm(step, since, self._metric(base), self._metric(level), deviations_seen)]
+
+    def _find_begin(self, base: float) -> int:
+        """Return the step at which the change began: the last with less than a quarter of what raises an alarm."""
+        return next(s for s, level in reversed(self._track.levels) if level - base < self._needed * _BEGUN)
 
     def _counting_noise(self, share: float, values: dict[str, Any]) -> float:
         """Compute the binomial standard deviation of log(share + floor), with at least one count in the step."""

@@ -8,6 +8,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.detectors import hockey_stick
 from megatron_bai.monitor.detectors.alarm import ACTIONS, Alarm
 from megatron_bai.monitor.detectors.drift_detector import DriftDetector, DriftRule
+from megatron_bai.monitor.detectors.held_out import HeldOutScores
 from megatron_bai.monitor.detectors.hockey_stick import HockeyStickDetector
 from megatron_bai.monitor.metrics.metric_names import REWARD_PREFIX, TOKENS_METRIC
 
@@ -44,7 +45,10 @@ class Monitor:
     def __init__(self, settings: config.Monitor):
         self.settings = settings
         shape = settings.smooth, settings.horizon, settings.deviations
-        self._drifts = [DriftDetector(rule, *shape) for rule in _drift_rules(settings)]
+        self._held_out = HeldOutScores(settings.horizon)
+        harmless = {"entropy_collapse": self._held_out.has_learned}  # entropy falls in every run that learns
+        rules = _drift_rules(settings)
+        self._drifts = [DriftDetector(rule, *shape, is_harmless=harmless.get(rule.detector)) for rule in rules]
         self._hockey_sticks: dict[str, HockeyStickDetector] = {}  # by low end of the bucket, as text: JSON's only keys
 
     def step(self, values: dict[str, Any]) -> list[Alarm]:
@@ -55,6 +59,7 @@ class Monitor:
                 ignores the step.
         """
         step = int(values["step"])
+        self._held_out.add(step, values)
         for name in values:
             if name.startswith(REWARD_PREFIX):
                 self._detector_of_bucket(name.removeprefix(REWARD_PREFIX))
@@ -76,10 +81,12 @@ class Monitor:
         """Return the state of all detectors, the same on every rank, as JSON values."""
         drifts = {f"{d.rule.detector} {d.rule.metric}": d.state_dict() for d in self._drifts}
         sticks = {low: stick.state_dict() for low, stick in self._hockey_sticks.items()}
-        return {"drifts": drifts, "bucket": self.settings.bucket, "sticks": sticks}
+        held_out = self._held_out.state_dict()
+        return {"drifts": drifts, "held_out": held_out, "bucket": self.settings.bucket, "sticks": sticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state. Detectors that it lacks, and buckets of another width, start from none."""
+        """Continue from a saved state. What it lacks, and buckets of another width, start from none."""
+        self._held_out.load_state_dict(state.get("held_out", []))
         for drift in self._drifts:
             if saved := state["drifts"].get(f"{drift.rule.detector} {drift.rule.metric}"):
                 drift.load_state_dict(saved)
