@@ -49,10 +49,11 @@ VERBS = {
         "megatron-bai convert convert.source=runs/demo/actor convert.target=actor-hf convert.to=hf",
     ),
     "inspect": Verb(
-        "Describe a checkpoint or a store of routes, or compare two.",
+        "Describe a checkpoint or a store of routes, or compare two; how much of its parents' routing a merge keeps.",
         "megatron_bai.cli.inspect_verb:run",
         ("inspect",),
-        "megatron-bai inspect inspect.path=runs/demo/actor",
+        "megatron-bai inspect inspect.path=runs/demo/actor inspect.routing=true",
+        also_reads=("backend", "parallel", "data"),
     ),
     "samples": Verb(
         "Print responses that a run kept: the best, worst or longest of a step, or where the engines differ.",

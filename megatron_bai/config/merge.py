@@ -34,6 +34,8 @@ class MergeInit(Init):
     """The merge that `merge.*` describes: run at the start unless `merge.output` holds it, then read from there."""
 
     name: str = "merge"
+    # prompts on which RL compares the routes of the merge with its sources' before it begins; 0: none
+    routing_prompts: int = number(64, at_least=0)
 
 
 @dataclass

@@ -28,6 +28,11 @@ class Inspect:
     path: str = limits.checkpoint_path("")  # a checkpoint, or a directory that replay.store named
     other: str = limits.checkpoint_path("")  # a second one of the same kind to compare with
     verify: bool = True  # read every byte against the checksums; false trusts sizes, which is quick
+    routing: bool = False  # run the model on prompts: its routes, and how many of each parent's it keeps
+    parents: list[str] = limits.checkpoint_path(list)  # of a merge; empty: the sources that its provenance names
+    # rows with data.prompt, and data.response where it has one, for routing; empty: the prompts of data
+    prompts: str = limits.path("")
+    count: int = limits.number(64, at_least=1)  # rows or prompts at most
 
 
 @dataclass

@@ -4,9 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
-from datetime import date, time
-from decimal import Decimal
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_bai.config import Dataset
 from megatron_bai.config.limits import validate_group
 from megatron_bai.data import answers
-from megatron_bai.data.plain_values import find_half_surrogate, make_plain, require_text
+from megatron_bai.data.plain_values import find_half_surrogate, make_plain
+from megatron_bai.data.row_texts import RowTexts
 from megatron_bai.data.rows import Rows, open_rows
 from megatron_bai.data.shuffle import shuffled_index
 from megatron_bai.data.task import Prompt
@@ -22,7 +21,6 @@ from megatron_bai.errors import UserError
 
 _TOKENIZER_BATCH = 1024  # prompts in one call of the tokenizer
 _HASH_BYTES = 16
-_MISSING = object()
 
 
 def validate_dataset(data: Dataset, supervised: bool) -> None:
@@ -77,8 +75,7 @@ class DatasetTask:
         self.data, self.tokenizer = data, tokenizer
         self.end_tokens = frozenset((cast(int, tokenizer.eos_token_id), *end_tokens))
         self._max_tokens, self._supervised, self._log = max_tokens, supervised, log
-        if data.chat_template and not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template: add one to it, or set data.chat_template=false")
+        self._texts = RowTexts(data, tokenizer)
         self._train = open_rows(data.train, "data.train")
         self._eval = open_rows(data.eval, "data.eval") if data.eval else self._train
         held_out: dict[bytes, int] = {}  # rows by prompt: one that stands twice is evaluated once
@@ -161,7 +158,8 @@ class DatasetTask:
         for line in range(rows):
             row_index = self._row_index(seed, step * rows + line)
             row, location = self._train[row_index], self._train.location(row_index)
-            prompt, response = self._encode([self._text(row, location)])[0], self._response(row, location)
+            prompt = self._texts.encode([self._texts.text(row, location)])[0]
+            response = self._texts.response(row, location)
             end = len(prompt) + len(response)
             tokens[line, :end] = prompt + response
             mask[line, len(prompt) : end] = 1.0
@@ -180,14 +178,14 @@ class DatasetTask:
             keys, texts, more = [], [], []
             for row_index in row_indices:
                 row, location = rows[row_index], rows.location(row_index)
-                asked = json.dumps(_get_text(row, self.data.prompt, location), sort_keys=True)
+                asked = json.dumps(self._texts.prompt(row, location), sort_keys=True)
                 keys.append(_hash(asked))
-                texts.append(self._text(row, location))
-                more.append(len(self._response(row, location)) if self._supervised else 0)
+                texts.append(self._texts.text(row, location))
+                more.append(len(self._texts.response(row, location)) if self._supervised else 0)
                 if not self._supervised:
-                    self._answer(row, location)
+                    self._texts.answer(row, location)
             for row_index, key, text, ids, rest in zip(
-                row_indices, keys, texts, self._encode(texts), more, strict=True
+                row_indices, keys, texts, self._texts.encode(texts), more, strict=True
             ):
                 if len(ids) + rest > limit:
                     left_out += 1
@@ -208,99 +206,13 @@ class DatasetTask:
 
     def _prompt(self, rows: Rows, row_index: int) -> Prompt:
         row, location, data = rows[row_index], rows.location(row_index), self.data
-        text = self._text(row, location)
+        text = self._texts.text(row, location)
         named = {name.partition(".")[0] for name in (data.prompt, data.answer)}
         extra = {name: make_plain(value) for name, value in row.items() if name not in named}
-        messages = tuple(self._messages(row, location)) if data.chat_template else ()
-        return Prompt(self._encode([text])[0], text, self._answer(row, location), messages, extra)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of prompts. A chat template writes the special tokens itself."""
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.data.chat_template)["input_ids"]
-        return ids
-
-    def _text(self, row: dict[str, Any], location: str) -> str:
-        """Return the prompt as the model reads it, chat markers included."""
-        if not self.data.chat_template:
-            text = _get_text(row, self.data.prompt, location)
-            if not isinstance(text, str) or not text:
-                raise UserError(f"{location}: {self.data.prompt!r} must be a text with data.chat_template=false")
-            return text
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                self._messages(row, location), tokenize=False, add_generation_prompt=True, **self.data.template_options
-            )
-            return cast(str, rendered)
-        except UserError:
-            raise
-        except Exception as error:  # the template's own: Jinja's and whatever it raises
-            raise UserError(f"{location}: the tokenizer's chat template refuses this prompt: {error}") from None
-
-    def _messages(self, row: dict[str, Any], location: str) -> list[dict[str, str]]:
-        name, system = self.data.prompt, self.data.system
-        found = _get_text(row, name, location)
-        messages = [{"role": "user", "content": found}] if isinstance(found, str) else found
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise UserError(
-                f"{location}: {name!r} must be a text or a list of messages with a text as role and content"
-            )
-        # Columns fill what a message lacks with nulls, which a template would take for something that is there.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        if messages[-1]["role"] == "assistant":
-            raise UserError(
-                f"{location}: {name!r} ends with the assistant's message: end it with the one to be answered"
-            )
-        if system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        return messages
-
-    def _answer(self, row: dict[str, Any], location: str) -> str:
-        if not self.data.answer:
-            return ""
-        answer = _get_column(row, self.data.answer, location)
-        try:
-            require_text(answer)
-            if not isinstance(answer, Decimal | date | time):
-                answer = make_plain(answer)
-            return answers.format_answer(answer)
-        except ValueError as error:
-            raise UserError(f"{location}: {self.data.answer!r} must be a text or a number: {error}") from None
-
-    def _response(self, row: dict[str, Any], location: str) -> list[int]:
-        """Return the token ids of the response, the end token last."""
-        text = _get_text(row, self.data.response, location)
-        if not isinstance(text, str) or not text:
-            raise UserError(f"{location}: {self.data.response!r} must be a text, and not an empty one")
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        messages = tuple(self._texts.messages(row, location)) if data.chat_template else ()
+        answer = self._texts.answer(row, location)
+        return Prompt(self._texts.encode([text])[0], text, answer, messages, extra)
 
 
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).digest()
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def _get_text(row: dict[str, Any], name: str, location: str) -> Any:
-    """Return a text, or messages, of a column as JSON has them."""
-    found = _get_column(row, name, location)
-    try:
-        require_text(found)
-    except ValueError as error:
-        raise UserError(f"{location}: {name!r} has {error}") from None
-    return make_plain(found)
-
-
-def _get_column(row: dict[str, Any], name: str, location: str) -> Any:
-    """Return a column, or with dots a field of one."""
-    found: Any = row.get(name, _MISSING)
-    if found is _MISSING:
-        found = row
-        for part in name.split("."):
-            found = found.get(part, _MISSING) if isinstance(found, dict) else _MISSING
-    if found is None:
-        raise UserError(f"{location}: {name!r} is null")
-    if found is _MISSING:
-        raise UserError(f"{location}: there is no {name!r}, only {', '.join(map(repr, row))}")
-    return found

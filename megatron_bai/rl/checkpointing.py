@@ -52,8 +52,8 @@ MAY_CHANGE = (
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",
     "trainer.save", "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s",
-    "objective.critic_save", "monitor.", "cluster.", "merge.", "supervised.", "serve.", "convert.", "inspect.",
-    "samples.", "report.",
+    "objective.critic_save", "monitor.", "cluster.", "init.routing_prompts", "merge.", "supervised.", "serve.",
+    "convert.", "inspect.", "samples.", "report.",
 )  # fmt: skip
 
 

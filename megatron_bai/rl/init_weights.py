@@ -21,9 +21,10 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
 from megatron_bai.merge.recipe.output_spec import make_output_spec
 from megatron_bai.merge.recipe.recipe import ORIGINAL_SETTINGS
-from megatron_bai.model import hf_checkpoint, megatron_checkpoint, param_shards
+from megatron_bai.model import megatron_checkpoint, param_shards
 from megatron_bai.model.architecture import Architecture, architecture_of, require_same
 from megatron_bai.model.build import MegatronModel
+from megatron_bai.model.load_weights import load_weights
 from megatron_bai.utils.dataclass_defaults import drop_later_defaults
 
 _log = logging.getLogger(__name__)
@@ -194,12 +195,7 @@ def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
     with ExitStack() as stack:
         readers: list[CheckpointReader] = []
         ranks.run_on_all(lambda: readers.append(stack.enter_context(open_checkpoint(source))))
-        if formats.checkpoint_format(source) == "hf":
-            require_same(source, actor.architecture)
-            hf_checkpoint.load_hf(actor.modules, actor.architecture, source)
-            megatron_checkpoint.reload_master_weights(actor)
-        else:
-            megatron_checkpoint.load(actor, source)
+        load_weights(actor, source)
         ranks.run_on_all(readers[0].require_unchanged)  # its config.json and tokenizer, too
     return Path(source)
 

@@ -26,7 +26,7 @@ def make_task(settings: config.Config, tokenizer_dir: Path, log: Callable[[str],
     Raises:
         UserError: the tokenizer or rows cannot be used, or fewer prompts are held out than are to be evaluated.
     """
-    return _make_task(settings, _load_tokenizer(tokenizer_dir), tokenizer_dir, log)
+    return _make_task(settings, load_tokenizer(tokenizer_dir), tokenizer_dir, log)
 
 
 def make_generated_task(settings: config.Config, data: config.Arithmetic) -> Task:
@@ -59,7 +59,7 @@ def _make_task(settings: config.Config, tokenizer: Any, tokenizer_dir: Path, log
     return task
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
     """Load the tokenizer of a checkpoint."""
     from transformers import PreTrainedTokenizerFast
 

@@ -2,10 +2,11 @@
 
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
 from megatron_bai.rl.experience.server_probe import verify_engines
 from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
+from megatron_bai.rl.merge_routing import measure_merge_routing
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 from megatron_bai.rl.policy.training_engine import Scores
@@ -73,6 +75,7 @@ def train(settings: config.Config) -> None:
 def _run_training(session: Session, start: ResumePoint) -> None:
     """Run the remaining steps, save the models and write the report. Collective."""
     settings, directory = session.settings, Path(session.settings.run.dir)
+    measured = {} if start.checkpoint else measure_merge_routing(session)
     # A copy of the weights that the run started from: the checkpoint's are loaded next.
     reference = WeightCopy(session.actor) if policy_settings(settings.objective).kl_penalty else None
     models = {"actor": session.actor} | ({"critic": session.critic.model} if session.critic else {})
@@ -82,7 +85,7 @@ def _run_training(session: Session, start: ResumePoint) -> None:
         summary = Summary(settings, dist.get_world_size(), progress.records, resumed)
         version = start.version
         if start.step < settings.trainer.steps:
-            version = _run_steps(session, start, models, reference, progress, summary)
+            version = _run_steps(session, start, models, reference, progress, summary, measured)
     info = {"steps": settings.trainer.steps, "version": version}
     for name, path in result_paths(settings).items():
         megatron_checkpoint.save(models[name], path, session.tokenizer_dir, info)
@@ -99,8 +102,9 @@ def _run_steps(
     reference: WeightCopy | None,
     progress: RunLog,
     summary: Summary,
+    measured: Mapping[str, float] = MappingProxyType({}),
 ) -> int:
-    """Run the remaining steps and return the version of the weights. Collective."""
+    """Run the remaining steps and return the version of the weights. Collective. `measured` are the first's, too."""
     progress.show_phase(start.step + 1, "server_start")
     with (
         open_route_recorder(session, start.step, start.same_store) as route_recorder,
@@ -114,7 +118,7 @@ def _run_steps(
             handle_signals(session.settings.trainer.grace_s) as requests,
         ):
             for step in range(start.step, session.settings.trainer.steps):
-                values = loop.step(step)
+                values = loop.step(step) | (dict(measured) if step == start.step else {})
                 progress.log_step(values, _PRINTED_METRICS, loop.sample_recorder.take())
                 if session.is_rank_0:
                     summary.add_step(values)

@@ -17,6 +17,7 @@ from megatron_bai import config
 from megatron_bai.config import Arithmetic, Dataset
 from megatron_bai.data import task_factory
 from megatron_bai.data.dataset_task import DatasetTask
+from megatron_bai.data.row_texts import read_texts
 from megatron_bai.data.shuffle import permute_index, shuffled_index
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
@@ -431,3 +432,16 @@ def test_answers_that_texts_are_not_compared_with_have_no_check(task) -> None:
     rows = [{"prompt": f"{i}+2", "answer": text} for i, text in enumerate(texts)]
     found = task([*rows, *sums(30)], hold_out=0.1)
     assert [found.has_check(found._prompt(found._train, i)) for i in range(5)] == [True, True, False, False, False]
+
+
+def test_texts_to_run_a_model_on_are_the_first_rows_each_with_its_response_if_it_has_one(write, tokenizer) -> None:
+    rows = [{"prompt": "1+1"}, {"prompt": "1+2", "response": "3"}, {"prompt": "1+3", "response": None}]
+    found = read_texts(write(rows), "inspect.prompts", Dataset(chat_template=False), tokenizer, 2)
+    assert found == [
+        tokenizer.encode("1+1"),
+        [*tokenizer.encode("1+2"), *tokenizer.encode("3"), tokenizer.eos_token_id],
+    ]
+    cut = read_texts(write(rows), "inspect.prompts", Dataset(max_prompt_tokens=4), tokenizer, 9)
+    assert [len(ids) for ids in cut] == [4, 4, 4]
+    with pytest.raises(UserError, match="rows.jsonl:1: there is no 'question'"):
+        read_texts(write(rows), "inspect.prompts", Dataset(prompt="question"), tokenizer, 9)

@@ -10,6 +10,7 @@ import torch
 from megatron_bai.checkpoint.reader import ScratchBuffers
 from megatron_bai.checkpoint.torch_dist import TorchDistReader
 from megatron_bai.cli import merge as merge_verb
+from megatron_bai.cli.inspect_routing import list_parents
 from megatron_bai.config import Config, Inspect
 from megatron_bai.errors import UserError
 from megatron_bai.merge.compare import Distance, compare_checkpoints, inspect_checkpoint
@@ -137,3 +138,16 @@ def test_damage_is_named(three):
         Path(three.pretrained, "provenance.json").write_text(damaged)
         with pytest.raises(UserError, match="provenance.json is damaged"):
             inspect_checkpoint(Config(inspect=Inspect(path=three.pretrained)))
+
+
+def test_the_parents_of_a_merge_are_those_given_or_its_sources(tmp_path):
+    (tmp_path / "a").mkdir()
+    named = {"fingerprint": "0", "recipe": {}, "tensors": {}, "sources": [{"path": str(tmp_path / "a")}]}
+    (tmp_path / "provenance.json").write_text(json.dumps(named))
+    settings = Inspect(path=str(tmp_path))
+    assert list_parents(settings) == [str(tmp_path / "a")]
+    assert list_parents(dataclasses.replace(settings, parents=["b"])) == ["b"]
+    assert list_parents(Inspect(path=str(tmp_path / "a"))) == []
+    (tmp_path / "a").rmdir()
+    with pytest.raises(UserError, match=r"a, a source of .*, is not there: give inspect.parents"):
+        list_parents(settings)

@@ -1,11 +1,13 @@
 """Run as a script: actors that start from a merge done on the fly, beside the verb merge. Argument: a directory.
 
 Megatron-Core is imported once; each world of ranks is forked from here. `FORMAT/` holds three sources, the verb's
-output `merged`, and for each world `WORLD/actor`, what `init=merge` merged, and `WORLD/hf`, the weights the actor then
-had; `megatron/loaded` has the weights of an actor that started from `merged`.
+output `merged`, and for each world `WORLD/actor`, what `init=merge` merged, `WORLD/routing.json`, what is measured of
+its routing, and `WORLD/hf`, the weights the actor has after that; `megatron/loaded` has the weights of an actor that
+started from `merged`.
 """
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -47,9 +49,13 @@ def start(rank: int, world: int, port: int, directory: Path, init: config.Init, 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron_bai.model import hf_checkpoint
+    from megatron_bai.rl.merge_routing import measure_merge_routing
     from megatron_bai.rl.session import open_session
 
     with open_session(settings_of(directory, init, output, world)) as session:
+        measured = measure_merge_routing(session)
+        if rank == 0 and measured:
+            weights.with_name("routing.json").write_text(json.dumps(measured))
         hf_checkpoint.save_hf(session.actor.modules, session.settings.model, weights, session.tokenizer_dir, {})
 
 
@@ -59,7 +65,7 @@ def worlds(world: int, directory: Path, init: config.Init, output: Path, weights
 
 
 def main(directory: Path) -> None:
-    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.session")
+    prepare("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron_bai.rl.merge_routing")
     from megatron_bai.cli import merge as merge_verb
 
     torch.multiprocessing.start_processes(sources, (directory,), nprocs=1, start_method="fork")

@@ -1,8 +1,12 @@
 """`init`: what a run starts from, and a merge that is done at its start."""
 
 import dataclasses
+import json
+import re
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +60,20 @@ def test_merged_on_the_fly_the_actor_has_the_very_weights_of_merge_and_checkpoin
     weights = (verb, started / form / str(world) / "hf", started / "hf" / SOURCES[0])
     expected, found, pretrained = (load_file(path / "model.safetensors") for path in weights)
     assert equal(found, expected) and not torch.equal(found["lm_head.weight"], pretrained["lm_head.weight"])
+
+
+@pytest.mark.distributed
+def test_the_routing_that_a_merge_keeps_is_measured_alike_in_every_layout_and_by_inspect(started: Path) -> None:
+    """Layers' shares are tested in `test_merge_routing.py`; that the merge's weights are back afterwards is, above."""
+    files = [started / form / str(world) / "routing.json" for form, world in STARTS]
+    first, *others = (json.loads(file.read_text()) for file in files)
+    kept = [first[f"merge_routes_kept/{i}"] for i in range(len(SOURCES))]
+    assert all(0 < share < 1 and share < first[f"merge_routes_overlap/{i}"] for i, share in enumerate(kept))
+    assert all(found == pytest.approx(first) for found in others)
+    words = [f"inspect.path={started / 'megatron' / 'merged'}", "inspect.routing=true", "backend.kind=cpu"]
+    command = [sys.executable, "-m", "megatron_bai", "inspect", *words]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert [float(x) / 100 for x in re.findall(r"[:;] \w+ ([\d.]+)%", shown)] == pytest.approx(kept, abs=6e-4)
 
 
 def merging(started: Path, target: Path, **changes: Any) -> config.Config:

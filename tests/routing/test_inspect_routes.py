@@ -140,3 +140,6 @@ def test_stores_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=said):
             verb.run(Config(inspect=Inspect(path=str(path), other=str(other))))
+    for more in ({"routing": True}, {"parents": ["a"]}, {"prompts": "rows.jsonl"}):
+        with pytest.raises(UserError, match="is a store of routes"):
+            verb.run(Config(inspect=Inspect(path=str(small), **more)))

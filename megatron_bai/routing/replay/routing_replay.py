@@ -31,6 +31,7 @@ class RoutingReplay:
         routers: Megatron's, by the MoE layers on this rank, counted from 0 among all decoder layers.
         layers: those layers.
         columns: the same, counted among MoE layers only: indices into routes of the whole model.
+        routers: of these layers, by layer.
         rows: (token, layer) rows forced in forward passes so far, checked against what the router did. Padding and live
             rows are not counted.
         recomputed: the same of passes repeated in the backward.
