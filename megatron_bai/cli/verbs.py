@@ -55,6 +55,14 @@ VERBS = {
         "megatron-bai inspect inspect.path=runs/demo/actor inspect.routing=true",
         also_reads=("backend", "parallel", "data"),
     ),
+    "calibrate": Verb(
+        "Realign the routers of a merge with its parents' (HARC), on texts of each.",
+        "megatron_bai.cli.calibrate:run",
+        ("calibrate",),
+        "megatron-bai calibrate calibrate.path=actor 'calibrate.parents=[a,b]' 'calibrate.prompts=[a.jsonl,b.jsonl]'"
+        " calibrate.output=calibrated",
+        also_reads=("backend", "parallel", "data"),
+    ),
     "samples": Verb(
         "Print responses that a run kept: the best, worst or longest of a step, or where the engines differ.",
         "megatron_bai.cli.samples:run",

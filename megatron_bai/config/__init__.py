@@ -31,12 +31,13 @@ from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.schema import Config, initial_checkpoint, register_schema
 from megatron_bai.config.trainer import Supervised, Trainer
-from megatron_bai.config.verbs import Convert, Inspect, Report, Samples, Serve
+from megatron_bai.config.verbs import Calibrate, Convert, Inspect, Report, Samples, Serve
 from megatron_bai.project_files import conf_dir
 
 __all__ = [
     "Arithmetic",
     "Backend",
+    "Calibrate",
     "CheckpointInit",
     "Cispo",
     "Cluster",

@@ -27,7 +27,7 @@ from megatron_bai.config.rewards import Exact, Function, MathVerify, Reward, Rew
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.trainer import Supervised, Trainer
-from megatron_bai.config.verbs import Convert, Inspect, Report, Samples, Serve
+from megatron_bai.config.verbs import Calibrate, Convert, Inspect, Report, Samples, Serve
 from megatron_bai.errors import UserError
 
 
@@ -53,6 +53,7 @@ class Config:
     serve: Serve = field(default_factory=Serve)
     convert: Convert = field(default_factory=Convert)
     inspect: Inspect = field(default_factory=Inspect)
+    calibrate: Calibrate = field(default_factory=Calibrate)
     samples: Samples = field(default_factory=Samples)
     report: Report = field(default_factory=Report)
 

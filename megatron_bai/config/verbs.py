@@ -36,6 +36,21 @@ class Inspect:
 
 
 @dataclass
+class Calibrate:
+    """Settings of `calibrate`: the routers of a merge, realigned by HARC (arXiv 2606.03391; docs/merge.md)."""
+
+    path: str = limits.checkpoint_path("")  # the merge, made by any method
+    parents: list[str] = limits.checkpoint_path(list)  # whose routing it is to keep
+    # rows of each parent's own texts, in order: data.prompt, and data.response where a row has one
+    prompts: list[str] = limits.path(list)
+    output: str = limits.path("")  # a checkpoint in the format of path
+    count: int = limits.number(64, at_least=1)  # rows of each at most
+    gamma: float = limits.number(0.9, above=0, at_most=1)  # γ: 1 is undamped
+    max_iterations: int = limits.number(1000, at_least=1)  # of the conjugate gradients
+    tolerance: float = limits.number(1e-6, above=0, below=1)  # of their residual, relative
+
+
+@dataclass
 class Samples:
     """Settings of `samples`."""
 

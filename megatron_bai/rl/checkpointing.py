@@ -53,7 +53,7 @@ MAY_CHANGE = (
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",
     "trainer.save", "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s",
     "objective.critic_save", "monitor.", "cluster.", "init.routing_prompts", "merge.", "supervised.", "serve.",
-    "convert.", "inspect.", "samples.", "report.",
+    "convert.", "inspect.", "calibrate.", "samples.", "report.",
 )  # fmt: skip
 
 

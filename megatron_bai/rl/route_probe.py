@@ -113,6 +113,25 @@ class RouteProbe:
         columns = [torch.cat(parts)[valid] for parts in margins.values()]
         return Recording(routes, torch.stack(columns, 1) if columns else torch.zeros(int(valid.sum()), 0))
 
+    @torch.no_grad()
+    def read_inputs(self, layer: int) -> torch.Tensor:
+        """Run the actor on the texts, and return what the router of a layer reads. *Collective*.
+
+        Args:
+            layer: decoder layer, counted from 0, with experts.
+
+        Returns:
+            `[rows, H]` of this rank's tokens, no padding among them, in the model's dtype.
+        """
+        seen: list[torch.Tensor] = []
+        router = self.replay.routers[layer]
+        hook = router.register_forward_hook(lambda router, inputs, output: seen.append(inputs[0].flatten(0, -2)))
+        try:
+            ForwardBackward(self.actor, self.device).forward(self.micro_batches, lambda logits, micro_batch: None)
+        finally:
+            hook.remove()
+        return torch.cat(seen)[torch.cat(self._fed)]
+
     def describe(self, recording: Recording, other: Recording | None = None) -> list[LayerRouting]:
         """Compute the routing of every MoE layer of the model, the same on every rank. *Collective*.
 
