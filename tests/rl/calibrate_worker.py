@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 from processes import free_port, prepare
-from rl.route_probe_worker import LAYOUTS
-from rl.route_texts import SEQUENCES
+from route_probe_worker import LAYOUTS
+from route_texts import SEQUENCES
 
 from megatron_bai import config
 

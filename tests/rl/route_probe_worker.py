@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 from processes import free_port, prepare
-from rl.route_texts import SEQUENCES
+from route_texts import SEQUENCES
 
 from megatron_bai import config
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibrate_worker import TEXTS
 from model.families import published
 from processes import TESTS, launch
-from rl.calibrate_worker import TEXTS
 from safetensors.torch import load_file, save_file
 
 from megatron_bai import config

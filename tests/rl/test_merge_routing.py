@@ -8,7 +8,7 @@ import pytest
 import torch
 from model.families import published
 from processes import TESTS, launch
-from rl.route_texts import SEQUENCES
+from route_texts import SEQUENCES
 from safetensors.torch import load_file, save_file
 
 from megatron_bai.rl.merge_routing import ParentRouting, describe_kept
