@@ -40,7 +40,16 @@ class Policy(Objective):
 
 
 @dataclass
-class Minirl(Policy):
+class RouterShifted(Policy):
+    """Settings of objectives with an importance ratio, which may be multiplied by γ of the routers (RSPO)."""
+
+    # γ = e^−Δ, Δ the mean change since the step's first update of the log-scores of the experts that a token used
+    router_shift: bool = False
+    router_shift_min: float = number(0.8, at_least=0, at_most=1)  # γ counts as at least this
+
+
+@dataclass
+class Minirl(RouterShifted):
     """MiniRL (arXiv 2512.01374, eq. 7) and its ablations."""
 
     name: str = "minirl"
@@ -55,7 +64,7 @@ class Minirl(Policy):
 
 
 @dataclass
-class Sequence(Policy):
+class Sequence(RouterShifted):
     """The sequence-level objective that MiniRL approximates (arXiv 2512.01374)."""
 
     name: str = "sequence"
@@ -65,7 +74,7 @@ class Sequence(Policy):
 
 
 @dataclass
-class Dppo(Policy):
+class Dppo(RouterShifted):
     """DPPO (arXiv 2602.04879): MiniRL with a trust region in probabilities, around the policy that sampled."""
 
     name: str = "dppo"
@@ -83,7 +92,7 @@ class Dppo(Policy):
 
 
 @dataclass
-class Drpo(Policy):
+class Drpo(RouterShifted):
     """DRPO (arXiv 2606.09821): DPPO with a smooth pull towards the policy that sampled in the mask's place."""
 
     name: str = "drpo"
@@ -94,7 +103,7 @@ class Drpo(Policy):
 
 
 @dataclass
-class Corrected(Policy):
+class Corrected(RouterShifted):
     """Settings of objectives with a ratio to π_old that may be corrected for training–inference discrepancy (TIS)."""
 
     # weight π_old/μ_old: none, or token_ or sequence_ followed by truncate or mask (with correction_min: IcePop), or

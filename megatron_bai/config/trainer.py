@@ -38,6 +38,8 @@ class Trainer:
     weight_decay: float = number(0.0, at_least=0)  # of all but norms and biases
     # what an update adds to or takes from expert biases (Megatron-Core's moe_router_bias_update_rate); 0: they stay
     expert_bias_update_rate: float = number(0.0, at_least=0, at_most=1)
+    # parts of the actor that keep their initial weights: router, shared_experts; no gradient, decay or optimizer state
+    freeze: list[str] = choice(list, "router", "shared_experts")
     adam_beta2: float = number(0.999, at_least=0, below=1)
     clip_grad: float = number(1.0, at_least=0, finite=False)
     eval_every: int = number(0, at_least=0)  # steps between evaluations on held-out prompts; 0 never evaluates

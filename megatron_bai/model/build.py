@@ -11,6 +11,7 @@ from megatron_bai.distributed.backend import Device
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import architecture_of
 from megatron_bai.model.families.architecture import Architecture
+from megatron_bai.model.freeze import freeze_parts
 from megatron_bai.model.parameter_names import require_known_parameters
 from megatron_bai.model.pipeline_stages import chunk_sizes
 from megatron_bai.model.router_losses import set_router_losses
@@ -243,7 +244,7 @@ def build_actor(settings: config.Config, device: Device, train: bool = True) -> 
 def build_critic(settings: config.Config, device: Device) -> MegatronModel:
     """Build a value model as `build_actor` builds the policy: with a `ValueHead` for an output layer, without replay.
 
-    Its expert bias, if there is one, stays what it is.
+    Its expert bias, if there is one, stays what it is. `trainer.freeze` is of the actor.
 
     Args:
         settings: model, parallel and trainer are used.
@@ -276,6 +277,8 @@ def _build(
         require_known_parameters(gpt, architecture)
         _mark_experts(gpt)
         _mark_sinks(gpt)
+        if head is None:
+            freeze_parts(gpt, settings.trainer.freeze)
         chunks.append(DistributedDataParallel(megatron_config, reduction, gpt))
     trainer = settings.trainer
     optimizer = None

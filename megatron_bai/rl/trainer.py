@@ -40,6 +40,7 @@ from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepanc
 from megatron_bai.rl.merge_routing import measure_merge_routing
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
+from megatron_bai.rl.policy.router_shift import RouterShift
 from megatron_bai.rl.policy.training_engine import Scores
 from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rl.session import Session, open_session
@@ -186,6 +187,7 @@ class TrainingLoop:
         self.reference = reference
         measured = settings.rollout.overlap and settings.rollout.measure_sampled
         self.previous_weights = PreviousWeights(session.engine) if measured else None
+        self.router_shift = RouterShift(session.engine, settings.objective)
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.stateful: dict[str, Stateful] = {"collector": self.collector, "monitor": self.monitor}
@@ -207,8 +209,8 @@ class TrainingLoop:
             samples, batch = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
         batch, mini_batches = make_mini_batches(batch, self.settings, stats, self.session.device.device)
         micro_batches = sum(mini_batches, [])
-        rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, batch)
-        with clock("old_logprob"):
+        rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, mini_batches)
+        with clock("old_logprob"), self.router_shift.record(len(micro_batches)):
             routes, differing = self._score_old_policy(batch, micro_batches, stats, router_stats)
         if self.route_recorder:
             assert routes is not None, "a store belongs to a replay"
@@ -311,10 +313,13 @@ class TrainingLoop:
         trainer, engine = self.settings.trainer, self.session.engine
         norms, rate, first = [], 0.0, (step - self.warmup) * trainer.mini_batches
         updates = (trainer.steps - self.warmup) * trainer.mini_batches
-        remaining = iter(routes or ())
+        remaining, num_done = iter(routes or ()), 0
         for update, micro_batches in enumerate(mini_batches, start=first):
             rate = set_learning_rate(self.session.actor.optimizer, trainer, update, updates)
             mini_batch_routes = routes and list(islice(remaining, len(micro_batches)))
+            if num_done:  # before the step's first update nothing has moved
+                self.router_shift.measure(micro_batches, mini_batch_routes, num_done)
+            num_done += len(micro_batches)
             update_stats, norm = engine.update(
                 micro_batches, mini_batch_routes, self.objective, self.settings.objective
             )
@@ -329,13 +334,18 @@ class TrainingLoop:
         stats.add(update_stats)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
 
-    def _expected_replay_rows(self, step: int, batch: Batch) -> int:
+    def _expected_replay_rows(self, step: int, mini_batches: MiniBatches) -> int:
         """Return the (token, layer) rows to be replayed for this replica in the step; called before it scores."""
-        rows = int(batch.routed.sum())
-        fed = rows + int(batch.missing.sum())  # R2 replays the trainer's own routes: none is missing
         updates = step >= self.warmup
         scorings = 2 if self.previous_weights and self.previous_weights.available else 1
-        per_layer = {"none": 0, "r2": updates * fed, "r3": (scorings + updates) * rows}[self.settings.replay.mode]
+        per_layer = 0
+        for index, micro_batches in enumerate(mini_batches):
+            rows = sum(int(micro_batch.routed.sum()) for micro_batch in micro_batches)
+            missing = sum(int(micro_batch.missing.sum()) for micro_batch in micro_batches)
+            passes = updates * (2 if self.router_shift.is_enabled and index else 1)
+            # R2 replays the trainer's own routes: none is missing
+            by_mode = {"none": 0, "r2": passes * (rows + missing), "r3": (scorings + passes) * rows}
+            per_layer += by_mode[self.settings.replay.mode]
         return per_layer * self.session.signature.moe_layers
 
     def _sum_over_ranks(self, values: list[int]) -> list[int]:

@@ -7,6 +7,7 @@ from megatron_bai.distributed.hosts import is_loopback, is_multi_host
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import architecture_of, require_served
 from megatron_bai.model.families.param_mapping import EXPERT_BIAS
+from megatron_bai.model.freeze import validate_freeze
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rl import init_weights, objectives
@@ -31,6 +32,7 @@ def validate_settings(settings: config.Config) -> None:
             f"trainer.expert_bias_update_rate is {trainer.expert_bias_update_rate:g}, and the model's routers have no"
             " expert bias: leave it out"
         )
+    validate_freeze(trainer, architecture)
     init_weights.validate_init(settings)
     lr_schedule.validate(settings)
     _validate_store(settings)

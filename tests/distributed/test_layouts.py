@@ -27,6 +27,7 @@ from distributed.worker import (
     OBJECTIVES,
     QUICK,
     SAMPLES,
+    SHIFTED,
     TEMPERATURE,
     UPDATES,
     from_rollouts,
@@ -313,3 +314,60 @@ def test_rates_follow_their_schedule_and_norms_do_not_decay(case: str, layouts: 
         rates = [LEARNING_RATE * part for part in (0.5, 1, *parts)]
         assert layouts[case]["rates"][decay] == pytest.approx(rates, abs=1e-12)
     assert layouts[case]["decays"] == {1: {0.0}, 2: {0.1}}
+
+
+@each_other
+def test_how_far_routers_moved_is_the_same_in_every_layout(case: str, layouts: Layouts) -> None:
+    one, other = layouts["one"]["shifted"], layouts[case]["shifted"]
+    assert other["still"] <= 1e-6, "nothing has moved before the first update"
+    there = from_rollouts().targets >= 0
+    torch.testing.assert_close(other["shift"][there], one["shift"][there], rtol=0, atol=1e-5)
+    assert other["first"] == pytest.approx(one["first"], rel=3e-6, abs=2e-6)
+    gap, name = relative(other["gradient"], one["gradient"])
+    assert gap <= 2e-5, name
+
+
+@pytest.mark.parametrize(("key", "replayed"), [("shifted", True), ("shifted_live", False)])
+def test_how_far_routers_moved_is_that_of_plain_torch(key: str, replayed: bool, layouts: Layouts) -> None:
+    """Δ over the experts that the old weights used, and the gradient with its γ, through a dense model in float64."""
+    found, seen = layouts["one"][key], ([], [])
+    batch, noise = from_rollouts(), problem()[2]
+    routes = batch.routes if replayed else None
+    old, new = (reference.load(layouts.directory / "one" / name) for name in ("hf", "moved"))
+    for weights, logits in ((old, seen[0]), (new, seen[1])):
+        last = reference.hidden(weights, MODEL, batch.tokens, routes, logits)
+        scores = reference.next_logprobs(last @ weights["lm_head.weight"].T, batch.tokens)
+        logprobs = torch.nn.functional.pad(scores, (0, 1))
+        if weights is old:
+            batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
+    shift = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    for layer, (before, after) in enumerate(zip(*seen)):
+        ids = routes[:, :, layer].long() if replayed else before.topk(MODEL.moe_topk, dim=-1).indices
+        moved = after.log_softmax(-1).gather(-1, ids) - before.log_softmax(-1).gather(-1, ids)
+        shift += moved.detach().abs().mean(-1) / MODEL.num_layers
+    there = batch.targets >= 0
+    torch.testing.assert_close(found["shift"][there].double(), shift[there], rtol=0, atol=1e-5)
+    floored = (-shift[batch.mask]).exp() < SHIFTED.router_shift_min
+    assert shift[batch.mask].min() > 0.01 and floored.any() and not floored.all()
+    batch.router_shift = shift
+    total, _ = objectives.batch_loss(objectives.get("gspo"), SHIFTED, logprobs, batch)
+    (total / SAMPLES).backward()
+    assert found["first"]["loss"] == pytest.approx(float(total.detach()) / SAMPLES, rel=1e-5)
+    assert found["first"]["router_shift_mean"] == pytest.approx(float((-shift[batch.mask]).exp().mean()), rel=1e-5)
+    gap, name = relative(found["gradient"], {name: tensor.grad for name, tensor in new.items()})
+    assert gap <= 1e-4, name
+
+
+@pytest.mark.parametrize("case", tiered(CASES, QUICK))
+def test_frozen_routers_keep_every_bit_and_the_rest_learns_as_before(case: str, layouts: Layouts) -> None:
+    found, one = layouts[case]["frozen"], layouts["one"]["none"]["gradient"]
+    routers = sorted(name for name in one if name.endswith("mlp.gate.weight"))
+    assert len(routers) == MODEL.num_layers and found["same"] == routers
+    assert not any(found["gradient"][name].any() for name in routers)
+    rest = {name: tensor for name, tensor in one.items() if name not in routers}
+    gap, name = relative({name: found["gradient"][name] for name in rest}, rest)
+    assert gap <= 2e-5, name
+    whole = torch.cat([tensor.flatten() for tensor in rest.values()])
+    assert found["first"]["grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-5)
+    if case == "one":  # neither moments nor master weights
+        assert found["optimized"] == whole.numel()

@@ -58,6 +58,17 @@ def test_every_gradient_is_that_of_the_padded_step(case: str, mode: str, layouts
 
 
 @each_case
+def test_how_far_routers_moved_is_that_of_the_padded_step(case: str, layouts: Layouts, one: dict[str, Any]) -> None:
+    """With the routes that the old pass recorded."""
+    ours, theirs = layouts[case]["shifted"], one["shifted"]
+    beyond = torch.arange(LENGTH) >= torch.tensor(LENGTHS)[:, None] - 1
+    torch.testing.assert_close(ours["shift"][~beyond], theirs["shift"][~beyond], rtol=0, atol=1e-5)
+    assert ours["first"] == pytest.approx(theirs["first"], rel=3e-6, abs=3e-6)
+    gap, name = relative(ours["gradient"], theirs["gradient"])
+    assert gap <= 2e-5, name
+
+
+@each_case
 def test_every_row_that_should_be_replayed_is_counted_once(case: str, layouts: Layouts) -> None:
     rows = sum(length - 1 for length in LENGTHS) * MODEL.num_layers
     assert [layouts[case][mode]["rows"] for mode in MODES] == [0, rows, 2 * rows]

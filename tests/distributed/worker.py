@@ -43,6 +43,9 @@ OBJECTIVES = {
     "sample_mean": config.Grpo(correction="token_truncate", **_ADDED),
     "prompt_mean": config.Dapo(token_mean="prompt", **_ADDED),
 }
+# The routers' factor in a ratio that is a product over a response's tokens, so that all of them reach every loss.
+SHIFTED = config.Gspo(router_shift=True, router_shift_min=0.95, clip_low=0.9, clip_high=2.0)
+MOVED = 0.03  # of the way to other weights
 LEFT_OUT = (3, 6)  # samples that do not count
 TEMPERATURE = 0.7  # of sampling, in one comparison of all layouts
 COOLED = config.Dapo(entropy_bonus=0.5)
@@ -106,7 +109,7 @@ def problem() -> tuple[list, np.ndarray, np.ndarray]:
 class Run:
     """A fresh actor in a layout, with this rank's part of the batch."""
 
-    def __init__(self, case: Case, device: backend.Device, temperature: float = 1.0):
+    def __init__(self, case: Case, device: backend.Device, temperature: float = 1.0, **changes: Any):
         from megatron.core import parallel_state
 
         from megatron_bai.model import build, megatron_checkpoint, param_shards
@@ -122,6 +125,7 @@ class Run:
             mini_batches=1,
             micro_batch_size=case.micro,
             tokens_per_micro_batch=case.row,
+            **changes,
         )
         self.settings = config.Config(model=MODEL, parallel=case.parallel, trainer=trainer)
         self.actor = build.build_actor(self.settings, device)
@@ -258,6 +262,60 @@ def overflowing(case: Case, device: backend.Device) -> dict[str, list[str]]:
     return found
 
 
+def shifted(case: Case, device: backend.Device, mode: str, hf: Path | None = None) -> dict[str, Any]:
+    """How far the routers have moved, by token, after all weights did; and one measured gradient with that.
+
+    Args:
+        hf: where to leave the moved weights.
+    """
+    from megatron_bai.model import megatron_checkpoint, param_shards
+    from megatron_bai.rl.policy.router_shift import RouterShift
+
+    run = Run(case, device)
+    shift = RouterShift(run.engine, SHIFTED)
+    with shift.record(len(run.micros)):
+        run.score(mode)
+        run.engine.score(run.micros, run.routes("r3"))  # another pass is not recorded
+    shift.measure(run.micros, run.routes(mode), 0)
+    still = float(run.batch.router_shift.abs().max())
+    before = [parameter.detach().clone() for module in run.actor.modules for parameter in module.parameters()]
+    param_shards.init_random(run.actor.modules, MODEL, seed=1)
+    with torch.no_grad():
+        for parameter, old in zip(
+            (p for module in run.actor.modules for p in module.parameters()), before, strict=True
+        ):
+            parameter.copy_(old.lerp(parameter, MOVED))
+    megatron_checkpoint.reload_master_weights(run.actor)
+    if hf:
+        run.export(hf)
+    shift.measure(run.micros, run.routes(mode), 0)
+    back = run.batch.sample_index.argsort()
+    parts = gathered((run.dp_rank, run.batch.router_shift[back]) if run.reports_stats else None)
+    whole = torch.cat([part[1] for part in sorted((part for part in parts if part), key=lambda part: part[0])])
+    first, gradients = measured(run.actor, lambda: run.update(mode, SHIFTED))
+    return {"still": max(gathered(still)), "shift": whole, "first": first, "gradient": gradients}
+
+
+def frozen(case: Case, device: backend.Device) -> dict[str, Any]:
+    """One measured gradient and one update with weight decay, while routers are frozen."""
+    run = Run(case, device, freeze=["router"], weight_decay=0.1)
+    run.score("none")
+    before, groups = state(run.actor), run.actor.optimizer.param_groups
+    for group in groups:
+        group["weight_decay"] = 0.0
+    first, gradients = measured(run.actor, lambda: run.update("none"))
+    for group in groups:
+        group["weight_decay"], group["lr"] = 0.1, LEARNING_RATE
+    run.update("none")
+    after = state(run.actor)
+    return {
+        "same": sorted(name for name in before if torch.equal(before[name], after[name])),
+        "first": first,
+        "gradient": gradients,
+        "optimized": sum(gathered(sum(value.numel() for group in groups for value in group["params"]))),
+    }
+
+
 def from_rollouts() -> Any:
     """The whole batch, as one process has it."""
     from megatron_bai.rl.batches.batch import from_samples
@@ -337,6 +395,7 @@ def packed(case: Case, device: backend.Device) -> dict[str, Any]:
         run = Run(case, device)
         scores, (first, whole) = run.score(mode), measured(run.actor, partial(run.update, mode))
         found[mode] = {"scores": scores, "first": first, "gradient": whole, "rows": sum(gathered(run.replay.rows))}
+    found["shifted"] = shifted(case, device, "r2")
     found["held"] = gathered([len(micro) for micro in run.micros])
     found["fed"] = gathered({tuple(micro.pack(micro.tokens).shape) for micro in run.micros})
     found["logits"] = gathered(logits_alive(run))
@@ -512,9 +571,12 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     found["objectives"] = {objective: gradient(case, device, "none", objective) for objective in OBJECTIVES}
     loads = str(directory / case.loads / "critic") if case.loads else ""
     found["ppo"] = ppo(case, device, loads, str(own / "critic") if case.saves else "")
+    found["shifted"] = shifted(case, device, "r3")
+    found["frozen"] = frozen(case, device)
     found["dispatcher"] = type(run.actor.modules[0].decoder.layers[0].mlp.token_dispatcher).__name__
     if name == "one":
         found["packed"] = packed(case, device)
+        found["shifted_live"] = shifted(case, device, "none", own / "moved")
     if name in ("one", "tp2"):
         found["vocabulary"] = {precision: vocabulary(precision) for precision in (torch.float32, torch.float64)}
     if name == "one":

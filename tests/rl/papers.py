@@ -51,6 +51,11 @@ def binary_kl(a: float, b: float) -> float:
     return p * (a - b) + ((1 - p) * log((1 - p) / (1 - q)) if p < 1 else 0.0)
 
 
+def gamma(case: Case, i: int, t: int, settings: config.RouterShifted) -> float:
+    """The routers' factor of an importance ratio."""
+    return max(exp(-case.shift[i, t]), settings.router_shift_min) if settings.router_shift else 1.0
+
+
 def surrogate(ratio: float, a: float, settings: Any) -> tuple[float, float]:
     """min(rA, clip(r)A), with a dual clip c and A < 0 max(min(rA, clip(r)A), cA), and its derivative in r."""
     free, held = ratio * a, clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high) * a
@@ -65,12 +70,12 @@ def minirl(case: Case, settings: config.Minirl) -> Answer:
     for i, tokens in counted:
         for t in tokens:
             a, p, old, mu = case.advantages[i], exp(case.new[i, t]), exp(case.old[i, t]), exp(case.infer[i, t])
-            m = 1.0
-            if settings.clip and a > 0 and p / old > 1 + settings.clip_high:
+            m, g = 1.0, gamma(case, i, t, settings)
+            if settings.clip and a > 0 and g * p / old > 1 + settings.clip_high:
                 m = 0.0
-            if settings.clip and a < 0 and p / old < 1 - settings.clip_low:
+            if settings.clip and a < 0 and g * p / old < 1 - settings.clip_low:
                 m = 0.0
-            weight = min(p / (mu if settings.train_infer_is else old), settings.is_max)
+            weight = min(g * p / (mu if settings.train_infer_is else old), settings.is_max)
             c = m * weight * a / (len(tokens) if settings.length_norm else 1) / len(counted)
             value -= c * case.new[i, t]
             gradient[i, t] = -c
@@ -90,7 +95,7 @@ def dppo(case: Case, settings: config.Dppo) -> Answer:
             else:
                 d, limit = binary_kl(y, x), 0.05 if limit is None else limit
             m = 0.0 if d > limit and (a > 0 and x > y or a < 0 and x < y) else 1.0
-            weight = min(exp(x) / exp(case.infer[i, t]), settings.is_max)
+            weight = min(gamma(case, i, t, settings) * exp(x) / exp(case.infer[i, t]), settings.is_max)
             c = m * weight * a / (len(tokens) if settings.length_norm else 1) / len(counted)
             value -= c * x
             gradient[i, t] = -c
@@ -104,7 +109,7 @@ def drpo(case: Case, settings: config.Drpo) -> Answer:
         for t in tokens:
             a, r = case.advantages[i], exp(case.new[i, t]) / exp(case.infer[i, t])
             mu = exp(min(case.infer[i, t], 0.0))
-            c = 1 / (len(tokens) if settings.length_norm else 1) / len(counted)
+            c = gamma(case, i, t, settings) / (len(tokens) if settings.length_norm else 1) / len(counted)
             value -= c * (r * a - abs(a) / (2 * settings.delta) * mu * (r - 1) ** 2)
             w = 1 - (1 if a * (r - 1) > 0 else -1) * mu * abs(r - 1) / settings.delta
             gradient[i, t] = -c * a * r * w
@@ -117,7 +122,7 @@ def sequence(case: Case, settings: config.Sequence) -> Answer:
     for i, tokens in counted:
         w = 1.0
         for t in tokens:
-            w *= exp(case.new[i, t]) / exp(case.infer[i, t])
+            w *= gamma(case, i, t, settings) * exp(case.new[i, t]) / exp(case.infer[i, t])
         c = min(w, settings.is_max) * case.advantages[i] / len(counted)
         value -= c if tokens else 0.0
         gradient[i, tokens] = -c
@@ -142,7 +147,7 @@ def grpo(case: Case, settings: config.Grpo | config.Dapo | config.Ppo) -> Answer
     divisor = denominators(case, how)
     for i, tokens in responses(case):
         for t in tokens:
-            r = exp(case.new[i, t]) / exp(case.old[i, t])
+            r = gamma(case, i, t, settings) * exp(case.new[i, t]) / exp(case.old[i, t])
             j, slope = surrogate(r, case.advantages[i], settings)
             c = token_weight(case, i, t, settings) / divisor(i, tokens)
             value -= c * j
@@ -155,7 +160,8 @@ def cispo(case: Case, settings: config.Cispo) -> Answer:
     divisor = denominators(case, settings.token_mean)
     for i, tokens in responses(case):
         for t in tokens:
-            r = clip(exp(case.new[i, t]) / exp(case.old[i, t]), 1 - settings.clip_low, 1 + settings.clip_high)
+            g = gamma(case, i, t, settings)
+            r = clip(g * exp(case.new[i, t]) / exp(case.old[i, t]), 1 - settings.clip_low, 1 + settings.clip_high)
             c = token_weight(case, i, t, settings) * r * case.advantages[i] / divisor(i, tokens)
             value -= c * case.new[i, t]
             gradient[i, t] = -c
@@ -169,6 +175,8 @@ def gspo(case: Case, settings: config.Gspo) -> Answer:
         if not tokens:
             continue
         s = exp(sum(case.new[i, t] - case.old[i, t] for t in tokens) / len(tokens))
+        for t in tokens:
+            s *= gamma(case, i, t, settings) ** (1 / len(tokens))
         j, slope = surrogate(s, case.advantages[i], settings)
         c = sum(token_weight(case, i, t, settings) for t in tokens) / len(tokens) / len(counted)
         value -= c * j
@@ -181,7 +189,7 @@ def sapo(case: Case, settings: config.Sapo) -> Answer:
     divisor = denominators(case, "sample")
     for i, tokens in responses(case):
         for t in tokens:
-            a, r = case.advantages[i], exp(case.new[i, t]) / exp(case.old[i, t])
+            a, r = case.advantages[i], gamma(case, i, t, settings) * exp(case.new[i, t]) / exp(case.old[i, t])
             tau = settings.tau_positive if a > 0 else settings.tau_negative
             e = exp(-tau * (r - 1))
             c = token_weight(case, i, t, settings) / divisor(i, tokens)
@@ -194,7 +202,9 @@ def gmpo(case: Case, settings: config.Gmpo) -> Answer:
     value, gradient = 0.0, np.zeros_like(case.new)
     counted = responses(case)
     for i, tokens in counted:
-        a, logs = case.advantages[i], {t: case.new[i, t] - case.old[i, t] for t in tokens}
+        a, logs = case.advantages[i], {}
+        for t in tokens:
+            logs[t] = case.new[i, t] - case.old[i, t] + float(log(gamma(case, i, t, settings)))
         kept = {
             t: min(x, settings.clip_high) if a > 0 else max(x, -settings.clip_low) if a < 0 else x
             for t, x in logs.items()

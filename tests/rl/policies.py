@@ -49,6 +49,13 @@ SETTINGS = [
     config.Sapo(),
     config.Sapo(tau_positive=3.0, tau_negative=0.5),
     config.Sapo(tau_positive=0.2, correction="token_truncate", correction_max=1.1),
+    *(kind(router_shift=True) for kind in (config.Minirl, config.Dppo, config.Grpo, config.Cispo, config.Ppo)),
+    config.Minirl(router_shift=True, router_shift_min=0.6, train_infer_is=False),
+    config.Sequence(router_shift=True, router_shift_min=0.9, is_max=1.5),
+    config.Drpo(router_shift=True, delta=0.1),
+    config.Gspo(router_shift=True, router_shift_min=0.0, clip_low=0.2, clip_high=0.3),
+    config.Gmpo(router_shift=True, router_shift_min=0.5, clip_low=0.1, clip_high=0.1),
+    config.Sapo(router_shift=True, router_shift_min=0.5),
     config.Ppo(),
     config.Ppo(dual_clip=1.5, correction="token_mask"),
 ]
@@ -62,7 +69,7 @@ def name(settings: config.Objective) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """Log-probabilities of four policies and the response mask `[B, T]`; the rest is `[B]`."""
+    """Log-probabilities of four policies, the routers' shift (None: 0) and the mask `[B, T]`; the rest is `[B]`."""
 
     new: np.ndarray
     old: np.ndarray
@@ -72,6 +79,7 @@ class Case:
     mask: np.ndarray
     prompt_index: np.ndarray
     in_loss: np.ndarray
+    shift: np.ndarray | None = None
 
     def batch(self) -> Batch:
         """With what objectives read, in the precision of the arrays; samples that do not count are out of the mask."""
@@ -88,6 +96,7 @@ class Case:
             prompt_index=torch.from_numpy(self.prompt_index),
             prompt_tokens=torch.zeros(len(self.prompt_index), dtype=torch.int64),
             in_loss=torch.from_numpy(self.in_loss),
+            router_shift=torch.from_numpy(np.zeros_like(self.new) if self.shift is None else self.shift),
         )
         batch.drop_excluded()
         return batch
@@ -102,7 +111,8 @@ def drawn(b: int, length: int, seed: int, spread: float, group: int = 3) -> Case
     lengths[:2] = 0, 1
     mask = np.arange(length) < lengths[:, None]
     prompts, counted = np.arange(b) // group, np.ones(b, dtype=bool)
-    return Case(new, old, infer, reference, random.normal(0, 1, b), mask, prompts, counted)
+    advantages, shift = random.normal(0, 1, b), np.abs(random.normal(0, spread, (b, length)))
+    return Case(new, old, infer, reference, advantages, mask, prompts, counted, shift)
 
 
 def one_token(ratio: float, advantage: float, weight: float = 1.0) -> Case:
@@ -114,7 +124,7 @@ def one_token(ratio: float, advantage: float, weight: float = 1.0) -> Case:
 
 def dirty(case: Case, garbage: float) -> Case:
     """The case with something else where nothing counts."""
-    names = ("new", "old", "infer", "reference")
+    names = ("new", "old", "infer", "reference", *(() if case.shift is None else ("shift",)))
     return replace(case, **{name: np.where(case.mask, getattr(case, name), garbage) for name in names})
 
 

@@ -7,6 +7,7 @@ import papers
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from policies import SETTINGS, dirty, drawn, loss, name, one_token
 
@@ -26,6 +27,7 @@ def same(found: tuple, wanted: papers.Answer) -> None:
 
 
 @each
+@examples(max_examples=40)
 @given(b=st.integers(2, 7), length=st.integers(1, 9), seed=st.integers(0, 2**31), spread=st.sampled_from([0, 0.2, 4.0]))
 def test_value_and_gradient_are_the_papers(
     settings: config.Objective, b: int, length: int, seed: int, spread: float
@@ -179,7 +181,7 @@ def test_a_sequence_weight_too_large_for_its_type_does_not_spoil_samples_without
 
 def test_float32_log_probabilities_stay_close_to_the_formulas() -> None:
     double = drawn(8, 30, 4, 0.1)
-    arrays = ("new", "old", "infer", "reference", "advantages")
+    arrays = ("new", "old", "infer", "reference", "advantages", "shift")
     single = replace(double, **{key: getattr(double, key).astype(np.float32) for key in arrays})
     exact = replace(single, **{key: getattr(single, key).astype(np.float64) for key in arrays})
     wide = config.Gspo(clip_low=0.5, clip_high=0.5)
@@ -197,6 +199,15 @@ def test_a_prompts_tokens_and_the_count_of_prompts_follow_what_counts() -> None:
         for how in ("sample_sum", "sample_mean", "token_mean", "prompt_mean")
     }
     assert counts == {"sample_sum": 2, "sample_mean": 2, "token_mean": int(case.mask[:2].sum()), "prompt_mean": 1}
+
+
+def test_the_routers_factor_and_its_floor_are_logged() -> None:
+    case = drawn(6, 8, 2, 0.4)
+    shift = np.exp(-case.shift[case.mask])
+    found = loss(config.Grpo(router_shift=True, router_shift_min=0.7), case)[2]
+    assert found["router_shift_mean"] == pytest.approx(shift.mean())
+    assert found["router_shift_floor_fraction"] == pytest.approx((shift < 0.7).mean()) and (shift < 0.7).any()
+    assert "router_shift_mean" not in loss(config.Grpo(), case)[2]
 
 
 def test_losses_of_the_wrong_shape_are_caught() -> None:

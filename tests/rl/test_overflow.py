@@ -54,14 +54,15 @@ def far(distance: float, which: str, dtype: type, garbage: float = 0.0) -> Case:
     policies = (new, old, infer, reference)
     new, old, infer, reference = (np.where(mask, values, garbage).astype(dtype) for values in policies)
     advantages = np.array([1.3, 0.0, -0.7] * 3, dtype=dtype)
-    return Case(new, old, infer, reference, advantages, mask, np.arange(9) // 3, np.ones(9, dtype=bool))
+    moved = np.where(mask, np.abs(np.sin(np.arange(36.0).reshape(shape))), garbage).astype(dtype)
+    return Case(new, old, infer, reference, advantages, mask, np.arange(9) // 3, np.ones(9, dtype=bool), moved)
 
 
 def exact(case: Case, settings: config.Objective, monkeypatch: pytest.MonkeyPatch) -> papers.Answer:
     """The formula's loss and gradient; inf where a float64 holds them not."""
     monkeypatch.setattr(papers, "exp", lambda x: mpmath.exp(x if isinstance(x, mpmath.mpf) else float(x)))
     monkeypatch.setattr(papers, "log", mpmath.log)
-    arrays = ("new", "old", "infer", "reference", "advantages")
+    arrays = ("new", "old", "infer", "reference", "advantages", "shift")
     double = replace(case, **{key: getattr(case, key).astype(np.float64) for key in arrays})
     value, gradient = papers.FORMULAS[type(settings)](double, settings)
     return float(value), gradient

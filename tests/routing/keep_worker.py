@@ -64,6 +64,7 @@ def run(layout: str, mode: str, rank: int, directory: Path) -> None:
         backend=config.Backend(kind="cpu", timeout_s=300),
         model=MODEL,
         parallel=LAYOUTS[layout.removesuffix("_packed")],
+        objective=config.Minirl(router_shift=True),
         replay=config.Replay(mode=mode, measure_live=False, store=str(directory / name)),
         rollout=config.Rollout(max_new_tokens=16),
         trainer=config.Trainer(

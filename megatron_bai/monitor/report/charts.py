@@ -114,6 +114,8 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Load-balancing loss of the routers, 1 if even, mean over layers", {"load_balancing_loss": "loss"}, False),
             ("z loss of the routers, mean over layers", {"z_loss": "loss"}, False),
             ("Experts without a token, fraction of (layer, expert)", {"experts_unused": "fraction"}, False),
+            ("γ of the routers: exp(−shift since the first update), mean", {"router_shift_mean": "mean"}, False),
+            ("Tokens with γ below its floor, fraction", {"router_shift_floor_fraction": "fraction"}, False),
             ("Tokens without a route, fraction", {"route_missing": "missing", "route_masked": "left out"}, False),
         ],
     ),

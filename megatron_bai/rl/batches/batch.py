@@ -42,6 +42,7 @@ class Batch:
         returns: `[B, T]` float32, the critic's targets; likewise.
         lengths: `[B]` int64, tokens of each sample; T by default.
         sample_index: `[B]` int64, the sample's index among this replica's, whatever their order here.
+        router_shift: `[B, T]` float32, Δ of the routers at input token t (`rl/policy/router_shift.py`); 0 by default.
         packing: how the samples lie in the one row that a model is fed; None: as they lie here.
     """
 
@@ -64,6 +65,7 @@ class Batch:
     sample_index: torch.Tensor = _DEFAULT
     version_age: torch.Tensor = _DEFAULT
     sampled_logprobs: torch.Tensor = _DEFAULT
+    router_shift: torch.Tensor = _DEFAULT
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class Batch:
             self.version_age = torch.zeros_like(self.tokens)
         if self.sampled_logprobs is None:
             self.sampled_logprobs = self.old_logprobs.clone()
+        if self.router_shift is None:
+            self.router_shift = torch.zeros_like(self.infer_logprobs)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -30,7 +30,7 @@ from megatron_bai.rl.objectives.aggregate import loss_numerator
 from megatron_bai.rl.objectives.checks import validate_policy
 from megatron_bai.rl.objectives.objective import Objective, PerToken, Scalar
 from megatron_bai.rl.objectives.regularise import add_regularisation
-from megatron_bai.rl.objectives.terms import ratio_metrics
+from megatron_bai.rl.objectives.terms import add_router_shift, ratio_metrics
 
 __all__ = ["Objective", "batch_loss", "check", "get", "register", "total"]
 
@@ -100,12 +100,14 @@ def batch_loss(
 
     Returns:
         The sum over the batch, and its metrics: the objective's own and, learning from rollouts, those of
-        `terms.ratio_metrics` and `regularise.add_regularisation`.
+        `terms.ratio_metrics`, `terms.add_router_shift` and `regularise.add_regularisation`.
     """
     losses, stats = objective.loss(logprobs, batch, settings)
     assert losses.shape == batch.mask.shape, f"{settings.name} gave losses {tuple(losses.shape)}: one a token is needed"
     if objective.rollouts:
         stats.add(ratio_metrics(logprobs, batch))
+    if isinstance(settings, config.RouterShifted) and settings.router_shift:
+        add_router_shift(stats, batch, settings)
     if isinstance(settings, config.Policy):
         losses = add_regularisation(losses, settings, logprobs, batch, entropy, stats)
     return loss_numerator(losses.masked_fill(~batch.mask, 0.0), batch, objective.mean(settings)), stats

@@ -27,6 +27,8 @@ def validate_policy(settings: config.Policy) -> None:
         refuse_unused(settings, ["refill_rounds"], "objective.drop_uniform_groups=false")
     if not settings.kl_penalty:
         refuse_unused(settings, ["kl_estimator"], "objective.kl_penalty=0")
+    if isinstance(settings, config.RouterShifted) and not settings.router_shift:
+        refuse_unused(settings, ["router_shift_min"], "objective.router_shift=false")
 
 
 def validate_clipping(settings: Any) -> None:

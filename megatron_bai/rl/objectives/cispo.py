@@ -7,7 +7,12 @@ from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.dapo import token_mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, coefficients, log_ratio
+from megatron_bai.rl.objectives.terms import (
+    add_clip_fractions,
+    broadcast_advantages,
+    coefficients,
+    importance_log_ratio,
+)
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerToken, Stats]:
@@ -24,7 +29,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Cispo) -> tuple[PerT
         Losses `[B, T]`, and `clip_fraction`, the share of tokens whose ratio was clipped, also by sign of A.
     """
     mask = batch.mask
-    ratio = log_ratio(logprobs.detach(), batch.old_logprobs, mask).exp()
+    ratio = importance_log_ratio(logprobs.detach(), batch.old_logprobs, batch, settings).exp()
     weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     stats = Stats()
     advantages = broadcast_advantages(batch.advantages)

@@ -6,7 +6,12 @@ from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.divergence import binary_kl, binary_tv
 from megatron_bai.rl.objectives.minirl import mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, coefficients, log_ratio
+from megatron_bai.rl.objectives.terms import (
+    add_clip_fractions,
+    broadcast_advantages,
+    coefficients,
+    importance_log_ratio,
+)
 
 _DELTA = {"tv": 0.15, "kl": 0.05}  # of the authors' recipes, in verl's examples/dppo_trainer
 
@@ -35,7 +40,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Dppo) -> tuple[PerTo
     limit = _DELTA[settings.divergence] if settings.delta is None else settings.delta
     away = ((advantages > 0) & (new > anchor)) | ((advantages < 0) & (new < anchor))
     clipped = away & (divergence > limit)
-    weight = log_ratio(logprobs.detach(), batch.infer_logprobs, mask).exp().clamp(max=settings.is_max)
+    weight = importance_log_ratio(logprobs.detach(), batch.infer_logprobs, batch, settings).exp()
+    weight = weight.clamp(max=settings.is_max)
     stats = Stats()
     add_clip_fractions(stats, clipped, advantages, mask)
     stats.mean("divergence_mean", divergence[mask])

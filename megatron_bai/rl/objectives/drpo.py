@@ -7,7 +7,7 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.minirl import mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio
+from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, log_router_shift
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Drpo) -> tuple[PerToken, Stats]:
@@ -15,6 +15,9 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Drpo) -> tuple[PerTo
 
     The gradient is −A·r·w with w = 1 − sign(A·(r − 1)) · |π_θ − μ_old|/δ: where A pushes a token away from μ_old, w
     falls to 0 at a shift of δ and pulls it back beyond; where A pushes it towards μ_old, w is above 1.
+
+    With `router_shift` γ multiplies the whole: it scales the ratio, and must not move the point that the regulariser
+    pulls to.
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
@@ -36,7 +39,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Drpo) -> tuple[PerTo
     gate = 1 - (advantages * logs.detach()).sign() * shift.detach().abs() / delta
     stats.mean("gate_mean", gate[batch.mask])
     stats.mean("corrective_fraction", (gate < 0)[batch.mask])
-    return -ratio * advantages + advantages.abs() / (2 * delta) * penalty, stats
+    losses = -ratio * advantages + advantages.abs() / (2 * delta) * penalty
+    return losses * log_router_shift(batch, settings).exp(), stats
 
 
 OBJECTIVE = Objective(loss, config.Drpo, mean)

@@ -11,7 +11,7 @@ from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
     broadcast_advantages,
-    log_ratio,
+    importance_log_ratio,
     response_lengths,
     sequence_log_ratio,
 )
@@ -33,7 +33,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Gmpo) -> tuple[PerTo
         Losses `[B, T]`, and `clip_fraction`, the share of tokens that a limit holds, also by sign of A.
     """
     mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
-    logs = log_ratio(logprobs, batch.old_logprobs, mask)
+    logs = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
     stats = Stats()
     correction = Correction(batch, settings, stats)
     clipped = ((advantages > 0) & (logs > settings.clip_high)) | ((advantages < 0) & (logs < -settings.clip_low))

@@ -6,7 +6,12 @@ from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import add_clip_fractions, broadcast_advantages, clipped_surrogate, log_ratio
+from megatron_bai.rl.objectives.terms import (
+    add_clip_fractions,
+    broadcast_advantages,
+    clipped_surrogate,
+    importance_log_ratio,
+)
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo | config.Ppo) -> tuple[PerToken, Stats]:
@@ -24,7 +29,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo |
     Returns:
         Losses `[B, T]`, and `clip_fraction`, the share of tokens whose gradient a limit removes, also by sign of A.
     """
-    logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
+    logs = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
     advantages = broadcast_advantages(batch.advantages)
     stats = Stats()
     correction = Correction(batch, settings, stats)

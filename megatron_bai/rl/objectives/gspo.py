@@ -10,7 +10,7 @@ from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
     broadcast_advantages,
     clipped_surrogate,
-    log_ratio,
+    importance_log_ratio,
     response_lengths,
     sequence_log_ratio,
 )
@@ -29,7 +29,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerTo
         sign of A.
     """
     mask = batch.mask
-    logs = sequence_log_ratio(log_ratio(logprobs, batch.old_logprobs, mask)) / response_lengths(mask)
+    ratios = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
+    logs = sequence_log_ratio(ratios) / response_lengths(mask)
     advantages = broadcast_advantages(batch.advantages)
     stats = Stats()
     correction = Correction(batch, settings, stats)

@@ -9,7 +9,7 @@ from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
     broadcast_advantages,
     coefficients,
-    log_ratio,
+    importance_log_ratio,
     outside_trust_region,
 )
 
@@ -32,8 +32,10 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
     """
     mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
     detached_logprobs = logprobs.detach()
-    ratio = log_ratio(detached_logprobs, batch.old_logprobs, mask).exp()
-    weight = log_ratio(detached_logprobs, batch.infer_logprobs, mask).exp() if settings.train_infer_is else ratio
+    ratio = importance_log_ratio(detached_logprobs, batch.old_logprobs, batch, settings).exp()
+    weight = ratio
+    if settings.train_infer_is:
+        weight = importance_log_ratio(detached_logprobs, batch.infer_logprobs, batch, settings).exp()
     coefficient = coefficients(weight.clamp(max=settings.is_max), advantages)
     stats = Stats()
     if settings.clip:

@@ -8,7 +8,7 @@ from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio
+from megatron_bai.rl.objectives.terms import broadcast_advantages, importance_log_ratio
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Sapo) -> tuple[PerToken, Stats]:
@@ -26,7 +26,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Sapo) -> tuple[PerTo
         Losses `[B, T]`, and the mean of g as `gate_mean`.
     """
     advantages = broadcast_advantages(batch.advantages)
-    logs = log_ratio(logprobs, batch.old_logprobs, batch.mask)
+    logs = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
     stats = Stats()
     correction = Correction(batch, settings, stats)
     tau = torch.full_like(advantages, settings.tau_negative).masked_fill(advantages > 0, settings.tau_positive)

@@ -4,7 +4,12 @@ from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import broadcast_advantages, coefficients, log_ratio, sequence_log_ratio
+from megatron_bai.rl.objectives.terms import (
+    broadcast_advantages,
+    coefficients,
+    importance_log_ratio,
+    sequence_log_ratio,
+)
 
 
 def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[PerToken, Stats]:
@@ -21,7 +26,7 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Sequence) -> tuple[P
         Losses `[B, T]`, and the response's weight before truncation: `sequence_weight_mean` and `sequence_weight_max`,
         over tokens. Its spread grows exponentially with the length, which is why token-level objectives exist.
     """
-    logs = sequence_log_ratio(log_ratio(logprobs, batch.infer_logprobs, batch.mask))
+    logs = sequence_log_ratio(importance_log_ratio(logprobs, batch.infer_logprobs, batch, settings))
     weight = logs.detach().exp()
     stats = Stats()
     stats.mean("sequence_weight_mean", weight[batch.mask])

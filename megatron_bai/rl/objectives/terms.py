@@ -6,8 +6,11 @@ The ratio of the policy to the one that sampled has two factors (arXiv 2512.0137
                   training–inference discrepancy            policy staleness
 """
 
+import math
+
 import torch
 
+from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives.objective import PerToken
@@ -25,6 +28,53 @@ def log_ratio(new: PerToken, old: PerToken, mask: PerToken) -> PerToken:
         `[B, T]`, 0 outside `mask`.
     """
     return (new - old).masked_fill(~mask, 0.0)
+
+
+def log_router_shift(batch: Batch, settings: config.RouterShifted) -> PerToken:
+    """Return log max(γ, router_shift_min), γ = e^−Δ (RSPO, arXiv 2510.23027 v2, eq. 5 to 9).
+
+    Args:
+        batch: `mask` and `router_shift`, which is Δ, are used.
+        settings: of the objective.
+
+    Returns:
+        `[B, T]` without gradient, 0 outside the mask and where `router_shift=false`.
+    """
+    if not settings.router_shift:
+        return torch.zeros_like(batch.router_shift)
+    most = -math.log(settings.router_shift_min) if settings.router_shift_min else math.inf
+    return -batch.router_shift.clamp(max=most).masked_fill(~batch.mask, 0.0)
+
+
+def importance_log_ratio(new: PerToken, old: PerToken, batch: Batch, settings: config.RouterShifted) -> PerToken:
+    """Compute the logarithm of an importance ratio, which γ of the routers multiplies where the settings say so.
+
+    That is before any limit (arXiv 2510.23027 v2, eq. 11).
+
+    Args:
+        new: `[B, T]` log π_θ.
+        old: `[B, T]` logarithms of the policy that it is compared with.
+        batch: `mask` and `router_shift` are used.
+        settings: of the objective.
+
+    Returns:
+        `[B, T]`, 0 outside the mask.
+    """
+    logs = log_ratio(new, old, batch.mask)
+    return logs + log_router_shift(batch, settings) if settings.router_shift else logs
+
+
+def add_router_shift(stats: Stats, batch: Batch, settings: config.RouterShifted) -> None:
+    """Add `router_shift_mean`, of γ, and `router_shift_floor_fraction`, the share of tokens with γ below the minimum.
+
+    Args:
+        stats: gets the metrics.
+        batch: `mask` and `router_shift` are used.
+        settings: of the objective.
+    """
+    shift = (-batch.router_shift[batch.mask].double()).exp()
+    stats.mean("router_shift_mean", shift)
+    stats.mean("router_shift_floor_fraction", shift < settings.router_shift_min)
 
 
 def sequence_log_ratio(logs: PerToken) -> PerToken:

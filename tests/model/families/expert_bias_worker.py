@@ -54,9 +54,7 @@ class BiasBench(Bench):
         states = [state for each in self.actor.optimizer.chained_optimizers for state in each.optimizer.state.values()]
         return sorted({step for steps in gathered({float(state["step"]) for state in states}) for step in steps})
 
-    def update(
-        self, forced: bool, rate: float = RATE, learning_rate: float = 0.0, mask_padding: bool = False
-    ) -> float:
+    def update(self, forced: bool, rate: float = RATE, learning_rate: float = 0.0, mask_padding: bool = False) -> float:
         """An update of the published weights; returns the gradient's norm."""
         from megatron_bai.rl import objectives
 
