@@ -88,6 +88,10 @@ def build_calibrated(
 def validate_calibrate(settings: config.Calibrate, parallel: config.Parallel) -> None:
     """Refuse settings that nothing can be calibrated with, before any work.
 
+    Args:
+        settings: the group `calibrate`.
+        parallel: the layout.
+
     Raises:
         UserError: names the setting.
     """
