@@ -129,7 +129,7 @@ def pickle_tensors(bucket: Bucket) -> bytes:
     """Pickle tensors on the host as SGLang unpickles them: by names of torch's functions alone.
 
     Plain pickle carries the values; torch's own for processes would carry names of shared memory. Megatron-Core (from
-    0.17.1, `megatron/core/__init__.py`) puts a function of its own, a stricter one, in the place of torch's that loads
+    0.17.1, where it is imported) puts a function of its own, a stricter one, in the place of torch's that loads
     storages, and a pickle would name that: SGLang's scheduler ends on names that it does not know.
     """
     load_storage: Any = torch.storage._load_from_bytes
