@@ -65,7 +65,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
         (["train", "init.checkpoint=x"], ["init.checkpoint", "add init=checkpoint, which has it"]),
         (
             ["train", "objective=grpo", "objective.is_max=3"],
-            ["add objective=minirl or objective=sequence, which has it"],
+            ["add objective=minirl or objective=sequence or objective=dppo, which has it"],
         ),
         (["train", "init=merge", "merge.sweep=[0.1]"], ["merge.sweep"]),
         (["train", "init=none"], ["init/none"]),
