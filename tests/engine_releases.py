@@ -31,7 +31,9 @@ def locked(distribution: str, lock: str = "cpu.lock") -> str:
 
 
 TRANSFORMERS = locked("transformers")
-TABLE = {**TAKEN, "transformers": (TRANSFORMERS, *TAKEN["transformers"])}  # every release that a run may have
+# Every release of an engine that a run may have. torch is none: that of Python 3.12's lock is taken with its engines.
+TABLE = {name: releases for name, releases in TAKEN.items() if name != "torch"}
+TABLE["transformers"] = (TRANSFORMERS, *TABLE["transformers"])
 
 
 @dataclass(frozen=True)

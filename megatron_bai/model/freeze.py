@@ -12,6 +12,10 @@ _PARTS = {"router": ".router.", "shared_experts": ".shared_experts."}  # setting
 def validate_freeze(trainer: Trainer, architecture: Architecture) -> None:
     """Refuse to freeze what the model lacks, or what another setting moves.
 
+    Args:
+        trainer: `freeze` and `expert_bias_update_rate` are read.
+        architecture: of the model.
+
     Raises:
         UserError: names the settings.
     """

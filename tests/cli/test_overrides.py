@@ -168,7 +168,7 @@ def test_mappings_are_read(word: str, value: dict[str, Any]) -> None:
         ("train", ["traner.steps=1"], "did you mean trainer.steps?"),
         ("train", ["learning_rate=1"], "did you mean trainer.learning_rate?"),
         ("train", ["objectiv=sft"], "did you mean objective?"),
-        ("train", ["objective=sftt"], "gspo, minirl, ppo, sequence, sft or tis; did you mean sft"),
+        ("train", ["objective=sftt"], "sapo, sequence, sft or tis; did you mean sft"),
         ("train", ["data=jsonl"], "choose arithmetic or dataset"),
         ("train", ["experiment=dem"], "did you mean demo?"),
         ("train", ["data.train=x"], "add data=dataset"),

@@ -144,7 +144,7 @@ def test_what_contradicts_itself_or_is_never_read_is_refused_by_name(
     with pytest.raises(SystemExit) as end:
         entry_point.main()
     out, err = capfd.readouterr()
-    assert (end.value.code, out, len(err.splitlines())) == (2, "", 1)
+    assert (end.value.code, out, len(err.splitlines())) == (2, "", 1), err
     assert all(part in err for part in named), err
     assert list(tmp_path.iterdir()) == []
 
