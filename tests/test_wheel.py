@@ -33,6 +33,8 @@ REFUSED = {
     "demo_instruct": "plan is for reinforcement learning",
     "demo_reasoning": "plan is for reinforcement learning",
     "demo": "no checkpoint at",  # nothing was merged here
+    "gap_pretrained": "plan is for reinforcement learning",
+    "gap": "no checkpoint at",  # nothing was trained here
     "qwen3_30b": "choose init=checkpoint or init=merge",  # what the two others are made from
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]

@@ -11,6 +11,7 @@ from monitor.kept import NASTY, kept
 from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
+from megatron_bai.monitor.report.charts import other_charts
 from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.report import load_run, write_report
 from megatron_bai.monitor.report.run_data import run_names
@@ -155,7 +156,22 @@ def test_merge_recipe(tmp_path, steps):
     run = make_run(tmp_path, steps, provenance=str(tmp_path / "actor" / "provenance.json"))
     write_report([run], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    assert "recipe.alpha" in html and "<th>ckpt/i</th><td>0.25</td>" in html
+    assert "recipe.alpha" in html and "<th>ckpt/i</th><td>0.25</td><td>–</td>" in html
+
+
+@pytest.mark.parametrize(("count", "cells"), [(2, "<td>72.6%</td><td>90.1%</td>"), (3, "<td>–</td><td>–</td>")])
+def test_what_a_merge_keeps_of_its_sources_routing_is_in_its_table(tmp_path, steps, count, cells):
+    """Of as many sources as the table names: of others the numbers would stand beside the wrong one."""
+    sources = [{"path": f"ckpt/{name}", "coefficient": 0.5, "digest": name} for name in ("base", "i")]
+    (tmp_path / "provenance.json").write_text(json.dumps({"sources": sources}))
+    kept = {f"merge_routes_kept/{i}": value for i, value in enumerate((0.861, 0.726, 0.5)[:count])}
+    kept |= {f"merge_routes_overlap/{i}": value for i, value in enumerate((0.951, 0.901, 0.7)[:count])}
+    steps[0] |= kept | {"merge_experts_effective": 4.125, "merge_route_margin": 0.25}
+    run = make_run(tmp_path, steps, provenance=str(tmp_path / "provenance.json"))
+    write_report([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert f"<th>ckpt/i</th><td>0.5</td>{cells}" in html and "4.12" in html
+    assert other_charts([load_run(run, "demo", "")]) == []
 
 
 @pytest.mark.parametrize(

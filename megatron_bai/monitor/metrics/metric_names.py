@@ -2,4 +2,5 @@
 
 REWARD_PREFIX = "reward_by_length/"  # followed by the least length of a bucket
 COUNT_PREFIX = "responses_by_length/"  # likewise
+MERGE_ROUTING = ("merge_routes_kept", "merge_routes_overlap")  # followed by the number of a merge's source
 TOKENS_METRIC = "response_tokens"

@@ -8,7 +8,7 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX
+from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, MERGE_ROUTING, REWARD_PREFIX
 from megatron_bai.monitor.report.html_page import Chart
 from megatron_bai.monitor.report.run_data import RunData
 from megatron_bai.utils.json_numbers import is_number
@@ -325,5 +325,7 @@ def _other_keys(runs: list[RunData]) -> list[str]:
     shown |= {f"{key}_{end}" for key in shown for end in ("low", "high")}  # of its interval
     shown |= {key for run in runs for prefix in (*_LAYERS, *_BY_LENGTH) for key in run.numbered_metrics(prefix)}
     shown |= {f"seconds_{phase}" for phase in PHASES} | {"seconds_step", "step", "weight_version"}
+    shown |= {f"merge_{name}" for name in ("experts_effective", "route_margin")}  # in the table of the merge, as are …
+    shown |= {key for run in runs for prefix in MERGE_ROUTING for key in run.numbered_metrics(prefix)}
     names = {key for run in runs for record in run.records for key, value in record.items() if is_number(value)}
     return sorted(names - shown)

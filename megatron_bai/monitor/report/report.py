@@ -4,6 +4,7 @@ from html import escape
 from pathlib import Path
 
 from megatron_bai.errors import UserError, os_errors_as_user_errors
+from megatron_bai.monitor.metrics.metric_names import MERGE_ROUTING
 from megatron_bai.monitor.report import html_page
 from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, is_all_zero, other_charts, section_charts
 from megatron_bai.monitor.report.headline import describe_run, format_change
@@ -121,12 +122,36 @@ def _merge_section(runs: list[RunData]) -> str:
     cards = []
     for run in (run for run in runs if run.provenance):
         sources = [s for s in run.provenance.get("sources", []) if isinstance(s, dict)]
-        rows = [[str(s.get("path")), str(s.get("coefficient")), str(s.get("digest", ""))[:12]] for s in sources]
+        kept = _routing_kept(run, len(sources))
+        rows = [
+            [str(s.get("path")), str(s.get("coefficient")), *shares, str(s.get("digest", ""))[:12]]
+            for s, shares in zip(sources, kept, strict=True)
+        ]
         recipe = flatten({key: run.provenance.get(key) for key in ("recipe", "created")})
+        for name, label in (("experts_effective", "Experts in use, a layer"), ("route_margin", "Margin of its routes")):
+            if value := _first_value(run, f"merge_{name}", ".3g"):
+                recipe[label] = value
         recipe.pop("recipe.terms", None)  # the table below
         cards.append(f'<div class="card"><h3>{escape(run.name)}</h3>{html_page.facts_html(list(recipe.items()))}<br>')
-        cards.append(html_page.table_html(["checkpoint", "coefficient", "digest"], rows, compare=False) + "</div>")
+        header = ["checkpoint", "coefficient", "its routes kept", "its experts kept", "digest"]
+        cards.append(html_page.table_html(header, rows, compare=False) + "</div>")
     return "<h2>Merge</h2><p>The weights that training started from.</p>" + "".join(cards) if cards else ""
+
+
+def _routing_kept(run: RunData, count: int) -> list[list[str]]:
+    """Return what the merge keeps of each source's routing, as measured before the first step (`rl/merge_routing`).
+
+    Dashes where that was not measured, or of other sources than these `count`: one without a coefficient was not read.
+    """
+    keys = [run.numbered_metrics(prefix) for prefix in MERGE_ROUTING]
+    if any(len(of_prefix) != count for of_prefix in keys):
+        return [["–"] * len(keys)] * count
+    return [[_first_value(run, key, ".1%") for key in of_source] for of_source in zip(*keys, strict=True)]
+
+
+def _first_value(run: RunData, key: str, form: str) -> str:
+    """Return a metric of a run's first steps alone; an empty text without one."""
+    return next((format(value, form) for value in run.series(key)[1] if value is not None), "")
 
 
 def _config_section(runs: list[RunData]) -> str:
