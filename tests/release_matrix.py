@@ -94,13 +94,13 @@ SUITES = {
         "all that is sent to a real server and read from it, against the server's own schema",
         ("tests/live/test_contract.py",),
         ("sglang",),
-        ("tests/live/test_contract.py",),
+        # With the diffs, of which the quick tests import no SGLang: its release is asserted by those of the contract.
+        ("tests/live/test_contract.py", "tests/patches/test_diffs.py", "-m", "not long and not distributed"),
     ),
     "diffs": Suite(
         "the diffs of `patches/` apply, and do what they are for",
         ("tests/patches/test_diffs.py",),
         ("sglang",),
-        ("tests/patches/test_diffs.py", "-m", "not long and not distributed"),
     ),
     "rl": Suite(
         "two steps of RL with R3 and a weight sync, two families: the server computes what the trainer does",
