@@ -1,10 +1,12 @@
 """Where a server's sockets are, whatever TMPDIR is, and that nothing of a server stays. No SGLang is started here."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -63,12 +65,14 @@ def test_sockets_can_be_bound_and_nothing_stays(
     monkeypatch.setattr(module, "_STOP_S", 0.5)
     server = SGLangServer(tmp_path, Rollout(start_timeout_s=0.5), tmp_path / "log")
     server.launch()
-    said = ""
-    while "TMPDIR" not in said:
+    line = None  # whole: it may be written in pieces
+    while line is None:
         ended = server._process.poll() is not None  # before its log is read: then that is complete
         said = (tmp_path / "log").read_text()
-        assert "TMPDIR " in said or not ended, said  # a line may be written in pieces
-    directory = Path(said.split("TMPDIR ", 1)[1].strip())
+        line = re.search(r"TMPDIR (.+)\n", said)
+        assert line or not ended, said
+        time.sleep(0.01)
+    directory = Path(line[1])
     assert (directory.parent == short / "d") == (temporary == "short")
     with pytest.raises(UserError):
         server.wait()
