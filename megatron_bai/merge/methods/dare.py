@@ -12,7 +12,7 @@ are read, nor on how the checkpoints are sharded and their tensors are stacked.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -20,6 +20,9 @@ from megatron_bai.errors import UserError
 from megatron_bai.merge.methods.task_arithmetic import SummedTaskVectors
 from megatron_bai.merge.recipe.recipe import SliceStats, require_distinct
 from megatron_bai.merge.recipe.slices import SliceBox
+
+if TYPE_CHECKING:
+    from megatron_bai.merge.methods.dare_ties import DareTies
 
 # SplitMix64 (Steele, Lea, Flood 2014): its increment, and the multipliers and shifts of its finaliser
 GOLDEN = 0x9E3779B97F4A7C15
@@ -46,9 +49,7 @@ class Dare(SummedTaskVectors):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_distinct(self)
-        if not 0 <= self.drop_rate < 1:
-            raise UserError(f"merge.drop_rate is {self.drop_rate:g}: it lies between 0 and 1, and is not 1")
+        require_drops(self)
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Return the method, λ, p and the seed."""
@@ -98,6 +99,17 @@ class Dare(SummedTaskVectors):
         factors /= 1 - self.drop_rate
         exact = values[0] * (1 - factors.sum(0)) + (factors * values[1:]).sum(0)
         return exact, values[0].abs() * (1 + factors.abs().sum(0)) + (factors * values[1:]).abs().sum(0)
+
+
+def require_drops(method: "Dare | DareTies") -> None:
+    """Raise a UserError unless a method's sources are distinct and its drop rate leaves elements.
+
+    Args:
+        method: one that drops elements.
+    """
+    require_distinct(method)
+    if not 0 <= method.drop_rate < 1:
+        raise UserError(f"merge.drop_rate is {method.drop_rate:g}: it lies between 0 and 1, and is not 1")
 
 
 def keep_mask(seed: int, member_index: int, name: str, element_indices: torch.Tensor, drop_rate: float) -> torch.Tensor:

@@ -15,11 +15,10 @@ from typing import ClassVar
 
 import torch
 
-from megatron_bai.errors import UserError
-from megatron_bai.merge.methods.dare import keep_mask
+from megatron_bai.merge.methods.dare import keep_mask, require_drops
 from megatron_bai.merge.methods.task_arithmetic import TaskVectorMethod
 from megatron_bai.merge.methods.ties import ordered_sum
-from megatron_bai.merge.recipe.recipe import SliceStats, format_numbers, require_distinct
+from megatron_bai.merge.recipe.recipe import SliceStats, require_no_negative
 from megatron_bai.merge.recipe.slices import SliceBox
 
 
@@ -43,12 +42,9 @@ class DareTies(TaskVectorMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_distinct(self)
-        if not 0 <= self.drop_rate < 1:
-            raise UserError(f"merge.drop_rate is {self.drop_rate:g}: it lies between 0 and 1, and is not 1")
-        for name, weights in self.all_weight_settings() if self.normalize else ():
-            if min(weights) < 0:
-                raise UserError(f"{name} [{format_numbers(weights)}] holds a negative weight: merge.normalize averages")
+        require_drops(self)
+        if self.normalize:
+            require_no_negative(self, "merge.normalize averages")
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Return the method and its settings."""

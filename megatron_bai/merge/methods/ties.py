@@ -25,7 +25,7 @@ import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.merge.methods.task_arithmetic import TaskVectorMethod
-from megatron_bai.merge.recipe.recipe import ReadBlocks, SliceStats, format_numbers, require_distinct
+from megatron_bai.merge.recipe.recipe import ReadBlocks, SliceStats, require_distinct, require_no_negative
 from megatron_bai.merge.recipe.slices import SliceBox
 
 LOW = 15  # bits that the second pass counts; the sign is 0
@@ -52,9 +52,7 @@ class Ties(TaskVectorMethod):
         require_distinct(self)
         if not 0 < self.density <= 1:
             raise UserError(f"merge.density is {self.density:g}: it lies between 0 and 1, and is not 0")
-        for name, weights in self.all_weight_settings():
-            if min(weights) < 0:
-                raise UserError(f"{name} [{format_numbers(weights)}] holds a negative weight: TIES averages")
+        require_no_negative(self, "TIES averages")
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Return the method, λ and the density."""

@@ -272,6 +272,21 @@ def require_distinct(recipe: Recipe) -> None:
         raise UserError(f"merge.method={recipe.method} names {twice} twice: name each checkpoint once")
 
 
+def require_no_negative(method: WeightedMethod, why: str) -> None:
+    """Refuse negative weights.
+
+    Args:
+        method: whose weights are looked at, those of patterns too.
+        why: what the method does to weights, for the message.
+
+    Raises:
+        UserError: names the setting and its weights.
+    """
+    for name, weights in method.all_weight_settings():
+        if min(weights) < 0:
+            raise UserError(f"{name} [{format_numbers(weights)}] holds a negative weight: {why}")
+
+
 def expand_members(members: Sequence[str]) -> list[str]:
     """Replace patterns such as `run/checkpoints/step-*` by the directories that match, in the order of their numbers.
 

@@ -11,6 +11,7 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model.families import rope
 from megatron_bai.model.families.architecture import Architecture, Values
+from megatron_bai.model.families.layer_parts import norm_full_width
 from megatron_bai.model.families.param_mapping import ParamMapping
 from megatron_bai.model.families.requirements import require_full_attention, require_size
 
@@ -45,6 +46,7 @@ class Family:
         hf_fields: our name of a setting → Hugging Face's.
         dense_field: Hugging Face's name of the width of a layer without experts.
         partial_rotary: whether it rotates a part of each head, `partial_rotary_factor`; else that is refused.
+        full_width_norms: whether queries and keys are normed over all heads at once.
         windows: whether layers may attend to a sliding window; else all attend to everything before a token.
         only: values that it needs: another one is refused by name.
         read_as: a model type that transformers lacks → one of the same configuration that it has.
@@ -66,6 +68,7 @@ class Family:
     transformers_class: ClassVar[str]
     hf_fields: ClassVar[Mapping[str, str]] = HF_FIELDS
     partial_rotary: ClassVar[bool] = False
+    full_width_norms: ClassVar[bool] = False
     windows: ClassVar[bool] = False
     dense_field: ClassVar[str] = "intermediate_size"
     only: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu"}
@@ -120,6 +123,8 @@ class Family:
             model: the architecture.
             transformer_engine: whether the spec is Transformer Engine's.
         """
+        if self.full_width_norms:
+            norm_full_width(layer)
 
     def validate(self, model: Architecture) -> None:
         """Refuse an architecture of the family that is not built.

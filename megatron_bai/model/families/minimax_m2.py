@@ -7,7 +7,6 @@ from megatron_bai.errors import UserError
 from megatron_bai.model.families import rope
 from megatron_bai.model.families.architecture import Architecture
 from megatron_bai.model.families.family import HF_FIELDS, Family
-from megatron_bai.model.families.layer_parts import norm_full_width
 from megatron_bai.model.families.param_mapping import (
     HF_LAYER,
     ParamMapping,
@@ -31,6 +30,7 @@ class MiniMaxM2(Family):
     transformers_class = "MiniMaxM2ForCausalLM"
     hf_fields = {**HF_FIELDS, "num_experts": "num_local_experts", "moe_ffn_hidden_size": "intermediate_size"}
     partial_rotary = True
+    full_width_norms = True
     only = {
         "hidden_act": "silu",
         "use_qk_norm": True,
@@ -90,21 +90,11 @@ class MiniMaxM2(Family):
         values = {**model.values, "rope_parameters": {**stated, "partial_rotary_factor": fraction}}
         return rope.rope_arguments(values, self.partial_rotary)
 
-    def adapt_layer(self, layer: Any, model: Architecture, transformer_engine: bool) -> None:
-        """Norm queries and keys over their full width.
-
-        Args:
-            layer: the spec, changed in place.
-            model: not used.
-            transformer_engine: not used.
-        """
-        norm_full_width(layer)
-
     def mappings(self, model: Architecture) -> tuple[ParamMapping, ...]:
         """Return the kinds of parameters as MiniMax publishes them, and as transformers 5 holds them."""
         return (
             *embedding_mappings(model),
-            *attention_mappings(full_width_norms=True),
+            *attention_mappings(full_width_norms=self.full_width_norms),
             *router_mappings(BLOCK + "gate.weight", HF_LAYER + "mlp.gate.weight"),
             expert_bias_mapping(BLOCK + "e_score_correction_bias", HF_LAYER + "mlp.e_score_correction_bias"),
             *expert_mappings(EXPERT + "w1.weight", EXPERT + "w3.weight", EXPERT + "w2.weight"),

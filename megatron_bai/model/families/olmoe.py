@@ -4,7 +4,6 @@ from typing import Any
 
 from megatron_bai.model.families.architecture import Architecture
 from megatron_bai.model.families.family import HF_FIELDS, Family
-from megatron_bai.model.families.layer_parts import norm_full_width
 from megatron_bai.model.families.param_mapping import (
     ParamMapping,
     attention_mappings,
@@ -23,6 +22,7 @@ class Olmoe(Family):
     model_types = ("olmoe",)
     transformers_class = "OlmoeForCausalLM"
     hf_fields = {**HF_FIELDS, "moe_ffn_hidden_size": "intermediate_size"}
+    full_width_norms = True
     only = {"hidden_act": "silu", "attention_bias": False, "clip_qkv": None}
     served_by = "sglang.srt.models.olmoe"
     served_ranks = 1  # its norms have the width of the model on every rank (srt/models/olmoe.py:154)
@@ -51,21 +51,11 @@ class Olmoe(Family):
             "moe_router_pre_softmax": not model.values["norm_topk_prob"],
         }
 
-    def adapt_layer(self, layer: Any, model: Architecture, transformer_engine: bool) -> None:
-        """Norm queries and keys over their full width.
-
-        Args:
-            layer: the spec, changed in place.
-            model: not used.
-            transformer_engine: not used.
-        """
-        norm_full_width(layer)
-
     def mappings(self, model: Architecture) -> tuple[ParamMapping, ...]:
         """Return the kinds of parameters as AllenAI publishes them."""
         return (
             *embedding_mappings(model),
-            *attention_mappings(full_width_norms=True),
+            *attention_mappings(full_width_norms=self.full_width_norms),
             *router_mappings(),
             *expert_mappings(),
         )
