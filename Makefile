@@ -4,7 +4,7 @@
 # make test-long   the others: more layouts, faults, clusters, the studies in short (30 minutes)
 # make test-matrix  tests with every release of the engines that is taken, for docs/compatibility.md (hours; it may be stopped)
 # ARGS adds Hydra overrides to the demo: make demo ARGS="run.name=demo-1 run.seed=1"
-#      and chooses cells of the matrix: make test-matrix ARGS="megatron-core=0.19.2 suite=routing" (tests/release_matrix.py)
+#      and chooses cells of the matrix: make test-matrix ARGS="megatron-core=0.19.2 suite=routing", ARGS=jobs=2 (tests/release_matrix.py)
 # PYTHON=python3.12 takes the newest releases of the engines, which want it
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 LOCK := requirements/$(shell $(PYTHON) -c 'import sys; print("cpu" if sys.version_info < (3, 12) else "cpu-py312")').lock

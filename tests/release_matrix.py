@@ -1,11 +1,12 @@
 """`make test-matrix`: the tests that touch an engine, with each release that is taken; docs/compatibility.md from it.
 
     python tests/release_matrix.py [all|failed|list|page] [megatron-core=X] [sglang=X] [transformers=X] [suite=NAME]
+                                   [jobs=N]
 
 A cell is a row of releases and a suite. Without arguments the cells that have no record are run, so that the command
 can be stopped and started again; releases and a suite choose cells, whether recorded or not; `failed` those that
-failed, `all` everything. `list` names the chosen ones, `page` writes the page alone. Each result is recorded at once
-(`release_page.py`).
+failed, `all` everything. `list` names the chosen ones, `page` writes the page alone. N cells are run side by side (1).
+Each result is recorded at once (`release_page.py`).
 
 This is a program beside pytest and no test: it runs pytest once for each cell, since the releases of a process are
 those on its path when Python starts, and what it finds is a record, not a verdict on a change.
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -256,27 +258,39 @@ def choose(words: list[str], records: dict[str, Any]) -> list[Cell]:
     return [cell for cell in chosen if cell.key not in records]
 
 
+def timed(cell: Cell) -> dict[str, Any]:
+    """Run a cell, and return its record."""
+    start = monotonic()
+    return circumstances() | run(cell) | {"seconds": round(monotonic() - start)}
+
+
 def main(words: list[str]) -> int:
     """Run the chosen cells; the status is 1 where one failed or could not be run."""
     records = release_page.read_records()
+    jobs = [int(word.removeprefix("jobs=")) for word in words if word.startswith("jobs=")]
+    words = [word for word in words if not word.startswith("jobs=")]
     chosen = [] if "page" in words else choose(words, records)
+    if "list" in words:
+        print(*(cell.key for cell in chosen), sep="\n")
+        return 0
     status = 0
-    for i, cell in enumerate(chosen, 1):
-        print(f"[{i}/{len(chosen)}] {cell.key}", flush=True)
-        if "list" in words:
-            continue
-        start = monotonic()
-        try:
-            record = circumstances() | run(cell) | {"seconds": round(monotonic() - start)}
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            print(f"  not run: {error}", flush=True)
-            status = 1
-            continue
-        print(f"  {release_page.format_outcome(record)}, {record['seconds']} s", flush=True)
-        status = status or int(bool(record["failed"]))
-        release_page.keep(cell.key, record)
-    if "list" not in words:
-        release_page.write(rows(), SUITES)
+    pool = ThreadPoolExecutor(*jobs or [1])
+    try:
+        running = {pool.submit(timed, cell): cell for cell in chosen}
+        for i, done in enumerate(as_completed(running), 1):
+            print(f"[{i}/{len(chosen)}] {running[done].key}: ", end="")
+            try:
+                record = done.result()
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                print(f"not run: {error}", flush=True)
+                status = 1
+                continue
+            print(f"{release_page.format_outcome(record)}, {record['seconds']} s", flush=True)
+            status = status or int(bool(record["failed"]))
+            release_page.keep(running[done].key, record)
+    finally:
+        pool.shutdown(cancel_futures=True)  # of those that an interrupt left
+    release_page.write(rows(), SUITES)
     return status
 
 
