@@ -97,7 +97,8 @@ def all_studies(directory: Path) -> dict[str, Study]:
     """By name. `directory` holds the checkpoints (`CHECKPOINTS`) and merges made of them."""
     checkpoints = directory / "checkpoints"
     studies = (
-        _bai(checkpoints, directory / "merges"), _minirl(checkpoints), _discrepancy(checkpoints), _gap(checkpoints)
+        _bai(checkpoints, directory / "merges"), _minirl(checkpoints), _discrepancy(checkpoints), _gap(checkpoints),
+        _gap_rl(checkpoints),
     )  # fmt: skip
     return {study.name: study for study in studies}
 
@@ -219,3 +220,43 @@ def _gap(checkpoints: Path) -> Study:
         for suffix, words in (("", ()), ("-fp8", ("rollout.quantize=fp8",)))
     }
     return Study("gap", _some(*(f"gap-{name}" for name in starts)), settings, variants, prompts=16, updates=6)
+
+
+# Beside live routers: routes that are replayed, a ratio that is scaled where they shift, routers that are not trained
+_GUARDS = {
+    "none": ("replay.mode=none",),
+    "r2": ("replay.mode=r2",),
+    "r3": ("replay.mode=r3",),
+    "rspo": ("replay.mode=none", "objective.router_shift=true"),
+    "frozen": ("replay.mode=none", "trainer.freeze=[router]"),
+}
+
+
+def _gap_rl(checkpoints: Path) -> Study:
+    """MiniRL and DPPO, N updates a step, across the gap, with each guard of the routes; MiniRL also without its clip.
+
+    Left out is what equals another cell: at N = 1 every ratio to π_old and every shift of a router is none, so R2, RSPO
+    and MiniRL's clip change nothing; DPPO without its trust region is MiniRL without its clip, but for `is_max`.
+    """
+    published = {
+        "minirl-n1-none": "peak .782, stable",
+        "minirl-n2-none-noclip": "peak .749, collapses ≈1,000",
+        "minirl-n2-r2": "peak .797, stable: the best at N = 2",
+        "minirl-n2-r3": "peak .772, stable",
+        "minirl-n2-r2-noclip": "peak .783, collapses by ≈2,000",
+        "minirl-n8-r2": "peak .78, collapses ≈3,800",
+        "minirl-n8-r3": "peak .788, stable: the best from N = 4 on",
+    }
+    variants = {}
+    for objective, n, guard, clip in product(("minirl", "dppo"), (1, 2, 4, 8), _GUARDS, (True, False)):
+        if (n == 1 and (guard in ("r2", "rspo") or not clip)) or (objective == "dppo" and not clip):
+            continue
+        name = f"{objective}-n{n}-{guard}{'' if clip else '-noclip'}"
+        settings = (f"objective={objective}", *_GUARDS[guard], *(() if clip else ("objective.clip=false",)))
+        variants[name] = Variant(settings, n, published.get(name, ""))
+    checkpoint = "gap-global-0.01"
+    common = (
+        *_start(checkpoints / checkpoint), "rollout.dtype=bfloat16", "rollout.quantize=fp8", "rollout.sync_tolerance=1",
+        "trainer.learning_rate=6e-4", "trainer.eval_samples=2", "monitor.bucket=10",
+    )  # fmt: skip
+    return Study("gap_rl", _some(checkpoint), common, variants, prompts=4, updates=64, evaluations=4, served=checkpoint)

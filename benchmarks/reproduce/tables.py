@@ -194,6 +194,10 @@ TABLES = {
     },
 }
 TABLES["gap"] = TABLES["discrepancy"]
+TABLES["gap_rl"] = TABLES["minirl"] | {
+    "routes that differ": _start_and_end("route_mismatch"),
+    "gradient norm": _start_and_end("grad_norm"),
+}
 
 
 def of_study(directory: Path, name: str) -> str:

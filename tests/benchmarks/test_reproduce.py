@@ -37,6 +37,7 @@ def settings_of(study: str, variant: str, updates: int) -> Any:
         ("bai", "reasoning"), ("bai", "instruct+reasoning"), ("bai", "bai-0.1"),
         ("minirl", "n1-no-is"), ("minirl", "n8-r2-noclip"), ("discrepancy", "wide-bfloat16-fp8"),
         ("gap", "seq-0.001"), ("gap", "global-0.01-fp8"),
+        ("gap_rl", "minirl-n2-rspo-noclip"), ("gap_rl", "dppo-n8-frozen"), ("gap_rl", "dppo-n1-r3"),
     ],
 )  # fmt: skip
 def test_the_product_accepts_the_settings_and_budgets_are_equal(study: str, variant: str) -> None:
@@ -53,6 +54,9 @@ def test_variants_are_what_their_names_say() -> None:
     assert len(STUDIES["minirl"].variants) == 22 and len(STUDIES["bai"].variants) == 9
     no_clip = settings_of("minirl", "n4-r3-noclip", 128)
     assert (no_clip.replay.mode, no_clip.objective.clip, no_clip.trainer.mini_batches) == ("r3", False, 4)
+    across = settings_of("gap_rl", "dppo-n8-rspo", 64)
+    assert (across.objective.name, across.objective.router_shift, across.replay.mode) == ("dppo", True, "none")
+    assert len(STUDIES["gap_rl"].variants) == 51 and list(settings_of("gap_rl", "minirl-n1-frozen", 64).trainer.freeze)
     merged = settings_of("bai", "bai-0.7", 160)
     assert (
         merged.merge.alpha == 0.7 and merged.merge.pretrained.endswith("/pretrained") and merged.merge.method == "bai"
