@@ -160,12 +160,19 @@ def _pooled(runs: Runs, low: int, begin: float, end: float) -> float | None:
     return total / count if count >= 32 else None
 
 
+def routes_kept(runs: Runs) -> str:
+    """The share of each source's routes that a merge keeps, sources in the recipe's order, before RL begins."""
+    keys = {key for run in runs for key in run.numbered_metrics("merge_routes_kept")}
+    return " / ".join(mean(first(key))(runs) for key in sorted(keys)) or "–"
+
+
 def _start_and_end(key: str) -> Cell:
     return path(mean(first(key)), mean(last(key)))
 
 
 TABLES = {
     "bai": {
+        "sources' routes kept": routes_kept,
         "length, tokens": _start_and_end("response_length_mean"),
         "right, held out": path(mean(first("eval_exact", 0)), mean(last("eval_exact", 0))),
         "reward": _start_and_end("reward_mean"),

@@ -142,6 +142,13 @@ def test_where_runs_collapse_is_read_from_their_alarms() -> None:
     assert tables.alarms("length_collapse")([run()]) == tables.sticks([run()]) == "none"
 
 
+def test_what_a_merge_keeps_of_its_sources_routes_stands_in_the_recipes_order() -> None:
+    steps = [{"step": 1, "merge_routes_kept/0": 0.25, "merge_routes_kept/1": 0.5}, {"step": 2}]
+    run = tables.RunData("", "", steps, {}, {}, {})
+    assert tables.routes_kept([run]) == "0.250 / 0.500"
+    assert tables.routes_kept([tables.RunData("", "", steps[1:], {}, {}, {})]) == "–"
+
+
 def test_a_collapse_of_the_reward_is_measured_at_its_best_level() -> None:
     def run(*rewards: float) -> Any:
         return tables.RunData("", "", [{"step": i, "reward_mean": r} for i, r in enumerate(rewards, 1)], {}, {}, {})
