@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 ARGS ?=
 
-.PHONY: install demo lint test test-long test-matrix clean
+.PHONY: install demo lint docs test test-long test-matrix clean
 
 install: $(VENV)/installed
 
@@ -34,6 +34,10 @@ $(VENV)/installed-lint: $(VENV)/installed-test requirements/lint.lock
 	$(PIP) --no-deps -r requirements/lint.lock
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed-lint requirements/docs.lock
+	$(PIP) --no-deps -r requirements/docs.lock
+	touch $@
+
 # torchrun would set it too, with a warning; and threads of several programs would spin while they wait for each other.
 demo test test-long test-matrix: export OMP_NUM_THREADS = 1
 demo: install
@@ -42,6 +46,10 @@ demo: install
 	$(BIN)/megatron-bai train experiment=demo_reasoning $(ARGS)
 	$(BIN)/megatron-bai merge experiment=demo $(ARGS)
 	$(BIN)/megatron-bai torchrun --nproc-per-node 2 train experiment=demo $(ARGS)
+
+# The site of docs/ in build/docs, with what is said of functions: any link that leads nowhere is an error.
+docs: $(VENV)/installed-docs
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # .pre-commit-config.yaml runs the same.
 lint: $(VENV)/installed-lint

@@ -46,29 +46,67 @@ def verb_help(name: str, verb: Verb) -> str:
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class SettingText:
+    """What is said of a setting.
+
+    Attributes:
+        name: with its group.
+        default: as one would write it on the command line.
+        typename: of its values.
+        allowed: its range or its choices, in words; empty: all of the type.
+        about: what it means.
+    """
+
+    name: str
+    default: str
+    typename: str
+    allowed: str
+    about: str
+
+
+def describe_group(group: str) -> list[tuple[type, str, list[SettingText]]]:
+    """Return the dataclasses of a group's settings, one for each choice of it, base classes first.
+
+    Args:
+        group: a field of `config.Config`.
+
+    Returns:
+        Each class, its docstring (empty without one), and the settings that it declares itself.
+    """
+    found = []
+    for kind in config_subclasses(getattr(config, group.capitalize())):
+        about = inspect.getdoc(kind) or ""
+        written = not about.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
+        found.append((kind, about if written else "", _own_settings(group, kind)))
+    return found
+
+
 def _group_settings(group: str) -> list[str]:
     """List a group's settings, and those of each choice of it, as `config/` has them."""
-    return [
-        line
-        for kind in config_subclasses(getattr(config, group.capitalize()))
-        for line in _format_settings(group, kind)
-    ]
+    lines = []
+    for _, about, settings in describe_group(group):
+        lines.append(f"{group}: {about.splitlines()[0]}" if about else f"{group}:")
+        for each in settings:
+            said = f"({each.typename}{', ' if each.allowed else ''}{each.allowed}) {each.about}"
+            lines.append(f"  {each.name}={each.default}  {said}".rstrip())
+    return lines
 
 
-def _format_settings(group: str, kind: type) -> list[str]:
-    """List a class's own settings with type, default, what they may be, and the comment beside or above each."""
-    about = inspect.getdoc(kind) or ""
-    written = not about.startswith(f"{kind.__name__}(")  # dataclasses without one are given their signature
-    lines = [f"{group}: {about.splitlines()[0]}" if written else f"{group}:"]
-    comments = _read_comments(kind)
+def _own_settings(group: str, kind: type) -> list[SettingText]:
+    """Describe the settings that a class declares, and no base class of it."""
+    lineage = [_read_comments(each) for each in kind.__mro__ if dataclasses.is_dataclass(each)]
+    settings = []
     for setting in dataclasses.fields(kind):
-        if setting.name in comments:  # its own, and no base class's
-            allowed = describe_limits(setting)
+        if setting.name in lineage[0]:
+            # what a base class says of it, where only its default is another
+            comment = next(filter(None, (comments.get(setting.name) for comments in lineage)), "")
             plain = setting.type in (bool, int, float, str)
             typename = cast(type, setting.type).__name__ if plain else str(setting.type).replace("typing.", "")
-            about = f"({typename}{', ' if allowed else ''}{allowed}) {comments[setting.name]}"
-            lines.append(f"  {group}.{setting.name}={_format_default(setting)}  {about}".rstrip())
-    return lines
+            name, default = f"{group}.{setting.name}", _format_default(setting)
+            allowed = describe_limits(setting)
+            settings.append(SettingText(name, default, typename, allowed, comment))
+    return settings
 
 
 def _format_default(setting: "dataclasses.Field[Any]") -> str:

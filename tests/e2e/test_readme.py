@@ -1,4 +1,7 @@
-"""Every command in README.md is run by `.ci/run`: the demo and the tests, and the others on what the demo left."""
+"""Every command in README.md is run by `.ci/run`: the demo and the tests, and the others on what the demo left.
+
+Those of the first pages of the documentation are among them.
+"""
 
 import re
 import subprocess
@@ -10,9 +13,9 @@ ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```(?:sh|bash|console|shell)\n(.*?)^```$", re.M | re.S)
 
 
-def commands() -> list[str]:
-    """Lines of the README's shell blocks; a trailing backslash continues a line, a comment is none."""
-    blocks = "".join(BLOCK.findall((ROOT / "README.md").read_text())).replace("\\\n", " ")
+def commands(page: str = "README.md") -> list[str]:
+    """Lines of a page's shell blocks; a trailing backslash continues a line, a comment is none."""
+    blocks = "".join(BLOCK.findall((ROOT / page).read_text())).replace("\\\n", " ")
     lines = (line.removeprefix("$ ").strip() for line in blocks.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -38,3 +41,10 @@ def test_the_ci_runs_all_others() -> None:
     found = subprocess.run(["bash", "-euc", f'{extracted}\necho "$verbs"'], cwd=ROOT, capture_output=True, text=True)
     others = [line for line in commands() if not (line.startswith("make ") or in_the_demo(line))]
     assert found.stdout.splitlines() == others and len(others) > 4
+
+
+@pytest.mark.parametrize("page", ["docs/install.md", "docs/quickstart.md"])
+def test_the_first_pages_have_no_command_of_their_own(page: str) -> None:
+    """But for those that make the environment: CI's first one does, and an image is not at hand."""
+    own = [line for line in commands(page) if line not in commands() and not in_the_demo(line)]
+    assert commands(page) and set(own) <= {"make install", "pip install --no-deps ."}
