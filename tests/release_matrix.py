@@ -112,26 +112,32 @@ SUITES = {
     ),
 }
 _MEGATRON = tuple(name for name, suite in SUITES.items() if "megatron-core" in suite.engines and name != "rl")
+_PATCH = ("routing", "checkpoints")
 
 
 def rows() -> dict[Engines, tuple[str, ...]]:
     """The suites of each row of releases, the rows that matter most first.
 
     The corners have the oldest and the newest of everything, and all suites. Between them one engine at a time is not
-    the default, with the suites that depend on it. Diffs are asked for with the default Megatron-Core alone, which they
-    are for.
+    the default, with the suites that depend on it; of a minor release of Megatron-Core the last patch has them all, the
+    others those that depend most on it. The default has none: CI runs every test with it.
     """
     startable = [release for release, server in SERVERS.items() if server.starts_here]
     oldest = Engines(TABLE["megatron-core"][0], startable[0])
     newest = Engines(TABLE["megatron-core"][-1], startable[-1], TABLE["transformers"][-1])
-    corner = tuple(name for name in SUITES if name != "diffs")
-    chosen = {newest: corner, oldest: corner, DEFAULT: tuple(SUITES)}
+    corner = tuple(name for name in SUITES if name != "diffs")  # which are for the default Megatron-Core
+    chosen: dict[Engines, tuple[str, ...]] = {newest: corner, oldest: corner, DEFAULT: ()}
     for release in reversed(startable):
         chosen.setdefault(Engines(sglang=release), ("contract", "rl", "diffs"))
     for release in TABLE["transformers"]:
         chosen.setdefault(Engines(transformers=release), ("model", "rl"))
+    corners = {newest.megatron_core, oldest.megatron_core}
+    minors: set[tuple[int, ...]] = set()
     for release in sorted(TABLE["megatron-core"], key=Version, reverse=True):
-        chosen.setdefault(Engines(megatron_core=release), _MEGATRON)
+        minor = Version(release).release[:2]
+        if release not in corners:
+            chosen.setdefault(Engines(megatron_core=release), _PATCH if minor in minors else _MEGATRON)
+        minors.add(minor)
     for release in SERVERS:
         chosen.setdefault(Engines(sglang=release), ())  # taken at rollout.urls alone: no suite starts such a server
     return chosen

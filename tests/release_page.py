@@ -85,14 +85,14 @@ What the tests say with each release of Megatron-Core, SGLang and transformers t
 (`megatron_bai/compat/releases.py`). `make test-matrix` runs them on a CPU, each release from its lock in
 `requirements/`, and writes this page; `tests/test_release_matrix.py` fails where the page is not what the records say
 (`tests/data/release_matrix.json`). The first rows are the corners, newest and oldest of everything; the third is what
-`make install` installs, with which CI runs all tests; in the others one engine is not the default.
+`make install` installs, with which CI runs every test; in the others one engine is not the default.
 """
 
 _LEGEND = """
 {done} of {all} cells were run. **–**: the suite does not depend on what differs from the default in this row.
-*not run*: the cell has no record. Numbers are of tests; failures have names [below](#what-failed). SGLang 0.5.19 and
-0.5.20 are taken at `rollout.urls` alone: a run starts no server of them, and neither does a suite. So the oldest pair
-has 0.5.21.
+**·**: asked of the last patch of a minor release, or of the corners, alone. *not run*: the cell has no record.
+Numbers are of tests; failures have names [below](#what-failed). SGLang 0.5.19 and 0.5.20 are
+taken at `rollout.urls` alone: a run starts no server of them, and neither does a suite. So the oldest pair has 0.5.21.
 
 Python 3.11 alone: Megatron-Core from 0.17 on asks for 3.12, a requirement that was ignored here. No GPU, no Transformer
 Engine ([limits](limits.md)).
@@ -126,9 +126,15 @@ def format_outcome(record: Mapping[str, Any] | None) -> str:
 def _table(rows: Rows, suites: Mapping[str, Described], records: Mapping[str, Any]) -> str:
     lines = _head(*NAMES.values(), *suites)
     for engines, names in rows.items():
-        if not names:  # no suite can be asked for
-            names = [name for name, suite in suites.items() if engines.others.keys() & {*suite.engines}]
-        outcomes = [format_outcome(records.get(make_key(engines, name))) if name in names else "–" for name in suites]
+        changed = engines.others.keys()
+        outcomes = []
+        for name, suite in suites.items():
+            if not changed:
+                outcomes.append("CI")
+            elif name in names or not names and changed & {*suite.engines}:  # without names no suite can be asked for
+                outcomes.append(format_outcome(records.get(make_key(engines, name))))
+            else:
+                outcomes.append("·" if changed == {"megatron-core"} and changed <= {*suite.engines} else "–")
         lines.append(_line(*engines.releases.values(), *outcomes))
     return "\n".join(lines)
 
