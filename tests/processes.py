@@ -17,6 +17,7 @@ import torch
 from megatron_bai import compat
 
 TESTS = Path(__file__).parent
+_TIMEOUT_S = 1800  # of a script, which may have minutes of work, on a machine that does something else as well
 
 
 def launch(script: Path, *arguments: object) -> str:
@@ -28,7 +29,7 @@ def launch(script: Path, *arguments: object) -> str:
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
 
