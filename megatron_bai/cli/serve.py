@@ -33,6 +33,10 @@ def run(settings: config.Config) -> None:
     if not source:
         raise UserError("serve.checkpoint is empty: give a Hugging Face or Megatron checkpoint")
     checkpoint_format = formats.require_model(source)
+    if settings.rollout.exact:
+        raise UserError(
+            "rollout.exact is for train, whose forward passes it changes along with its servers': leave it out"
+        )
     kind = backend.select_device(settings.backend).kind
     admit_untested(settings.backend.untested)
     require_writable("run.dir", settings.run.dir)

@@ -12,6 +12,7 @@ from megatron_bai.compat import (
     sglang_cpu_kernels,
     sglang_dense_layers,
     sglang_dense_stages,
+    sglang_exact,
     sglang_forked_workers,
     sglang_fused_norms,
     sglang_grouped_experts,
@@ -44,6 +45,7 @@ PATCHES: tuple[Patch, ...] = (
     sglang_dense_layers.PATCH,
     sglang_dense_stages.PATCH,
     sglang_tied_embeddings.PATCH,
+    sglang_exact.PATCH,  # of a scope of its own, behind those that it takes classes from
 )
 
 

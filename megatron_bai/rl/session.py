@@ -192,6 +192,10 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
     from megatron.core import parallel_state
 
     actor = build.build_actor(settings, device)
+    if settings.rollout.exact:
+        from megatron_bai.model.exact_layers import make_exact
+
+        make_exact(actor.modules, actor.architecture)
     settings = plain_settings(settings)
     tokenizer_dir = init_weights.load_initial_weights(actor, settings)
     with warnings.catch_warnings():
@@ -205,7 +209,7 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
         settings=settings,
         device=device,
         actor=actor,
-        engine=TrainingEngine(actor, replay, device.device, settings.rollout.temperature),
+        engine=TrainingEngine(actor, replay, device.device, settings.rollout.temperature, settings.rollout.exact),
         task=task or _make_task(settings, tokenizer_dir),
         tokenizer_dir=tokenizer_dir,
         signature=replay.signature,

@@ -32,6 +32,7 @@ from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches
 from megatron_bai.rl.checkpointing import ResumePoint, RunCheckpoints, Stateful, open_run, result_paths
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
+from megatron_bai.rl.experience.exactness import require_exact
 from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
 from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
@@ -296,6 +297,8 @@ class TrainingLoop:
             batch.old_logprobs.copy_(old.logprobs)
             add_discrepancies(stats, batch, previous, None if live_scores is None else live_scores.logprobs)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
+        if self.settings.rollout.exact:
+            require_exact(batch, None if live_scores is None else live_scores.logprobs)
         if self.reference:
             with self.reference.swapped_in():  # with its live router: it is one distribution for the whole run
                 reference = engine.score(micro_batches).logprobs

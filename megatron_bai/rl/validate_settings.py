@@ -11,6 +11,7 @@ from megatron_bai.model.freeze import validate_freeze
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rl import init_weights, objectives
+from megatron_bai.rl.experience.exactness import validate_exact
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rollout.client import max_request_tokens
@@ -69,6 +70,7 @@ def validate_settings(settings: config.Config) -> None:
         )
     fleet.validate(settings.rollout)
     validate_stale_rollouts(settings)
+    validate_exact(settings, architecture)
     _validate_lengths(settings)
 
 

@@ -11,7 +11,11 @@ WORK_ELEMENTS = 1 << 24
 
 
 def logprobs_and_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, work_elements: int = WORK_ELEMENTS
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    work_elements: int = WORK_ELEMENTS,
+    exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log π of each target and the entropy of the distribution it was drawn from, at the sampling temperature.
 
@@ -24,6 +28,8 @@ def logprobs_and_entropy(
         targets: `[…]` int64 global ids; where one is negative both results are 0.
         temperature: of sampling, above 0.
         work_elements: elements computed with at a time, at least a token's.
+        exact: give log π the value that a server gives with `rollout.exact`; this rank has the whole vocabulary, in
+            float32 on a CPU. Its gradient is the same.
 
     Returns:
         Twice `[…]` float32 (float64 for logits in it), the same on every tensor rank.
@@ -35,7 +41,13 @@ def logprobs_and_entropy(
     scores: tuple[torch.Tensor, torch.Tensor] = apply(
         logits, targets - rank * logits.shape[-1], targets < 0, temperature, work_elements, group
     )
-    return scores
+    if not exact:
+        return scores
+    from megatron_bai.model.exact_layers import apply_exact, exact_logprobs
+
+    logprobs, entropy = scores
+    value = exact_logprobs(logits, targets, temperature)
+    return apply_exact(lambda _: value, lambda logprobs: logprobs, logprobs), entropy
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):

@@ -39,10 +39,27 @@ class Scores:
 class TrainingEngine:
     """The actor with its passes and the replay of its routers."""
 
-    def __init__(self, actor: MegatronModel, replay: RoutingReplay, device: torch.device, temperature: float):
+    def __init__(
+        self,
+        actor: MegatronModel,
+        replay: RoutingReplay,
+        device: torch.device,
+        temperature: float,
+        exact: bool = False,
+    ):
+        """Build what the passes share.
+
+        Args:
+            actor: the policy.
+            replay: of its routers.
+            device: what this process computes on.
+            temperature: of sampling.
+            exact: compute log-probabilities as the server does (`rollout.exact`); the actor's layers do so already.
+        """
         from megatron.core import parallel_state
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
+        self.exact = exact
         self.forward_backward = ForwardBackward(actor, device)
         self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
         self.last_stage: bool = parallel_state.is_pipeline_last_stage()
@@ -78,7 +95,7 @@ class TrainingEngine:
         """
         with self.replay.record() if record else self._replaying(routes) as recorded:
             outputs = self.forward_backward.forward(
-                micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature)
+                micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature, exact=self.exact)
             )
         fed = [
             self.place.rows(micro_batch.pack(micro_batch.routed | micro_batch.missing)).to(self.device)
@@ -138,7 +155,7 @@ class TrainingEngine:
             stats.ratio("loss", 0.0, local_count)
 
         def loss(logits: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
-            logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature)
+            logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature, self.exact)
             total, loss_stats = objectives.batch_loss(objective, settings, logprobs, micro_batch, entropy)
             loss_stats.ratio("loss", float(total.detach()), 0)
             stats.add(loss_stats)
@@ -154,8 +171,9 @@ class TrainingEngine:
 
 
 def _logprobs_and_entropy(
-    logits: torch.Tensor, micro_batch: Batch, temperature: float
+    logits: torch.Tensor, micro_batch: Batch, temperature: float, exact: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-probabilities and entropy of a micro-batch, `[B, T]` each, 0 where no token follows."""
-    logprobs, entropy = logprobs_and_entropy(logits, micro_batch.pack(micro_batch.targets, filling=-1), temperature)
+    targets = micro_batch.pack(micro_batch.targets, filling=-1)
+    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature, exact=exact)
     return micro_batch.unpack(logprobs), micro_batch.unpack(entropy)

@@ -6,6 +6,7 @@ ARGS are SGLang's. OWN, which come first, are ours:
     --instance NAME   what `/megatron_bai/instance` answers, by which whoever started this server knows it
     --key-file FILE   holds the key that requests must carry
     --take-tensors    keep the path that unpickles weights out of a request
+    --exact           with `rollout.exact`: the compatibility fix of scope `sglang-exact` is applied, too
     --untested        SGLang is of a release that no compatibility fix names: none is applied
 
 The compatibility fixes of scope `sglang-models` are applied first, for models that SGLang would serve as others or not
@@ -58,6 +59,7 @@ class ServerArgs:
     key: str = ""
     take_tensors: bool = False
     untested: bool = False
+    exact: bool = False
     words: tuple[str, ...] = ()  # ours as they were given, without the parent
     rest: tuple[str, ...] = ()
 
@@ -69,7 +71,7 @@ def parse_args(arguments: list[str]) -> ServerArgs:
         UserError: the key cannot be read.
     """
     found, rest = ServerArgs(), list(arguments)
-    while rest[:1] and rest[0] in ("--parent", "--instance", "--key-file", "--take-tensors", "--untested"):
+    while rest[:1] and rest[0] in ("--parent", "--instance", "--key-file", "--take-tensors", "--untested", "--exact"):
         name = rest.pop(0)
         if name == "--parent":
             found.parent = int(rest.pop(0))
@@ -83,6 +85,7 @@ def parse_args(arguments: list[str]) -> ServerArgs:
             found.words += (name,)
             found.take_tensors |= name == "--take-tensors"
             found.untested |= name == "--untested"
+            found.exact |= name == "--exact"
     found.rest = tuple(rest)
     return found
 
@@ -95,7 +98,7 @@ def uses_cpu(arguments: list[str]) -> bool:
 def run_server(given: ServerArgs) -> None:
     """Serve until a signal stops the process."""
     with gc_disabled_for_imports():
-        prepare(uses_cpu(list(given.rest)), given.untested)
+        prepare(uses_cpu(list(given.rest)), given.untested, given.exact)
         from sglang.launch_server import run_server
         from sglang.srt.entrypoints import http_server
         from sglang.srt.plugins import load_plugins
@@ -152,18 +155,21 @@ def init_process() -> ServerArgs:
     return given
 
 
-def prepare(cpu: bool, untested: bool = False) -> None:
+def prepare(cpu: bool, untested: bool = False, exact: bool = False) -> None:
     """Import what SGLang needs first, as changed for a CPU or as it is, and name the models that transformers lacks.
 
     Args:
         cpu: whether SGLang computes on a CPU.
         untested: its release is one that no compatibility fix names; a CPU needs them.
+        exact: compute each token as if it were alone (`rollout.exact`), on a CPU.
     """
     if cpu:
         os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", served_models.__name__)  # unless the user has models
         compat.apply("sglang-cpu")
     if not untested:
         compat.apply("sglang-models")
+    if exact:
+        compat.apply("sglang-exact")
     _restrict_tcp_store()
     config_types.register()
 
@@ -202,6 +208,6 @@ def _restrict_tcp_store() -> None:
 
 if __name__ == "__mp_main__":  # a worker
     own = init_process()
-    prepare(uses_cpu(list(own.rest)), own.untested)
+    prepare(uses_cpu(list(own.rest)), own.untested, own.exact)
 elif __name__ == "__main__":
     run_server(init_process())

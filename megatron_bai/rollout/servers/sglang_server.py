@@ -119,6 +119,8 @@ class SGLangServer:
             own += ["--key-file", os.path.abspath(self.rollout.api_key_file)]
         if self.rollout.sync == "tensors":
             own.append("--take-tensors")
+        if self.rollout.exact:
+            own.append("--exact")
         if releases.is_untested(installed_release()):
             own.append("--untested")
         command = [sys.executable, "-m", "megatron_bai.rollout.servers.server_main", *own, *self._arguments()]
