@@ -48,9 +48,15 @@ def attention(w: Weights, at: str, model: Model, x: Tensor) -> Tensor:
 
 
 def experts(
-    w: Weights, at: str, model: Model, x: Tensor, chosen: Tensor | None, router_logits: list[Tensor] | None = None
+    w: Weights,
+    at: str,
+    model: Model,
+    x: Tensor,
+    chosen: Tensor | None,
+    router_logits: list[Tensor] | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
-    """The mixture. `chosen`: `[B, T, topk]` experts to use; None takes the router's best."""
+    """The mixture. `chosen`: `[B, T, topk]` experts to use; None takes the router's best. `given`: their weights."""
     scores = x @ w[f"{at}gate.weight"].T
     if router_logits is not None:
         router_logits.append(scores)
@@ -58,6 +64,8 @@ def experts(
         chosen = scores.topk(model.moe_topk, dim=-1).indices
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    if given is not None:
+        weights = torch.zeros_like(scores).scatter(-1, chosen, given.to(scores.dtype))
     total = torch.zeros_like(x)
     for e in range(model.num_experts):
         gate, up, down = (w[f"{at}experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down"))
@@ -71,15 +79,20 @@ def hidden(
     tokens: Tensor,
     routes: Tensor | None = None,
     router_logits: list[Tensor] | None = None,
+    route_weights: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T]` token ids → `[B, T, H]`, of the last layer after its norm. `routes`, `router_logits`: as in `logits`."""
+    """`[B, T]` token ids → `[B, T, H]`, of the last layer after its norm.
+
+    `routes`, `router_logits`: as in `logits`. `route_weights`: of `routes`; None: the router's.
+    """
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(model.num_layers):
         at = f"model.layers.{layer}."
         x = x + attention(w, at + "self_attn.", model, norm(x, w[at + "input_layernorm.weight"], model.norm_epsilon))
         normed = norm(x, w[at + "post_attention_layernorm.weight"], model.norm_epsilon)
         chosen = None if routes is None else routes[:, :, layer].long()
-        x = x + experts(w, at + "mlp.", model, normed, chosen, router_logits)
+        given = None if route_weights is None else route_weights[:, :, layer]
+        x = x + experts(w, at + "mlp.", model, normed, chosen, router_logits, given)
     return norm(x, w["model.norm.weight"], model.norm_epsilon)
 
 

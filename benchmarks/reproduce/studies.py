@@ -211,8 +211,14 @@ def _discrepancy(checkpoints: Path) -> Study:
 
 
 def _gap(checkpoints: Path) -> Study:
-    """As `_discrepancy`, of routers that were trained with a load-balancing loss and without."""
-    settings = "replay.mode=r3", "rollout.sync_tolerance=1", "trainer.learning_rate=0", "rollout.dtype=bfloat16"
+    """As `_discrepancy`, of routers that were trained with a load-balancing loss and without.
+
+    Also with the server's weights of the experts, beside its routes.
+    """
+    settings = (
+        "replay.mode=r3", "replay.weights=server", "rollout.sync_tolerance=1", "trainer.learning_rate=0",
+        "rollout.dtype=bfloat16",
+    )  # fmt: skip
     starts = {name.removeprefix("gap-"): checkpoints / name for name in CHECKPOINTS if name.startswith("gap-")}
     variants = {
         name + suffix: Variant((*_start(checkpoint), *words))

@@ -200,7 +200,12 @@ TABLES = {
         "tokens with one": mean(whole("tokens_route_mismatch")),
     },
 }
-TABLES["gap"] = TABLES["discrepancy"]
+_WAYS = ("_live", "", "_weights")  # routers choose; R3; R3 with the server's weights of the experts
+TABLES["gap"] = TABLES["discrepancy"] | {
+    "mean abs(log r): live → R3 → weights": path(*(mean(whole(f"logprob_gap{way}")) for way in _WAYS)),
+    "KL (k3), weights": mean(whole("kl_k3_weights")),
+    "F(2), weights": mean(whole("f_2_weights")),
+}
 TABLES["gap_rl"] = TABLES["minirl"] | {
     "routes that differ": _start_and_end("route_mismatch"),
     "gradient norm": _start_and_end("grad_norm"),

@@ -19,6 +19,7 @@ from megatron_bai.compat import (
     sglang_host_memory,
     sglang_latent_attention,
     sglang_model_kernels,
+    sglang_route_weights,
     sglang_routed_scaling,
     sglang_seeded_sampling,
     sglang_tied_embeddings,
@@ -45,6 +46,7 @@ PATCHES: tuple[Patch, ...] = (
     sglang_dense_layers.PATCH,
     sglang_dense_stages.PATCH,
     sglang_tied_embeddings.PATCH,
+    sglang_route_weights.PATCH,
     sglang_exact.PATCH,  # of a scope of its own, behind those that it takes classes from
 )
 

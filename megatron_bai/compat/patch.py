@@ -24,7 +24,8 @@ class Patch:
         name: unique; the module's name.
         distribution: the package it fixes, as pip names it.
         versions: the releases it was tested with, which need it.
-        scope: what needs it (`sglang-cpu`, `sglang-models`, `megatron-cpu`): fixes of a scope are applied together.
+        scope: what needs it (`sglang-cpu`, `sglang-models`, `sglang-weights`, `megatron-cpu`): fixes of a scope are
+            applied together.
         summary: the symptom without it, in one line.
         install: puts the fix in place in this process. Imports the package only when called.
         mended_in: releases that were tried and do without it, or have another fix.
@@ -119,7 +120,7 @@ def apply_scope(patches: Iterable[Patch], scope: str) -> None:
 
     Args:
         patches: of any scope.
-        scope: whose fixes are applied: `sglang-cpu`, `sglang-models` or `megatron-cpu`. The others are skipped.
+        scope: whose fixes are applied: such as `sglang-cpu`. The others are skipped.
 
     Raises:
         UserError: as `Patch.apply`; the fixes before that one stay installed.

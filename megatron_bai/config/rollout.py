@@ -63,6 +63,8 @@ class Replay:
     # r3 and a token without a route: strict stops, mask drops it from the loss, live routes it
     missing: str = choice("strict", "strict", "mask", "live")
     measure_live: bool = True  # one more forward a step, without replay: the discrepancy that replay removes
+    # r3: live, or server for one more forward a step with the server's weights of the experts, too; never trained with
+    weights: str = choice("live", "live", "server")
     store: str = path("")  # a directory that keeps the routes each step replays (see inspect); empty keeps none
     # sets within 1.05 of the fewest bits, or plain: one or two bytes an expert
     store_encoding: str = choice("compact", "plain", "compact")

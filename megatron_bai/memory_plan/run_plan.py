@@ -83,7 +83,8 @@ def describe_batches(settings: Config, processes: int) -> dict[str, str]:
     prompts, group = trainer.prompts_per_step, trainer.group_size
     samples, longest = prompts * group, max_sample_tokens(settings)
     row = trainer.tokens_per_micro_batch
-    routes = samples // replicas * longest * settings.model.num_layers * settings.model.moe_topk / GB
+    slot = 5 if settings.replay.weights == "server" else 1  # bytes of an expert: its id, and a float32 weight
+    routes = samples // replicas * longest * settings.model.num_layers * settings.model.moe_topk * slot / GB
     kept = f"up to {routes:.1f} GB in a replica's host memory" if settings.replay.mode != "none" else "not replayed"
     micro = f"a row of {row} tokens" if row else f"{trainer.micro_batch_size} samples of up to {longest} tokens"
     return {

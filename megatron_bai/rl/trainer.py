@@ -288,6 +288,10 @@ class TrainingLoop:
             )
         old = replayed or live_scores
         assert old, "replayed with r3, live with the other modes"
+        weighted = None
+        if self.settings.replay.weights == "server":
+            weighted, gap = engine.score_weights(micro_batches)
+            router.add_weight_gap(router_stats, gap)
         previous = None
         if self.previous_weights:
             previous = self.previous_weights.score(micro_batches, inference if mode == "r3" else None)
@@ -295,7 +299,7 @@ class TrainingLoop:
         if engine.last_stage:
             assert old.logprobs is not None and old.entropy is not None
             batch.old_logprobs.copy_(old.logprobs)
-            add_discrepancies(stats, batch, previous, None if live_scores is None else live_scores.logprobs)
+            add_discrepancies(stats, batch, previous, live_scores.logprobs if live_scores else None, weighted)
             stats.mean("entropy", old.entropy.cpu()[batch.mask])
         if self.settings.rollout.exact:
             require_exact(batch, None if live_scores is None else live_scores.logprobs)
@@ -341,6 +345,7 @@ class TrainingLoop:
         """Return the (token, layer) rows to be replayed for this replica in the step; called before it scores."""
         updates = step >= self.warmup
         scorings = 2 if self.previous_weights and self.previous_weights.available else 1
+        scorings += self.settings.replay.weights == "server"
         per_layer = 0
         for index, micro_batches in enumerate(mini_batches):
             rows = sum(int(micro_batch.routed.sum()) for micro_batch in micro_batches)

@@ -37,6 +37,7 @@ def validate_settings(settings: config.Config) -> None:
     init_weights.validate_init(settings)
     lr_schedule.validate(settings)
     _validate_store(settings)
+    _validate_route_weights(settings)
     run_monitor.validate(settings.monitor)
     loggers.validate(settings)
     rollouts = objectives.check(settings.objective).rollouts
@@ -180,6 +181,21 @@ def _validate_store(settings: config.Config) -> None:
             f"replay.store_encoding=compact knows up to {MAX_TOPK} of {MAX_EXPERTS} experts, the model uses "
             f"{model.moe_topk} of {model.num_experts}: choose plain"
         )
+
+
+def _validate_route_weights(settings: config.Config) -> None:
+    """Refuse to measure with the servers' weights of experts where there are none, or no token that they are of."""
+    if settings.replay.weights == "live":
+        return
+    rollout, fault = settings.rollout, ""
+    if settings.replay.mode != "r3" or not objectives.get(settings.objective.name).rollouts:
+        fault = "it replaces the weights of the experts that replay.mode=r3 forces, and they are not forced"
+    elif rollout.urls:
+        fault = "servers at rollout.urls return no weights: those that a run starts itself do"
+    elif rollout.overlap:
+        fault = "with rollout.overlap every token is of weights before the step's, under which it is not measured"
+    if fault:
+        raise UserError(f"replay.weights is server: {fault}; leave it at live")
 
 
 def validate_stale_rollouts(settings: config.Config) -> None:

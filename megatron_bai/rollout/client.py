@@ -54,6 +54,8 @@ class RolloutClient:
         max_length: its longest sequence, in tokens.
         first_server: index of the server of the first prompt, so that several clients begin at different ones.
         served: the columns of the servers' routes; None: one for each MoE layer.
+        weight_limit: replies also have the weights of a token's experts, whose sum in a layer is at most this; None:
+            they have not.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class RolloutClient:
         max_length: int,
         first_server: int = 0,
         served: ServedColumns | None = None,
+        weight_limit: float | None = None,
     ):
         self.urls, self.rollout, self.signature, self.served = list(urls), rollout, signature, served
-        self.vocab_size, self.first_server = vocab_size, first_server
+        self.vocab_size, self.first_server, self.weight_limit = vocab_size, first_server, weight_limit
         self.max_length = max_request_tokens(rollout, max_length)
         register_key(self.urls, rollout.api_key_file)
 
@@ -197,9 +200,8 @@ class RolloutClient:
             body["routed_experts_start_len"] = start
 
         def parse(reply: Any) -> Sample:
-            sample = parse_sample(
-                reply, request.prompt_index, ids, self.signature, limit, stop_token_ids, start, self.served
-            )
+            about = (request.prompt_index, ids, self.signature, limit, stop_token_ids, start)
+            sample = parse_sample(reply, *about, self.served, self.weight_limit)
             if sample.tokens.max() >= self.vocab_size:
                 raise ValueError(f"token {sample.tokens.max()} is outside the vocabulary of {self.vocab_size}")
             if version is not None and (wrong := {span.version for span in sample.spans} - {version}):
@@ -227,7 +229,7 @@ class RolloutClient:
             max_failures: as in `generate`.
         """
         rollout = self.rollout
-        reply_bytes = max_reply_bytes(longest, self.signature, self.served)
+        reply_bytes = max_reply_bytes(longest, self.signature, self.served, self.weight_limit is not None)
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         results = post_all(self.urls, "/generate", requests, limits, max_failures or 0)

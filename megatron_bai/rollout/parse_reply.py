@@ -3,7 +3,8 @@
 The server answers `/generate` with `output_ids` and a `meta_info` that holds, for P prompt and C completion tokens:
 `output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (base64 of little-endian
 int32 `[P + C − 1, layers, topk]`, shape not sent; layers without experts have zeros), `weight_versions` (spans over the
-completion) and `finish_reason`.
+completion) and `finish_reason`. With `compat/sglang_route_weights.py` a layer of `routed_experts` has topk more int32:
+the bits of the experts' float32 weights, in the order of their ids.
 """
 
 import base64
@@ -22,15 +23,18 @@ FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def max_reply_bytes(tokens: int, signature: RouteSignature, served: ServedColumns | None = None) -> int:
+def max_reply_bytes(
+    tokens: int, signature: RouteSignature, served: ServedColumns | None = None, weighted: bool = False
+) -> int:
     """Compute the bytes that no reply about so many tokens exceeds: routes in base64, and log-probabilities.
 
     Args:
         tokens: of prompt and response.
         signature: of the served model's routes.
         served: the columns of the server's routes; None: one for each MoE layer.
+        weighted: whether replies have weights of the experts, too.
     """
-    rows = tokens * (served.total if served else signature.moe_layers) * signature.topk * 4
+    rows = tokens * (served.total if served else signature.moe_layers) * signature.topk * (8 if weighted else 4)
     return -(-rows // 3) * 4 + 256 * tokens + (1 << 16)
 
 
@@ -43,6 +47,7 @@ def parse_sample(
     stop_token_ids: Collection[int],
     start: int = 0,
     served: ServedColumns | None = None,
+    weight_limit: float | None = None,
 ) -> Sample:
     """Parse one reply, having checked it. A `routed_experts` of null becomes a sample without a recorded row.
 
@@ -55,6 +60,7 @@ def parse_sample(
         stop_token_ids: as requested.
         start: the first row of routes that was requested; those before it are not recorded.
         served: the columns of the server's routes; None: one for each MoE layer.
+        weight_limit: the reply has weights of the experts, whose sum in a layer is at most this; None: it has none.
 
     Raises:
         ValueError: names what is missing or contradicts the other fields.
@@ -65,13 +71,14 @@ def parse_sample(
         logprobs = _convert_logprobs(meta["output_token_logprobs"], output)
         spans = _parse_spans(meta["weight_versions"], len(output))
         encoded = meta["routed_experts"]
-        routes, route_mask = _parse_routes(encoded, len(prompt_ids), len(output), spans, signature, start, served)
+        about = (len(prompt_ids), len(output), spans, signature, start, served, weight_limit)
+        routes, route_mask, weights = _parse_routes(encoded, *about)
         finish = meta["finish_reason"]["type"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
     _check_finish(finish, output, max_new_tokens, stop_token_ids)
     tokens = np.array([*prompt_ids, *output], dtype=np.int64)
-    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, route_mask)
+    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, route_mask, route_weights=weights)
 
 
 def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
@@ -117,24 +124,62 @@ def decode_routes(
     Raises:
         ValueError: not base64, another number of bytes, ids that no route can have, or those of a dense layer.
     """
+    return check_ids(_decode_rows(encoded, rows, signature.topk, signature, served), signature, "SGLang's reply")
+
+
+def decode_weighted_routes(
+    encoded: str, rows: int, signature: RouteSignature, served: ServedColumns | None, limit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode expert ids, and the weights that follow them in each layer as the bits of float32.
+
+    Args:
+        encoded: as in `decode_routes`.
+        rows: likewise.
+        signature: likewise.
+        served: likewise.
+        limit: the largest sum of a token's weights in a layer, to a hundredth.
+
+    Returns:
+        Ids as `decode_routes` returns them, and their weights, `[rows, moe_layers, topk]` float32.
+
+    Raises:
+        ValueError: as `decode_routes`, or weights that no router can have.
+    """
+    topk = signature.topk
+    both = _decode_rows(encoded, rows, 2 * topk, signature, served)
+    ids = check_ids(both[..., :topk], signature, "SGLang's reply")
+    weights = np.ascontiguousarray(both[..., topk:]).view("<f4").astype(np.float32, copy=False)
+    sums = weights.sum(axis=-1, dtype=np.float64)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and (sums > 0).all() and (sums <= 1.01 * limit).all()):
+        raise ValueError(
+            f"weights of experts are not finite, negative, or sum to {sums.min():.3g} to {sums.max():.3g} in a layer,"
+            f" where {limit:g} is the most"
+        )
+    return ids, weights
+
+
+def _decode_rows(
+    encoded: str, rows: int, width: int, signature: RouteSignature, served: ServedColumns | None
+) -> np.ndarray:
+    """Decode `[rows, moe_layers, width]` int32, having checked their number and that dense layers have zeros."""
     try:
         data = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
         raise ValueError(f"routes are not base64: {error}") from error
     columns = served.total if served else signature.moe_layers
-    row_bytes = 4 * columns * signature.topk
+    row_bytes = 4 * columns * width
     if len(data) != rows * row_bytes:
         raise ValueError(f"routes have {len(data)} bytes, {rows} tokens of {row_bytes} bytes need {rows * row_bytes}")
-    ids = np.frombuffer(data, dtype="<i4").reshape(rows, columns, signature.topk)
+    values = np.frombuffer(data, dtype="<i4").reshape(rows, columns, width)
     if served and columns != len(served.moe):
         dense = sorted(set(range(columns)) - set(served.moe))
-        if ids[:, dense].any():
+        if values[:, dense].any():
             raise ValueError(
-                f"routes of layer {next(layer for layer in dense if ids[:, layer].any())}, which has no experts: the"
+                f"routes of layer {next(layer for layer in dense if values[:, layer].any())}, which has no experts: the"
                 " server takes it for a layer that has, and lacks patches/sglang-0.5.21/dense-layers.patch"
             )
-        ids = ids[:, list(served.moe)]
-    return check_ids(ids, signature, "SGLang's reply")
+        values = values[:, list(served.moe)]
+    return values
 
 
 def _parse_routes(
@@ -145,18 +190,26 @@ def _parse_routes(
     signature: RouteSignature,
     start: int,
     served: ServedColumns | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Parse routes; return them and the mask of rows that are those of the weights that sampled (None: all)."""
+    weight_limit: float | None,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Parse routes; return them, the mask of rows that are those of the weights that sampled (None: all), and weights.
+
+    The weights are 0 in rows that the reply lacks, and None without a limit.
+    """
     rows = prompt + output - 1
+    routes, weights = filler_routes(rows, signature), None
+    if weight_limit is not None:
+        weights = np.zeros(routes.shape, dtype=np.float32)
     if encoded is None:
-        return filler_routes(rows, signature), np.zeros(rows, dtype=bool)
+        return routes, np.zeros(rows, dtype=bool), weights
     pairs = zip(spans, (None, *spans), strict=False)
     changes = [span.start for span, before in pairs if not before or span.version != before.version]
     route_mask = last_version_rows(rows, prompt, changes) & (np.arange(rows) >= start)
-    routes = decode_routes(encoded, rows - start, signature, served)
-    if start:
-        routes = np.concatenate([filler_routes(start, signature), routes])
-    return routes, None if route_mask.all() else route_mask
+    if weights is None or weight_limit is None:
+        routes[start:] = decode_routes(encoded, rows - start, signature, served)
+    else:
+        routes[start:], weights[start:] = decode_weighted_routes(encoded, rows - start, signature, served, weight_limit)
+    return routes, None if route_mask.all() else route_mask, weights
 
 
 def _convert_logprobs(entries: list[Any], ids: list[int]) -> np.ndarray:

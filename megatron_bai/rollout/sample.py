@@ -28,6 +28,8 @@ class Sample:
         reward: a finite number; None before it is known, and where it failed.
         failure: why there is no reward; empty where there is one or it is not known yet.
         stream_index: index of the prompt in its split's stream, whatever batch it is in; −1 before it is in one.
+        route_weights: `[T − 1, moe_layers, topk]` float32, what the inference engine multiplied the outputs of `routes`
+            with; None: not asked for, or the sample is lost.
     """
 
     prompt_index: int
@@ -41,6 +43,7 @@ class Sample:
     reward: float | None = None
     failure: str = ""
     stream_index: int = -1
+    route_weights: np.ndarray | None = None
 
     @property
     def lost(self) -> bool:
@@ -94,11 +97,21 @@ class Sample:
             routes=np.concatenate([self.routes, continuation.routes[rows:]]),
             spans=tuple(spans),
             route_mask=None if route_mask.all() else route_mask,
+            route_weights=self._append_weights(continuation),
         )
+
+    def _append_weights(self, continuation: "Sample") -> np.ndarray | None:
+        """Return the route weights of both, as `append` joins routes."""
+        if self.route_weights is None or continuation.route_weights is None:
+            return None
+        return np.concatenate([self.route_weights, continuation.route_weights[len(self.tokens) - 1 :]])
 
     def select_layers(self, columns: Sequence[int]) -> "Sample":
         """Return the sample with the routes of some MoE layers, counted from 0."""
-        return replace(self, routes=self.routes[:, list(columns)])
+        layers, weights = list(columns), self.route_weights
+        return replace(
+            self, routes=self.routes[:, layers], route_weights=None if weights is None else weights[:, layers]
+        )
 
 
 def lost_sample(prompt_index: int, ids: Sequence[int], signature: RouteSignature, failure: str) -> Sample:

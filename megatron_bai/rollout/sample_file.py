@@ -2,6 +2,7 @@
 
 - `about`: uint8, JSON: for each sample its number, lengths, spans, finish, reward and failure.
 - `tokens`, `logprobs`, `routes`, `recorded` (the route mask): of all samples, one after the other.
+- `route_weights`: likewise, of samples that have them (`weighted` in `about`).
 """
 
 import json
@@ -37,6 +38,9 @@ def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: 
         "logprobs": _concatenate([sample.logprobs for sample in values], np.float32),
         "routes": _concatenate([sample.routes for sample in values], signature.dtype, layers, topk),
         "recorded": _concatenate([sample.full_route_mask for sample in values], bool),
+        "route_weights": _concatenate(
+            [sample.route_weights for sample in values if sample.route_weights is not None], np.float32, layers, topk
+        ),
     }
     np.savez(path, **arrays)
 
@@ -59,6 +63,8 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             about = json.loads(archive["about"].tobytes())
             names = ("tokens", "logprobs", "routes", "recorded")
             tokens, logprobs, routes, recorded = (archive[name] for name in names)
+            # a file of an older head has none
+            weights = archive["route_weights"] if "route_weights" in archive else np.zeros((0, *routes.shape[1:]))
         check_ids(routes, signature, str(path))
         totals = [entry["tokens"] for entry in about]
         responses = [entry["tokens"] - entry["prompt"] for entry in about]
@@ -68,6 +74,9 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             _split_rows(logprobs, responses),
             _split_rows(routes, rows),
             _split_rows(recorded, rows),
+            _split_rows(
+                weights, [count if entry.get("weighted") else 0 for entry, count in zip(about, rows, strict=True)]
+            ),
         )
         return [(entry["number"], _make_sample(entry, *values)) for entry, *values in zip(about, *arrays, strict=True)]
     except OSError as error:
@@ -81,11 +90,16 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     spans = [[span.version, span.start, span.end] for span in sample.spans]
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
-    return {"number": number, **lengths, "spans": spans, **outcome}
+    return {"number": number, **lengths, "spans": spans, **outcome, "weighted": sample.route_weights is not None}
 
 
 def _make_sample(
-    about: dict[str, Any], tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray, route_mask: np.ndarray
+    about: dict[str, Any],
+    tokens: np.ndarray,
+    logprobs: np.ndarray,
+    routes: np.ndarray,
+    route_mask: np.ndarray,
+    route_weights: np.ndarray,
 ) -> Sample:
     """Make one sample of its metadata and arrays."""
     return Sample(
@@ -99,6 +113,7 @@ def _make_sample(
         route_mask=None if route_mask.all() else route_mask,
         reward=about["reward"],
         failure=about["failure"],
+        route_weights=route_weights if about.get("weighted") else None,
     )
 
 

@@ -327,6 +327,34 @@ def test_how_far_routers_moved_is_the_same_in_every_layout(case: str, layouts: L
     assert gap <= 2e-5, name
 
 
+@each_other
+def test_scores_with_the_rollouts_weights_of_experts_are_the_same_in_every_layout(case: str, layouts: Layouts) -> None:
+    one, other = layouts["one"]["weighted"], layouts[case]["weighted"]
+    there = from_rollouts().targets >= 0
+    torch.testing.assert_close(other["logprobs"][there], one["logprobs"][there], rtol=0, atol=1e-5)
+    assert other["count"] == one["count"] == int(from_rollouts().routed.sum()) * MODEL.num_layers * MODEL.moe_topk
+    assert other["mean"] == pytest.approx(one["mean"], rel=1e-5)
+    assert other["largest"] == pytest.approx(one["largest"], rel=1e-5)
+
+
+def test_scores_with_the_rollouts_weights_of_experts_are_those_of_plain_torch(layouts: Layouts) -> None:
+    """Through a dense model in float64, whose routers' own weights are then what the gap is measured from."""
+    found, batch, seen = layouts["one"]["weighted"], from_rollouts(), []
+    weights, there = reference.load(layouts.directory / "one" / "hf"), from_rollouts().targets >= 0
+    given, routed = batch.route_weights.double(), batch.routed
+    last = reference.hidden(weights, MODEL, batch.tokens, batch.routes, seen, given)
+    scores = reference.next_logprobs(last @ weights["lm_head.weight"].T, batch.tokens).detach()
+    torch.testing.assert_close(
+        found["logprobs"][:, :-1][there[:, :-1]].double(), scores[there[:, :-1]], rtol=0, atol=1e-5
+    )
+    forced = layouts["one"]["r3"]["scores"]["logprobs"]
+    assert (found["logprobs"] - forced)[there].abs().mean() > 0.01, "with the routers' own weights"
+    own = [logits.gather(-1, batch.routes[:, :, i].long()).softmax(-1).detach() for i, logits in enumerate(seen)]
+    gaps = (given - torch.stack(own, dim=2)).abs()[routed]
+    assert found["mean"] == pytest.approx(float(gaps.mean()), rel=1e-4)
+    assert found["largest"] == pytest.approx(float(gaps.max()), rel=1e-4)
+
+
 @pytest.mark.parametrize(("key", "replayed"), [("shifted", True), ("shifted_live", False)])
 def test_how_far_routers_moved_is_that_of_plain_torch(key: str, replayed: bool, layouts: Layouts) -> None:
     """Δ over the experts that the old weights used, and the gradient with its γ, through a dense model in float64."""

@@ -69,6 +69,14 @@ def test_how_far_routers_moved_is_that_of_the_padded_step(case: str, layouts: La
 
 
 @each_case
+def test_scores_with_the_rollouts_weights_of_experts_are_those_of_the_padded_step(case: str, layouts: Layouts) -> None:
+    ours, theirs = layouts[case]["weighted"], layouts["one"]["weighted"]
+    beyond = torch.arange(LENGTH) >= torch.tensor(LENGTHS)[:, None] - 1
+    torch.testing.assert_close(ours["logprobs"][~beyond], theirs["logprobs"][~beyond], rtol=0, atol=1e-5)
+    assert ours["count"] == theirs["count"] and ours["mean"] == pytest.approx(theirs["mean"], rel=1e-5)
+
+
+@each_case
 def test_every_row_that_should_be_replayed_is_counted_once(case: str, layouts: Layouts) -> None:
     rows = sum(length - 1 for length in LENGTHS) * MODEL.num_layers
     assert [layouts[case][mode]["rows"] for mode in MODES] == [0, rows, 2 * rows]

@@ -102,8 +102,12 @@ QUICK = ("one", "tp2", "tp2_ep2", "one_row24", "tp2_ep2_row42")
 
 def problem() -> tuple[list, np.ndarray, np.ndarray]:
     """Rollouts, their advantages, and how far `old_logprobs` lie from the current policy's: enough to be clipped."""
-    random = np.random.default_rng(7)
-    return samples(SAMPLES, random), random.normal(size=SAMPLES), random.normal(0, 0.2, (SAMPLES, LENGTH))
+    random, others = np.random.default_rng(7), np.random.default_rng(8)
+    rollouts = [
+        replace(each, route_weights=1.5 * others.dirichlet(np.ones(MODEL.moe_topk), each.routes.shape[:2]).astype("f4"))
+        for each in samples(SAMPLES, random)
+    ]
+    return rollouts, random.normal(size=SAMPLES), random.normal(0, 0.2, (SAMPLES, LENGTH))
 
 
 class Run:
@@ -138,7 +142,8 @@ class Run:
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
         mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
-        batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=self.replay.columns)
+        columns = self.replay.columns
+        batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=columns, weighted=True)
         self.batch, (self.micros,) = make_mini_batches(batch, self.settings, Stats())
         self.noise = torch.from_numpy(noise[own])[self.batch.sample_index]
         self.in_loss = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.sample_index]
@@ -156,13 +161,23 @@ class Run:
         record = mode == "r2"
         found = self.engine.score(self.micros, None if record else self.routes(mode), record)
         self.recorded = found.routes
-        mine = None
         if found.logprobs is not None:
             self.batch.old_logprobs.copy_(found.logprobs + self.noise)
-            back = self.batch.sample_index.argsort()
-            mine = (self.dp_rank, found.logprobs[back], found.entropy[back]) if self.reports_stats else None
-        parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
-        return {"logprobs": torch.cat([p[1] for p in parts]), "entropy": torch.cat([p[2] for p in parts])}
+        return {"logprobs": self.whole(found.logprobs), "entropy": self.whole(found.entropy)}
+
+    def score_weights(self) -> dict[str, Any]:
+        """Log-probabilities with the rollouts' weights of experts, and what these differ by from the routers'."""
+        logprobs, gap = self.engine.score_weights(self.micros)
+        totals, counts, largest = zip(*gathered((float(gap.total), gap.count, float(gap.largest))))
+        return {"logprobs": self.whole(logprobs), "mean": sum(totals) / sum(counts), "count": sum(counts)} | {
+            "largest": max(largest)
+        }
+
+    def whole(self, mine: torch.Tensor | None) -> torch.Tensor:
+        """What ranks of the last stage have of each sample, of all samples in the order of the problem."""
+        back = self.batch.sample_index.argsort()
+        parts = gathered((self.dp_rank, mine[back]) if mine is not None and self.reports_stats else None)
+        return torch.cat([part[1] for part in sorted((part for part in parts if part), key=lambda part: part[0])])
 
     def update(self, mode: str, settings: config.Objective | None = None) -> dict[str, float]:
         from megatron_bai.rl import objectives
@@ -289,9 +304,7 @@ def shifted(case: Case, device: backend.Device, mode: str, hf: Path | None = Non
     if hf:
         run.export(hf)
     shift.measure(run.micros, run.routes(mode), 0)
-    back = run.batch.sample_index.argsort()
-    parts = gathered((run.dp_rank, run.batch.router_shift[back]) if run.reports_stats else None)
-    whole = torch.cat([part[1] for part in sorted((part for part in parts if part), key=lambda part: part[0])])
+    whole = run.whole(run.batch.router_shift)
     first, gradients = measured(run.actor, lambda: run.update(mode, SHIFTED))
     return {"still": max(gathered(still)), "shift": whole, "first": first, "gradient": gradients}
 
@@ -321,7 +334,7 @@ def from_rollouts() -> Any:
     from megatron_bai.rl.batches.batch import from_samples
 
     rollouts, advantages, _ = problem()
-    return from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE)
+    return from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE, weighted=True)
 
 
 def measured(model: Any, update: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -396,6 +409,7 @@ def packed(case: Case, device: backend.Device) -> dict[str, Any]:
         scores, (first, whole) = run.score(mode), measured(run.actor, partial(run.update, mode))
         found[mode] = {"scores": scores, "first": first, "gradient": whole, "rows": sum(gathered(run.replay.rows))}
     found["shifted"] = shifted(case, device, "r2")
+    found["weighted"] = Run(case, device).score_weights()
     found["held"] = gathered([len(micro) for micro in run.micros])
     found["fed"] = gathered({tuple(micro.pack(micro.tokens).shape) for micro in run.micros})
     found["logits"] = gathered(logits_alive(run))
@@ -572,6 +586,7 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     loads = str(directory / case.loads / "critic") if case.loads else ""
     found["ppo"] = ppo(case, device, loads, str(own / "critic") if case.saves else "")
     found["shifted"] = shifted(case, device, "r3")
+    found["weighted"] = Run(case, device).score_weights()
     found["frozen"] = frozen(case, device)
     found["dispatcher"] = type(run.actor.modules[0].decoder.layers[0].mlp.token_dispatcher).__name__
     if name == "one":

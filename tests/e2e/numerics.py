@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from megatron_bai import config
 from megatron_bai.model import megatron_checkpoint, param_shards
 from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
+from megatron_bai.monitor.metrics.router_metrics import add_weight_gap
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
@@ -63,7 +64,8 @@ def _rollout(session: Session, inference: InferenceEngine, seed: int = 0) -> tup
     samples = inference.sample(prompts, _GROUP, seed)
     length = padded_length(max(len(sample.tokens) for sample in samples), session.engine.place.multiple)
     advantages = np.resize([1.0, -1.0], len(samples))  # whatever was sampled: there must be a gradient
-    batch = from_samples(samples, advantages, length, session.task.tokenizer.pad_token_id, session.signature)
+    pad = session.task.tokenizer.pad_token_id
+    batch = from_samples(samples, advantages, length, pad, session.signature, weighted=True)
     return batch, sum(len(sample.tokens) - 1 for sample in samples)
 
 
@@ -71,12 +73,17 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
     """Megatron's own forward, and one with the server's routes, beside what SGLang said when it sampled."""
     scores = session.engine.score([batch], record=True)
     forced = session.engine.score([batch], [session.engine.local_routes(batch)])
+    weighted, gap = session.engine.score_weights([batch])
     different, rows = _compare(session, batch, scores.routes[0])
     wrong, tied = _judged(session, batch)
-    live, replayed = ((each.logprobs - batch.infer_logprobs)[batch.mask].abs() for each in (scores, forced))
+    each_way = (scores.logprobs, forced.logprobs, weighted)
+    live, replayed, with_weights = ((each - batch.infer_logprobs)[batch.mask].abs() for each in each_way)
     return {
         "logprobs": float(live.max()),
         "logprobs_replayed": float(replayed.max()),
+        "logprobs_weighted": float(with_weights.max()),
+        "weight_gap": max(_gathered({"largest": float(gap.largest)}), key=lambda each: each["largest"])["largest"],
+        "weights": _sum([gap.count])[0],
         "tokens": live.numel(),
         "routes_different": different,
         "routes_wrong": wrong,
@@ -93,10 +100,12 @@ def _quantized(session: Session, inference: InferenceEngine, form: str) -> dict[
     batch, _ = _rollout(session, inference, seed=2)
     live = session.engine.score([batch], record=True)
     replayed = session.engine.score([batch], [session.engine.local_routes(batch)])
+    weighted, gap = session.engine.score_weights([batch])
     different, rows = _compare(session, batch, live.routes[0])
     stats = Stats()
-    for suffix, scores in (("_live", live), ("", replayed)):
-        add_discrepancy(stats, suffix, scores.logprobs, batch.infer_logprobs, batch.mask)
+    for suffix, logprobs in (("_live", live.logprobs), ("", replayed.logprobs), ("_weights", weighted)):
+        add_discrepancy(stats, suffix, logprobs, batch.infer_logprobs, batch.mask)
+    add_weight_gap(stats, gap)
     return {**stats.values(), "route_mismatch": different / rows, "sync_gap": inference.sync_gap}
 
 

@@ -29,7 +29,7 @@ def make_checkpoint(name: str, directory: Path) -> Path:
 def reinforce(checkpoint: Path, run: Path, sync: str, *first: Path) -> list[dict[str, Any]]:
     """Two steps; their metrics. All samples are kept in the run's directory. `first`: directories of packages that are
     taken before those installed."""
-    done = two_steps(checkpoint, run, f"rollout.sync={sync}", first=first)
+    done = two_steps(checkpoint, run, f"rollout.sync={sync}", "replay.weights=server", first=first)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -51,10 +51,12 @@ def two_steps(
 
 
 def require_same_engines(steps: list[dict[str, Any]]) -> None:
-    """Every route was replayed in both steps; a server computed the same as the training engine, live and forced."""
+    """Every route was replayed in both steps; a server computed the same as the training engine, live and forced, with
+    the training engine's weights of experts and with its own."""
     assert [step["route_coverage"] for step in steps] == [1.0, 1.0]
     for step in steps:
         assert step["grad_norm"] > 0 and step["route_mismatch"] == 0
         assert step["sync_gap"] < TOLERANCE
-        for ratio in ("perplexity_ratio_max", "perplexity_ratio_max_live"):
+        for ratio in ("perplexity_ratio_max", "perplexity_ratio_max_live", "perplexity_ratio_max_weights"):
             assert abs(step[ratio] - 1) < TOLERANCE
+        assert step["route_weight_gap_max"] < TOLERANCE  # of weights up to the router's factor

@@ -44,6 +44,11 @@ def test_the_defaults_are_valid() -> None:
         ({"replay__mode": "r4"}, ["replay.mode", "'r4'", "none, r2 or r3"]),
         ({"replay__store": "s", "replay__mode": "none"}, ["replay.store=s", "nothing is replayed"]),
         ({"replay__store": "s", "objective__name": "sft"}, ["replay.store=s", "nothing is replayed"]),
+        ({"replay__weights": "both"}, ["replay.weights is 'both'", "live or server"]),
+        ({"replay__weights": "server", "replay__mode": "r2"}, ["replay.weights is server", "replay.mode=r3", "live"]),
+        ({"replay__weights": "server", "objective__name": "sft"}, ["replay.weights is server", "replay.mode=r3"]),
+        ({"replay__weights": "server", "rollout__urls": ["http://a:1"]}, ["replay.weights is server", "rollout.urls"]),
+        ({"replay__weights": "server", "rollout__overlap": True}, ["replay.weights is server", "rollout.overlap"]),
         (
             {"replay__store": "s", "replay__store_encoding": "zip"},
             ["replay.store_encoding is 'zip'", "plain or compact"],

@@ -22,6 +22,7 @@ def made() -> list[tuple[int, Sample]]:
     found[3] = replace(found[3], failure="it took longer")
     found[4] = replace(found[4], reward=0.1, route_mask=np.arange(len(found[4].routes)) > 2)
     found[5] = lost_sample(0, [5, 6, 7], SIGNATURE, "no server")
+    found[2] = replace(found[2], route_weights=np.random.default_rng(0).random(found[2].routes.shape, np.float32))
     return [(100 + i // 2, sample) for i, sample in enumerate(found)]
 
 
@@ -44,7 +45,7 @@ def test_no_samples_are_none(tmp_path: Path) -> None:
     assert sample_file.read_samples(tmp_path / "a.npz", SIGNATURE) == []
 
 
-@pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded"])
+@pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded", "route_weights"])
 def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]], tmp_path: Path) -> None:
     sample_file.write_samples(tmp_path / "a.npz", made, SIGNATURE)
     arrays = dict(np.load(tmp_path / "a.npz"))

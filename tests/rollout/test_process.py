@@ -167,6 +167,16 @@ def test_arguments_follow_the_settings(model: Path) -> None:
     assert {"--enable-deterministic-inference", "--enable-return-routed-experts"} <= set(cuda)
 
 
+def test_a_release_that_returns_no_weights_is_refused_before_it_starts(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "installed_release", lambda: "0.5.99")
+    monkeypatch.setattr(module.releases, "require_startable", lambda *_: None)  # as with backend.untested, on a GPU
+    monkeypatch.setattr(module, "reserve_port", lambda *_: pytest.fail("it would start"))
+    with pytest.raises(UserError, match=r"replay\.weights=server needs SGLang 0\.5\.21, .*and 0\.5\.99 is installed"):
+        SGLangServer(model, Rollout(), model / "log", route_weights=True).launch()
+
+
 @pytest.mark.parametrize("way", [["--device", "cpu"], ["--device=cpu"]])
 def test_cpu_is_recognised_either_way(way: list[str]) -> None:
     assert uses_cpu(["--dtype", "float32", *way]) and not uses_cpu(["--device", "cuda", "--served-model-name", "cpu"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply
 
-from megatron_bai.rollout.parse_reply import decode_routes, parse_logprobs, parse_sample
+from megatron_bai.rollout.parse_reply import decode_routes, max_reply_bytes, parse_logprobs, parse_sample
 from megatron_bai.rollout.sample import Sample, VersionSpan
 from megatron_bai.routing.layout import ServedColumns
 
@@ -183,6 +183,84 @@ def test_refuses_what_is_no_reply(reply: Any) -> None:
 def test_routes_are_little_endian_int32_in_row_order() -> None:
     encoded = base64.b64encode(bytes([i for e in range(8) for i in (e, 0, 0, 0)])).decode()
     assert decode_routes(encoded, 2, SIGNATURE).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def weighted_reply(weights: Any, rows: int = 6) -> dict[str, Any]:
+    """A reply of a server that keeps weights: `[ids, bits of weights]` of each layer."""
+    bits = np.broadcast_to(np.asarray(weights, dtype="<f4"), (rows, 2, 2)).copy().view("<i4")
+    ids = np.tile(np.array([6, 3], dtype="<i4"), (rows, 2, 1))
+    reply = good_reply(PROMPT)
+    reply["meta_info"]["routed_experts"] = _routes(np.concatenate([ids, bits], axis=2))
+    return reply
+
+
+def test_weights_are_taken_apart_from_ids_and_keep_their_order() -> None:
+    weights = np.random.default_rng(0).dirichlet([1, 1], (6, 2)).astype(np.float32)
+    sample = parse_sample(
+        weighted_reply(weights),
+        2,
+        PROMPT,
+        SIGNATURE,
+        NEW_TOKENS,
+        [STOP],
+        served=ServedColumns(2, (0, 1)),
+        weight_limit=1.0,
+    )
+    assert (sample.routes == [6, 3]).all() and sample.routes.dtype == np.uint8
+    assert sample.route_weights is not None and sample.route_weights.dtype == np.float32
+    np.testing.assert_array_equal(sample.route_weights, weights)
+    later = parse_sample(
+        weighted_reply(weights[2:], 4), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], start=2, weight_limit=1.0
+    )
+    assert later.route_weights is not None and not later.route_weights[:2].any()
+    np.testing.assert_array_equal(later.route_weights[2:], weights[2:])
+    encoded = weighted_reply(weights)["meta_info"]["routed_experts"]
+    assert len(encoded) <= max_reply_bytes(7, SIGNATURE, weighted=True)
+    assert max_reply_bytes(1 << 20, SIGNATURE, weighted=True) > max_reply_bytes(1 << 20, SIGNATURE) + (1 << 20) * 16
+
+
+def test_weights_are_appended_and_selected_as_routes_are() -> None:
+    weights = np.random.default_rng(0).dirichlet([1, 1], (10, 2)).astype(np.float32)
+    first = parse_sample(weighted_reply(weights[:6]), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], weight_limit=1.0)
+    start, ids = 6, first.tokens.tolist()
+    rest = parse_sample(
+        weighted_reply(weights[6:], 4), 2, ids, SIGNATURE, NEW_TOKENS, [STOP], start=start, weight_limit=1.0
+    )
+    whole = first.append(rest)
+    assert whole.route_weights is not None and whole.routes.shape == whole.route_weights.shape
+    np.testing.assert_array_equal(whole.route_weights, weights)
+    selected = whole.select_layers([1]).route_weights
+    assert selected is not None
+    np.testing.assert_array_equal(selected, weights[:, 1:])
+    assert first.append(convert_rest(ids)).route_weights is None
+
+
+def convert_rest(ids: list[int]) -> Sample:
+    """What follows `ids`, from a server that keeps no weights."""
+    return parse_sample(good_reply(ids), 2, ids, SIGNATURE, NEW_TOKENS, [STOP])
+
+
+@pytest.mark.parametrize(
+    ("weights", "limit", "message"),
+    [
+        ([0.5, float("nan")], 1.0, "not finite"),
+        ([0.5, float("inf")], 1.0, "not finite"),
+        ([1.5, -0.5], 1.0, "negative"),
+        ([0.0, 0.0], 1.0, "sum to 0 to 0"),
+        ([0.9, 0.3], 1.0, "sum to 1.2 to 1.2 in a layer, where 1 is the most"),
+        ([2.0, 0.6], 2.5, "sum to 2.6 to 2.6 in a layer, where 2.5 is the most"),
+    ],
+)
+def test_weights_that_no_router_has_are_refused(weights: list[float], limit: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_sample(weighted_reply(weights), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], weight_limit=limit)
+
+
+def test_a_server_that_keeps_no_weights_is_refused_and_one_that_should_not() -> None:
+    with pytest.raises(ValueError, match="routes have 96 bytes, 6 tokens of 32 bytes need 192"):
+        parse_sample(good_reply(PROMPT), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], weight_limit=1.0)
+    with pytest.raises(ValueError, match="routes have 192 bytes, 6 tokens of 16 bytes need 96"):
+        convert(weighted_reply([0.5, 0.5]))
 
 
 def test_scores_leave_out_the_first_token() -> None:

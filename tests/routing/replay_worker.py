@@ -129,6 +129,59 @@ def forced(bench: Bench) -> dict[str, Any]:
     }
 
 
+def weights(bench: Bench) -> dict[str, Any]:
+    """The router's own weights of forced experts given back to it; others in some rows, in the first layer by hand."""
+    from megatron_bai.routing.replay.route_weights import force_weights
+
+    ids, checked, own = bench.routes.ids.long(), bench.routes.checked, []
+    watches = [
+        router.register_forward_hook(lambda router, inputs, output, i=i: own.append(output[0].gather(1, ids[:, i])))
+        for i, router in enumerate(bench.routers)
+    ]
+
+    def forward(*given: torch.Tensor, grad: bool = False, passes: int = 1) -> torch.Tensor:
+        routes = [bench.routes] * len(given)
+        with torch.set_grad_enabled(grad), bench.replay.force([bench.routes] * passes):
+            if not given:
+                return bench.forward()
+            with force_weights(bench.replay, routes, given) as gap:
+                found = [bench.forward() for _ in range(passes)][-1]
+        gaps.append((float(gap.total), gap.count, float(gap.largest)))
+        return found
+
+    gaps: list[tuple[float, int, float]] = []
+    plain = forward()
+    for watch in watches:
+        watch.remove()
+    given = torch.stack(own, dim=1)
+    elsewhere = given.clone()
+    elsewhere[~checked] = 100.0  # in rows that are not the rollout's
+    found: dict[str, Any] = {"plain": plain, "own": forward(given), "elsewhere": forward(elsewhere)}
+    outputs: list[torch.Tensor] = []
+    watch = bench.gpt.decoder.layers[0].mlp.register_forward_hook(lambda *a: outputs.append(a[2][0].flatten(0, 1)))
+    mixed = torch.rand(given.shape, generator=torch.Generator().manual_seed(2))
+    slots = [torch.zeros_like(given).index_fill_(2, torch.tensor([slot]), 1.0) for slot in range(MODEL.moe_topk)]
+    for each in (mixed, *slots):
+        forward(each)
+    watch.remove()
+    found |= {"outputs": outputs, "mixed": mixed[:, 0], "checked": checked, "gaps": gaps}
+    said = {}
+    for name, call in {
+        "gradient": lambda: forward(given, grad=True),
+        "other rows": lambda: forward(given[1:]),
+        "a layer less": lambda: forward(given[:, 1:]),
+        "not floats": lambda: forward(given.long()),
+        "too seldom": lambda: forward(given, given),
+        "too often": lambda: forward(given, passes=2),
+    }.items():
+        try:
+            call()
+            said[name] = "nothing"
+        except (ValueError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return found | {"said": said, "held": bench.held(), "after": forward()}
+
+
 def partial(bench: Bench, again: Bench) -> dict[str, Any]:
     """Every third row has no recording: there the router chooses. `again` recomputes the same model."""
     from megatron_bai.routing.replay.replay_pass import MicroRoutes
@@ -376,6 +429,7 @@ def main() -> None:
     for own in (bench, again):
         own.watch()
     facts: dict[str, Any] = {"identity": identity(bench), "forced": forced(bench), "partial": partial(bench, again)}
+    facts["weights"] = weights(bench)
     facts["orders"], facts["failures"] = orders(bench, again), failures(bench)
     facts["orphans"] = {
         "handles": len(everyone),

@@ -151,6 +151,42 @@ def test_the_router_chooses_where_there_is_no_route_and_is_forced_everywhere_els
     assert found["counts"] == (rows, rows if way == "recomputed" else 0) and found["held"] == []
 
 
+def test_the_routers_own_weights_given_back_change_no_bit(facts: Facts) -> None:
+    found = facts["weights"]
+    assert torch.equal(found["own"], found["plain"]) and torch.equal(found["after"], found["plain"])
+    assert found["held"] == []
+    # what other rows are given has no effect, nor is it measured
+    checked = found["checked"].unflatten(0, (LENGTH, -1)).T
+    assert not checked.all() and torch.equal(found["elsewhere"], found["plain"])
+    count = int(checked.sum()) * MODEL.num_layers * MODEL.moe_topk
+    assert found["gaps"][:2] == [(0.0, count, 0.0)] * 2
+
+
+def test_given_weights_are_what_experts_outputs_are_summed_with(facts: Facts) -> None:
+    """The first layer's output is linear in them: that of random weights is the sum of its experts' by themselves."""
+    found = facts["weights"]
+    mixed, *alone = (output[found["checked"]] for output in found["outputs"])
+    weights = found["mixed"][found["checked"]]
+    by_hand = sum(weights[:, slot, None] * output for slot, output in enumerate(alone))
+    torch.testing.assert_close(mixed, by_hand, rtol=1e-5, atol=1e-6)
+    assert mixed.abs().max() > 1e-3 and min(gap[2] for gap in found["gaps"][2:]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gradient", "RuntimeError: weights are replaced in passes without gradient alone"),
+        ("other rows", "ValueError: micro-batch 0: weights are torch.float32"),
+        ("a layer less", "ValueError: micro-batch 0: weights are torch.float32"),
+        ("not floats", "ValueError: micro-batch 0: weights are torch.int64"),
+        ("too seldom", "RuntimeError: routers ran for [1, 1, 1, 1] of 2 micro-batches with weights"),
+        ("too often", "RuntimeError: a router ran more often than the 1 micro-batches with weights"),
+    ],
+)
+def test_weights_that_are_not_of_the_pass_are_refused(name: str, said: str, facts: Facts) -> None:
+    assert facts["weights"]["said"][name].startswith(said)
+
+
 def test_live_rows_are_recomputed_as_they_were_chosen(facts: Facts) -> None:
     plain, recomputed = facts["partial"]["plain"], facts["partial"]["recomputed"]
     assert torch.equal(recomputed["loss"], plain["loss"])

@@ -16,7 +16,8 @@ def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch
 
     `kl_k1` is the mean of log μ − log π in nats (arXiv 2512.01374): an unbiased estimate of KL(μ ‖ π), may be
     negative on a batch. `kl_k3` is the mean of r − 1 − log r (arXiv 2510.11370), another: never negative, less
-    variance. `f_1.5`, `f_2`, `f_5` are F(τ), the share of tokens with max(r, 1/r) > τ (arXiv 2510.11370).
+    variance. `logprob_gap` is the mean of |log r|. `f_1.5`, `f_2`, `f_5` are F(τ), the share of tokens with
+    max(r, 1/r) > τ (arXiv 2510.11370).
     `ess_discrepancy` is the effective sample size of the token weights r, see `Stats.sample_size`.
     `perplexity_ratio` is exp((1/|y|) Σ_t log μ − log π), a response's perplexity under π over that under μ: the mean
     over responses with tokens, and `perplexity_ratio_max` the largest.
@@ -32,6 +33,7 @@ def add_discrepancy(stats: Stats, suffix: str, train: torch.Tensor, infer: torch
     tokens = log_ratio[mask]
     stats.mean("kl_k1" + suffix, -tokens)
     stats.mean("kl_k3" + suffix, tokens.expm1() - tokens)
+    stats.mean("logprob_gap" + suffix, tokens.abs())
     for threshold in RATIO_THRESHOLDS:
         stats.mean(f"f_{threshold:g}{suffix}", tokens.abs().exp() > threshold)
     stats.sample_size("ess_discrepancy" + suffix, tokens.exp())

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_bai.monitor.stats import Stats, entropy
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, sets_differ
+from megatron_bai.routing.replay.route_weights import WeightGap
 
 _LOAD = "expert_load/"
 
@@ -54,6 +55,19 @@ def add_route_mismatch(
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=stages)
     stats.mean("tokens_route_mismatch", anywhere)  # every stage adds the same tokens: the mean is unchanged
     return [rows.sum(1, dtype=torch.int16) for rows in differ]
+
+
+def add_weight_gap(stats: Stats, gap: WeightGap) -> None:
+    """Add what the inference engine's weights of experts differ by from the training engine's.
+
+    `route_weight_gap`: mean |difference| over (token, layer, expert); `route_weight_gap_max` the largest.
+
+    Args:
+        stats: to add to.
+        gap: of this rank.
+    """
+    stats.ratio("route_weight_gap", float(gap.total), gap.count)
+    stats.max("route_weight_gap_max", gap.largest[None])
 
 
 def add_expert_load(stats: Stats, routes: Sequence[MicroRoutes], layers: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ PHASES = (
     "rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval", "ahead", "samples",
 )  # fmt: skip
 _ALARM = "#d9304f"
-_DASHES = ("solid", "dot", "dash")  # of a chart's first, second and third metric
+_DASHES = ("solid", "dot", "dash", "dashdot")  # of a chart's first metric, the second, …
 _BY_LENGTH = (REWARD_PREFIX.rstrip("/"), COUNT_PREFIX.rstrip("/"))
 _LAYERS = {  # metrics PREFIX/LAYER → title
     "route_mismatch": "Routes that differ, by MoE layer",
@@ -28,6 +28,12 @@ _LAYERS = {  # metrics PREFIX/LAYER → title
 
 def _factors(of: str) -> dict[str, str]:
     return {f"discrepancy_{of}": "discrepancy", f"staleness_{of}": "staleness"}
+
+
+def _ways(of: str) -> dict[str, str]:
+    """Return a metric of the discrepancy in each of the ways that it is measured on a batch."""
+    ways = {"": "with replay", "_live": "without, same batch", "_weights": "with replay and the server's weights"}
+    return {of + suffix: label for suffix, label in ways.items()}
 
 
 def _thresholds(suffix: str) -> dict[str, str]:
@@ -46,7 +52,12 @@ def _signs(of: str) -> dict[str, str]:
     return {of: "all", f"{of}_positive": "A > 0", f"{of}_negative": "A < 0"}
 
 
-_SAMPLE_SIZES = {"ess": "π_θ/μ_old", "ess_discrepancy": "π_old/μ_old", "ess_discrepancy_live": "π_old/μ_old, live"}
+_SAMPLE_SIZES = {
+    "ess": "π_θ/μ_old",
+    "ess_discrepancy": "π_old/μ_old",
+    "ess_discrepancy_live": "π_old/μ_old, live",
+    "ess_discrepancy_weights": "π_old/μ_old, the server's weights",
+}
 
 # section → (intro, charts as (title, {metric: label}, log scale)); a chart without data is left out
 SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
@@ -79,12 +90,15 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
     "Stability": (
         "How far the training engine is from the inference engine that sampled the batch, and how big the updates are.",
         [
-            ("Training–inference KL (k3)", {"kl_k3": "with replay", "kl_k3_live": "without, same batch"}, True),
-            ("Training–inference KL (k1)", {"kl_k1": "with replay", "kl_k1_live": "without, same batch"}, False),
+            ("Training–inference KL (k3)", _ways("kl_k3"), True),
+            ("Training–inference KL (k1)", _ways("kl_k1"), False),
+            ("Training–inference mean |log r|, nats", _ways("logprob_gap"), False),
             ("F(τ): tokens with max(r, 1/r) > τ, fraction", _thresholds(""), False),
             ("F(τ) without replay, same batch, fraction", _thresholds("_live"), False),
+            ("F(τ) with the server's weights of experts, fraction", _thresholds("_weights"), False),
             ("Perplexity ratio π/μ of a response", _perplexity(""), False),
             ("Perplexity ratio without replay, same batch", _perplexity("_live"), False),
+            ("Perplexity ratio with the server's weights of experts", _perplexity("_weights"), False),
             ("Effective sample size, fraction", _SAMPLE_SIZES, False),
             ("Weight sync: log-probability of the probe, nats off", {"sync_gap": "gap"}, False),
             ("Entropy, nats per token", {"entropy": "entropy"}, False),
@@ -107,6 +121,11 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
         [
             ("Routes the live router would have chosen differently, fraction", {"route_mismatch": "fraction"}, False),
             ("Tokens with such a route in any layer, fraction", {"tokens_route_mismatch": "fraction"}, False),
+            (
+                "Weights of the server's experts less the trainer's of them, absolute",
+                {"route_weight_gap": "mean", "route_weight_gap_max": "largest"},
+                True,
+            ),
             ("Route coverage: rows replayed of rows that should be", {"route_coverage": "fraction"}, False),
             ("Effective number of experts, mean over layers", {"experts_effective": "experts"}, False),
             ("Entropy of the expert load, nats, mean over layers", {"expert_entropy": "entropy"}, False),

@@ -43,6 +43,8 @@ class Batch:
         lengths: `[B]` int64, tokens of each sample; T by default.
         sample_index: `[B]` int64, the sample's index among this replica's, whatever their order here.
         router_shift: `[B, T]` float32, Δ of the routers at input token t (`rl/policy/router_shift.py`); 0 by default.
+        route_weights: `[B, T, layers, topk]` float32, the inference engine's weights of `routes`; `[B, T, 0, 0]` where
+            it was not asked for them.
         packing: how the samples lie in the one row that a model is fed; None: as they lie here.
     """
 
@@ -66,6 +68,7 @@ class Batch:
     version_age: torch.Tensor = _DEFAULT
     sampled_logprobs: torch.Tensor = _DEFAULT
     router_shift: torch.Tensor = _DEFAULT
+    route_weights: torch.Tensor = _DEFAULT
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +89,8 @@ class Batch:
             self.sampled_logprobs = self.old_logprobs.clone()
         if self.router_shift is None:
             self.router_shift = torch.zeros_like(self.infer_logprobs)
+        if self.route_weights is None:
+            self.route_weights = self.infer_logprobs.new_zeros(b, length, 0, 0)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -168,6 +173,7 @@ def from_samples(
     in_loss: np.ndarray | None = None,
     columns: Sequence[int] | None = None,
     rewards: np.ndarray | None = None,
+    weighted: bool = False,
 ) -> Batch:
     """Build a batch from rollouts.
 
@@ -180,6 +186,7 @@ def from_samples(
         in_loss: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.drop_excluded`.
         columns: MoE layers, counted from 0, whose routes the samples hold; None: all.
         rewards: `[B]`; None: 0.
+        weighted: whether the samples have `route_weights`; lost ones need none.
     """
     b = len(samples)
     tokens = np.full((b, length), pad_id, dtype=np.int64)
@@ -209,7 +216,18 @@ def from_samples(
         missing=torch.from_numpy(missing),
         rewards=torch.zeros(b) if rewards is None else torch.from_numpy(rewards.astype(np.float32)),
         lengths=torch.tensor([len(sample.tokens) for sample in samples]),
+        route_weights=torch.from_numpy(_stack_weights(samples, routes.shape)) if weighted else _DEFAULT,
     )
+
+
+def _stack_weights(samples: list[Sample], shape: tuple[int, ...]) -> np.ndarray:
+    """Stack route weights as `[B, T, layers, topk]` float32, 0 where a sample has no row."""
+    weights = np.zeros(shape, dtype=np.float32)
+    for i, sample in enumerate(samples):
+        assert sample.lost or sample.route_weights is not None, "a sample without the weights of its routes"
+        if sample.route_weights is not None:
+            weights[i, : len(sample.route_weights)] = sample.route_weights
+    return weights
 
 
 def _tokens_of_prompts(mask: torch.Tensor, prompt_index: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,8 @@ class Collector:
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.place.multiple)
         pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
-        return from_samples(samples, advantages, length, pad, session.signature, in_loss, columns, rewards)
+        weighted = self.settings.replay.weights == "server"
+        return from_samples(samples, advantages, length, pad, session.signature, in_loss, columns, rewards, weighted)
 
 
 def rewards_and_mask(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:

@@ -69,7 +69,10 @@ class InferenceEngine:
         architecture = self._session.actor.architecture
         served = ServedColumns(*architecture.family.route_columns(architecture))
         longest = model.max_position_embeddings
-        return RolloutClient(urls, rollout, signature, model.vocab_size, longest, first, served)
+        limit = None
+        if self._session.settings.replay.weights == "server":
+            limit = self._session.actor.transformer_config.moe_router_topk_scaling_factor or 1.0
+        return RolloutClient(urls, rollout, signature, model.vocab_size, longest, first, served, limit)
 
     def sample(
         self,
@@ -373,7 +376,13 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
                 fleet.connect_servers(settings.rollout)
                 if directory is None
                 else stack.enter_context(
-                    fleet.start_servers(directory, settings.rollout, Path(settings.run.dir), session.device.kind)
+                    fleet.start_servers(
+                        directory,
+                        settings.rollout,
+                        Path(settings.run.dir),
+                        session.device.kind,
+                        settings.replay.weights == "server",
+                    )
                 )
             )
             info[0] = server_fleet.fleet

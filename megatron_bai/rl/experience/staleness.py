@@ -85,17 +85,24 @@ class PreviousWeights:
             return self._engine.score(micro_batches, routes).logprobs
 
 
-def add_discrepancies(stats: Stats, batch: Batch, previous: torch.Tensor | None, live: torch.Tensor | None) -> None:
+def add_discrepancies(
+    stats: Stats,
+    batch: Batch,
+    previous: torch.Tensor | None,
+    live: torch.Tensor | None,
+    weighted: torch.Tensor | None = None,
+) -> None:
     """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines over tokens for which they are known.
 
     Metrics of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those
-    of the live router, `_live`, are of tokens of age 0.
+    of the live router, `_live`, and of the server's experts with its weights, `_weights`, are of tokens of age 0.
 
     Args:
         stats: gets the metrics.
         batch: with `old_logprobs`.
         previous: `[B, T]` log-probabilities under the previous weights; None: no copy of them.
         live: `[B, T]` log-probabilities under the step's weights without replay; None: not measured.
+        weighted: likewise with the server's experts and its weights of them.
     """
     old, age = batch.old_logprobs, batch.version_age
     unknown = torch.full_like(old, float("nan"))
@@ -104,5 +111,6 @@ def add_discrepancies(stats: Stats, batch: Batch, previous: torch.Tensor | None,
     known = batch.mask & ~batch.sampled_logprobs.isnan()
     add_discrepancy(stats, "", batch.sampled_logprobs, batch.infer_logprobs, known)
     add_discrepancy(stats, "_stale", old, batch.infer_logprobs, batch.mask & (age > 0))
-    if live is not None:
-        add_discrepancy(stats, "_live", live.cpu(), batch.infer_logprobs, batch.mask & (age == 0))
+    for suffix, logprobs in (("_live", live), ("_weights", weighted)):
+        if logprobs is not None:
+            add_discrepancy(stats, suffix, logprobs.cpu(), batch.infer_logprobs, batch.mask & (age == 0))

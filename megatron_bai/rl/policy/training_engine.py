@@ -17,6 +17,7 @@ from megatron_bai.rl.policy.forward_backward import ForwardBackward
 from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
 from megatron_bai.routing.layout import Place, filler_routes
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
+from megatron_bai.routing.replay.route_weights import WeightGap, force_weights
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
 
@@ -75,6 +76,25 @@ class TrainingEngine:
         )
         live = missing.to(self.device) if missing.any() else None
         return MicroRoutes(ids.to(self.device), routed.to(self.device), live)
+
+    def local_weights(self, micro_batch: Batch) -> torch.Tensor:
+        """Return the inference engine's weights of a micro-batch's experts, as `local_routes` returns these."""
+        return self.place.rows(micro_batch.pack(micro_batch.route_weights)).to(self.device)
+
+    def score_weights(self, micro_batches: list[Batch]) -> tuple[torch.Tensor | None, WeightGap]:
+        """Compute log-probabilities with the inference engine's experts and its weights of them. Collective.
+
+        Args:
+            micro_batches: as in `score`, with `route_weights`.
+
+        Returns:
+            `[B, T]` as in `Scores`, and what the weights differ by from those that this rank's routers computed.
+        """
+        routes = [self.local_routes(micro_batch) for micro_batch in micro_batches]
+        weights = [self.local_weights(micro_batch) for micro_batch in micro_batches]
+        with force_weights(self.replay, routes, weights) as gap:
+            logprobs = self.score(micro_batches, routes).logprobs
+        return logprobs, gap
 
     def _live_routes(self, micro_batch: Batch) -> MicroRoutes:
         """Return routes that leave the choice to the routers, but for padding, which moves no expert bias then."""

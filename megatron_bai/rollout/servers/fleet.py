@@ -147,7 +147,9 @@ def require_local_addresses(rollout: Rollout) -> None:
 
 
 @contextmanager
-def start_servers(model_dir: Path, rollout: Rollout, logs: Path, device: str) -> Iterator[ServerFleet]:
+def start_servers(
+    model_dir: Path, rollout: Rollout, logs: Path, device: str, route_weights: bool = False
+) -> Iterator[ServerFleet]:
     """Start `rollout.servers` servers on this machine, all at once; stop them however the block ends.
 
     Args:
@@ -155,6 +157,7 @@ def start_servers(model_dir: Path, rollout: Rollout, logs: Path, device: str) ->
         rollout: settings of the servers.
         device: `cpu` or `cuda`.
         logs: directory of `server.log`, `server-1.log` and so on.
+        route_weights: as in `SGLangServer`.
 
     Raises:
         UserError: one did not start.
@@ -163,7 +166,8 @@ def start_servers(model_dir: Path, rollout: Rollout, logs: Path, device: str) ->
         servers = []
         for i in range(rollout.servers):
             settings = replace(rollout, port=rollout.port + i if rollout.port else 0)
-            server = SGLangServer(model_dir, settings, logs / (f"server-{i}.log" if i else "server.log"), device)
+            log = logs / (f"server-{i}.log" if i else "server.log")
+            server = SGLangServer(model_dir, settings, log, device, route_weights=route_weights)
             stack.callback(server.stop)
             server.launch()
             servers.append(server)

@@ -6,6 +6,7 @@ A server reports its release (`/server_info`). The table of releases is `megatro
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_bai.compat import sglang_route_weights
 from megatron_bai.compat.releases import (
     SERVERS,
     SGLANG,
@@ -46,6 +47,23 @@ def require_startable(found: str | None, where: str, device: str = "cpu") -> Non
         raise UserError(
             f"SGLang {found or '(none)'} {where}{fault}; a run starts servers of {', '.join(known)} alone: "
             f"pip install sglang=={SGLANG}"
+        )
+
+
+def require_route_weights(found: str | None) -> None:
+    """Refuse a release whose servers cannot be made to return the weights of a token's experts.
+
+    Args:
+        found: the installed release; None: there is none.
+
+    Raises:
+        UserError: names it and those that can.
+    """
+    known = sglang_route_weights.PATCH.versions
+    if found not in known:
+        raise UserError(
+            f"replay.weights=server needs SGLang {', '.join(known)}, whose servers a patch makes return weights, and "
+            f"{found or 'none'} is installed: leave replay.weights at live"
         )
 
 

@@ -8,6 +8,7 @@ ARGS are SGLang's. OWN, which come first, are ours:
     --take-tensors    keep the path that unpickles weights out of a request
     --exact           with `rollout.exact`: the compatibility fix of scope `sglang-exact` is applied, too
     --untested        SGLang is of a release that no compatibility fix names: none is applied
+    --route-weights   return the weights of a token's experts beside their ids (scope `sglang-weights`)
 
 The compatibility fixes of scope `sglang-models` are applied first, for models that SGLang would serve as others or not
 at all. With `--device cpu` those of `sglang-cpu` are, too, and SGLang looks for models in `served_models` before it
@@ -45,6 +46,8 @@ from megatron_bai.rollout.servers.socket_dir import INSTANCE_ID_LENGTH
 from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
+# The arguments of this module
+_OWN = ("--parent", "--instance", "--key-file", "--take-tensors", "--untested", "--route-weights")
 _TENSORS = "/update_weights_from_tensor"
 # SGLang 0.5.21, http_server.py
 _PICKLE_PATHS = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}
@@ -60,6 +63,7 @@ class ServerArgs:
     take_tensors: bool = False
     untested: bool = False
     exact: bool = False
+    route_weights: bool = False
     words: tuple[str, ...] = ()  # ours as they were given, without the parent
     rest: tuple[str, ...] = ()
 
@@ -71,7 +75,7 @@ def parse_args(arguments: list[str]) -> ServerArgs:
         UserError: the key cannot be read.
     """
     found, rest = ServerArgs(), list(arguments)
-    while rest[:1] and rest[0] in ("--parent", "--instance", "--key-file", "--take-tensors", "--untested", "--exact"):
+    while rest[:1] and rest[0] in _OWN:
         name = rest.pop(0)
         if name == "--parent":
             found.parent = int(rest.pop(0))
@@ -86,6 +90,7 @@ def parse_args(arguments: list[str]) -> ServerArgs:
             found.take_tensors |= name == "--take-tensors"
             found.untested |= name == "--untested"
             found.exact |= name == "--exact"
+            found.route_weights |= name == "--route-weights"
     found.rest = tuple(rest)
     return found
 
@@ -98,7 +103,7 @@ def uses_cpu(arguments: list[str]) -> bool:
 def run_server(given: ServerArgs) -> None:
     """Serve until a signal stops the process."""
     with gc_disabled_for_imports():
-        prepare(uses_cpu(list(given.rest)), given.untested, given.exact)
+        prepare(uses_cpu(list(given.rest)), given.untested, given.exact, given.route_weights)
         from sglang.launch_server import run_server
         from sglang.srt.entrypoints import http_server
         from sglang.srt.plugins import load_plugins
@@ -155,13 +160,14 @@ def init_process() -> ServerArgs:
     return given
 
 
-def prepare(cpu: bool, untested: bool = False, exact: bool = False) -> None:
+def prepare(cpu: bool, untested: bool = False, exact: bool = False, route_weights: bool = False) -> None:
     """Import what SGLang needs first, as changed for a CPU or as it is, and name the models that transformers lacks.
 
     Args:
         cpu: whether SGLang computes on a CPU.
         untested: its release is one that no compatibility fix names; a CPU needs them.
         exact: compute each token as if it were alone (`rollout.exact`), on a CPU.
+        route_weights: return the weights of a token's experts, too.
     """
     if cpu:
         os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", served_models.__name__)  # unless the user has models
@@ -170,6 +176,8 @@ def prepare(cpu: bool, untested: bool = False, exact: bool = False) -> None:
         compat.apply("sglang-models")
     if exact:
         compat.apply("sglang-exact")
+    if route_weights:
+        compat.apply("sglang-weights")
     _restrict_tcp_store()
     config_types.register()
 

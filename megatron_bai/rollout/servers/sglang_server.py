@@ -46,13 +46,20 @@ class SGLangServer:
         log_path: where everything the server prints goes.
         device: `cpu` or `cuda`.
         text: also load the checkpoint's tokenizer, for SGLang's OpenAI endpoints. Rollouts need token ids only.
+        route_weights: return the weights of a token's experts beside their ids (`replay.weights=server`).
     """
 
     def __init__(
-        self, model_dir: str | Path, rollout: Rollout, log_path: str | Path, device: str = "cpu", text: bool = False
+        self,
+        model_dir: str | Path,
+        rollout: Rollout,
+        log_path: str | Path,
+        device: str = "cpu",
+        text: bool = False,
+        route_weights: bool = False,
     ):
         self.model_dir, self.rollout, self.log_path = Path(model_dir), rollout, Path(log_path)
-        self.device, self.text = device, text
+        self.device, self.text, self.route_weights = device, text, route_weights
         self.port = rollout.port
         self._launched, self._log_start = False, 0  # bytes of the log before those of the process at hand
         self._process: subprocess.Popen[bytes] | None = None
@@ -101,6 +108,8 @@ class SGLangServer:
         if not (self.model_dir / "config.json").is_file():
             raise UserError(f"{self.model_dir} is no Hugging Face checkpoint: it has no config.json")
         releases.require_startable(installed_release(), "is installed", self.device)
+        if self.route_weights:
+            releases.require_route_weights(installed_release())
         self._reservation = reserve_port(self.rollout.host, self.port)
         self.port = self._reservation.port
         try:
@@ -123,6 +132,8 @@ class SGLangServer:
             own.append("--exact")
         if releases.is_untested(installed_release()):
             own.append("--untested")
+        if self.route_weights:
+            own.append("--route-weights")
         command = [sys.executable, "-m", "megatron_bai.rollout.servers.server_main", *own, *self._arguments()]
         environment = _environment(self.device, self.rollout.tensor, self.rollout.host, self._socket_dir.path)
         environment |= _served_model(self.model_dir)
