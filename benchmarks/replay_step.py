@@ -6,11 +6,14 @@ own engine:
     none    live routing in both
     r2      recorded in the first, forced in the second
     r3      the rollout's routes, cut to this rank, forced in both
+    shift   live routing in both, with RSPO's router shift (`objective.router_shift`): the routers' scores are kept in
+            the first, and compared with those of the update's weights in a forward pass of its own before it. A
+            step's first update needs none: this is what each later one costs
 
-All modes do the same arithmetic: the learning rate is 0 and R3's routes are those that the router chooses. Rounds of
-none, r2, r3 follow each other in alternating order; a mode's ratio is the median over rounds of its seconds by those of
-none in the same round. On a shared machine the seconds of the processor say more than those of the clock: both are
-given.
+All modes do the same arithmetic, but for the shift's factor of 1: the learning rate is 0 and R3's routes are those that
+the router chooses. Rounds of all modes follow each other in alternating order; a mode's ratio is the median over rounds
+of its seconds by those of none in the same round. On a shared machine the seconds of the processor say more than those
+of the clock: both are given.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -25,7 +29,7 @@ import torch
 from megatron_bai import config
 from megatron_bai.distributed import backend
 
-MODES = ("none", "r2", "r3")
+MODES = ("none", "r2", "r3", "shift")
 MODEL = config.Model(
     num_layers=8, hidden_size=256, num_attention_heads=4, num_query_groups=2, head_dim=64, num_experts=32, moe_topk=4,
     moe_ffn_hidden_size=128, vocab_size=1024, max_position_embeddings=1024, init_std=0.05,
@@ -49,6 +53,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.policy.router_shift import RouterShift
     from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
@@ -80,15 +85,20 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     micros = batch.split(arguments.micro)
     for micro, own in zip(micros, engine.score(micros, record=True).routes):
         micro.routes.copy_(own.ids.unflatten(0, (arguments.tokens, -1)).transpose(0, 1))
-    objective = objectives.get("minirl")
+    objective, shifted = objectives.get("minirl"), config.Minirl(router_shift=True)
+    shift = RouterShift(engine, shifted)
 
     def step(mode: str) -> tuple[float, float]:
         began = time.perf_counter(), time.process_time()
         routes = [engine.local_routes(micro) for micro in micros] if mode == "r3" else None
-        scores = engine.score(micros, routes, record=mode == "r2")
+        with shift.record(len(micros)) if mode == "shift" else nullcontext():
+            scores = engine.score(micros, routes, record=mode == "r2")
         assert scores.logprobs is not None, "one stage has the logits"
         batch.old_logprobs.copy_(scores.logprobs)
-        engine.update(micros, scores.routes if mode == "r2" else routes, objective, settings.objective)
+        if mode == "shift":
+            shift.measure(micros, None, 0)
+        own = shifted if mode == "shift" else settings.objective
+        engine.update(micros, scores.routes if mode == "r2" else routes, objective, own)
         if device.kind == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began[0], time.process_time() - began[1]
