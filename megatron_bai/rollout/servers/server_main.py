@@ -47,7 +47,7 @@ from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
 # The arguments of this module
-_OWN = ("--parent", "--instance", "--key-file", "--take-tensors", "--untested", "--route-weights")
+_OWN = ("--parent", "--instance", "--key-file", "--take-tensors", "--untested", "--exact", "--route-weights")
 _TENSORS = "/update_weights_from_tensor"
 # SGLang 0.5.21, http_server.py
 _PICKLE_PATHS = {_TENSORS, "/update_weights_from_ipc", "/load_lora_adapter_from_tensors"}
