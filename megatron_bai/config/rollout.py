@@ -68,3 +68,7 @@ class Replay:
     store: str = path("")  # a directory that keeps the routes each step replays (see inspect); empty keeps none
     # sets within 1.05 of the fewest bits, or plain: one or two bytes an expert
     store_encoding: str = choice("compact", "plain", "compact")
+    # r2, experimental: replay the routes that are predicted for a step's later updates (PR²), not the current ones
+    predict: bool = False
+    predict_learning_rate: float = number(1e-3, above=0)  # of the predictors; the trainer's warm-up and decay scale it
+    predict_every: int = number(16, at_least=1)  # one of so many tokens trains them; fewer take more memory

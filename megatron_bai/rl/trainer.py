@@ -2,7 +2,8 @@
 
 import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,7 @@ from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepanc
 from megatron_bai.rl.merge_routing import measure_merge_routing
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
+from megatron_bai.rl.policy.route_prediction import RoutePrediction
 from megatron_bai.rl.policy.router_shift import RouterShift
 from megatron_bai.rl.policy.training_engine import Scores
 from megatron_bai.rl.policy.weight_copy import WeightCopy
@@ -189,9 +191,12 @@ class TrainingLoop:
         measured = settings.rollout.overlap and settings.rollout.measure_sampled
         self.previous_weights = PreviousWeights(session.engine) if measured else None
         self.router_shift = RouterShift(session.engine, settings.objective)
+        self.route_prediction = RoutePrediction(session.engine, settings)
         self.monitor = Monitor(settings.monitor)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.stateful: dict[str, Stateful] = {"collector": self.collector, "monitor": self.monitor}
+        if self.route_prediction.is_enabled:
+            self.stateful["route_prediction"] = self.route_prediction
         self.warmup = session.critic.settings.critic_warmup if session.critic else 0
 
     def step(self, step: int) -> dict[str, Any]:
@@ -211,7 +216,7 @@ class TrainingLoop:
         batch, mini_batches = make_mini_batches(batch, self.settings, stats, self.session.device.device)
         micro_batches = sum(mini_batches, [])
         rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, mini_batches)
-        with clock("old_logprob"), self.router_shift.record(len(micro_batches)):
+        with clock("old_logprob"), self._recording_routers(step, mini_batches):
             routes, differing = self._score_old_policy(batch, micro_batches, stats, router_stats)
         if self.route_recorder:
             assert routes is not None, "a store belongs to a replay"
@@ -229,7 +234,7 @@ class TrainingLoop:
                 update_metrics |= self._update_critic(step, mini_batches, stats)
         if step >= self.warmup:
             with clock("update"):
-                update_metrics |= self._update(step, mini_batches, routes, stats)
+                update_metrics |= self._update(step, mini_batches, routes, stats, router_stats)
         rows = self._sum_over_ranks(
             [self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0]
         )
@@ -254,6 +259,13 @@ class TrainingLoop:
             **clock.metrics(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
         return self._with_alarms(values)
+
+    @contextmanager
+    def _recording_routers(self, step: int, mini_batches: MiniBatches) -> Iterator[None]:
+        """Record what later comparisons with π_old's routers need, if there are any."""
+        num_passes = sum(map(len, mini_batches))
+        with self.router_shift.record(num_passes), self.route_prediction.record(step, mini_batches):
+            yield
 
     def _gather_metrics(self, stats: Stats, router_stats: Stats) -> dict[str, float]:
         """Gather the step's statistics over the world. Collective."""
@@ -282,7 +294,7 @@ class TrainingLoop:
         live_scores: Scores | None = None
         differing: list[torch.Tensor] = []
         if mode != "r3" or self.settings.replay.measure_live:
-            live_scores = engine.score(micro_batches, record=True)
+            live_scores = engine.score(micro_batches, record=True, shift=self.route_prediction.shift)
             differing = router.add_route_mismatch(
                 router_stats, inference, live_scores.routes, engine.replay.columns, self.stages
             )
@@ -314,7 +326,12 @@ class TrainingLoop:
         return None if mode == "none" else routes, differing
 
     def _update(
-        self, step: int, mini_batches: MiniBatches, routes: list[MicroRoutes] | None, stats: Stats
+        self,
+        step: int,
+        mini_batches: MiniBatches,
+        routes: list[MicroRoutes] | None,
+        stats: Stats,
+        router_stats: Stats,
     ) -> dict[str, float]:
         """Make an optimizer step on each mini-batch, with the routes of its micro-batches. Collective."""
         trainer, engine = self.settings.trainer, self.session.engine
@@ -327,9 +344,10 @@ class TrainingLoop:
             if num_done:  # before the step's first update nothing has moved
                 self.router_shift.measure(micro_batches, mini_batch_routes, num_done)
             num_done += len(micro_batches)
-            update_stats, norm = engine.update(
-                micro_batches, mini_batch_routes, self.objective, self.settings.objective
-            )
+            with self.route_prediction.learn(update - first, rate, router_stats):
+                update_stats, norm = engine.update(
+                    micro_batches, mini_batch_routes, self.objective, self.settings.objective
+                )
             stats.add(update_stats)
             norms.append(norm)
         return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}

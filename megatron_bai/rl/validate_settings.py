@@ -6,6 +6,7 @@ from megatron_bai.data import task_factory
 from megatron_bai.distributed.hosts import is_loopback, is_multi_host
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import architecture_of, require_served
+from megatron_bai.model.families.architecture import Architecture
 from megatron_bai.model.families.param_mapping import EXPERT_BIAS
 from megatron_bai.model.freeze import validate_freeze
 from megatron_bai.monitor import loggers
@@ -42,6 +43,7 @@ def validate_settings(settings: config.Config) -> None:
     loggers.validate(settings)
     rollouts = objectives.check(settings.objective).rollouts
     _validate_packing(settings, rollouts)
+    _validate_prediction(settings, architecture, rollouts)
     task_factory.validate_data(settings.data, not rollouts, config.initial_checkpoint(settings))
     rewards.resolve_reward(settings.reward)
     _validate_router_losses(settings.supervised, rollouts)
@@ -196,6 +198,34 @@ def _validate_route_weights(settings: config.Config) -> None:
         fault = "with rollout.overlap every token is of weights before the step's, under which it is not measured"
     if fault:
         raise UserError(f"replay.weights is server: {fault}; leave it at live")
+
+
+def _validate_prediction(settings: config.Config, architecture: Architecture, rollouts: bool) -> None:
+    """Refuse predicted routes where nothing is recorded, nothing can be predicted, or the router is of another kind."""
+    replay, num_updates = settings.replay, settings.trainer.mini_batches
+    if not replay.predict:
+        for name in ("predict_learning_rate", "predict_every"):
+            if getattr(replay, name) != getattr(type(replay), name):
+                raise UserError(f"replay.{name} is {getattr(replay, name):g} and replay.predict=false: set it to true")
+        return
+    if not rollouts or replay.mode != "r2":
+        mode = f"replay.mode={replay.mode}" if rollouts else f"objective={settings.objective.name}"
+        raise UserError(
+            f"replay.predict=true with {mode}: it predicts the routes that replay.mode=r2 records in reinforcement "
+            "learning; set that, or leave it out"
+        )
+    if num_updates < 2:
+        raise UserError(
+            "replay.predict=true with trainer.mini_batches=1: no router moves between the recorded routes and the one "
+            "update that replays them; set at least 2, or leave it out"
+        )
+    router = architecture.family.transformer_arguments(architecture)
+    kind = "sigmoid scores" if router.get("moe_router_score_function", "softmax") != "softmax" else ""
+    if kind or router.get("moe_router_num_groups"):
+        raise UserError(
+            f"replay.predict=true and the model's routers have {kind or 'groups of experts'}: it is for routers that "
+            "choose the top-k of a softmax over all experts; leave it out"
+        )
 
 
 def validate_stale_rollouts(settings: config.Config) -> None:

@@ -264,6 +264,8 @@ def broken(found: dict[str, Any], directory: Path) -> None:
             minis = 1 if name == "layout" else 2  # which samples are in one depends on the replicas
             what = settings(path, layout, save_async=background, save_every=1 if background else 2, mini_batches=minis)
             what.backend.dtype = dtype
+            if name == "half":
+                what.replay = replace(what.replay, mode="r2", predict=True, predict_every=1)
             killed = [] if how == "unbroken" else [run(what, layout, at_version(STEPS - 1, die))]
             found[path.name] = {"runs": [*killed, run(what, layout)], **left(path)}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from moe import MODEL
 from processes import TESTS, launch
 from resume_worker import LAYOUTS, MOMENTS, STEPS
 from training_states import same, tensors
@@ -52,13 +53,16 @@ def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     name: str, how: str, found: dict[str, Any], directory: Path
 ) -> None:
-    """TP 2 · EP 2 in float32, and bfloat16 with its float32 master weights; saved at once or in the background."""
+    """TP 2 · EP 2 in float32, and bfloat16 with master weights and predicted routes; saved at once or behind."""
     unbroken, killed = found[f"{name}-unbroken"], found[f"{name}-{how}"]
     assert set(killed["runs"][0]["codes"]) == {-9} and set(killed["runs"][1]["codes"]) == {0}
     assert killed["summary"]["resumed"] in ([[2]] if how == "killed" else [[1], [2]])  # or before one counted
     assert unbroken["summary"]["resumed"] == [] and killed["summary"]["complete"]
     last = f"checkpoints/step-{STEPS:05}"
     assert same(directory / f"{name}-unbroken" / last, directory / f"{name}-{how}" / last)
+    files = [directory / f"{name}-{run}" / last / "route_predictors" for run in ("unbroken", how)]
+    ours, theirs = (sorted((path.name, path.read_bytes()) for path in each.glob("*")) for each in files)
+    assert ours == theirs and len(ours) == (MODEL.num_layers if name == "half" else 0)
     assert untimed(killed["metrics"]) == untimed(unbroken["metrics"]) == untimed(killed["summary"]["steps"])
     assert [record["step"] for record in killed["metrics"]] == list(range(1, STEPS + 1))
     assert all(record["grad_norm"] > 0 and record["kl_reference"] > 0 for record in killed["metrics"])

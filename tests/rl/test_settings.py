@@ -1,14 +1,17 @@
 """Contradictory settings are refused by name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model.families import published
 
 from megatron_bai import config
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
+from megatron_bai.model.architecture import read_architecture
 from megatron_bai.rl import session
 from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rl.validate_settings import require_packages, validate_settings
@@ -39,6 +42,26 @@ def test_the_defaults_are_valid() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("moonlight", {}, "sigmoid scores"),
+        (
+            "bailing_moe",
+            {"n_group": 4, "topk_group": 2, "num_experts": 8, "num_experts_per_tok": 4},
+            "groups of experts",
+        ),
+    ],
+)
+def test_routes_of_other_routers_are_not_predicted(
+    name: str, changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published.read(name) | changes))
+    settings = changed(replay=config.Replay(mode="r2", predict=True), model=read_architecture(tmp_path))
+    with pytest.raises(UserError, match=f"replay.predict=true and the model's routers have {named}"):
+        validate_settings(settings)
+
+
+@pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"replay__mode": "r4"}, ["replay.mode", "'r4'", "none, r2 or r3"]),
@@ -57,6 +80,18 @@ def test_the_defaults_are_valid() -> None:
             {"replay__store": "s", "model__num_experts": 2048},
             ["replay.store_encoding=compact", "2 of 2048: choose plain"],
         ),
+        ({"replay__predict": True}, ["replay.predict=true with replay.mode=r3", "replay.mode=r2 records"]),
+        (
+            {"replay__predict": True, "replay__mode": "r2", "objective__name": "sft"},
+            ["replay.predict=true with objective=sft", "in reinforcement learning"],
+        ),
+        (
+            {"replay__predict": True, "replay__mode": "r2", "trainer__mini_batches": 1},
+            ["replay.predict=true with trainer.mini_batches=1", "at least 2"],
+        ),
+        ({"replay__predict_every": 4}, ["replay.predict_every is 4", "replay.predict=false"]),
+        ({"replay__predict_learning_rate": 0.5}, ["replay.predict_learning_rate is 0.5", "replay.predict=false"]),
+        ({"replay__predict_every": 0}, ["replay.predict_every is 0", "at least 1"]),
         ({"model__moe_topk": 1}, ["model.moe_topk (1) is not supported", "always 1"]),
         ({"model__moe_topk": 9}, ["model.moe_topk (9) is more than model.num_experts (8)"]),
         ({"model__num_query_groups": 3}, ["model.num_attention_heads (4) is not a multiple of model.num_query_groups"]),

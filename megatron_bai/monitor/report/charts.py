@@ -135,6 +135,13 @@ SECTIONS: dict[str, tuple[str, list[tuple[str, dict[str, str], bool]]]] = {
             ("Experts without a token, fraction of (layer, expert)", {"experts_unused": "fraction"}, False),
             ("γ of the routers: exp(−shift since the first update), mean", {"router_shift_mean": "mean"}, False),
             ("Tokens with γ below its floor, fraction", {"router_shift_floor_fraction": "fraction"}, False),
+            ("KL of the routers from their prediction, nats", {"predict_loss": "KL"}, False),
+            ("Routes that the prediction changed, fraction", {"predict_changed_fraction": "fraction"}, False),
+            (
+                "Routes that are the live router's in later updates, fraction",
+                {"predict_correct_fraction": "predicted", "predict_correct_fraction_r2": "R2's"},
+                False,
+            ),
             ("Tokens without a route, fraction", {"route_missing": "missing", "route_masked": "left out"}, False),
         ],
     ),

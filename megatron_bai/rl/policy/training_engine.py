@@ -19,6 +19,7 @@ from megatron_bai.routing.layout import Place, filler_routes
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.replay.route_weights import WeightGap, force_weights
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
+from megatron_bai.routing.replay.shifted_topk import LogitShift
 
 
 @dataclass
@@ -104,7 +105,11 @@ class TrainingEngine:
 
     @torch.no_grad()
     def score(
-        self, micro_batches: list[Batch], routes: list[MicroRoutes] | None = None, record: bool = False
+        self,
+        micro_batches: list[Batch],
+        routes: list[MicroRoutes] | None = None,
+        record: bool = False,
+        shift: LogitShift | None = None,
     ) -> Scores:
         """Compute log-probabilities and entropy under the current weights. Collective.
 
@@ -112,8 +117,9 @@ class TrainingEngine:
             micro_batches: which the model is fed in one shape, as many on every data-parallel rank.
             routes: experts to force, one entry a micro-batch; None lets the routers choose.
             record: record the routers' own choices instead of forcing any.
+            shift: with `record`, added to the logits that choose (`RoutingReplay.record`).
         """
-        with self.replay.record() if record else self._replaying(routes) as recorded:
+        with self.replay.record(shift) if record else self._replaying(routes) as recorded:
             outputs = self.forward_backward.forward(
                 micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature, exact=self.exact)
             )

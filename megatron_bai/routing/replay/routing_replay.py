@@ -20,6 +20,7 @@ import torch
 from megatron_bai.routing.replay import preflight
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, ReplayPass
 from megatron_bai.routing.replay.router_binding import bind_routers, moe_layer_indices
+from megatron_bai.routing.replay.shifted_topk import LogitShift, record_shifted_topk
 from megatron_bai.routing.routes import RouteSignature
 
 
@@ -66,10 +67,15 @@ class RoutingReplay:
         self.moves_bias = bool(config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate)
         self.rows = self.recomputed = 0
         self._pass: ReplayPass | None = None
+        self._shift: LogitShift | None = None
 
     @contextmanager
-    def record(self) -> Iterator[list[MicroRoutes]]:
+    def record(self, shift: LogitShift | None = None) -> Iterator[list[MicroRoutes]]:
         """Record what the routers choose while a schedule runs.
+
+        Args:
+            shift: added to the logits for the selection alone: weights still come from the live scores. For routers
+                with softmax scores. None adds nothing.
 
         Yields:
             A list that holds one entry a micro-batch once the block has ended without an exception.
@@ -78,7 +84,7 @@ class RoutingReplay:
             RuntimeError: a router did not run as often as the others, or does not run.
         """
         recorded: list[MicroRoutes] = []
-        with self._hooked(ReplayPass(self.layers, None)) as run:
+        with self._hooked(ReplayPass(self.layers, None), shift) as run:
             yield recorded
         recorded.extend(run.recorded_routes())
 
@@ -125,18 +131,18 @@ class RoutingReplay:
         self.recomputed += run.num_checked(backward=True)
 
     @contextmanager
-    def _hooked(self, run: ReplayPass) -> Iterator[ReplayPass]:
+    def _hooked(self, run: ReplayPass, shift: LogitShift | None = None) -> Iterator[ReplayPass]:
         """Register hooks on the routers for the length of a block, and check afterwards that every queue ended."""
         if self._pass is not None:
             raise RuntimeError("routing replay is already recording or forcing: its blocks do not nest")
-        self._pass, hooks = run, []
+        self._pass, self._shift, hooks = run, shift, []
         try:
             for router in self.routers.values():
                 hooks.append(router.register_forward_pre_hook(self._pre_hook))
                 hooks.append(router.register_forward_hook(self._post_hook))
             yield run
         finally:  # after an error too the next pass is a live one
-            self._pass = None
+            self._pass = self._shift = None
             for hook in hooks:
                 hook.remove()
             for router in self.routers.values():
@@ -149,7 +155,7 @@ class RoutingReplay:
 
         assert self._pass is not None, "the hooks are there for the length of a block"
         run, layer, handle = self._pass, router.layer_number - 1, router.router_replay
-        if _in_backward():
+        if in_backward():
             index = run.next_index(layer, backward=True)
             run.check_input(layer, index, inputs[0])
             action = RouterReplayAction.REPLAY_BACKWARD
@@ -167,13 +173,19 @@ class RoutingReplay:
                 live = run.routes[index].live  # recomputation repeats what they were
             if live is not None or self.moves_bias:
                 handle.get_replay_topk = functools.partial(_replay_topk, handle, live)
+        elif self._shift is not None:
+            assert router.score_function == "softmax", "the shift is one of a softmax's logits"
+            shift = self._shift(self.layers.index(layer), inputs[0])
+            handle.get_replay_topk = functools.partial(
+                record_shifted_topk, handle, shift, router.config.moe_router_pre_softmax
+            )
         handle.set_router_replay_action(action)
 
     def _post_hook(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Record what the router chose, or check that it chose what it was given; clear its replay handle."""
         assert self._pass is not None
         run, layer, handle, chosen = self._pass, router.layer_number - 1, router.router_replay, output[1]
-        backward, target = _in_backward(), handle.target_topk_idx
+        backward, target = in_backward(), handle.target_topk_idx
         if run.routes is None and not backward:
             run.layer_queues[layer].append(handle.get_recorded_indices().to(_dtype(self.signature)))
         else:
@@ -213,7 +225,7 @@ def _dtype(signature: RouteSignature) -> torch.dtype:
     return dtype
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Return whether autograd is running a backward pass in this thread.
 
     A forward then is activation recomputation, of any implementation (Megatron's, Transformer Engine's or torch's).
