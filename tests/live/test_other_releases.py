@@ -8,7 +8,7 @@ from release_matrix import Cell
 
 ROWS = release_matrix.rows()
 CELLS = [Cell(engines, "contract") for engines in ROWS if engines.others.keys() == {"sglang"} and ROWS[engines]]
-CELLS += [Cell(next(iter(ROWS)), suite) for suite in ("routing", "distributed", "checkpoints", "rl")]
+CELLS += [Cell(next(iter(ROWS)), suite) for suite in ("routing", "rl")]
 
 pytestmark = [pytest.mark.live, pytest.mark.long]
 
