@@ -29,11 +29,14 @@ CASES = {
 
 def measure(case: Case, device: backend.Device, exact: bool) -> dict[str, Any]:
     from megatron_bai.model.exact_layers import make_exact
+    from megatron_bai.routing.replay.router_scores import record_scores
 
     run = Run(case, device, TEMPERATURE)
     if exact:
         make_exact(run.actor.modules, run.actor.architecture)
         run.engine.exact = True
+    with record_scores(run.replay, len(run.micros)):  # which wraps the routers for the length of a pass
+        run.score("none")
     found: dict[str, Any] = {"live": run.score("none")["logprobs"], **run.score("r3")}
     values, found["gradient"] = measured(run.actor, lambda: run.update("r3"))
     return found | {"grad_norm": values["grad_norm"], "routed": run.replay.rows, "recomputed": run.replay.recomputed}

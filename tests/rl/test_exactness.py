@@ -29,6 +29,7 @@ URL = "http://127.0.0.1:1"
         ({"rollout__quantize": "fp8"}, "rollout.exact needs rollout.quantize=empty, and it is fp8"),
         ({"rollout__tensor": 2}, "rollout.exact needs rollout.tensor=1, and it is 2"),
         ({"parallel__tensor": 2}, "rollout.exact needs parallel.tensor=1, and it is 2"),
+        ({"parallel__pipeline": 2}, "rollout.exact needs parallel.pipeline=1, and it is 2"),
         ({"parallel__expert": 2}, "rollout.exact needs parallel.expert=1, and it is 2"),
         ({"rollout__urls": [URL]}, "rollout.exact is for servers that the run starts: leave out rollout.urls"),
     ],

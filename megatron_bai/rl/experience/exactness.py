@@ -42,6 +42,7 @@ def validate_exact(settings: config.Config, architecture: Architecture) -> None:
         ("backend.kind", select_device(settings.backend).kind, "cpu"),
         ("backend.dtype", settings.backend.dtype, "float32"),
         ("parallel.tensor", settings.parallel.tensor, 1),
+        ("parallel.pipeline", settings.parallel.pipeline, 1),
         ("parallel.expert", settings.parallel.expert, 1),
         ("rollout.dtype", rollout.dtype, "float32"),
         ("rollout.quantize", rollout.quantize, ""),
@@ -63,7 +64,7 @@ def require_exact(batch: Batch, live: torch.Tensor | None) -> None:
     Args:
         batch: with `sampled_logprobs`, of the weights that sampled its tokens.
         live: `[B, T]` log-probabilities under the step's weights without replay, likewise for tokens of age 0; None:
-            not measured, or a rank without the last stage.
+            not measured.
 
     Raises:
         UserError: names the token that is furthest off, and by how much.
