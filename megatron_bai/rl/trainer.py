@@ -22,7 +22,9 @@ from megatron_bai.monitor.detectors.alarm import Alarm
 from megatron_bai.monitor.detectors.run_monitor import Monitor, required_action
 from megatron_bai.monitor.metrics import router_metrics as router
 from megatron_bai.monitor.metrics.response_metrics import compute_response_metrics
+from megatron_bai.monitor.report.headline import describe_discrepancy
 from megatron_bai.monitor.report.report import write_report
+from megatron_bai.monitor.report.run_data import load_run
 from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.step_timer import StepTimer
@@ -96,6 +98,8 @@ def _run_training(session: Session, start: ResumePoint) -> None:
     if session.is_rank_0:
         summary.write(directory, complete=True)
         write_report([directory], directory / "report.html")
+        if text := describe_discrepancy(load_run(directory, settings.run.name, "")):
+            print(text)  # noqa: T201, the verb's result
         print(f"wrote {directory / 'report.html'}")  # noqa: T201, the verb's result
 
 

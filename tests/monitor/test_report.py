@@ -1,6 +1,7 @@
 """The report: what it reads, what it refuses, and that nothing in a run's files becomes markup."""
 
 import json
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,60 @@ def test_the_first_sentence_says_how_the_run_went(
 ) -> None:
     run = make_run(tmp_path / "run", records, config="trainer: {steps: 9}", **summary)
     assert headline(reported(run)) == sentence
+
+
+def discrepancy(html: str) -> str:
+    """The sentences on the discrepancy, which stand before the summary cards; empty where there are none."""
+    top = html.split("</h1>")[1].split('<div class="card">')[0]
+    return unescape(top.partition('<p class="headline discrepancy">')[2].split("</p>")[0])
+
+
+R3_FP8 = "replay: {mode: r3}\nrollout: {quantize: fp8}"
+MEASURED = [  # means weighted by tokens: 4e-4 with R3, 1e-3 without; those of steps would be 5e-4 and 8.75e-4
+    {"step": 1, "response_tokens": 300, "kl_k3": 3e-4, "kl_k3_live": 1.125e-3},
+    {"step": 2, "response_tokens": 100, "kl_k3": 7e-4, "kl_k3_live": 6.25e-4},
+]
+WITH_R3 = "Discrepancy between the engines (KL k3) with R3 4.0e-04 against 1.0e-03 without, on the same tokens: "
+QUANTIZED = (
+    "The server's weights are rounded to fp8 values on purpose (rollout.quantize=fp8), so this discrepancy is larger "
+    "than the engines' own."
+)
+
+
+@pytest.mark.parametrize(
+    ("records", "config", "text"),
+    [
+        (MEASURED, R3_FP8, f"{WITH_R3}ratio 0.40, lower with R3 in 1 of 2 steps. {QUANTIZED}"),
+        (MEASURED, "replay: {mode: r3}\nrollout: {quantize: ''}",
+            f"{WITH_R3}ratio 0.40, lower with R3 in 1 of 2 steps."),
+        # R2 and no replay: the two are one number
+        (MEASURED, "replay: {mode: r2}", ""),
+        (MEASURED, "replay: {mode: none}\nrollout: {quantize: fp8}", QUANTIZED),
+        # not measured, not a number, of other tokens
+        ([{"step": 1, "kl_k3": 3e-4}], R3_FP8, QUANTIZED),
+        ([*MEASURED, {"step": 3, "response_tokens": 9, "kl_k3": None, "kl_k3_live": 1.0}], R3_FP8,
+            f"{WITH_R3}ratio 0.40, lower with R3 in 1 of 2 steps. {QUANTIZED}"),
+        ([*MEASURED, MEASURED[0] | {"step": 3, "stale_fraction": 0.5, "kl_k3": 1.0}], R3_FP8,
+            f"{WITH_R3}ratio 0.40, lower with R3 in 1 of 2 steps. {QUANTIZED}"),
+        # two engines that agree have no ratio
+        ([MEASURED[0] | {"kl_k3": 0.0, "kl_k3_live": 0.0}], "replay: {mode: r3}",
+            "Discrepancy between the engines (KL k3) with R3 0.0e+00 against 0.0e+00 without, on the same tokens: "
+            "lower with R3 in 0 of 1 step."),
+        (MEASURED, "", ""),
+        (MEASURED, "replay: r3", ""),
+    ],
+)  # fmt: skip
+def test_the_first_screen_says_what_r3_leaves_and_that_a_server_is_quantised(
+    tmp_path: Path, records: list[dict[str, Any]], config: str, text: str
+) -> None:
+    assert discrepancy(reported(make_run(tmp_path / "run", records, config=config))) == text
+
+
+def test_each_run_has_its_own_sentence_on_the_discrepancy(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / mode, MEASURED, config=f"replay: {{mode: {mode}}}") for mode in ("none", "r3")]
+    write_report(runs, tmp_path / "report.html")
+    top = (tmp_path / "report.html").read_text().split("</h1>")[1].split('<div class="card">')[0]
+    assert top.count(WITH_R3) == 1 and top.index("none has") < top.index("r3 has") < top.index(WITH_R3)
 
 
 def test_numbers_beyond_three_digits_keep_their_exponent_in_the_summary(tmp_path: Path) -> None:

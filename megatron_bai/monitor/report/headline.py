@@ -1,10 +1,11 @@
-"""How a run went, in a sentence."""
+"""How a run went, in a sentence, and what R3 did to the discrepancy between its engines, in another."""
 
 from datetime import UTC, datetime
 from typing import Any
 
+from megatron_bai.monitor.metrics.metric_names import TOKENS_METRIC
 from megatron_bai.monitor.report.run_data import RunData
-from megatron_bai.utils.json_numbers import is_number
+from megatron_bai.utils.json_numbers import is_finite_number, is_number
 
 # metric → what it is called, and the format of its numbers
 _MEASURES = (
@@ -26,6 +27,54 @@ def describe_run(run: RunData) -> str:
     if any(key in record for record in run.records for key in ("reward_mean", "eval_accuracy")):
         measures = [text for text in measures if not text.startswith("loss")]  # a policy's says nothing by itself
     return f"{state}{': ' if measures else ''}{', '.join(measures)}; {_describe_alarms(run)}."
+
+
+def describe_discrepancy(run: RunData) -> str:
+    """Return what R3 leaves of the discrepancy between the engines, and whether the servers are quantised on purpose.
+
+    The text is empty where R3 and the live routers were not both measured and no server is quantised.
+    """
+    return " ".join(text for text in (_describe_replay(run), _describe_quantization(run)) if text)
+
+
+def _describe_replay(run: RunData) -> str:
+    """Return KL (k3) with R3 and with live routers: means over the response tokens of the steps that have both."""
+    if _read_setting(run, "replay", "mode") != "r3":
+        return ""
+    measured = [
+        (record[TOKENS_METRIC], record["kl_k3"], record["kl_k3_live"])
+        for record in run.records
+        if all(is_finite_number(record.get(key)) for key in (TOKENS_METRIC, "kl_k3", "kl_k3_live"))
+        and not record.get("stale_fraction")  # else the two are of different tokens
+    ]
+    num_tokens = sum(count for count, _, _ in measured)
+    if not num_tokens:
+        return ""
+    replayed = sum(count * value for count, value, _ in measured) / num_tokens
+    live = sum(count * value for count, _, value in measured) / num_tokens
+    lower = sum(with_r3 < without for _, with_r3, without in measured)
+    ratio = f"ratio {replayed / live:.2f}, " if live > 0 else ""
+    return (
+        f"Discrepancy between the engines (KL k3) with R3 {replayed:.1e} against {live:.1e} without, on the same "
+        f"tokens: {ratio}lower with R3 in {lower} of {len(measured)} step{'s' if len(measured) > 1 else ''}."
+    )
+
+
+def _describe_quantization(run: RunData) -> str:
+    """Return that the servers are quantised, and to what; an empty text where they serve what was trained."""
+    quantize = _read_setting(run, "rollout", "quantize")
+    if not quantize:
+        return ""
+    return (
+        f"The server's weights are rounded to {quantize} values on purpose (rollout.quantize={quantize}), so this "
+        "discrepancy is larger than the engines' own."
+    )
+
+
+def _read_setting(run: RunData, group: str, name: str) -> Any:
+    """Return a setting of a run; None where its settings are not known."""
+    settings = run.config.get(group)
+    return settings.get(name) if isinstance(settings, dict) else None
 
 
 def _describe_state(run: RunData) -> str:

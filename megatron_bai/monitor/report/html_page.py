@@ -41,6 +41,7 @@ dd.big { font-size: 1.3rem }
 .line + .line { margin-top: -.6rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
 .headline { font-size: 1.12rem; color: var(--text); max-width: none; margin: .75rem 0 1.25rem }
+.discrepancy { border-left: 3px solid var(--soft); padding-left: .75rem }
 figure { margin: 0; padding: .85rem .5rem .25rem }
 figcaption { font-size: .88rem; font-weight: 600; padding: 0 .6rem }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .25rem .6rem 0; font-size: .78rem; color: var(--soft) }

@@ -7,7 +7,7 @@ from megatron_bai.errors import UserError, os_errors_as_user_errors
 from megatron_bai.monitor.metrics.metric_names import MERGE_ROUTING
 from megatron_bai.monitor.report import html_page
 from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, is_all_zero, other_charts, section_charts
-from megatron_bai.monitor.report.headline import describe_run, format_change
+from megatron_bai.monitor.report.headline import describe_discrepancy, describe_run, format_change
 from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.reader_page import reader_html
 from megatron_bai.monitor.report.run_data import RunData, load_run, run_names
@@ -34,8 +34,7 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     ]
     charts: list[html_page.Chart] = []
     samples = read_samples([(run.name, run.directory, [alarm.step for alarm in run.alarms()]) for run in runs])
-    headlines = "".join(f'<p class="headline">{escape(describe_run(run))}</p>' for run in runs)
-    sections = [headlines, _summary_cards(runs), _alarm_section(runs), reader_html(samples)]
+    sections = [_headlines(runs), _summary_cards(runs), _alarm_section(runs), reader_html(samples)]
     sections += [
         _chart_section(title, intro, section_charts(title, runs), charts) for title, (intro, _) in SECTIONS.items()
     ]
@@ -45,6 +44,16 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     with os_errors_as_user_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         atomic_file.write_text(output, page)
+
+
+def _headlines(runs: list[RunData]) -> str:
+    """Return the sentences on each run, the one on its discrepancy set off from the other."""
+    texts = [(describe_run(run), describe_discrepancy(run)) for run in runs]
+    return "".join(
+        f'<p class="headline">{escape(text)}</p>'
+        + (f'<p class="headline discrepancy">{escape(discrepancy)}</p>' if discrepancy else "")
+        for text, discrepancy in texts
+    )
 
 
 def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts: list[html_page.Chart]) -> str:
