@@ -36,6 +36,12 @@ SHARED = {
     "facts": ["routing/test_replay.py", "routing/test_routers.py"],
 }
 GROUPS = {f"tests/{file}": name for name, files in SHARED.items() for file in files}
+# What takes minutes besides, begun before the rest; of the first the layouts of each family may go to another worker.
+FAMILIES = "tests/model/families/test_families.py"
+LONGEST = (
+    FAMILIES,
+    *(f"tests/{name}.py" for name in ("live/test_family_servers", "rl/test_resume", "routing/test_replay_layouts")),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,7 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if file not in GROUPS and (shared := of_session & SHARED.keys()):
             raise pytest.UsageError(f"{file} uses the fixture {min(shared)}: name it in SHARED of tests/conftest.py")
         slow = any(item.iter_markers("live")) or any(item.iter_markers("distributed"))
-        number = list(SHARED).index(GROUPS[file]) if file in GROUPS else len(SHARED)
+        order = (*SHARED, *LONGEST)
+        number = next((i for i, each in enumerate(order) if each in (GROUPS.get(file), file)), len(order))
         return slow, number, file
 
     items.sort(key=place)
@@ -71,7 +78,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFixture(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
+            file, _, test = nodeid.partition("::")
+            if file == FAMILIES and "every_layout[" in test:
+                return f"{file} {test.partition('[')[2].partition('-')[0]}"
             return GROUPS.get(file, file)
 
     config.option.loadscopereorder = False
