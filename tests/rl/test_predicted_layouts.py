@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from moe import MODEL
+from prediction_worker import CASES, DRIFTS, ROUNDS, SCALE
 from processes import TESTS, launch
-from rl.prediction_worker import CASES, DRIFTS, ROUNDS, SCALE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long]
 each_case = pytest.mark.parametrize("case", CASES)
