@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from moe import SIGNATURE, samples
+from numpy import ones
 from numpy.random import default_rng
 from test_settings import MODEL, changed
 
@@ -82,7 +83,7 @@ def test_a_model_without_exact_functions_is_refused(values: dict[str, Any], name
 @pytest.fixture
 def batch() -> Batch:
     """Scored as it was sampled."""
-    made = from_samples(samples(4, default_rng(0)), [1.0, -1.0, 1.0, -1.0], 24, 0, SIGNATURE)
+    made = from_samples(samples(4, default_rng(0)), ones(4), 24, 0, SIGNATURE)
     made.sampled_logprobs.copy_(made.infer_logprobs)
     require_exact(made, made.infer_logprobs.clone())
     require_exact(made, None)
