@@ -52,4 +52,10 @@ def test_gates_and_full_width_norms_are_those_of_float64(cases: list[dict[str, A
 
 def test_routers_get_their_layer_and_models_have_the_fixes(cases: list[dict[str, Any]]) -> None:
     known = {case["what"]: case["found"] for case in cases if "found" in case}
-    assert known == {"layers": [0, 7, 2], "replaced": True}
+    assert {name: known[name] for name in ("layers", "replaced")} == {"layers": [0, 7, 2], "replaced": True}
+
+
+def test_routes_and_their_weights_go_through_sglangs_own_capturer(cases: list[dict[str, Any]]) -> None:
+    """Its rows are as wide again; ids as they were, weights with the factor, to the bit; other layers are untouched."""
+    (found,) = (case["found"] for case in cases if case["what"] == "weights")
+    assert found == [[5, 3, 4], True, True, False]

@@ -188,6 +188,36 @@ def kernels(draw: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     return {"error": error}
 
 
+def route_weights(draw: torch.Generator) -> dict[str, Any]:
+    """A row of SGLang's own capturer, widened, once its own code has handed on what a router chose."""
+    from sglang.srt.layers.moe import topk as module
+    from sglang.srt.state_capturer import routed_experts
+
+    compat.apply("sglang-weights")
+    nothing = SimpleNamespace(chunked_prefill_size=16, dp_size=1, num_dp_ranks=1)  # of a server that is not there
+    for name in ("get_schedule", "get_parallel"):
+        setattr(routed_experts, name, lambda: nothing)
+    routed_experts._is_scattered_a2a_backend = lambda: False
+    config = SimpleNamespace(hf_text_config=SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3))
+    sizes = {"num_tokens": 32, "max_running_requests": 4, "num_fused_shared_experts": 0, "device": "cpu"}
+    capturer = routed_experts.RoutedExpertsCapturer(config, **sizes)
+    module.get_global_experts_capturer = lambda: capturer
+    weights, ids = torch.rand(5, 8, generator=draw).topk(2)
+    settings = module.TopKConfig(top_k=2, routed_scaling_factor=2.5)
+    module._post_process_topk_ids(
+        topk_ids=ids.int(), topk_weights=weights, topk_config=settings, router_logits=weights, layer_id=1
+    )
+    slots = torch.tensor([9, 3, 4, 30, 1])
+    batch = SimpleNamespace(out_cache_loc=slots, out_cache_loc_virtual=None)
+    capturer.on_forward_end(batch, can_run_graph=False, cuda_graph_batch=None)
+    rows = capturer.host_cache.buffer[slots]
+    bits = rows[:, 1, 2:].contiguous().view(torch.float32)
+    return {
+        "found": [list(rows.shape), torch.equal(rows[:, 1, :2], ids.int()), torch.equal(bits, weights * 2.5)]
+        + [bool(rows[:, [0, 2]].any())]
+    }
+
+
 def main() -> None:
     compat.apply("sglang-cpu")
     compat.apply("sglang-models")
@@ -214,6 +244,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             cases.append({"what": "kernels", "dtype": str(dtype)} | kernels(draw, dtype))
         cases += [{"what": "layers"} | layers(), {"what": "replaced"} | replaced()]
+        cases.append({"what": "weights"} | route_weights(draw))  # the last: it changes SGLang's modules
     print(json.dumps(cases))
 
 
