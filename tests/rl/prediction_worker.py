@@ -27,9 +27,9 @@ CASES = {
 }
 EVERY, ROUNDS = 3, 3
 # As in `distributed/worker.py`: with an epsilon far above any gradient Adam's first step is −SCALE · gradient.
-EPSILON, SCALE = 1e6, 100.0
+EPSILON, SCALE = 1e6, 5.0
 MOVED = 0.1  # of the way to other weights
-DRIFTS, SHIFT = 25, 0.02
+DRIFTS, SHIFT = 12, 0.01
 
 
 def predicting(run: Run, **changes: Any) -> Any:

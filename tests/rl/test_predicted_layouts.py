@@ -88,10 +88,11 @@ def test_it_learns_from_what_the_routers_saw_and_did(found: dict[str, Any]) -> N
 
 def test_a_steady_drift_of_the_routers_is_predicted(found: dict[str, Any]) -> None:
     """Where W moves by the same D each step, the predictor that learned D gives the later route."""
-    first, last = found["one"]["drift"][0], found["one"]["drift"][DRIFTS - 1]
-    assert first["predict_correct_fraction"] == first["predict_correct_fraction_r2"]
-    assert last["predict_correct_fraction"] > last["predict_correct_fraction_r2"]
-    assert last["predict_loss"] < first["predict_loss"] and last["predict_changed_fraction"] > 0
+    first, later = found["one"]["drift"][0], found["one"]["drift"][DRIFTS // 2 :]
+    mean = {name: sum(step[name] for step in later) / len(later) for name in first}
+    assert first["predict_correct_fraction"] == first["predict_correct_fraction_r2"] < 1
+    assert mean["predict_correct_fraction"] > mean["predict_correct_fraction_r2"] < 1
+    assert mean["predict_loss"] < 0.5 * first["predict_loss"] and mean["predict_changed_fraction"] > 0
 
 
 def test_the_loop_is_that_of_r2_until_predictors_have_learned(found: dict[str, Any]) -> None:

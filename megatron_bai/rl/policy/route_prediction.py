@@ -175,7 +175,7 @@ class RoutePrediction:
             own, later = (_top(values, topk) for values in (before, live))
             differ = [(a != b).any(dim=-1).sum() for a, b in ((predicted, own), (predicted, later), (own, later))]
             same = [len(live) - count for count in differ[1:]]
-            sums.add_(torch.stack([kl.sum(), differ[0], *same]))
+            sums.add_(torch.stack([kl.double().sum(), differ[0], *same]))
 
         with observe_logits(self._engine.replay, observe):
             yield
@@ -193,7 +193,10 @@ class RoutePrediction:
         group = parallel_state.get_tensor_and_data_parallel_group()
         count = torch.tensor([num_rows], dtype=torch.int64, device=gradient.device)
         dist.all_reduce(count, group=group)
-        if not gradient.numel() or not int(count):
+        if not int(count):
+            return
+        self.num_updates += 1  # also where a pipeline stage has no MoE layer: it is the same on every rank
+        if not gradient.numel():
             return
         dist.all_reduce(gradient, group=group)
         self.weights.grad = gradient / count
@@ -202,7 +205,6 @@ class RoutePrediction:
         self.optimizer.param_groups[0]["lr"] = self._settings.replay.predict_learning_rate * scale
         self.optimizer.step()
         self.weights.grad = None
-        self.num_updates += 1
         checksum = self.weights.detach().view(torch.int32).sum(dtype=torch.int64)
         extremes = torch.stack([checksum, -checksum])
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
