@@ -149,7 +149,9 @@ def log_softmax(logits: torch.Tensor, temperatures: torch.Tensor, ids: torch.Ten
     parts = logits.new_empty(len(logits), 2)
     exact_kernels.log_normaliser(_to_array(logits), _to_array(temperatures.flatten()), parts.numpy())
     largest, log_sum = parts.split(1, dim=1)
-    return (logits if ids is None else logits.gather(1, ids)) / temperatures - largest - log_sum
+    chosen: torch.Tensor = logits if ids is None else logits.gather(1, ids)
+    logprobs: torch.Tensor = chosen / temperatures - largest - log_sum
+    return logprobs
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def _replace_attention(module: Any) -> None:
 
     from megatron_bai.compat import exact_ops
 
-    class ExactAttnBackend(module.TorchNativeAttnBackend):  # type: ignore[misc, name-defined]  # known at run time
+    class ExactAttnBackend(module.TorchNativeAttnBackend):  # type: ignore[misc]  # known at run time
         def _run_sdpa_forward_extend(self, *batch: Any, **how: Any) -> Any:
             query, output, keys, values, table, rows, lengths, _, new, _ = batch
             assert how["causal"] and not how["is_cross_attn"] and how["sliding_window_size"] is None

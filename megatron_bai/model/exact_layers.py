@@ -96,12 +96,14 @@ def make_exact(chunks: Sequence[torch.nn.Module], architecture: Architecture) ->
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)):
                 layer._forward_impl = _linear
             elif isinstance(layer, LocalNorm):
-                layer.forward = partial(_norm, layer)
+                layer.forward = partial(_norm, layer)  # type: ignore[method-assign]
             elif isinstance(layer, TopKRouter):
                 layer.gating = partial(_gate, layer)
                 layer.routing = partial(_route, layer, layer.routing)
             elif isinstance(layer, TorchAttention):
-                layer.forward = partial(_attend, layer, layer.forward, architecture)
+                layer.forward = partial(  # type: ignore[method-assign]
+                    _attend, layer, layer.forward, architecture
+                )
             elif isinstance(layer, MoELayer):
                 layer.token_dispatcher = _LocalDispatcher()
                 layer.experts.forward = partial(_run_experts, layer)
@@ -234,8 +236,8 @@ def _attend(
     seen = (positions if packed else positions.repeat_interleave(batch)) + 1
 
     def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        flat = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (query, key, value))
-        return exact_ops.attend(*flat, table, sequences, seen, scale).view(*query.shape[:-2], -1)
+        queries, keys, values = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (query, key, value))
+        return exact_ops.attend(queries, keys, values, table, sequences, seen, scale).view(*query.shape[:-2], -1)
 
     def ordinary(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return upstream(query, key, value, None, packed_seq_params=packed_seq_params)

@@ -231,7 +231,7 @@ class RoutePrediction:
             return
         (directory / _FILES).mkdir(exist_ok=True)
         for index, layer in enumerate(self._engine.replay.layers):
-            arrays = {name: values[index].cpu().numpy() for name, values in self._tensors().items()}
+            arrays: dict[str, Any] = {name: values[index].cpu().numpy() for name, values in self._tensors().items()}
             np.savez(_file(directory, layer), **arrays)
 
     def load_files(self, directory: Path) -> None:
