@@ -102,7 +102,10 @@ export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[\${rank}] "
 trap '' USR1
 # What rank 0 says is shown at once: into a file, as Slurm's, torchrun would write 8 KiB at a time, some sixty steps.
 export PYTHONUNBUFFERED=1
+# The verbs that do not train refuse settings that they never read.
+settings=()
+[ "$1" != train ] || settings=("trainer.grace_s=$grace")
 # torchrun waits a little longer than the ranks do before it kills.
 exec "$bin/megatron-bai" torchrun "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
     --shutdown-timeout $((grace + 10)) --log-dir "$logs/$(hostname)" --redirects 3 --tee 0:3 \
-    "$@" "trainer.grace_s=$grace"
+    "$@" ${settings[@]+"${settings[@]}"}

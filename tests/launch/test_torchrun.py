@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     here = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for a checkout without .venv
-    return subprocess.run([TORCHRUN, *words], capture_output=True, text=True, timeout=60, env=here)
+    return subprocess.run([TORCHRUN, *words], capture_output=True, text=True, timeout=300, env=here)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,12 @@ def test_ranks_write_files_and_rank_0_is_shown(reference: Run) -> None:
     assert own.keys() == {"0", "1"} and all(name.startswith("node1/") for name in reference.logs)
     assert "step    4/4" in own["0"] and own["1"] == ""
     assert reference.shown == ["".join(f"[0] {line}\n" for line in own["0"].splitlines())]
+
+
+@pytest.mark.distributed
+def test_a_verb_that_does_not_train_is_given_no_setting_of_training() -> None:
+    done = torchrun("--processes", "1", "doctor")
+    assert done.returncode == 0 and "The main job can run here" in done.stdout, done.stderr
 
 
 @pytest.mark.long
