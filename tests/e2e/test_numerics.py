@@ -19,6 +19,7 @@ def found(demo: Demo) -> dict[str, Any]:
     overrides = ["experiment=demo", f"run.dir={directory}", "init=checkpoint", f"init.checkpoint={demo.actor}"]
     changes = [
         "rollout.dtype=float32",
+        "rollout.quantize=''",
         "rollout.sync_tolerance=1e-4",
         "rollout.sync=group",
         "trainer.learning_rate=3e-3",

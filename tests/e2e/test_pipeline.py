@@ -86,9 +86,9 @@ def test_every_step_replays_all_routes_with_the_newest_weights(summary: dict[str
     assert [step["route_coverage"] for step in steps] == [1.0] * STEPS
     assert [step["weight_version"] for step in steps] == list(range(STEPS))
     for step in steps:
-        assert 0 <= step["sync_gap"] <= 0.1  # the server's weights are bfloat16's
-        assert 0 < step["kl_k3"] < 0.01 and 0 < step["kl_k3_live"] < 0.1 and abs(step["kl_k1"]) < 0.1
-        assert 0 <= step["route_mismatch"] < 0.1 and 0 <= step["clip_fraction"] <= 1
+        assert 0 <= step["sync_gap"] <= 0.1  # the server's weights have fp8's values, in bfloat16
+        assert 0 < step["kl_k3"] < 0.1 and 0 < step["kl_k3_live"] < 0.1 and abs(step["kl_k1"]) < 0.1
+        assert 0 < step["route_mismatch"] < 0.3 and 0 <= step["clip_fraction"] <= 1
         assert step["is_weight_max"] >= step["is_weight_mean"] > 0.9 and step["entropy"] > 0
 
 
@@ -122,6 +122,18 @@ def test_the_report_stands_alone(demo: Demo, trained: Result) -> None:
     assert Links(page).found == []
     assert "Training–inference KL" in page and "Route coverage" in page and len(page) > 1_000_000  # plotly is inside
     assert other_charts([load_run(demo.directory, "demo", "")]) == []  # every metric of ours has a place of its own
+
+
+def test_the_first_screen_says_what_r3_leaves_of_the_gap_that_is_made_on_purpose(
+    demo: Demo, summary: dict[str, Any], trained: Result
+) -> None:
+    """How much R3 leaves is up to what was learned: in three steps KL (k3) is that of a few tokens."""
+    tokens = [step["response_tokens"] for step in summary["steps"]]
+    with_r3, live = (np.average([s[key] for s in summary["steps"]], weights=tokens) for key in ("kl_k3", "kl_k3_live"))
+    text = f"(KL k3) with R3 {with_r3:.1e} against {live:.1e} without, on the same tokens: ratio {with_r3 / live:.2f}, "
+    first_screen = (demo.directory / "report.html").read_text().split("</h1>")[1].split('<div class="card">')[0]
+    for place in (first_screen, trained.out):
+        assert text in place and "rounded to fp8 values on purpose (rollout.quantize=fp8)" in place
 
 
 def test_a_run_leaves_only_its_record(demo: Demo, trained: Result) -> None:
@@ -166,7 +178,7 @@ def test_some_responses_of_every_step_are_kept_and_printed(demo: Demo, summary: 
                 sample.response == f"{sample.response.split('answer:')[0]}answer:{sample.answer}<eos>"
             )
             assert sample.versions == [[str(step["weight_version"]), 0, sample.length]]
-            assert 0 < sample.discrepancy < 0.1 and sample.routes_differ is not None
+            assert 0 < sample.discrepancy < 1 and sample.routes_differ is not None
             assert sample.discrepancy == pytest.approx(np.mean(sample.token_discrepancies), abs=2e-6)
     printed = succeeded(demo.verb("samples", "samples", f"samples.run={demo.directory}", "samples.step=2"))
     best = select(store.read_step(demo.directory, 2), "best", 3)
