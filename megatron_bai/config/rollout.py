@@ -31,7 +31,7 @@ class Rollout:
     restarts: int = number(2, at_least=0)
     deterministic: bool = True  # one seed a sample, so a run can be repeated; costs speed on a GPU
     # both engines compute by the same functions, in float32 on a CPU: their log-probabilities are equal bit for bit, or
-    # the run ends; several times slower (docs/rollout.md)
+    # the run ends; slower (docs/rollout.md)
     exact: bool = False
     servers: int = number(1, at_least=1)  # started by rank 0 on its machine, each with all weights
     tensor: int = number(1, at_least=1)  # tensor-parallel ranks of a server
