@@ -319,4 +319,5 @@ def test_one_pass_is_convert_and_merge(tmp_path: Path) -> None:
     same(checkpoints.read(tmp_path / "alone"), checkpoints.read(tmp_path / "converted_3"))
     for one, other in (("at_once", "converted_0"), ("alone", "converted_3")):
         with open_checkpoint(tmp_path / one) as merged, open_checkpoint(tmp_path / other) as converted:
-            assert merged.objects.keys() == converted.objects.keys() != set()
+            objects = [{name for name in each.objects if "common_state" not in name} for each in (merged, converted)]
+            assert objects[0] == objects[1] != set()  # some releases of Megatron-Core have the common state among them

@@ -8,7 +8,7 @@ import torch
 from megatron_bai.errors import UserError
 from megatron_bai.model.families.architecture import Architecture
 from megatron_bai.model.families.family import HF_FIELDS, Family
-from megatron_bai.model.families.layer_parts import with_bias, without_reduction
+from megatron_bai.model.families.layer_parts import submodules_of, with_bias, without_reduction
 from megatron_bai.model.families.param_mapping import (
     HF_LAYER,
     MEGATRON_LAYER,
@@ -82,7 +82,7 @@ class GptOss(Family):
             transformer_engine: whether it is Transformer Engine's, whose experts are one module.
         """
         if not transformer_engine:
-            experts = layer.submodules.mlp.submodules.experts.submodules
+            experts = submodules_of(submodules_of(layer.submodules.mlp).experts)
             experts.linear_fc2 = without_reduction(experts.linear_fc2)
         if not model.values["attention_bias"]:
             attention = layer.submodules.self_attention.submodules

@@ -18,6 +18,15 @@ def has_experts(layer: Any) -> bool:
     return (mlp.func if isinstance(mlp, functools.partial) else mlp.module) is MoELayer
 
 
+def submodules_of(spec: Any) -> Any:
+    """Return the submodules of a spec, in either form that Megatron-Core's releases give it.
+
+    Args:
+        spec: a ModuleSpec or, from 0.18 for what a layer has below it, a `functools.partial`.
+    """
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
+
+
 def with_bias(linear: Any, biased: bool = True) -> Any:
     """Return a linear layer's class with a bias, or without, whatever the configuration says of the whole model's.
 
