@@ -32,11 +32,16 @@ class _Module(torch.nn.Module):
 
 class RMSNorm(_Module):
     def __init__(
-        self, hidden_size: int, eps: float = 1e-5, params_dtype: torch.dtype = torch.float32, **_: Any
+        self,
+        normalized_shape: int = 0,
+        eps: float = 1e-5,
+        params_dtype: torch.dtype = torch.float32,
+        hidden_size: int = 0,  # its older name
+        **_: Any,
     ) -> None:
         super().__init__(params_dtype)
         self.eps = eps
-        self.add("weight", hidden_size)
+        self.add("weight", normalized_shape or hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, x.shape[-1:], self.weight, self.eps)
