@@ -82,7 +82,7 @@ def test_routes_of_other_routers_are_not_predicted(
         ),
         ({"replay__predict": True}, ["replay.predict=true with replay.mode=r3", "replay.mode=r2 records"]),
         (
-            {"replay__predict": True, "replay__mode": "r2", "objective__name": "sft"},
+            {"replay__predict": True, "replay__mode": "r2", "objective": config.Sft()},
             ["replay.predict=true with objective=sft", "in reinforcement learning"],
         ),
         (
