@@ -35,7 +35,6 @@ from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches
 from megatron_bai.rl.checkpointing import ResumePoint, RunCheckpoints, Stateful, open_run, result_paths
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
-from megatron_bai.rl.experience.exactness import require_exact
 from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
 from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
@@ -43,6 +42,7 @@ from megatron_bai.rl.experience.server_probe import verify_engines
 from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
 from megatron_bai.rl.merge_routing import measure_merge_routing
 from megatron_bai.rl.objectives.objective import policy_settings
+from megatron_bai.rl.policy.exactness import require_exact
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 from megatron_bai.rl.policy.route_prediction import RoutePrediction
 from megatron_bai.rl.policy.router_shift import RouterShift

@@ -12,9 +12,9 @@ from megatron_bai.model.freeze import validate_freeze
 from megatron_bai.monitor import loggers
 from megatron_bai.monitor.detectors import run_monitor
 from megatron_bai.rl import init_weights, objectives
-from megatron_bai.rl.experience.exactness import validate_exact
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
+from megatron_bai.rl.policy.exactness import validate_exact
 from megatron_bai.rollout.client import max_request_tokens
 from megatron_bai.rollout.servers import fleet
 from megatron_bai.routing.store.expert_set_code import MAX_EXPERTS, MAX_TOPK

@@ -13,7 +13,7 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import architecture_of
 from megatron_bai.rl.batches.batch import Batch, from_samples
-from megatron_bai.rl.experience.exactness import require_exact, validate_exact
+from megatron_bai.rl.policy.exactness import require_exact, validate_exact
 from megatron_bai.rl.validate_settings import validate_settings
 
 URL = "http://127.0.0.1:1"
@@ -49,7 +49,7 @@ def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bai.rl.experience.exactness.is_multi_host", lambda: True)
+    monkeypatch.setattr("megatron_bai.rl.policy.exactness.is_multi_host", lambda: True)
     settings = changed(rollout__exact=True)
     with pytest.raises(UserError, match="rollout.exact needs one machine"):
         validate_exact(settings, architecture_of(settings.model))
