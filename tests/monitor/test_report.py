@@ -12,7 +12,7 @@ from monitor.kept import NASTY, kept
 from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.report.charts import other_charts
+from megatron_bai.monitor.report.charts import SECTIONS, other_charts
 from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.report import load_run, write_report
 from megatron_bai.monitor.report.run_data import run_names
@@ -95,6 +95,14 @@ def test_one_file_with_headlines_and_charts(tmp_path, steps):
     assert rest["y"] == [1.0, 1.0, 1.0]
     assert "Entropy, nats per token" not in charts  # no data, no chart
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_every_metric_of_every_chart_is_drawn_at_once(tmp_path: Path) -> None:
+    declared = [(title, keys) for _, charts in SECTIONS.values() for title, keys, _ in charts]
+    names = {name for _, keys in declared for name in keys}
+    shown = section_charts(reported(make_run(tmp_path, [dict.fromkeys(names, 0.5) | {"step": s} for s in (1, 2)])))
+    for title, keys in declared:
+        assert len([trace for trace in shown[title]["traces"] if trace.get("mode") != "markers"]) >= len(keys), title
 
 
 def test_runs_side_by_side(tmp_path, steps):

@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, MERGE_ROUTING, REWARD_PREFIX
-from megatron_bai.monitor.report.html_page import Chart
+from megatron_bai.monitor.report.html_page import DASHES, Chart
 from megatron_bai.monitor.report.run_data import RunData
 from megatron_bai.utils.json_numbers import is_number
 
@@ -18,7 +18,6 @@ PHASES = (
     "rollout", "old_logprob", "values", "update_critic", "store", "update", "sync", "eval", "ahead", "samples",
 )  # fmt: skip
 _ALARM = "#d9304f"
-_DASHES = ("solid", "dot", "dash", "dashdot")  # of a chart's first metric, the second, …
 _BY_LENGTH = (REWARD_PREFIX.rstrip("/"), COUNT_PREFIX.rstrip("/"))
 _LAYERS = {  # metrics PREFIX/LAYER → title
     "route_mismatch": "Routes that differ, by MoE layer",
@@ -193,7 +192,7 @@ def _lines(runs: list[RunData], title: str, keys: dict[str, str], log: bool) -> 
     traces, marks, bands = [], [], []
     keys = {key: label for key, label in keys.items() if any(v is not None for run in runs for v in run.series(key)[1])}
     for run in runs:
-        for dash, (key, label) in zip(_DASHES, keys.items(), strict=False):
+        for dash, (key, label) in zip(DASHES, keys.items(), strict=False):
             steps, values = run.series(key)
             if not any(v is not None for v in values):
                 continue

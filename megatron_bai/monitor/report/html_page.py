@@ -15,7 +15,8 @@ from megatron_bai.monitor.report import reader_page
 
 Chart = dict[str, Any]
 
-_DASHES = {"solid": "solid", "dot": "dotted", "dash": "dashed"}  # plotly's names of line styles and CSS's
+# plotly's names of line styles, of a chart's first metric, the second, …, and CSS's
+DASHES = {"solid": "2px solid", "dot": "2px dotted", "dash": "2px dashed", "dashdot": "4px double"}
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --text: #1d1f23; --soft: #62676f; --line: #e3e4e6;
@@ -127,7 +128,7 @@ def _legend_entry(trace: dict[str, Any]) -> str:
     line = trace.get("line")
     if "fillcolor" in trace:
         return f'<span><i style="border-top:8px solid {trace["fillcolor"]}"></i>{trace["name"]}</span>'
-    style = f"2px {_DASHES[line['dash']]} {line['color']}" if line else f"8px solid {trace['marker']['color']}"
+    style = f"{DASHES[line['dash']]} {line['color']}" if line else f"8px solid {trace['marker']['color']}"
     return f'<span><i style="border-top:{style}"></i>{trace["name"]}</span>'
 
 
