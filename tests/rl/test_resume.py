@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
 
 
 def _of_sampling_weights(name: str) -> bool:
-    start = ("kl_k", "f_", "perplexity_ratio", "ess_discrepancy", "discrepancy", "staleness")
+    start = ("kl_k", "f_", "perplexity_ratio", "ess_discrepancy", "logprob_gap", "discrepancy", "staleness")
     return name.startswith(start) and not name.endswith("_stale")
 
 
