@@ -218,3 +218,23 @@ def test_a_users_models_are_looked_at_before_ours(given: dict[str, str], monkeyp
     monkeypatch.setattr(server_main, "_restrict_tcp_store", lambda: None)
     server_main.prepare(cpu=True)
     assert environment == (given or {"SGLANG_EXTERNAL_MODEL_PACKAGE": served_models.__name__})
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], (False, False, False, False)),
+        (["--device", "cpu"], (True, False, False, False)),
+        (["--untested"], (False, True, False, False)),
+        (["--exact"], (False, False, True, False)),
+        (["--route-weights"], (False, False, False, True)),
+    ],
+)
+def test_a_server_and_its_spawned_workers_are_prepared_by_all_of_their_arguments(
+    words: list[str], wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker takes the same path: what only the server was told, a worker of SGLang's on a GPU would not do."""
+    given: list[tuple[bool, ...]] = []
+    monkeypatch.setattr(server_main, "prepare", lambda *options: given.append(options))
+    server_main.prepare_for(server_main.parse_args(words))
+    assert given == [wanted]

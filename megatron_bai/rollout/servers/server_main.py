@@ -103,7 +103,7 @@ def uses_cpu(arguments: list[str]) -> bool:
 def run_server(given: ServerArgs) -> None:
     """Serve until a signal stops the process."""
     with gc_disabled_for_imports():
-        prepare(uses_cpu(list(given.rest)), given.untested, given.exact, given.route_weights)
+        prepare_for(given)
         from sglang.launch_server import run_server
         from sglang.srt.entrypoints import http_server
         from sglang.srt.plugins import load_plugins
@@ -158,6 +158,11 @@ def init_process() -> ServerArgs:
     if given.key:
         keep_out_of_logs(given.key)
     return given
+
+
+def prepare_for(given: ServerArgs) -> None:
+    """Call `prepare` as a server's arguments want it: in the server, and in a worker that is not forked from it."""
+    prepare(uses_cpu(list(given.rest)), given.untested, given.exact, given.route_weights)
 
 
 def prepare(cpu: bool, untested: bool = False, exact: bool = False, route_weights: bool = False) -> None:
@@ -215,7 +220,6 @@ def _restrict_tcp_store() -> None:
 
 
 if __name__ == "__mp_main__":  # a worker
-    own = init_process()
-    prepare(uses_cpu(list(own.rest)), own.untested, own.exact)
+    prepare_for(init_process())
 elif __name__ == "__main__":
     run_server(init_process())
