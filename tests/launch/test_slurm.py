@@ -36,10 +36,13 @@ def test_shortly_before_its_time_limit_a_run_is_queued_again(
     """On two nodes, with a server of its own on the first. It computes what one node does with a server elsewhere."""
     words = ["--processes", 1, "--logs", tmp_path / "logs", *REINFORCE, f"run.dir={tmp_path}/run"]
     job = submit(["--nodes=2"], *words, "rollout.host=0.0.0.0", key)
-    cluster.until(lambda: (tmp_path / "logs").is_dir(), job)
+    # From here on the step is ended and saved. Before, a node still at the meeting is killed after 30 s.
+    cluster.until(lambda: "the first of this start: rollout" in said(tmp_path, job), job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does when the time is nearly up
-    assert cluster.ended(job) == "COMPLETED", said(tmp_path, job)
+    assert cluster.ended(job) == "COMPLETED", said(tmp_path, job) + cluster.logs()
     assert "Restarts=1" in cluster.shown(job) and f"wrote {tmp_path}/run/report.html" in said(tmp_path, job)
+    (stopped,) = re.findall(r"stopped after step (\d+), as SIGTERM asked", said(tmp_path, job))
+    assert f"going on from {tmp_path}/run/checkpoints/step-{int(stopped):05}" in said(tmp_path, job)
     assert Run(tmp_path, [], []).steps == unbroken.steps
 
 
