@@ -9,8 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from megatron_bai.compat import exact_kernels, numba_kernels
+
+EXPERT_WIDTH_MULTIPLE = 32  # of SGLang on a CPU (`DEFAULT_MOE_PADDING_SIZE`)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -121,6 +124,9 @@ def run_experts(
 ) -> torch.Tensor:
     """Compute the weighted sum of the outputs of each token's experts (`exact_kernels.run_experts`).
 
+    SGLang pads `inner` with zeros to a multiple of 32 on a CPU. Zeros change no sum, but its order: a longer row is
+    summed in other parts. So experts that are not padded yet are padded here.
+
     Args:
         x: `[tokens, hidden]` float32.
         w13: `[experts, 2·inner, hidden]` float32, gate then up.
@@ -129,7 +135,10 @@ def run_experts(
         weights: `[tokens, k]` float32.
     """
     out = torch.empty(x.shape)
-    x, w13, w2, weights = (tensor.detach().contiguous() for tensor in (x, w13, w2, weights))
+    x, w13, w2, weights = (tensor.detach() for tensor in (x, w13, w2, weights))
+    if missing := -w2.shape[2] % EXPERT_WIDTH_MULTIPLE:
+        w13 = pad(w13.unflatten(1, (2, -1)), (0, 0, 0, missing)).flatten(1, 2)
+        w2 = pad(w2, (0, missing))
     exact_kernels.run_experts(*map(_to_array, (x, w13, w2, ids.to(torch.int64), weights)), out.numpy())
     return out
 

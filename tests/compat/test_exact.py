@@ -88,6 +88,17 @@ def test_an_output_of_a_product_does_not_depend_on_the_others() -> None:
     assert torch.equal(exact_ops.linear(x, padded)[:, :23], exact_ops.linear(x, weight))
 
 
+def test_experts_that_a_server_pads_give_what_they_give_unpadded() -> None:
+    """SGLang pads them to a multiple of 32 on a CPU, gate and up apart: in a longer row, sums have other parts."""
+    x, ids = drawn(ROWS, HIDDEN), experts_of(drawn(ROWS, HIDDEN))
+    w13, w2, weights = drawn(EXPERTS, 2 * INNER, HIDDEN), drawn(EXPERTS, HIDDEN, INNER), drawn(ROWS, 2)
+    padded13, padded2 = torch.zeros(EXPERTS, 64, HIDDEN), torch.zeros(EXPERTS, HIDDEN, 32)
+    padded13[:, :INNER], padded13[:, 32 : 32 + INNER] = w13[:, :INNER], w13[:, INNER:]
+    padded2[:, :, :INNER] = w2
+    expected = exact_ops.run_experts(x, padded13, padded2, ids, weights)
+    assert torch.equal(exact_ops.run_experts(x, w13, w2, ids, weights), expected)
+
+
 def test_log_probabilities_of_some_tokens_are_those_of_all() -> None:
     x, temperatures, ids = drawn(ROWS, HIDDEN), torch.full((ROWS, 1), 0.7), torch.arange(ROWS)[:, None]
     whole = exact_ops.log_softmax(x, temperatures)

@@ -1,7 +1,7 @@
 """With `rollout.exact` the KL between SGLang and Megatron-Core is zero, in every step of a run of the real command.
 
-It is shown for the demo's model. Of a model of other sizes the log-probabilities still differ in their last bits, which
-the run says and ends (docs/rollout.md).
+It is shown for the demo's model, and for one whose every size is another: no power of two, and experts that the server
+pads.
 """
 
 import json
@@ -21,17 +21,24 @@ SETTINGS = [
     "trainer.group_size=4", "trainer.micro_batch_size=4", "data.max_terms=3", "data.eval_prompts=2",
     "rollout.max_new_tokens=24", "rollout.max_total_tokens=2048", "rollout.exact=true",
 ]  # fmt: skip
+PACKED = ["trainer.tokens_per_micro_batch=96", "rollout.sync=tensors", "parallel.recompute=full"]
+SIZES = [
+    f"model.{size}" for size in (
+        "num_layers=3", "hidden_size=60", "num_attention_heads=6", "num_query_groups=3", "head_dim=12",
+        "num_experts=10", "moe_topk=3", "moe_ffn_hidden_size=44", "vocab_size=72", "rope_theta=1e6",
+        "norm_epsilon=1e-5",
+    )
+]  # fmt: skip
 # Discrepancies of tokens are 0 and ratios 1, and not within a tolerance
 ZERO = ("kl_k1", "kl_k3", "f_1.5", "route_mismatch", "discrepancy")
 ONE = ("perplexity_ratio", "perplexity_ratio_max", "ess_discrepancy", "discrepancy_ratio_mean", "discrepancy_ratio_max")
 
 
-@pytest.mark.parametrize("way", ["padded", "packed"])
-def test_the_engines_log_probabilities_are_the_same_in_every_step(way: str, tmp_path: Path) -> None:
-    packed = ["trainer.tokens_per_micro_batch=96", "rollout.sync=tensors", "parallel.recompute=full"]
+@pytest.mark.parametrize("more", [[], PACKED + SIZES], ids=["demo model, padded", "other sizes, packed"])
+def test_the_engines_log_probabilities_are_the_same_in_every_step(more: list[str], tmp_path: Path) -> None:
     (tmp_path / "family_reward.py").write_text(REWARD)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    words = [f"run.dir={tmp_path}/run", *SETTINGS, *(packed if way == "packed" else [])]
+    words = [f"run.dir={tmp_path}/run", *SETTINGS, *more]
     command = [sys.executable, "-m", "megatron_bai", "train", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
