@@ -35,6 +35,8 @@ class MegatronRelease:
         inference_router: class of routers whose forward pass is another during inference; empty: there is none.
         mtp_layer: name of the transformer layer within a layer of multi-token prediction, as checkpoints have it.
         notices: how the warnings begin that it logs in every run, about what only this package could do otherwise.
+        norms_inputs_of_queries: with Transformer Engine, latent attention without latents of queries norms its input
+            once more before the queries' projection, which no published model does.
         has_metrics_tracker: the routers' losses are recorded by an object (`moe_logging`), not in a dict (`moe_utils`).
     """
 
@@ -45,6 +47,7 @@ class MegatronRelease:
     inference_router: str = ""
     mtp_layer: str = "transformer_layer"
     notices: tuple[str, ...] = ()
+    norms_inputs_of_queries: bool = False
     has_metrics_tracker: bool = False
 
 
@@ -65,6 +68,7 @@ _MEGATRON_0_18 = replace(
 _MEGATRON_0_19 = replace(
     _MEGATRON_0_18,
     common_is_object=True,
+    norms_inputs_of_queries=True,
     notices=(*_MEGATRON_0_18.notices, "GPTModel IS DEPRECATED", "load_common is deprecated"),
 )
 MEGATRON = {

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_bai.compat import releases
 from megatron_bai.errors import UserError
 from megatron_bai.model.families import rope
 from megatron_bai.model.families.architecture import Architecture
@@ -142,10 +143,19 @@ class DeepseekV3(DenseFirst):
 
         Args:
             layer: the spec, changed in place.
-            model: not used.
+            model: the architecture.
             transformer_engine: whether the spec is Transformer Engine's, which stays.
+
+        Raises:
+            UserError: Megatron-Core builds another model than this of Transformer Engine's layers.
         """
         if transformer_engine:
+            if model.values["q_lora_rank"] is None and releases.megatron_release().norms_inputs_of_queries:
+                raise UserError(
+                    f"megatron-core {releases.installed_megatron()} norms the input of the queries once more where a "
+                    "model has no q_lora_rank, as this one, and the layers are Transformer Engine's: another model than"
+                    " the checkpoint's; take an earlier release of megatron-core"
+                )
             return
         from megatron_bai.model.families.latent_attention import LocalLatentAttention
 

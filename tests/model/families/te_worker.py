@@ -104,7 +104,12 @@ def main(directory: Path, names: list[str]) -> None:
     build.init_parallel(config.Parallel(), seed=0)
     engine = backend.replace(local, use_transformer_engine=True)
     kernel_packages.require_accepted(kernel_packages.inspect_package("transformer_engine"))
-    found: dict[str, Any] = {name: compare(name, directory / name / "published", local, engine) for name in names}
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            found[name] = compare(name, directory / name / "published", local, engine)
+        except UserError as error:
+            found[name] = {"refused": str(error)}
     found["refusals"] = refusals(directory / names[0] / "published", engine)
     backend.shutdown_backend()
     print(json.dumps(found))

@@ -9,6 +9,7 @@ import pytest
 from model.families import published
 from model.families.full_size import MODELS
 
+from megatron_bai.compat import releases
 from megatron_bai.config import Parallel
 from megatron_bai.errors import UserError
 from megatron_bai.memory_plan import rank_memory
@@ -109,3 +110,19 @@ def test_as_many_layers_are_dropped_as_there_are_for_prediction(
     found = [layer for layer in range(8) if model.family.is_dropped(f"model.layers.{layer}.mlp.gate.weight", model)]
     assert tuple(found) == dropped
     assert model.family.is_dropped("model.layers.0.self_attn.rotary_emb.inv_freq", model)
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("moonlight", True), ("deepseek_v3", False)])
+def test_a_release_that_norms_the_queries_input_twice_is_refused_where_it_does(
+    name: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such layers would have a parameter that no checkpoint has, and compute another model."""
+    monkeypatch.setattr(releases, "installed_megatron", lambda: "0.19.2")
+    model = changed(tmp_path, name)
+    if is_refused:
+        with pytest.raises(UserError, match=r"megatron-core 0\.19\.2 norms the input of the queries once more"):
+            model.family.adapt_layer(None, model, transformer_engine=True)
+    else:
+        model.family.adapt_layer(None, model, transformer_engine=True)
+    monkeypatch.setattr(releases, "installed_megatron", lambda: "0.18.2")
+    model.family.adapt_layer(None, model, transformer_engine=True)

@@ -18,6 +18,7 @@ from processes import TESTS, launch
 from safetensors.torch import load_file
 from weight_receiver import digests
 
+from megatron_bai.compat.releases import megatron_release
 from megatron_bai.model.architecture import read_architecture
 from megatron_bai.rollout.servers.quantize import fake_quantize
 
@@ -72,7 +73,9 @@ def with_transformer_engine(alone: Results) -> dict[str, Any]:
     path = filter(None, [str(TESTS / "stubs"), os.environ.get("PYTHONPATH")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path))
-        found: dict[str, Any] = json.loads(launch(TE_WORKER, alone.directory, *published.NAMES).splitlines()[-1])
+        found: dict[str, Any] = json.loads(
+            launch(TE_WORKER, alone.directory, *published.NAMES, fresh=True).splitlines()[-1]
+        )
     return found
 
 
@@ -184,6 +187,9 @@ def test_transformer_engines_parameters_have_the_names_of_the_local_layers_in_ch
     name: str, alone: Results, with_transformer_engine: dict[str, Any]
 ) -> None:
     found = with_transformer_engine[name]
+    if name == "moonlight" and megatron_release().norms_inputs_of_queries:
+        assert "norms the input of the queries once more" in found["refused"]
+        return
     assert any(".mlp.experts.linear_fc1.weight7" in key for key in found["engine_parameters"]), "not a grouped layer"
     assert set(found["engine_parameters"]) != set(found["local_parameters"])
     assert found["engine"] == found["local"] and found["engine_canonical"] == found["local_canonical"]
