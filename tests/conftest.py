@@ -45,11 +45,12 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start one fork server for all workers of pytest-xdist; it imports SGLang when it is first asked for a fork."""
+    """Start fork servers for all workers of pytest-xdist; they import engines when they are first asked for a fork."""
     if not hasattr(config, "workerinput"):
         stack = ExitStack()
         config.add_cleanup(stack.close)
-        stack.enter_context(forking.fork_server())
+        for kind in ("server", "script"):
+            stack.enter_context(forking.fork_server(kind))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,16 +20,25 @@ TESTS = Path(__file__).parent
 _TIMEOUT_S = 1800  # of a script, which may have minutes of work, on a machine that does something else as well
 
 
-def launch(script: Path, *arguments: object) -> str:
+def launch(script: Path, *arguments: object, fresh: bool = False) -> str:
     """Run a script in a process of its own, with this directory importable, and return what it printed.
+
+    The process is a fork of one that has imported Megatron-Core, unless it is to be `fresh`: where the script is about
+    what happens on import, or about memory.
 
     Raises:
         AssertionError: it failed; shows the end of what it said.
     """
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
+    command = [str(script), *map(str, arguments)]
+    if fresh:
+        command.insert(0, sys.executable)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
+    else:
+        import forking  # scripts import this module, and have no need of pytest
+
+        done = forking.run_script(command, environment, _TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
 

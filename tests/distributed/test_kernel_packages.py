@@ -22,7 +22,9 @@ LAYERS, OPTIMIZER, NORM = "layers, norms and attention", "optimizer", "gradient 
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker says of each case."""
     directory = tmp_path_factory.mktemp("kernels")
-    results: dict[str, Any] = json.loads(launch(TESTS / "distributed" / "kernel_worker.py", directory).splitlines()[-1])
+    results: dict[str, Any] = json.loads(
+        launch(TESTS / "distributed" / "kernel_worker.py", directory, fresh=True).splitlines()[-1]
+    )
     assert not {name: result["traceback"] for name, result in results.items() if "traceback" in result}
     return results
 

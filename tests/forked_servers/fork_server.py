@@ -1,21 +1,26 @@
-"""`python fork_server.py PARENT FD`: forks a server for everyone who connects to the socket FD.
+"""`python fork_server.py KIND PARENT FD`: forks a process for everyone who connects to the socket FD.
 
-SGLang is imported once, when it is first asked.
+KIND `server`: a server; SGLang is imported once, when it is first asked. KIND `script`: a script, or `-m MODULE`, that
+trains a model; Megatron-Core and this package are.
 
 One thread: a fork would lose the others, with what they hold. So all is done in one loop, and the threads are counted
 before each fork.
 """
 
+import gc
 import json
 import os
+import runpy
 import selectors
 import signal
 import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_bai import compat
@@ -25,17 +30,22 @@ from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
 IMPORTED = ["entrypoints.http_server", "model_executor.model_runner", "models.registry", "managers.scheduler"]
+TRAINING = [
+    "megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.dist_checkpointing",
+    "megatron_bai.rl.trainer", "megatron_bai.merge.pipeline",
+]  # fmt: skip
 
 
-def main(listener: socket.socket) -> None:
+def main(kind: str, listener: socket.socket) -> None:
+    prepare, run = KINDS[kind]
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         selector.select()  # until the first asks: most runs of tests need none of this
         prepare()
-        serve(listener, selector)
+        serve(listener, selector, run)
 
 
-def prepare() -> None:
+def prepare_server() -> None:
     """Import all that a server does."""
     with gc_disabled_for_imports():
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
@@ -45,6 +55,15 @@ def prepare() -> None:
         for name in IMPORTED:
             import_module(f"sglang.srt.{name}")
     save_weights_where_asked()
+
+
+def prepare_script() -> None:
+    """Import what scripts do that train a model. Their collector does not look at it again."""
+    with gc_disabled_for_imports():
+        compat.apply("megatron-cpu")
+        for name in TRAINING:
+            import_module(name)
+    gc.freeze()
 
 
 def save_weights_where_asked() -> None:
@@ -61,14 +80,14 @@ def save_weights_where_asked() -> None:
     checker.handle = handle
 
 
-def serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
+def serve(listener: socket.socket, selector: selectors.BaseSelector, run: Callable[[list[str]], None]) -> None:
     """Fork for those who connect; interrupt or kill a fork when whoever asked for it does so or is no more."""
     forks: dict[socket.socket, int] = {}
     while True:
         for key, _ in selector.select(0.05):
             if key.fileobj is listener:
                 asked, _ = listener.accept()
-                forks[asked] = fork(asked, [listener, *forks])
+                forks[asked] = fork(asked, [listener, *forks], run)
                 selector.register(asked, selectors.EVENT_READ)
             elif b"interrupt" in (said := key.fileobj.recv(100)):
                 os.kill(forks[key.fileobj], signal.SIGINT)
@@ -90,15 +109,15 @@ def end(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def fork(asked: socket.socket, others: list[socket.socket]) -> int:
-    """The process id of a server that does what `asked` says."""
+def fork(asked: socket.socket, others: list[socket.socket], run: Callable[[list[str]], None]) -> int:
+    """The process id of a fork that runs what `asked` says."""
     _, (out, err), _, _ = socket.recv_fds(asked, 1, 2)
     request = json.loads(asked.makefile().readline())
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork of a process with {threads} threads would lose all but one"
     pid = os.fork()
     if pid == 0:
-        become(request, out, err, [asked, *others])
+        become(request, out, err, [asked, *others], run)
     os.close(out)
     os.close(err)
     with suppress(ProcessLookupError, PermissionError):
@@ -106,8 +125,10 @@ def fork(asked: socket.socket, others: list[socket.socket]) -> int:
     return pid
 
 
-def become(request: dict, out: int, err: int, inherited: list[socket.socket]) -> NoReturn:
-    """A server, as if this process had been started as one."""
+def become(
+    request: dict, out: int, err: int, inherited: list[socket.socket], run: Callable[[list[str]], None]
+) -> NoReturn:
+    """What was asked for, as if this process had been started as that."""
     code = 1
     try:
         for each in inherited:
@@ -120,9 +141,7 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
         os.environ.update(request["environment"])
         os.chdir(request["directory"])
         tempfile.tempdir = None  # TMPDIR is read anew
-        serve_family()
-        sys.argv = [server_main.__file__, "--parent", str(os.getppid()), *request["arguments"]]
-        server_main.run_server(server_main.init_process())
+        run(request["arguments"])
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
@@ -133,6 +152,24 @@ def become(request: dict, out: int, err: int, inherited: list[socket.socket]) ->
     os._exit(code)
 
 
+def run_server(arguments: list[str]) -> None:
+    serve_family()
+    sys.argv = [server_main.__file__, "--parent", str(os.getppid()), *arguments]
+    server_main.run_server(server_main.init_process())
+
+
+def run_script(arguments: list[str]) -> None:
+    """As `python ARGUMENTS` does: with the script's directory and those of PYTHONPATH before all others."""
+    where = str(Path(arguments[0]).parent) if arguments[0] != "-m" else os.getcwd()
+    sys.path[:0] = [where, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
 def serve_family() -> None:
     """Let SGLang find the family that this fork serves, which a server of its own does as it imports its registry."""
     if module := os.environ.get(served_models.SERVED_MODULE):
@@ -141,6 +178,8 @@ def serve_family() -> None:
         models.update({each.__name__: each for each in (entry if isinstance(entry, list) else [entry])})
 
 
+KINDS = {"server": (prepare_server, run_server), "script": (prepare_script, run_script)}
+
 if __name__ == "__main__":
-    die_with_parent(int(sys.argv[1]))
-    main(socket.socket(fileno=int(sys.argv[2])))
+    die_with_parent(int(sys.argv[2]))
+    main(sys.argv[1], socket.socket(fileno=int(sys.argv[3])))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forking
 from model.families import published
 
 from megatron_bai import config
@@ -44,10 +45,13 @@ def two_steps(
     (run.parent / "family_reward.py").write_text(REWARD)
     more += ["reward=function", "reward.function=family_reward:mixed"]
     where = ["init=checkpoint", f"init.checkpoint={checkpoint}", f"run.dir={run}"]
-    command = [sys.executable, "-m", "megatron_bai", "train", *sizes, *more, *rollout, *where]
+    command = ["-m", "megatron_bai", "train", *sizes, *more, *rollout, *where]
     path = os.pathsep.join(filter(None, [*map(str, first), str(run.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    if first:
+        command.insert(0, sys.executable)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return forking.run_script(command, environment, 600)
 
 
 def require_same_engines(steps: list[dict[str, Any]]) -> None:

@@ -6,10 +6,9 @@ pads.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 from family_runs import REWARD
 
@@ -39,9 +38,7 @@ def test_the_engines_log_probabilities_are_the_same_in_every_step(more: list[str
     (tmp_path / "family_reward.py").write_text(REWARD)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     words = [f"run.dir={tmp_path}/run", *SETTINGS, *more]
-    command = [sys.executable, "-m", "megatron_bai", "train", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = forking.run_script(["-m", "megatron_bai", "train", *words], os.environ | {"PYTHONPATH": path}, 600)
     assert done.returncode == 0, done.stderr[-4000:]
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == STEPS

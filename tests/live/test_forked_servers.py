@@ -60,7 +60,7 @@ def test_a_process_with_threads_is_not_forked(monkeypatch: pytest.MonkeyPatch) -
         socket.send_fds(asking, [b"\n"], [1, 2])
         asking.sendall(json.dumps({}).encode() + b"\n")
         with pytest.raises(AssertionError, match=r"a fork of a process with \d+ threads would lose all but one"):
-            fork_server.fork(asked, [])
+            fork_server.fork(asked, [], fork_server.run_server)
     finally:
         done.set()
         thread.join()

@@ -52,7 +52,7 @@ def published_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 def built(published_models: dict[str, Path]) -> dict[str, Any]:
     asked = [[asdict(part) if isinstance(part, Model | Parallel) else part for part in case] for case in CASES.values()]
     asked += [[0, 1, str(each), asdict(Parallel()), "float32", "family"] for each in published_models.values()]
-    lines = launch(TESTS / "rl" / "memory_worker.py", json.dumps(asked)).splitlines()
+    lines = launch(TESTS / "rl" / "memory_worker.py", json.dumps(asked), fresh=True).splitlines()
     return dict(zip([*CASES, *published_models], json.loads(lines[-1]), strict=True))
 
 

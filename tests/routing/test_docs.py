@@ -16,7 +16,7 @@ ROWS = 2 * (15 + 7) * 2  # of a step: micro-batches × the tokens of two samples
 @pytest.mark.distributed
 def test_the_example_runs_as_printed_and_every_row_is_proven(tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(CODE)
-    lines = [line.split() for line in launch(tmp_path / "example.py").splitlines()]
+    lines = [line.split() for line in launch(tmp_path / "example.py", fresh=True).splitlines()]
     losses, replayed = ([line for line in lines if (line[0] == "replayed") == named] for named in (False, True))
     assert [int(line[0]) for line in losses] == list(range(STEPS)) and all(3 < float(line[1]) < 6 for line in losses)
     for step, (_, rows, _, recomputed) in enumerate(replayed):
@@ -44,7 +44,7 @@ def test_the_marked_lines_are_all_that_replay_adds(tmp_path: Path) -> None:
     plain = without_replay()
     assert not re.search(r"routing|\breplay\b|micro_routes|Place|assemble|MicroRoutes|RoutingReplay", plain)
     (tmp_path / "plain.py").write_text(plain)
-    lines = [line.split() for line in launch(tmp_path / "plain.py").splitlines()]
+    lines = [line.split() for line in launch(tmp_path / "plain.py", fresh=True).splitlines()]
     assert [int(line[0]) for line in lines] == list(range(STEPS)) and all(3 < float(line[1]) < 6 for line in lines)
 
 

@@ -64,6 +64,8 @@ def test_what_is_refused(facts: Any) -> None:
 
 
 def test_it_runs_as_a_script() -> None:
-    lines = [line.split() for line in launch(TESTS.parent / "examples" / "replay_in_own_loop.py").splitlines()]
+    lines = [
+        line.split() for line in launch(TESTS.parent / "examples" / "replay_in_own_loop.py", fresh=True).splitlines()
+    ]
     counts = [line for line in lines if line[0] == "replayed"]
     assert len(counts) == 3 and counts[-1][1] == counts[-1][3] == str(3 * 3 * (15 + 8) * 4)
