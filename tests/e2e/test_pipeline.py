@@ -14,7 +14,7 @@ import pytest
 from command import Result, succeeded
 from pipeline import STEPS, Demo
 
-from megatron_bai.monitor.report.charts import other_charts
+from megatron_bai.monitor.report.charts import own_charts
 from megatron_bai.monitor.report.run_data import load_run
 from megatron_bai.monitor.samples import store
 from megatron_bai.monitor.samples.show import select
@@ -121,7 +121,7 @@ def test_the_report_stands_alone(demo: Demo, trained: Result) -> None:
     page = (demo.directory / "report.html").read_text()
     assert Links(page).found == []
     assert "Training–inference KL" in page and "Route coverage" in page and len(page) > 1_000_000  # plotly is inside
-    assert other_charts([load_run(demo.directory, "demo", "")]) == []  # every metric of ours has a place of its own
+    assert own_charts([load_run(demo.directory, "demo", "")]) == []  # every metric of ours has a row in the table
 
 
 def test_the_first_screen_says_what_r3_leaves_of_the_gap_that_is_made_on_purpose(

@@ -1,6 +1,7 @@
 """The report: what it reads, what it refuses, and that nothing in a run's files becomes markup."""
 
 import json
+import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,8 @@ from monitor.kept import NASTY, kept
 from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
 from megatron_bai.errors import UserError
-from megatron_bai.monitor.report.charts import SECTIONS, other_charts
+from megatron_bai.monitor.metrics.table.sections import METRICS, PHASES, SECTIONS
+from megatron_bai.monitor.report.charts import own_charts
 from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.report import load_run, write_report
 from megatron_bai.monitor.report.run_data import run_names
@@ -98,11 +100,28 @@ def test_one_file_with_headlines_and_charts(tmp_path, steps):
 
 
 def test_every_metric_of_every_chart_is_drawn_at_once(tmp_path: Path) -> None:
-    declared = [(title, keys) for _, charts in SECTIONS.values() for title, keys, _ in charts]
-    names = {name for _, keys in declared for name in keys}
-    shown = section_charts(reported(make_run(tmp_path, [dict.fromkeys(names, 0.5) | {"step": s} for s in (1, 2)])))
-    for title, keys in declared:
-        assert len([trace for trace in shown[title]["traces"] if trace.get("mode") != "markers"]) >= len(keys), title
+    names = [re.sub("/[A-Z]+$", f"/{number}", name) for name in METRICS for number in (0, 1)]
+    steps = [dict.fromkeys(names, 0.5) | {"step": s, "alarms": []} for s in (1, 2)]
+    shown = section_charts(reported(make_run(tmp_path / "all", steps)))
+    charts = {chart: metrics for section in SECTIONS for chart, metrics in section.charts.items()}
+    per_run = {"lines": "", "phases": ": all", "buckets": ": all", "layers": ": all"}
+    assert shown.keys() == {chart.title + per_run[chart.kind] for chart in charts}
+    for chart, metrics in charts.items():
+        traces = shown[chart.title + per_run[chart.kind]]["traces"]
+        assert chart.kind == "layers" or len(traces) >= len(metrics), chart.title
+
+
+def test_every_phase_is_named_in_the_bars_and_in_what_took_longest(tmp_path: Path) -> None:
+    steps = [{"step": s, **{f"seconds_{phase}": 1.0 for phase in PHASES}, "seconds_step": 20.0} for s in (1, 2)]
+    for phase in PHASES:
+        longest = [record | {f"seconds_{phase}": 5.0} for record in steps]
+        html = reported(make_run(tmp_path / phase, longest))
+        bars = section_charts(html)[f"Seconds per step: {phase}"]["traces"]
+        assert [bar["name"] for bar in bars] == [*(name.replace("_", " ") for name in PHASES), "rest"]
+        assert len({bar["marker"]["color"] for bar in bars}) == len(bars)
+        assert bars[-1]["y"] == [pytest.approx(20 - 5 - (len(PHASES) - 1))] * 2
+        assert f">Slowest phase</dt><dd class=big>{phase.replace('_', ' ')}, 25%<" in html
+    assert "ahead" in PHASES
 
 
 def test_runs_side_by_side(tmp_path, steps):
@@ -140,10 +159,12 @@ def test_a_run_in_progress(tmp_path, steps):
     )
 
 
-def test_unknown_metrics_are_shown(tmp_path):
+def test_metrics_of_the_runs_own_are_shown_as_such(tmp_path):
     run = make_run(tmp_path, [{"step": 0, "made_up": 0.5, "note": "text", "flag": True}])
     write_report([run], tmp_path / "report.html")
-    assert set(section_charts((tmp_path / "report.html").read_text())) == {"made_up"}
+    html = (tmp_path / "report.html").read_text()
+    assert set(section_charts(html)) == {"made_up"}
+    assert "<h2>Other</h2><p>The runs' own metrics" in html
 
 
 def test_text_from_files_is_escaped(tmp_path):
@@ -180,7 +201,7 @@ def test_what_a_merge_keeps_of_its_sources_routing_is_in_its_table(tmp_path, ste
     write_report([run], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     assert f"<th>ckpt/i</th><td>0.5</td>{cells}" in html and "4.12" in html
-    assert other_charts([load_run(run, "demo", "")]) == []
+    assert own_charts([load_run(run, "demo", "")]) == []
 
 
 @pytest.mark.parametrize(

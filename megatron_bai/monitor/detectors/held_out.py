@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-_NAMES = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "eval_best")
+METRIC_NAMES = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "eval_best")
 
 
 class Evaluation(NamedTuple):
@@ -35,9 +35,9 @@ class HeldOutScores:
             step: global step.
             values: the step's metrics by name.
         """
-        numbers = [values.get(name) for name in _NAMES]
+        numbers = [values.get(name) for name in METRIC_NAMES]
         finite = [float(number) for number in numbers if number is not None and math.isfinite(number)]
-        if len(finite) == len(_NAMES):
+        if len(finite) == len(METRIC_NAMES):
             accuracy, low, high, best = finite
             self._evaluations.append(Evaluation(step, accuracy, (high - low) / 2, best))
 

@@ -4,17 +4,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from megatron_bai.monitor.metrics.metric_names import TOKENS_METRIC
+from megatron_bai.monitor.metrics.table.metric import Metric
+from megatron_bai.monitor.metrics.table.sections import METRICS
 from megatron_bai.monitor.report.run_data import RunData
 from megatron_bai.utils.json_numbers import is_finite_number, is_number
 
-# metric → what it is called, and the format of its numbers
-_MEASURES = (
-    ("reward_mean", "reward", ".3f"),
-    ("eval_accuracy", "held-out reward", ".3f"),
-    ("response_length_mean", "response length in tokens", ".1f"),
-    ("kl_k3", "KL between the engines (k3)", ".1e"),
-    ("loss", "loss", ".4g"),
-)
+_MEASURES = [metric for metric in METRICS.values() if metric.short]
 _MAX_ALARMS = 4  # named in the sentence
 
 
@@ -23,9 +18,9 @@ def describe_run(run: RunData) -> str:
     state = f"{run.name} {_describe_state(run)}"
     if not run.records:
         return f"{state}."
-    measures = [text for measure in _MEASURES if (text := _describe_change(run, *measure))]
-    if any(key in record for record in run.records for key in ("reward_mean", "eval_accuracy")):
-        measures = [text for text in measures if not text.startswith("loss")]  # a policy's says nothing by itself
+    has_rewards = any(key in record for record in run.records for key in ("reward_mean", "eval_accuracy"))
+    told = [metric for metric in _MEASURES if not (has_rewards and metric.name == "loss")]  # a policy's says nothing
+    measures = [text for metric in told if (text := _describe_change(run, metric))]
     return f"{state}{': ' if measures else ''}{', '.join(measures)}; {_describe_alarms(run)}."
 
 
@@ -112,12 +107,12 @@ def _format_time(since: Any) -> str:
         return ""
 
 
-def _describe_change(run: RunData, key: str, name: str, form: str) -> str:
+def _describe_change(run: RunData, metric: Metric) -> str:
     """Return a metric's first and last number; an empty text without any."""
-    values = [v for v in run.series(key)[1] if v is not None]
+    values = [v for v in run.series(metric.name)[1] if v is not None]
     if not values:
         return ""
-    return f"{name} {format_change(values, form)}"
+    return f"{metric.short} {format_change(values, metric.form)}"
 
 
 def format_change(values: list[float], form: str = ".3f") -> str:

@@ -5,14 +5,18 @@ from pathlib import Path
 
 from megatron_bai.errors import UserError, os_errors_as_user_errors
 from megatron_bai.monitor.metrics.metric_names import MERGE_ROUTING
+from megatron_bai.monitor.metrics.table.sections import METRICS, PHASES, SECTIONS
+from megatron_bai.monitor.metrics.table.speed import PHASE_PREFIX
 from megatron_bai.monitor.report import html_page
-from megatron_bai.monitor.report.charts import COLOURS, PHASES, SECTIONS, is_all_zero, other_charts, section_charts
+from megatron_bai.monitor.report.charts import COLOURS, is_all_zero, own_charts, section_charts
 from megatron_bai.monitor.report.headline import describe_discrepancy, describe_run, format_change
 from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.reader_page import reader_html
 from megatron_bai.monitor.report.run_data import RunData, load_run, run_names
 from megatron_bai.utils import atomic_file
 from megatron_bai.utils.flatten import flatten
+
+_OWN_INTRO = "The runs' own metrics, such as those of an objective from outside: they are none of megatron_bai's."
 
 
 def write_report(run_dirs: list[Path], output: Path) -> None:
@@ -35,10 +39,8 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     charts: list[html_page.Chart] = []
     samples = read_samples([(run.name, run.directory, [alarm.step for alarm in run.alarms()]) for run in runs])
     sections = [_headlines(runs), _summary_cards(runs), _alarm_section(runs), reader_html(samples)]
-    sections += [
-        _chart_section(title, intro, section_charts(title, runs), charts) for title, (intro, _) in SECTIONS.items()
-    ]
-    sections.append(_chart_section("Other", "Metrics this report has no place for.", other_charts(runs), charts))
+    sections += [_chart_section(one.title, one.intro, section_charts(one, runs), charts) for one in SECTIONS]
+    sections.append(_chart_section("Other", _OWN_INTRO, own_charts(runs), charts))
     sections += [_merge_section(runs), _config_section(runs)]
     page = html_page.render_page("megatron-bai · " + ", ".join(names), "".join(sections), charts, samples.samples)
     with os_errors_as_user_errors(output):
@@ -101,12 +103,12 @@ def _alarm_section(runs: list[RunData]) -> str:
 def _summary_card(run: RunData) -> str:
     """Return first and last reward and accuracy, time, slowest phase, layout and versions, as far as known."""
     items = []
-    for key, label in (("reward_mean", "Reward, first → last"), ("eval_accuracy", "Held-out reward, first → last")):
-        values = [v for v in run.series(key)[1] if v is not None]
+    for metric in (METRICS["reward_mean"], METRICS["eval_accuracy"]):
+        values = [v for v in run.series(metric.name)[1] if v is not None]
         if values:
-            items.append((label, format_change(values)))
+            items.append((f"{metric.short.capitalize()}, first → last", format_change(values)))
     items.append(("Steps", str(len(run.records))))
-    seconds = {phase: sum(v or 0.0 for v in run.series(f"seconds_{phase}")[1]) for phase in (*PHASES, "step")}
+    seconds = {phase: sum(v or 0.0 for v in run.series(PHASE_PREFIX + phase)[1]) for phase in (*PHASES, "step")}
     total = seconds.pop("step")
     if total > 0:
         slowest = max(seconds, key=seconds.__getitem__)
