@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from distributed.worker import QUICK
 from processes import TESTS, Layouts, launch
+from run_metrics import find_metrics_without_row
 from tiers import wants_long
 
 # No time limit on a machine that is busy; the same examples every time, so that a failure can be had again.
@@ -127,3 +128,17 @@ def forked_servers() -> Iterator[None]:
     """
     with forking.in_environment(forking.variables()):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_metric_has_a_row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that the runs of a module have written is without a row in the table of metrics."""
+    items = (item for item in request.session.items if item.nodeid.startswith(f"{request.node.nodeid}::"))
+    if not any(item.get_closest_marker(name) for item in items for name in ("live", "distributed")):
+        yield
+        return
+    before = set(tmp_path_factory.getbasetemp().rglob("metrics.jsonl"))
+    yield
+    records = set(tmp_path_factory.getbasetemp().rglob("metrics.jsonl")) - before
+    found = {str(record): names for record in sorted(records) if (names := find_metrics_without_row(record))}
+    assert not found, "add them to megatron_bai/monitor/metrics/table"
