@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 from distributed.worker import QUICK
 from processes import TESTS, Layouts, launch
-from run_metrics import find_metrics_without_row
+from run_metrics import find_metrics_without_row, list_records
 from tiers import wants_long
 
 # No time limit on a machine that is busy; the same examples every time, so that a failure can be had again.
@@ -137,8 +137,8 @@ def every_metric_has_a_row(request: pytest.FixtureRequest, tmp_path_factory: pyt
     if not any(item.get_closest_marker(name) for item in items for name in ("live", "distributed")):
         yield
         return
-    before = set(tmp_path_factory.getbasetemp().rglob("metrics.jsonl"))
+    before = list_records(tmp_path_factory.getbasetemp())
     yield
-    records = set(tmp_path_factory.getbasetemp().rglob("metrics.jsonl")) - before
+    records = list_records(tmp_path_factory.getbasetemp()) - before
     found = {str(record): names for record in sorted(records) if (names := find_metrics_without_row(record))}
     assert not found, "add them to megatron_bai/monitor/metrics/table"

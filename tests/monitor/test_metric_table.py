@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from run_metrics import find_metrics_without_row
+from run_metrics import find_metrics_without_row, list_records
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -145,6 +145,9 @@ def test_a_metric_without_a_row_is_found(tmp_path: Path, settings: str, missing:
     record = dict.fromkeys(("step", "kl_k3_live", "route_mismatch/3", "reward_by_length/100", *missing), 0.5)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 2, "torn')
     (tmp_path / "config.yaml").write_text(settings)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "metrics.jsonl").symlink_to("nothing")
+    assert list_records(tmp_path) == {tmp_path / "metrics.jsonl"}
     assert find_metrics_without_row(tmp_path / "metrics.jsonl") == missing
 
 
