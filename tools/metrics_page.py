@@ -11,7 +11,8 @@ from megatron_bai.monitor.metrics.table.sections import SECTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "monitoring.md"
 _MARKS = "<!-- metrics: written by tools/metrics_page.py -->", "<!-- end of metrics -->"
-_HEADER = "| metric | unit | what it is | formula | computed by | chart | detector |\n|---|---|---|---|---|---|---|"
+_COLUMNS = ("metric", "unit", "what it is", "formula", "computed by", "in the report", "detector")
+_HEADER = f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|"
 
 
 def make_page(page: str) -> str:
@@ -40,7 +41,7 @@ def _make_row(metric: Metric, others: list[Metric]) -> str:
         metric.about.removesuffix("."),
         metric.formula,
         ", ".join(f"`{path}`" for path in metric.producers),
-        "; ".join((*titles, *filter(None, [metric.place]))),
+        "; ".join((*titles, *filter(None, ["first sentence" if metric.short else "", metric.place]))),
         ", ".join(f"`{detector}`" for detector in metric.detectors),
     )
     return f"| {' | '.join(_escape(cell) for cell in cells)} |"
