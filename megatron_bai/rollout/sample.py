@@ -20,7 +20,8 @@ class Sample:
         prompt_length: tokens of the prompt.
         logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
             inference engine, at the temperature sampled with.
-        routes: `[T − 1, moe_layers, topk]` expert ids (see `routing.routes`); `[0, …]` of a lost sample.
+        routes: `[T − 1, layers, topk]` expert ids (see `routing.routes`) in the MoE layers of `columns`; `[0, …]` of a
+            lost sample.
         spans: weight versions that the response's tokens were sampled with, covering them in order.
         finish: `stop` (end token), `length` (all tokens used), `abort`, `partial` (the tokens of one go used; another
             continues it), or `lost` (see `lost_sample`).
@@ -28,8 +29,10 @@ class Sample:
         reward: a finite number; None before it is known, and where it failed.
         failure: why there is no reward; empty where there is one or it is not known yet.
         stream_index: index of the prompt in its split's stream, whatever batch it is in; −1 before it is in one.
-        route_weights: `[T − 1, moe_layers, topk]` float32, what the inference engine multiplied the outputs of `routes`
+        route_weights: `[T − 1, layers, topk]` float32, what the inference engine multiplied the outputs of `routes`
             with; None: not asked for, or the sample is lost.
+        columns: MoE layers of the model, counted from 0, that `routes` and `route_weights` have, in this order; None:
+            all of them, as sampled.
     """
 
     prompt_index: int
@@ -44,6 +47,7 @@ class Sample:
     failure: str = ""
     stream_index: int = -1
     route_weights: np.ndarray | None = None
+    columns: tuple[int, ...] | None = None
 
     @property
     def lost(self) -> bool:
@@ -84,6 +88,7 @@ class Sample:
                 appended. The first of them is of this sample's last token, which had none.
         """
         assert np.array_equal(continuation.tokens[: continuation.prompt_length], self.tokens), "of another sample"
+        assert self.columns == continuation.columns, "with the routes of other layers"
         rows, length = len(self.tokens) - 1, len(self.response)
         spans = list(self.spans)
         for span in continuation.spans:
@@ -107,10 +112,21 @@ class Sample:
         return np.concatenate([self.route_weights, continuation.route_weights[len(self.tokens) - 1 :]])
 
     def select_layers(self, columns: Sequence[int]) -> "Sample":
-        """Return the sample with the routes of some MoE layers, counted from 0."""
-        layers, weights = list(columns), self.route_weights
+        """Return the sample with the routes of some of its MoE layers.
+
+        Args:
+            columns: of the model, counted from 0, whatever layers this sample has the routes of.
+
+        Raises:
+            ValueError: the sample lacks a layer's routes.
+        """
+        held = range(self.routes.shape[1]) if self.columns is None else self.columns
+        positions, weights = [held.index(column) for column in columns], self.route_weights
         return replace(
-            self, routes=self.routes[:, layers], route_weights=None if weights is None else weights[:, layers]
+            self,
+            routes=self.routes[:, positions],
+            route_weights=None if weights is None else weights[:, positions],
+            columns=tuple(columns),
         )
 
 

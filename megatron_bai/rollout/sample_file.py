@@ -23,13 +23,14 @@ def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: 
 
     Args:
         path: of the file.
-        samples: pairs of number and sample.
+        samples: pairs of number and sample, with the routes of all layers.
         signature: of their routes.
 
     Raises:
         OSError: the file cannot be written.
     """
     values = [sample for _, sample in samples]
+    assert all(sample.columns is None for sample in values), "a sample with the routes of some layers alone"
     about = json.dumps([_sample_metadata(number, sample) for number, sample in samples])
     layers, topk = signature.moe_layers, signature.topk
     arrays: dict[str, Any] = {

@@ -35,7 +35,7 @@ class Given:
         from megatron_bai.rl.batches.batch import from_samples
 
         rollouts = [sample.select_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
-        made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, columns=self.columns, rewards=self.rewards)
+        made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, rewards=self.rewards)
         return rollouts, made
 
     def sync(self) -> None:

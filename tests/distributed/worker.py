@@ -142,8 +142,7 @@ class Run:
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
         mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
-        columns = self.replay.columns
-        batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, columns=columns, weighted=True)
+        batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, weighted=True)
         self.batch, (self.micros,) = make_mini_batches(batch, self.settings, Stats())
         self.noise = torch.from_numpy(noise[own])[self.batch.sample_index]
         self.in_loss = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.sample_index]

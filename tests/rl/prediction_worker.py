@@ -203,7 +203,7 @@ class Given:
 
         rollouts, advantages, _ = problem()
         rollouts = [sample.select_layers(self.columns) for sample in rollouts]
-        return rollouts, from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE, columns=self.columns)
+        return rollouts, from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE)
 
     def sync(self) -> None:
         pass

@@ -73,8 +73,24 @@ def test_rows_without_a_route_are_missing_and_padding_is_neither() -> None:
 def test_a_rank_takes_the_routes_of_its_layers() -> None:
     samples = [sample(6, 2, 0), sample(4, 2, 1)]
     whole = from_samples(samples, np.zeros(2), 7, PAD, SIGNATURE)
-    part = from_samples([s.select_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE, columns=[0, 2])
+    part = from_samples([s.select_layers([0, 2]) for s in samples], np.zeros(2), 7, PAD, SIGNATURE)
     assert torch.equal(part.routes, whole.routes[:, :, [0, 2]]) and torch.equal(part.routed, whole.routed)
+    with pytest.raises(AssertionError, match="the routes of different layers"):
+        from_samples([samples[0], samples[1].select_layers([0, 2])], np.zeros(2), 7, PAD, SIGNATURE)
+
+
+def test_a_layer_of_a_samples_routes_keeps_its_number_however_often_layers_are_selected() -> None:
+    whole = sample(5, 3, 0)
+    part = whole.select_layers([2, 0])
+    assert whole.columns is None and part.columns == (2, 0)
+    np.testing.assert_array_equal(part.routes, whole.routes[:, [2, 0]])
+    again = part.select_layers([0])
+    assert again.columns == (0,)
+    np.testing.assert_array_equal(again.routes, whole.routes[:, [0]])
+    with pytest.raises(ValueError):
+        part.select_layers([1])
+    with pytest.raises(AssertionError, match="of other layers"):
+        whole.append(replace(part, prompt_length=len(part.tokens)))
 
 
 def test_a_sample_longer_than_the_batch_is_refused() -> None:

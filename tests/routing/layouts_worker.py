@@ -92,7 +92,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rollouts = samples(SAMPLES, np.random.default_rng(3))[rank * SAMPLES // size : (rank + 1) * SAMPLES // size]
     rollouts = [sample.select_layers(replay.columns) for sample in rollouts]
-    batch = from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature, columns=replay.columns)
+    batch = from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature)
     parts = batch.split(len(batch) // micros)
 
     param_shards.init_random(actor.modules, MODEL, seed=0)

@@ -1,6 +1,6 @@
 """Samples as padded tensors, which are split into mini- and micro-batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -171,20 +171,18 @@ def from_samples(
     pad_id: int,
     signature: RouteSignature,
     in_loss: np.ndarray | None = None,
-    columns: Sequence[int] | None = None,
     rewards: np.ndarray | None = None,
     weighted: bool = False,
 ) -> Batch:
     """Build a batch from rollouts.
 
     Args:
-        samples: B of this replica, with the routes of `columns`.
+        samples: B of this replica, at least one, all with the routes of the same layers.
         advantages: `[B]`, one a sample; None leaves 0, one a token, for a critic to fill.
         length: T, at least the longest sample.
         pad_id: token id of padding.
         signature: of the whole model's routes.
         in_loss: `[B]` bool; None counts every sample. `mask` still has them all: see `Batch.drop_excluded`.
-        columns: MoE layers, counted from 0, whose routes the samples hold; None: all.
         rewards: `[B]`; None: 0.
         weighted: whether the samples have `route_weights`; lost ones need none.
     """
@@ -198,6 +196,8 @@ def from_samples(
         predicted = slice(sample.prompt_length - 1, total - 1)
         mask[i, predicted] = True
         logprobs[i, predicted] = sample.logprobs
+    columns = samples[0].columns
+    assert all(sample.columns == columns for sample in samples), "samples with the routes of different layers"
     recorded = [sample.route_mask for sample in samples]
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
     prompt_index = torch.tensor([sample.prompt_index for sample in samples])

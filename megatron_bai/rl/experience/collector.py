@@ -215,9 +215,8 @@ class Collector:
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.place.multiple)
-        pad, columns = session.task.tokenizer.pad_token_id, session.engine.replay.columns
-        weighted = self.settings.replay.weights == "server"
-        return from_samples(samples, advantages, length, pad, session.signature, in_loss, columns, rewards, weighted)
+        pad, weighted = session.task.tokenizer.pad_token_id, self.settings.replay.weights == "server"
+        return from_samples(samples, advantages, length, pad, session.signature, in_loss, rewards, weighted)
 
 
 def rewards_and_mask(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:

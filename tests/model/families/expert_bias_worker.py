@@ -36,7 +36,7 @@ class BiasBench(Bench):
             for s, n in zip(self.samples(), LENGTHS, strict=True)
         ]
         advantages = np.linspace(-1, 2, len(samples))
-        return from_samples(samples, advantages, LENGTH, 0, self.replay.signature, columns=self.replay.columns)
+        return from_samples(samples, advantages, LENGTH, 0, self.replay.signature)
 
     def reload(self) -> None:
         """Back to the published weights, with the optimizer's copies."""

@@ -90,7 +90,7 @@ class Bench:
         from megatron_bai.rl.batches.batch import from_samples
 
         advantages = np.linspace(-1, 2, BATCH)
-        return from_samples(self.samples(), advantages, LENGTH, 0, self.replay.signature, columns=self.replay.columns)
+        return from_samples(self.samples(), advantages, LENGTH, 0, self.replay.signature)
 
     def on_rank_0(self, value: torch.Tensor | None) -> torch.Tensor | None:
         """What a rank of the last stage has."""
