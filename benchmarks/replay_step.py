@@ -53,6 +53,7 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
     from megatron_bai.rl.policy.router_shift import RouterShift
     from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.rollout.sample import Sample
@@ -94,11 +95,11 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
         with shift.record(len(micros)) if mode == "shift" else nullcontext():
             scores = engine.score(micros, routes, record=mode == "r2")
         assert scores.logprobs is not None, "one stage has the logits"
-        batch.old_logprobs.copy_(scores.logprobs)
+        training = make_training_batch(make_scored_batch(batch, scores.logprobs)).split(arguments.micro)
         if mode == "shift":
-            shift.measure(micros, None, 0)
+            training = shift.measure(training, None, 0)
         own = shifted if mode == "shift" else settings.objective
-        engine.update(micros, scores.routes if mode == "r2" else routes, objective, own)
+        engine.update(training, scores.routes if mode == "r2" else routes, objective, own)
         if device.kind == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began[0], time.process_time() - began[1]

@@ -214,6 +214,7 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
     device = backend.init_backend(settings.backend)
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
     from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
@@ -243,9 +244,9 @@ def scale(_: Path, work: dict[str, Any]) -> dict[str, Any]:
         marks = [(time.perf_counter(), time.process_time())]
         scores = engine.score(micros).logprobs
         assert scores is not None, "one stage has the logits"
-        batch.old_logprobs.copy_(scores)
+        training = make_training_batch(make_scored_batch(batch, scores)).split(work["micro"])
         marks.append((time.perf_counter(), time.process_time()))
-        engine.update(micros, None, objective, settings.objective)
+        engine.update(training, None, objective, settings.objective)
         marks.append((time.perf_counter(), time.process_time()))
         for name, before, after in zip(("score", "update"), marks, marks[1:]):
             found[name].append(after[0] - before[0])

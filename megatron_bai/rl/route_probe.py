@@ -15,7 +15,7 @@ import torch
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.metrics.router_metrics import add_expert_load, compute_load_metrics
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch, empty_batch, padded_length
+from megatron_bai.rl.batches.token_batch import make_token_batch, padded_length
 from megatron_bai.rl.policy.forward_backward import ForwardBackward
 from megatron_bai.routing.layout import Place
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, sets_differ
@@ -90,7 +90,7 @@ class RouteProbe:
         for i, sequence in enumerate(own):
             tokens[i, : len(sequence)] = torch.tensor(sequence)
             lengths[i] = len(sequence)
-        self.micro_batches: list[Batch] = empty_batch(tokens).split(rows)
+        self.micro_batches = make_token_batch(tokens).split(rows)
         positions = torch.arange(length)
         self._fed = [self.place.rows(positions < part[:, None]).to(self.device) for part in lengths.split(rows)]
 

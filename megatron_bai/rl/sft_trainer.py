@@ -12,7 +12,8 @@ from megatron_bai.model.router_losses import mend_router
 from megatron_bai.monitor.metrics.router_metrics import compute_load_metrics
 from megatron_bai.monitor.run_log import RunLog
 from megatron_bai.rl import init_weights, objectives
-from megatron_bai.rl.batches.batch import Batch, from_sft
+from megatron_bai.rl.batches.batch import from_sft
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.policy.lr_schedule import set_learning_rate
 from megatron_bai.rl.policy.router_measurement import measure_routers
 from megatron_bai.rl.run_architecture import plain_settings, resolve_architecture
@@ -79,7 +80,7 @@ def _run_steps(session: Session) -> None:
             )
 
 
-def _sft_batch(session: Session, step: int) -> Batch:
+def _sft_batch(session: Session, step: int) -> TrainingBatch:
     """Build this data-parallel rank's rows of a step's batch."""
     supervised = session.settings.supervised
     rows, size = supervised.rows, session.dp_size

@@ -30,8 +30,14 @@ from megatron_bai.monitor.stats import Stats
 from megatron_bai.monitor.step_timer import StepTimer
 from megatron_bai.monitor.summary import Summary, read_summary
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch
-from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches
+from megatron_bai.rl.batches.micro_batches import MiniBatches, make_mini_batches, split_alike
+from megatron_bai.rl.batches.stages import (
+    RolloutBatch,
+    ScoredBatch,
+    TrainingBatch,
+    make_scored_batch,
+    make_training_batch,
+)
 from megatron_bai.rl.checkpointing import ResumePoint, RunCheckpoints, Stateful, open_run, result_paths
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
@@ -39,7 +45,7 @@ from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_i
 from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
 from megatron_bai.rl.experience.server_probe import verify_engines
-from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
+from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies, select_sampled_logprobs
 from megatron_bai.rl.merge_routing import measure_merge_routing
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.exactness import require_exact
@@ -216,22 +222,20 @@ class TrainingLoop:
         stats, router_stats = Stats(), Stats()  # of this replica; of what this rank's routers saw
         version = self.inference.version
         with clock("rollout"):
-            samples, batch = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
-        batch, mini_batches = make_mini_batches(batch, self.settings, stats, self.session.device.device)
-        micro_batches = sum(mini_batches, [])
-        rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, mini_batches)
-        with clock("old_logprob"), self._recording_routers(step, mini_batches):
-            routes, differing = self._score_old_policy(batch, micro_batches, stats, router_stats)
+            samples, rollouts = self.collector.collect(stats, step + 1 == self.settings.trainer.steps)
+        rollouts, rollout_parts = make_mini_batches(rollouts, self.settings, stats, self.session.device.device)
+        micro_batches = sum(rollout_parts, [])
+        rows_before, expected = self.session.engine.replay.rows, self._expected_replay_rows(step, rollout_parts)
+        with clock("old_logprob"), self._recording_routers(step, rollout_parts):
+            scored, routes, differing = self._score_old_policy(rollouts, micro_batches, stats, router_stats)
         if self.route_recorder:
             assert routes is not None, "a store belongs to a replay"
             with clock("store"):
                 self.route_recorder.record_step(step, version, samples, micro_batches, routes)
-        if self.session.critic:
-            with clock("values"):
-                stats.add(self.session.critic.estimate_values(batch, micro_batches))
+        training = self._make_training_batch(scored, micro_batches, stats, clock)
         with clock("samples"):
-            self.sample_recorder.add_train(step + 1, samples, batch, micro_batches, differing)
-        batch.drop_excluded()
+            self.sample_recorder.add_train(step + 1, samples, training, micro_batches, differing)
+        mini_batches = split_alike(training, rollout_parts)
         update_metrics: dict[str, Any] = {}
         if self.session.critic:
             with clock("update_critic"):
@@ -260,12 +264,12 @@ class TrainingLoop:
             "route_coverage": rows[0] / rows[1] if rows[1] else None,
             **update_metrics,
             "sync_gap": self.inference.sync_gap,
-            **clock.metrics(self._sum_over_ranks([int(batch.routed.sum()) if self.session.reports_stats else 0])[0]),
+            **clock.metrics(self._sum_over_ranks([int(rollouts.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
         return self._with_alarms(values)
 
     @contextmanager
-    def _recording_routers(self, step: int, mini_batches: MiniBatches) -> Iterator[None]:
+    def _recording_routers(self, step: int, mini_batches: MiniBatches[RolloutBatch]) -> Iterator[None]:
         """Record what later comparisons with π_old's routers need, if there are any."""
         num_passes = sum(map(len, mini_batches))
         with self.router_shift.record(num_passes), self.route_prediction.record(step, mini_batches):
@@ -284,13 +288,13 @@ class TrainingLoop:
         return values | ({"alarms": [alarm.json() for alarm in alarms]} if alarms else {})
 
     def _score_old_policy(
-        self, batch: Batch, micro_batches: list[Batch], stats: Stats, router_stats: Stats
-    ) -> tuple[list[MicroRoutes] | None, list[torch.Tensor]]:
-        """Fill `old_logprobs` and measure the discrepancy.
+        self, rollouts: RolloutBatch, micro_batches: list[RolloutBatch], stats: Stats, router_stats: Stats
+    ) -> tuple[ScoredBatch, list[MicroRoutes] | None, list[torch.Tensor]]:
+        """Make the scored stage and measure the discrepancy.
 
         Returns:
-            The routes that the updates replay; where routes differ, as `router.add_route_mismatch` returns it, nothing
-            where that is not measured.
+            The stage; the routes that the updates replay; where routes differ, as `router.add_route_mismatch` returns
+            it, nothing where that is not measured.
         """
         engine, mode = self.session.engine, self.settings.replay.mode
         inference = [engine.local_routes(micro_batch) for micro_batch in micro_batches]
@@ -312,27 +316,37 @@ class TrainingLoop:
         if self.previous_weights:
             previous = self.previous_weights.score(micro_batches, inference if mode == "r3" else None)
             self.previous_weights.capture()
-        if engine.last_stage:
-            assert old.logprobs is not None and old.entropy is not None
-            batch.old_logprobs.copy_(old.logprobs)
-            add_discrepancies(stats, batch, previous, live_scores.logprobs if live_scores else None, weighted)
-            stats.mean("entropy", old.entropy.cpu()[batch.mask])
-        if self.settings.rollout.exact:
-            require_exact(batch, None if live_scores is None else live_scores.logprobs)
+        reference, sampled, live = None, None, None if live_scores is None else live_scores.logprobs
         if self.reference:
             with self.reference.swapped_in():  # with its live router: it is one distribution for the whole run
                 reference = engine.score(micro_batches).logprobs
-            if engine.last_stage:
-                assert reference is not None
-                batch.reference_logprobs.copy_(reference)
+        if old.logprobs is not None:
+            sampled = select_sampled_logprobs(rollouts.version_age, old.logprobs, previous)
+        scored = make_scored_batch(rollouts, old.logprobs, sampled, reference)
+        if old.entropy is not None:
+            add_discrepancies(stats, scored, live, weighted)
+            stats.mean("entropy", old.entropy.cpu()[scored.usable_mask])
+        if self.settings.rollout.exact:
+            require_exact(scored, live)
         routes = inference if mode == "r3" else old.routes
         router.add_expert_load(router_stats, routes, engine.replay.columns)
-        return None if mode == "none" else routes, differing
+        return scored, None if mode == "none" else routes, differing
+
+    def _make_training_batch(
+        self, scored: ScoredBatch, micro_batches: list[RolloutBatch], stats: Stats, clock: StepTimer
+    ) -> TrainingBatch:
+        """Make the training stage, with the samples' advantages or those of a critic."""
+        if not self.session.critic:
+            return make_training_batch(scored)
+        with clock("values"):
+            training, critic_stats = self.session.critic.estimate_advantages(scored, micro_batches)
+            stats.add(critic_stats)
+        return training
 
     def _update(
         self,
         step: int,
-        mini_batches: MiniBatches,
+        mini_batches: MiniBatches[TrainingBatch],
         routes: list[MicroRoutes] | None,
         stats: Stats,
         router_stats: Stats,
@@ -346,7 +360,7 @@ class TrainingLoop:
             rate = set_learning_rate(self.session.actor.optimizer, trainer, update, updates)
             mini_batch_routes = routes and list(islice(remaining, len(micro_batches)))
             if num_done:  # before the step's first update nothing has moved
-                self.router_shift.measure(micro_batches, mini_batch_routes, num_done)
+                micro_batches = self.router_shift.measure(micro_batches, mini_batch_routes, num_done)
             num_done += len(micro_batches)
             with self.route_prediction.learn(update - first, rate, router_stats):
                 update_stats, norm = engine.update(
@@ -356,14 +370,14 @@ class TrainingLoop:
             norms.append(norm)
         return {"grad_norm": float(np.mean(norms)), "learning_rate": rate}
 
-    def _update_critic(self, step: int, mini_batches: MiniBatches, stats: Stats) -> dict[str, float]:
+    def _update_critic(self, step: int, mini_batches: MiniBatches[TrainingBatch], stats: Stats) -> dict[str, float]:
         """Make the critic's optimizer steps, on the same mini-batches. Collective."""
         assert self.session.critic
         update_stats, norms, rate = self.session.critic.update(mini_batches, step * self.settings.trainer.mini_batches)
         stats.add(update_stats)
         return {"critic_grad_norm": float(np.mean(norms)), "critic_learning_rate": rate}
 
-    def _expected_replay_rows(self, step: int, mini_batches: MiniBatches) -> int:
+    def _expected_replay_rows(self, step: int, mini_batches: MiniBatches[RolloutBatch]) -> int:
         """Return the (token, layer) rows to be replayed for this replica in the step; called before it scores."""
         updates = step >= self.warmup
         scorings = 2 if self.previous_weights and self.previous_weights.available else 1

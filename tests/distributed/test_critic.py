@@ -15,7 +15,8 @@ from processes import Layouts
 from tiers import tiered
 
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, from_samples
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import RolloutBatch, make_scored_batch, make_training_batch
 from megatron_bai.rl.objectives.ppo import critic_loss
 
 pytestmark = pytest.mark.distributed
@@ -67,7 +68,7 @@ def test_the_norm_reported_is_that_of_the_critics_whole_gradient(case: str, layo
     assert found["diverged"] == []
 
 
-def batch() -> tuple[Batch, torch.Tensor]:
+def batch() -> tuple[RolloutBatch, torch.Tensor]:
     rollouts, _, noise = problem()
     counted = np.array([sample not in LEFT_OUT for sample in range(SAMPLES)])
     made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, in_loss=counted, rewards=REWARDS)
@@ -93,20 +94,19 @@ def test_a_critics_update_is_that_of_plain_torch(layouts: Layouts) -> None:
     found = layouts["one"]["ppo"]
     weights = {name: tensor.double().requires_grad_() for name, tensor in found["weights"].items()}
     made, noise = batch()
-    mask = made.mask.numpy().copy()
+    mask, loss_mask = made.usable_mask.numpy(), made.loss_mask
     values = reference.values(weights, MODEL, made.tokens)
     returns, advantages = estimate(values.detach().numpy(), mask)
     for name, wanted in zip(NAMES, (values.detach().numpy(), returns, advantages)):
         np.testing.assert_allclose(found[name].numpy(), wanted, rtol=0, atol=1e-5)
-    made.drop_excluded()
     old = values.detach() + noise
-    losses, stats = critic_loss(values, old, torch.from_numpy(returns), made.mask, PPO.value_clip)
-    (losses.sum() / made.mask.sum()).backward()
+    losses, stats = critic_loss(values, old, torch.from_numpy(returns), loss_mask, PPO.value_clip)
+    (losses.sum() / loss_mask.sum()).backward()
     assert stats.values() == pytest.approx({name: found["update"][name] for name in stats.values()}, rel=1e-5)
     assert 0 < found["update"]["value_clip_fraction"] < 0.5
     gap, name = relative(found["gradient"], {name: tensor.grad for name, tensor in weights.items()})
     assert gap <= 1e-4, name
-    v, r = values.detach()[made.mask], torch.from_numpy(returns)[made.mask]
+    v, r = values.detach()[loss_mask], torch.from_numpy(returns)[loss_mask]
     explained = float(1 - (r - v).var() / r.var())
     means = {"value_mean": float(v.mean()), "return_mean": float(r.mean()), "explained_variance": explained}
     assert found["statistics"] == pytest.approx(means, rel=1e-4, abs=1e-6)
@@ -119,11 +119,10 @@ def test_an_actors_update_with_advantages_of_tokens_is_that_of_plain_torch(layou
     logprobs = torch.nn.functional.pad(
         reference.next_logprobs(reference.logits(weights, MODEL, made.tokens), made.tokens), (0, 1)
     )
-    made.old_logprobs = logprobs.detach() + noise
-    made.advantages = layouts["one"]["ppo"]["advantages"].double()
-    made.drop_excluded()
-    total, _ = objectives.batch_loss(objectives.get("ppo"), PPO, logprobs, made)
-    loss = total / made.mask.sum()
+    scored = make_scored_batch(made, logprobs.detach() + noise)
+    training = make_training_batch(scored, layouts["one"]["ppo"]["advantages"].double())
+    total, _ = objectives.batch_loss(objectives.get("ppo"), PPO, logprobs, training)
+    loss = total / training.loss_mask.sum()
     loss.backward()
     assert statistics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-7)
     gap, name = relative(gradients, {name: tensor.grad for name, tensor in weights.items()})

@@ -12,6 +12,7 @@ Tolerances, all in fp32, with the largest difference seen between the layouts on
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from tiers import tiered
 from megatron_bai.config import Minirl
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 from megatron_bai.rl.objectives import minirl
 
 pytestmark = pytest.mark.distributed
@@ -131,7 +133,7 @@ def test_the_gradient_is_that_of_plain_torch(mode: str, layouts: Layouts) -> Non
     there = batch.targets >= 0
     torch.testing.assert_close(one["scores"]["logprobs"].double(), (logprobs * there).detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(one["scores"]["entropy"].double(), entropy * there, rtol=0, atol=1e-5)
-    batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
+    batch = make_training_batch(make_scored_batch(batch, logprobs.detach() + torch.from_numpy(noise)))
     losses, _ = minirl.loss(logprobs, batch, Minirl())
     total = losses.sum()
     (total / SAMPLES).backward()
@@ -162,9 +164,8 @@ def test_other_objectives_gradients_are_those_of_plain_torch(objective: str, lay
     batch = from_samples(rollouts, advantages, LENGTH, 0, SIGNATURE, in_loss=counted)
     scores = reference.logits(weights, MODEL, batch.tokens)
     logprobs = torch.nn.functional.pad(reference.next_logprobs(scores, batch.tokens), (0, 1))
-    batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
-    batch.reference_logprobs = batch.old_logprobs + torch.from_numpy(noise)
-    batch.drop_excluded()
+    old = logprobs.detach() + torch.from_numpy(noise)
+    batch = make_training_batch(make_scored_batch(batch, old, None, old + torch.from_numpy(noise)))
     settings = OBJECTIVES[objective]
     entropy = torch.distributions.Categorical(logits=scores).entropy()
     total, _ = objectives.batch_loss(objectives.get(settings.name), settings, logprobs, batch, entropy)
@@ -202,9 +203,9 @@ def test_another_temperature_is_that_of_plain_torch(layouts: Layouts) -> None:
     entropy = torch.distributions.Categorical(logits=scores).entropy()
     torch.testing.assert_close(one["scores"]["logprobs"].double(), (logprobs * there).detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(one["scores"]["entropy"].double(), (entropy * there).detach(), rtol=0, atol=1e-5)
-    batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
+    batch = make_training_batch(make_scored_batch(batch, logprobs.detach() + torch.from_numpy(noise)))
     total, _ = objectives.batch_loss(objectives.get("dapo"), COOLED, logprobs, batch, entropy)
-    loss = total / batch.mask.sum()
+    loss = total / batch.loss_mask.sum()
     loss.backward()
     assert one["first"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     gap, name = relative(one["gradient"], {name: tensor.grad for name, tensor in weights.items()})
@@ -367,21 +368,21 @@ def test_how_far_routers_moved_is_that_of_plain_torch(key: str, replayed: bool, 
         scores = reference.next_logprobs(last @ weights["lm_head.weight"].T, batch.tokens)
         logprobs = torch.nn.functional.pad(scores, (0, 1))
         if weights is old:
-            batch.old_logprobs = logprobs.detach() + torch.from_numpy(noise)
-    shift = torch.zeros(batch.mask.shape, dtype=torch.float64)
+            batch = make_training_batch(make_scored_batch(batch, logprobs.detach() + torch.from_numpy(noise)))
+    shift = torch.zeros(batch.tokens.shape, dtype=torch.float64)
     for layer, (before, after) in enumerate(zip(*seen)):
         ids = routes[:, :, layer].long() if replayed else before.topk(MODEL.moe_topk, dim=-1).indices
         moved = after.log_softmax(-1).gather(-1, ids) - before.log_softmax(-1).gather(-1, ids)
         shift += moved.detach().abs().mean(-1) / MODEL.num_layers
     there = batch.targets >= 0
     torch.testing.assert_close(found["shift"][there].double(), shift[there], rtol=0, atol=1e-5)
-    floored = (-shift[batch.mask]).exp() < SHIFTED.router_shift_min
-    assert shift[batch.mask].min() > 0.01 and floored.any() and not floored.all()
-    batch.router_shift = shift
+    floored = (-shift[batch.loss_mask]).exp() < SHIFTED.router_shift_min
+    assert shift[batch.loss_mask].min() > 0.01 and floored.any() and not floored.all()
+    batch = replace(batch, router_shift=shift)
     total, _ = objectives.batch_loss(objectives.get("gspo"), SHIFTED, logprobs, batch)
     (total / SAMPLES).backward()
     assert found["first"]["loss"] == pytest.approx(float(total.detach()) / SAMPLES, rel=1e-5)
-    assert found["first"]["router_shift_mean"] == pytest.approx(float((-shift[batch.mask]).exp().mean()), rel=1e-5)
+    assert found["first"]["router_shift_mean"] == pytest.approx(float((-shift[batch.loss_mask]).exp().mean()), rel=1e-5)
     gap, name = relative(found["gradient"], {name: tensor.grad for name, tensor in new.items()})
     assert gap <= 1e-4, name
 

@@ -113,13 +113,23 @@ def problem() -> tuple[list, np.ndarray, np.ndarray]:
 class Run:
     """A fresh actor in a layout, with this rank's part of the batch."""
 
-    def __init__(self, case: Case, device: backend.Device, temperature: float = 1.0, **changes: Any):
+    def __init__(
+        self,
+        case: Case,
+        device: backend.Device,
+        temperature: float = 1.0,
+        leaves_out: bool = False,
+        has_critic: bool = False,
+        **changes: Any,
+    ):
+        """Some samples are left out of the loss; the rollouts give samples no advantage if there is a critic."""
         from megatron.core import parallel_state
 
         from megatron_bai.model import build, megatron_checkpoint, param_shards
         from megatron_bai.monitor.stats import Stats
         from megatron_bai.rl.batches.batch import from_samples
         from megatron_bai.rl.batches.micro_batches import make_mini_batches
+        from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
         from megatron_bai.rl.policy.training_engine import TrainingEngine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -142,13 +152,23 @@ class Run:
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
         mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
-        batch = from_samples(mine, advantages[own], LENGTH, 0, SIGNATURE, weighted=True)
-        self.batch, (self.micros,) = make_mini_batches(batch, self.settings, Stats())
+        in_loss = np.array([not (leaves_out and sample in LEFT_OUT) for sample in range(SAMPLES)])[own]
+        of_samples = None if has_critic else advantages[own]
+        rollouts = from_samples(mine, of_samples, LENGTH, 0, SIGNATURE, in_loss, REWARDS[own], weighted=True)
+        self.batch, (self.micros,) = make_mini_batches(
+            make_training_batch(make_scored_batch(rollouts)), self.settings, Stats()
+        )
         self.noise = torch.from_numpy(noise[own])[self.batch.sample_index]
-        self.in_loss = torch.tensor([sample not in LEFT_OUT for sample in range(SAMPLES)])[own][self.batch.sample_index]
         self.recorded: list = []
         self.dp_rank = rank
         self.reports_stats = self.engine.last_stage and self.engine.tensor_rank == 0
+
+    def become(self, **changes: torch.Tensor) -> None:
+        """Another batch takes this one's place, and its parts that of the micro-batches."""
+        from megatron_bai.rl.batches.micro_batches import split_alike
+
+        self.batch = replace(self.batch, **changes)
+        (self.micros,) = split_alike(self.batch, [self.micros])
 
     def routes(self, mode: str) -> list | None:
         if mode == "r2":
@@ -161,7 +181,7 @@ class Run:
         found = self.engine.score(self.micros, None if record else self.routes(mode), record)
         self.recorded = found.routes
         if found.logprobs is not None:
-            self.batch.old_logprobs.copy_(found.logprobs + self.noise)
+            self.become(old_logprobs=(found.logprobs + self.noise).float())
         return {"logprobs": self.whole(found.logprobs), "entropy": self.whole(found.entropy)}
 
     def score_weights(self) -> dict[str, Any]:
@@ -234,12 +254,10 @@ def gradient(
 
     With one of `OBJECTIVES` the reference policy is at twice the old one's distance, and some samples are left out.
     """
-    run = Run(case, device)
+    run = Run(case, device, leaves_out=bool(objective))
     run.score(mode)
     if objective:
-        run.batch.reference_logprobs.copy_(run.batch.old_logprobs + run.noise)
-        run.batch.in_loss.copy_(run.in_loss)
-        run.batch.drop_excluded()
+        run.become(reference_logprobs=(run.batch.old_logprobs + run.noise).float())
     return measured(run.actor, lambda: run.update(mode, OBJECTIVES.get(objective)))
 
 
@@ -262,11 +280,11 @@ def overflowing(case: Case, device: backend.Device) -> dict[str, list[str]]:
     for name, sign in (("counts", -1), ("flat", 1), ("huge", -1)):
         run = Run(case, device)
         run.score("none")
-        run.batch.advantages.abs_().mul_(sign)
+        run.become(advantages=sign * run.batch.advantages.abs())
         if run.dp_rank == 0:
-            run.batch.old_logprobs -= 200
+            run.become(old_logprobs=run.batch.old_logprobs - 200)
         if run.dp_rank == 0 and name == "huge":
-            run.batch.advantages.fill_(-3e38)
+            run.become(advantages=torch.full_like(run.batch.advantages, -3e38))
         try:
             run.update("none", config.Grpo())
             said = "nothing"
@@ -290,8 +308,9 @@ def shifted(case: Case, device: backend.Device, mode: str, hf: Path | None = Non
     with shift.record(len(run.micros)):
         run.score(mode)
         run.engine.score(run.micros, run.routes("r3"))  # another pass is not recorded
-    shift.measure(run.micros, run.routes(mode), 0)
-    still = float(run.batch.router_shift.abs().max())
+    still = max(
+        float(micro.router_shift.abs().amax()) for micro in shift.measure(run.micros, run.routes(mode), 0) if len(micro)
+    )
     before = [parameter.detach().clone() for module in run.actor.modules for parameter in module.parameters()]
     param_shards.init_random(run.actor.modules, MODEL, seed=1)
     with torch.no_grad():
@@ -302,8 +321,8 @@ def shifted(case: Case, device: backend.Device, mode: str, hf: Path | None = Non
     megatron_checkpoint.reload_master_weights(run.actor)
     if hf:
         run.export(hf)
-    shift.measure(run.micros, run.routes(mode), 0)
-    whole = run.whole(run.batch.router_shift)
+    run.micros = shift.measure(run.micros, run.routes(mode), 0)
+    whole = run.whole(torch.cat([micro.router_shift for micro in run.micros]))
     first, gradients = measured(run.actor, lambda: run.update(mode, SHIFTED))
     return {"still": max(gathered(still)), "shift": whole, "first": first, "gradient": gradients}
 
@@ -371,7 +390,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     from megatron_bai.model import megatron_checkpoint, param_shards
     from megatron_bai.rl.policy.critic import Critic
 
-    run = Run(case, device)
+    run = Run(case, device, leaves_out=True, has_critic=True)
     run.settings.objective = replace(PPO, critic_checkpoint=loads)
     critic = Critic(run.actor, run.settings, device)
     found: dict[str, Any] = {"start": state(critic.model)}
@@ -381,18 +400,14 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     if saves:
         megatron_checkpoint.save(critic.model, saves, Path("none"), {})
     run.score("none")
-    run.batch.rewards.copy_(torch.from_numpy(REWARDS)[run.own])
-    run.batch.advantages = torch.zeros(run.batch.mask.shape)
-    run.batch.in_loss.copy_(run.in_loss)
-    run.micros = run.batch.split(case.micro)
-    stats = critic.estimate_values(run.batch, run.micros)
+    run.batch, stats = critic.estimate_advantages(run.batch, run.micros)
     found["statistics"] = stats.gather_sum(run.reports_stats).values()
     names = ("values", "returns", "advantages")
     mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None
     parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
     found |= {name: torch.cat(tensors) for name, tensors in zip(names, zip(*(part[1] for part in parts)))}
-    run.batch.values += run.noise  # so that some values have left the old ones by more than the limit
-    run.batch.drop_excluded()
+    # some values have left the old ones by more than the limit
+    run.become(values=(run.batch.values + run.noise).float())
     (stats, norms, _), found["gradient"] = measured(critic.model, lambda: critic.update([run.micros], 0))
     found["update"] = stats.gather_sum(run.reports_stats).values() | {"grad_norm": norms[0]}
     found["diverged"] = diverged(critic.model)

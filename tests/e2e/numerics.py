@@ -23,7 +23,9 @@ from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.metrics.router_metrics import add_weight_gap
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import RolloutBatch, make_scored_batch, make_training_batch
+from megatron_bai.rl.batches.token_batch import padded_length
 from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_inference
 from megatron_bai.rl.session import Session, open_session
 from megatron_bai.rollout.servers import control
@@ -58,7 +60,7 @@ def measure(session: Session, inference: InferenceEngine) -> dict[str, Any]:
     return found
 
 
-def _rollout(session: Session, inference: InferenceEngine, seed: int = 0) -> tuple[Batch, int]:
+def _rollout(session: Session, inference: InferenceEngine, seed: int = 0) -> tuple[RolloutBatch, int]:
     """A batch, and the tokens in it that were fed to the rollout model: all but each sample's last."""
     prompts = session.task.prompts("train", seed, 0, _PROMPTS)
     samples = inference.sample(prompts, _GROUP, seed)
@@ -69,7 +71,7 @@ def _rollout(session: Session, inference: InferenceEngine, seed: int = 0) -> tup
     return batch, sum(len(sample.tokens) - 1 for sample in samples)
 
 
-def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
+def _live(session: Session, batch: RolloutBatch, fed: int) -> dict[str, Any]:
     """Megatron's own forward, and one with the server's routes, beside what SGLang said when it sampled."""
     scores = session.engine.score([batch], record=True)
     forced = session.engine.score([batch], [session.engine.local_routes(batch)])
@@ -77,7 +79,7 @@ def _live(session: Session, batch: Batch, fed: int) -> dict[str, Any]:
     different, rows = _compare(session, batch, scores.routes[0])
     wrong, tied = _judged(session, batch)
     each_way = (scores.logprobs, forced.logprobs, weighted)
-    live, replayed, with_weights = ((each - batch.infer_logprobs)[batch.mask].abs() for each in each_way)
+    live, replayed, with_weights = ((each - batch.infer_logprobs)[batch.usable_mask].abs() for each in each_way)
     return {
         "logprobs": float(live.max()),
         "logprobs_replayed": float(replayed.max()),
@@ -104,19 +106,19 @@ def _quantized(session: Session, inference: InferenceEngine, form: str) -> dict[
     different, rows = _compare(session, batch, live.routes[0])
     stats = Stats()
     for suffix, logprobs in (("_live", live.logprobs), ("", replayed.logprobs), ("_weights", weighted)):
-        add_discrepancy(stats, suffix, logprobs, batch.infer_logprobs, batch.mask)
+        add_discrepancy(stats, suffix, logprobs, batch.infer_logprobs, batch.usable_mask)
     add_weight_gap(stats, gap)
     return {**stats.values(), "route_mismatch": different / rows, "sync_gap": inference.sync_gap}
 
 
-def _compare(session: Session, batch: Batch, ours: MicroRoutes) -> tuple[int, int]:
+def _compare(session: Session, batch: RolloutBatch, ours: MicroRoutes) -> tuple[int, int]:
     """Of the (token, layer) routes the server recorded: how many differ from `ours`, and how many there are."""
     theirs = session.engine.local_routes(batch)
     different = sets_differ(ours.ids, theirs.ids)[theirs.checked]
     return _sum([int(different.sum()), different.numel()])
 
 
-def _judged(session: Session, batch: Batch) -> tuple[int, int]:
+def _judged(session: Session, batch: RolloutBatch) -> tuple[int, int]:
     """Of the routes the server recorded: how many our routers contradict, and how many rounding may have decided.
 
     The server's routes are forced, so that each router sees what the server's saw, to rounding, whatever was chosen
@@ -156,7 +158,7 @@ def _judged(session: Session, batch: Batch) -> tuple[int, int]:
     return wrong, tied
 
 
-def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[str, Any]:
+def _score(session: Session, inference: InferenceEngine, batch: RolloutBatch) -> dict[str, Any]:
     """What the log-probabilities of nine in ten of the batch's tokens differ by at most, at temperature 1.
 
     Not all of them: where two experts are almost tied, rounding may choose another, and the tokens after it see that.
@@ -172,15 +174,16 @@ def _score(session: Session, inference: InferenceEngine, batch: Batch) -> dict[s
     return {"gap": float(np.quantile(gaps, 0.9)), "theirs": np.concatenate(theirs)}
 
 
-def _update(session: Session, batch: Batch) -> dict[str, Any]:
+def _update(session: Session, batch: RolloutBatch) -> dict[str, Any]:
     """One optimizer step with the server's routes: which experts ran, and what reached the routers."""
     engine = session.engine
     live_wrong, _ = _judged(session, batch)
-    batch.old_logprobs.copy_(engine.score([batch], [engine.local_routes(batch)]).logprobs)
+    scored = make_scored_batch(batch, engine.score([batch], [engine.local_routes(batch)]).logprobs)
+    training = make_training_batch(scored)
     replayed = engine.replay.rows
     with _experts_used(session, batch) as used:
         objective = objectives.get(session.settings.objective.name)
-        _, norm = engine.update([batch], [engine.local_routes(batch)], objective, session.settings.objective)
+        _, norm = engine.update([training], [engine.local_routes(batch)], objective, session.settings.objective)
     rows, same = _sum([engine.replay.rows - replayed, sum(used)])
     routers = [
         (name, parameter.main_grad.abs().max().item())
@@ -199,7 +202,7 @@ def _update(session: Session, batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def _experts_used(session: Session, batch: Batch) -> Iterator[list[int]]:
+def _experts_used(session: Session, batch: RolloutBatch) -> Iterator[list[int]]:
     """Count the recorded rows whose tokens each MoE layer sent to the server's experts, as its dispatcher sees them.
 
     Measured behind the router and apart from `RoutingReplay`, from the probabilities that weight the experts' outputs:

@@ -7,7 +7,12 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import (
+    TrainingBatch,
+    make_rollout_batch,
+    make_scored_batch,
+    make_training_batch,
+)
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.correction import CORRECTIONS
 
@@ -81,25 +86,22 @@ class Case:
     in_loss: np.ndarray
     shift: np.ndarray | None = None
 
-    def batch(self) -> Batch:
+    def batch(self) -> TrainingBatch:
         """With what objectives read, in the precision of the arrays; samples that do not count are out of the mask."""
-        nothing = torch.zeros(self.mask.shape, dtype=torch.int64)
-        batch = Batch(
-            tokens=nothing,
-            mask=torch.from_numpy(self.mask.copy()),
-            infer_logprobs=torch.from_numpy(self.infer),
-            old_logprobs=torch.from_numpy(self.old),
-            advantages=torch.from_numpy(self.advantages),
-            routes=nothing,
-            routed=torch.from_numpy(self.mask),
-            reference_logprobs=torch.from_numpy(self.reference),
+        b, length = self.mask.shape
+        advantages = torch.from_numpy(self.advantages)
+        rollouts = make_rollout_batch(
+            torch.zeros(b, length, dtype=torch.int64),
+            torch.full((b,), length),
+            torch.from_numpy(self.mask),
+            torch.from_numpy(self.infer),
+            sample_advantages=advantages if advantages.dim() == 1 else advantages[:, 0],
             prompt_index=torch.from_numpy(self.prompt_index),
-            prompt_tokens=torch.zeros(len(self.prompt_index), dtype=torch.int64),
             in_loss=torch.from_numpy(self.in_loss),
-            router_shift=torch.from_numpy(np.zeros_like(self.new) if self.shift is None else self.shift),
         )
-        batch.drop_excluded()
-        return batch
+        scored = make_scored_batch(rollouts, torch.from_numpy(self.old), None, torch.from_numpy(self.reference))
+        training = make_training_batch(scored, None if advantages.dim() == 1 else advantages)
+        return training if self.shift is None else replace(training, router_shift=torch.from_numpy(self.shift))
 
 
 def drawn(b: int, length: int, seed: int, spread: float, group: int = 3) -> Case:

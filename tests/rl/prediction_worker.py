@@ -54,7 +54,7 @@ def record(run: Run, prediction: Any, step: int) -> dict[str, torch.Tensor]:
         run.engine.score(run.micros, run.routes("r3"))  # another pass is not recorded
     run.recorded, mine = found.routes, None
     if found.logprobs is not None:
-        run.batch.old_logprobs.copy_(found.logprobs)
+        run.become(old_logprobs=found.logprobs)
         mine = (run.dp_rank, found.logprobs[run.batch.sample_index.argsort()]) if run.reports_stats else None
     parts = sorted((part for part in gathered(mine) if part), key=lambda part: part[0])
     return torch.cat([part[1] for part in parts])
@@ -157,7 +157,6 @@ def wiring(device: backend.Device) -> dict[str, Any]:
         run.recorded = run.engine.score(run.micros, record=True).routes
         for handle in handles:
             handle.remove()
-    run.batch.old_logprobs.zero_()
     move(run, 1)
     handles = [router.register_forward_hook(see) for router in run.replay.routers.values()]
     metrics = learn(run, prediction)

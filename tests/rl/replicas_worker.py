@@ -27,6 +27,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import group_centred
 from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 from megatron_bai.rl.experience.collector import Collector, rewards_and_mask
 from megatron_bai.rl.experience.evaluation import evaluate
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
@@ -242,8 +243,8 @@ def recorded(replicas: int, rank: int) -> list[list[dict[str, Any]]]:
         length = max(len(sample.tokens) for sample in samples) + rank  # padded otherwise
         batch = from_samples(samples, group_centred(rewards, SIZE, valid), length, 0, here.signature)
         numbers = torch.tensor([s.stream_index * SIZE + i % SIZE for i, s in enumerate(samples)])
-        batch.old_logprobs = batch.sampled_logprobs = -((numbers * 7 % 11) / 10)[:, None] * batch.mask
-        batch = batch.reorder(list(reversed(range(len(batch)))))
+        scored = make_scored_batch(batch, -((numbers * 7 % 11) / 10)[:, None] * batch.usable_mask)
+        batch = make_training_batch(scored).reorder(list(reversed(range(len(batch)))))
         fed = torch.arange(length).repeat(len(batch), 1) + numbers.flip(0)[:, None]
         micro_batches = batch.split(4)  # a row is token s of its sample b
         routes = [part.T.flatten().to(torch.int16) % 2 for part in fed.split(4)]

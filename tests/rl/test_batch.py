@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bai.rl.batches.batch import Batch, empty_batch, from_samples, from_sft, padded_length
+from megatron_bai.rl.batches.batch import from_samples, from_sft
+from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
+from megatron_bai.rl.batches.token_batch import make_token_batch, padded_length
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.routes import RouteSignature
 
@@ -45,20 +47,19 @@ def test_every_field_lies_where_its_token_is(shape: list[tuple[int, int]], spare
         for t in range(length):
             assert batch.tokens[i, t] == (s.tokens[t] if t < total else PAD)
             is_response = s.prompt_length <= t + 1 < total
-            assert bool(batch.mask[i, t]) == is_response
+            assert bool(batch.response_mask[i, t]) == bool(batch.usable_mask[i, t]) == is_response
             wanted = s.logprobs[t + 1 - s.prompt_length] if is_response else 0
             assert batch.infer_logprobs[i, t] == wanted
             assert bool(batch.routed[i, t]) == (t < total - 1)
             if t < total - 1:
                 assert batch.routes[i, t].tolist() == s.routes[t].tolist()
-        assert batch.advantages[i] == np.float32(advantages[i])
-    assert int(batch.mask.sum()) == sum(len(s.response) for s in samples)
-    assert not batch.old_logprobs.any()
+        assert batch.sample_advantages[i] == np.float32(advantages[i])
+    assert int(batch.response_mask.sum()) == sum(len(s.response) for s in samples)
 
 
 def test_an_empty_response_counts_nothing_and_a_single_token_counts_once() -> None:
     batch = from_samples([sample(4, 4, 0), sample(5, 4, 1)], np.zeros(2), 6, PAD, SIGNATURE)
-    assert batch.mask.tolist() == [[False] * 6, [False, False, False, True, False, False]]
+    assert batch.usable_mask.tolist() == [[False] * 6, [False, False, False, True, False, False]]
 
 
 def test_rows_without_a_route_are_missing_and_padding_is_neither() -> None:
@@ -98,50 +99,95 @@ def test_a_sample_longer_than_the_batch_is_refused() -> None:
         from_samples([sample(9, 4, 0)], np.zeros(1), 6, PAD, SIGNATURE)
 
 
-def test_parts_are_consecutive_and_filling_one_fills_the_whole() -> None:
+def test_parts_are_consecutive_in_every_field() -> None:
     samples = [sample(6, 2, seed) for seed in range(5)]
-    batch = from_samples(samples, np.arange(5.0), 6, PAD, SIGNATURE)
+    batch = make_training_batch(make_scored_batch(from_samples(samples, np.arange(5.0), 6, PAD, SIGNATURE)))
     parts = batch.split(2)
     assert [len(part) for part in parts] == [2, 2, 1]
-    for field in fields(Batch):
-        if field.name == "packing":
-            continue
-        assert torch.equal(torch.cat([getattr(p, field.name) for p in parts]), getattr(batch, field.name)), field.name
-    parts[1].old_logprobs.fill_(-3.0)
-    assert batch.old_logprobs[2:4].eq(-3).all() and not batch.old_logprobs[[0, 1, 4]].any()
+    for field in fields(batch):
+        whole = getattr(batch, field.name)
+        if isinstance(whole, torch.Tensor):
+            assert torch.equal(torch.cat([getattr(p, field.name) for p in parts]), whole), field.name
+        else:
+            assert all(getattr(p, field.name) == whole for p in parts), field.name
 
 
 def test_a_part_may_be_empty_and_samples_keep_their_numbers_in_another_order() -> None:
     samples = [sample(total, 2, seed) for seed, total in enumerate((6, 3, 5))]
     batch = from_samples(samples, np.arange(3.0), 6, PAD, SIGNATURE).reorder([2, 0, 1])
-    assert batch.sample_index.tolist() == [2, 0, 1] and batch.advantages.tolist() == [2, 0, 1]
+    assert batch.sample_index.tolist() == [2, 0, 1] and batch.sample_advantages.tolist() == [2, 0, 1]
     assert batch.lengths.tolist() == [5, 6, 3]
     none, first, rest = batch.split([0, 1, 2])
     assert len(none) == 0 and none.routes.shape == (0, 6, 3, 2) and rest.sample_index.tolist() == [0, 1]
-    first.old_logprobs.fill_(-3.0)
-    assert batch.old_logprobs[0].eq(-3).all() and not batch.old_logprobs[1:].any()
+    assert first.sample_index.tolist() == [2] and torch.equal(first.routes, batch.routes[:1])
 
 
 def test_the_target_of_a_token_is_the_next_of_its_sample() -> None:
     batch = from_samples([sample(4, 2, 0), sample(2, 1, 1)], np.zeros(2), 5, PAD, SIGNATURE)
     (a, b), tokens = batch.targets.tolist(), batch.tokens.tolist()
     assert a == [*tokens[0][1:4], -1, -1] and b == [tokens[1][1], -1, -1, -1, -1]
-    assert (batch.targets[batch.mask] >= 0).all()  # what the loss counts has one
-    assert empty_batch(batch.tokens).targets[:, -1].tolist() == [-1, -1]
+    assert (batch.targets[batch.response_mask] >= 0).all()  # what the loss counts has one
+    assert make_token_batch(batch.tokens).targets[:, -1].tolist() == [-1, -1]
 
 
 def test_supervised_targets_move_to_the_position_that_predicts_them() -> None:
     tokens = np.arange(10).reshape(2, 5)
     target = np.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]], dtype=bool)
     batch = from_sft(tokens, target)
-    predicted = [int(batch.tokens[i, t + 1]) for i, t in zip(*np.nonzero(batch.mask.numpy()))]
+    predicted = [int(batch.tokens[i, t + 1]) for i, t in zip(*np.nonzero(batch.loss_mask.numpy()))]
     assert predicted == [1, 2, 9]  # the first token of a row is predicted by nothing
     assert batch.padding.tolist() == [[False] * 3 + [True] * 2, [False] * 5]  # what follows a row's last target
 
 
-def test_a_blank_batch_has_nothing_to_learn() -> None:
-    batch = empty_batch(torch.zeros(2, 3, dtype=torch.int64))
-    assert not batch.mask.any() and not batch.routed.any() and [len(p) for p in batch.split(1)] == [1, 1]
+def test_each_stage_has_what_the_former_has_and_adds_to_it() -> None:
+    samples = [replace(sample(5, 2, seed), prompt_index=seed // 2) for seed in range(3)]
+    in_loss = np.array([True, False, True])
+    rollouts = from_samples(samples, np.array([1.0, 2.0, -0.5]), 6, PAD, SIGNATURE, in_loss)
+    old, reference = torch.randn(2, 3, 6)
+    scored = make_scored_batch(rollouts, old, None, reference)
+    training = make_training_batch(scored)
+    for former, later in ((rollouts, scored), (scored, training)):
+        assert all(getattr(later, field.name) is getattr(former, field.name) for field in fields(former))
+    assert scored.sampled_logprobs is old and scored.reference_logprobs is reference
+    assert training.advantages.tolist() == [[1.0] * 6, [2.0] * 6, [-0.5] * 6]
+    assert training.prompt_tokens.tolist() == [3, 3, 3]  # of the two samples of a prompt one is left out
+    assert not (training.values.any() or training.returns.any() or training.router_shift.any())
+    of_tokens, values, returns = torch.randn(3, 3, 6)
+    training = make_training_batch(scored, of_tokens, values, returns)
+    assert training.advantages is of_tokens and training.values is values and training.returns is returns
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        (
+            "usable_mask",
+            torch.ones(2, 6),
+            r"is \[2, 6\] torch.float32 on cpu: \[B = 2, T = 6\] of bool on cpu is needed",
+        ),
+        ("infer_logprobs", torch.zeros(2, 5), r"is \[2, 5\] .*: \[B = 2, T = 6\] of float"),
+        ("sample_advantages", torch.zeros(2, 6), r"is \[2, 6\] .*: \[B = 2\] of float"),
+        ("prompt_index", torch.zeros(3, dtype=torch.int64), r"is \[3\] .*: \[B = 2\] of int64"),
+        (
+            "in_loss",
+            torch.ones(2, dtype=torch.bool, device="meta"),
+            r"is \[2\] torch.bool on meta: \[B = 2\] of bool on cpu is needed",
+        ),
+        (
+            "route_weights",
+            torch.zeros(2, 6, 3, 1),
+            r"is \[2, 6, 3, 1\] .*: \[B = 2, T = 6, layers = 3, topk = 2\] of float",
+        ),
+        ("routes", None, "is None"),
+        ("columns", (0, 2), r"routes of 3 layers, and the batch names \(0, 2\)"),
+    ],
+)
+def test_a_field_of_another_shape_type_or_device_is_named_where_the_batch_is_made(
+    name: str, wrong: object, says: str
+) -> None:
+    batch = from_samples([sample(5, 2, 0), sample(4, 1, 1)], np.zeros(2), 6, PAD, SIGNATURE)
+    with pytest.raises(ValueError, match=says if name == "columns" else f"RolloutBatch.{name} {says}"):
+        replace(batch, **{name: wrong})
 
 
 @given(st.integers(1, 300), st.integers(1, 16))

@@ -12,7 +12,8 @@ from test_settings import MODEL, changed
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import architecture_of
-from megatron_bai.rl.batches.batch import Batch, from_samples
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import ScoredBatch, make_scored_batch
 from megatron_bai.rl.policy.exactness import require_exact, validate_exact
 from megatron_bai.rl.validate_settings import validate_settings
 
@@ -81,36 +82,37 @@ def test_a_model_without_exact_functions_is_refused(values: dict[str, Any], name
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> ScoredBatch:
     """Scored as it was sampled."""
-    made = from_samples(samples(4, default_rng(0)), ones(4), 24, 0, SIGNATURE)
-    made.sampled_logprobs.copy_(made.infer_logprobs)
+    rollouts = from_samples(samples(4, default_rng(0)), ones(4), 24, 0, SIGNATURE)
+    made = make_scored_batch(rollouts, rollouts.infer_logprobs.clone())
     require_exact(made, made.infer_logprobs.clone())
     require_exact(made, None)
     return made
 
 
-def test_one_bit_in_one_token_ends_the_run(batch: Batch) -> None:
-    row, column = batch.mask.nonzero()[5].tolist()
+def test_one_bit_in_one_token_ends_the_run(batch: ScoredBatch) -> None:
+    row, column = batch.usable_mask.nonzero()[5].tolist()
     value = batch.infer_logprobs[row, column]
     batch.sampled_logprobs[row, column] = torch.nextafter(value, torch.tensor(0.0))
-    named = rf"token {column + 1} of sample {row} has -\d.* in the server, \S+ apart \(of 1 of {int(batch.mask.sum())} "
+    tokens = int(batch.usable_mask.sum())
+    named = rf"token {column + 1} of sample {row} has -\d.* in the server, \S+ apart \(of 1 of {tokens} "
     with pytest.raises(UserError, match=named):
         require_exact(batch, None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0])
-def test_scores_without_replay_are_compared_too(batch: Batch, value: float) -> None:
+def test_scores_without_replay_are_compared_too(batch: ScoredBatch, value: float) -> None:
     live = batch.infer_logprobs.clone()
-    live[tuple(batch.mask.nonzero()[3].tolist())] = value
+    live[tuple(batch.usable_mask.nonzero()[3].tolist())] = value
     with pytest.raises(UserError, match="log-probabilities without replay are not the same"):
         require_exact(batch, live)
 
 
-def test_tokens_of_weights_that_are_gone_are_not_compared(batch: Batch) -> None:
-    row, column = batch.mask.nonzero()[5].tolist()
+def test_tokens_of_weights_that_are_gone_are_not_compared(batch: ScoredBatch) -> None:
+    row, column = batch.usable_mask.nonzero()[5].tolist()
     batch.sampled_logprobs[row, column], batch.version_age[row, column] = float("nan"), 2
     live = batch.infer_logprobs.clone()
     live[row, column] = -1
-    live[~batch.mask] = 7
+    live[~batch.usable_mask] = 7
     require_exact(batch, live)

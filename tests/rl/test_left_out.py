@@ -10,6 +10,7 @@ from moe import SIGNATURE, samples
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 from megatron_bai.rl.experience import collector
 from megatron_bai.rl.policy.weight_copy import WeightCopy
 from megatron_bai.rollout.sample import lost_sample
@@ -65,11 +66,11 @@ def test_a_lost_sample_is_padding_to_everything_but_its_group() -> None:
     gone = lost_sample(there[0].prompt_index, there[0].tokens[: there[0].prompt_length], SIGNATURE, "no server")
     batch = from_samples([*there, gone], REWARDS[:4], 24, 0, SIGNATURE, in_loss=np.array([True, True, True, False]))
     alone = from_samples(there, REWARDS[:3], 24, 0, SIGNATURE)
-    assert not (batch.mask[3].any() or batch.routed[3].any() or batch.missing[3].any())
+    assert not (batch.response_mask[3].any() or batch.routed[3].any() or batch.missing[3].any())
     assert batch.lengths[3] == there[0].prompt_length and (batch.targets[3] >= 0).sum() == batch.lengths[3] - 1
-    for name in ("tokens", "mask", "infer_logprobs", "routed", "prompt_tokens"):
+    for name in ("tokens", "response_mask", "usable_mask", "loss_mask", "infer_logprobs", "routed"):
         assert torch.equal(getattr(batch, name)[:3], getattr(alone, name)), name
-    assert apply_missing_policy("strict", batch.mask, batch.routed, batch.missing)[1].num_missing == 0
+    assert apply_missing_policy("strict", batch.usable_mask, batch.routed, batch.missing)[1].num_missing == 0
 
 
 def test_what_is_left_out_is_in_no_count_but_is_still_measured_before() -> None:
@@ -77,14 +78,15 @@ def test_what_is_left_out_is_in_no_count_but_is_still_measured_before() -> None:
     counted = np.array([i not in (3, 6) for i in range(8)])
     batch = from_samples(rollouts, REWARDS, 24, 0, SIGNATURE, in_loss=counted)
     lengths = [len(sample.response) for sample in rollouts]
-    assert batch.mask.sum(1).tolist() == lengths
+    training = make_training_batch(make_scored_batch(batch))
     assert batch.prompt_index.tolist() == [0] * 4 + [1] * 4
-    assert batch.prompt_tokens.tolist() == [sum(lengths[:4])] * 4 + [sum(lengths[4:])] * 4
-    parts = batch.split(3)
-    batch.drop_excluded()
     kept = [length * bool(count) for length, count in zip(lengths, counted)]
-    assert torch.cat([part.mask.sum(1) for part in parts]).tolist() == kept  # parts are views
-    assert batch.prompt_tokens.tolist() == [sum(kept[:4])] * 4 + [sum(kept[4:])] * 4
+    for part in (batch, training):
+        assert part.usable_mask.sum(1).tolist() == lengths and part.loss_mask.sum(1).tolist() == kept
+    assert torch.equal(training.mask, training.loss_mask)
+    assert torch.cat([part.prompt_tokens for part in training.split(3)]).tolist() == (
+        [sum(kept[:4])] * 4 + [sum(kept[4:])] * 4
+    )
 
 
 def test_the_reference_keeps_the_first_weights_and_gives_the_actor_its_own_back() -> None:

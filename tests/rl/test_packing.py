@@ -1,6 +1,7 @@
 """Samples share rows of a fixed number of tokens, and an empty row is worth nothing."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, from_samples
-from megatron_bai.rl.batches.micro_batches import first_fit, make_mini_batches, pack_rows
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.micro_batches import first_fit, make_mini_batches, pack_rows, split_alike
+from megatron_bai.rl.batches.stages import TrainingBatch, make_scored_batch, make_training_batch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.policy.forward_backward import _packed_seq_params
 
@@ -42,9 +44,10 @@ def world() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def drawn(count: int = 8) -> Batch:
+def drawn(count: int = 8) -> TrainingBatch:
     random = np.random.default_rng(7)
-    return from_samples(samples(count, random), random.normal(size=count), 24, 0, SIGNATURE)
+    rollouts = from_samples(samples(count, random), random.normal(size=count), 24, 0, SIGNATURE)
+    return make_training_batch(make_scored_batch(rollouts))
 
 
 def settings(row: int, **parallel: int) -> config.Config:
@@ -60,12 +63,21 @@ def test_mini_batches_keep_their_samples_and_their_order(world: None) -> None:
     micros = [micro for mini in minis for micro in mini]
     assert torch.cat([micro.sample_index for micro in micros]).tolist() == batch.sample_index.tolist()
     assert torch.equal(batch.tokens, whole.tokens[batch.sample_index]) and torch.equal(
-        batch.mask, whole.mask[batch.sample_index]
+        batch.loss_mask, whole.loss_mask[batch.sample_index]
     )
-    micros[-1].old_logprobs.fill_(-1.0)
-    assert batch.old_logprobs[-len(micros[-1]) :].eq(-1).all()  # views
     padding = 1 - int(whole.lengths.sum()) / (24 * len(micros))
     assert stats.values() == {"padding_fraction": pytest.approx(padding)}
+
+
+@pytest.mark.parametrize("row", [0, 24])
+def test_a_later_stage_lies_in_the_rows_of_the_earlier_one(row: int, world: None) -> None:
+    batch, minis = make_mini_batches(drawn(), settings(row), Stats())
+    later = replace(batch, old_logprobs=torch.randn(batch.tokens.shape))
+    parts = split_alike(later, minis)
+    assert [[part.packing for part in mini] for mini in parts] == [[micro.packing for micro in mini] for mini in minis]
+    pairs = [(part, micro) for mini, micros in zip(parts, minis, strict=True) for part, micro in zip(mini, micros)]
+    assert all(torch.equal(part.pack(part.tokens), micro.pack(micro.tokens)) for part, micro in pairs)
+    assert torch.equal(torch.cat([part.old_logprobs for part, _ in pairs]), later.old_logprobs)
 
 
 def test_samples_are_counted_where_tokens_are_not(world: None) -> None:

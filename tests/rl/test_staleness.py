@@ -1,5 +1,6 @@
 """Ages of tokens, what is known of the weights that sampled them, and settings that contradict each other."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, from_samples
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import RolloutBatch, make_scored_batch, make_training_batch
 from megatron_bai.rl.experience import staleness
 from megatron_bai.rl.objectives.terms import ratio_metrics
 from megatron_bai.rl.validate_settings import validate_stale_rollouts
@@ -22,7 +24,7 @@ VERSION = 7
 SPANS = [[("7", 4)], [("5", 2), ("7", 3)], [("6", 1), ("7", 2)], [("6", 5)]]  # version and number of tokens
 
 
-def batch_of(limit: int | None = None) -> tuple[Batch, Stats, list[list[int]]]:
+def batch_of(limit: int | None = None) -> tuple[RolloutBatch, Stats, list[list[int]]]:
     random, samples, ages = np.random.default_rng(0), [], []
     for prompt, parts in enumerate(SPANS):
         ends = np.cumsum([0, *(count for _, count in parts)])
@@ -32,17 +34,20 @@ def batch_of(limit: int | None = None) -> tuple[Batch, Stats, list[list[int]]]:
         routes = random_routes(len(tokens) - 1, random)
         samples.append(Sample(prompt, tokens, prompt + 2, logprobs, routes, spans, "stop"))
         ages.append([VERSION - int(version) for version, count in parts for _ in range(count)])
-    batch, stats = from_samples(samples, np.ones(len(samples)), 12, 0, SIGNATURE), Stats()
-    staleness.apply_max_staleness(batch, samples, VERSION, limit, stats)
-    batch.old_logprobs.copy_(torch.from_numpy(random.normal(-2, 1, batch.tokens.shape)))
-    return batch, stats, ages
+    batch, stats = from_samples(samples, np.ones(len(samples)), 12, 0, SIGNATURE, version=VERSION), Stats()
+    fresh = staleness.find_fresh_tokens(batch, limit, stats)
+    return replace(batch, usable_mask=batch.response_mask & fresh), stats, ages
+
+
+def old_logprobs() -> torch.Tensor:
+    return torch.randn(len(SPANS), 12, generator=torch.Generator().manual_seed(0)) - 2
 
 
 def test_ages_lie_where_tokens_are_predicted() -> None:
     batch, stats, ages = batch_of()
     for row, own in enumerate(ages):
-        assert batch.version_age[row, batch.mask[row]].tolist() == own
-    assert not batch.version_age[~batch.mask].any()
+        assert batch.version_age[row, batch.response_mask[row]].tolist() == own
+    assert not batch.version_age[~batch.response_mask].any()
     every = sum(ages, [])
     assert stats.values() == pytest.approx(
         {"stale_fraction": np.mean(np.array(every) > 0), "version_age_mean": np.mean(every), "version_age_max": 2}
@@ -50,37 +55,38 @@ def test_ages_lie_where_tokens_are_predicted() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
-def test_tokens_that_are_too_old_leave_the_mask(limit: int) -> None:
+def test_tokens_that_are_too_old_are_responses_but_not_usable(limit: int) -> None:
     batch, stats, ages = batch_of(limit)
-    assert batch.mask.sum(1).tolist() == [sum(age <= limit for age in own) for own in ages]
+    assert batch.response_mask.sum(1).tolist() == [len(own) for own in ages]
+    assert batch.usable_mask.sum(1).tolist() == [sum(age <= limit for age in own) for own in ages]
     assert stats.values()["stale_masked"] == pytest.approx(np.mean(np.array(sum(ages, [])) > limit))
-    batch.drop_excluded()
-    assert batch.prompt_tokens.tolist() == batch.mask.sum(1).tolist()
+    training = make_training_batch(make_scored_batch(batch))
+    assert training.prompt_tokens.tolist() == batch.usable_mask.sum(1).tolist()
 
 
 def test_a_token_from_the_future_is_a_bug() -> None:
     sample = Sample(0, np.arange(4), 2, np.zeros(2, np.float32), random_routes(3, np.random.default_rng(0)),
                     (VersionSpan("8", 0, 2),), "stop")  # fmt: skip
     with pytest.raises(AssertionError, match="of version 8 in the step of version 7"):
-        staleness.apply_max_staleness(
-            from_samples([sample], np.ones(1), 4, 0, SIGNATURE), [sample], VERSION, None, Stats()
-        )
+        from_samples([sample], np.ones(1), 4, 0, SIGNATURE, version=VERSION)
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_two_factors_are_of_the_weights_that_sampled(kept: bool) -> None:
     """Against sums over tokens one by one."""
-    batch, _, ages = batch_of()
-    former = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(1)) - 2
+    rollouts, _, ages = batch_of()
+    former = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(1)) - 2
+    sampled = staleness.select_sampled_logprobs(rollouts.version_age, old_logprobs(), former if kept else None)
+    batch = make_training_batch(make_scored_batch(rollouts, old_logprobs(), sampled))
     new = batch.old_logprobs + 0.1
     stats = Stats()
-    staleness.add_discrepancies(stats, batch, former if kept else None, None)
+    staleness.add_discrepancies(stats, batch, None)
     found = stats.values() | ratio_metrics(new, batch).values()
     infer, old = batch.infer_logprobs.double().numpy(), batch.old_logprobs.double().numpy()
     between = {0: old, 1: former.double().numpy()} if kept else {0: old}
     logs, moved, weights, stale = [], [], [], []
     for row, own in enumerate(ages):
-        for age, place in zip(own, np.flatnonzero(batch.mask[row].numpy())):
+        for age, place in zip(own, np.flatnonzero(batch.usable_mask[row].numpy())):
             at = row, place
             weights.append(np.exp(old[at] + 0.1 - infer[at]))
             if age in between:
@@ -98,11 +104,10 @@ def test_the_two_factors_are_of_the_weights_that_sampled(kept: bool) -> None:
 
 
 def test_fresh_rollouts_have_the_metrics_they_always_had() -> None:
-    batch, _, _ = batch_of()
-    batch.version_age.zero_()
-    stats = Stats()
-    staleness.add_discrepancies(stats, batch, None, batch.old_logprobs)
-    assert torch.equal(batch.sampled_logprobs, batch.old_logprobs)
+    rollouts, stats = replace(batch_of()[0], version_age=torch.zeros(len(SPANS), 12, dtype=torch.int64)), Stats()
+    sampled = staleness.select_sampled_logprobs(rollouts.version_age, old_logprobs(), None)
+    assert torch.equal(sampled, old_logprobs())
+    staleness.add_discrepancies(stats, make_scored_batch(rollouts, old_logprobs(), sampled), old_logprobs())
     names = set(stats.values())
     assert {"kl_k3", "kl_k3_live"} <= names and not [name for name in names if name.endswith("_stale")]
 

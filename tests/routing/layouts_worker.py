@@ -79,6 +79,7 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     from megatron_bai.model import build, megatron_checkpoint, param_shards
     from megatron_bai.rl import objectives
     from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
     from megatron_bai.rl.policy.training_engine import TrainingEngine
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -92,7 +93,8 @@ def run(name: Name, device: backend.Device) -> dict[str, Any]:
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     rollouts = samples(SAMPLES, np.random.default_rng(3))[rank * SAMPLES // size : (rank + 1) * SAMPLES // size]
     rollouts = [sample.select_layers(replay.columns) for sample in rollouts]
-    batch = from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature)
+    scored = make_scored_batch(from_samples(rollouts, np.zeros(len(rollouts)), LENGTH, 0, replay.signature))
+    batch = make_training_batch(scored)
     parts = batch.split(len(batch) // micros)
 
     param_shards.init_random(actor.modules, MODEL, seed=0)

@@ -361,13 +361,14 @@ def failures(bench: Bench) -> dict[str, str]:
 def first_update(device: backend.Device, mode: str) -> dict[str, Any]:
     """One MiniRL update on fresh weights, with live routes or with those recorded in the old-policy pass (R2)."""
     from megatron_bai.rl import objectives
+    from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 
     bench = Bench(device)
     micros = bench.batch.split(3)
     scores = bench.engine.score(micros, record=True)
-    bench.batch.old_logprobs.copy_(scores.logprobs)
+    training = make_training_batch(make_scored_batch(bench.batch, scores.logprobs))
     routes = scores.routes if mode == "r2" else None
-    stats, norm = bench.engine.update(micros, routes, objectives.get("minirl"), bench.settings.objective)
+    stats, norm = bench.engine.update(training.split(3), routes, objectives.get("minirl"), bench.settings.objective)
     state = b"".join(p.detach().numpy().tobytes() for p in bench.gpt.parameters())
     return {"stats": stats.values(), "norm": norm, "weights": hashlib.sha256(state).hexdigest()}
 

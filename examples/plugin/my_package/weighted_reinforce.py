@@ -24,11 +24,10 @@ class WeightedReinforce(config.Policy):
 
 def loss(logprobs: torch.Tensor, batch: Batch, settings: WeightedReinforce) -> tuple[torch.Tensor, Stats]:
     """Return `[B, T]` losses, minus weight · advantage · log π_θ, and a metric."""
-    advantages = batch.advantages[:, None].expand_as(logprobs)
     stats = Stats()
-    stats.mean("positive_fraction", (advantages > 0).float()[batch.mask])
-    weights = torch.where(advantages > 0, settings.positive, 1.0)
-    return -weights * advantages * logprobs, stats
+    stats.mean("positive_fraction", (batch.advantages > 0).float()[batch.loss_mask])
+    weights = torch.where(batch.advantages > 0, settings.positive, 1.0)
+    return -weights * batch.advantages * logprobs, stats
 
 
 objectives.register(objectives.Objective(loss, WeightedReinforce, mean=lambda settings: "token_mean"))

@@ -6,7 +6,9 @@ side as fit, each attending to itself alone. All rows are equally long, so that 
 rank computes with the same shapes, whatever the samples' lengths.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,10 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.token_batch import AnyBatch, TokenBatch
 from megatron_bai.routing.layout import Packing
 
-MiniBatches = list[list[Batch]]  # the mini-batches of a step, each as its micro-batches
+MiniBatches = list[list[AnyBatch]]  # the mini-batches of a step, each as its micro-batches
 
 
 def validate_batches(settings: config.Config, replicas: int) -> None:
@@ -71,8 +73,8 @@ def _validate_rows(settings: config.Config, replicas: int) -> None:
 
 
 def make_mini_batches(
-    batch: Batch, settings: config.Config, stats: Stats, device: torch.device = torch.device("cpu")
-) -> tuple[Batch, MiniBatches]:
+    batch: AnyBatch, settings: config.Config, stats: Stats, device: torch.device = torch.device("cpu")
+) -> tuple[AnyBatch, MiniBatches[AnyBatch]]:
     """Split this rank's samples of a step into consecutive mini-batches, and those into micro-batches. Collective.
 
     Packing changes the order of the samples of a mini-batch. That is done once a step: R2's routes are recorded and
@@ -85,7 +87,7 @@ def make_mini_batches(
         device: of the ranks' collectives.
 
     Returns:
-        The batch, in the order of the micro-batches, which are views of it: as many in each mini-batch on every rank.
+        The batch, in the order of the micro-batches, and these: as many in each mini-batch on every rank.
 
     Raises:
         UserError: a sample is longer than a micro-batch.
@@ -101,7 +103,9 @@ def make_mini_batches(
     return batch, mini_batches
 
 
-def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.device) -> tuple[Batch, MiniBatches]:
+def _pack_mini_batches(
+    batch: AnyBatch, settings: config.Config, device: torch.device
+) -> tuple[AnyBatch, MiniBatches[AnyBatch]]:
     """Split into mini-batches of packed rows, as many rows as the rank needs that needs most."""
     trainer, size = settings.trainer, len(batch) // settings.trainer.mini_batches
     row, lengths = trainer.tokens_per_micro_batch, batch.lengths.tolist()
@@ -124,6 +128,19 @@ def _pack_mini_batches(batch: Batch, settings: config.Config, device: torch.devi
         pack_rows(mini_batch, [len(indices) for indices in mini_rows], row)
         for mini_batch, mini_rows in zip(batch.split(size), rows, strict=True)
     ]
+
+
+def split_alike(batch: AnyBatch, mini_batches: Sequence[Sequence[TokenBatch]]) -> MiniBatches[AnyBatch]:
+    """Split a batch as an earlier stage of it is, samples side by side in the same rows.
+
+    Args:
+        batch: in the order of the mini-batches.
+        mini_batches: of the earlier stage, as `make_mini_batches` returns them.
+    """
+    former = [micro_batch for micro_batches in mini_batches for micro_batch in micro_batches]
+    parts = batch.split([len(micro_batch) for micro_batch in former])
+    packed = iter([replace(part, packing=one.packing) for part, one in zip(parts, former, strict=True)])
+    return [list(islice(packed, len(micro_batches))) for micro_batches in mini_batches]
 
 
 def first_fit(lengths: list[int], row: int) -> list[list[int]]:
@@ -150,7 +167,7 @@ def first_fit(lengths: list[int], row: int) -> list[list[int]]:
     return rows
 
 
-def pack_rows(batch: Batch, sizes: list[int], row: int) -> list[Batch]:
+def pack_rows(batch: AnyBatch, sizes: list[int], row: int) -> list[AnyBatch]:
     """Split into micro-batches of one packed row each.
 
     No context parallelism: the row alone must be a multiple of what it is split by, not each sample.
@@ -161,7 +178,7 @@ def pack_rows(batch: Batch, sizes: list[int], row: int) -> list[Batch]:
         row: tokens of a row.
 
     Returns:
-        Micro-batches, views of the batch.
+        Micro-batches.
     """
     micro_batches = batch.split(sizes)
     return [

@@ -1,4 +1,4 @@
-"""The rollout phase of a step: prompts, samples, rewards, advantages, a batch."""
+"""The rollout phase of a step: prompts, samples, rewards, the first stage of a batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,13 @@ from megatron_bai import config
 from megatron_bai.monitor.metrics.response_metrics import add_response_metrics
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import group_advantages, has_peer, in_uniform_group
-from megatron_bai.rl.batches.batch import Batch, from_samples, padded_length
-from megatron_bai.rl.experience import staleness
+from megatron_bai.rl.batches.batch import from_samples
+from megatron_bai.rl.batches.stages import RolloutBatch
+from megatron_bai.rl.batches.token_batch import padded_length
 from megatron_bai.rl.experience.failed_samples import count_failures, count_lost
 from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rl.experience.rollout_buffer import RolloutBuffer
+from megatron_bai.rl.experience.staleness import find_fresh_tokens
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
@@ -86,7 +88,7 @@ class Collector:
         if self.buffer:
             self.buffer.finish_next()
 
-    def collect(self, stats: Stats, last: bool = False) -> tuple[list[Sample], Batch]:
+    def collect(self, stats: Stats, last: bool = False) -> tuple[list[Sample], RolloutBatch]:
         """Sample this replica's groups, reward them and pad them to the length of the longest anywhere. Collective.
 
         Args:
@@ -105,18 +107,26 @@ class Collector:
         has_critic = isinstance(objective, config.Ppo)  # which computes an advantage for each token, later
         advantages = None if has_critic else group_advantages(rewards, size, objective.advantage, valid)
         in_loss = _samples_in_loss(samples, rewards, valid, self.settings, stats)
-        batch = self.make_batch(samples, rewards, advantages, in_loss)
+        version = self.inference.version if self.buffer else None
+        rollouts = self.make_batch(samples, rewards, advantages, in_loss, version)
+        return samples, replace(rollouts, usable_mask=self._find_usable_tokens(rollouts, stats))
+
+    def _find_usable_tokens(self, rollouts: RolloutBatch, stats: Stats) -> torch.Tensor:
+        """Return the response tokens that may be learned from, `[B, T]` bool; add what is left out and why.
+
+        Raises:
+            UserError: a route is missing, and `replay.missing=strict`.
+        """
+        usable_mask = rollouts.response_mask
         if self.buffer:
-            staleness.apply_max_staleness(
-                batch, samples, self.inference.version, self.settings.rollout.max_staleness, stats
-            )
+            usable_mask = usable_mask & find_fresh_tokens(rollouts, self.settings.rollout.max_staleness, stats)
         if self.settings.replay.mode == "r3":
-            batch.mask, counts = apply_missing_policy(
-                self.settings.replay.missing, batch.mask, batch.routed, batch.missing
+            usable_mask, counts = apply_missing_policy(
+                self.settings.replay.missing, usable_mask, rollouts.routed, rollouts.missing
             )
             stats.ratio("route_missing", counts.num_missing, counts.num_fed)
             stats.ratio("route_masked", counts.num_masked, counts.num_loss_tokens)
-        return samples, batch
+        return usable_mask
 
     def _from_buffer(self, last: bool, stats: Stats) -> list[Sample]:
         """Take this replica's groups from the buffer. Collective."""
@@ -202,7 +212,8 @@ class Collector:
         rewards: np.ndarray | None = None,
         advantages: np.ndarray | None = None,
         in_loss: np.ndarray | None = None,
-    ) -> Batch:
+        version: int | None = None,
+    ) -> RolloutBatch:
         """Pad the samples to the length of the longest on any rank. Collective.
 
         Args:
@@ -210,13 +221,14 @@ class Collector:
             rewards: as in `from_samples`.
             advantages: likewise.
             in_loss: likewise.
+            version: likewise.
         """
         session = self.session
         longest = torch.tensor([max(len(sample.tokens) for sample in samples)], device=session.device.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.place.multiple)
         pad, weighted = session.task.tokenizer.pad_token_id, self.settings.replay.weights == "server"
-        return from_samples(samples, advantages, length, pad, session.signature, in_loss, rewards, weighted)
+        return from_samples(samples, advantages, length, pad, session.signature, in_loss, rewards, weighted, version)
 
 
 def rewards_and_mask(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
 from megatron_bai.rewards import score_samples
-from megatron_bai.rl.batches.batch import padded_length
+from megatron_bai.rl.batches.token_batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
 from megatron_bai.rollout.sample import Sample, lost_sample

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import RolloutBatch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
@@ -42,7 +42,12 @@ class RouteRecorder:
         self._writer = StoreWriter(self.settings.store, f"replica-{session.dp_rank:05}")
 
     def record_step(
-        self, step: int, version: int, samples: list[Sample], micro_batches: list[Batch], routes: list[MicroRoutes]
+        self,
+        step: int,
+        version: int,
+        samples: list[Sample],
+        micro_batches: list[RolloutBatch],
+        routes: list[MicroRoutes],
     ) -> None:
         """Write the routes that the engine replayed in a step. Collective over the replica.
 
@@ -50,7 +55,7 @@ class RouteRecorder:
             step: global step, from 0.
             version: of the training engine's weights, which chose R2's routes.
             samples: of this replica, in the order they were sampled in.
-            micro_batches: of the step, which hold the samples in any order (`Batch.sample_index`).
+            micro_batches: of the step, which hold the samples in any order (`RolloutBatch.sample_index`).
             routes: replayed in each of them on this rank.
 
         Raises:
@@ -84,7 +89,7 @@ class RouteRecorder:
             assert sorted(recorded_samples) == list(range(len(samples))), "every sample is in one micro-batch"
             self._writer.sync()
 
-    def _gather_routes(self, micro_batch: Batch, routes: MicroRoutes) -> np.ndarray | None:
+    def _gather_routes(self, micro_batch: RolloutBatch, routes: MicroRoutes) -> np.ndarray | None:
         """Gather what each rank replayed of a micro-batch on the leader: `[B, T, moe_layers, topk]`, None elsewhere.
 
         Raises:

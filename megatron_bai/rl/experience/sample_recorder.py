@@ -12,10 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_bai import config
 from megatron_bai.monitor.samples.choose import Candidate, Key, choose
 from megatron_bai.monitor.samples.kept_sample import EVAL, TRAIN, KeptSample
 from megatron_bai.monitor.samples.token_texts import token_lengths
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import ScoredBatch, TrainingBatch
+from megatron_bai.rl.batches.token_batch import TokenBatch
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.sample import Sample
 
@@ -30,15 +32,20 @@ class SampleRecorder:
         self._kept: list[KeptSample] = []
 
     def add_train(
-        self, step: int, samples: list[Sample], batch: Batch, micro_batches: list[Batch], routes: list[torch.Tensor]
+        self,
+        step: int,
+        samples: list[Sample],
+        batch: TrainingBatch,
+        micro_batches: Sequence[TokenBatch],
+        routes: list[torch.Tensor],
     ) -> None:
         """Keep some of the samples that a step trains. Collective.
 
         Args:
             step: global step, from 1.
             samples: of this replica.
-            batch: of them, in any order, with `old_logprobs`, advantages and all its tokens in the mask.
-            micro_batches: consecutive views of the batch.
+            batch: of them, in any order.
+            micro_batches: of the batch, at any stage.
             routes: of each micro-batch, `[rows]`: in how many of this rank's layers routes differ; empty: not measured.
         """
         if not self._count:
@@ -46,14 +53,14 @@ class SampleRecorder:
         rows = {int(index): row for row, index in enumerate(batch.sample_index)}
         discrepancies = _mean_discrepancies(batch) if self._session.reports_stats else [None] * len(batch)
         group_size = self._session.settings.trainer.group_size
+        has_critic = isinstance(self._session.settings.objective, config.Ppo)
         chosen = self._choose(TRAIN, step, samples, group_size, lambda i: discrepancies[rows[i]])
         own = [(index, rows[index]) for index in _own(samples, group_size, chosen)]
         differ = self._count_differing(batch, micro_batches, routes, [row for _, row in own]) if routes else None
         records = []
         for i, (index, row) in enumerate(own if self._session.reports_stats else ()):
             predicted = slice(samples[index].prompt_length - 1, len(samples[index].tokens) - 1)
-            advantage = batch.advantages[row]
-            advantage = advantage if advantage.dim() == 0 else advantage[predicted].mean()
+            advantage = batch.advantages[row, predicted].mean() if has_critic else batch.sample_advantages[row]
             fed = None if differ is None else differ[i, : len(samples[index].tokens)]
             key = (samples[index].stream_index, index % group_size)
             sample = self._make(
@@ -110,7 +117,7 @@ class SampleRecorder:
         return choose(sum(gathered, []), self._count, salt)
 
     def _count_differing(
-        self, batch: Batch, micro_batches: list[Batch], routes: list[torch.Tensor], rows: Sequence[int]
+        self, batch: TokenBatch, micro_batches: Sequence[TokenBatch], routes: list[torch.Tensor], rows: Sequence[int]
     ) -> torch.Tensor | None:
         """Sum the layers whose routes differ over the ranks of the replica. Collective over it.
 
@@ -181,10 +188,10 @@ def _own(samples: list[Sample], group_size: int, chosen: dict[Key, list[str]]) -
     ]
 
 
-def _mean_discrepancies(batch: Batch) -> list[float | None]:
-    """Return the mean |log π_old − log μ_old| of each row, over tokens of the mask for which both are known."""
+def _mean_discrepancies(batch: ScoredBatch) -> list[float | None]:
+    """Return the mean |log π_old − log μ_old| of each row, over usable tokens for which both are known."""
     delta = (batch.sampled_logprobs - batch.infer_logprobs).abs()
-    known = batch.mask & delta.isfinite()
+    known = batch.usable_mask & delta.isfinite()
     number = known.sum(1)
     means = delta.masked_fill(~known, 0.0).sum(1, dtype=torch.float64) / number.clamp(min=1)
     return [round(mean, _DECIMALS) if n else None for mean, n in zip(means.tolist(), number.tolist(), strict=True)]

@@ -17,8 +17,8 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.metrics.router_metrics import add_route_mismatch
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.batches.micro_batches import make_mini_batches
+from megatron_bai.rl.batches.stages import RolloutBatch
 from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rollout.client import SampleRequest, sampling_seed
 from megatron_bai.rollout.sample import Sample
@@ -50,7 +50,7 @@ def verify_engines(collector: Collector, stages: dist.ProcessGroup) -> None:
         _log.warning(verified)
 
 
-def _sample_batch(collector: Collector) -> Batch:
+def _sample_batch(collector: Collector) -> RolloutBatch:
     """Sample the batch of a step, of short responses without rewards. Collective."""
     session, inference, settings = collector.session, collector.inference, collector.settings
     count = collector.prompts_per_replica
@@ -72,7 +72,7 @@ def _sample_batch(collector: Collector) -> Batch:
     return collector.make_batch(session.send_to_replica(samples if session.is_replica_leader else None))
 
 
-def _compare_engines(collector: Collector, batch: Batch, stages: dist.ProcessGroup) -> dict[str, float]:
+def _compare_engines(collector: Collector, batch: RolloutBatch, stages: dist.ProcessGroup) -> dict[str, float]:
     """Return `kl_k3_live` and `route_mismatch` of a batch over all ranks, as a step has them. Collective."""
     session, stats, router_stats = collector.session, Stats(), Stats()
     engine = session.engine
@@ -81,7 +81,7 @@ def _compare_engines(collector: Collector, batch: Batch, stages: dist.ProcessGro
     sampled, live = map(engine.local_routes, micro_batches), engine.score(micro_batches, record=True)
     add_route_mismatch(router_stats, list(sampled), live.routes, engine.replay.columns, stages)
     if live.logprobs is not None:
-        add_discrepancy(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.mask)
+        add_discrepancy(stats, "_live", live.logprobs.cpu(), batch.infer_logprobs, batch.usable_mask)
     return stats.gather_sum(session.reports_stats).values() | router_stats.gather_sum(True).values()
 
 

@@ -16,38 +16,31 @@ import torch
 
 from megatron_bai.monitor.metrics.discrepancy import add_discrepancy
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import RolloutBatch, ScoredBatch
 from megatron_bai.rl.policy.training_engine import TrainingEngine
 from megatron_bai.rl.policy.weight_copy import WeightCopy
-from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 
 
-def apply_max_staleness(batch: Batch, samples: list[Sample], version: int, limit: int | None, stats: Stats) -> None:
-    """Fill `batch.version_age`, and remove tokens older than `limit` from the mask, in place.
+def find_fresh_tokens(batch: RolloutBatch, limit: int | None, stats: Stats) -> torch.Tensor:
+    """Return the tokens that are not older than `limit`, `[B, T]` bool.
 
     Adds `stale_fraction`, the share of response tokens of an age over 0; `version_age_mean` and `version_age_max`, over
     response tokens; with a limit `stale_masked`, the share removed.
 
     Args:
-        batch: of the samples.
-        samples: of the batch, in its order.
-        version: of the step's weights.
+        batch: with ages.
         limit: the highest age in the loss (`rollout.max_staleness`); None: no limit.
         stats: gets the metrics.
     """
-    for row, sample in enumerate(samples):
-        for span in sample.spans:
-            age, shift = version - int(span.version), sample.prompt_length - 1
-            assert age >= 0, f"a token of version {span.version} in the step of version {version}"
-            batch.version_age[row, span.start + shift : span.end + shift] = age
-    ages = batch.version_age[batch.mask]
+    ages = batch.version_age[batch.response_mask]
     stats.mean("stale_fraction", ages > 0)
     stats.mean("version_age_mean", ages)
     stats.max("version_age_max", ages)
-    if limit is not None:
-        batch.mask &= batch.version_age <= limit
-        stats.mean("stale_masked", ages > limit)
+    if limit is None:
+        return torch.ones_like(batch.response_mask)
+    stats.mean("stale_masked", ages > limit)
+    return batch.version_age <= limit
 
 
 class PreviousWeights:
@@ -69,7 +62,7 @@ class PreviousWeights:
         else:
             self._copy.refresh()
 
-    def score(self, micro_batches: list[Batch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
+    def score(self, micro_batches: list[RolloutBatch], routes: list[MicroRoutes] | None) -> torch.Tensor | None:
         """Compute log-probabilities under the previous weights. Collective.
 
         Args:
@@ -85,32 +78,41 @@ class PreviousWeights:
             return self._engine.score(micro_batches, routes).logprobs
 
 
+def select_sampled_logprobs(age: torch.Tensor, old: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    """Return log-probabilities in the training engine with the weights that sampled each token.
+
+    Args:
+        age: `[B, T]` int64, version ages.
+        old: `[B, T]` log-probabilities under the step's weights, on any device.
+        previous: likewise under the previous weights; None: no copy of them.
+
+    Returns:
+        `[B, T]`, NaN where the engine has these weights no longer.
+    """
+    old = old.to(age.device)
+    unknown = torch.full_like(old, float("nan"))
+    at_age_1 = unknown if previous is None else previous.to(age.device)
+    return torch.where(age == 0, old, torch.where(age == 1, at_age_1, unknown))
+
+
 def add_discrepancies(
-    stats: Stats,
-    batch: Batch,
-    previous: torch.Tensor | None,
-    live: torch.Tensor | None,
-    weighted: torch.Tensor | None = None,
+    stats: Stats, batch: ScoredBatch, live: torch.Tensor | None, weighted: torch.Tensor | None = None
 ) -> None:
-    """Fill `batch.sampled_logprobs`, and add the discrepancy between the engines over tokens for which they are known.
+    """Add the discrepancy between the engines over usable tokens for which `sampled_logprobs` are known.
 
     Metrics of π_old against what sampled older tokens end in `_stale`: they contain the change of weights, too. Those
     of the live router, `_live`, and of the server's experts with its weights, `_weights`, are of tokens of age 0.
 
     Args:
         stats: gets the metrics.
-        batch: with `old_logprobs`.
-        previous: `[B, T]` log-probabilities under the previous weights; None: no copy of them.
+        batch: of this replica.
         live: `[B, T]` log-probabilities under the step's weights without replay; None: not measured.
         weighted: likewise with the server's experts and its weights of them.
     """
     old, age = batch.old_logprobs, batch.version_age
-    unknown = torch.full_like(old, float("nan"))
-    at_age_1 = unknown if previous is None else previous.cpu()
-    batch.sampled_logprobs.copy_(torch.where(age == 0, old, torch.where(age == 1, at_age_1, unknown)))
-    known = batch.mask & ~batch.sampled_logprobs.isnan()
+    known = batch.usable_mask & ~batch.sampled_logprobs.isnan()
     add_discrepancy(stats, "", batch.sampled_logprobs, batch.infer_logprobs, known)
-    add_discrepancy(stats, "_stale", old, batch.infer_logprobs, batch.mask & (age > 0))
+    add_discrepancy(stats, "_stale", old, batch.infer_logprobs, batch.usable_mask & (age > 0))
     for suffix, logprobs in (("_live", live), ("_weights", weighted)):
         if logprobs is not None:
-            add_discrepancy(stats, suffix, logprobs.cpu(), batch.infer_logprobs, batch.mask & (age == 0))
+            add_discrepancy(stats, suffix, logprobs.cpu(), batch.infer_logprobs, batch.usable_mask & (age == 0))

@@ -11,7 +11,7 @@ from megatron_bai import config
 from megatron_bai.config.limits import validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives import (
     cispo,
     dapo,
@@ -86,7 +86,7 @@ def batch_loss(
     objective: Objective,
     settings: config.Objective,
     logprobs: PerToken,
-    batch: Batch,
+    batch: TrainingBatch,
     entropy: PerToken | None = None,
 ) -> tuple[Scalar, Stats]:
     """Compute the batch's part of the loss: a sum, to be divided by the whole mini-batch's `loss_denominator`.
@@ -103,14 +103,17 @@ def batch_loss(
         `terms.ratio_metrics`, `terms.add_router_shift` and `regularise.add_regularisation`.
     """
     losses, stats = objective.loss(logprobs, batch, settings)
-    assert losses.shape == batch.mask.shape, f"{settings.name} gave losses {tuple(losses.shape)}: one a token is needed"
+    assert losses.shape == batch.tokens.shape, (
+        f"{settings.name} gave losses {tuple(losses.shape)}: one a token is needed, "
+        f"{tuple(batch.tokens.shape)}, as the batch has advantages"
+    )
     if objective.rollouts:
         stats.add(ratio_metrics(logprobs, batch))
     if isinstance(settings, config.RouterShifted) and settings.router_shift:
         add_router_shift(stats, batch, settings)
     if isinstance(settings, config.Policy):
         losses = add_regularisation(losses, settings, logprobs, batch, entropy, stats)
-    return loss_numerator(losses.masked_fill(~batch.mask, 0.0), batch, objective.mean(settings)), stats
+    return loss_numerator(losses.masked_fill(~batch.loss_mask, 0.0), batch, objective.mean(settings)), stats
 
 
 total = batch_loss  # its documented name

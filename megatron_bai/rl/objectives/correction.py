@@ -11,10 +11,10 @@ import torch
 from megatron_bai import config
 from megatron_bai.config.objectives import CORRECTIONS as CORRECTIONS
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.divergence import binary_kl
 from megatron_bai.rl.objectives.objective import PerToken
-from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, sequence_log_ratio
+from megatron_bai.rl.objectives.terms import log_ratio, sequence_log_ratio
 
 
 def correction_weights(
@@ -49,23 +49,23 @@ class Correction:
         dropped: `[B, T]` bool, tokens outside the mask and those that masking leaves out: their loss becomes 0.
     """
 
-    def __init__(self, batch: Batch, settings: config.Corrected, stats: Stats):
+    def __init__(self, batch: TrainingBatch, settings: config.Corrected, stats: Stats):
         """Compute the weights; add `corrected_fraction`, the share of tokens whose weight a limit holds.
 
         Args:
-            batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
+            batch: `loss_mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
             settings: of the objective.
             stats: gets the metric, unless there is no correction.
         """
-        self.dropped, self._weight = ~batch.mask, None
+        self.dropped, self._weight = ~batch.loss_mask, None
         if settings.correction == "none":
             return
-        weight, outside = correction_weights(batch.old_logprobs, batch.infer_logprobs, batch.mask, settings)
-        stats.mean("corrected_fraction", outside[batch.mask])
+        weight, outside = correction_weights(batch.old_logprobs, batch.infer_logprobs, batch.loss_mask, settings)
+        stats.mean("corrected_fraction", outside[batch.loss_mask])
         if not settings.correction.endswith("truncate"):
             self.dropped = self.dropped | outside
         # Without a maximum a weight may be infinite, and times the loss 0 of a token without advantage be NaN.
-        self._weight = weight.masked_fill(self.dropped | (broadcast_advantages(batch.advantages) == 0), 0.0)
+        self._weight = weight.masked_fill(self.dropped | (batch.advantages == 0), 0.0)
 
     def apply(self, losses: PerToken) -> PerToken:
         """Multiply losses `[B, T]` by their weights; those of dropped tokens may be anything."""

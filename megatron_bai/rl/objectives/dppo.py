@@ -2,13 +2,12 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.divergence import binary_kl, binary_tv
 from megatron_bai.rl.objectives.minirl import mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
-    broadcast_advantages,
     coefficients,
     importance_log_ratio,
 )
@@ -16,7 +15,7 @@ from megatron_bai.rl.objectives.terms import (
 _DELTA = {"tv": 0.15, "kl": 0.05}  # of the authors' recipes, in verl's examples/dppo_trainer
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Dppo) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: TrainingBatch, settings: config.Dppo) -> tuple[PerToken, Stats]:
     """Compute −M_t · sg[min(π_θ/μ_old, is_max)] · A · log π_θ at each token: the gradient of −M_t · π_θ/μ_old · A.
 
     M_t = 0 where the token has left the trust region on the side that A pushes to (eq. 12): D > δ with A > 0 and
@@ -25,14 +24,14 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Dppo) -> tuple[PerTo
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `infer_logprobs`, `old_logprobs` and `advantages` are used.
+        batch: `loss_mask`, `infer_logprobs`, `old_logprobs` and `advantages` are used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`; `clip_fraction`, the share of tokens with M_t = 0, also by sign of A, and the mean of D as
         `divergence_mean`.
     """
-    mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
+    mask, advantages = batch.loss_mask, batch.advantages
     new = logprobs.detach().masked_fill(~mask, 0.0)
     anchor = batch.infer_logprobs if settings.anchor == "inference" else batch.old_logprobs
     anchor = anchor.masked_fill(~mask, 0.0)

@@ -4,13 +4,13 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.minirl import mean
 from megatron_bai.rl.objectives.objective import Objective, PerToken
-from megatron_bai.rl.objectives.terms import broadcast_advantages, log_ratio, log_router_shift
+from megatron_bai.rl.objectives.terms import log_ratio, log_router_shift
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Drpo) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: TrainingBatch, settings: config.Drpo) -> tuple[PerToken, Stats]:
     """Compute −r·A + |A|/(2δ) · μ_old · (r − 1)² at each token, r = π_θ/μ_old.
 
     The gradient is −A·r·w with w = 1 − sign(A·(r − 1)) · |π_θ − μ_old|/δ: where A pushes a token away from μ_old, w
@@ -21,14 +21,14 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Drpo) -> tuple[PerTo
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `infer_logprobs` and `advantages` are used.
+        batch: `loss_mask`, `infer_logprobs` and `advantages` are used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`; the mean of w as `gate_mean`, and `corrective_fraction`, the share of tokens with w < 0.
     """
-    advantages, delta = broadcast_advantages(batch.advantages), settings.delta
-    flat = ~batch.mask | (advantages == 0)  # no loss, however far it went: ∞ · 0 is NaN
+    advantages, delta = batch.advantages, settings.delta
+    flat = ~batch.loss_mask | (advantages == 0)  # no loss, however far it went: ∞ · 0 is NaN
     logs = log_ratio(logprobs, batch.infer_logprobs, ~flat)
     sampled = batch.infer_logprobs.masked_fill(flat, 0.0).clamp(max=0).exp()  # μ_old; rounding may leave it above 1
     shift = logprobs.masked_fill(flat, 0.0).exp() - sampled
@@ -37,8 +37,8 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Drpo) -> tuple[PerTo
     penalty = torch.where(ratio > 1, shift * (ratio - 1), sampled * (1 - logs.clamp(max=0).exp()).square())
     stats = Stats()
     gate = 1 - (advantages * logs.detach()).sign() * shift.detach().abs() / delta
-    stats.mean("gate_mean", gate[batch.mask])
-    stats.mean("corrective_fraction", (gate < 0)[batch.mask])
+    stats.mean("gate_mean", gate[batch.loss_mask])
+    stats.mean("corrective_fraction", (gate < 0)[batch.loss_mask])
     losses = -ratio * advantages + advantages.abs() / (2 * delta) * penalty
     return losses * log_router_shift(batch, settings).exp(), stats
 

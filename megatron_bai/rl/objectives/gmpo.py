@@ -4,20 +4,19 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
-    broadcast_advantages,
     importance_log_ratio,
     response_lengths,
     sequence_log_ratio,
 )
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Gmpo) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: TrainingBatch, settings: config.Gmpo) -> tuple[PerToken, Stats]:
     """Compute −ρ·A of each response, ρ the geometric mean of its tokens' clipped ratios.
 
     log ρ = (1/|y|) Σ_t min(x_t, clip_high) where A ≥ 0, and (1/|y|) Σ_t max(x_t, −clip_low) where A < 0, with
@@ -26,13 +25,14 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Gmpo) -> tuple[PerTo
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `old_logprobs`, `advantages` (one a sample) and, for a correction, `infer_logprobs` are used.
+        batch: `loss_mask`, `old_logprobs`, `advantages`, the same at all tokens of a sample, and, for a correction,
+            `infer_logprobs` are used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`, and `clip_fraction`, the share of tokens that a limit holds, also by sign of A.
     """
-    mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
+    mask, advantages = batch.loss_mask, batch.advantages
     logs = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
     stats = Stats()
     correction = Correction(batch, settings, stats)

@@ -2,19 +2,20 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
-    broadcast_advantages,
     clipped_surrogate,
     importance_log_ratio,
 )
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo | config.Ppo) -> tuple[PerToken, Stats]:
+def loss(
+    logprobs: PerToken, batch: TrainingBatch, settings: config.Grpo | config.Dapo | config.Ppo
+) -> tuple[PerToken, Stats]:
     """Compute −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) at each token, r = π_θ/π_old.
 
     A response's tokens are averaged, then the responses. A is divided by the group's deviation. The paper's KL penalty
@@ -23,20 +24,20 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Grpo | config.Dapo |
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
+        batch: `loss_mask`, `old_logprobs`, `advantages` and, for a correction, `infer_logprobs` are used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`, and `clip_fraction`, the share of tokens whose gradient a limit removes, also by sign of A.
     """
     logs = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
-    advantages = broadcast_advantages(batch.advantages)
+    advantages = batch.advantages
     stats = Stats()
     correction = Correction(batch, settings, stats)
     losses, clipped = clipped_surrogate(
         logs, advantages, settings.clip_low, settings.clip_high, settings.dual_clip, correction.dropped
     )
-    add_clip_fractions(stats, clipped, advantages, batch.mask)
+    add_clip_fractions(stats, clipped, advantages, batch.loss_mask)
     return correction.apply(losses), stats
 
 

@@ -2,13 +2,12 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.checks import validate_clipping
 from megatron_bai.rl.objectives.correction import Correction
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
-    broadcast_advantages,
     clipped_surrogate,
     importance_log_ratio,
     response_lengths,
@@ -16,22 +15,23 @@ from megatron_bai.rl.objectives.terms import (
 )
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Gspo) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: TrainingBatch, settings: config.Gspo) -> tuple[PerToken, Stats]:
     """Compute −min(s·A, clip(s, 1 − clip_low, 1 + clip_high)·A) of each response, s = (π_θ(y)/π_old(y))^(1/|y|).
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `old_logprobs`, `advantages` (one a sample) and, for a correction, `infer_logprobs` are used.
+        batch: `loss_mask`, `old_logprobs`, `advantages`, the same at all tokens of a sample, and, for a correction,
+            `infer_logprobs` are used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`, and `clip_fraction`, the share of tokens in responses whose gradient the limit removes, also by
         sign of A.
     """
-    mask = batch.mask
+    mask = batch.loss_mask
     ratios = importance_log_ratio(logprobs, batch.old_logprobs, batch, settings)
     logs = sequence_log_ratio(ratios) / response_lengths(mask)
-    advantages = broadcast_advantages(batch.advantages)
+    advantages = batch.advantages
     stats = Stats()
     correction = Correction(batch, settings, stats)
     losses, clipped = clipped_surrogate(

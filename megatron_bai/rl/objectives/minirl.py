@@ -2,19 +2,18 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.checks import refuse_unused
 from megatron_bai.rl.objectives.objective import Mean, Objective, PerToken
 from megatron_bai.rl.objectives.terms import (
     add_clip_fractions,
-    broadcast_advantages,
     coefficients,
     importance_log_ratio,
     outside_trust_region,
 )
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: TrainingBatch, settings: config.Minirl) -> tuple[PerToken, Stats]:
     """Compute −M_t · sg[min(π_θ/μ_old, is_max)] · A · log π_θ at each token.
 
     M_t = 0 where (A > 0 and r_t > 1 + clip_high) or (A < 0 and r_t < 1 − clip_low), r_t = π_θ/π_old in the training
@@ -24,13 +23,13 @@ def loss(logprobs: PerToken, batch: Batch, settings: config.Minirl) -> tuple[Per
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
+        batch: `loss_mask`, `old_logprobs`, `infer_logprobs` and `advantages` are used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`, and `clip_fraction`, the share of tokens with M_t = 0, also by sign of A.
     """
-    mask, advantages = batch.mask, broadcast_advantages(batch.advantages)
+    mask, advantages = batch.loss_mask, batch.advantages
     detached_logprobs = logprobs.detach()
     ratio = importance_log_ratio(detached_logprobs, batch.old_logprobs, batch, settings).exp()
     weight = ratio

@@ -8,7 +8,7 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 
 # Shapes: B samples, T positions; position t belongs to token t + 1.
 PerToken = Annotated[torch.Tensor, "[B, T]"]
@@ -34,15 +34,16 @@ class Objective:
     """How a batch becomes a loss to minimise.
 
     Attributes:
-        loss: `(log π_θ [B, T] with gradient, batch, settings) → (losses [B, T], metrics)`. Losses outside `batch.mask`
-            are ignored. A loss of whole responses is given at every token of its response, with `sample_mean`.
+        loss: `(log π_θ [B, T] with gradient, batch, settings) → (losses [B, T], metrics)`. Losses outside
+            `batch.loss_mask` are ignored. A loss of whole responses is given at every token of its response, with
+            `sample_mean`.
         settings: the dataclass of its settings; its `name` is what `objective=NAME` chooses.
         mean: of its settings, how the tokens' losses are averaged.
         check: refuses its settings by name with a `UserError`.
         rollouts: whether it learns from sampled responses; otherwise from given text.
     """
 
-    loss: Callable[[PerToken, Batch, Any], tuple[PerToken, Stats]]
+    loss: Callable[[PerToken, TrainingBatch, Any], tuple[PerToken, Stats]]
     settings: type[config.Objective]
     mean: Callable[[Any], Mean]
     check: Callable[[Any], None] = _accept_all

@@ -2,7 +2,7 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.objective import PerToken
 from megatron_bai.rl.objectives.terms import log_ratio
 
@@ -37,7 +37,7 @@ def add_regularisation(
     losses: PerToken,
     settings: config.Policy,
     logprobs: PerToken,
-    batch: Batch,
+    batch: TrainingBatch,
     entropy: PerToken | None,
     stats: Stats,
 ) -> PerToken:
@@ -49,16 +49,16 @@ def add_regularisation(
         losses: `[B, T]` ℓ.
         settings: of the objective.
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask` and `reference_logprobs` are used.
+        batch: `loss_mask` and `reference_logprobs` are used.
         entropy: `[B, T]` H in nats, with gradient.
         stats: gets the metrics.
     """
     if settings.kl_penalty:
-        kl = kl_estimate(logprobs, batch.reference_logprobs, batch.mask, settings.kl_estimator)
+        kl = kl_estimate(logprobs, batch.reference_logprobs, batch.loss_mask, settings.kl_estimator)
         losses = losses + settings.kl_penalty * kl
-        stats.mean("kl_reference", kl.detach()[batch.mask])
+        stats.mean("kl_reference", kl.detach()[batch.loss_mask])
     if settings.entropy_bonus:
         assert entropy is not None, "an entropy bonus needs the entropy"
         losses = losses - settings.entropy_bonus * entropy
-        stats.mean("entropy_update", entropy.detach()[batch.mask])
+        stats.mean("entropy_update", entropy.detach()[batch.loss_mask])
     return losses

@@ -2,23 +2,23 @@
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.objective import Objective, PerToken
 
 
-def loss(logprobs: PerToken, batch: Batch, settings: config.Sft) -> tuple[PerToken, Stats]:
+def loss(logprobs: PerToken, batch: TrainingBatch, settings: config.Sft) -> tuple[PerToken, Stats]:
     """Compute −log π_θ of each target token.
 
     Args:
         logprobs: `[B, T]` log π_θ, with gradient.
-        batch: `mask` is used.
+        batch: `loss_mask` is used.
         settings: of the objective.
 
     Returns:
         Losses `[B, T]`, and their mean as `cross_entropy` in nats.
     """
     stats = Stats()
-    stats.mean("cross_entropy", -logprobs.detach()[batch.mask])
+    stats.mean("cross_entropy", -logprobs.detach()[batch.loss_mask])
     return -logprobs, stats
 
 

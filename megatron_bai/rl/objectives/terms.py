@@ -12,7 +12,7 @@ import torch
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.objectives.objective import PerToken
 
 
@@ -30,11 +30,11 @@ def log_ratio(new: PerToken, old: PerToken, mask: PerToken) -> PerToken:
     return (new - old).masked_fill(~mask, 0.0)
 
 
-def log_router_shift(batch: Batch, settings: config.RouterShifted) -> PerToken:
+def log_router_shift(batch: TrainingBatch, settings: config.RouterShifted) -> PerToken:
     """Return log max(γ, router_shift_min), γ = e^−Δ (RSPO, arXiv 2510.23027 v2, eq. 5 to 9).
 
     Args:
-        batch: `mask` and `router_shift`, which is Δ, are used.
+        batch: `loss_mask` and `router_shift`, which is Δ, are used.
         settings: of the objective.
 
     Returns:
@@ -43,10 +43,12 @@ def log_router_shift(batch: Batch, settings: config.RouterShifted) -> PerToken:
     if not settings.router_shift:
         return torch.zeros_like(batch.router_shift)
     most = -math.log(settings.router_shift_min) if settings.router_shift_min else math.inf
-    return -batch.router_shift.clamp(max=most).masked_fill(~batch.mask, 0.0)
+    return -batch.router_shift.clamp(max=most).masked_fill(~batch.loss_mask, 0.0)
 
 
-def importance_log_ratio(new: PerToken, old: PerToken, batch: Batch, settings: config.RouterShifted) -> PerToken:
+def importance_log_ratio(
+    new: PerToken, old: PerToken, batch: TrainingBatch, settings: config.RouterShifted
+) -> PerToken:
     """Compute the logarithm of an importance ratio, which γ of the routers multiplies where the settings say so.
 
     That is before any limit (arXiv 2510.23027 v2, eq. 11).
@@ -54,25 +56,25 @@ def importance_log_ratio(new: PerToken, old: PerToken, batch: Batch, settings: c
     Args:
         new: `[B, T]` log π_θ.
         old: `[B, T]` logarithms of the policy that it is compared with.
-        batch: `mask` and `router_shift` are used.
+        batch: `loss_mask` and `router_shift` are used.
         settings: of the objective.
 
     Returns:
         `[B, T]`, 0 outside the mask.
     """
-    logs = log_ratio(new, old, batch.mask)
+    logs = log_ratio(new, old, batch.loss_mask)
     return logs + log_router_shift(batch, settings) if settings.router_shift else logs
 
 
-def add_router_shift(stats: Stats, batch: Batch, settings: config.RouterShifted) -> None:
+def add_router_shift(stats: Stats, batch: TrainingBatch, settings: config.RouterShifted) -> None:
     """Add `router_shift_mean`, of γ, and `router_shift_floor_fraction`, the share of tokens with γ below the minimum.
 
     Args:
         stats: gets the metrics.
-        batch: `mask` and `router_shift` are used.
+        batch: `loss_mask` and `router_shift` are used.
         settings: of the objective.
     """
-    shift = (-batch.router_shift[batch.mask].double()).exp()
+    shift = (-batch.router_shift[batch.loss_mask].double()).exp()
     stats.mean("router_shift_mean", shift)
     stats.mean("router_shift_floor_fraction", shift < settings.router_shift_min)
 
@@ -87,18 +89,6 @@ def response_lengths(mask: PerToken) -> torch.Tensor:
     return mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def broadcast_advantages(advantages: torch.Tensor) -> torch.Tensor:
-    """Return advantages of samples `[B]` or of tokens `[B, T]` in a shape that broadcasts with `[B, T]`.
-
-    Args:
-        advantages: `[B]` or `[B, T]` float32.
-
-    Returns:
-        `[B, 1]` or `[B, T]`, a view.
-    """
-    return advantages[:, None] if advantages.dim() == 1 else advantages
-
-
 def coefficients(weight: PerToken, advantages: torch.Tensor) -> PerToken:
     """Compute weight · A, `[B, T]`, in which ∞ · 0 is 0: a token without advantage has no loss, however far it went.
 
@@ -106,7 +96,7 @@ def coefficients(weight: PerToken, advantages: torch.Tensor) -> PerToken:
 
     Args:
         weight: `[B, T]`, ≥ 0, without gradient; inf beyond its type.
-        advantages: `[B, T]` or `[B, 1]` A.
+        advantages: `[B, T]` A.
     """
     return (weight * advantages).masked_fill(weight.isinf() & (advantages == 0), 0.0)
 
@@ -118,7 +108,7 @@ def outside_trust_region(ratio: PerToken, advantages: torch.Tensor, low: float, 
 
     Args:
         ratio: `[B, T]` r.
-        advantages: `[B, T]` or `[B, 1]` A.
+        advantages: `[B, T]` A.
         low: limit below 1.
         high: limit above 1.
 
@@ -145,7 +135,7 @@ def clipped_surrogate(
 
     Args:
         logs: `[B, T]` log r, with gradient.
-        advantages: `[B, T]` or `[B, 1]` A.
+        advantages: `[B, T]` A.
         low: limit below 1.
         high: limit above 1.
         dual: c, above 1; inf: none.
@@ -172,7 +162,7 @@ def add_clip_fractions(stats: Stats, clipped: PerToken, advantages: torch.Tensor
     Args:
         stats: gets the metrics.
         clipped: `[B, T]` bool.
-        advantages: `[B, T]` or `[B, 1]`.
+        advantages: `[B, T]`.
         mask: `[B, T]` bool, the response's tokens.
     """
     stats.mean("clip_fraction", clipped[mask])
@@ -180,7 +170,7 @@ def add_clip_fractions(stats: Stats, clipped: PerToken, advantages: torch.Tensor
     stats.mean("clip_fraction_negative", (clipped & (advantages < 0))[mask])
 
 
-def ratio_metrics(logprobs: PerToken, batch: Batch) -> Stats:
+def ratio_metrics(logprobs: PerToken, batch: TrainingBatch) -> Stats:
     """Measure both factors of π_θ/μ_old and their product, over response tokens.
 
     The policy between the two is the training engine's with the weights that sampled the token: π_old, unless rollouts
@@ -188,7 +178,7 @@ def ratio_metrics(logprobs: PerToken, batch: Batch) -> Stats:
 
     Args:
         logprobs: `[B, T]` log π_θ.
-        batch: `mask`, `sampled_logprobs` and `infer_logprobs` are used.
+        batch: `loss_mask`, `sampled_logprobs` and `infer_logprobs` are used.
 
     Returns:
         Means of the logarithms, `discrepancy` (log π_old/μ_old) and `staleness` (log π_θ/π_old), in nats; mean and
@@ -197,13 +187,13 @@ def ratio_metrics(logprobs: PerToken, batch: Batch) -> Stats:
         share of the tokens (`Stats.sample_size`).
     """
     new, sampled = logprobs.detach(), batch.sampled_logprobs
-    known = batch.mask & ~sampled.isnan()
+    known = batch.loss_mask & ~sampled.isnan()
     discrepancy = (sampled - batch.infer_logprobs)[known].double()
     staleness = (new - sampled)[known].double()
     stats = Stats()
     stats.mean("discrepancy", discrepancy)
     stats.mean("staleness", staleness)
-    weights = (new - batch.infer_logprobs)[batch.mask].double()
+    weights = (new - batch.infer_logprobs)[batch.loss_mask].double()
     ratios = {"discrepancy_ratio": discrepancy, "staleness_ratio": staleness, "is_weight": weights}
     for name, logs in ratios.items():
         stats.mean(f"{name}_mean", logs.exp())

@@ -1,5 +1,6 @@
 """The critic of PPO: a second model that estimates each state's value, for an advantage of each token."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,8 @@ from megatron_bai.model.build import MegatronModel
 from megatron_bai.model.param_shards import named_weights
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import at_last_token, explained_variance, gae, whiten
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import ScoredBatch, TrainingBatch, make_training_batch
+from megatron_bai.rl.batches.token_batch import TokenBatch
 from megatron_bai.rl.objectives import aggregate
 from megatron_bai.rl.objectives.ppo import critic_loss
 from megatron_bai.rl.policy.forward_backward import ForwardBackward
@@ -58,41 +60,41 @@ class Critic:
         self._data_group, self._device = parallel_state.get_data_parallel_group(), device.device
 
     @torch.no_grad()
-    def estimate_values(self, batch: Batch, micro_batches: list[Batch]) -> Stats:
-        """Fill `values`, `returns` and `advantages` of the batch from its rewards. Collective.
+    def estimate_advantages(
+        self, scored: ScoredBatch, micro_batches: Sequence[TokenBatch]
+    ) -> tuple[TrainingBatch, Stats]:
+        """Make the training stage, with values, and returns and advantages of its rewards. Collective.
 
         The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it). Only ranks of the last
-        stage, which alone compute losses, fill them.
+        stage, which alone compute losses, have other values, returns and advantages than 0.
 
         Args:
-            batch: of this rank, with `rewards`.
-            micro_batches: `batch` in micro-batches, as many on every data-parallel rank.
+            scored: of this rank.
+            micro_batches: its tokens in micro-batches, as many on every data-parallel rank.
 
         Returns:
-            On those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens in the loss.
+            The training stage, and on those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens in
+            the loss.
         """
-        values = self.forward_backward.forward(
-            micro_batches, lambda output, micro_batch: micro_batch.unpack(output[..., 0])
+        outputs = self.forward_backward.forward(
+            list(micro_batches), lambda output, micro_batch: micro_batch.unpack(output[..., 0])
         )
         stats = Stats()
         if not self._last_stage:
-            return stats
-        batch.values.copy_(torch.cat(values))
-        rewards = at_last_token(batch.rewards, batch.mask)
-        advantages, returns = gae(rewards, batch.values, batch.mask, self.settings.gamma, self.settings.lam)
-        loss_mask = batch.mask & batch.in_loss[:, None]
-        batch.advantages.copy_(
-            whiten(advantages, loss_mask, self._sum_over_ranks) if self.settings.whiten else advantages
-        )
-        batch.returns.copy_(returns)
-        stats.mean("value_mean", batch.values[loss_mask])
+            return make_training_batch(scored), stats
+        values, mask, loss_mask = torch.cat(outputs).to(scored.infer_logprobs), scored.usable_mask, scored.loss_mask
+        rewards = at_last_token(scored.rewards, mask)
+        advantages, returns = gae(rewards, values, mask, self.settings.gamma, self.settings.lam)
+        if self.settings.whiten:
+            advantages = whiten(advantages, loss_mask, self._sum_over_ranks)
+        stats.mean("value_mean", values[loss_mask])
         stats.mean("return_mean", returns[loss_mask])
-        explained = explained_variance(batch.values[loss_mask], returns[loss_mask], self._sum_over_ranks)
+        explained = explained_variance(values[loss_mask], returns[loss_mask], self._sum_over_ranks)
         if explained is not None:
             stats.ratio("explained_variance", explained, 1)
-        return stats
+        return make_training_batch(scored, advantages, values, returns), stats
 
-    def update(self, mini_batches: list[list[Batch]], first: int) -> tuple[Stats, list[float], float]:
+    def update(self, mini_batches: list[list[TrainingBatch]], first: int) -> tuple[Stats, list[float], float]:
         """Make one optimizer step on each mini-batch, with `ppo.critic_loss` as a mean over its tokens. Collective.
 
         Args:
@@ -108,12 +110,12 @@ class Critic:
         """
         stats, norms, rate = Stats(), [], 0.0
 
-        def loss(output: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
+        def loss(output: torch.Tensor, micro_batch: TrainingBatch) -> torch.Tensor:
             losses, loss_stats = critic_loss(
                 micro_batch.unpack(output[..., 0]),
                 micro_batch.values,
                 micro_batch.returns,
-                micro_batch.mask,
+                micro_batch.loss_mask,
                 self.settings.value_clip,
             )
             stats.add(loss_stats)

@@ -8,7 +8,7 @@ from megatron_bai.distributed.hosts import is_multi_host
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model.families.architecture import Architecture
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import ScoredBatch
 
 FAMILIES = ("qwen3_moe",)  # those whose layers have exact functions in both engines
 
@@ -58,21 +58,21 @@ def validate_exact(settings: config.Config, architecture: Architecture) -> None:
         raise UserError("rollout.exact needs one machine: the processor of another one may round differently")
 
 
-def require_exact(batch: Batch, live: torch.Tensor | None) -> None:
+def require_exact(batch: ScoredBatch, live: torch.Tensor | None) -> None:
     """End the run unless every token's log-probability is the server's, bit for bit. Collective.
 
     Args:
-        batch: with `sampled_logprobs`, of the weights that sampled its tokens.
+        batch: of this replica.
         live: `[B, T]` log-probabilities under the step's weights without replay, likewise for tokens of age 0; None:
             not measured.
 
     Raises:
         UserError: names the token that is furthest off, and by how much.
     """
-    known = batch.mask & ~batch.sampled_logprobs.isnan()
+    known = batch.usable_mask & ~batch.sampled_logprobs.isnan()
     pairs = [("", batch.sampled_logprobs, known)]
     if live is not None:
-        pairs.append((" without replay", live.cpu(), batch.mask & (batch.version_age == 0)))
+        pairs.append((" without replay", live.cpu(), batch.usable_mask & (batch.version_age == 0)))
 
     def check() -> None:
         for how, logprobs, mask in pairs:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_bai.errors import UserError
 from megatron_bai.model.build import MegatronModel
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
+from megatron_bai.rl.batches.token_batch import AnyBatch, TokenBatch
 from megatron_bai.routing.layout import Packing, Place
 
 Result = TypeVar("Result")
@@ -33,26 +34,29 @@ class ForwardBackward:
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._data_group = parallel_state.get_data_parallel_group()
 
-    def forward(self, micro_batches: list[Batch], collect: Callable[[torch.Tensor, Batch], Result]) -> list[Result]:
+    def forward(
+        self, micro_batches: list[AnyBatch], collect: Callable[[torch.Tensor, AnyBatch], Result]
+    ) -> list[Result]:
         """Run the model and return `collect(output, micro_batch)` of each micro-batch. Collective.
 
         Args:
             micro_batches: padded to one shape, or packed into rows of one length.
-            collect: its `output` is `[B, T, …]`, of a packed micro-batch `[1, row, …]`; see `Batch.pack` and `unpack`.
+            collect: its `output` is `[B, T, …]`, of a packed micro-batch `[1, row, …]`; see `TokenBatch.pack` and
+                `unpack`.
 
         Returns:
             One entry a micro-batch on ranks of the last stage, none elsewhere.
         """
 
-        def call(output: torch.Tensor, non_loss_data: bool = True, *, micro_batch: Batch) -> Result:
+        def call(output: torch.Tensor, non_loss_data: bool = True, *, micro_batch: AnyBatch) -> Result:
             return collect(output, micro_batch)
 
         return self._run_schedule(micro_batches, call, forward_only=True)
 
     def update(
         self,
-        micro_batches: list[Batch],
-        loss: Callable[[torch.Tensor, Batch], torch.Tensor],
+        micro_batches: list[TrainingBatch],
+        loss: Callable[[torch.Tensor, TrainingBatch], torch.Tensor],
         local_count: int,
         context: AbstractContextManager[object] | None = None,
         mask_padding: bool = False,
@@ -75,7 +79,7 @@ class ForwardBackward:
         """
         count = self._global_count(local_count)
 
-        def scaled(output: torch.Tensor, *, micro_batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        def scaled(output: torch.Tensor, *, micro_batch: TrainingBatch) -> tuple[torch.Tensor, dict[str, Any]]:
             # The schedule divides by the micro-batches and DDP averages over data-parallel ranks: undo both, so
             # that the gradient is that of the sum over the whole mini-batch divided by its count.
             return loss(output, micro_batch) * (len(micro_batches) * self._dp_size / count), {}
@@ -90,7 +94,7 @@ class ForwardBackward:
             raise UserError(f"the gradient's norm is {norm}{self._explain_overflow(micro_batches)}")
         return float(norm)
 
-    def _explain_overflow(self, micro_batches: list[Batch]) -> str:
+    def _explain_overflow(self, micro_batches: list[TrainingBatch]) -> str:
         """Return why a gradient may not be finite, and what to do, the same on all ranks. Collective."""
         largest = torch.stack([micro_batch.advantages.abs().max() for micro_batch in micro_batches]).max()
         largest = largest.to(self.device, torch.float64)
@@ -106,14 +110,14 @@ class ForwardBackward:
         return max(int(count), 1)
 
     def _run_schedule(
-        self, micro_batches: list[Batch], collect: Callable[..., Any], forward_only: bool, mask_padding: bool = False
+        self, micro_batches: list[AnyBatch], collect: Callable[..., Any], forward_only: bool, mask_padding: bool = False
     ) -> list[Any]:
         """Run Megatron's schedule over the micro-batches."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         queues = [iter(micro_batches) for _ in self.model.chunks]
 
-        def forward_step(queue: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def forward_step(queue: Iterator[AnyBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro_batch = next(queue).to(self.device)
             padding = self._padding(model, micro_batch) if mask_padding else None
             return self._forward_chunk(model, micro_batch, padding), partial(collect, micro_batch=micro_batch)
@@ -132,14 +136,14 @@ class ForwardBackward:
         assert not any(list(queue) for queue in queues), "the schedule did not run every micro-batch"
         return outputs
 
-    def _padding(self, model: Any, micro_batch: Batch) -> torch.Tensor:
+    def _padding(self, model: Any, micro_batch: TokenBatch) -> torch.Tensor:
         """Return the padding mask that a model chunk takes: Megatron-Core splits it on the pipeline's first alone."""
         if model.module.pre_process:
             return micro_batch.padding
         rank, ranks = Place.here(self.model.transformer_config).tensor
         return micro_batch.padding.chunk(ranks, dim=1)[rank]
 
-    def _forward_chunk(self, model: Any, micro_batch: Batch, padding: torch.Tensor | None) -> torch.Tensor:
+    def _forward_chunk(self, model: Any, micro_batch: TokenBatch, padding: torch.Tensor | None) -> torch.Tensor:
         """Run a model chunk on a micro-batch. Packed samples attend to themselves alone, at positions of their own."""
         tokens, packing = micro_batch.pack(micro_batch.tokens), micro_batch.packing
         if packing is None:

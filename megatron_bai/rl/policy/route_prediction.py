@@ -31,8 +31,8 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.batches.micro_batches import MiniBatches
+from megatron_bai.rl.batches.stages import RolloutBatch
 from megatron_bai.rl.policy.training_engine import TrainingEngine
 from megatron_bai.routing.replay.router_scores import observe_logits
 from megatron_bai.routing.replay.shifted_topk import LogitShift
@@ -112,7 +112,7 @@ class RoutePrediction:
         return hidden.reshape(-1, hidden.shape[-1]).float() @ self.weights[index].detach().T
 
     @contextmanager
-    def record(self, step: int, mini_batches: MiniBatches) -> Iterator[None]:
+    def record(self, step: int, mini_batches: MiniBatches[RolloutBatch]) -> Iterator[None]:
         """Record what predictors learn from in the first pass of a block, which records π_old's routes.
 
         Args:
@@ -138,7 +138,7 @@ class RoutePrediction:
         with observe_logits(self._engine.replay, observe):
             yield
 
-    def _select_rows(self, step: int, micro_batch: Batch) -> _OldRows:
+    def _select_rows(self, step: int, micro_batch: RolloutBatch) -> _OldRows:
         """Select one of `predict_every` tokens by its position in the sample, which no layout changes."""
         positions, every = torch.arange(micro_batch.tokens.shape[1]), self._settings.replay.predict_every
         fed = micro_batch.routed | micro_batch.missing

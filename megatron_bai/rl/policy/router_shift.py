@@ -8,12 +8,13 @@ by then.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.rl.batches.batch import Batch
+from megatron_bai.rl.batches.stages import TrainingBatch
 from megatron_bai.rl.policy.training_engine import TrainingEngine
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.replay.router_scores import RouterScores, compare_scores, record_scores
@@ -45,8 +46,10 @@ class RouterShift:
             yield
         self._old = scores
 
-    def measure(self, micro_batches: list[Batch], routes: list[MicroRoutes] | None, first: int) -> None:
-        """Fill `router_shift` of micro-batches with Δ under the current weights, if it is enabled. Collective.
+    def measure(
+        self, micro_batches: list[TrainingBatch], routes: list[MicroRoutes] | None, first: int
+    ) -> list[TrainingBatch]:
+        """Return micro-batches with Δ under the current weights as `router_shift`, if it is enabled. Collective.
 
         Args:
             micro_batches: of the mini-batch of the next update.
@@ -56,7 +59,7 @@ class RouterShift:
         from megatron.core import parallel_state
 
         if not self.is_enabled:
-            return
+            return micro_batches
         engine, count = self._engine, len(micro_batches)
         batch, length = micro_batches[0].pack(micro_batches[0].tokens).shape
         ranks = engine.place.tensor[1]
@@ -72,5 +75,7 @@ class RouterShift:
         else:
             parts = [total]
         shifts = torch.cat([part.view(count, -1, batch) for part in parts], dim=1) / engine.replay.signature.moe_layers
-        for micro_batch, shift in zip(micro_batches, shifts, strict=True):
-            micro_batch.router_shift.copy_(micro_batch.unpack(shift.T))
+        return [
+            replace(micro_batch, router_shift=micro_batch.unpack(shift.T).to(micro_batch.tokens.device))
+            for micro_batch, shift in zip(micro_batches, shifts, strict=True)
+        ]

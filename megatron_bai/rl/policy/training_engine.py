@@ -11,7 +11,8 @@ from megatron_bai import config
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.batch import Batch, empty_batch
+from megatron_bai.rl.batches.stages import RolloutBatch, TrainingBatch
+from megatron_bai.rl.batches.token_batch import TokenBatch, make_token_batch
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.rl.policy.forward_backward import ForwardBackward
 from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
@@ -67,8 +68,9 @@ class TrainingEngine:
         self.last_stage: bool = parallel_state.is_pipeline_last_stage()
         self.place = Place.here(actor.transformer_config)
 
-    def local_routes(self, micro_batch: Batch) -> MicroRoutes:
+    def local_routes(self, micro_batch: RolloutBatch) -> MicroRoutes:
         """Return the inference engine's routes of a micro-batch, of this rank's tokens."""
+        assert micro_batch.columns == tuple(self.replay.columns), "routes of other layers than this rank's"
         tail = micro_batch.packing.tail if micro_batch.packing else 0
         fill = torch.from_numpy(filler_routes(tail, self.replay.signature, self.replay.columns))
         ids = self.place.rows(micro_batch.pack(micro_batch.routes, fill))
@@ -78,11 +80,12 @@ class TrainingEngine:
         live = missing.to(self.device) if missing.any() else None
         return MicroRoutes(ids.to(self.device), routed.to(self.device), live)
 
-    def local_weights(self, micro_batch: Batch) -> torch.Tensor:
+    def local_weights(self, micro_batch: RolloutBatch) -> torch.Tensor:
         """Return the inference engine's weights of a micro-batch's experts, as `local_routes` returns these."""
+        assert micro_batch.route_weights is not None, "the samples come without the weights of their routes"
         return self.place.rows(micro_batch.pack(micro_batch.route_weights)).to(self.device)
 
-    def score_weights(self, micro_batches: list[Batch]) -> tuple[torch.Tensor | None, WeightGap]:
+    def score_weights(self, micro_batches: list[RolloutBatch]) -> tuple[torch.Tensor | None, WeightGap]:
         """Compute log-probabilities with the inference engine's experts and its weights of them. Collective.
 
         Args:
@@ -97,7 +100,7 @@ class TrainingEngine:
             logprobs = self.score(micro_batches, routes).logprobs
         return logprobs, gap
 
-    def _live_routes(self, micro_batch: Batch) -> MicroRoutes:
+    def _live_routes(self, micro_batch: TokenBatch) -> MicroRoutes:
         """Return routes that leave the choice to the routers, but for padding, which moves no expert bias then."""
         rows = self.place.rows(micro_batch.pack(micro_batch.targets >= 0)).to(self.device)
         ids = torch.from_numpy(filler_routes(len(rows), self.replay.signature, self.replay.columns))
@@ -106,7 +109,7 @@ class TrainingEngine:
     @torch.no_grad()
     def score(
         self,
-        micro_batches: list[Batch],
+        micro_batches: list[RolloutBatch],
         routes: list[MicroRoutes] | None = None,
         record: bool = False,
         shift: LogitShift | None = None,
@@ -145,7 +148,7 @@ class TrainingEngine:
         """
         # An interleaved schedule needs a micro-batch a stage.
         stages = self.forward_backward.stages
-        micro_batches = empty_batch(tokens).split(
+        micro_batches = make_token_batch(tokens).split(
             -(-len(tokens) // stages) if len(self.actor.chunks) > 1 else len(tokens)
         )
         outputs = self.forward_backward.forward(micro_batches, partial(_logprobs_and_entropy, temperature=1.0))
@@ -153,7 +156,7 @@ class TrainingEngine:
 
     def update(
         self,
-        micro_batches: list[Batch],
+        micro_batches: list[TrainingBatch],
         routes: list[MicroRoutes] | None,
         objective: Objective,
         settings: config.Objective,
@@ -180,7 +183,7 @@ class TrainingEngine:
         if self.last_stage:
             stats.ratio("loss", 0.0, local_count)
 
-        def loss(logits: torch.Tensor, micro_batch: Batch) -> torch.Tensor:
+        def loss(logits: torch.Tensor, micro_batch: TrainingBatch) -> torch.Tensor:
             logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature, self.exact)
             total, loss_stats = objectives.batch_loss(objective, settings, logprobs, micro_batch, entropy)
             loss_stats.ratio("loss", float(total.detach()), 0)
@@ -197,7 +200,7 @@ class TrainingEngine:
 
 
 def _logprobs_and_entropy(
-    logits: torch.Tensor, micro_batch: Batch, temperature: float, exact: bool = False
+    logits: torch.Tensor, micro_batch: TokenBatch, temperature: float, exact: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-probabilities and entropy of a micro-batch, `[B, T]` each, 0 where no token follows."""
     targets = micro_batch.pack(micro_batch.targets, filling=-1)

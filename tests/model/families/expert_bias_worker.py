@@ -30,13 +30,15 @@ class BiasBench(Bench):
 
     def batch(self) -> Any:
         from megatron_bai.rl.batches.batch import from_samples
+        from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 
         samples = [
             replace(s, tokens=s.tokens[:n], logprobs=s.logprobs[: n - 1], routes=s.routes[: n - 1])
             for s, n in zip(self.samples(), LENGTHS, strict=True)
         ]
         advantages = np.linspace(-1, 2, len(samples))
-        return from_samples(samples, advantages, LENGTH, 0, self.replay.signature)
+        rollouts = from_samples(samples, advantages, LENGTH, 0, self.replay.signature)
+        return make_training_batch(make_scored_batch(rollouts, rollouts.infer_logprobs))
 
     def reload(self) -> None:
         """Back to the published weights, with the optimizer's copies."""
@@ -62,8 +64,6 @@ class BiasBench(Bench):
         self.actor.transformer_config.moe_router_bias_update_rate, self.replay.moves_bias = rate, rate > 0
         for group in self.actor.optimizer.param_groups:
             group["lr"] = learning_rate
-        for micro in self.micros:
-            micro.old_logprobs.copy_(micro.infer_logprobs)
         routes = [self.engine.local_routes(micro) for micro in self.micros] if forced else None
         settings = config.Grpo()
         return self.engine.update(self.micros, routes, objectives.get(settings.name), settings, mask_padding)[1]

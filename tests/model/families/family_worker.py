@@ -86,11 +86,13 @@ class Bench:
         ]
 
     def batch(self) -> Any:
-        """The samples, of one length."""
+        """The samples, of one length; the policy before an update is the inference engine's."""
         from megatron_bai.rl.batches.batch import from_samples
+        from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 
         advantages = np.linspace(-1, 2, BATCH)
-        return from_samples(self.samples(), advantages, LENGTH, 0, self.replay.signature)
+        rollouts = from_samples(self.samples(), advantages, LENGTH, 0, self.replay.signature)
+        return make_training_batch(make_scored_batch(rollouts, rollouts.infer_logprobs))
 
     def on_rank_0(self, value: torch.Tensor | None) -> torch.Tensor | None:
         """What a rank of the last stage has."""
@@ -122,8 +124,6 @@ class Bench:
         before = self.state()
         routes = [self.engine.local_routes(micro) for micro in self.micros]
         settings = config.Grpo()
-        for micro in self.micros:
-            micro.old_logprobs.copy_(micro.infer_logprobs)
         _, norm = self.engine.update(self.micros, routes, objectives.get(settings.name), settings)
         after = self.state()
         return {name: (before[name].double() - after[name].double()) / SCALE for name in after}, norm
