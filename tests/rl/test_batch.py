@@ -1,6 +1,6 @@
 """Samples become padded arrays in which position t belongs to token t + 1, and routes to token t."""
 
-from dataclasses import fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -152,6 +152,8 @@ def test_each_stage_has_what_the_former_has_and_adds_to_it() -> None:
     assert training.advantages.tolist() == [[1.0] * 6, [2.0] * 6, [-0.5] * 6]
     assert training.prompt_tokens.tolist() == [3, 3, 3]  # of the two samples of a prompt one is left out
     assert not (training.values.any() or training.returns.any() or training.router_shift.any())
+    with pytest.raises(FrozenInstanceError):
+        training.advantages = old
     of_tokens, values, returns = torch.randn(3, 3, 6)
     training = make_training_batch(scored, of_tokens, values, returns)
     assert training.advantages is of_tokens and training.values is values and training.returns is returns

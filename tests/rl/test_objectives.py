@@ -1,6 +1,7 @@
 """Every objective's value and gradient against the formula of its paper (`papers.py`), in float64."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import papers
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from policies import SETTINGS, dirty, drawn, loss, name, one_token
 
 from megatron_bai import config
+from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
 from megatron_bai.rl.batches.advantages import group_advantages
@@ -210,11 +212,19 @@ def test_the_routers_factor_and_its_floor_are_logged() -> None:
     assert "router_shift_mean" not in loss(config.Grpo(), case)[2]
 
 
-def test_losses_of_the_wrong_shape_are_caught() -> None:
-    def reduced(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) -> tuple[torch.Tensor, Stats]:
-        return logprobs.sum(), Stats()
+def reduced(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) -> tuple[torch.Tensor, Stats]:
+    return logprobs.sum(), Stats()
 
-    broken = objectives.Objective(reduced, config.Minirl, lambda settings: "token_mean")
+
+def of_samples(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) -> tuple[torch.Tensor, Stats]:
+    """As it was written when a sample had one advantage."""
+    return -batch.advantages[:, None] * logprobs, Stats()
+
+
+@pytest.mark.parametrize(("wrong", "shape"), [(reduced, r"\[\]"), (of_samples, r"\[3, 3, 4\]")])
+def test_losses_of_the_wrong_shape_are_told_to_who_wrote_them(wrong: Any, shape: str) -> None:
+    broken = objectives.Objective(wrong, config.Minirl, lambda settings: "token_mean")
     case = drawn(3, 4, 0, 0.1)
-    with pytest.raises(AssertionError, match="one a token"):
+    named = rf"objective 'minirl' gave losses of shape {shape}: one a token is needed, \[3, 4\]"
+    with pytest.raises(UserError, match=named):
         objectives.batch_loss(broken, config.Minirl(), torch.from_numpy(case.new), case.batch())

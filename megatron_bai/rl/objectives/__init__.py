@@ -101,12 +101,16 @@ def batch_loss(
     Returns:
         The sum over the batch, and its metrics: the objective's own and, learning from rollouts, those of
         `terms.ratio_metrics`, `terms.add_router_shift` and `regularise.add_regularisation`.
+
+    Raises:
+        UserError: the objective gave losses of another shape.
     """
     losses, stats = objective.loss(logprobs, batch, settings)
-    assert losses.shape == batch.tokens.shape, (
-        f"{settings.name} gave losses {tuple(losses.shape)}: one a token is needed, "
-        f"{tuple(batch.tokens.shape)}, as the batch has advantages"
-    )
+    if losses.shape != batch.tokens.shape:
+        raise UserError(
+            f"objective {settings.name!r} gave losses of shape {list(losses.shape)}: one a token is needed, "
+            f"{list(batch.tokens.shape)}, the shape of batch.advantages"
+        )
     if objective.rollouts:
         stats.add(ratio_metrics(logprobs, batch))
     if isinstance(settings, config.RouterShifted) and settings.router_shift:
