@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -22,6 +23,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_loopback_url(url: str) -> bool:
+    """Return whether an address such as `http://127.0.0.1:30000` means a server on this host alone."""
+    return is_loopback(urlsplit(url).hostname or "")
 
 
 def host_address() -> str:

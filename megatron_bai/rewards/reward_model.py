@@ -109,12 +109,12 @@ def _make_body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]
 
 
 def _check(settings: config.RewardModel) -> None:
-    from megatron_bai.distributed.hosts import is_loopback  # a worker of another reward would import torch with it
+    from megatron_bai.distributed.hosts import is_loopback_url  # a worker of another reward would import torch with it
 
     parts = urlsplit(settings.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"reward.url is {settings.url!r}: give the address of a server, http://127.0.0.1:30000")
-    if not settings.remote and not is_loopback(parts.hostname):
+    if not settings.remote and not is_loopback_url(settings.url):
         raise UserError(
             f"reward.url={settings.url} is another machine's: prompts and responses would leave this one; allow it "
             "with reward.remote=true"

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import aiohttp
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.servers.auth import request_headers
+from megatron_bai.rollout.servers.http_policy import TRANSPORT_ERRORS, describe_failure, open_session, send
 from megatron_bai.utils import strict_json
 
 T = TypeVar("T")
@@ -68,10 +68,7 @@ def post_all(
 
     async def run() -> list[T | UserError]:
         semaphore = asyncio.Semaphore(limits.concurrency)
-        timeout = aiohttp.ClientTimeout(total=limits.timeout_s)
-        connector = aiohttp.TCPConnector(limit=0)  # the semaphore limits, so that waiting is in no request's time
-        # Bodies are not decompressed, so that `_read` sees their size.
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
+        async with open_session(limits.timeout_s) as session:
             tasks = [
                 asyncio.ensure_future(_post_with_retries(session, semaphore, urls, path, limits, request))
                 for request in requests
@@ -115,44 +112,17 @@ async def _post_with_retries(
             await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
         url = urls[(request.server_index + attempt) % len(urls)]
         try:
-            async with semaphore, _post(session, url, path, request.body) as reply:
-                text, status = await _read(reply, limits.reply_bytes), reply.status
-            if 400 <= status < 500:  # a retry would not help
-                raise UserError(f"SGLang at {url} refused a request with {status}: {_excerpt(text)}")
-            if status != 200:
-                raise ValueError(f"status {status}: {_excerpt(text)}")
-            return request.parse(strict_json.parse(text))
+            async with semaphore:
+                reply = await send(session, url, path, request.body, limits.reply_bytes)
+            if 400 <= reply.status < 500:  # a retry would not help
+                raise UserError(f"SGLang at {url} refused a request with {reply.status}: {reply.excerpt()}")
+            if reply.status != 200:
+                raise ValueError(f"status {reply.status}: {reply.excerpt()}")
+            return request.parse(strict_json.parse(reply.body))
         except TimeoutError:
             failure = f"no answer within {limits.setting}={limits.timeout_s:g} s"
-        except aiohttp.ClientError as error:
-            failure = f"{type(error).__name__} {error}"
+        except TRANSPORT_ERRORS as error:
+            failure = describe_failure(error)
         except ValueError as error:
             failure = str(error)[:500]  # a reply may be quoted in it
     raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}")
-
-
-def _post(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Any:
-    """Post once, without following redirects: the key is this server's alone."""
-    return session.post(url + path, json=body, headers=request_headers(url), allow_redirects=False)
-
-
-async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Read the body of a reply.
-
-    Raises:
-        ValueError: it is longer than `limit` bytes, or compressed, so that its length is not known.
-    """
-    if encoding := reply.headers.get("Content-Encoding"):
-        raise ValueError(f"the reply is compressed ({encoding[:20]}), which was not asked for")
-    chunks, num_bytes = [], 0
-    async for chunk in reply.content.iter_any():
-        chunks.append(chunk)
-        num_bytes += len(chunk)
-        if num_bytes > limit:
-            raise ValueError(f"the reply is longer than {limit} bytes, more than any answer to the request")
-    return b"".join(chunks)
-
-
-def _excerpt(text: bytes) -> str:
-    """Return the beginning of a body, for a message."""
-    return text[:300].decode(errors="replace")

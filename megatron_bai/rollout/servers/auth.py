@@ -8,10 +8,9 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_bai.config import Rollout
-from megatron_bai.distributed.hosts import is_loopback
+from megatron_bai.distributed.hosts import is_loopback, is_loopback_url
 from megatron_bai.errors import UserError
 
 _keys: dict[str, str] = {}  # by URL: a server's key is sent to that server alone
@@ -25,7 +24,7 @@ def require_key_or_loopback(rollout: Rollout) -> None:
     """
     open_to_others = [f"rollout.host={rollout.host}"] if not is_loopback(rollout.host) else []
     urls = [*rollout.urls, rollout.router] if rollout.router else rollout.urls
-    open_to_others += [f"the server {url}" for url in urls if not is_loopback(urlsplit(url).hostname or "")]
+    open_to_others += [f"the server {url}" for url in urls if not is_loopback_url(url)]
     if open_to_others and not rollout.api_key_file:
         raise UserError(
             f"{open_to_others[0]} is reached from other machines: name a file with the key that it asks for in "

@@ -1,30 +1,16 @@
 """Control requests to an SGLang server, one at a time. Concurrent requests are `http_client`'s."""
 
-import json
 import time
 from collections.abc import Callable
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.servers.auth import request_headers
+from megatron_bai.rollout.servers.http_policy import TRANSPORT_ERRORS, describe_failure, request
 from megatron_bai.utils.strict_json import parse
 
 INSTANCE_PATH = "/megatron_bai/instance"  # of our own servers: the name that they were started with
+_HEALTH_S = 30.0
 _REPLY_BYTES = 64 << 20  # more than any control request's reply has
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """A handler that follows no redirect: requests carry the server's key."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Return None: the redirect is not followed."""
-        return None
-
-
-_open = build_opener(ProxyHandler({}), _NoRedirect).open  # the server is never behind a proxy
 
 
 def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
@@ -38,7 +24,7 @@ def get(url: str, path: str, timeout_s: float = 30.0) -> dict[str, Any]:
     Raises:
         UserError: names the server and the path.
     """
-    return _call(Request(url + path, headers=request_headers(url)), url, path, timeout_s)
+    return _call(url, path, None, timeout_s)
 
 
 def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
@@ -53,18 +39,16 @@ def post(url: str, path: str, body: dict[str, Any], timeout_s: float = 30.0) -> 
     Raises:
         UserError: names the server, the path and the server's reason.
     """
-    content_type = {"Content-Type": "application/json"}
-    request = Request(url + path, json.dumps(body).encode(), content_type | request_headers(url), method="POST")
-    return _call(request, url, path, timeout_s)
+    return _call(url, path, body, timeout_s)
 
 
 def is_healthy(url: str) -> bool:
     """Return whether the server generates: `/health` makes it sample one token."""
     try:
-        with _open(url + "/health", timeout=30.0):
-            return True
-    except (OSError, HTTPException):
+        reply = request(url, "/health", timeout_s=_HEALTH_S, reply_bytes=_REPLY_BYTES)
+    except (ValueError, *TRANSPORT_ERRORS):
         return False
+    return _succeeded(reply.status)
 
 
 def wait_until_healthy(url: str, within_s: float, on_poll: Callable[[], None] = lambda: None) -> bool:
@@ -98,21 +82,23 @@ def instance(url: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _call(request: Request, url: str, path: str, timeout_s: float) -> dict[str, Any]:
+def _call(url: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
     """Send a request and parse its reply."""
     try:
-        with _open(request, timeout=timeout_s) as reply:
-            data = reply.read(_REPLY_BYTES + 1)
-    except HTTPError as error:
-        reason = error.read(1 << 16).decode(errors="replace").strip()
-        raise UserError(f"SGLang at {url} refused {path} with {error.code}: {reason[:300]}") from error
-    except (OSError, HTTPException) as error:  # URLError, a time-out, a broken connection
-        raise UserError(f"SGLang at {url} does not answer {path}: {getattr(error, 'reason', error)}") from error
-    if len(data) > _REPLY_BYTES:
-        raise UserError(f"SGLang at {url} answers {path} with more than {_REPLY_BYTES} bytes")
-    text = data.decode(errors="replace")
+        reply = request(url, path, body, timeout_s=timeout_s, reply_bytes=_REPLY_BYTES)
+    except TRANSPORT_ERRORS as error:
+        raise UserError(f"SGLang at {url} does not answer {path}: {describe_failure(error)}") from error
+    except ValueError as error:
+        raise UserError(f"SGLang at {url} does not answer {path}: {error}") from error
+    if not _succeeded(reply.status):
+        raise UserError(f"SGLang at {url} refused {path} with {reply.status}: {reply.excerpt()}")
+    text = reply.body.decode(errors="replace")
     try:
         content = parse(text)
     except ValueError:
         content = text
     return content if isinstance(content, dict) else {"text": text}
+
+
+def _succeeded(status: int) -> bool:
+    return 200 <= status < 300
