@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 from typing import Any, cast
 
 from omegaconf import MISSING
@@ -10,7 +9,7 @@ from omegaconf import MISSING
 from megatron_bai import config, project_files
 from megatron_bai.cli.compose import config_subclasses
 from megatron_bai.cli.verbs import VERBS, Verb
-from megatron_bai.config.limits import describe_limits
+from megatron_bai.config.limits import describe_limits, help_of
 
 
 def overview() -> str:
@@ -95,17 +94,15 @@ def _group_settings(group: str) -> list[str]:
 
 def _own_settings(group: str, kind: type) -> list[SettingText]:
     """Describe the settings that a class declares, and no base class of it."""
-    lineage = [_read_comments(each) for each in kind.__mro__ if dataclasses.is_dataclass(each)]
+    declared = inspect.get_annotations(kind)
     settings = []
     for setting in dataclasses.fields(kind):
-        if setting.name in lineage[0]:
-            # what a base class says of it, where only its default is another
-            comment = next(filter(None, (comments.get(setting.name) for comments in lineage)), "")
+        if setting.name in declared:
             plain = setting.type in (bool, int, float, str)
             typename = cast(type, setting.type).__name__ if plain else str(setting.type).replace("typing.", "")
             name, default = f"{group}.{setting.name}", _format_default(setting)
             allowed = describe_limits(setting)
-            settings.append(SettingText(name, default, typename, allowed, comment))
+            settings.append(SettingText(name, default, typename, allowed, help_of(kind, setting.name)))
     return settings
 
 
@@ -119,18 +116,3 @@ def _format_default(setting: "dataclasses.Field[Any]") -> str:
         return str(setting.default).lower()
     quoted = isinstance(setting.default, str) and setting.default != MISSING
     return f'"{setting.default}"' if quoted else str(setting.default)
-
-
-def _read_comments(kind: type) -> dict[str, str]:
-    """Return the comment beside or above each field that a class declares, or an empty text, in their order."""
-    comments: dict[str, str] = {}
-    above: list[str] = []
-    for line in inspect.getsource(kind).splitlines():
-        if found := re.match(r"    # (.+)$", line):
-            above.append(found[1])
-        elif found := re.match(r"    (\w+): .+?(?:  # (.+))?$", line):
-            comments[found[1]] = found[2] or " ".join(above)
-            above = []
-        else:
-            above = []
-    return comments

@@ -1,11 +1,15 @@
-"""Ranges and choices of settings: metadata of the fields in `config/`, checked once, before any work, for every verb.
+"""What a setting is and what it may be: metadata of the fields in `config/`, which help, docs and checks read.
 
-A field is declared with what it may be, and no other module checks that again; what contradicts another setting is
-checked beside the code that reads both.
+A field is declared with its range or its choices, which are checked once, before any work, for every verb, and by no
+other module again; what contradicts another setting is checked beside the code that reads both. `--help` and
+docs/settings.md print the text.
 
-    concurrency: int = number(64, at_least=1)
-    sync: str = choice("disk", "disk", "tensors", "group")
-    output: str = path("")
+    concurrency: int = number(64, "requests in flight from one client", at_least=1)
+    sync: str = setting("disk", "how weights travel", choices=("disk", "tensors", "group"))
+    output: str = path("", "a directory")
+    overlap: bool = setting(False, "sample the next step's groups while this one trains")
+
+A class that gives a setting of its base another default need not repeat the text.
 
 Limits of a list or of a mapping are those of each of its values. An unset optional value (None) is allowed.
 """
@@ -22,7 +26,7 @@ LONGEST_S = 1e8  # three years: more seconds overflow what torch and the operati
 LARGEST_PORT = 65535
 LARGEST_SEED = 2**32 - 1  # torch and numpy take it, also with a rank's offset added
 _LARGEST_INT = 2**63 - 1
-_KEY = "megatron_bai"  # of the fields' metadata
+_LIMITS, _HELP = "megatron_bai", "help"  # keys of the fields' metadata
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,21 @@ class Limits:
         return " and ".join(parts) or ("a finite number" if self.is_number and self.finite else "")
 
 
+def setting(default: Any, help: str = "", *, choices: Iterable[str] = (), keys: Iterable[str] = ()) -> Any:
+    """Declare a text that is one of some names, a mapping or list of such, or a setting whose every value is allowed.
+
+    Args:
+        default: the value, `list` or `dict` for an empty one, or omegaconf's MISSING.
+        help: what it means; empty: what the base class says.
+        choices: all names that are allowed, the empty text among them where the setting may be left empty; none: any.
+        keys: the only keys of a mapping.
+    """
+    return _declare(default, Limits(choices=tuple(choices), keys=tuple(keys)), help)
+
+
 def number(
     default: Any,
+    help: str = "",
     *,
     at_least: float | None = None,
     above: float | None = None,
@@ -97,58 +114,72 @@ def number(
     """Declare a number, or a list or mapping of numbers, within limits; see `Limits`.
 
     Args:
-        default: the value, `list` or `dict` for an empty one, or omegaconf's MISSING.
+        default: as for `setting`.
+        help: likewise.
         at_least: inclusive lower limit.
         above: exclusive lower limit.
         at_most: inclusive upper limit.
         below: exclusive upper limit.
         finite: whether infinity is refused.
     """
-    return _declare(default, Limits(at_least, above, at_most, below, finite, is_number=True))
+    return _declare(default, Limits(at_least, above, at_most, below, finite, is_number=True), help)
 
 
 def choice(default: Any, *names: str, keys: Iterable[str] = ()) -> Any:
-    """Declare a text, or a mapping of texts, that is one of some names.
+    """Declare a text that is one of some names, as `setting` does: the form that objectives of other packages have.
 
     Args:
-        default: the value, or `dict` for an empty mapping.
-        names: all that are allowed; the empty text among them where the setting may be left empty.
-        keys: the only keys of a mapping.
+        default: as for `setting`.
+        names: its `choices`.
+        keys: likewise.
     """
-    return _declare(default, Limits(choices=names, keys=tuple(keys)))
+    return setting(default, choices=names, keys=keys)
 
 
-def path(default: Any) -> Any:
+def path(default: Any, help: str = "") -> Any:
     """Declare a path, or a list of paths: a text as typed, in which a leading `~` is the home directory.
 
     Args:
         default: the value, or `list` for an empty one.
+        help: as for `setting`.
     """
-    return _declare(default, Limits(is_path=True))
+    return _declare(default, Limits(is_path=True), help)
 
 
-def checkpoint_path(default: Any) -> Any:
+def checkpoint_path(default: Any, help: str = "") -> Any:
     """Declare the path of a checkpoint that is read, or a list of such paths.
 
     Args:
         default: the value, or `list` for an empty one.
+        help: as for `setting`.
     """
-    return _declare(default, Limits(is_path=True, is_checkpoint=True))
+    return _declare(default, Limits(is_path=True, is_checkpoint=True), help)
 
 
-def limits_of(setting: "Field[Any]") -> Limits:
+def limits_of(declared: "Field[Any]") -> Limits:
     """Return the limits of a dataclass's field; of one that declares none, an empty one."""
-    limits: Limits = setting.metadata.get(_KEY, Limits())
+    limits: Limits = declared.metadata.get(_LIMITS, Limits())
     return limits
 
 
-def describe_limits(setting: "Field[Any]") -> str:
+def describe_limits(declared: "Field[Any]") -> str:
     """Return in words what a dataclass's field may be, such as `at least 1`; empty where nothing is declared."""
-    return limits_of(setting).describe()
+    return limits_of(declared).describe()
 
 
-def _declare(default: Any, limits: Limits) -> Any:
-    metadata = {_KEY: limits}
+def help_of(kind: type[Any], name: str) -> str:
+    """Return what a setting means, as its class declares it or the nearest base class that does; empty where none.
+
+    Args:
+        kind: a dataclass of settings.
+        name: of one of its fields.
+    """
+    declared = (each.__dataclass_fields__.get(name) for each in kind.__mro__ if is_dataclass(each))
+    return next(filter(None, (each.metadata.get(_HELP, "") for each in declared if each)), "")
+
+
+def _declare(default: Any, limits: Limits, help: str) -> Any:
+    metadata = {_LIMITS: limits, _HELP: help}
     if default in (list, dict):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -180,13 +211,13 @@ def validate_group(name: str, group: Any) -> None:
     if not is_dataclass(group):
         return
     # Choices first: of `merge.method=slurp merge.density=9` the method is what has to be mended.
-    for setting in sorted(fields(group), key=lambda each: not limits_of(each).choices):
-        limits = limits_of(setting)
+    for declared in sorted(fields(group), key=lambda each: not limits_of(each).choices):
+        limits = limits_of(declared)
         if limits.keys:
-            for key in getattr(group, setting.name):
+            for key in getattr(group, declared.name):
                 if key not in limits.keys:
-                    raise UserError(unknown_name(f"{name}.{setting.name} names {key!r}", key, limits.keys))
-        for label, value in _values(f"{name}.{setting.name}", getattr(group, setting.name)):
+                    raise UserError(unknown_name(f"{name}.{declared.name} names {key!r}", key, limits.keys))
+        for label, value in _values(f"{name}.{declared.name}", getattr(group, declared.name)):
             if limits.keys:  # they are names, not patterns
                 label = label.replace("[", ".").replace("]", "")
             _validate_value(label, value, limits)

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from megatron_bai.config.limits import LONGEST_S, choice, number, path
+from megatron_bai.config.limits import LONGEST_S, number, path, setting
 
 
 @dataclass
 class Reward:
     """A reward of responses: `reward=NAME` chooses one with its own settings (docs/data.md)."""
 
-    name: str = MISSING  # set by the choice
+    name: str = setting(MISSING, "set by the choice")
 
 
 @dataclass
@@ -25,9 +25,13 @@ class Exact(Reward):
 class PerSample(Reward):
     """Settings of every reward that is a Python function of one sample and runs in worker processes."""
 
-    # of one sample; a process that takes longer is killed, and the sample has no reward
-    timeout_s: float = number(10.0, above=0, at_most=LONGEST_S)
-    workers: int = number(2, at_least=1)  # processes of each model replica
+    timeout_s: float = number(
+        10.0,
+        "of one sample; a process that takes longer is killed, and the sample has no reward",
+        above=0,
+        at_most=LONGEST_S,
+    )
+    workers: int = number(2, "processes of each model replica", at_least=1)
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Function(PerSample):
     """A user's function."""
 
     name: str = "function"
-    function: str = ""  # module:function taking (prompt, response, answer, extra) and returning a number
+    function: str = setting("", "module:function taking (prompt, response, answer, extra) and returning a number")
 
 
 @dataclass
@@ -50,13 +54,16 @@ class RewardModel(Reward):
     """The score of a reward model that SGLang serves (--is-embedding), requested at /classify."""
 
     name: str = "model"
-    url: str = ""  # http://127.0.0.1:30000
-    remote: bool = False  # true allows another host than this one: prompts and responses leave the machine
-    # or ids or chat: prompt and response as text, as the actor's tokens, or in the model's template
-    send: str = choice("text", "text", "ids", "chat")
-    tokenizer: str = path("")  # chat: a directory with the reward model's tokenizer
-    label: int | None = number(None, at_least=0)  # which of the model's outputs is the reward; unset where it has one
-    check: float = number(0.0)  # added to the score of a response that the data's own check accepts
-    concurrency: int = number(32, at_least=1)  # requests in flight from each model replica
-    request_timeout_s: float = number(60.0, above=0, at_most=LONGEST_S)
-    retries: int = number(3, at_least=0)  # of one request, with growing pauses, after a failure that may pass
+    url: str = setting("", "http://127.0.0.1:30000")
+    remote: bool = setting(False, "true allows another host than this one: prompts and responses leave the machine")
+    send: str = setting(
+        "text",
+        "or ids or chat: prompt and response as text, as the actor's tokens, or in the model's template",
+        choices=("text", "ids", "chat"),
+    )
+    tokenizer: str = path("", "chat: a directory with the reward model's tokenizer")
+    label: int | None = number(None, "which of the model's outputs is the reward; unset where it has one", at_least=0)
+    check: float = number(0.0, "added to the score of a response that the data's own check accepts")
+    concurrency: int = number(32, "requests in flight from each model replica", at_least=1)
+    request_timeout_s: float = number(60.0, "of one request", above=0, at_most=LONGEST_S)
+    retries: int = number(3, "of one request, with growing pauses, after a failure that may pass", at_least=0)

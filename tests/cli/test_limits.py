@@ -11,7 +11,7 @@ from megatron_bai import config
 from megatron_bai.cli.compose import compose, config_subclasses, summarize_hydra_error
 from megatron_bai.cli.help_text import verb_help
 from megatron_bai.cli.verbs import VERBS
-from megatron_bai.config.limits import limits_of, validate_group
+from megatron_bai.config.limits import choice, help_of, limits_of, number, validate_group
 from megatron_bai.distributed import backend
 from megatron_bai.errors import UserError
 from megatron_bai.merge.methods import METHODS
@@ -122,6 +122,50 @@ def test_help_says_what_a_setting_may_be(verb: str) -> None:
         if group in VERBS[verb].groups and setting.name in kind.__annotations__:
             assert f"{group}.{setting.name}=" in text
             assert limits_of(setting).describe() in text
+            assert help_of(kind, setting.name) in text
+
+
+@pytest.mark.parametrize("found", list(settings()), ids=name)
+def test_every_setting_says_what_it_is(found: Any) -> None:
+    group, kind, declared = found
+    assert help_of(kind, declared.name), f"{group}.{declared.name} of {kind.__name__}: give its declaration a text"
+
+
+def test_a_text_is_inherited_until_a_class_gives_another() -> None:
+    @dataclasses.dataclass
+    class Base:
+        a: int = number(1, "of the base", at_least=1)
+        b: str = config.limits.setting("", "anything")
+        c: int = 0
+
+    @dataclasses.dataclass
+    class Child(Base):
+        a: int = number(2, at_least=2)
+        b: str = config.limits.setting("x", "one of two", choices=("x", "y"))
+
+    @dataclasses.dataclass
+    class Grandchild(Child):
+        a: int = number(3, at_least=3)
+
+    assert [help_of(Grandchild, key) for key in "abc"] == ["of the base", "one of two", ""]
+    assert limits_of(dataclasses.fields(Grandchild)[0]).at_least == 3
+
+
+def test_declarations_of_packages_from_outside_stay_as_they_were() -> None:
+    @dataclasses.dataclass
+    class Outside:
+        size: int = number(1, at_least=1)
+        way: str = choice("a", "a", "b")
+        by: dict[str, str] = choice(dict, "a", "b", keys=("k",))
+
+    validate_group("outside", Outside())
+    for changed, line in (
+        (Outside(size=0), "outside.size is 0: it must be at least 1"),
+        (Outside(way="c"), "outside.way is 'c': choose a or b"),
+        (Outside(by={"j": "a"}), "outside.by names 'j': choose k"),
+    ):
+        with pytest.raises(UserError, match=line):
+            validate_group("outside", changed)
 
 
 @pytest.mark.parametrize(
