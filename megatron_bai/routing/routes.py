@@ -6,8 +6,12 @@ is sampled but never fed to the model. Order inside the top-k set carries no mea
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,22 +84,39 @@ def check_range(ids: np.ndarray, signature: RouteSignature, where: str, layers: 
     shape = (signature.moe_layers if layers is None else layers, signature.topk)
     if ids.ndim != 3 or ids.shape[1:] != shape:
         raise ValueError(f"{where}: routes have shape {ids.shape}, the model needs [rows, {shape[0]}, {shape[1]}]")
-    if ids.size and (ids.min() < 0 or ids.max() >= signature.num_experts):
-        raise ValueError(f"{where}: expert ids from {ids.min()} to {ids.max()}, the model has {signature.num_experts}")
+    if ids.size:
+        check_bounds(int(ids.min()), int(ids.max()), signature, where)
     return ids.astype(signature.dtype, copy=False)
 
 
-def check_distinct(columns: np.ndarray, where: str) -> None:
+def check_bounds(lowest: int, highest: int, signature: RouteSignature, where: str) -> None:
+    """Check the bounds of expert ids, on whatever device these are.
+
+    Args:
+        lowest: of the ids.
+        highest: likewise.
+        signature: of the model's routes.
+        where: names the source in an error.
+
+    Raises:
+        ValueError: one is outside `[0, num_experts)`.
+    """
+    if lowest < 0 or highest >= signature.num_experts:
+        raise ValueError(f"{where}: expert ids from {lowest} to {highest}, the model has {signature.num_experts}")
+
+
+def check_distinct(columns: "np.ndarray | Tensor", where: str) -> None:
     """Check that no set holds an expert twice.
 
     Args:
-        columns: `[topk, layers, rows]`, as `sorted_sets` returns them.
+        columns: `[topk, …]` of any integer dtype, ascending along the first axis, as `sorted_sets` returns them.
         where: names the source in an error.
 
     Raises:
         ValueError: a set holds an expert twice.
     """
-    if (columns[1:] == columns[:-1]).any():
+    repeated: Any = columns[1:] == columns[:-1]
+    if bool(repeated.any()):
         raise ValueError(f"{where}: a token has the same expert twice in one layer")
 
 

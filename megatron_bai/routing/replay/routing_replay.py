@@ -21,7 +21,7 @@ from megatron_bai.routing.replay import preflight
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, ReplayPass
 from megatron_bai.routing.replay.router_binding import bind_routers, moe_layer_indices
 from megatron_bai.routing.replay.shifted_topk import LogitShift, record_shifted_topk
-from megatron_bai.routing.routes import RouteSignature
+from megatron_bai.routing.routes import RouteSignature, check_bounds, check_distinct
 
 
 class RoutingReplay:
@@ -212,11 +212,8 @@ class RoutingReplay:
         if not ids.numel():
             return
         low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= self.signature.num_experts:
-            raise ValueError(f"{where}: expert ids from {low} to {high}, the model has {self.signature.num_experts}")
-        ordered = ids.sort(dim=-1).values
-        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-            raise ValueError(f"{where}: a token has the same expert twice in one layer")
+        check_bounds(low, high, self.signature, where)
+        check_distinct(ids.sort(dim=-1).values.movedim(-1, 0), where)
 
 
 def _dtype(signature: RouteSignature) -> torch.dtype:
