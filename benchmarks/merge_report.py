@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/merge.py` in Markdown, as docs/merge.md has them."""
+"""The tables of `benchmarks/merge.py` in Markdown, as docs/benchmarks/merge.md has them."""
 
 from collections import defaultdict
 from collections.abc import Iterable

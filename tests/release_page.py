@@ -74,7 +74,7 @@ def make_page(rows: Rows, suites: Mapping[str, Described], records: Mapping[str,
         raise ValueError(f"{RECORDS.name} has records of no cell, delete them: {', '.join(stray)}")
     done = {key: cell for key, cell in cells.items() if key in records}
     parts = [_INTRODUCTION, _table(rows, suites, records), _LEGEND.format(done=len(done), all=len(cells))]
-    parts += [_failures(done, records), _describe(suites), _runs(done, records)]
+    parts += [_failures(done, records), _describe(suites), _LIMITS, _runs(done, records)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -103,6 +103,15 @@ Engine ([limits](limits.md)).
 
 A cell ends in an error, and without a record, unless every process of its tests imported the cell's releases.
 `make test-long` runs a part of all this every time (`tests/live/test_other_releases.py`).
+"""
+
+_LIMITS = """
+## Limits
+
+A run that was started with one release of Megatron-Core goes on with another: from 0.16.1 to 0.19.2 and back, and
+between 0.17.1 and 0.18.2, in one process on a CPU, with the bits of a run that was not interrupted. Across releases
+and layouts at once it was not tried. Saving in the background uses Megatron-Core's own writers
+(`async_strategy=mcore`), which it deprecates from 0.17 on; NVIDIA's `nvidia-resiliency-ext` was not tried.
 """
 
 

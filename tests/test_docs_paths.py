@@ -13,7 +13,7 @@ PACKAGE = ROOT / "megatron_bai"
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         ROOT / "tests/README.md",
         ROOT / "examples/README.md",
         ROOT / "patches/README.md",
@@ -21,8 +21,14 @@ PAGES = sorted(
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "compat")  # those name upstream's files
 FILES = {path.name for folder in ("megatron_bai", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-# Of Megatron-LM, and the last of SGLang
-UPSTREAM = {"weighted_merge.py", "pipeline_parallel/schedules.py", "pretrain_gpt.py", "model_hook.py"}
+# Of Megatron-LM, SGLang and miles
+UPSTREAM = {
+    "weighted_merge.py",
+    "pipeline_parallel/schedules.py",
+    "pretrain_gpt.py",
+    "model_hook.py",
+    "docs/predictive-routing-replay.md",
+}
 
 
 def docstrings(source: Path) -> Iterator[str]:
@@ -44,7 +50,7 @@ def code_spans(text: str) -> list[str]:
 def missing_files(text: str, page: Path) -> list[str]:
     """Return the names of Python files and pages that are in none of the folders a reader would look in."""
     names = [name for span in code_spans(text) for name in re.findall(r"(?<![\w./*-])[\w/-]+\.py\b", span)]
-    names += re.findall(r"\bdocs/\w+\.md\b", text)
+    names += re.findall(r"\bdocs/[\w/-]+\.md\b", text)
     folders = (ROOT, PACKAGE, page.parent)
     return [
         name

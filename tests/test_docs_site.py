@@ -39,5 +39,23 @@ def test_its_links_to_its_own_sections_lead_there() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     entries = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    pages = re.findall(r"[\w-]+\.md", str(entries))
-    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    pages = re.findall(r"[\w/-]+\.md", str(entries))
+    assert sorted(pages) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
+
+
+def test_measurements_name_date_commit_and_machine() -> None:
+    pages = sorted(set((ROOT / "docs/benchmarks").glob("*.md")) - {ROOT / "docs/benchmarks/index.md"})
+    heading = r"^\| table \| date \| commit \| machine \|\n\|[-|]+\n((?:\|.*\n)+)"
+    rows = {page.name: re.findall(heading, page.read_text(), re.M) for page in pages}
+    assert pages and all(len(tables) == 1 for tables in rows.values())
+    for name, (table,) in rows.items():
+        for row in table.splitlines():
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert len(cells) == 4 and all(cells) and re.search(r"\d{4}", cells[1]), f"{name}: {row}"
+            assert re.search(r"`[0-9a-f]{7,}`|not recorded", cells[2]), f"{name}: {row}"
+
+
+def test_the_page_of_limits_leads_to_all_of_them() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md") if "\n## Limits\n" in path.read_text()}
+    linked = re.findall(r"\]\(([\w-]+\.md)#limits\)", (ROOT / "docs/limits.md").read_text())
+    assert len(pages) > 10 and sorted(linked) == sorted(pages)
