@@ -16,11 +16,28 @@ CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(megatron_bai|tests|benchmarks|docs|conf|launch|patches|tools|requirements)(/[\w.-]+)*/?")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/where.md"])
 def test_paths_that_are_named_exist(name: str) -> None:
     named = [text for text in CODE.findall((ROOT / name).read_text(encoding="utf-8")) if PATH.fullmatch(text)]
-    assert len(named) > 5
+    assert len(named) > 3
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_where_each_kind_of_thing_is_added() -> None:
+    """Five that a reader looks for have a row with a file or directory, the name it is registered by, and a test."""
+    page = (ROOT / "docs/where.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| a")}
+    for kind in ("a merge method", "an objective", "a reward", "a family of models", "a metric"):
+        paths = [text for text in CODE.findall(rows[kind]) if PATH.fullmatch(text)]
+        assert any(path.startswith("megatron_bai/") for path in paths), kind
+        assert any(path.startswith("tests/") for path in paths), kind
+    for name in ("METHODS", "_BUILT_IN"):
+        files = re.findall(rf"`{name}` of `([\w/.]+)`", page)
+        assert files and all(re.search(rf"^{name}\b", (ROOT / file).read_text(), re.M) for file in files)
+
+
+def test_the_readme_fits_a_screen() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 60
 
 
 def test_citation_names_the_licence_and_the_three_papers() -> None:

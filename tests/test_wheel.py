@@ -193,6 +193,32 @@ def test_doctor_finds_all_requirements(installed: Installation) -> None:
     assert "pip install 'megatron-bai[math]'" in found["out"]
 
 
+def test_pip_check_names_what_an_image_lacks(wheel: Path, tmp_path: Path) -> None:
+    """As docs/install.md says: beside other releases of the engines, without Hydra and zlib-ng."""
+    site = tmp_path / "site"
+    install = [*PIP, "install", "--quiet", "--no-index", "--no-deps", "--target", site, wheel]
+    subprocess.run(install, check=True, timeout=300)
+    for name, release in (("torch", "2.9.0"), ("pyyaml", "6.0.2")):
+        (site / f"{name}-{release}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n"
+        (site / f"{name}-{release}.dist-info" / "METADATA").write_text(metadata)
+    (site / "pip").symlink_to(Path(sysconfig.get_path("purelib")) / "pip")
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "pip", "--disable-pip-version-check", "check"],
+        env={"PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    lacks = set(re.findall(r"^megatron-bai \S+ requires ([\w-]+), which is not installed", done.stdout, re.M))
+    assert done.returncode == 1 and {"hydra-core", "zlib-ng"} <= lacks and not lacks & {"torch", "pyyaml"}, done
+    assert re.search(r"^megatron-bai \S+ has requirement torch==\S+ but you have torch 2\.9\.0", done.stdout, re.M)
+    assert lacks <= pinned_for_gpus()
+
+
+def pinned_for_gpus() -> set[str]:
+    """Return the distributions of `requirements/gpu.lock`."""
+    lines = (ROOT / "requirements" / "gpu.lock").read_text().splitlines()
+    return {canonicalize_name(line.partition("==")[0]) for line in lines if re.match(r"[\w.-]+==", line)}
+
+
 def test_checkpoints_are_merged(installed: Installation) -> None:
     (words,) = [words for words in installed.results if words[:2] == ("merge", "experiment=demo")]
     found = installed.results[words]
