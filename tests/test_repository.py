@@ -24,11 +24,11 @@ def test_paths_that_are_named_exist(name: str) -> None:
 
 
 def test_where_each_kind_of_thing_is_added() -> None:
-    """Five that a reader looks for have a row with a file or directory, the name it is registered by, and a test."""
+    """Five that a reader looks for have a section with a file or directory, a name in a registry, and a test."""
     page = (ROOT / "docs/where.md").read_text(encoding="utf-8")
-    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| a")}
-    for kind in ("a merge method", "an objective", "a reward", "a family of models", "a metric"):
-        paths = [text for text in CODE.findall(rows[kind]) if PATH.fullmatch(text)]
+    sections = dict(re.findall(r"^### (.+)\n\n((?:- .+\n)+)", page, re.M))
+    for kind in ("A merge method", "An objective", "A reward", "A family of models", "A metric"):
+        paths = [text for text in CODE.findall(sections[kind]) if PATH.fullmatch(text)]
         assert any(path.startswith("megatron_bai/") for path in paths), kind
         assert any(path.startswith("tests/") for path in paths), kind
     for name in ("METHODS", "_BUILT_IN"):

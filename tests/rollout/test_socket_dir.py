@@ -163,3 +163,55 @@ def test_shared_memory_that_is_named_by_a_process_goes_with_it(short: Path, monk
         (short / f"sgl_shm_mq_{pid}_0a").touch()
     socket_dir.make_socket_dir("a" * 32).remove([12])
     assert [path.name for path in short.iterdir()] == ["sgl_shm_mq_123_0a"]
+
+
+SERVED = """
+import sys, time
+from megatron_bai.rollout.servers import server_main
+server_main.init_process()
+print("recorded", flush=True)
+time.sleep(600)
+"""
+
+
+def test_shared_memory_of_a_killed_owners_processes_goes_once_they_have_ended(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    memory = short / "shm"
+    memory.mkdir()
+    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", memory)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(memory), "a"], stdout=subprocess.PIPE, text=True)
+    served = None
+    try:
+        directory = Path(owner.stdout.readline().strip())
+        served = subprocess.Popen(
+            [sys.executable, "-c", SERVED],
+            env=os.environ | {"TMPDIR": str(directory)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert served.stdout.readline() == "recorded\n"
+        own, other = memory / f"sgl_shm_mq_{served.pid}_0a", memory / f"sgl_shm_mq_1{served.pid}_0a"
+        own.touch()
+        other.touch()
+        owner.kill()
+        owner.wait()
+        socket_dir.make_socket_dir("c" * 32).remove()
+        assert directory.exists() and own.exists()
+        served.kill()
+        while not (state := Path(f"/proc/{served.pid}/stat").read_text().rpartition(")")[2].split()[0]) == "Z":
+            assert state != "X"
+        socket_dir.make_socket_dir("c" * 32).remove()
+    finally:
+        for process in (owner, served):
+            if process:
+                process.kill()
+                process.wait()
+    assert not directory.exists() and list(memory.iterdir()) == [other]
+
+
+def test_a_process_outside_of_a_servers_directory_is_recorded_nowhere(tmp_path: Path) -> None:
+    socket_dir.record_process(tmp_path)
+    assert not list(tmp_path.iterdir())

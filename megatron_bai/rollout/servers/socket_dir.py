@@ -4,7 +4,8 @@ SGLang's processes talk through sockets in the directory of temporary files. Lin
 a longer TMPDIR would end the server. The directory is the server's own, closed to other users, and removed with it.
 
 Its file `owner` is locked while the process that made it lives. Whoever makes the next directory removes those of
-owners that were killed, and the shared memory of their servers, which no one else would.
+owners that were killed, and the shared memory of their servers, which no one else would. SGLang names some of that by
+the process that made it: each process of a server leaves its id in the directory, as the name of a file.
 """
 
 import os
@@ -25,6 +26,7 @@ _SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108, each gets a direct
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108, SGLang's own place
 _PREFIX = "megatron-bai-"
 _OWNER = "owner"  # holds the server's name
+_PROCESS = "process-"  # followed by the id of one of the server's processes
 _INSTANCE = re.compile(rb"[0-9a-f]{32}")
 INSTANCE_ID_LENGTH = 12  # of SGLang's `PortArgs.instance_id`
 
@@ -49,11 +51,14 @@ class SocketDir:
         Args:
             pids: of the processes, by which SGLang names more of its shared memory.
         """
-        _remove(self.path, self.instance)
-        for pid in pids:
-            for path in _SHARED_MEMORY.glob(f"sgl_shm_*_{pid}_*"):
-                path.unlink(missing_ok=True)
+        _remove(self.path, self.instance, {*pids, *_recorded_pids(self.path)})
         os.close(self.owner_fd)
+
+
+def record_process(directory: Path) -> None:
+    """Leave this process's id in its server's directory; do nothing where `directory` is no such directory."""
+    if (directory / _OWNER).is_file():
+        (directory / f"{_PROCESS}{os.getpid()}").touch()
 
 
 def make_socket_dir(instance: str) -> SocketDir:
@@ -105,7 +110,10 @@ def _lock_owner(directory: Path, instance: str) -> int:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove this user's directories below `parent` whose owners were killed, and their servers' shared memory."""
+    """Remove this user's directories below `parent` whose owners were killed, and their servers' shared memory.
+
+    One whose server has not ended yet stays for the next time.
+    """
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # locked, another user's, of another program, or removed just now
             status = path.lstat()
@@ -115,13 +123,31 @@ def _remove_leftovers(parent: Path) -> None:
             try:
                 lock_open_file(fd)
                 instance = os.read(fd, 64)
-                if _INSTANCE.fullmatch(instance):
-                    _remove(path, instance.decode())
+                pids = _recorded_pids(path)
+                if _INSTANCE.fullmatch(instance) and not any(map(_is_running, pids)):
+                    _remove(path, instance.decode(), pids)
             finally:
                 os.close(fd)
 
 
-def _remove(directory: Path, instance: str) -> None:
+def _recorded_pids(directory: Path) -> set[int]:
+    """Return the ids that `record_process` left."""
+    names = [path.name.removeprefix(_PROCESS) for path in directory.glob(f"{_PROCESS}*")]
+    return {int(name) for name in names if name.isdecimal()}
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether a process has this id and is no zombie: one that took the id since counts, too."""
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat_line.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def _remove(directory: Path, instance: str, pids: Iterable[int]) -> None:
     shutil.rmtree(directory, ignore_errors=True)
-    for path in _SHARED_MEMORY.glob(f"sglang_loads_{instance[:INSTANCE_ID_LENGTH]}_*.shm"):
-        path.unlink(missing_ok=True)
+    patterns = [f"sglang_loads_{instance[:INSTANCE_ID_LENGTH]}_*.shm", *(f"sgl_shm_*_{pid}_*" for pid in pids)]
+    for path in (path for pattern in patterns for path in _SHARED_MEMORY.glob(pattern)):
+        with suppress(OSError):  # another user's: an id may have been theirs
+            path.unlink(missing_ok=True)
