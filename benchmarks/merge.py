@@ -5,7 +5,8 @@
 
 The first makes three bfloat16 checkpoints and measures, each in a process of its own:
 
-    limit      reading three inputs and writing one output with no arithmetic, in blocks of 64 KiB
+    limit      reading three inputs and writing one output with no arithmetic, in blocks of 64 KiB: in one thread, in
+               as many threads as this machine has cores, which a rank of ours uses, and in as many processes
     merge      this library, both stages in one pass, for each number of ranks
     verify     the same with `merge.verify=sample`
     two_pass   this library, stage 1 written and read again
@@ -18,8 +19,8 @@ by piece and goes on where it was stopped. (Another version of the code needs an
 tables of a file of results.
 
 Seconds are the best of `--repeat` runs, whose order alternates, each until its output is on disk. `of limit` is the
-one-process limit's time by that of the row; `cpu s` the least time on the cores, of all ranks, which other programs on
-the machine distort less; memory the resident peak of the largest process, of which Python and its libraries need `base`
+fastest limit's time by that of the row; `cpu s` the least time on the cores, of all ranks, which other programs on the
+machine distort less; memory the resident peak of the largest process, of which Python and its libraries need `base`
 before any work. `load` is the machine's before each run, the benchmark's own included: 1 to 2 where nothing else runs.
 `--cold` drops the inputs from the page cache before each run (not on tmpfs, which is one).
 """
@@ -74,10 +75,13 @@ def clear(directory: Path) -> None:
 
 def cases(options: argparse.Namespace) -> dict[str, Case]:
     """What to measure, by the name of its row."""
-    found: dict[str, Case] = {}
+    cores = len(os.sched_getaffinity(0))
+    found: dict[str, Case] = {"limit": ("limit", "1", 1, sys.executable)}
+    if cores > 1:
+        found[f"limit, {cores} threads"] = ("limit", str(cores), 1, sys.executable)
+        found[f"limit, {cores} ranks"] = ("limit", "1", cores, sys.executable)
     for n in options.ranks:
         ranks = f", {n} rank{'s' * (n > 1)}"
-        found["limit" + (ranks if n > 1 else "")] = ("limit", "", n, sys.executable)
         found["merge" + ranks] = ("merge", "none", n, sys.executable)
         found["verify" + ranks] = ("merge", "sample", n, sys.executable)
         if options.megatron and options.format == "torch_dist":
