@@ -118,7 +118,7 @@ def test_a_server_that_is_not_there_is_named_with_the_reason(ask: Callable[[str]
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"  # bound, and nobody listens
-        with pytest.raises(UserError, match=f"SGLang at {url} .*{PATH}: Connection refused$"):
+        with pytest.raises(UserError, match=f"SGLang at {url} .*{PATH}: ClientConnectorError Connection refused$"):
             ask(url)
 
 

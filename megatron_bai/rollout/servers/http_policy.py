@@ -110,10 +110,11 @@ def describe_failure(error: BaseException) -> str:
     """Return in a few words why there is no reply; for one of `TRANSPORT_ERRORS`."""
     if isinstance(error, TimeoutError):
         return "timed out"
+    reason = str(error)
     if isinstance(error, aiohttp.ClientConnectorError):
         cause = error.os_error
-        return os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause)
-    return f"{type(error).__name__} {error}".strip()
+        reason = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause)
+    return f"{type(error).__name__} {reason}".strip()
 
 
 async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
