@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -166,10 +167,11 @@ def test_shared_memory_that_is_named_by_a_process_goes_with_it(short: Path, monk
 
 
 SERVED = """
-import sys, time
+import os, time
 from megatron_bai.rollout.servers import server_main
 server_main.init_process()
-print("recorded", flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
@@ -192,17 +194,21 @@ def test_shared_memory_of_a_killed_owners_processes_goes_once_they_have_ended(
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert served.stdout.readline() == "recorded\n"
-        own, other = memory / f"sgl_shm_mq_{served.pid}_0a", memory / f"sgl_shm_mq_1{served.pid}_0a"
-        own.touch()
-        other.touch()
+        worker = int(served.stdout.readline())  # forked, as on a CPU
+        assert {path.name for path in directory.glob("process-*")} == {f"process-{p}" for p in (served.pid, worker)}
+        own = [memory / f"sgl_shm_mq_{pid}_0a" for pid in (served.pid, worker)]
+        other = memory / f"sgl_shm_mq_1{served.pid}_0a"
+        for path in (*own, other):
+            path.touch()
         owner.kill()
         owner.wait()
-        socket_dir.make_socket_dir("c" * 32).remove()
-        assert directory.exists() and own.exists()
         served.kill()
-        while not (state := Path(f"/proc/{served.pid}/stat").read_text().rpartition(")")[2].split()[0]) == "Z":
-            assert state != "X"
+        served.wait()
+        socket_dir.make_socket_dir("c" * 32).remove()
+        assert directory.exists() and all(path.exists() for path in own)
+        os.kill(worker, signal.SIGKILL)
+        while socket_dir._is_running(worker):
+            time.sleep(0.01)
         socket_dir.make_socket_dir("c" * 32).remove()
     finally:
         for process in (owner, served):

@@ -156,7 +156,9 @@ def init_process() -> ServerArgs:
     if given.parent is not None:
         die_with_parent(given.parent)
     if "TMPDIR" in os.environ:
-        record_process(Path(os.environ["TMPDIR"]))
+        directory = Path(os.environ["TMPDIR"])
+        record_process(directory)
+        os.register_at_fork(after_in_child=lambda: record_process(directory))  # as workers are on a CPU
     sys.argv[1:] = ["--parent", str(os.getpid()), *given.words, *given.rest]
     if given.key:
         keep_out_of_logs(given.key)
