@@ -357,10 +357,12 @@ QUANTIZED = (
             f"{WITH_R3}ratio 0.40, lower with R3 in 1 of 2 steps. {QUANTIZED}"),
         ([*MEASURED, MEASURED[0] | {"step": 3, "stale_fraction": 0.5, "kl_k3": 1.0}], R3_FP8,
             f"{WITH_R3}ratio 0.40, lower with R3 in 1 of 2 steps. {QUANTIZED}"),
-        # two engines that agree have no ratio
+        # two engines that agree, as with rollout.exact
         ([MEASURED[0] | {"kl_k3": 0.0, "kl_k3_live": 0.0}], "replay: {mode: r3}",
-            "Discrepancy between the engines (KL k3) with R3 0.0e+00 against 0.0e+00 without, on the same tokens: "
-            "lower with R3 in 0 of 1 step."),
+            "No discrepancy between the engines (KL k3 is 0), with R3 and without, in all of 1 step."),
+        ([each | {"kl_k3_live": 0.0} for each in MEASURED], "replay: {mode: r3}",
+            "Discrepancy between the engines (KL k3) with R3 4.0e-04 against 0.0e+00 without, on the same tokens: "
+            "lower with R3 in 0 of 2 steps."),
         (MEASURED, "", ""),
         (MEASURED, "replay: r3", ""),
     ],

@@ -47,11 +47,14 @@ def _describe_replay(run: RunData) -> str:
         return ""
     replayed = sum(count * value for count, value, _ in measured) / num_tokens
     live = sum(count * value for count, _, value in measured) / num_tokens
+    steps = f"{len(measured)} step{'s' if len(measured) > 1 else ''}"
+    if replayed == live == 0:
+        return f"No discrepancy between the engines (KL k3 is 0), with R3 and without, in all of {steps}."
     lower = sum(with_r3 < without for _, with_r3, without in measured)
     ratio = f"ratio {replayed / live:.2f}, " if live > 0 else ""
     return (
         f"Discrepancy between the engines (KL k3) with R3 {replayed:.1e} against {live:.1e} without, on the same "
-        f"tokens: {ratio}lower with R3 in {lower} of {len(measured)} step{'s' if len(measured) > 1 else ''}."
+        f"tokens: {ratio}lower with R3 in {lower} of {steps}."
     )
 
 
