@@ -2,12 +2,12 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -158,66 +158,71 @@ def test_without_locks_nobody_is_taken_for_dead(short: Path, monkeypatch: pytest
     first.remove()
 
 
-def test_shared_memory_that_is_named_by_a_process_goes_with_it(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", short)
-    for pid in (12, 123):
-        (short / f"sgl_shm_mq_{pid}_0a").touch()
-    socket_dir.make_socket_dir("a" * 32).remove([12])
-    assert [path.name for path in short.iterdir()] == ["sgl_shm_mq_123_0a"]
-
-
-SERVED = """
-import os, time
-from megatron_bai.rollout.servers import server_main
-server_main.init_process()
-if not os.fork():
-    print(os.getpid(), flush=True)
+HOLDER = """
+import mmap, sys, time
+with open(sys.argv[1], "r+b") as file:
+    held = mmap.mmap(file.fileno(), 0)
+print("held", flush=True)
 time.sleep(600)
 """
 
 
-def test_shared_memory_of_a_killed_owners_processes_goes_once_they_have_ended(
-    short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def memory(short: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for shared memory, with what two processes of one id made, as in containers that share it."""
     monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    memory = short / "shm"
-    memory.mkdir()
-    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", memory)
+    directory = short / "shm"
+    directory.mkdir()
+    monkeypatch.setattr(socket_dir, "_SHARED_MEMORY", directory)
+    for name in ("sgl_shm_mq_1_0a", "sgl_shm_mq_1_0b", "of_another_program"):
+        (directory / name).write_bytes(bytes(4096))
+    return directory
+
+
+def holding(*paths: Path) -> list["subprocess.Popen[str]"]:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True) for path in paths
+    ]
+    assert all(process.stdout.readline() == "held\n" for process in processes)
+    return processes
+
+
+def end(processes: Iterable["subprocess.Popen[str]"]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_the_shared_memory_that_a_server_holds_goes_with_it_and_no_other(memory: Path) -> None:
+    processes = holding(memory / "sgl_shm_mq_1_0a", memory / "of_another_program")
+    made = socket_dir.make_socket_dir("a" * 32)
+    made.record_shared_memory([*(process.pid for process in processes), 2**22 + 1])
+    end(processes)
+    made.remove()
+    assert sorted(path.name for path in memory.iterdir()) == ["of_another_program", "sgl_shm_mq_1_0b"]
+
+
+def test_the_shared_memory_that_a_killed_owners_server_held_goes_at_the_next_start(memory: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(memory), "a"], stdout=subprocess.PIPE, text=True)
-    served = None
+    processes = holding(memory / "sgl_shm_mq_1_0a")
     try:
         directory = Path(owner.stdout.readline().strip())
-        served = subprocess.Popen(
-            [sys.executable, "-c", SERVED],
-            env=os.environ | {"TMPDIR": str(directory)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        worker = int(served.stdout.readline())  # forked, as on a CPU
-        assert {path.name for path in directory.glob("process-*")} == {f"process-{p}" for p in (served.pid, worker)}
-        own = [memory / f"sgl_shm_mq_{pid}_0a" for pid in (served.pid, worker)]
-        other = memory / f"sgl_shm_mq_1{served.pid}_0a"
-        for path in (*own, other):
-            path.touch()
-        owner.kill()
-        owner.wait()
-        served.kill()
-        served.wait()
-        socket_dir.make_socket_dir("c" * 32).remove()
-        assert directory.exists() and all(path.exists() for path in own)
-        os.kill(worker, signal.SIGKILL)
-        while socket_dir._is_running(worker):
-            time.sleep(0.01)
-        socket_dir.make_socket_dir("c" * 32).remove()
+        socket_dir.SocketDir(directory, "a" * 32, -1).record_shared_memory([processes[0].pid])
+        (directory / "holds-..").touch()  # no name of SGLang's
+        (directory / "holds-of_another_program").touch()
     finally:
-        for process in (owner, served):
-            if process:
-                process.kill()
-                process.wait()
-    assert not directory.exists() and list(memory.iterdir()) == [other]
+        end([owner, *processes])
+    socket_dir.make_socket_dir("c" * 32).remove()
+    assert not directory.exists()
+    assert sorted(path.name for path in memory.iterdir()) == ["of_another_program", "sgl_shm_mq_1_0b"]
 
 
-def test_a_process_outside_of_a_servers_directory_is_recorded_nowhere(tmp_path: Path) -> None:
-    socket_dir.record_process(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_another_users_shared_memory_stays(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = holding(memory / "sgl_shm_mq_1_0a")
+    made = socket_dir.make_socket_dir("a" * 32)
+    made.record_shared_memory([processes[0].pid])
+    end(processes)
+    monkeypatch.setattr(socket_dir.os, "geteuid", lambda: os.getuid() + 1)
+    made.remove()
+    assert (memory / "sgl_shm_mq_1_0a").exists()

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any
 
 from megatron_bai import compat
@@ -43,7 +42,7 @@ from megatron_bai.rollout import served_models
 from megatron_bai.rollout.served_models import config_types
 from megatron_bai.rollout.servers.auth import read_key
 from megatron_bai.rollout.servers.control import INSTANCE_PATH
-from megatron_bai.rollout.servers.socket_dir import INSTANCE_ID_LENGTH, record_process
+from megatron_bai.rollout.servers.socket_dir import INSTANCE_ID_LENGTH
 from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
@@ -155,10 +154,6 @@ def init_process() -> ServerArgs:
     given = parse_args(sys.argv[1:])
     if given.parent is not None:
         die_with_parent(given.parent)
-    if "TMPDIR" in os.environ:
-        directory = Path(os.environ["TMPDIR"])
-        record_process(directory)
-        os.register_at_fork(after_in_child=lambda: record_process(directory))  # as workers are on a CPU
     sys.argv[1:] = ["--parent", str(os.getpid()), *given.words, *given.rest]
     if given.key:
         keep_out_of_logs(given.key)

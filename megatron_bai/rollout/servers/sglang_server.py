@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,6 +162,7 @@ class SGLangServer:
             self._require_own_answer()
             found = control.get(self.url, "/server_info").get("version")
             releases.require_startable(found, f"answers at {self.url}", self.device)
+            self._record_shared_memory()
         except BaseException:
             self.stop()
             raise
@@ -176,7 +176,7 @@ class SGLangServer:
         if self._process is None:
             return
         group = self._process.pid  # it leads its session, so its group has its id
-        pids = set(_group_pids(group))
+        self._record_shared_memory()
         for send, sign in ((os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL))[not graceful :]:
             if not _group_pids(group):
                 break
@@ -190,12 +190,16 @@ class SGLangServer:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_S)
         self._process = None
-        self._clean_up(pids)
+        self._clean_up()
 
-    def _clean_up(self, pids: Iterable[int] = ()) -> None:
+    def _record_shared_memory(self) -> None:
+        if self._process is not None and self._socket_dir is not None:
+            self._socket_dir.record_shared_memory(_group_pids(self._process.pid))
+
+    def _clean_up(self) -> None:
         """Remove what the server's processes left on this machine, once there are none, and release its port."""
         if self._socket_dir:
-            self._socket_dir.remove(pids)
+            self._socket_dir.remove()
             self._socket_dir = None
         if self._reservation:
             self._reservation.release()

@@ -4,8 +4,9 @@ SGLang's processes talk through sockets in the directory of temporary files. Lin
 a longer TMPDIR would end the server. The directory is the server's own, closed to other users, and removed with it.
 
 Its file `owner` is locked while the process that made it lives. Whoever makes the next directory removes those of
-owners that were killed, and the shared memory of their servers, which no one else would. SGLang names some of that by
-the process that made it: each process of a server leaves its id in the directory, as the name of a file.
+owners that were killed, and the shared memory of their servers, which no one else would. Some of that has the id of a
+process in its name, and in containers that share `/dev/shm` processes share ids: so what is removed is what a server's
+processes were seen to hold, by its name, and never what an id says.
 """
 
 import os
@@ -26,7 +27,8 @@ _SHORT_DIRS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108, each gets a direct
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108, SGLang's own place
 _PREFIX = "megatron-bai-"
 _OWNER = "owner"  # holds the server's name
-_PROCESS = "process-"  # followed by the id of one of the server's processes
+_HELD = "holds-"  # followed by the name of shared memory that a process of the server holds
+_HELD_NAME = re.compile(r"sgl_shm_\w+")
 _INSTANCE = re.compile(rb"[0-9a-f]{32}")
 INSTANCE_ID_LENGTH = 12  # of SGLang's `PortArgs.instance_id`
 
@@ -45,20 +47,23 @@ class SocketDir:
     instance: str
     owner_fd: int
 
-    def remove(self, pids: Iterable[int] = ()) -> None:
-        """Remove the sockets and the shared memory of the server, whose processes have ended; once.
+    def record_shared_memory(self, pids: Iterable[int]) -> None:
+        """Note which shared memory of SGLang's the server holds, to remove it when the server has ended.
 
         Args:
-            pids: of the processes, by which SGLang names more of its shared memory.
+            pids: of the server's processes; of one that has ended or is another user's nothing is noted.
         """
-        _remove(self.path, self.instance, {*pids, *_recorded_pids(self.path)})
+        for pid in pids:
+            with suppress(OSError):
+                for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                    path = Path(line.split(maxsplit=5)[-1])
+                    if path.parent == _SHARED_MEMORY and _HELD_NAME.fullmatch(path.name):
+                        (self.path / f"{_HELD}{path.name}").touch()
+
+    def remove(self) -> None:
+        """Remove the sockets and the shared memory of the server, whose processes have ended; once."""
+        _remove(self.path, self.instance)
         os.close(self.owner_fd)
-
-
-def record_process(directory: Path) -> None:
-    """Leave this process's id in its server's directory; do nothing where `directory` is no such directory."""
-    if (directory / _OWNER).is_file():
-        (directory / f"{_PROCESS}{os.getpid()}").touch()
 
 
 def make_socket_dir(instance: str) -> SocketDir:
@@ -110,10 +115,7 @@ def _lock_owner(directory: Path, instance: str) -> int:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove this user's directories below `parent` whose owners were killed, and their servers' shared memory.
-
-    One whose server has not ended yet stays for the next time.
-    """
+    """Remove this user's directories below `parent` whose owners were killed, and their servers' shared memory."""
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # locked, another user's, of another program, or removed just now
             status = path.lstat()
@@ -123,31 +125,17 @@ def _remove_leftovers(parent: Path) -> None:
             try:
                 lock_open_file(fd)
                 instance = os.read(fd, 64)
-                pids = _recorded_pids(path)
-                if _INSTANCE.fullmatch(instance) and not any(map(_is_running, pids)):
-                    _remove(path, instance.decode(), pids)
+                if _INSTANCE.fullmatch(instance):
+                    _remove(path, instance.decode())
             finally:
                 os.close(fd)
 
 
-def _recorded_pids(directory: Path) -> set[int]:
-    """Return the ids that `record_process` left."""
-    names = [path.name.removeprefix(_PROCESS) for path in directory.glob(f"{_PROCESS}*")]
-    return {int(name) for name in names if name.isdecimal()}
-
-
-def _is_running(pid: int) -> bool:
-    """Return whether a process has this id and is no zombie: one that took the id since counts, too."""
-    try:
-        stat_line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return False
-    return stat_line.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def _remove(directory: Path, instance: str, pids: Iterable[int]) -> None:
+def _remove(directory: Path, instance: str) -> None:
+    names = [path.name.removeprefix(_HELD) for path in directory.glob(f"{_HELD}*")]
+    held = [_SHARED_MEMORY / name for name in names if _HELD_NAME.fullmatch(name)]
     shutil.rmtree(directory, ignore_errors=True)
-    patterns = [f"sglang_loads_{instance[:INSTANCE_ID_LENGTH]}_*.shm", *(f"sgl_shm_*_{pid}_*" for pid in pids)]
-    for path in (path for pattern in patterns for path in _SHARED_MEMORY.glob(pattern)):
-        with suppress(OSError):  # another user's: an id may have been theirs
-            path.unlink(missing_ok=True)
+    for path in (*held, *_SHARED_MEMORY.glob(f"sglang_loads_{instance[:INSTANCE_ID_LENGTH]}_*.shm")):
+        with suppress(OSError):  # removed by the server itself
+            if path.lstat().st_uid == os.geteuid():
+                path.unlink()
