@@ -134,6 +134,27 @@ def test_a_connection_that_breaks_and_an_address_that_is_none_are_user_errors(as
         ask("http://")
 
 
+def test_a_failure_of_tls_says_that_it_is_one(ask: Callable[[str], Any]) -> None:
+    """Its number is 1, which is EPERM among errors of the system."""
+    with serve(lambda request, body: {}) as url, pytest.raises(UserError) as raised:
+        ask(url.replace("http:", "https:"))
+    assert "SSL" in str(raised.value) and "not permitted" not in str(raised.value)
+
+
+def test_of_several_servers_the_one_that_failed_is_named() -> None:
+    limits = http_client.RequestLimits(2, LIMIT_S, 0, "a.timeout_s")
+    request = http_client.HttpRequest(1, {}, lambda reply: reply)
+    urls = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
+    (result,) = http_client.post_all(urls, PATH, [request], limits)
+    assert isinstance(result, UserError) and str(result).endswith("Connection refused (http://127.0.0.1:10)")
+
+
+def test_a_reply_may_say_that_it_is_not_compressed(ask: Callable[[str], Any]) -> None:
+    answer = b'{"served": true}'
+    with serve(lambda request, body: web.Response(body=answer, headers={"Content-Encoding": "identity"})) as url:
+        assert ask(url) == {"served": True}
+
+
 @pytest.mark.parametrize("length", [1, http_policy._LARGE_BYTES + 12345])
 def test_a_body_arrives_whole_with_its_length(length: int) -> None:
     def answer(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import asyncio
 import io
 import json
 import os
+import ssl
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,7 @@ def describe_failure(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
     reason = str(error)
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, ssl.SSLError | ssl.CertificateError):
         cause = error.os_error
         reason = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause)
     return f"{type(error).__name__} {reason}".strip()
@@ -119,7 +120,8 @@ def describe_failure(error: BaseException) -> str:
 
 async def _read(reply: aiohttp.ClientResponse, limit: int) -> bytes:
     """Read the body of a reply; raise ValueError where it has more than `limit` bytes or is compressed."""
-    if encoding := reply.headers.get("Content-Encoding"):
+    encoding = reply.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
         raise ValueError(f"the reply is compressed ({encoding[:20]}), which was not asked for")
     chunks, num_bytes = [], 0
     async for chunk in reply.content.iter_any():
