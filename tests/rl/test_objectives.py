@@ -221,6 +221,24 @@ def of_samples(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) ->
     return -batch.advantages[:, None] * logprobs, Stats()
 
 
+def masking(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) -> tuple[torch.Tensor, Stats]:
+    """As it was written when a batch was filled in place."""
+    batch.mask[:, 0] = False
+    return -batch.advantages * logprobs, Stats()
+
+
+def scaling(logprobs: torch.Tensor, batch: Batch, settings: config.Minirl) -> tuple[torch.Tensor, Stats]:
+    return -batch.advantages.mul_(2) * logprobs, Stats()
+
+
+@pytest.mark.parametrize(("writer", "field"), [(masking, "loss_mask"), (scaling, "advantages")])
+def test_an_objective_that_writes_into_the_batch_is_told(writer: Any, field: str) -> None:
+    broken = objectives.Objective(writer, config.Minirl, lambda settings: "token_mean")
+    case = drawn(3, 4, 0, 0.1)
+    with pytest.raises(UserError, match=rf"objective 'minirl' wrote into batch\.{field}, which"):
+        objectives.batch_loss(broken, config.Minirl(), torch.from_numpy(case.new), case.batch())
+
+
 @pytest.mark.parametrize(("wrong", "shape"), [(reduced, r"\[\]"), (of_samples, r"\[3, 3, 4\]")])
 def test_losses_of_the_wrong_shape_are_told_to_who_wrote_them(wrong: Any, shape: str) -> None:
     broken = objectives.Objective(wrong, config.Minirl, lambda settings: "token_mean")

@@ -14,6 +14,7 @@ routes and of what is said of them to input token t. Of tokens there are three s
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class RolloutBatch(TokenBatch):
         if self.routes.shape[2] != len(self.columns):
             raise ValueError(f"routes of {self.routes.shape[2]} layers, and the batch names {self.columns}")
 
-    @property
+    @cached_property  # one tensor: what an objective writes into it is noticed (`objectives.batch_loss`)
     def loss_mask(self) -> torch.Tensor:
         """`[B, T]` bool, tokens that the loss counts."""
         return self.usable_mask & self.in_loss[:, None]

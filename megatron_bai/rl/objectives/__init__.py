@@ -5,6 +5,9 @@ factors of π_θ/μ_old are measured, a penalty and a bonus are added, and the m
 whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does not depend on how the batch was split.
 """
 
+from dataclasses import fields
+
+import torch
 from hydra.core.config_store import ConfigStore
 
 from megatron_bai import config
@@ -103,9 +106,15 @@ def batch_loss(
         `terms.ratio_metrics`, `terms.add_router_shift` and `regularise.add_regularisation`.
 
     Raises:
-        UserError: the objective gave losses of another shape.
+        UserError: the objective gave losses of another shape, or wrote into the batch.
     """
+    before = _tensor_versions(batch)
     losses, stats = objective.loss(logprobs, batch, settings)
+    if written := [name for name, version in _tensor_versions(batch).items() if version != before[name]]:
+        raise UserError(
+            f"objective {settings.name!r} wrote into batch.{written[0]}, which later parts of the loss and of the step "
+            "read: take a copy, and leave out tokens by a loss of 0"
+        )
     if losses.shape != batch.tokens.shape:
         raise UserError(
             f"objective {settings.name!r} gave losses of shape {list(losses.shape)}: one a token is needed, "
@@ -118,6 +127,13 @@ def batch_loss(
     if isinstance(settings, config.Policy):
         losses = add_regularisation(losses, settings, logprobs, batch, entropy, stats)
     return loss_numerator(losses.masked_fill(~batch.loss_mask, 0.0), batch, objective.mean(settings)), stats
+
+
+def _tensor_versions(batch: TrainingBatch) -> dict[str, int]:
+    """Return how often each tensor of a batch was written into."""
+    names = (*(field.name for field in fields(batch)), "loss_mask")
+    tensors = {name: getattr(batch, name) for name in names}
+    return {name: tensor._version for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 total = batch_loss  # its documented name
