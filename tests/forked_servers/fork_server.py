@@ -144,7 +144,9 @@ def become(
         run(request["arguments"])
         code = 0
     except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else 1
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -96,8 +96,9 @@ class ForwardBackward:
 
     def _explain_overflow(self, micro_batches: list[TrainingBatch]) -> str:
         """Return why a gradient may not be finite, and what to do, the same on all ranks. Collective."""
-        largest = torch.stack([micro_batch.advantages.abs().max() for micro_batch in micro_batches]).max()
-        largest = largest.to(self.device, torch.float64)
+        # a packed row may have no sample, and a rank none but such rows
+        advantages = torch.cat([micro_batch.advantages.flatten() for micro_batch in micro_batches])
+        largest = torch.cat([advantages.abs(), advantages.new_zeros(1)]).max().to(self.device, torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         if not largest <= _LARGEST_ADVANTAGE:  # NaN included
             return f", with advantages up to {float(largest):.2g}: rewards this large overflow float32; scale them down"
