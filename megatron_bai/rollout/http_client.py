@@ -122,7 +122,8 @@ async def _post_with_retries(
         except TimeoutError:
             failure = f"no answer within {limits.setting}={limits.timeout_s:g} s"
         except TRANSPORT_ERRORS as error:
-            failure = f"{describe_failure(error)} ({url})" if len(urls) > 1 else describe_failure(error)
+            failure = describe_failure(error)
         except ValueError as error:
             failure = str(error)[:500]  # a reply may be quoted in it
-    raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}")
+    last = f" ({url})" if len(urls) > 1 else ""
+    raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}{last}")

@@ -141,12 +141,32 @@ def test_a_failure_of_tls_says_that_it_is_one(ask: Callable[[str], Any]) -> None
     assert "SSL" in str(raised.value) and "not permitted" not in str(raised.value)
 
 
-def test_of_several_servers_the_one_that_failed_is_named() -> None:
+def fails_of_two(url: str) -> str:
+    """What is said of two servers, of which the second has failed last."""
     limits = http_client.RequestLimits(2, LIMIT_S, 0, "a.timeout_s")
     request = http_client.HttpRequest(1, {}, lambda reply: reply)
-    urls = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
-    (result,) = http_client.post_all(urls, PATH, [request], limits)
-    assert isinstance(result, UserError) and str(result).endswith("Connection refused (http://127.0.0.1:10)")
+    (result,) = http_client.post_all(["http://127.0.0.1:9", url], PATH, [request], limits)
+    assert isinstance(result, UserError)
+    return str(result)
+
+
+def test_of_several_servers_the_one_that_failed_is_named() -> None:
+    """Whether it refuses the connection, answers with an error or with no JSON, or not at all."""
+    assert fails_of_two("http://127.0.0.1:10").endswith("Connection refused (http://127.0.0.1:10)")
+
+    async def wait(request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(2 * LIMIT_S)
+        return {}
+
+    answers = {
+        "status 500": web.Response(status=500),
+        "Expecting property name": web.Response(text="{"),
+        "no answer within": wait,
+    }
+    for said, answer in answers.items():
+        with serve(answer if callable(answer) else lambda request, body, answer=answer: answer) as url:
+            text = fails_of_two(url)
+            assert said in text and text.endswith(f" ({url})"), text
 
 
 def test_a_reply_may_say_that_it_is_not_compressed(ask: Callable[[str], Any]) -> None:
