@@ -74,7 +74,7 @@ class TokenBatch:
         """What `tensor_field` says of each field that is a tensor."""
         return {field.name: field.metadata for field in fields(self) if field.metadata}
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors with their names, without those that may be None and are."""
         values = ((name, getattr(self, name)) for name in self._declared)
         return ((name, tensor) for name, tensor in values if tensor is not None)
@@ -83,12 +83,12 @@ class TokenBatch:
         """Return the batch on a device; itself where it already is there."""
         if self.tokens.device == device:
             return self
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors()}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors()}
         return replace(self, **moved)
 
     def split(self, sizes: int | list[int]) -> list[Self]:
         """Split into consecutive batches of `sizes` samples, none of them packed."""
-        parts: dict[str, Any] = {name: tensor.split(sizes) for name, tensor in self._tensors()}
+        parts: dict[str, Any] = {name: tensor.split(sizes) for name, tensor in self.tensors()}
         return [
             replace(self, packing=None, **{name: tensors[i] for name, tensors in parts.items()})
             for i in range(len(parts["tokens"]))
@@ -96,7 +96,7 @@ class TokenBatch:
 
     def reorder(self, order: list[int]) -> Self:
         """Return the batch with the samples in another order, not packed."""
-        permuted: dict[str, Any] = {name: tensor[order] for name, tensor in self._tensors()}
+        permuted: dict[str, Any] = {name: tensor[order] for name, tensor in self.tensors()}
         return replace(self, packing=None, **permuted)
 
     @property

@@ -5,9 +5,6 @@ factors of π_θ/μ_old are measured, a penalty and a bonus are added, and the m
 whole mini-batch over all data-parallel ranks (`aggregate.py`), so that it does not depend on how the batch was split.
 """
 
-from dataclasses import fields
-
-import torch
 from hydra.core.config_store import ConfigStore
 
 from megatron_bai import config
@@ -131,9 +128,7 @@ def batch_loss(
 
 def _tensor_versions(batch: TrainingBatch) -> dict[str, int]:
     """Return how often each tensor of a batch was written into."""
-    names = (*(field.name for field in fields(batch)), "loss_mask")
-    tensors = {name: getattr(batch, name) for name in names}
-    return {name: tensor._version for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor._version for name, tensor in (*batch.tensors(), ("loss_mask", batch.loss_mask))}
 
 
 total = batch_loss  # its documented name
