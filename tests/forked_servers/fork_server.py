@@ -3,8 +3,8 @@
 KIND `server`: a server; SGLang is imported once, when it is first asked. KIND `script`: a script, or `-m MODULE`, that
 trains a model; Megatron-Core and this package are.
 
-One thread: a fork would lose the others, with what they hold. So all is done in one loop, and the threads are counted
-before each fork.
+Nothing of them is imported before: every run of tests starts both kinds. One thread: a fork would lose the others, with
+what they hold. So all is done in one loop, and the threads are counted before each fork.
 """
 
 import gc
@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_bai import compat
-from megatron_bai.rollout import served_models
-from megatron_bai.rollout.servers import server_main
 from megatron_bai.utils.child_processes import die_with_parent
 from megatron_bai.utils.imports import gc_disabled_for_imports
 
@@ -48,6 +46,9 @@ def main(kind: str, listener: socket.socket) -> None:
 def prepare_server() -> None:
     """Import all that a server does."""
     with gc_disabled_for_imports():
+        from megatron_bai.rollout import served_models
+        from megatron_bai.rollout.servers import server_main  # noqa: F401, of which forks run a function
+
         os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = served_models.__name__
         compat.apply("sglang-cpu")
         compat.apply("sglang-models")
@@ -155,6 +156,8 @@ def become(
 
 
 def run_server(arguments: list[str]) -> None:
+    from megatron_bai.rollout.servers import server_main
+
     serve_family()
     sys.argv = [server_main.__file__, "--parent", str(os.getppid()), *arguments]
     server_main.run_server(server_main.init_process())
@@ -174,6 +177,8 @@ def run_script(arguments: list[str]) -> None:
 
 def serve_family() -> None:
     """Let SGLang find the family that this fork serves, which a server of its own does as it imports its registry."""
+    from megatron_bai.rollout import served_models
+
     if module := os.environ.get(served_models.SERVED_MODULE):
         entry = import_module(module).EntryClass
         models = import_module("sglang.srt.models.registry").ModelRegistry.models
