@@ -1,7 +1,9 @@
 """The functions that both engines call with `rollout.exact`: a row's bits are its own, its values the formula's."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,12 @@ def test_experts_that_a_server_pads_give_what_they_give_unpadded() -> None:
     padded2[:, :, :INNER] = w2
     expected = exact_ops.run_experts(x, padded13, padded2, ids, weights)
     assert torch.equal(exact_ops.run_experts(x, w13, w2, ids, weights), expected)
+
+
+def test_experts_are_padded_as_the_installed_sglang_pads_them() -> None:
+    (package,) = importlib.util.find_spec("sglang").submodule_search_locations
+    source = Path(package, "srt", "configs", "update_config.py").read_text(encoding="utf-8")
+    assert f"\nDEFAULT_MOE_PADDING_SIZE = {exact_ops.EXPERT_WIDTH_MULTIPLE}\n" in source
 
 
 def test_log_probabilities_of_some_tokens_are_those_of_all() -> None:

@@ -277,6 +277,19 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.long
+def test_the_shared_memory_of_two_ranks_is_noted_and_goes_with_them(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Those that are killed leave it; SGLang names it by a process id, which says nothing of whose it is."""
+    with SGLangServer(checkpoints["v0"], replace(ROLLOUT, tensor=2), tmp_path / "log") as server:
+        notes = server._socket_dir.path.glob("holds-*")
+        held = [Path("/dev/shm", note.name.removeprefix("holds-")) for note in notes]
+        assert held and all(path.exists() for path in held)
+        server.stop(graceful=False)
+    assert not any(path.exists() for path in held)
+
+
+@pytest.mark.long
 def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with trainer(checkpoints["v0"], tmp_path / "log") as parent:
         assert parent.stdout is not None
