@@ -388,6 +388,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
         loads, saves: where a critic's checkpoint is, and where to leave one.
     """
     from megatron_bai.model import megatron_checkpoint, param_shards
+    from megatron_bai.monitor.stats import Stats
     from megatron_bai.rl.policy.critic import Critic
 
     run = Run(case, device, leaves_out=True, has_critic=True)
@@ -400,7 +401,8 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     if saves:
         megatron_checkpoint.save(critic.model, saves, Path("none"), {})
     run.score("none")
-    run.batch, stats = critic.estimate_advantages(run.batch, run.micros)
+    stats = Stats()
+    run.batch = critic.estimate_advantages(run.batch, run.micros, stats)
     found["statistics"] = stats.gather_sum(run.reports_stats).values()
     names = ("values", "returns", "advantages")
     mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None
