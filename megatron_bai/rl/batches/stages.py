@@ -161,23 +161,19 @@ def make_scored_batch(
         previous_logprobs: `[B, T]` float32, with the weights of the step before; None: the engine has them no longer.
         reference_logprobs: as in `ScoredBatch`; None: 0.
     """
-    nothing, device = torch.zeros_like(rollouts.infer_logprobs), rollouts.tokens.device
-    old, previous, reference = (
-        None if logprobs is None else logprobs.to(device)
-        for logprobs in (old_logprobs, previous_logprobs, reference_logprobs)
-    )
+    device, age = rollouts.tokens.device, rollouts.version_age
+    old = sampled = nothing = torch.zeros_like(rollouts.infer_logprobs)
+    if old_logprobs is not None:
+        old = old_logprobs.to(device)
+        unknown = torch.full_like(old, float("nan"))
+        previous = unknown if previous_logprobs is None else previous_logprobs.to(device)
+        sampled = torch.where(age == 0, old, torch.where(age == 1, previous, unknown))
     return ScoredBatch(
         **_fields(RolloutBatch, rollouts),
-        old_logprobs=nothing if old is None else old,
-        sampled_logprobs=nothing if old is None else _select_sampled(rollouts.version_age, old, previous),
-        reference_logprobs=nothing if reference is None else reference,
+        old_logprobs=old,
+        sampled_logprobs=sampled,
+        reference_logprobs=nothing if reference_logprobs is None else reference_logprobs.to(device),
     )
-
-
-def _select_sampled(age: torch.Tensor, old: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
-    """Return log-probabilities with the weights that sampled each token: `old` at age 0, `previous` at 1, else NaN."""
-    unknown = torch.full_like(old, float("nan"))
-    return torch.where(age == 0, old, torch.where(age == 1, unknown if previous is None else previous, unknown))
 
 
 def make_training_batch(
