@@ -102,7 +102,9 @@ def test_one_file_with_headlines_and_charts(tmp_path, steps):
 def test_every_metric_of_every_chart_is_drawn_at_once(tmp_path: Path) -> None:
     names = [re.sub("/[A-Z]+$", f"/{number}", name) for name in METRICS for number in (0, 1)]
     steps = [dict.fromkeys(names, 0.5) | {"step": s, "alarms": []} for s in (1, 2)]
-    shown = section_charts(reported(make_run(tmp_path / "all", steps)))
+    shown = section_charts(html := reported(make_run(tmp_path / "all", steps)))
+    captions = [unescape(caption) for caption in re.findall("<figcaption>(.*?)</figcaption>", html)]
+    assert captions == list(shown) and html.count('<div class="plot">') == len(captions)  # the script fills them so
     charts = {chart: metrics for section in SECTIONS for chart, metrics in section.charts.items()}
     per_run = {"lines": "", "phases": ": all", "buckets": ": all", "layers": ": all"}
     assert shown.keys() == {chart.title + per_run[chart.kind] for chart in charts}
