@@ -1,9 +1,7 @@
 """The training engine: log-probabilities of a batch, and updates with an objective."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -122,7 +120,7 @@ class TrainingEngine:
             record: record the routers' own choices instead of forcing any.
             shift: with `record`, added to the logits that choose (`RoutingReplay.record`).
         """
-        with self.replay.record(shift) if record else self._replaying(routes) as recorded:
+        with self.replay.record(shift) if record else self.replay.force(routes) as recorded:
             outputs = self.forward_backward.forward(
                 micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature, exact=self.exact)
             )
@@ -192,11 +190,8 @@ class TrainingEngine:
 
         if routes is None and self.replay.moves_bias:
             routes = [self._live_routes(micro_batch) for micro_batch in micro_batches]
-        norm = self.forward_backward.update(micro_batches, loss, local_count, self._replaying(routes), mask_padding)
+        norm = self.forward_backward.update(micro_batches, loss, local_count, self.replay.force(routes), mask_padding)
         return stats, norm
-
-    def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
-        return nullcontext() if routes is None else self.replay.force(routes)
 
 
 def _logprobs_and_entropy(

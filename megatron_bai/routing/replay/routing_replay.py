@@ -89,19 +89,22 @@ class RoutingReplay:
         recorded.extend(run.recorded_routes())
 
     @contextmanager
-    def force(self, routes: Sequence[MicroRoutes]) -> Iterator[None]:
+    def force(self, routes: Sequence[MicroRoutes] | None) -> Iterator[None]:
         """Force experts while a schedule runs: `routes[i]` in the i-th forward pass, and where it is recomputed.
 
         Megatron's schedules (1F1B, interleaved) work, and any loop that steps back through micro-batches in the order
         of their forward passes.
 
         Args:
-            routes: of each micro-batch.
+            routes: of each micro-batch; None: the routers choose.
 
         Raises:
             ValueError: routes that do not fit this model, before anything runs.
             RuntimeError: a router that did not run once for each micro-batch, or did not choose what it was given.
         """
+        if routes is None:
+            yield
+            return
         with self.force_added() as add:
             for micro in routes:
                 add(micro)
