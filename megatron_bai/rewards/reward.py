@@ -23,13 +23,17 @@ class Item:
     """One response to score.
 
     Attributes:
-        response: text, the end token removed.
-        ids: of the response, the end token included.
+        response: text, the end token removed; of a conversation that of the model's last turn.
+        ids: of the response, or of the last turn, the end token included.
+        messages: the whole conversation, `{"role", "content"}` each, the prompt's messages first.
+        environment_reward: sum of the environment's rewards of turns; None where it gave none.
     """
 
     prompt: Prompt
     response: str
     ids: Sequence[int]
+    messages: tuple[dict[str, str], ...] = ()
+    environment_reward: float | None = None
 
 
 @dataclass(frozen=True)
