@@ -8,25 +8,21 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_bai import config
 from megatron_bai.environments import resolve_environment
 from megatron_bai.environments.chat_template import ChatTemplate
 from megatron_bai.environments.environment import parse_reply
 from megatron_bai.environments.messages import make_conversation
+from megatron_bai.environments.worker_target import make_target
 from megatron_bai.rollout.turns import TurnReply
+from megatron_bai.workers.outcomes import Outcome
+from megatron_bai.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Prompt, Task
     from megatron_bai.rollout.sample import Sample
-
-
-class Outcome(Protocol):
-    """What a process made of its arguments: `value`, JSON; or `failure`, why there is none."""
-
-    value: Any
-    failure: str
 
 
 Submit: TypeAlias = Callable[[list[Any]], "Future[Outcome]"]
@@ -106,9 +102,6 @@ def open_environment(
         return
     assert isinstance(settings, config.PerTurn), "`EnvironmentKind.settings` is one"
     kind.require(settings)
-    from megatron_bai.environments.worker_target import make_target
-    from megatron_bai.workers.pool import WorkerPool
-
     name = kind.target if isinstance(kind.target, str) else kind.target(settings)
     with WorkerPool(make_target(name, asdict(settings)), settings.workers, settings.timeout_s, log) as pool:
         yield EnvironmentPool(pool.submit, settings, task, options)
