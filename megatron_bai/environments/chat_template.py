@@ -9,14 +9,32 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from megatron_bai import config
 from megatron_bai.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from megatron_bai.data.task import Task
+
 Message = dict[str, str]
 _TURN, _THOUGHT = "fixed-turn-4711", "fixed-thought-1147"  # texts that no template has itself
 _QUESTION = {"role": "user", "content": "fixed-question"}
+
+
+def make_chat_template(settings: config.PerTurn, data: config.Data, task: Task) -> ChatTemplate:
+    """Make the template of a run's conversations.
+
+    Args:
+        settings: of the environment.
+        data: whose options of the template are those of the prompts.
+        task: whose tokenizer has the template.
+
+    Raises:
+        UserError: as `ChatTemplate`.
+    """
+    options = getattr(data, "template_options", {})
+    return ChatTemplate(task.tokenizer, options, task.end_tokens, settings.earlier_thinking == "keep")
 
 
 class ChatTemplate:
