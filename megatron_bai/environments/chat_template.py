@@ -66,7 +66,8 @@ class ChatTemplate:
         self._tokenizer, self._options = tokenizer, options
         try:
             after = self._text_after_turn([], prompt=False)
-            self._special = {text for text in tokenizer.all_special_tokens if text}
+            added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+            self._special = {text for text in (*tokenizer.all_special_tokens, *added) if text}
             self.end_id, self._end = self._find_end(after, end_tokens)
             if not any(map(self._is_taken, ("tool", "user"))):
                 raise ValueError("it takes neither a tool's nor a user's message after an assistant's turn")
