@@ -24,7 +24,7 @@ TIMES = ("_s", "_seconds", "_per_second", "memory", "_mib", "_gib", "_bytes")
 
 
 class Server:
-    """Draws tokens as a function of the seed and the place, and one of six ends a turn."""
+    """Draws tokens as a function of the seed and the place, and one of three ends a turn."""
 
     def __init__(self) -> None:
         self.version = "none"
@@ -43,7 +43,7 @@ class Server:
         output: list[int] = []
         while len(output) < params["max_new_tokens"] and EOS not in output:
             draw = Random(f"{params['sampling_seed']}/{len(ids) + len(output)}")
-            output.append(EOS if draw.random() < 1 / 6 else draw.randrange(5, 20))
+            output.append(EOS if draw.random() < 1 / 3 else draw.randrange(5, 20))
         rows = range(body.get("routed_experts_start_len", 0), len(ids) + len(output) - 1)
         routes = np.array([[[row % EXPERTS, (row + 1) % EXPERTS]] * LAYERS for row in rows], dtype="<i4")
         return {
@@ -68,7 +68,7 @@ def train(directory: Path, steps: int, *more: str) -> list[dict[str, Any]]:
         words = [
             "train", "init=checkpoint", f"init.checkpoint={checkpoint}", *conversation_settings(directory),
             "backend.kind=cpu", f"rollout.urls=[{url}]", "rollout.sync=tensors", "rollout.sync_tolerance=10",
-            "rollout.max_new_tokens=40", "rollout.partial_tokens=4", "rollout.prompts_in_progress=8",
+            "rollout.max_new_tokens=40", "rollout.partial_tokens=3", "rollout.prompts_in_progress=12",
             f"trainer.steps={steps}", "trainer.save_every=1", f"run.dir={directory}/run", *more,
         ]  # fmt: skip
         succeeded(megatron_bai(directory / "log", *words))
