@@ -3,8 +3,9 @@
 The server answers `/generate` with `output_ids` and a `meta_info` that holds, for P prompt and C completion tokens:
 `output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (base64 of little-endian
 int32 `[P + C − 1, layers, topk]`, shape not sent; layers without experts have zeros), `weight_versions` (spans over the
-completion) and `finish_reason`. With `compat/sglang_route_weights.py` a layer of `routed_experts` has topk more int32:
-the bits of the experts' float32 weights, in the order of their ids.
+completion) and `finish_reason`; for a truncated draw also what `kept_ids.py` parses. With
+`compat/sglang_route_weights.py` a layer of `routed_experts` has topk more int32: the bits of the experts' float32
+weights, in the order of their ids.
 """
 
 import base64
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bai.rollout.kept_ids import parse_kept
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.layout import ServedColumns, filler_routes
 from megatron_bai.routing.missing import last_version_rows
@@ -21,10 +23,15 @@ from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)
+_ID_BYTES = 12  # of an id and what JSON puts after it
 
 
 def max_reply_bytes(
-    tokens: int, signature: RouteSignature, served: ServedColumns | None = None, weighted: bool = False
+    tokens: int,
+    signature: RouteSignature,
+    served: ServedColumns | None = None,
+    weighted: bool = False,
+    kept: int = 0,
 ) -> int:
     """Compute the bytes that no reply about so many tokens exceeds: routes in base64, and log-probabilities.
 
@@ -33,9 +40,10 @@ def max_reply_bytes(
         signature: of the served model's routes.
         served: the columns of the server's routes; None: one for each MoE layer.
         weighted: whether replies have weights of the experts, too.
+        kept: the most ids that a token is drawn from, where replies have them; 0: they have not.
     """
     rows = tokens * (served.total if served else signature.moe_layers) * signature.topk * (8 if weighted else 4)
-    return -(-rows // 3) * 4 + 256 * tokens + (1 << 16)
+    return -(-rows // 3) * 4 + (256 + _ID_BYTES * kept) * tokens + (1 << 16)
 
 
 def parse_sample(
@@ -48,6 +56,8 @@ def parse_sample(
     start: int = 0,
     served: ServedColumns | None = None,
     weight_limit: float | None = None,
+    stop: Collection[str] = (),
+    max_kept: int = 0,
 ) -> Sample:
     """Parse one reply, having checked it. A `routed_experts` of null becomes a sample without a recorded row.
 
@@ -61,6 +71,8 @@ def parse_sample(
         start: the first row of routes that was requested; those before it are not recorded.
         served: the columns of the server's routes; None: one for each MoE layer.
         weight_limit: the reply has weights of the experts, whose sum in a layer is at most this; None: it has none.
+        stop: texts that end a response, as requested.
+        max_kept: the most ids that a token of a truncated draw was drawn from; 0: no draw was truncated.
 
     Raises:
         ValueError: names what is missing or contradicts the other fields.
@@ -73,12 +85,17 @@ def parse_sample(
         encoded = meta["routed_experts"]
         about = (len(prompt_ids), len(output), spans, signature, start, served, weight_limit)
         routes, route_mask, weights = _parse_routes(encoded, *about)
-        finish = meta["finish_reason"]["type"]
+        finish, matched = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
+        kept_ids = None
+        if max_kept:
+            kept_ids, logprobs = parse_kept(meta, output, logprobs, max_kept)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
-    _check_finish(finish, output, max_new_tokens, stop_token_ids)
+    if not (finish == "stop" and output and isinstance(matched, str) and matched in stop):
+        _check_finish(finish, output, max_new_tokens, stop_token_ids)
     tokens = np.array([*prompt_ids, *output], dtype=np.int64)
-    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, route_mask, route_weights=weights)
+    about_response = (logprobs, routes, spans, finish, route_mask)
+    return Sample(prompt, tokens, len(prompt_ids), *about_response, route_weights=weights, kept_ids=kept_ids)
 
 
 def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_bai.rollout.kept_ids import concatenate_kept
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
 PARTIAL, LOST = "partial", "lost"
@@ -33,6 +34,8 @@ class Sample:
             with; None: not asked for, or the sample is lost.
         columns: MoE layers of the model, counted from 0, that `routes` and `route_weights` have, in this order; None:
             all of them, as sampled.
+        kept_ids: `[T − prompt_length, K]` int32, the ids that each token was drawn from (`rollout.kept_ids`), which
+            `logprobs` are over, `NO_ID` where a token has fewer; None: all, no draw was truncated.
     """
 
     prompt_index: int
@@ -48,6 +51,7 @@ class Sample:
     stream_index: int = -1
     route_weights: np.ndarray | None = None
     columns: tuple[int, ...] | None = None
+    kept_ids: np.ndarray | None = None
 
     @property
     def lost(self) -> bool:
@@ -103,6 +107,7 @@ class Sample:
             spans=tuple(spans),
             route_mask=None if route_mask.all() else route_mask,
             route_weights=self._append_weights(continuation),
+            kept_ids=self._append_kept(continuation),
         )
 
     def _append_weights(self, continuation: "Sample") -> np.ndarray | None:
@@ -110,6 +115,13 @@ class Sample:
         if self.route_weights is None or continuation.route_weights is None:
             return None
         return np.concatenate([self.route_weights, continuation.route_weights[len(self.tokens) - 1 :]])
+
+    def _append_kept(self, continuation: "Sample") -> np.ndarray | None:
+        """Return the kept ids of both."""
+        if self.kept_ids is None and continuation.kept_ids is None:
+            return None
+        assert self.kept_ids is not None and continuation.kept_ids is not None, "one part of a sample was truncated"
+        return concatenate_kept([self.kept_ids, continuation.kept_ids])
 
     def select_layers(self, columns: Sequence[int]) -> "Sample":
         """Return the sample with the routes of some of its MoE layers.

@@ -3,10 +3,13 @@
 - `about`: uint8, JSON: for each sample its number, lengths, spans, finish, reward and failure.
 - `tokens`, `logprobs`, `routes`, `recorded` (the route mask): of all samples, one after the other.
 - `route_weights`: likewise, of samples that have them (`weighted` in `about`).
+- `kept_counts`, `kept_ids`: of each response token the number of ids it was drawn from, and these, of samples that have
+  them (`truncated` in `about`).
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,8 +17,11 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megatron_bai.errors import UserError
+from megatron_bai.rollout.kept_ids import NO_ID, pad_rows
 from megatron_bai.rollout.sample import LOST, Sample
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
+
+_KEPT = ("kept_counts", "kept_ids")
 
 
 def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSignature) -> None:
@@ -42,6 +48,7 @@ def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: 
         "route_weights": _concatenate(
             [sample.route_weights for sample in values if sample.route_weights is not None], np.float32, layers, topk
         ),
+        **_kept_arrays(values),
     }
     np.savez(path, **arrays)
 
@@ -66,6 +73,7 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             tokens, logprobs, routes, recorded = (archive[name] for name in names)
             # a file of an older head has none
             weights = archive["route_weights"] if "route_weights" in archive else np.zeros((0, *routes.shape[1:]))
+            kept = {name: archive[name] for name in _KEPT if name in archive}
         check_ids(routes, signature, str(path))
         totals = [entry["tokens"] for entry in about]
         responses = [entry["tokens"] - entry["prompt"] for entry in about]
@@ -79,7 +87,9 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
                 weights, [count if entry.get("weighted") else 0 for entry, count in zip(about, rows, strict=True)]
             ),
         )
-        return [(entry["number"], _make_sample(entry, *values)) for entry, *values in zip(about, *arrays, strict=True)]
+        samples = [_make_sample(entry, *values) for entry, *values in zip(about, *arrays, strict=True)]
+        samples = _with_kept(samples, [bool(entry.get("truncated")) for entry in about], kept)
+        return [(entry["number"], sample) for entry, sample in zip(about, samples, strict=True)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, BadZipFile) as error:
@@ -91,7 +101,8 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     spans = [[span.version, span.start, span.end] for span in sample.spans]
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
-    return {"number": number, **lengths, "spans": spans, **outcome, "weighted": sample.route_weights is not None}
+    has = {"weighted": sample.route_weights is not None, "truncated": sample.kept_ids is not None}
+    return {"number": number, **lengths, "spans": spans, **outcome, **has}
 
 
 def _make_sample(
@@ -116,6 +127,32 @@ def _make_sample(
         failure=about["failure"],
         route_weights=route_weights if about.get("weighted") else None,
     )
+
+
+def _kept_arrays(samples: list[Sample]) -> dict[str, Any]:
+    """Return the ids that tokens were drawn from as flat arrays; nothing where no sample has them."""
+    kept = [sample.kept_ids for sample in samples if sample.kept_ids is not None]
+    if not kept:
+        return {}
+    return {
+        "kept_counts": np.concatenate([(ids != NO_ID).sum(axis=1) for ids in kept]),
+        "kept_ids": np.concatenate([ids[ids != NO_ID] for ids in kept]),
+    }
+
+
+def _with_kept(samples: list[Sample], truncated: list[bool], arrays: dict[str, np.ndarray]) -> list[Sample]:
+    """Return the samples with what `_kept_arrays` returned of those that were truncated."""
+    responses = [len(sample.response) if has else 0 for sample, has in zip(samples, truncated, strict=True)]
+    nothing = np.zeros(0, dtype=np.int64)
+    all_counts, all_ids = (arrays.get(name, nothing) for name in _KEPT)
+    if any(values.dtype.kind != "i" or values.min(initial=0) < 0 for values in (all_counts, all_ids)):
+        raise ValueError("an id that a token was drawn from is none")
+    counts = _split_rows(all_counts, responses)
+    ids = _split_rows(all_ids, [int(count.sum()) for count in counts])
+    return [
+        replace(sample, kept_ids=pad_rows(flat, count)) if has else sample
+        for sample, has, flat, count in zip(samples, truncated, ids, counts, strict=True)
+    ]
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:
