@@ -12,11 +12,10 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.http_client import HttpRequest, RequestLimits, post_all
 from megatron_bai.rollout.kept_ids import max_kept
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import PARTIAL, Sample
 from megatron_bai.rollout.sampling_params import make_rollout_params, make_sampling_params
 from megatron_bai.rollout.servers.auth import register_key
-from megatron_bai.routing.layout import ServedColumns
-from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
 # Positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py).
@@ -50,28 +49,23 @@ class RolloutClient:
     Args:
         urls: of servers with the same weights, `http://host:port`.
         rollout: sampling settings, limits and time-outs.
-        signature: of the served model's routes.
+        route_format: of the servers' replies.
         vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
         max_length: its longest sequence, in tokens.
         first_server: index of the server of the first prompt, so that several clients begin at different ones.
-        served: the columns of the servers' routes; None: one for each MoE layer.
-        weight_limit: replies also have the weights of a token's experts, whose sum in a layer is at most this; None:
-            they have not.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         rollout: Rollout,
-        signature: RouteSignature,
+        route_format: RouteFormat,
         vocab_size: int,
         max_length: int,
         first_server: int = 0,
-        served: ServedColumns | None = None,
-        weight_limit: float | None = None,
     ):
-        self.urls, self.rollout, self.signature, self.served = list(urls), rollout, signature, served
-        self.vocab_size, self.first_server, self.weight_limit = vocab_size, first_server, weight_limit
+        self.urls, self.rollout, self.route_format = list(urls), rollout, route_format
+        self.vocab_size, self.first_server = vocab_size, first_server
         self.max_length = max_request_tokens(rollout, max_length)
         register_key(self.urls, rollout.api_key_file)
 
@@ -204,8 +198,8 @@ class RolloutClient:
             body["routed_experts_start_len"] = start
 
         def parse(reply: Any) -> Sample:
-            about = (request.prompt_index, ids, self.signature, limit, stop_token_ids, start)
-            sample = parse_sample(reply, *about, self.served, self.weight_limit, self.rollout.stop, kept)
+            index, form = request.prompt_index, self.route_format
+            sample = parse_sample(reply, index, ids, form, limit, stop_token_ids, start, self.rollout.stop, kept)
             largest = max(sample.tokens.max(), 0 if sample.kept_ids is None else sample.kept_ids.max(initial=0))
             if largest >= self.vocab_size:
                 raise ValueError(f"token {largest} is outside the vocabulary of {self.vocab_size}")
@@ -241,8 +235,7 @@ class RolloutClient:
             max_failures: as in `generate`.
         """
         rollout = self.rollout
-        weighted, kept = self.weight_limit is not None, max_kept(rollout.top_k)
-        reply_bytes = max_reply_bytes(longest, self.signature, self.served, weighted, kept)
+        reply_bytes = max_reply_bytes(longest, self.route_format, max_kept(rollout.top_k))
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         results = post_all(self.urls, "/generate", requests, limits, max_failures or 0)

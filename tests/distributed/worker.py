@@ -105,10 +105,10 @@ QUICK = ("one", "tp2", "tp2_ep2", "one_row24", "tp2_ep2_row42")
 def problem() -> tuple[list, np.ndarray, np.ndarray]:
     """Rollouts, their advantages, and how far `old_logprobs` lie from the current policy's: enough to be clipped."""
     random, others = np.random.default_rng(7), np.random.default_rng(8)
-    rollouts = [
-        replace(each, route_weights=1.5 * others.dirichlet(np.ones(MODEL.moe_topk), each.routes.shape[:2]).astype("f4"))
-        for each in samples(SAMPLES, random)
-    ]
+    rollouts = []
+    for each, reward in zip(samples(SAMPLES, random), REWARDS, strict=True):
+        weights = 1.5 * others.dirichlet(np.ones(MODEL.moe_topk), each.routes.shape[:2]).astype("f4")
+        rollouts.append(replace(each, reward=float(reward), route_weights=weights))
     return rollouts, random.normal(size=SAMPLES), random.normal(0, 0.2, (SAMPLES, LENGTH))
 
 
@@ -179,7 +179,7 @@ class Run:
         mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
         in_loss = np.array([not (leaves_out and sample in LEFT_OUT) for sample in range(SAMPLES)])[own]
         of_samples = None if has_critic else advantages[own]
-        rollouts = from_samples(mine, of_samples, LENGTH, 0, SIGNATURE, in_loss, REWARDS[own], weighted=True)
+        rollouts = from_samples(mine, of_samples, LENGTH, 0, SIGNATURE, in_loss, weighted=True)
         self.batch, (self.micros,) = make_mini_batches(
             make_training_batch(make_scored_batch(rollouts)), self.settings, Stats()
         )
@@ -423,6 +423,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
         loads, saves: where a critic's checkpoint is, and where to leave one.
     """
     from megatron_bai.model import megatron_checkpoint, param_shards
+    from megatron_bai.monitor.stats import Stats
     from megatron_bai.rl.policy.critic import Critic
 
     run = Run(case, device, leaves_out=True, has_critic=True)
@@ -435,7 +436,8 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     if saves:
         megatron_checkpoint.save(critic.model, saves, Path("none"), {})
     run.score("none")
-    run.batch, stats = critic.estimate_advantages(run.batch, run.micros)
+    stats = Stats()
+    run.batch = critic.estimate_advantages(run.batch, run.micros, stats)
     found["statistics"] = stats.gather_sum(run.reports_stats).values()
     names = ("values", "returns", "advantages")
     mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None

@@ -28,6 +28,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item
 from megatron_bai.rewards.reward_model import _make_body
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import control, fleet, releases, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
@@ -72,10 +73,14 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
     with fake_sglang.serve(pass_on) as url:
         assert control.is_healthy(url)
         servers = fleet.connect_servers(replace(ROLLOUT, urls=[url])).fleet
-        client = RolloutClient(servers.sampling_urls, replace(ROLLOUT, max_new_tokens=4), SIGNATURE, VOCAB, LENGTH)
+        client = RolloutClient(
+            servers.sampling_urls, replace(ROLLOUT, max_new_tokens=4), RouteFormat(SIGNATURE), VOCAB, LENGTH
+        )
         client.generate([[5, 6, 7]], 2, 0, [STOP])
         truncated = replace(ROLLOUT, max_new_tokens=4, top_k=3, top_p=0.9)
-        RolloutClient(servers.sampling_urls, truncated, SIGNATURE, VOCAB, LENGTH).generate([[5, 6, 7]], 1, 0, [STOP])
+        RolloutClient(servers.sampling_urls, truncated, RouteFormat(SIGNATURE), VOCAB, LENGTH).generate(
+            [[5, 6, 7]], 1, 0, [STOP]
+        )
         client.score([[5, 6, 7]])
         shapes, weights = (
             weight_sync.tensor_shapes(checkpoints["v0"]),

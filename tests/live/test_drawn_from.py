@@ -24,6 +24,7 @@ from megatron_bai import config
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import fleet
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
@@ -156,7 +157,7 @@ def with_text(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 
 def text_client(url: str, **changes: Any) -> RolloutClient:
-    return RolloutClient([url], replace(ROLLOUT, deterministic=False, **changes), SIGNATURE, VOCAB, LENGTH)
+    return RolloutClient([url], replace(ROLLOUT, deterministic=False, **changes), RouteFormat(SIGNATURE), VOCAB, LENGTH)
 
 
 @pytest.mark.long

@@ -38,7 +38,21 @@ def test_the_engines_agree_on_what_was_sampled(name: str, tmp_path: Path) -> Non
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == STEPS
     for step in steps:
-        print({k: step[k] for k in ("kl_k3","kl_k3_live","discrepancy_ratio_max","entropy","kl_reference","ess","divergence_mean") if k in step})
+        print(
+            {
+                k: step[k]
+                for k in (
+                    "kl_k3",
+                    "kl_k3_live",
+                    "discrepancy_ratio_max",
+                    "entropy",
+                    "kl_reference",
+                    "ess",
+                    "divergence_mean",
+                )
+                if k in step
+            }
+        )
         assert step["grad_norm"] > 0 and step["route_coverage"] == 1.0 and step["entropy"] > 0.1
         assert abs(step["kl_k3"]) < TOLERANCE and abs(step["kl_k3_live"]) < TOLERANCE, step
         assert abs(step["discrepancy_ratio_max"] - 1) < 1e-3 and abs(step["kl_reference"]) < 1

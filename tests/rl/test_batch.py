@@ -29,6 +29,7 @@ def sample(total: int, prompt: int, seed: int) -> Sample:
         routes=np.argsort(random.random((total - 1, 3, 16)), axis=-1)[..., :2].astype(np.uint8),
         spans=(),
         finish="stop",
+        reward=seed / 7 if seed % 3 else None,
     )
 
 
@@ -54,6 +55,7 @@ def test_every_field_lies_where_its_token_is(shape: list[tuple[int, int]], spare
             if t < total - 1:
                 assert batch.routes[i, t].tolist() == s.routes[t].tolist()
         assert batch.sample_advantages[i] == np.float32(advantages[i])
+        assert batch.rewards[i] == np.float32(s.reward or 0)
     assert int(batch.response_mask.sum()) == sum(len(s.response) for s in samples)
 
 
@@ -148,7 +150,8 @@ def test_each_stage_has_what_the_former_has_and_adds_to_it() -> None:
     training = make_training_batch(scored)
     for former, later in ((rollouts, scored), (scored, training)):
         assert all(getattr(later, field.name) is getattr(former, field.name) for field in fields(former))
-    assert scored.sampled_logprobs is old and scored.reference_logprobs is reference
+    assert scored.old_logprobs is old and scored.reference_logprobs is reference
+    assert torch.equal(scored.sampled_logprobs, old)
     assert training.advantages.tolist() == [[1.0] * 6, [2.0] * 6, [-0.5] * 6]
     assert training.prompt_tokens.tolist() == [3, 3, 3]  # of the two samples of a prompt one is left out
     assert not (training.values.any() or training.returns.any() or training.router_shift.any())

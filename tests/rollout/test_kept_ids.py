@@ -14,11 +14,12 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
 from megatron_bai.rollout.kept_ids import MASK_FIELDS, NO_ID, concatenate_kept, max_kept
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_sample
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.sampling_params import validate_sampling
 from megatron_bai.rollout.servers import releases
 
-PROMPT, TOP_K, VOCAB = [7, 8, 9], 3, 16
+PROMPT, TOP_K, VOCAB, FORMAT = [7, 8, 9], 3, 16, RouteFormat(SIGNATURE)
 MASKS = [[5, 2, 9], [9, 5], [5], [1, 2, 5]]
 LOGPROBS = [-0.5, -0.7, 0.0, -1.5]
 
@@ -31,7 +32,7 @@ def truncated(prompt: list[int] = PROMPT, **changes: Any) -> dict[str, Any]:
 
 
 def parse(reply: Any, stop: tuple[str, ...] = (), kept: int = TOP_K) -> Sample:
-    return parse_sample(reply, 0, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], stop=stop, max_kept=kept)
+    return parse_sample(reply, 0, PROMPT, FORMAT, NEW_TOKENS, [STOP], stop=stop, max_kept=kept)
 
 
 def test_log_probabilities_are_those_over_the_kept_ids() -> None:
@@ -100,7 +101,7 @@ class Server:
 
 def client(url: str, **settings: Any) -> RolloutClient:
     rollout = Rollout(**({"max_new_tokens": NEW_TOKENS, "retries": 0} | settings))
-    return RolloutClient([url], rollout, SIGNATURE, VOCAB, max_length=64)
+    return RolloutClient([url], rollout, FORMAT, VOCAB, max_length=64)
 
 
 def test_a_request_has_the_settings_and_no_default_adds_anything() -> None:
@@ -128,9 +129,7 @@ def test_a_continuation_asks_for_what_is_left_of_the_minimum_and_joins_the_ids()
     assert isinstance(whole, Sample) and whole.kept_ids is not None and first.kept_ids is not None
     assert whole.kept_ids.tolist() == 2 * first.kept_ids.tolist() and len(whole.response) == 2 * NEW_TOKENS
     begun_only = replace(first, kept_ids=None)
-    continuation = parse_sample(
-        truncated(first.tokens.tolist()), 0, first.tokens.tolist(), SIGNATURE, NEW_TOKENS, [STOP]
-    )
+    continuation = parse_sample(truncated(first.tokens.tolist()), 0, first.tokens.tolist(), FORMAT, NEW_TOKENS, [STOP])
     with pytest.raises(AssertionError, match="one part of a sample was truncated"):
         begun_only.append(replace(continuation, kept_ids=first.kept_ids))
 
@@ -160,8 +159,8 @@ def test_an_end_token_before_the_minimum_is_refused() -> None:
 
 
 def test_a_reply_may_be_as_long_as_its_ids() -> None:
-    plain, kept = (max_reply_bytes(100, SIGNATURE, kept=count) for count in (0, max_kept(20)))
-    assert kept - plain == 100 * 40 * len("123456789, 1") and plain == max_reply_bytes(100, SIGNATURE)
+    plain, kept = (max_reply_bytes(100, FORMAT, kept=count) for count in (0, max_kept(20)))
+    assert kept - plain == 100 * 40 * len("123456789, 1") and plain == max_reply_bytes(100, FORMAT)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

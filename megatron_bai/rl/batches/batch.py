@@ -25,7 +25,6 @@ def from_samples(
     pad_id: int,
     signature: RouteSignature,
     in_loss: np.ndarray | None = None,
-    rewards: np.ndarray | None = None,
     weighted: bool = False,
     version: int | None = None,
 ) -> RolloutBatch:
@@ -38,7 +37,6 @@ def from_samples(
         pad_id: token id of padding.
         signature: of the whole model's routes.
         in_loss: `[B]` bool; None counts every sample.
-        rewards: `[B]`; None: 0.
         weighted: whether the samples have `route_weights`; lost ones need none.
         version: of the step's weights, where samples may be of earlier ones; None: every token is of age 0.
     """
@@ -56,12 +54,13 @@ def from_samples(
     assert all(sample.columns == columns for sample in samples), "samples with the routes of different layers"
     recorded = [sample.route_mask for sample in samples]
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
-    nothing = np.zeros(b)
-    return make_rollout_batch(
-        torch.from_numpy(tokens),
-        torch.tensor([len(sample.tokens) for sample in samples]),
-        torch.from_numpy(response_mask),
-        torch.from_numpy(logprobs),
+    usable = torch.from_numpy(response_mask)
+    return RolloutBatch(
+        tokens=torch.from_numpy(tokens),
+        lengths=torch.tensor([len(sample.tokens) for sample in samples]),
+        response_mask=usable,
+        usable_mask=usable,
+        infer_logprobs=torch.from_numpy(logprobs),
         version_age=torch.from_numpy(_stack_version_ages(samples, length, version)),
         routes=torch.from_numpy(routes),
         routed=torch.from_numpy(routed),
@@ -69,10 +68,11 @@ def from_samples(
         route_weights=torch.from_numpy(_stack_weights(samples, routes.shape)) if weighted else None,
         kept_ids=_stack_kept_ids(samples, tokens),
         columns=tuple(range(signature.moe_layers)) if columns is None else columns,
-        rewards=torch.from_numpy((nothing if rewards is None else rewards).astype(np.float32)),
-        sample_advantages=torch.from_numpy((nothing if advantages is None else advantages).astype(np.float32)),
+        rewards=torch.tensor([sample.reward or 0.0 for sample in samples], dtype=torch.float32),
+        sample_advantages=torch.from_numpy((np.zeros(b) if advantages is None else advantages).astype(np.float32)),
         in_loss=torch.ones(b, dtype=torch.bool) if in_loss is None else torch.from_numpy(in_loss),
         prompt_index=torch.tensor([sample.prompt_index for sample in samples]),
+        sample_index=torch.arange(b),
     )
 
 

@@ -1,6 +1,6 @@
 """The stages of a step's batch: rollouts, scored, training. Each is made of the former by one function.
 
-    rollouts   what was sampled, and what of it may be learned from            `make_rollout_batch`
+    rollouts   what was sampled, and what of it may be learned from            `batch.from_samples`
     scored     with the log-probabilities of the policies that do not move     `make_scored_batch`
     training   with what an objective learns from                              `make_training_batch`
 
@@ -117,67 +117,71 @@ class TrainingBatch(ScoredBatch):
 
 
 def make_rollout_batch(
-    tokens: torch.Tensor,
-    lengths: torch.Tensor,
-    response_mask: torch.Tensor,
-    infer_logprobs: torch.Tensor,
-    **known: Any,
+    tokens: torch.Tensor, lengths: torch.Tensor, response_mask: torch.Tensor, infer_logprobs: torch.Tensor
 ) -> RolloutBatch:
-    """Make the first stage.
+    """Make the first stage of given text: no routes, no rewards, and each sample of a prompt of its own.
+
+    Every token of `response_mask` is usable and in the loss.
 
     Args:
         tokens: as in `RolloutBatch`.
         lengths: likewise.
         response_mask: likewise.
         infer_logprobs: likewise.
-        known: its other fields. By default every response token is usable and in the loss, of the step's weights and of
-            a prompt of its own, there are no routes, and rewards and advantages are 0.
     """
-    b, length = tokens.shape
-    none, nothing, index = torch.zeros_like(response_mask), torch.zeros_like(infer_logprobs[:, 0]), torch.arange(b)
-    defaults: dict[str, Any] = {
-        "usable_mask": response_mask,
-        "version_age": torch.zeros_like(tokens),
-        "routes": tokens.new_zeros(b, length, 0, 0),
-        "routed": none,
-        "missing": none,
-        "route_weights": None,
-        "kept_ids": None,
-        "columns": (),
-        "rewards": nothing,
-        "sample_advantages": nothing,
-        "in_loss": torch.ones(b, dtype=torch.bool),
-        "prompt_index": index,
-        "sample_index": index,
-    }
-    given: dict[str, Any] = {"tokens": tokens, "lengths": lengths, "response_mask": response_mask}
-    return RolloutBatch(**given, infer_logprobs=infer_logprobs, **defaults | known)
+    (b, length), none, nothing = tokens.shape, torch.zeros_like(response_mask), torch.zeros_like(infer_logprobs[:, 0])
+    return RolloutBatch(
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=response_mask,
+        usable_mask=response_mask,
+        infer_logprobs=infer_logprobs,
+        version_age=torch.zeros_like(tokens),
+        routes=tokens.new_zeros(b, length, 0, 0),
+        routed=none,
+        missing=none,
+        route_weights=None,
+        kept_ids=None,
+        columns=(),
+        rewards=nothing,
+        sample_advantages=nothing,
+        in_loss=torch.ones(b, dtype=torch.bool),
+        prompt_index=torch.arange(b),
+        sample_index=torch.arange(b),
+    )
 
 
 def make_scored_batch(
     rollouts: RolloutBatch,
     old_logprobs: torch.Tensor | None = None,
-    sampled_logprobs: torch.Tensor | None = None,
+    previous_logprobs: torch.Tensor | None = None,
     reference_logprobs: torch.Tensor | None = None,
 ) -> ScoredBatch:
-    """Make the second stage.
+    """Make the second stage. All log-probabilities may be on any device.
 
     Args:
         rollouts: the first.
-        old_logprobs: as in `ScoredBatch`, on any device; None: 0.
-        sampled_logprobs: likewise; None: `old_logprobs`.
-        reference_logprobs: likewise; None: 0.
+        old_logprobs: as in `ScoredBatch`; None: 0, and so are `sampled_logprobs`.
+        previous_logprobs: `[B, T]` float32, with the weights of the step before; None: the engine has them no longer.
+        reference_logprobs: as in `ScoredBatch`; None: 0.
     """
     nothing, device = torch.zeros_like(rollouts.infer_logprobs), rollouts.tokens.device
-    old, reference = (
-        nothing if logprobs is None else logprobs.to(device) for logprobs in (old_logprobs, reference_logprobs)
+    old, previous, reference = (
+        None if logprobs is None else logprobs.to(device)
+        for logprobs in (old_logprobs, previous_logprobs, reference_logprobs)
     )
     return ScoredBatch(
         **_fields(RolloutBatch, rollouts),
-        old_logprobs=old,
-        sampled_logprobs=old if sampled_logprobs is None else sampled_logprobs.to(device),
-        reference_logprobs=reference,
+        old_logprobs=nothing if old is None else old,
+        sampled_logprobs=nothing if old is None else _select_sampled(rollouts.version_age, old, previous),
+        reference_logprobs=nothing if reference is None else reference,
     )
+
+
+def _select_sampled(age: torch.Tensor, old: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    """Return log-probabilities with the weights that sampled each token: `old` at age 0, `previous` at 1, else NaN."""
+    unknown = torch.full_like(old, float("nan"))
+    return torch.where(age == 0, old, torch.where(age == 1, unknown if previous is None else previous, unknown))
 
 
 def make_training_batch(

@@ -19,6 +19,7 @@ from megatron_bai.rewards import score_samples
 from megatron_bai.rl.batches.token_batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout.servers import fleet, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
@@ -64,15 +65,14 @@ class InferenceEngine:
         self.sync_gap = float("nan")
 
     def _make_client(self, urls: list[str], first: int = 0) -> RolloutClient:
-        model, rollout = self._session.settings.model, self._session.settings.rollout
-        signature = self._session.signature
-        architecture = self._session.actor.architecture
-        served = ServedColumns(*architecture.family.route_columns(architecture))
-        longest = model.max_position_embeddings
-        limit = None
-        if self._session.settings.replay.weights == "server":
-            limit = self._session.actor.transformer_config.moe_router_topk_scaling_factor or 1.0
-        return RolloutClient(urls, rollout, signature, model.vocab_size, longest, first, served, limit)
+        session, settings, limit = self._session, self._session.settings, None
+        if settings.replay.weights == "server":
+            limit = session.actor.transformer_config.moe_router_topk_scaling_factor or 1.0
+        served = ServedColumns(*session.actor.architecture.family.route_columns(session.actor.architecture))
+        route_format, model = RouteFormat(session.signature, served, limit), settings.model
+        return RolloutClient(
+            urls, settings.rollout, route_format, model.vocab_size, model.max_position_embeddings, first
+        )
 
     def sample(
         self,
