@@ -35,7 +35,7 @@ SHARED = {
     ],
     "server": [
         f"live/test_{name}.py"
-        for name in ("contract", "server", "server_faults", "fleet", "served_rewards", "drawn_from")
+        for name in ("contract", "server", "server_faults", "fleet", "served_rewards", "conversations", "drawn_from")
     ],
     "facts": ["routing/test_replay.py", "routing/test_routers.py"],
 }

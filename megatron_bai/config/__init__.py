@@ -7,6 +7,7 @@ One file a group; everything is importable from here.
 """
 
 from megatron_bai.config.data import Arithmetic, Data, Dataset
+from megatron_bai.config.environment import Env, NoEnvironment, PerTurn, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -27,7 +28,7 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import Exact, Function, MathVerify, PerSample, Reward, RewardModel
+from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, PerSample, Reward, RewardModel
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.schema import Config, initial_checkpoint, register_schema
@@ -50,6 +51,8 @@ __all__ = [
     "Dataset",
     "Dppo",
     "Drpo",
+    "Env",
+    "EnvironmentReward",
     "Exact",
     "Function",
     "Gmpo",
@@ -63,9 +66,11 @@ __all__ = [
     "Minirl",
     "Model",
     "Monitor",
+    "NoEnvironment",
     "Objective",
     "Parallel",
     "PerSample",
+    "PerTurn",
     "Policy",
     "Ppo",
     "RandomInit",
@@ -83,6 +88,7 @@ __all__ = [
     "Sft",
     "Supervised",
     "Trainer",
+    "UserEnvironment",
     "conf_dir",
     "initial_checkpoint",
     "register_schema",

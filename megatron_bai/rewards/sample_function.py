@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.reward import Item, Scorer
-from megatron_bai.rewards.worker_pool import WorkerPool
+from megatron_bai.rewards.reward import Item, SampleScorer, Scorer
+from megatron_bai.rewards.worker_pool import RewardPool
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -48,8 +48,8 @@ def worker_scorer(
         worker_settings: what the function takes as its last argument; None: nothing.
         log: a file for what the function prints.
     """
-    with WorkerPool(function, worker_settings, settings.workers, settings.timeout_s, log) as pool:
-        yield lambda items: pool.scores([_arguments(item) for item in items])
+    with RewardPool(function, worker_settings, settings.workers, settings.timeout_s, log) as pool:
+        yield SampleScorer(lambda item: pool.submit_score(_arguments(item)))
 
 
 def _arguments(item: Item) -> list[Any]:

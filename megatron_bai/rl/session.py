@@ -20,6 +20,7 @@ from megatron_bai.distributed import backend
 from megatron_bai.distributed.hosts import is_multi_host
 from megatron_bai.distributed.kernel_sources import format_kernels
 from megatron_bai.distributed.rank_group import current_ranks
+from megatron_bai.environments.responder import EnvironmentPool, open_environment
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.model.build import MegatronModel
@@ -57,6 +58,7 @@ class Session:
         replica_moe_layers: of each rank of the replica, its MoE layers, counted from 0.
         critic: if the objective has one.
         scorer: gives rewards; on a leader, if the objective has rollouts.
+        environment: replies to turns of conversations; likewise, and None with `env=none`.
         sources: hashes of what determines samples beside the settings (`sample_sources.py`).
     """
 
@@ -75,6 +77,7 @@ class Session:
     replica_moe_layers: list[list[int]]
     critic: Critic | None = None
     scorer: Scorer | None = None
+    environment: EnvironmentPool | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -142,6 +145,8 @@ def open_session(settings: config.Config) -> Iterator[Session]:
             if session.is_replica_leader and has_rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_scorer(settings.reward, session.task, log))
+                replies = open_environment(settings.env, settings.data, session.task, log.with_name("environment.log"))
+                session.environment = stack.enter_context(replies)
             yield session
     finally:
         backend.shutdown_backend()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_bai.rl.batches.advantages import (
     GroupRewards,
-    at_last_token,
     explained_variance,
     gae,
+    place_rewards,
     whiten,
 )
 
@@ -117,8 +117,34 @@ def test_gae_without_decay_is_the_return_less_the_value() -> None:
 
 def test_a_reward_belongs_to_the_last_token_of_its_response() -> None:
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    found = at_last_token(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    found = place_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
     assert found.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4]]
+
+
+def test_rewards_of_turns_lie_at_their_ends_and_sum_to_the_rewards() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1], [1, 0, 0, 1, 1, 1, 0]]).bool()
+    turns = torch.zeros(2, 7)
+    turns[0, 2], turns[1, 1] = 0.25, 5.0  # the second is of a token that may not be learned from
+    found = place_rewards(torch.tensor([1.0, 2.0]), mask, turns)
+    assert found.tolist() == [[0, 0, 0.25, 0, 0, 0, 0.75], [0, 0, 0, 0, 0, 2.0, 0]]
+
+
+def test_gae_of_turns_is_the_closed_form_over_sampled_tokens() -> None:
+    """A_t = Σ_l (γλ)^l δ_{t+l} over the tokens that were sampled, with the turns' rewards at their ends."""
+    gamma, lam, generator = 0.9, 0.8, torch.Generator().manual_seed(0)
+    mask = torch.tensor([[0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0]]).bool()
+    values, turns = torch.randn(1, 12, generator=generator), torch.zeros(1, 12)
+    turns[0, 2], turns[0, 8] = 0.5, -2.0
+    found, returns = gae(place_rewards(torch.tensor([3.0]), mask, turns), values, mask, gamma, lam)
+    positions = mask[0].nonzero().flatten().tolist()
+    rewards = {2: 0.5, 8: -2.0, 10: 3.0 - 0.5 + 2.0}
+    v = [float(values[0, t]) for t in positions] + [0.0]
+    deltas = [rewards.get(t, 0.0) + gamma * v[i + 1] - v[i] for i, t in enumerate(positions)]
+    for i, t in enumerate(positions):
+        wanted = sum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(positions)))
+        assert float(found[0, t]) == pytest.approx(wanted, abs=1e-5)
+        assert float(returns[0, t]) == pytest.approx(wanted + v[i], abs=1e-5)
+    assert not found[~mask].any() and not returns[~mask].any()
 
 
 def over_ranks(function: Callable, *parts: tuple) -> list:

@@ -124,6 +124,20 @@ def test_a_batch_takes_no_token_that_was_not_drawn_from_its_ids() -> None:
     assert from_samples(found, None, LENGTH, 0, SIGNATURE).kept_ids is None
 
 
+def test_tokens_of_an_environment_alone_were_drawn_from_nothing() -> None:
+    found = samples(6, np.random.default_rng(0))
+    truncated = with_kept(found, torch.randn(6, LENGTH, VOCAB, generator=torch.Generator().manual_seed(2)), 6)[3]
+    mask = np.arange(len(truncated.response)) != 1
+    kept = truncated.kept_ids.copy()
+    kept[1] = NO_ID
+    replied = {**vars(truncated), "sampled_mask": mask, "kept_ids": kept}
+    batch = from_samples([Sample(**replied)], None, LENGTH, 0, SIGNATURE)
+    assert batch.kept_ids is not None and torch.equal((batch.kept_ids >= 0).any(-1), batch.response_mask)
+    for wrong in ({"kept_ids": truncated.kept_ids}, {"sampled_mask": None}):
+        with pytest.raises(AssertionError, match="none of those it was drawn from"):
+            from_samples([Sample(**{**replied, **wrong})], None, LENGTH, 0, SIGNATURE)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_held_back_are_those_of_transformers(packed: bool) -> None:
     """The first tokens of a response have neither probability nor gradient for end tokens; all others have."""

@@ -117,18 +117,22 @@ def gae(
     return advantages, advantages + values
 
 
-def at_last_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Put each response's reward at its last token.
+def place_rewards(rewards: torch.Tensor, mask: torch.Tensor, turn_rewards: torch.Tensor | None = None) -> torch.Tensor:
+    """Put each response's reward at its last token, less what is of earlier turns, which is at theirs.
 
     Args:
-        rewards: `[B]`, of responses.
+        rewards: `[B]`, of responses, of all turns together.
         mask: `[B, T]` bool, the response's tokens.
+        turn_rewards: `[B, T]`, of earlier turns; None: nothing. What is outside the mask stays with the last token.
 
     Returns:
-        `[B, T]`, 0 elsewhere.
+        `[B, T]`, 0 elsewhere; it sums to `rewards`.
     """
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return rewards[:, None] * last
+    if turn_rewards is None:
+        return rewards[:, None] * last
+    earlier = turn_rewards.masked_fill(~mask, 0.0)
+    return (rewards - earlier.sum(1))[:, None] * last + earlier
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, sum_over_ranks: SumOverRanks) -> torch.Tensor:

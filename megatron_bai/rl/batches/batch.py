@@ -48,7 +48,7 @@ def from_samples(
         total = len(sample.tokens)
         tokens[i, :total] = sample.tokens
         predicted = slice(sample.prompt_length - 1, total - 1)
-        response_mask[i, predicted] = True
+        response_mask[i, predicted] = sample.full_sampled_mask  # what an environment said is no action
         logprobs[i, predicted] = sample.logprobs
     columns = samples[0].columns
     assert all(sample.columns == columns for sample in samples), "samples with the routes of different layers"
@@ -69,6 +69,7 @@ def from_samples(
         kept_ids=_stack_kept_ids(samples, tokens),
         columns=tuple(range(signature.moe_layers)) if columns is None else columns,
         rewards=torch.tensor([sample.reward or 0.0 for sample in samples], dtype=torch.float32),
+        turn_rewards=_stack_turn_rewards(samples, length),
         sample_advantages=torch.from_numpy((np.zeros(b) if advantages is None else advantages).astype(np.float32)),
         in_loss=torch.ones(b, dtype=torch.bool) if in_loss is None else torch.from_numpy(in_loss),
         prompt_index=torch.tensor([sample.prompt_index for sample in samples]),
@@ -82,11 +83,27 @@ def _stack_version_ages(samples: list[Sample], length: int, version: int | None)
     if version is None:
         return ages
     for row, sample in enumerate(samples):
+        shift = sample.prompt_length - 1
         for span in sample.spans:
-            age, shift = version - int(span.version), sample.prompt_length - 1
+            age = version - int(span.version)
             assert age >= 0, f"a token of version {span.version} in the step of version {version}"
             ages[row, span.start + shift : span.end + shift] = age
+        ages[row, shift : len(sample.tokens) - 1] *= sample.full_sampled_mask
     return ages
+
+
+def _stack_turn_rewards(samples: list[Sample], length: int) -> torch.Tensor | None:
+    """Stack the environment's rewards of turns before the last, by their share in the samples' rewards.
+
+    Returns:
+        `[B, T]` float32, position t of token t + 1; None where there are none.
+    """
+    rewards = torch.zeros(len(samples), length)
+    for row, sample in enumerate(samples):
+        for turn in sample.turns[:-1]:
+            if turn.reward and sample.reward is not None:
+                rewards[row, sample.prompt_length + turn.end - 2] = sample.turn_weight * turn.reward
+    return rewards if rewards.any() else None
 
 
 def _stack_weights(samples: list[Sample], shape: tuple[int, ...]) -> np.ndarray:
@@ -117,7 +134,7 @@ def _stack_kept_ids(samples: list[Sample], tokens: np.ndarray) -> torch.Tensor |
         first, end = sample.prompt_length - 1, len(sample.tokens) - 1
         kept[row, first:end, : sample.kept_ids.shape[1]] = sample.kept_ids
         drawn = (kept[row, first:end] == tokens[row, first + 1 : end + 1, None]).any(axis=1)
-        assert (drawn | (kept[row, first:end] == NO_ID).all(axis=1)).all(), "a token is none of those it was drawn from"
+        assert (drawn == sample.full_sampled_mask).all(), "a token is none of those it was drawn from"
     return torch.from_numpy(kept)
 
 

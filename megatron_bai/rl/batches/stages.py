@@ -7,7 +7,7 @@
 Position t of the `[B, T]` fields below `tokens` belongs to the token *predicted* at t, which is token t + 1; that of
 routes and of what is said of them to input token t. Of tokens there are three sets, each a part of the one before:
 
-    response_mask   tokens of responses
+    response_mask   tokens of responses that were sampled; those of an environment are in no set
     usable_mask     those that may be learned from: fresh enough (`staleness.find_fresh_tokens`), and with a route
                     where one is needed (`missing.apply_missing_policy`); what is measured of the engines is over these
     loss_mask       those that the loss counts: of samples that are `in_loss`
@@ -27,7 +27,7 @@ class RolloutBatch(TokenBatch):
     """What was sampled, and what of it may be learned from.
 
     Attributes:
-        response_mask: `[B, T]` bool, tokens of responses.
+        response_mask: `[B, T]` bool, tokens of responses that the model sampled, in all turns.
         usable_mask: `[B, T]` bool, those that may be learned from.
         infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside responses.
         version_age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside
@@ -42,6 +42,8 @@ class RolloutBatch(TokenBatch):
             log-probabilities are over, −1 where it has fewer; None: no draw was truncated.
         columns: MoE layers of the model, counted from 0, that `routes` has, in this order.
         rewards: `[B]` float32.
+        turn_rewards: `[B, T]` float32, what of `rewards` is an environment's for turns before the last, at their last
+            tokens; None: nothing.
         sample_advantages: `[B]` float32, of each sample in its group; 0 where a critic is to give each token one.
         in_loss: `[B]` bool, false for samples that the loss leaves out.
         prompt_index: `[B]` int64, the sample's prompt among this replica's.
@@ -59,6 +61,7 @@ class RolloutBatch(TokenBatch):
     kept_ids: torch.Tensor | None = tensor_field("B T kept", "integer", optional=True)
     columns: tuple[int, ...]
     rewards: torch.Tensor = tensor_field("B", "float")
+    turn_rewards: torch.Tensor | None = tensor_field("B T", "float", optional=True)
     sample_advantages: torch.Tensor = tensor_field("B", "float")
     in_loss: torch.Tensor = tensor_field("B", "bool")
     prompt_index: torch.Tensor = tensor_field("B", "int64")
