@@ -11,11 +11,12 @@ from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.conversation import FatalError, OnComplete, SampleDriver, SampleError
 from megatron_bai.rollout.http_client import HttpRequest, Post, RequestLimits, run_all
+from megatron_bai.rollout.kept_ids import max_kept
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
 from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.sample_request import SampleRequest, sampling_seed
-from megatron_bai.rollout.sampling_params import make_sampling_params
+from megatron_bai.rollout.sampling_params import make_rollout_params, make_sampling_params
 from megatron_bai.rollout.servers.auth import register_key
 from megatron_bai.rollout.turns import TurnEnvironment
 
@@ -208,22 +209,33 @@ class RolloutClient:
         temperature = self.rollout.temperature if temperature is None else temperature
         # Without its flag for deterministic inference a server ignores the seed; with it, but without a seed, the
         # samples of a prompt would be the same.
-        params = make_sampling_params(temperature, limit, stop_token_ids, request.seed)
+        done, kept = len(ids) - len(request.prompt_ids), max_kept(self.rollout.top_k)
+        params = make_rollout_params(self.rollout, temperature, limit, stop_token_ids, request.seed, done)
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
+        if kept:
+            body["return_sampling_mask"] = True
         start = 0 if partial is None else len(partial.tokens) - 1  # rows that are here already are not sent again
         if start:
             body["routed_experts_start_len"] = start
 
         def parse(reply: Any) -> Sample:
             index, form = request.prompt_index, self.route_format
-            sample = parse_sample(reply, index, ids, form, limit, stop_token_ids, start)
-            if sample.tokens.max() >= self.vocab_size:
-                raise ValueError(f"token {sample.tokens.max()} is outside the vocabulary of {self.vocab_size}")
+            sample = parse_sample(reply, index, ids, form, limit, stop_token_ids, start, self.rollout.stop, kept)
+            largest = max(sample.tokens.max(), 0 if sample.kept_ids is None else sample.kept_ids.max(initial=0))
+            if largest >= self.vocab_size:
+                raise ValueError(f"token {largest} is outside the vocabulary of {self.vocab_size}")
+            if self._ended_early(sample, params["min_new_tokens"], stop_token_ids):
+                raise ValueError(f"token {len(sample.response)} ends the response, before rollout.min_new_tokens")
             if version is not None and (wrong := {span.version for span in sample.spans} - {version}):
                 raise ValueError(f"sampled with weights {sorted(wrong)}, the trainer is at {version}")
             return sample if partial is None else partial.append(sample)
 
         return HttpRequest(self.first_server + request.prompt_index, body, parse)
+
+    @staticmethod
+    def _ended_early(sample: Sample, min_new_tokens: int, stop_token_ids: Collection[int]) -> bool:
+        """Return whether an end token was sampled where it has no probability."""
+        return 0 < len(sample.response) <= min_new_tokens and int(sample.tokens[-1]) in stop_token_ids
 
     def _scoring_request(self, ids: list[int]) -> HttpRequest[np.ndarray]:
         """Make the HTTP request of tokens' log-probabilities."""
@@ -242,7 +254,7 @@ class RolloutClient:
             max_failures: as in `generate`.
         """
         rollout = self.rollout
-        reply_bytes = max_reply_bytes(longest, self.route_format)
+        reply_bytes = max_reply_bytes(longest, self.route_format, max_kept(rollout.top_k))
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         results = run_all(self.urls, "/generate", calls, limits, max_failures or 0)

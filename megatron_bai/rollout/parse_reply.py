@@ -2,7 +2,8 @@
 
 The server answers `/generate` with `output_ids` and a `meta_info` that holds, for P prompt and C completion tokens:
 `output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (P + C − 1 rows, in the form
-that `route_format.py` reads), `weight_versions` (spans over the completion) and `finish_reason`.
+that `route_format.py` reads), `weight_versions` (spans over the completion) and `finish_reason`; for a truncated draw
+also what `kept_ids.py` parses.
 """
 
 from collections.abc import Collection
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bai.rollout.kept_ids import parse_kept
 from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.layout import filler_routes
@@ -18,16 +20,18 @@ from megatron_bai.routing.routes import VersionSpan
 
 FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)
+_ID_BYTES = 12  # of an id and what JSON puts after it
 
 
-def max_reply_bytes(tokens: int, route_format: RouteFormat) -> int:
+def max_reply_bytes(tokens: int, route_format: RouteFormat, kept: int = 0) -> int:
     """Compute the bytes that no reply about so many tokens exceeds: routes in base64, and log-probabilities.
 
     Args:
         tokens: of prompt and response.
         route_format: of the server's replies.
+        kept: the most ids that a token is drawn from, where replies have them; 0: they have not.
     """
-    return -(-tokens * route_format.row_bytes // 3) * 4 + 256 * tokens + (1 << 16)
+    return -(-tokens * route_format.row_bytes // 3) * 4 + (256 + _ID_BYTES * kept) * tokens + (1 << 16)
 
 
 def parse_sample(
@@ -38,6 +42,8 @@ def parse_sample(
     max_new_tokens: int,
     stop_token_ids: Collection[int],
     start: int = 0,
+    stop: Collection[str] = (),
+    max_kept: int = 0,
 ) -> Sample:
     """Parse one reply, having checked it. A `routed_experts` of null becomes a sample without a recorded row.
 
@@ -49,6 +55,8 @@ def parse_sample(
         max_new_tokens: as requested.
         stop_token_ids: as requested.
         start: the first row of routes that was requested; those before it are not recorded.
+        stop: texts that end a response, as requested.
+        max_kept: the most ids that a token of a truncated draw was drawn from; 0: no draw was truncated.
 
     Raises:
         ValueError: names what is missing or contradicts the other fields.
@@ -61,12 +69,17 @@ def parse_sample(
         routes, route_mask, weights = _parse_routes(
             meta["routed_experts"], len(prompt_ids), len(output), spans, route_format, start
         )
-        finish = meta["finish_reason"]["type"]
+        finish, matched = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
+        kept_ids = None
+        if max_kept:
+            kept_ids, logprobs = parse_kept(meta, output, logprobs, max_kept)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
-    _check_finish(finish, output, max_new_tokens, stop_token_ids)
+    if not (finish == "stop" and output and isinstance(matched, str) and matched in stop):
+        _check_finish(finish, output, max_new_tokens, stop_token_ids)
     tokens = np.array([*prompt_ids, *output], dtype=np.int64)
-    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, route_mask, route_weights=weights)
+    about_response = (logprobs, routes, spans, finish, route_mask)
+    return Sample(prompt, tokens, len(prompt_ids), *about_response, route_weights=weights, kept_ids=kept_ids)
 
 
 def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:

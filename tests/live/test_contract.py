@@ -77,6 +77,10 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
             servers.sampling_urls, replace(ROLLOUT, max_new_tokens=4), RouteFormat(SIGNATURE), VOCAB, LENGTH
         )
         client.generate([[5, 6, 7]], 2, 0, [STOP])
+        truncated = replace(ROLLOUT, max_new_tokens=4, top_k=3, top_p=0.9)
+        RolloutClient(servers.sampling_urls, truncated, RouteFormat(SIGNATURE), VOCAB, LENGTH).generate(
+            [[5, 6, 7]], 1, 0, [STOP]
+        )
         client.score([[5, 6, 7]])
         shapes, weights = (
             weight_sync.tensor_shapes(checkpoints["v0"]),
@@ -140,6 +144,8 @@ def test_what_is_read_of_a_server_is_what_it_says(said: list[Said]) -> None:
         *releases._SEED_FLAGS,
         *releases._FORBIDDEN_FLAGS,
         releases._DEFAULTS,
+        releases._MASK_TOKENS,
+        releases._NO_TOKENIZER,
     } <= set(info)
     assert info["version"] == version("sglang")
     (model, *_) = [each.reply for each in said if each.path == "/model_info"]

@@ -38,6 +38,8 @@ class RolloutBatch(TokenBatch):
         missing: `[B, T]` bool, tokens it was fed whose route is not known. In neither: padding.
         route_weights: `[B, T, layers, topk]` float32, the inference engine's weights of `routes`; None: it was not
             asked for them.
+        kept_ids: `[B, T, kept]` integer, the ids that the token at t + 1 was drawn from (`rollout.kept_ids`), which all
+            log-probabilities are over, −1 where it has fewer; None: no draw was truncated.
         columns: MoE layers of the model, counted from 0, that `routes` has, in this order.
         rewards: `[B]` float32.
         turn_rewards: `[B, T]` float32, what of `rewards` is an environment's for turns before the last, at their last
@@ -56,6 +58,7 @@ class RolloutBatch(TokenBatch):
     routed: torch.Tensor = tensor_field("B T", "bool")
     missing: torch.Tensor = tensor_field("B T", "bool")
     route_weights: torch.Tensor | None = tensor_field("B T layers topk", "float", optional=True)
+    kept_ids: torch.Tensor | None = tensor_field("B T kept", "integer", optional=True)
     columns: tuple[int, ...]
     rewards: torch.Tensor = tensor_field("B", "float")
     turn_rewards: torch.Tensor | None = tensor_field("B T", "float", optional=True)
@@ -141,6 +144,7 @@ def make_rollout_batch(
         routed=none,
         missing=none,
         route_weights=None,
+        kept_ids=None,
         columns=(),
         rewards=nothing,
         sample_advantages=nothing,

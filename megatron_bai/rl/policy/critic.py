@@ -67,8 +67,8 @@ class Critic:
 
         The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it), but what of it an
         environment gave for an earlier turn, which is that of the turn's last token. Only ranks of the last stage,
-        which alone compute losses, have other values, returns and advantages than 0; they add
-        `value_mean`, `return_mean` and `explained_variance`, of tokens in the loss.
+        which alone compute losses, have other values, returns and advantages than 0; they add `value_mean`,
+        `return_mean` and `explained_variance`, of tokens in the loss.
 
         Args:
             scored: of this rank.
