@@ -134,7 +134,7 @@ class Recorder:
 
 
 def names_as_gathered(model: Architecture) -> list[str]:
-    """A model's names in the order in which `param_shards.gather_slices` comes to them."""
+    """A model's names in the order in which `gather.gather_slices` comes to them."""
     kinds = sorted(model.mappings.values(), key=lambda kind: kind.megatron)
     return [name for kind in kinds for index in slice_indices(kind, model) for name in kind.names(index)]
 

@@ -1,0 +1,175 @@
+"""Gather a live model's weights from all ranks, bucket by bucket, as `gather_plan.make_gather_plan` has it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_bai.model.gather_plan import GatherBucket, Index, ShardInfo, make_gather_plan
+from megatron_bai.model.param_shards import Shard, local_shards
+
+BUCKET_BYTES = 256 << 20  # of an export that no setting says otherwise of
+
+T = TypeVar("T")
+NamedSlice = tuple[str, Index, torch.Tensor]
+
+
+class _Receipt(NamedTuple):
+    """A bucket that is under way to this rank: the messages of others, and what to wait for."""
+
+    bucket: GatherBucket
+    messages: dict[int, torch.Tensor]
+    works: list[Any]
+
+
+def main_shards(modules: list[torch.nn.Module]) -> list[Shard]:
+    """Return this rank's shards that are saved, without those of which another rank has the copy that is."""
+    return [shard for shard in local_shards(modules) if shard.is_main_replica]
+
+
+def describe(shards: list[Shard]) -> list[ShardInfo]:
+    """Return what the plan needs to know of shards."""
+    return [ShardInfo(s.key, s.index, s.offset, tuple(s.data.shape), s.shape, s.data.dtype) for s in shards]
+
+
+def exchange_infos(shards: list[Shard]) -> list[list[ShardInfo]]:
+    """Return what every rank holds, by rank, on every rank. *Collective*.
+
+    Args:
+        shards: `main_shards` of this rank.
+    """
+    of_ranks: list[list[ShardInfo]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, describe(shards))
+    return of_ranks
+
+
+def gather_slices(
+    modules: list[torch.nn.Module], bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Index, torch.Tensor]]:
+    """Gather the model on rank 0, slice after slice. *Collective*: every rank consumes the iterator.
+
+    Args:
+        modules: the bare model of each chunk.
+        bucket_bytes: of slices that are gathered together.
+
+    Yields:
+        `(key, index, tensor)` in the same order on every rank. On rank 0 the tensor is the slice; it may be a view of a
+        parameter or of the bucket, so what is kept is copied. On the others it is empty.
+
+    Raises:
+        RuntimeError: the main replicas do not cover a slice exactly.
+    """
+    shards = main_shards(modules)
+    plan = make_gather_plan(exchange_infos(shards), bucket_bytes)
+    for bucket, slices in gather_buckets(shards, plan):
+        yield from slices if slices is not None else ((s.key, s.index, torch.empty(0)) for s in bucket.slices)
+
+
+@torch.no_grad()
+def gather_buckets(
+    shards: list[Shard], plan: list[GatherBucket]
+) -> Iterator[tuple[GatherBucket, list[NamedSlice] | None]]:
+    """Gather every bucket of a plan on its collector. *Collective*: every rank consumes the iterator to its end.
+
+    While the caller works on one bucket, the messages of the next are received: two buckets are held at a time. A rank
+    that has a part in no more of them waits for nobody.
+
+    Args:
+        shards: `main_shards` of this rank, of which its plan was made.
+        plan: the same on every rank.
+
+    Yields:
+        Each bucket, with its slices on its collector and None elsewhere. A slice may be a view of a parameter.
+    """
+    rank = dist.get_rank()
+    sending: tuple[Any, torch.Tensor] | None = None  # the message stays in memory as long as its work is not done
+    previous: tuple[GatherBucket, _Receipt | None] | None = None
+    for bucket in plan:
+        receipt = None
+        if bucket.collector == rank:
+            receipt = _start_receiving(bucket, shards)
+        elif rank in bucket.message_bytes:
+            if sending is not None:
+                sending[0].wait()
+            message = _pack(bucket, shards, rank)
+            sending = dist.isend(message, dst=bucket.collector), message
+        if previous is not None:
+            yield previous[0], _finish(previous[1], shards)
+        previous = bucket, receipt
+    if sending is not None:
+        sending[0].wait()
+    if previous is not None:
+        yield previous[0], _finish(previous[1], shards)
+
+
+@contextmanager
+def drained(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
+    """Consume what the block leaves of an iterator in which other ranks take part, so that an error makes none wait.
+
+    Args:
+        iterator: such as `gather_buckets`.
+    """
+    try:
+        yield iterator
+    finally:
+        for _ in iterator:
+            pass
+
+
+def _pack(bucket: GatherBucket, shards: list[Shard], rank: int) -> torch.Tensor:
+    """Copy a rank's pieces of a bucket into its message; a piece alone and in order is sent from where it lies."""
+    pieces = [(piece, shards[piece.shard_index].data.detach()) for _, piece in bucket.pieces_of(rank)]
+    if len(pieces) == 1 and pieces[0][1].is_contiguous():
+        return _as_bytes(pieces[0][1])
+    message = torch.empty(bucket.message_bytes[rank], dtype=torch.uint8, device=pieces[0][1].device)
+    for piece, data in pieces:
+        _piece_of(message, piece.start, piece.info.sizes, piece.info.dtype).copy_(data)
+    return message
+
+
+def _start_receiving(bucket: GatherBucket, shards: list[Shard]) -> _Receipt:
+    """Start to receive the messages of a bucket's other owners."""
+    device = shards[0].data.device if shards else torch.device("cpu")
+    messages, works = {}, []
+    for owner, num_bytes in sorted(bucket.message_bytes.items()):
+        messages[owner] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        works.append(dist.irecv(messages[owner], src=owner))
+    return _Receipt(bucket, messages, works)
+
+
+def _finish(receipt: _Receipt | None, shards: list[Shard]) -> list[NamedSlice] | None:
+    """Wait for a bucket, and return its slices; None for one that another rank collects."""
+    if receipt is None:
+        return None
+    for work in receipt.works:
+        work.wait()
+    slices = []
+    for planned in receipt.bucket.slices:
+        parts = []
+        for owner, shard_index, info, start in planned.pieces:
+            if owner in receipt.messages:
+                parts.append(_piece_of(receipt.messages[owner], start, info.sizes, info.dtype))
+            else:
+                parts.append(shards[shard_index].data.detach())
+        if len(parts) == 1:  # it covers the slice: `make_gather_plan` has counted
+            whole = parts[0]
+        else:
+            whole = parts[0].new_empty(planned.shape)
+            for (_, _, info, _), part in zip(planned.pieces, parts, strict=True):
+                box = tuple(slice(o, o + n) for o, n in zip(info.offset, info.sizes, strict=True))
+                whole[box].copy_(part)
+        slices.append((planned.key, planned.index, whole))
+    return slices
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor's bytes, `[bytes] uint8`, without a copy."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _piece_of(message: torch.Tensor, start: int, sizes: Index, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers that a message has at byte `start`, without a copy."""
+    num_bytes = torch.Size(sizes).numel() * dtype.itemsize
+    return message[start : start + num_bytes].view(dtype).view(sizes)
