@@ -72,11 +72,10 @@ def build_bfloat16(bench: Any, device: Any) -> Any:
 
 @contextmanager
 def in_buckets(num_bytes: int) -> Iterator[None]:
-    """Send tensors in buckets of so many bytes; 0 changes nothing."""
-    from megatron_bai.rollout.servers import weight_sync
+    """Gather and send tensors in buckets of so many bytes; 0 changes nothing."""
+    from megatron_bai.rl.experience.memory_sync import MemorySync
 
-    upstream = weight_sync._make_buckets
-    with patch.object(weight_sync, "_make_buckets", lambda groups, limit: upstream(groups, num_bytes or limit)):
+    with patch.object(MemorySync, "_bucket_bytes", lambda self: num_bytes) if num_bytes else nullcontext():
         yield
 
 
