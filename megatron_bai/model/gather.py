@@ -1,5 +1,6 @@
 """Gather a live model's weights from all ranks, bucket by bucket, as `gather_plan.make_gather_plan` has it."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ NamedSlice = tuple[str, Index, torch.Tensor]
 
 
 class _Receipt(NamedTuple):
-    """A bucket that is under way to this rank: the messages of others, and what to wait for."""
+    """A bucket of the plan, and what comes for it where this rank collects it: messages, and what to wait for."""
 
     bucket: GatherBucket
     messages: dict[int, torch.Tensor]
@@ -85,23 +86,26 @@ def gather_buckets(
     """
     rank = dist.get_rank()
     sending: tuple[Any, torch.Tensor] | None = None  # the message stays in memory as long as its work is not done
-    previous: tuple[GatherBucket, _Receipt | None] | None = None
+    pending: deque[_Receipt] = deque()  # the frame of a generator would hold what a variable names
     for bucket in plan:
-        receipt = None
+        messages, works = {}, []
         if bucket.collector == rank:
-            receipt = _start_receiving(bucket, shards)
+            messages, works = _start_receiving(bucket, shards)
         elif rank in bucket.message_bytes:
             if sending is not None:
                 sending[0].wait()
+            sending = None
             message = _pack(bucket, shards, rank)
             sending = dist.isend(message, dst=bucket.collector), message
-        if previous is not None:
-            yield previous[0], _finish(previous[1], shards)
-        previous = bucket, receipt
+            del message
+        pending.append(_Receipt(bucket, messages, works))
+        del messages
+        if len(pending) > 1:
+            yield _finish(pending.popleft(), shards, rank)
     if sending is not None:
         sending[0].wait()
-    if previous is not None:
-        yield previous[0], _finish(previous[1], shards)
+    if pending:
+        yield _finish(pending.popleft(), shards, rank)
 
 
 @contextmanager
@@ -129,20 +133,20 @@ def _pack(bucket: GatherBucket, shards: list[Shard], rank: int) -> torch.Tensor:
     return message
 
 
-def _start_receiving(bucket: GatherBucket, shards: list[Shard]) -> _Receipt:
-    """Start to receive the messages of a bucket's other owners."""
+def _start_receiving(bucket: GatherBucket, shards: list[Shard]) -> tuple[dict[int, torch.Tensor], list[Any]]:
+    """Start to receive the messages of a bucket's other owners; return those and what to wait for."""
     device = shards[0].data.device if shards else torch.device("cpu")
     messages, works = {}, []
     for owner, num_bytes in sorted(bucket.message_bytes.items()):
         messages[owner] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         works.append(dist.irecv(messages[owner], src=owner))
-    return _Receipt(bucket, messages, works)
+    return messages, works
 
 
-def _finish(receipt: _Receipt | None, shards: list[Shard]) -> list[NamedSlice] | None:
-    """Wait for a bucket, and return its slices; None for one that another rank collects."""
-    if receipt is None:
-        return None
+def _finish(receipt: _Receipt, shards: list[Shard], rank: int) -> tuple[GatherBucket, list[NamedSlice] | None]:
+    """Wait for a bucket, and return it with its slices; with None where another rank collects it."""
+    if receipt.bucket.collector != rank:
+        return receipt.bucket, None
     for work in receipt.works:
         work.wait()
     slices = []
@@ -161,7 +165,7 @@ def _finish(receipt: _Receipt | None, shards: list[Shard]) -> list[NamedSlice] |
                 box = tuple(slice(o, o + n) for o, n in zip(info.offset, info.sizes, strict=True))
                 whole[box].copy_(part)
         slices.append((planned.key, planned.index, whole))
-    return slices
+    return receipt.bucket, slices
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

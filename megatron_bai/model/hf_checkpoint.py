@@ -71,7 +71,7 @@ def iter_hf_tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tu
         a view of a parameter, so what is kept is copied.
     """
     gather = HFGather(modules, model)
-    for bucket, named in gather.gather(gather.plan()):
+    for bucket, named in gather.iter_buckets(gather.plan()):
         yield from named if named is not None else ((info.name, torch.empty(0)) for info in bucket.tensors)
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.config import Model
-from megatron_bai.model import gather, hf_mapping
+from megatron_bai.model import hf_mapping
 from megatron_bai.model.architecture import architecture_of
 from megatron_bai.model.families.architecture import Architecture
+from megatron_bai.model.gather import BUCKET_BYTES, NamedSlice, describe, exchange_infos, gather_buckets, main_shards
 from megatron_bai.model.gather_plan import GatherBucket, Index, SliceId, make_gather_plan
 from megatron_bai.model.param_shards import Shard
 
@@ -56,13 +57,13 @@ class HFGather:
         self,
         modules: list[torch.nn.Module],
         model: Model,
-        bucket_bytes: int = gather.BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
         num_collectors: int = 1,
     ):
         self._modules, self._architecture = modules, architecture_of(model)
         self._bucket_bytes, self._num_collectors = bucket_bytes, num_collectors
-        shards = gather.main_shards(modules)
-        self._infos, self._of_ranks = gather.describe(shards), gather.exchange_infos(shards)
+        shards = main_shards(modules)
+        self._infos, self._of_ranks = describe(shards), exchange_infos(shards)
         self._digests: dict[tuple[str, Index, Index], bytes] = {}
         self._plans: dict[frozenset[SliceId], list[HFBucket]] = {}
 
@@ -88,7 +89,7 @@ class HFGather:
             TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in publish(slices, self._architecture)
         )
 
-    def gather(self, plan: list[HFBucket]) -> Iterator[tuple[HFBucket, Named | None]]:
+    def iter_buckets(self, plan: list[HFBucket]) -> Iterator[tuple[HFBucket, Named | None]]:
         """Gather the buckets of a plan. *Collective*: every rank consumes the iterator to its end.
 
         Yields:
@@ -98,15 +99,19 @@ class HFGather:
         Raises:
             RuntimeError: the model has other shards than the plan was made of.
         """
-        shards = self._current_shards()
-        slices = gather.gather_buckets(shards, [bucket.gather for bucket in plan])
-        for bucket, (_, gathered) in zip(plan, slices, strict=True):
-            yield bucket, None if gathered is None else list(publish(gathered, self._architecture))
+        slices = gather_buckets(self._current_shards(), [bucket.gather for bucket in plan])
+        for bucket in plan:  # no variable holds the last bucket while the next one is gathered
+            yield bucket, self._publish(next(slices)[1])
+        assert next(slices, None) is None, "more buckets than planned"
+
+    def _publish(self, gathered: list[NamedSlice] | None) -> Named | None:
+        """Return a bucket's slices as they are published, where this rank has them."""
+        return None if gathered is None else list(publish(gathered, self._architecture))
 
     def _current_shards(self) -> list[Shard]:
         """Return this rank's shards, where they are now: parameters may have moved since the plan was made."""
-        shards = gather.main_shards(self._modules)
-        if gather.describe(shards) != self._infos:
+        shards = main_shards(self._modules)
+        if describe(shards) != self._infos:
             raise RuntimeError("the model has other shards than when its gathering was planned")
         return shards
 
@@ -175,16 +180,6 @@ def unit_of(architecture: Architecture) -> Callable[[str, Index], Hashable]:
         return key, index
 
     return unit
-
-
-def names_of(slices: Iterable[SliceId], architecture: Architecture) -> set[str]:
-    """Return the published names of slices.
-
-    Args:
-        slices: keys and indices.
-        architecture: of the model.
-    """
-    return {name for key, index in slices for name in hf_mapping.mapping_of(key, architecture).names(index)}
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

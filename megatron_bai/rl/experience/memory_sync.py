@@ -65,13 +65,13 @@ class MemorySync:
             senders = sorted({bucket.gather.collector for bucket in everything})
             host = self._session.settings.rollout.sync_host
             self._group = GroupSync(servers.urls, servers.tp_sizes, host, device, senders)
-        buckets = (self._quantize(bucket) for _, bucket in gather.gather(plan))
+        buckets = self._iter_buckets(gather, plan)
         planned = [(bucket.gather.collector, bucket.tensors) for bucket in plan]
         self._group.send(planned, buckets, version, self._shapes, left_out)
 
     def _send_over_http(self, gather: HFGather, plan: list[HFBucket], version: str, left_out: set[str]) -> None:
         """Send all of them from rank 0. Collective."""
-        buckets = (self._quantize(bucket) for _, bucket in gather.gather(plan))
+        buckets = self._iter_buckets(gather, plan)
 
         def take_part() -> None:
             with drained(buckets):
@@ -84,6 +84,13 @@ class MemorySync:
                     )  # fmt: skip
 
         current_ranks().run_on_all(take_part)
+
+    def _iter_buckets(self, gather: HFGather, plan: list[HFBucket]) -> Iterator[Bucket | None]:
+        """Yield the tensors of each bucket as servers get them, where this rank has it. Collective."""
+        buckets = gather.iter_buckets(plan)
+        for _ in plan:  # no variable holds the last bucket while the next one is gathered
+            yield self._quantize(next(buckets)[1])
+        assert next(buckets, None) is None, "more buckets than planned"
 
     def _quantize(self, bucket: Bucket | None) -> Bucket | None:
         """Round weights as the settings have it; None stays."""

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai.distributed.rank_group import current_ranks
-from megatron_bai.errors import UserError
 from megatron_bai.model.gather import drained
 from megatron_bai.model.hf_gather import TensorInfo
 from megatron_bai.rollout.servers.broadcast_transport import SenderGroup, Sending, ServerGroups, join_groups
@@ -123,16 +122,15 @@ class GroupSync:
     ) -> None:
         """Broadcast the buckets that this rank has, each while the next one is gathered."""
         sending: Sending | None = None
-        for (rank, infos), bucket in zip(plan, buckets, strict=True):
-            if bucket is None:
+        for rank, infos in plan:
+            flat = _flatten_planned(next(buckets), infos)  # no variable holds the tensors while the next are gathered
+            if flat is None:
                 continue
             assert self._own is not None and rank == dist.get_rank(), "a bucket is with its sender"
-            flat, found = flatten_bucket(bucket)
-            if found != order_infos(infos):
-                raise UserError(f"a bucket of {len(found)} tensors from {found[0].name} on is not as it was planned")
             if sending is not None:
                 self._own.finish(sending, loading)
             sending = self._own.broadcast(flat)
+            del flat
         if sending is not None and self._own is not None:
             self._own.finish(sending, loading)
 
@@ -140,3 +138,17 @@ class GroupSync:
         """Make the servers leave the groups, as far as they still answer. Not collective."""
         if self._groups is not None:
             self._groups.close()
+
+
+def _flatten_planned(bucket: Bucket | None, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
+    """Return a bucket's bytes, where this rank has it.
+
+    Raises:
+        RuntimeError: it does not have the planned tensors, which the servers were told of.
+    """
+    if bucket is None:
+        return None
+    flat, found = flatten_bucket(bucket)
+    if found != order_infos(infos):
+        raise RuntimeError(f"a bucket of {len(found)} tensors, first {found[0].name}, is not as it was planned")
+    return flat
