@@ -141,8 +141,8 @@ def _peak(buckets: list[GatherBucket], architecture: Architecture) -> int:
 
 
 def _copied(bucket: GatherBucket, architecture: Architecture) -> int:
-    """Return the bytes of slices that are put together of pieces, and of published tensors that are no view of one."""
-    copied = sum(each.num_bytes for each in bucket.slices if len(each.pieces) > 1)
+    """Return the bytes of slices that are put together of shards, and of published tensors that are no view of one."""
+    copied = sum(each.num_bytes for each in bucket.slices if len(each.shards) > 1)
     for each in bucket.slices:
         whole = torch.empty(each.shape, dtype=each.dtype, device="meta")
         for _, tensor in publish([(each.key, each.index, whole)], architecture):

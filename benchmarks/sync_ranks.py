@@ -167,11 +167,11 @@ class Bench:
     def gather_by_slices(self, plan: list[GatherBucket]) -> None:
         """Send each shard by itself, and wait for it."""
         for planned in plan[0].slices:
-            for piece in planned.pieces:
-                if piece.owner == self.rank != 0:
-                    dist.send(self.shards[piece.shard_index].data.contiguous(), dst=0)
-                elif self.rank == 0 and piece.owner:
-                    dist.recv(torch.empty(piece.info.sizes, dtype=piece.info.dtype), src=piece.owner)
+            for shard in planned.shards:
+                if shard.owner == self.rank != 0:
+                    dist.send(self.shards[shard.shard_index].data.contiguous(), dst=0)
+                elif self.rank == 0 and shard.owner:
+                    dist.recv(torch.empty(shard.info.sizes, dtype=shard.info.dtype), src=shard.owner)
 
     def broadcast(self, group: GroupSync) -> None:
         """Send one tensor from rank 0's group, which the servers of a sync are members of."""

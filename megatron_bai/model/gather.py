@@ -123,13 +123,13 @@ def drained(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
 
 
 def _pack(bucket: GatherBucket, shards: list[Shard], rank: int) -> torch.Tensor:
-    """Copy a rank's pieces of a bucket into its message; a piece alone and in order is sent from where it lies."""
-    pieces = [(piece, shards[piece.shard_index].data.detach()) for _, piece in bucket.pieces_of(rank)]
-    if len(pieces) == 1 and pieces[0][1].is_contiguous():
-        return _as_bytes(pieces[0][1])
-    message = torch.empty(bucket.message_bytes[rank], dtype=torch.uint8, device=pieces[0][1].device)
-    for piece, data in pieces:
-        _piece_of(message, piece.start, piece.info.sizes, piece.info.dtype).copy_(data)
+    """Copy a rank's shards of a bucket into its message; a shard alone and in order is sent from where it lies."""
+    packed = [(planned, shards[planned.shard_index].data.detach()) for _, planned in bucket.shards_of(rank)]
+    if len(packed) == 1 and packed[0][1].is_contiguous():
+        return _as_bytes(packed[0][1])
+    message = torch.empty(bucket.message_bytes[rank], dtype=torch.uint8, device=packed[0][1].device)
+    for planned, data in packed:
+        _view_message(message, planned.start, planned.info).copy_(data)
     return message
 
 
@@ -151,19 +151,19 @@ def _finish(receipt: _Receipt, shards: list[Shard], rank: int) -> tuple[GatherBu
         work.wait()
     slices = []
     for planned in receipt.bucket.slices:
-        parts = []
-        for owner, shard_index, info, start in planned.pieces:
+        tensors = []
+        for owner, shard_index, info, start in planned.shards:
             if owner in receipt.messages:
-                parts.append(_piece_of(receipt.messages[owner], start, info.sizes, info.dtype))
+                tensors.append(_view_message(receipt.messages[owner], start, info))
             else:
-                parts.append(shards[shard_index].data.detach())
-        if len(parts) == 1:  # it covers the slice: `make_gather_plan` has counted
-            whole = parts[0]
+                tensors.append(shards[shard_index].data.detach())
+        if len(tensors) == 1:  # it covers the slice: `make_gather_plan` has counted
+            whole = tensors[0]
         else:
-            whole = parts[0].new_empty(planned.shape)
-            for (_, _, info, _), part in zip(planned.pieces, parts, strict=True):
+            whole = tensors[0].new_empty(planned.shape)
+            for (_, _, info, _), tensor in zip(planned.shards, tensors, strict=True):
                 box = tuple(slice(o, o + n) for o, n in zip(info.offset, info.sizes, strict=True))
-                whole[box].copy_(part)
+                whole[box].copy_(tensor)
         slices.append((planned.key, planned.index, whole))
     return receipt.bucket, slices
 
@@ -173,7 +173,6 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _piece_of(message: torch.Tensor, start: int, sizes: Index, dtype: torch.dtype) -> torch.Tensor:
-    """Return the numbers that a message has at byte `start`, without a copy."""
-    num_bytes = torch.Size(sizes).numel() * dtype.itemsize
-    return message[start : start + num_bytes].view(dtype).view(sizes)
+def _view_message(message: torch.Tensor, start: int, info: ShardInfo) -> torch.Tensor:
+    """Return the shard that a message has at byte `start`, without a copy."""
+    return message[start : start + info.num_bytes].view(info.dtype).view(info.sizes)

@@ -38,7 +38,7 @@ class ShardInfo(NamedTuple):
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
 
-class Piece(NamedTuple):
+class PlannedShard(NamedTuple):
     """A shard's part in a bucket: the `shard_index`-th of `owner`, at byte `start` of the owner's message."""
 
     owner: int
@@ -48,13 +48,13 @@ class Piece(NamedTuple):
 
 
 class PlannedSlice(NamedTuple):
-    """A slice, and the pieces that cover it."""
+    """A slice, and the shards that cover it."""
 
     key: str
     index: Index
     shape: Index
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    shards: tuple[PlannedShard, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -81,12 +81,12 @@ class GatherBucket:
         """The number of bytes of its slices."""
         return sum(each.num_bytes for each in self.slices)
 
-    def pieces_of(self, rank: int) -> Iterator[tuple[PlannedSlice, Piece]]:
-        """Yield a rank's pieces, in the order in which its message has them."""
+    def shards_of(self, rank: int) -> Iterator[tuple[PlannedSlice, PlannedShard]]:
+        """Yield a rank's shards, in the order in which its message has them."""
         for planned in self.slices:
-            for piece in planned.pieces:
-                if piece.owner == rank:
-                    yield planned, piece
+            for shard in planned.shards:
+                if shard.owner == rank:
+                    yield planned, shard
 
 
 def make_gather_plan(
@@ -159,14 +159,14 @@ def _choose_collectors(owners: list[int], num_collectors: int) -> dict[int, int]
 def _make_bucket(
     collector: int, units: list[list[SliceId]], slices: dict[SliceId, list[tuple[int, int, ShardInfo]]]
 ) -> GatherBucket:
-    """Lay the pieces of a bucket out in their owners' messages."""
+    """Lay the shards of a bucket out in their owners' messages."""
     ends: dict[int, int] = defaultdict(int)
     planned = []
     for slice_id in (slice_id for unit in units for slice_id in unit):
-        pieces = []
+        shards = []
         for owner, shard_index, info in slices[slice_id]:
             start = -(-ends[owner] // _ALIGNMENT) * _ALIGNMENT
             ends[owner] = start + info.num_bytes
-            pieces.append(Piece(owner, shard_index, info, start))
-        planned.append(PlannedSlice(*slice_id, info.shape, info.dtype, tuple(pieces)))
+            shards.append(PlannedShard(owner, shard_index, info, start))
+        planned.append(PlannedSlice(*slice_id, info.shape, info.dtype, tuple(shards)))
     return GatherBucket(collector, tuple(planned), {owner: end for owner, end in ends.items() if owner != collector})

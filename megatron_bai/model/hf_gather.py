@@ -127,7 +127,7 @@ class HFGather:
             before = bisect(trained, (shard.data.data_ptr(), sys.maxsize)) - 1  # the last that starts up to there
             if before < 0 or shard.data.data_ptr() >= trained[before][1]:
                 digests[shard.key, shard.index, shard.offset] = _digest(shard.data)
-        same = [piece[:2] for piece, digest in digests.items() if self._digests.get(piece) == digest]
+        same = [shard_id[:2] for shard_id, digest in digests.items() if self._digests.get(shard_id) == digest]
         self._digests = digests
         of_ranks: list[list[SliceId]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(of_ranks, same)

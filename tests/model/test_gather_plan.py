@@ -23,10 +23,10 @@ def test_every_slice_is_in_one_bucket_and_covered_once(grid: Grid, size: int, co
     planned = [each for bucket in plan for each in bucket.slices]
     assert Counter((each.key, each.index) for each in planned) == Counter(MODEL.keys())
     assert sum(each.num_bytes for each in planned) == MODEL_BYTES
-    used = Counter((piece.owner, piece.shard_index) for each in planned for piece in each.pieces)
+    used = Counter((shard.owner, shard.shard_index) for each in planned for shard in each.shards)
     held = [(rank, i) for rank, infos in enumerate(of_ranks) for i in range(len(infos))]
     assert used == Counter(held)
-    assert all(of_ranks[p.owner][p.shard_index] == p.info for each in planned for p in each.pieces)
+    assert all(of_ranks[p.owner][p.shard_index] == p.info for each in planned for p in each.shards)
     assert all(bucket.num_bytes <= size or len(bucket.slices) == 1 for bucket in plan)
     owners = {rank for rank, _ in held}
     chosen = {bucket.collector for bucket in plan}
@@ -34,13 +34,13 @@ def test_every_slice_is_in_one_bucket_and_covered_once(grid: Grid, size: int, co
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_pieces_lie_apart_in_messages_where_numbers_may_lie(grid: Grid) -> None:
+def test_shards_lie_apart_in_messages_where_numbers_may_lie(grid: Grid) -> None:
     for bucket in make_gather_plan(infos_of(grid, MODEL), 300):
         for rank, num_bytes in bucket.message_bytes.items():
             end = 0
-            for planned, piece in bucket.pieces_of(rank):
-                assert piece.start >= end and piece.start % planned.dtype.itemsize == 0
-                end = piece.start + piece.info.num_bytes
+            for planned, shard in bucket.shards_of(rank):
+                assert shard.start >= end and shard.start % planned.dtype.itemsize == 0
+                end = shard.start + shard.info.num_bytes
             assert end == num_bytes > 0
         assert bucket.collector not in bucket.message_bytes
 
@@ -50,7 +50,7 @@ def test_whole_experts_do_not_move_where_their_ranks_collect() -> None:
     plan = make_gather_plan(infos_of(grid, MODEL), 1 << 30, num_collectors=grid.world)
     assert {bucket.collector for bucket in plan} == set(range(grid.world))
     for bucket in plan:
-        moved = {each.key for each in bucket.slices for piece in each.pieces if piece.owner != bucket.collector}
+        moved = {each.key for each in bucket.slices for shard in each.shards if shard.owner != bucket.collector}
         assert moved <= {"embedding", "layers.proj"}, "what tensor ranks split"
     messages = sum(len(bucket.message_bytes) for bucket in plan)
     assert messages == 4, "of the two tensor ranks of two stages, each to the other"

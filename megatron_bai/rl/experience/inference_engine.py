@@ -210,7 +210,6 @@ class InferenceEngine:
         if not current_ranks().run_on_first(revive):
             return False
         self.close()  # restarted servers are no members of the process groups that weights are sent through
-        self._have_previous = False
         return True
 
     def sync(self) -> None:
@@ -253,8 +252,9 @@ class InferenceEngine:
         self._disk_version = self.version
 
     def close(self) -> None:
-        """Leave the process groups shared with the servers, where there are any."""
+        """Leave the process groups shared with the servers, where there are any. The next sync sends everything."""
         self._memory.close()
+        self._have_previous = False
 
     def _check_probe(self) -> None:
         """Compare a probe's log-probabilities between trainer and servers. Collective.

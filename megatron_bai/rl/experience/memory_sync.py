@@ -98,10 +98,10 @@ class MemorySync:
         return bucket and [(name, fake_quantize(name, tensor, fmt)) for name, tensor in bucket]
 
     def close(self) -> None:
-        """Leave the process groups shared with the servers, where there are any: the next sync makes new ones."""
+        """Leave the process groups shared with the servers, where there are any: the next sync begins anew."""
         if self._group is not None:
             self._group.close()
-        self._group = None
+        self._group, self._gather, self._http = None, None, None
 
 
 def choose_senders(sync: str, sync_host: str, sync_senders: int) -> int:
