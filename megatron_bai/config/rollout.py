@@ -63,7 +63,7 @@ class Rollout:
         "how weights travel: disk (a checkpoint they read), tensors (over HTTP) or group (gloo, NCCL)",
         choices=("disk", "tensors", "group"),
     )
-    sync_bucket_mib: int = number(256, "tensors, group: sent together", at_least=1)
+    sync_bucket_mib: int = number(256, "tensors, group: gathered and sent together", at_least=1)
     sync_senders: int = number(
         8, "group: ranks that send in turn what they gathered from those next to them, at most", at_least=1
     )

@@ -33,9 +33,9 @@ def test_every_slice_is_in_one_bucket_and_covered_once(grid: Grid, size: int, co
     assert chosen <= owners and len(chosen) <= collectors and (collectors > 1 or chosen == {0})
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_shards_lie_apart_in_messages_where_numbers_may_lie(grid: Grid) -> None:
-    for bucket in make_gather_plan(infos_of(grid, MODEL), 300):
+@pytest.mark.parametrize(("grid", "size"), itertools.product(GRIDS, [300, 1 << 30]))
+def test_shards_lie_apart_in_messages_where_numbers_may_lie(grid: Grid, size: int) -> None:
+    for bucket in make_gather_plan(infos_of(grid, MODEL), size):
         for rank, num_bytes in bucket.message_bytes.items():
             end = 0
             for planned, shard in bucket.shards_of(rank):
