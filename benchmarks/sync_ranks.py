@@ -204,7 +204,7 @@ def rank_main(rank: int, asked: argparse.Namespace, store_port: int, port: int, 
     alone, spread = make_gather_plan(bench.of_ranks, size), make_gather_plan(bench.of_ranks, size, asked.ranks)
     url, device = [bench.url], torch.device("cpu")
     senders = sorted({bucket.collector for bucket in spread})
-    every = [make_gather_plan(bench.of_ranks, 1 << 60)][0]
+    every = make_gather_plan(bench.of_ranks, 1 << 60)
     with closing(GroupSync(url, [1], "127.0.0.1", device, senders)) as group:
         ways: dict[str, Callable[[], None]] = {
             "broadcast": lambda: bench.broadcast(group),

@@ -86,6 +86,7 @@ def gather_buckets(
     """
     rank = dist.get_rank()
     sending: tuple[Any, torch.Tensor] | None = None  # the message stays in memory as long as its work is not done
+    spare: torch.Tensor | None = None
     pending: deque[_Receipt] = deque()  # the frame of a generator would hold what a variable names
     for bucket in plan:
         messages, works = {}, []
@@ -94,8 +95,8 @@ def gather_buckets(
         elif rank in bucket.message_bytes:
             if sending is not None:
                 sending[0].wait()
-            sending = None
-            message = _pack(bucket, shards, rank)
+                spare = sending[1]
+            message = _pack(bucket, shards, rank, spare)
             sending = dist.isend(message, dst=bucket.collector), message
             del message
         pending.append(_Receipt(bucket, messages, works))
@@ -122,14 +123,19 @@ def drained(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
             pass
 
 
-def _pack(bucket: GatherBucket, shards: list[Shard], rank: int) -> torch.Tensor:
-    """Copy a rank's shards of a bucket into its message; a shard alone and in order is sent from where it lies."""
-    packed = [(planned, shards[planned.shard_index].data.detach()) for _, planned in bucket.shards_of(rank)]
-    if len(packed) == 1 and packed[0][1].is_contiguous():
-        return _as_bytes(packed[0][1])
-    message = torch.empty(bucket.message_bytes[rank], dtype=torch.uint8, device=packed[0][1].device)
-    for planned, data in packed:
+def _pack(bucket: GatherBucket, shards: list[Shard], rank: int, spare: torch.Tensor | None) -> torch.Tensor:
+    """Copy a rank's shards of a bucket into its message, which is in `spare` if that is large enough.
+
+    New memory costs a CPU as much as a copy.
+    """
+    num_bytes = bucket.message_bytes[rank]
+    message = None if spare is None or len(spare) < num_bytes else spare[:num_bytes]
+    for _, planned in bucket.shards_of(rank):
+        data = shards[planned.shard_index].data.detach()
+        if message is None:
+            message = torch.empty(num_bytes, dtype=torch.uint8, device=data.device)
         _view_message(message, planned.start, planned.info).copy_(data)
+    assert message is not None, "a message has a shard"
     return message
 
 
@@ -166,11 +172,6 @@ def _finish(receipt: _Receipt, shards: list[Shard], rank: int) -> tuple[GatherBu
                 whole[box].copy_(tensor)
         slices.append((planned.key, planned.index, whole))
     return receipt.bucket, slices
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous tensor's bytes, `[bytes] uint8`, without a copy."""
-    return tensor.view(-1).view(torch.uint8)
 
 
 def _view_message(message: torch.Tensor, start: int, info: ShardInfo) -> torch.Tensor:

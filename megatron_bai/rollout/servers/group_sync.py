@@ -122,13 +122,16 @@ class GroupSync:
     ) -> None:
         """Broadcast the buckets that this rank has, each while the next one is gathered."""
         sending: Sending | None = None
+        spare: torch.Tensor | None = None  # what was sent before that; one is filled while the other is sent
         for rank, infos in plan:
-            flat = _flatten_planned(next(buckets), infos)  # no variable holds the tensors while the next are gathered
+            # No variable holds the tensors while the next are gathered
+            flat = _flatten_planned(next(buckets), infos, spare)
             if flat is None:
                 continue
             assert self._own is not None and rank == dist.get_rank(), "a bucket is with its sender"
             if sending is not None:
                 self._own.finish(sending, loading)
+                spare = sending.flat
             sending = self._own.broadcast(flat)
             del flat
         if sending is not None and self._own is not None:
@@ -140,15 +143,17 @@ class GroupSync:
             self._groups.close()
 
 
-def _flatten_planned(bucket: Bucket | None, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
-    """Return a bucket's bytes, where this rank has it.
+def _flatten_planned(
+    bucket: Bucket | None, infos: Sequence[TensorInfo], buffer: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return a bucket's bytes, where this rank has it; in `buffer`, if that is large enough.
 
     Raises:
         RuntimeError: it does not have the planned tensors, which the servers were told of.
     """
     if bucket is None:
         return None
-    flat, found = flatten_bucket(bucket)
+    flat, found = flatten_bucket(bucket, buffer)
     if found != order_infos(infos):
         raise RuntimeError(f"a bucket of {len(found)} tensors, first {found[0].name}, is not as it was planned")
     return flat

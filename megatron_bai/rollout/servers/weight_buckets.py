@@ -14,11 +14,20 @@ Shapes = dict[str, tuple[int, ...]]
 Bucket = list[tuple[str, torch.Tensor]]
 
 
-def flatten_bucket(bucket: Bucket) -> tuple[torch.Tensor, list[TensorInfo]]:
-    """Return a bucket's bytes one after another, `[bytes] uint8`, and what lies there, as `order_infos` has it."""
+def flatten_bucket(bucket: Bucket, buffer: torch.Tensor | None = None) -> tuple[torch.Tensor, list[TensorInfo]]:
+    """Return a bucket's bytes one after another, `[bytes] uint8`, and what lies there, as `order_infos` has it.
+
+    Args:
+        bucket: the tensors.
+        buffer: `[any] uint8`, in which the bytes are if it is large enough: new memory costs a CPU as much as a copy.
+    """
     tensors = dict(bucket)
     infos = order_infos([TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in bucket])
-    return torch.cat([tensors[info.name].detach().flatten().view(torch.uint8) for info in infos]), infos
+    parts = [tensors[info.name].detach().flatten().view(torch.uint8) for info in infos]
+    num_bytes = sum(map(len, parts))
+    if buffer is None or len(buffer) < num_bytes:
+        return torch.cat(parts), infos
+    return torch.cat(parts, out=buffer[:num_bytes]), infos
 
 
 def order_infos(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
