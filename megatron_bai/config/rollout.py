@@ -82,7 +82,10 @@ class Rollout:
         "how weights travel: disk (a checkpoint they read), tensors (over HTTP) or group (gloo, NCCL)",
         choices=("disk", "tensors", "group"),
     )
-    sync_bucket_mib: int = number(256, "tensors, group: sent together", at_least=1)
+    sync_bucket_mib: int = number(256, "tensors, group: gathered and sent together", at_least=1)
+    sync_senders: int = number(
+        8, "group: ranks that send in turn what they gathered from those next to them, at most", at_least=1
+    )
     sync_host: str = setting("127.0.0.1", "group: an address of rank 0's machine that the servers reach")
     sync_tolerance: float = number(
         0.01, "nats: how far the probe's mean log-probability may be off after a weight sync", above=0, finite=False

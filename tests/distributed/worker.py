@@ -238,10 +238,10 @@ class Run:
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     """Every tensor of a model by its Hugging Face name, on rank 0."""
-    from megatron_bai.model import hf_mapping, param_shards
+    from megatron_bai.model import gather, hf_mapping
 
     found = {}
-    for key, index, whole in param_shards.gather_slices(model.modules):
+    for key, index, whole in gather.gather_slices(model.modules):
         if dist.get_rank() == 0:
             kind = hf_mapping.mapping_of(key, ARCHITECTURE)
             found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, ARCHITECTURE))}

@@ -58,9 +58,9 @@ def test_weights_out_of_memory_are_those_on_disk(
     sent: list[int] = []
 
     class Seen:
-        def send(self, bucket: weight_sync.Bucket) -> None:
+        def start(self, bucket: weight_sync.Bucket) -> Callable[[], object]:
             sent.append(sum(tensor.nbytes for _, tensor in bucket))
-            carrier.send(bucket)
+            return carrier.start(bucket)
 
     assert both.tp_sizes == [1, 2]
     shapes = weight_sync.tensor_shapes(checkpoints["v0"])

@@ -65,7 +65,7 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
     made._servers = FleetInfo([url], [1], [url])
     made._fleet = ServerFleet(made._servers, settings.rollout) if rank == 0 else None
     made._client = RolloutClient([url], settings.rollout, RouteFormat(SIGNATURE), 64, 64)
-    made.version, made._disk_version, made._transport = VERSION, VERSION, None
+    made.version, made._disk_version, made._memory = VERSION, VERSION, SimpleNamespace(close=lambda: None)
 
     def give(again: bool = False) -> None:
         assert again
