@@ -61,9 +61,9 @@ def test_other_families_conversations_are_one_forward(name: str, cached: bool, t
         return logprobs[0, :-1].numpy(), found, np.ones(len(ids) - 1, dtype=bool)
 
     with serve(directory, tmp_path / "log", cached) as server:
-        rollout = replace(ROLLOUT, max_new_tokens=40)
-        served = ServedColumns(total, tuple(moe))
-        client = RolloutClient([server.url], rollout, RouteFormat(signature, served), model.vocab_size, 64)
+        rollout = replace(ROLLOUT, max_new_tokens=40, request_timeout_s=600.0)
+        form = RouteFormat(signature, ServedColumns(total, tuple(moe)))
+        client = RolloutClient([server.url], rollout, form, model.vocab_size, 64)
         for sample in converse(client):
             require_fresh(sample, forward)
 
@@ -78,7 +78,13 @@ def running(
 
 @pytest.fixture
 def client(running: SGLangServer) -> RolloutClient:
-    return RolloutClient([running.url], replace(ROLLOUT, max_new_tokens=60), RouteFormat(SIGNATURE), VOCAB, LENGTH)
+    return RolloutClient(
+        [running.url],
+        replace(ROLLOUT, max_new_tokens=60, request_timeout_s=600.0),
+        RouteFormat(SIGNATURE),
+        VOCAB,
+        LENGTH,
+    )
 
 
 @pytest.fixture

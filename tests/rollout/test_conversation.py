@@ -313,3 +313,26 @@ def test_a_minimum_counts_all_tokens_of_a_conversation() -> None:
     partial = converse(server, Environment(), min_new_tokens=2, budget=1)
     converse(server, Environment(), min_new_tokens=2, partial=partial)
     assert [body["sampling_params"]["min_new_tokens"] for body in server.bodies] == [1, 1, 0, 0]
+
+
+def test_a_stop_text_ends_a_turn_without_an_end_token() -> None:
+    """What the template ends a turn by then comes with the reply."""
+
+    def answer(request: web.Request, body: dict[str, Any]) -> Any:
+        reply = Server()(request, body)
+        meta = reply["meta_info"]
+        if reply["output_ids"][-1] == STOP:  # instead of the end token another one, with which the text ends
+            reply["output_ids"][-1] = meta["output_token_logprobs"][-1][1] = 14
+            meta["finish_reason"] = {"type": "stop", "matched": "so."}
+        return reply
+
+    @dataclass
+    class Any14(Environment):
+        async def respond(self, sample: Sample) -> TurnReply:
+            assert sample.tokens[-1] == 14 and not sample.turns[-1].ended
+            return TurnReply((STOP, *REPLY)) if len(sample.turns) < 2 else TurnReply(done=True)
+
+    with serve(answer) as url:
+        request = SampleRequest(0, PROMPT, 77)
+        (sample,) = client(url, stop=["so."]).sample([request], [STOP], environment=Any14())
+    assert [turn.ended for turn in sample.turns] == [False, False] and sample.finish == "stop"
