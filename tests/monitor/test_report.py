@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monitor.kept import NASTY, kept
+from monitor.kept import NASTY, conversation, kept
 
 from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
@@ -476,6 +476,14 @@ def test_the_reader_has_the_samples_with_the_numbers_of_each_token(tmp_path: Pat
     assert (second["texts"], second["training"], second["inference"]) == (["a", "b"], [-1.5, None], [-0.5, -0.5])
     assert (second["routes"], second["layers"]) == ([2, 0], 4)
     assert "<h2>Samples</h2>" in html and 'id="pick-shade"' in html and "Show more" in html
+
+
+def test_the_reader_knows_what_an_environment_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path, LEARNING)
+    keep(run, {1: [conversation()]})
+    (entry,) = embedded(reported(run), "samples")
+    assert entry["given"] == [0, 0, 1, 1, 1, 1, 0, 0, 0] and entry["last_reply"] == "user: well done"
+    assert "9 tokens in 2 turns" in entry["facts"] and entry["inference"][2:6] == [None] * 4
 
 
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
