@@ -60,7 +60,7 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
     made._session = SimpleNamespace(
         settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE,
         send_to_replica=lambda samples: samples,
-        scorer=lambda items: [Score(1.0) for _ in items],
+        scorer=lambda items: [Score(1.0) for _ in items], environment=None,
     )  # fmt: skip
     made._servers = FleetInfo([url], [1], [url])
     made._fleet = ServerFleet(made._servers, settings.rollout) if rank == 0 else None
