@@ -14,7 +14,7 @@ class Verb:
     also_reads: tuple[str, ...] = ()  # groups of which it reads a setting or two, not listed by its help
 
 
-_TRAINING = ("run", "backend", "model", "parallel", "data", "reward", "init", "merge")
+_TRAINING = ("run", "backend", "model", "parallel", "data", "reward", "env", "init", "merge")
 VERBS = {
     "merge": Verb(
         "Merge checkpoints into the one that RL starts from, by BAI or another method.",

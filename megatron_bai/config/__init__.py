@@ -7,6 +7,7 @@ One file a group; everything is importable from here.
 """
 
 from megatron_bai.config.data import Arithmetic, Data, Dataset
+from megatron_bai.config.environment import Environment, NoEnvironment, PerTurn, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -50,6 +51,7 @@ __all__ = [
     "Dataset",
     "Dppo",
     "Drpo",
+    "Environment",
     "Exact",
     "Function",
     "Gmpo",
@@ -63,9 +65,11 @@ __all__ = [
     "Minirl",
     "Model",
     "Monitor",
+    "NoEnvironment",
     "Objective",
     "Parallel",
     "PerSample",
+    "PerTurn",
     "Policy",
     "Ppo",
     "RandomInit",
@@ -83,6 +87,7 @@ __all__ = [
     "Sft",
     "Supervised",
     "Trainer",
+    "UserEnvironment",
     "conf_dir",
     "initial_checkpoint",
     "register_schema",

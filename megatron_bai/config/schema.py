@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from omegaconf import MISSING
 
 from megatron_bai.config.data import Arithmetic, Data, Dataset
+from megatron_bai.config.environment import Environment, NoEnvironment, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -42,6 +43,7 @@ class Config:
     cluster: Cluster = field(default_factory=Cluster)
     data: Data = field(default_factory=Arithmetic)
     reward: Reward = field(default_factory=Exact)
+    env: Environment = field(default_factory=NoEnvironment)
     init: Init = field(default_factory=RandomInit)
     merge: Merge = field(default_factory=Merge)
     rollout: Rollout = field(default_factory=Rollout)
@@ -63,17 +65,18 @@ def register_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config(data=MISSING, reward=MISSING, init=MISSING, objective=MISSING))
+    store.store(name="schema", node=Config(data=MISSING, reward=MISSING, env=MISSING, init=MISSING, objective=MISSING))
     choices = {
         "data": (Arithmetic, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
         "reward": (Exact, MathVerify, Function, RewardModel),
+        "env": (NoEnvironment, UserEnvironment),
         "objective": (Sft, Minirl, Sequence, Dppo, Drpo, Grpo, Dapo, Cispo, Gspo, Gmpo, Sapo, Ppo),
     }
     for group, kinds in choices.items():
         for kind in kinds:
             store.store(group=f"{group}/settings", name=kind.name, node=kind)
-    for what in ("objective", "reward"):
+    for what in ("objective", "reward", "environment"):
         for point in entry_points(group=f"megatron_bai.{what}s"):
             try:
                 point.load()
