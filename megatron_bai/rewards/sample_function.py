@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item, Scorer
-from megatron_bai.rewards.worker_pool import WorkerPool
+from megatron_bai.rewards.worker_pool import RewardPool
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -48,7 +48,7 @@ def worker_scorer(
         worker_settings: what the function takes as its last argument; None: nothing.
         log: a file for what the function prints.
     """
-    with WorkerPool(function, worker_settings, settings.workers, settings.timeout_s, log) as pool:
+    with RewardPool(function, worker_settings, settings.workers, settings.timeout_s, log) as pool:
         yield lambda items: pool.scores([_arguments(item) for item in items])
 
 

@@ -1,15 +1,18 @@
 """Reward functions, good and bad, for worker processes."""
 
 import ctypes
+import fcntl
 import importlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 
@@ -41,6 +44,14 @@ def misbehave(prompt: str, response: str, answer: str, extra: dict[str, Any]) ->
         "left behind": lambda: sleeping_child(start_new_session=True) and os.waitpid(fork_daemon(), 0) and 1,
         "left by a crash": lambda: sleeping_child(start_new_session=True) and os.kill(os.getpid(), 11),
         "pid": lambda: os.getpid(),
+        "meet": lambda: meet() or os.getpid(),
+        "closed pipes": lambda: os.closerange(3, 64) or time.sleep(600),
+        "10 MB": lambda: write_reply(b'"' + b"x" * 10_000_000 + b'"\n') or time.sleep(600),
+        "endless line": lambda: write_reply(b"x" * 10_000_000) or time.sleep(600),
+        "latin-1": lambda: write_reply('{"id": 1, "value": "é"}\n'.encode("latin-1")) or time.sleep(600),
+        "no JSON": lambda: write_reply(b"}\n") or time.sleep(600),
+        "of another call": lambda: write_reply(b'{"id": 999, "value": 7.0}\n') or time.sleep(600),
+        "two replies": lambda: write_reply(b'{"id": 1, "value": 7.0}\n' * 2) or time.sleep(600),
         "true": lambda: True,
         "input": lambda: len(input()),
         "program's input": lambda: subprocess.run([sys.executable, "-c", "input()"], capture_output=True).returncode,
@@ -87,6 +98,25 @@ def fork_daemon() -> int:
         sleeping_child()
         os._exit(0)
     return child
+
+
+def meet() -> None:
+    """Wait until two processes are here."""
+    here = Path(os.environ["MEETING"])
+    (here / str(os.getpid())).touch()
+    while len(list(here.iterdir())) < 2:
+        time.sleep(0.01)
+
+
+def write_reply(data: bytes) -> None:
+    """Write to the pipe on which this process answers, as no honest function does."""
+    (replies,) = [i for i in range(3, 64) if os.path.exists(f"/proc/self/fd/{i}") and is_writable_pipe(i)]
+    while data:
+        data = data[os.write(replies, data) :]
+
+
+def is_writable_pipe(descriptor: int) -> bool:
+    return stat.S_ISFIFO(os.fstat(descriptor).st_mode) and fcntl.fcntl(descriptor, fcntl.F_GETFL) & 3 == os.O_WRONLY
 
 
 def numpy() -> Any:

@@ -7,7 +7,7 @@ import pytest
 from outside import install
 
 from megatron_bai import config
-from megatron_bai.rewards.worker_pool import WorkerPool
+from megatron_bai.rewards.worker_pool import RewardPool
 
 HEAVY = {"torch", "numpy", "transformers", "megatron", "sglang", "aiohttp", "psutil", "hydra"}
 SAMPLE = ["1+2", r"\boxed{3}", "3", {}]
@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[str, dict[str, float] | None, set[str]]] = {
 
 def imported(function: str, settings: dict[str, float] | None, log: Path) -> set[str]:
     """Packages that a worker imported until it had scored a sample, as Python itself lists them on stderr."""
-    with WorkerPool(function, settings, 1, 60.0, log) as pool:
+    with RewardPool(function, settings, 1, 60.0, log) as pool:
         (score,) = pool.scores([SAMPLE])
         assert score.value is not None, score.failure
     return set(re.findall(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\w+)", log.read_text(), re.M))

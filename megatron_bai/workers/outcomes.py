@@ -1,0 +1,106 @@
+"""What a worker process and its pool say about a call; light, since every worker imports it."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What worker processes call.
+
+    Attributes:
+        opener: `module:function`, called once in each process as `opener(name, settings)`; what it returns is called
+            with the arguments of each call and returns JSON. It runs before the first call, so that what cannot be
+            imported is known at the start.
+        name: of the foreign code, `module:attribute` or `path.py:attribute`.
+        settings: JSON.
+        title: for messages: "the reward a:b".
+        timeout_setting: name of the setting of a call's seconds, for messages.
+    """
+
+    opener: str
+    name: str
+    settings: Any = None
+    title: str = "the function"
+    timeout_setting: str = "timeout_s"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The JSON that a call returned; or why it returned none, in one line."""
+
+    value: Any = None
+    failure: str = ""
+
+
+class UnusableValueError(Exception):
+    """What a target raises where foreign code returned something of no use; the message says all."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception in one line of at most 300 characters that any file can hold."""
+    try:
+        text = f"{type(error).__name__}: {error}"[:300]
+    except BaseException:  # its own __str__
+        text = f"{type(error).__name__}, whose message cannot be read"
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())[:300]
+
+
+def import_attribute(name: str) -> Any:
+    """Import `module:attribute` or `path.py:attribute`; beside the file of a path it finds other modules."""
+    module_name, _, path = name.rpartition(":")
+    found: Any = (
+        _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    )
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _import_file(file: Path) -> Any:
+    """Import a file as the module that its stem names."""
+    sys.path.insert(0, str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def map_future(future: "Future[T]", function: Callable[[T], S]) -> "Future[S]":
+    """Return a future of `function` of a future's result. Cancelling it cancels the one that it waits for.
+
+    Args:
+        future: whose exception, or cancellation, is the result's too.
+        function: called in the thread that sets the result; quick.
+    """
+    mapped: Future[S] = Future()
+
+    def copy(done: "Future[T]") -> None:
+        if done.cancelled():
+            mapped.cancel()
+        if not mapped.set_running_or_notify_cancel():
+            return
+        try:
+            mapped.set_result(function(done.result()))
+        except BaseException as error:
+            mapped.set_exception(error)
+
+    def cancel(done: "Future[S]") -> None:
+        if done.cancelled():
+            future.cancel()
+
+    future.add_done_callback(copy)
+    mapped.add_done_callback(cancel)
+    return mapped
