@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_bai import config
+from megatron_bai.workers.outcomes import wait_for_all
 
 if TYPE_CHECKING:  # they bring transformers, which a worker process does not need
     from megatron_bai.data.task import Prompt, Task
@@ -23,13 +25,17 @@ class Item:
     """One response to score.
 
     Attributes:
-        response: text, the end token removed.
-        ids: of the response, the end token included.
+        response: text, the end token removed; of a conversation that of the model's last turn.
+        ids: of the response, or of the last turn, the end token included.
+        messages: the whole conversation, `{"role", "content"}` each, the prompt's messages first.
+        environment_reward: sum of the environment's rewards of turns; None where it gave none.
     """
 
     prompt: Prompt
     response: str
     ids: Sequence[int]
+    messages: tuple[dict[str, str], ...] = ()
+    environment_reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,23 @@ def _shorten(value: Any) -> str:
 Scorer: TypeAlias = Callable[[list[Item]], list[Score]]
 
 
+class SampleScorer:
+    """A `Scorer` that also scores a response by itself, as soon as it ends and while others are sampled.
+
+    One of lists alone is called once they have all ended: it may compare them.
+
+    Args:
+        submit: starts the score of one item. It returns at once, and may be called where an event loop runs.
+    """
+
+    def __init__(self, submit: Callable[[Item], Future[Score]]):
+        self.submit = submit
+
+    def __call__(self, items: list[Item]) -> list[Score]:
+        """Return the score of each item, in their order."""
+        return wait_for_all([self.submit(item) for item in items])
+
+
 def _nothing(settings: Any) -> None:
     """Refuse nothing."""
 
@@ -89,8 +112,9 @@ class Reward:
 
     Attributes:
         settings: the dataclass of its settings; its `name` is what `reward=NAME` chooses.
-        open: `(settings, task, log) → a context manager` whose value scores items. What it cannot score is a `Score`
-            without a value; what no item can be scored without is a `UserError`. `log` is a file for what it prints.
+        open: `(settings, task, log) → a context manager` whose value scores items, a `SampleScorer` each as it ends.
+            What it cannot score is a `Score` without a value; what no item can be scored without is a `UserError`.
+            `log` is a file for what it prints.
         check: refuses its settings by name with a `UserError`.
         require: refuses, likewise, a machine that lacks what it needs: a package. `plan` does not ask for it.
     """

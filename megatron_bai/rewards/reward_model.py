@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from urllib.parse import urlsplit
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.reward import Item, Reward, Score, Scorer
+from megatron_bai.rewards.reward import Item, Reward, SampleScorer, Score, Scorer
+from megatron_bai.workers.outcomes import map_future
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Scorer]:
-    from megatron_bai.rollout import http_client
+    from megatron_bai.rollout import http_client, http_thread
     from megatron_bai.rollout.servers import control
 
     url = settings.url.rstrip("/")
@@ -37,20 +39,29 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
         settings.concurrency, settings.request_timeout_s, settings.retries, "reward.request_timeout_s"
     )
 
-    def scores(items: list[Item]) -> list[Score]:
-        requests = [
-            http_client.HttpRequest(0, body(item), lambda reply: parse_reward(reply, settings.label)) for item in items
-        ]
-        results = http_client.post_all([url], "/classify", requests, limits, max_failures=len(requests))
-        return [
-            Score(None, str(result)) if isinstance(result, UserError) else Score(result + checked(item))
-            for result, item in zip(results, items, strict=True)
-        ]
+    def make_request(item: Item) -> http_client.HttpRequest[float]:
+        return http_client.HttpRequest(0, body(item), lambda reply: parse_reward(reply, settings.label))
 
     def checked(item: Item) -> float:
         return settings.check * task.reward(item.prompt, item.ids) if settings.check else 0.0
 
-    yield scores
+    with http_thread.PostingThread([url], "/classify", limits) as thread:
+
+        def submit(item: Item) -> Future[Score]:
+            added = checked(item)
+            return map_future(thread.submit(make_request(item)), lambda result: make_score(result, added))
+
+        yield SampleScorer(submit)
+
+
+def make_score(result: float | UserError, added: float) -> Score:
+    """Return the score of a request's result.
+
+    Args:
+        result: the model's reward, or why there is none.
+        added: to the reward.
+    """
+    return Score(None, str(result)) if isinstance(result, UserError) else Score(result + added)
 
 
 def parse_reward(reply: Any, label: int | None) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bai import config
 from megatron_bai.errors import UserError
-from megatron_bai.rewards.reward import Item, Scorer
+from megatron_bai.rewards.reward import Item, SampleScorer, Scorer
 from megatron_bai.rewards.worker_pool import RewardPool
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def worker_scorer(
         log: a file for what the function prints.
     """
     with RewardPool(function, worker_settings, settings.workers, settings.timeout_s, log) as pool:
-        yield lambda items: pool.scores([_arguments(item) for item in items])
+        yield SampleScorer(lambda item: pool.submit_score(_arguments(item)))
 
 
 def _arguments(item: Item) -> list[Any]:

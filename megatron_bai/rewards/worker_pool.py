@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_bai.rewards.reward import Score
 from megatron_bai.workers import pool
-from megatron_bai.workers.outcomes import Outcome, Target, map_future
+from megatron_bai.workers.outcomes import Outcome, Target, map_future, wait_for_all
 
 
 class RewardPool(pool.WorkerPool):
@@ -39,12 +39,7 @@ class RewardPool(pool.WorkerPool):
         Raises:
             UserError: a worker could not be started again.
         """
-        futures = [self.submit_score(each) for each in arguments]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        return wait_for_all([self.submit_score(each) for each in arguments])
 
 
 def _make_score(outcome: Outcome) -> Score:

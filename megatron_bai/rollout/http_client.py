@@ -127,3 +127,22 @@ async def _post_with_retries(
             failure = str(error)[:500]  # a reply may be quoted in it
     last = f" ({url})" if len(urls) > 1 else ""
     raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}{last}")
+
+
+async def post_alone(
+    urls: Sequence[str], path: str, request: HttpRequest[T], limits: RequestLimits, semaphore: asyncio.Semaphore
+) -> T | UserError:
+    """Post one request of which `post_all` would post many; no connection is held afterwards.
+
+    Args:
+        urls: as in `post_all`.
+        path: likewise.
+        request: likewise.
+        limits: likewise.
+        semaphore: of all requests that may be in flight together.
+    """
+    async with open_session(limits.timeout_s) as session:
+        try:
+            return await _post_with_retries(session, semaphore, urls, path, limits, request)
+        except UserError as error:
+            return error

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +104,12 @@ def map_future(future: "Future[T]", function: Callable[[T], S]) -> "Future[S]":
     future.add_done_callback(copy)
     mapped.add_done_callback(cancel)
     return mapped
+
+
+def wait_for_all(futures: "Sequence[Future[T]]") -> list[T]:
+    """Return the results in order. Where one raises, or the wait is interrupted, the others are cancelled."""
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
