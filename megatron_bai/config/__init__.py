@@ -7,7 +7,7 @@ One file a group; everything is importable from here.
 """
 
 from megatron_bai.config.data import Arithmetic, Data, Dataset
-from megatron_bai.config.environment import Environment, NoEnvironment, PerTurn, UserEnvironment
+from megatron_bai.config.environment import Env, NoEnvironment, PerTurn, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -51,7 +51,7 @@ __all__ = [
     "Dataset",
     "Dppo",
     "Drpo",
-    "Environment",
+    "Env",
     "Exact",
     "Function",
     "Gmpo",

@@ -8,21 +8,21 @@ from megatron_bai.config.limits import LONGEST_S, number, setting
 
 
 @dataclass
-class Environment:
+class Env:
     """What answers the model's turns: `env=NAME` chooses it with its own settings (docs/conversations.md)."""
 
     name: str = setting(MISSING, "set by the choice")
 
 
 @dataclass
-class NoEnvironment(Environment):
+class NoEnvironment(Env):
     """No conversations: a prompt has one response."""
 
     name: str = "none"
 
 
 @dataclass
-class PerTurn(Environment):
+class PerTurn(Env):
     """Settings of every environment: a class that is asked in worker processes after each turn."""
 
     max_turns: int = number(4, "of the model; the conversation ends after the last of them", at_least=1)

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from omegaconf import MISSING
 
 from megatron_bai.config.data import Arithmetic, Data, Dataset
-from megatron_bai.config.environment import Environment, NoEnvironment, UserEnvironment
+from megatron_bai.config.environment import Env, NoEnvironment, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -43,7 +43,7 @@ class Config:
     cluster: Cluster = field(default_factory=Cluster)
     data: Data = field(default_factory=Arithmetic)
     reward: Reward = field(default_factory=Exact)
-    env: Environment = field(default_factory=NoEnvironment)
+    env: Env = field(default_factory=NoEnvironment)
     init: Init = field(default_factory=RandomInit)
     merge: Merge = field(default_factory=Merge)
     rollout: Rollout = field(default_factory=Rollout)

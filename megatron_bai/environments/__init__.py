@@ -49,7 +49,7 @@ def register(kind: EnvironmentKind) -> None:
     ConfigStore.instance().store(group="env", name=name, node=kind.settings)
 
 
-def resolve_environment(settings: config.Environment) -> EnvironmentKind | None:
+def resolve_environment(settings: config.Env) -> EnvironmentKind | None:
     """Return the environment that the settings choose, None for `env=none`, after refusing contradictions.
 
     Raises:
@@ -66,7 +66,7 @@ def resolve_environment(settings: config.Environment) -> EnvironmentKind | None:
     return kind
 
 
-def require(settings: config.Environment) -> None:
+def require(settings: config.Env) -> None:
     """Refuse an environment that this machine lacks something for.
 
     Raises:

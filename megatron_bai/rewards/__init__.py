@@ -6,14 +6,16 @@ A reward that raises, hangs or is no finite number costs its sample and not the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from megatron_bai import config
 from megatron_bai.config.limits import validate_group
+from megatron_bai.environments.messages import conversation_messages, decode_turn
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import exact_match, math_verify_reward, reward_model, user_function
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer, convert_reward
@@ -21,6 +23,7 @@ from megatron_bai.rewards.sample_function import per_sample
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Prompt, Task
+    from megatron_bai.rollout.conversation import OnComplete
     from megatron_bai.rollout.sample import Sample
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "Reward",
     "Score",
     "Scorer",
+    "make_item",
+    "make_scoring",
     "open_scorer",
     "per_sample",
     "register",
@@ -98,7 +103,7 @@ def open_scorer(settings: config.Reward, task: Task, log: Path) -> Iterator[Scor
 
 
 def score_samples(scorer: Scorer, task: Task, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-    """Return the samples with their rewards, or why they have none. Those that are lost stay as they are.
+    """Return the samples with their rewards, or why they have none. Those that have one of both stay as they are.
 
     Args:
         scorer: of `open_scorer`.
@@ -106,17 +111,53 @@ def score_samples(scorer: Scorer, task: Task, prompts: list[Prompt], samples: li
         prompts: indexed by `Sample.prompt_index`.
         samples: of these prompts, in any order, which the result keeps.
     """
-    sampled = [sample for sample in samples if not sample.lost]
-    items = [
-        Item(prompts[sample.prompt_index], _response_text(task, sample), sample.response.tolist()) for sample in sampled
-    ]
-    scores = scorer(items)
-    assert len(scores) == len(sampled), f"{len(scores)} rewards for {len(sampled)} samples"
-    remaining = iter(scores)
-    return [
-        sample if sample.lost else _with_score(sample, prompts[sample.prompt_index], next(remaining))
-        for sample in samples
-    ]
+    positions = [i for i, sample in enumerate(samples) if _lacks_score(sample)]
+    items = [make_item(task, prompts[samples[i].prompt_index], samples[i]) for i in positions]
+    scores = scorer(items) if items else []
+    assert len(scores) == len(items), f"{len(scores)} rewards for {len(items)} samples"
+    scored = list(samples)
+    for i, score in zip(positions, scores, strict=True):
+        scored[i] = _with_score(samples[i], prompts[samples[i].prompt_index], score)
+    return scored
+
+
+def make_scoring(scorer: Scorer, task: Task, prompts: Sequence[Prompt]) -> OnComplete | None:
+    """Return what scores a sample while others are sampled; None where the scorer takes lists alone.
+
+    Args:
+        scorer: of `open_scorer`. With a method `submit`, `Item → Future[Score]`, it scores one sample.
+        task: as in `score_samples`.
+        prompts: likewise.
+    """
+    submit = getattr(scorer, "submit", None)
+    if submit is None:
+        return None
+
+    async def score(sample: Sample) -> Sample:
+        if not _lacks_score(sample):
+            return sample
+        prompt = prompts[sample.prompt_index]
+        return _with_score(sample, prompt, await asyncio.wrap_future(submit(make_item(task, prompt, sample))))
+
+    return score
+
+
+def make_item(task: Task, prompt: Prompt, sample: Sample) -> Item:
+    """Return what a scorer gets of a sample.
+
+    Args:
+        task: whose tokenizer decodes turns.
+        prompt: the sample's.
+        sample: complete.
+    """
+    ids = sample.last_turn.tolist()
+    messages = conversation_messages(task, prompt, sample)
+    return Item(prompt, decode_turn(task, ids), ids, messages, sample.environment_reward)
+
+
+def _lacks_score(sample: Sample) -> bool:
+    """Return whether a sample has neither a reward yet nor a failure: lost ones and those of an environment's."""
+    return sample.reward is None and not sample.failure and not sample.lost
 
 
 def _with_score(sample: Sample, prompt: Prompt, score: Score) -> Sample:
@@ -130,9 +171,3 @@ def _with_score(sample: Sample, prompt: Prompt, score: Score) -> Sample:
     if value is None:
         failure = f"{failure} (prompt {ascii(prompt.text[-60:])})"
     return replace(sample, reward=value, failure=failure)
-
-
-def _response_text(task: Task, sample: Sample) -> str:
-    ids = sample.response.tolist()
-    text = cast(str, task.tokenizer.decode(ids[:-1] if ids and ids[-1] in task.end_tokens else ids))
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text

@@ -20,6 +20,7 @@ from megatron_bai.distributed import backend
 from megatron_bai.distributed.hosts import is_multi_host
 from megatron_bai.distributed.kernel_sources import format_kernels
 from megatron_bai.distributed.rank_group import current_ranks
+from megatron_bai.environments.responder import EnvironmentPool, open_environment
 from megatron_bai.errors import UserError
 from megatron_bai.model import build
 from megatron_bai.model.build import MegatronModel
@@ -56,6 +57,7 @@ class Session:
         replica_moe_layers: of each rank of the replica, its MoE layers, counted from 0.
         critic: if the objective has one.
         scorer: gives rewards; on a leader, if the objective has rollouts.
+        environment: replies to turns of conversations; likewise, and None with `env=none`.
         sources: hashes of what determines samples beside the settings (`sample_sources.py`).
     """
 
@@ -74,6 +76,7 @@ class Session:
     replica_moe_layers: list[list[int]]
     critic: Critic | None = None
     scorer: Scorer | None = None
+    environment: EnvironmentPool | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -141,6 +144,8 @@ def open_session(settings: config.Config) -> Iterator[Session]:
             if session.is_replica_leader and has_rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_scorer(settings.reward, session.task, log))
+                log, options = log.with_name("environment.log"), getattr(settings.data, "template_options", {})
+                session.environment = stack.enter_context(open_environment(settings.env, session.task, options, log))
             yield session
     finally:
         backend.shutdown_backend()

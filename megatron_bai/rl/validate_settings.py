@@ -1,6 +1,6 @@
 """Validation of a training run's settings, before any work starts."""
 
-from megatron_bai import config, rewards
+from megatron_bai import config, environments, rewards
 from megatron_bai.config.limits import validate_group, validate_ranges
 from megatron_bai.data import task_factory
 from megatron_bai.distributed.hosts import is_loopback, is_multi_host
@@ -46,6 +46,7 @@ def validate_settings(settings: config.Config) -> None:
     _validate_prediction(settings, architecture, rollouts)
     task_factory.validate_data(settings.data, not rollouts, config.initial_checkpoint(settings))
     rewards.resolve_reward(settings.reward)
+    _validate_environment(settings, rollouts)
     _validate_router_losses(settings.supervised, rollouts)
     if not rollouts:
         if trainer.save_every:
@@ -86,6 +87,27 @@ def require_packages(settings: config.Config) -> None:
     loggers.require(settings.monitor)
     if objectives.get(settings.objective.name).rollouts:
         rewards.require(settings.reward)
+        environments.require(settings.env)
+
+
+def _validate_environment(settings: config.Config, rollouts: bool) -> None:
+    """Refuse an environment where nothing converses, and one whose prompts are no chats."""
+    environments.resolve_environment(settings.env)
+    if not isinstance(settings.env, config.PerTurn):
+        return
+    name = settings.env.name
+    if not rollouts:
+        raise UserError(f"env={name} answers rollouts, and objective={settings.objective.name} has none: leave it out")
+    if not getattr(settings.data, "chat_template", False):
+        raise UserError(
+            f"env={name} continues chats, and data={settings.data.name} as set has none: choose data=dataset with "
+            "data.chat_template=true"
+        )
+    if settings.env.max_turn_tokens > settings.rollout.max_new_tokens:
+        raise UserError(
+            f"env.max_turn_tokens ({settings.env.max_turn_tokens}) is more than rollout.max_new_tokens "
+            f"({settings.rollout.max_new_tokens}), which bounds all turns and replies of a sample"
+        )
 
 
 def _validate_lengths(settings: config.Config) -> None:

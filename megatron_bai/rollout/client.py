@@ -1,43 +1,29 @@
 """The client of SGLang servers: many requests at a time, of which only replies that pass every check are returned."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.http_client import HttpRequest, RequestLimits, post_all
+from megatron_bai.rollout.conversation import FatalError, OnComplete, SampleDriver, SampleError
+from megatron_bai.rollout.http_client import HttpRequest, Post, RequestLimits, run_all
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
-from megatron_bai.rollout.sample import PARTIAL, Sample
+from megatron_bai.rollout.sample import Sample
+from megatron_bai.rollout.sample_request import SampleRequest, sampling_seed
 from megatron_bai.rollout.sampling_params import make_sampling_params
 from megatron_bai.rollout.servers.auth import register_key
+from megatron_bai.rollout.turns import TurnEnvironment
 from megatron_bai.routing.layout import ServedColumns
 from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
 # Positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py).
 _RESERVED_TOKENS = 7
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """A sample to request.
-
-    Attributes:
-        prompt_index: index of its prompt in the batch.
-        prompt_ids: token ids of the prompt.
-        seed: of the sample. SGLang's draw depends on it and the token's position, so one seed serves all requests of a
-            sample that is sampled in several goes.
-        partial: the sample so far, which the request continues; None: it begins.
-    """
-
-    prompt_index: int
-    prompt_ids: list[int]
-    seed: int
-    partial: Sample | None = None
+__all__ = ["RolloutClient", "SampleRequest", "max_request_tokens", "sampling_seed"]
 
 
 class RolloutClient:
@@ -85,6 +71,8 @@ class RolloutClient:
         version: str | None = None,
         max_failures: int | None = None,
         previous: Sequence[Sample | UserError] = (),
+        environment: TurnEnvironment | None = None,
+        on_complete: OnComplete | None = None,
     ) -> list[Sample | UserError]:
         """Sample `group_size` responses to every prompt.
 
@@ -99,7 +87,10 @@ class RolloutClient:
             version: of the weights that must have sampled; None takes any.
             max_failures: how many samples may fail; the error is returned in their place. When one more has failed, the
                 other requests are cancelled and count as failed, too. None: the first failure is raised.
-            previous: results of an earlier call with the same arguments, of which only failures are requested again.
+            previous: results of an earlier call with the same arguments, of which only failures are requested again, of
+                a conversation only the turn that failed.
+            environment: as in `sample`.
+            on_complete: likewise.
 
         Returns:
             `len(prompts) · group_size` samples, by prompt and then by member. One that the server aborted has the
@@ -114,7 +105,14 @@ class RolloutClient:
             for member in range(group_size)
         ]
         lacking = [i for i in range(len(requests)) if not previous or not isinstance(previous[i], Sample)]
-        results = self.sample([requests[i] for i in lacking], stop_token_ids, temperature, 0, version, max_failures)
+        partials = [getattr(previous[i], "partial", None) if previous else None for i in lacking]
+        results = self.sample(
+            [replace(requests[i], partial=partial) for i, partial in zip(lacking, partials, strict=True)],
+            stop_token_ids, temperature, 0, version, max_failures, environment, on_complete,
+        )  # fmt: skip
+        for result in results:  # turns of an earlier call are of the same weights, too
+            if version is not None and isinstance(result, Sample):
+                _check_version(result, version)
         new = dict(zip(lacking, results, strict=True))
         return [new[i] if i in new else previous[i] for i in range(len(requests))]
 
@@ -126,29 +124,52 @@ class RolloutClient:
         budget: int = 0,
         version: str | None = None,
         max_failures: int | None = None,
+        environment: TurnEnvironment | None = None,
+        on_complete: OnComplete | None = None,
     ) -> list[Sample | UserError]:
-        """Begin samples, or continue them.
+        """Begin samples, or continue them. None waits for another.
 
         Args:
             requests: the samples to begin or to continue.
             stop_token_ids: as in `generate`.
             temperature: as in `generate`.
-            budget: the most new tokens of each sample; 0: `rollout.max_new_tokens`, which always bounds the response.
+            budget: the most tokens to sample of each, in all its turns; 0: `rollout.max_new_tokens`, which bounds the
+                response in any case.
             version: of the weights that must have sampled the new tokens; None takes any.
             max_failures: as in `generate`.
+            environment: replies to turns, which an end token ends; None: a sample has one.
+            on_complete: is awaited with each sample that is complete, while others are not, for what replaces it.
 
         Returns:
-            The samples, each with its tokens so far. One that used up its budget is not `complete`.
+            The samples, each with its tokens so far. One that used up its budget is not `complete`. A failure may have
+            some, too: it is a `SampleError`.
 
         Raises:
-            UserError: as `generate`.
+            UserError: as `generate`; or what the environment or `on_complete` raised.
         """
+        max_new_tokens = self.rollout.max_new_tokens
         for request in requests:
-            self._check_ids(request.prompt_ids, self.rollout.max_new_tokens, f"prompt {request.prompt_index}")
-        budget = budget or self.rollout.max_new_tokens
-        http_requests = [self._sampling_request(r, stop_token_ids, temperature, budget, version) for r in requests]
-        longest = max((len(r.prompt_ids) for r in requests), default=0) + self.rollout.max_new_tokens
-        return self._post_all(http_requests, longest, max_failures)
+            self._check_ids(request.prompt_ids, max_new_tokens, f"prompt {request.prompt_index}")
+
+        def make_driver(request: SampleRequest) -> SampleDriver:
+            def make_request(sample: Sample | None, ids: tuple[int, ...], limit: int) -> HttpRequest[Sample]:
+                continued = replace(request, partial=sample)
+                return self._sampling_request(continued, ids, stop_token_ids, temperature, limit, version)
+
+            tokens = (max_new_tokens, budget or max_new_tokens, self.vocab_size)
+            partial = request.partial and replace(request.partial, prompt_index=request.prompt_index)
+            return SampleDriver(make_request, *tokens, environment, on_complete, partial)
+
+        drivers = [make_driver(request) for request in requests]
+        longest = max((len(r.prompt_ids) for r in requests), default=0) + max_new_tokens
+        try:
+            results = self._run_all([driver.run for driver in drivers], longest, max_failures)
+        except FatalError as error:
+            raise error.cause from None
+        return [
+            SampleError(str(result), driver.sample) if isinstance(result, UserError) else result
+            for result, driver in zip(results, drivers, strict=True)
+        ]
 
     def score(self, token_lists: Sequence[list[int]]) -> list[np.ndarray]:
         """Compute log-probabilities of given tokens under the server, at temperature 1.
@@ -165,7 +186,8 @@ class RolloutClient:
         for index, ids in enumerate(token_lists):
             self._check_ids(ids, 0, f"sequence {index}")
         requests = [self._scoring_request(list(ids)) for ids in token_lists]
-        return cast(list[np.ndarray], self._post_all(requests, max(map(len, token_lists))))  # a failure is raised
+        calls = [partial(_post_one, request) for request in requests]
+        return cast(list[np.ndarray], self._run_all(calls, max(map(len, token_lists))))  # a failure is raised
 
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         """Refuse token ids that the model cannot take, with `new_tokens` more."""
@@ -180,22 +202,21 @@ class RolloutClient:
     def _sampling_request(
         self,
         request: SampleRequest,
+        reply: tuple[int, ...],
         stop_token_ids: Collection[int],
         temperature: float | None,
-        budget: int,
+        limit: int,
         version: str | None,
     ) -> HttpRequest[Sample]:
-        """Make the HTTP request of a sample."""
+        """Make the HTTP request of a sample's next tokens, at most `limit`, after those of a reply to its last turn."""
         partial = request.partial
-        ids = request.prompt_ids if partial is None else partial.tokens.tolist()
-        remaining = self.rollout.max_new_tokens - (len(ids) - len(request.prompt_ids))
-        limit = min(budget, remaining)
+        ids = request.prompt_ids if partial is None else [*partial.tokens.tolist(), *reply]
         temperature = self.rollout.temperature if temperature is None else temperature
         # Without its flag for deterministic inference a server ignores the seed; with it, but without a seed, the
         # samples of a prompt would be the same.
         params = make_sampling_params(temperature, limit, stop_token_ids, request.seed)
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
-        start = 0 if partial is None else len(ids) - 1  # rows that are here already are not sent again
+        start = 0 if partial is None else len(partial.tokens) - 1  # rows that are here already are not sent again
         if start:
             body["routed_experts_start_len"] = start
 
@@ -206,8 +227,6 @@ class RolloutClient:
                 raise ValueError(f"token {sample.tokens.max()} is outside the vocabulary of {self.vocab_size}")
             if version is not None and (wrong := {span.version for span in sample.spans} - {version}):
                 raise ValueError(f"sampled with weights {sorted(wrong)}, the trainer is at {version}")
-            if sample.finish == "length" and limit < remaining:
-                sample = replace(sample, finish=PARTIAL)
             return sample if partial is None else partial.append(sample)
 
         return HttpRequest(self.first_server + request.prompt_index, body, parse)
@@ -218,13 +237,13 @@ class RolloutClient:
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         return HttpRequest(self.first_server, body, lambda reply: parse_logprobs(reply, ids, self.vocab_size))
 
-    def _post_all(
-        self, requests: list[HttpRequest[T]], longest: int, max_failures: int | None = None
+    def _run_all(
+        self, calls: Sequence[Callable[[Post], Awaitable[T]]], longest: int, max_failures: int | None = None
     ) -> list[T | UserError]:
-        """Post requests and return their results in order.
+        """Run calls that post requests, and return their results in order.
 
         Args:
-            requests: to `/generate`.
+            calls: as in `http_client.run_all`; they post to `/generate`.
             longest: the most tokens of a request and its reply together.
             max_failures: as in `generate`.
         """
@@ -232,12 +251,23 @@ class RolloutClient:
         reply_bytes = max_reply_bytes(longest, self.signature, self.served, self.weight_limit is not None)
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
-        results = post_all(self.urls, "/generate", requests, limits, max_failures or 0)
+        results = run_all(self.urls, "/generate", calls, limits, max_failures or 0)
         if max_failures is None:
             for result in results:
                 if isinstance(result, UserError):
                     raise result
         return results
+
+
+async def _post_one(request: HttpRequest[T], post: Post) -> T:
+    result: T = await post(request)
+    return result
+
+
+def _check_version(sample: Sample, version: str) -> None:
+    """Raise a UserError unless one version of the weights sampled all of a sample."""
+    if wrong := {span.version for span in sample.spans} - {version}:
+        raise UserError(f"a sample has tokens of the weights {sorted(wrong)}, the trainer is at {version}")
 
 
 def max_request_tokens(rollout: Rollout, max_length: int) -> int:
@@ -248,15 +278,3 @@ def max_request_tokens(rollout: Rollout, max_length: int) -> int:
         max_length: the model's longest sequence.
     """
     return min(max_length, rollout.max_total_tokens) - _RESERVED_TOKENS
-
-
-def sampling_seed(seed: int | str, prompt: int, member: int) -> int:
-    """Compute the seed of one sample, in `[0, 2⁶³)`. Without seeds SGLang gives every member of a group the same.
-
-    Args:
-        seed: of the run, or the name of a stream of prompts.
-        prompt: index of the prompt in the stream.
-        member: index of the sample in its group.
-    """
-    digest = blake2b(f"{seed}/{prompt}/{member}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

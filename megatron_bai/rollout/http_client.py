@@ -1,9 +1,10 @@
 """Concurrent HTTP requests to SGLang servers, each retried with the next server, while its failure may be temporary."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import aiohttp
 
@@ -49,6 +50,9 @@ class RequestLimits:
     reply_bytes: int = 1 << 20
 
 
+Post: TypeAlias = Callable[[HttpRequest[Any]], Awaitable[Any]]
+
+
 def post_all(
     urls: Sequence[str], path: str, requests: Sequence[HttpRequest[T]], limits: RequestLimits, max_failures: int = 0
 ) -> list[T | UserError]:
@@ -66,14 +70,34 @@ def post_all(
         server and what went wrong last.
     """
 
+    def post_one(request: HttpRequest[T]) -> Callable[[Post], Awaitable[T]]:
+        return lambda post: post(request)
+
+    return run_all(urls, path, [post_one(request) for request in requests], limits, max_failures)
+
+
+def run_all(
+    urls: Sequence[str],
+    path: str,
+    calls: Sequence[Callable[[Post], Awaitable[T]]],
+    limits: RequestLimits,
+    max_failures: int = 0,
+) -> list[T | UserError]:
+    """Run calls that post one request after another each, concurrently; see `post_all`.
+
+    Args:
+        urls: as in `post_all`.
+        path: likewise.
+        calls: each gets a function that posts a request and returns its result, or raises a UserError.
+        limits: as in `post_all`; `concurrency` is of requests, not of calls.
+        max_failures: how many calls may end in a UserError, as in `post_all`.
+    """
+
     async def run() -> list[T | UserError]:
         semaphore = asyncio.Semaphore(limits.concurrency)
         async with open_session(limits.timeout_s) as session:
-            tasks = [
-                asyncio.ensure_future(_post_with_retries(session, semaphore, urls, path, limits, request))
-                for request in requests
-            ]
-            return await _gather_until(tasks, max_failures)
+            post = partial(_post_with_retries, session, semaphore, urls, path, limits)
+            return await _gather_until([asyncio.ensure_future(call(post)) for call in calls], max_failures)
 
     return asyncio.run(run())
 

@@ -1,30 +1,33 @@
-"""One sampled response with all that training needs of it."""
+"""One sampled response, or conversation, with all that training needs of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_bai.rollout.turns import Turn, TurnReply
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
-PARTIAL, LOST = "partial", "lost"
+PARTIAL, TURN, LOST = "partial", "turn", "lost"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response.
+    """One sampled response. That of a conversation is all that follows the prompt: turns and the replies to them.
 
     Attributes:
         prompt_index: index of the prompt in its batch; samples of one group share it.
         tokens: `[T]` int64, the prompt's ids then the response's.
         prompt_length: tokens of the prompt.
         logprobs: `[T − prompt_length]` float32, natural log-probabilities of the response's tokens under the
-            inference engine, at the temperature sampled with.
+            inference engine, at the temperature sampled with; 0 of tokens that the environment gave.
         routes: `[T − 1, layers, topk]` expert ids (see `routing.routes`) in the MoE layers of `columns`; `[0, …]` of a
             lost sample.
-        spans: weight versions that the response's tokens were sampled with, covering them in order.
-        finish: `stop` (end token), `length` (all tokens used), `abort`, `partial` (the tokens of one go used; another
-            continues it), or `lost` (see `lost_sample`).
+        spans: weight versions that the response's tokens were sampled with, covering them in order. Tokens of the
+            environment have the version that computed them to sample the turn after.
+        finish: `stop` (end token, or the environment's end), `length` (a limit of tokens or turns), `abort`, `partial`
+            (the tokens of one go used; another continues it), `turn` (a turn ended; the environment is asked next), or
+            `lost` (see `lost_sample`).
         route_mask: `[T − 1]` bool, rows of `routes` that are those of the weights that sampled; None: all.
         reward: a finite number; None before it is known, and where it failed.
         failure: why there is no reward; empty where there is one or it is not known yet.
@@ -33,6 +36,9 @@ class Sample:
             with; None: not asked for, or the sample is lost.
         columns: MoE layers of the model, counted from 0, that `routes` and `route_weights` have, in this order; None:
             all of them, as sampled.
+        sampled_mask: `[T − prompt_length]` bool, tokens of the response that the model sampled, the last one among
+            them; the others are the environment's. None: all.
+        turns: of a conversation, in order, without one that is in progress; empty where there is no environment.
     """
 
     prompt_index: int
@@ -48,6 +54,8 @@ class Sample:
     stream_index: int = -1
     route_weights: np.ndarray | None = None
     columns: tuple[int, ...] | None = None
+    sampled_mask: np.ndarray | None = None
+    turns: tuple[Turn, ...] = ()
 
     @property
     def lost(self) -> bool:
@@ -65,6 +73,33 @@ class Sample:
         return np.ones(len(self.routes), dtype=bool) if self.route_mask is None else self.route_mask
 
     @property
+    def full_sampled_mask(self) -> np.ndarray:
+        """`[T − prompt_length]` bool, `sampled_mask` as an array also where it is None."""
+        length = len(self.tokens) - self.prompt_length
+        return np.ones(length, dtype=bool) if self.sampled_mask is None else self.sampled_mask
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the response that the model sampled."""
+        return int(self.full_sampled_mask.sum())
+
+    @property
+    def last_turn(self) -> np.ndarray:
+        """`[n]` int64 ids of the model's last turn, ended or not; where there is no environment, of the response."""
+        return self.response[self.turns[-1].start if self.turns and self.finish != PARTIAL else self.next_turn_start :]
+
+    @property
+    def next_turn_start(self) -> int:
+        """First token, counted from the response's first, of the turn in progress or of the next one."""
+        return self.turns[-1].next_start if self.turns else 0
+
+    @property
+    def environment_reward(self) -> float | None:
+        """Sum of the environment's rewards of turns; None where it gave none."""
+        rewards = [turn.reward for turn in self.turns if turn.reward is not None]
+        return sum(rewards) if rewards else None
+
+    @property
     def row_spans(self) -> tuple[VersionSpan, ...]:
         """Weight versions of the rows of `routes`.
 
@@ -77,33 +112,66 @@ class Sample:
     @property
     def complete(self) -> bool:
         """Whether the sample needs no further request."""
-        return self.finish != PARTIAL
+        return self.finish not in (PARTIAL, TURN)
 
     def append(self, continuation: "Sample") -> "Sample":
         """Append tokens that were sampled after this sample's, with the weights that the server had then.
 
         Args:
-            continuation: whose prompt is all of this sample's tokens. The server computed these again, with its
-                weights; this sample's rows of routes stay, only the rows that predicted the continuation's tokens are
-                appended. The first of them is of this sample's last token, which had none.
+            continuation: whose prompt is all of this sample's tokens, and after a turn those of the environment's reply
+                to it. The server computed these again, with its weights; this sample's rows of routes stay, only those
+                of later tokens are appended: of this sample's last token, which had none, of the reply, and of the
+                continuation's.
         """
-        assert np.array_equal(continuation.tokens[: continuation.prompt_length], self.tokens), "of another sample"
-        assert self.columns == continuation.columns, "with the routes of other layers"
         rows, length = len(self.tokens) - 1, len(self.response)
-        spans = list(self.spans)
+        num_reply_tokens = continuation.prompt_length - len(self.tokens)
+        assert np.array_equal(continuation.tokens[: len(self.tokens)], self.tokens), "of another sample"
+        assert num_reply_tokens == (self.turns[-1].num_reply_tokens if self.finish == TURN else 0), "another reply"
+        assert len(self.routes) == rows and len(continuation.routes) == len(continuation.tokens) - 1, "rows twice"
+        assert self.columns == continuation.columns, "with the routes of other layers"
+        spans, first = list(self.spans), length + num_reply_tokens
         for span in continuation.spans:
-            start = spans.pop().start if spans[-1].version == span.version else span.start + length
-            spans.append(VersionSpan(span.version, start, span.end + length))
+            start = length if span.start == 0 else span.start + first  # the reply's tokens are of the first version
+            start = spans.pop().start if spans[-1].version == span.version else start
+            spans.append(VersionSpan(span.version, start, span.end + first))
         route_mask = np.concatenate([self.full_route_mask, continuation.full_route_mask[rows:]])
+        reply = np.zeros(num_reply_tokens, dtype=np.float32)
+        sampled_mask = np.concatenate([self.full_sampled_mask, reply > 0, continuation.full_sampled_mask])
         return replace(
             continuation,
             prompt_length=self.prompt_length,
-            logprobs=np.concatenate([self.logprobs, continuation.logprobs]),
+            logprobs=np.concatenate([self.logprobs, reply, continuation.logprobs]),
             routes=np.concatenate([self.routes, continuation.routes[rows:]]),
             spans=tuple(spans),
             route_mask=None if route_mask.all() else route_mask,
             route_weights=self._append_weights(continuation),
+            sampled_mask=None if sampled_mask.all() else sampled_mask,
+            turns=self.turns,
         )
+
+    def end_turn(self, ended: bool) -> "Sample":
+        """Return the sample with its turn in progress among `turns`.
+
+        Args:
+            ended: as in `Turn`.
+        """
+        return replace(self, turns=(*self.turns, Turn(self.next_turn_start, len(self.response), ended)))
+
+    def add_reply(self, reply: TurnReply) -> "Sample":
+        """Return the sample with what the environment replied to its last turn, without the reply's tokens.
+
+        Args:
+            reply: whose `ids` are the first that `append` appends.
+        """
+        assert self.finish == TURN and not self.turns[-1].num_reply_tokens, "no turn waits for a reply"
+        turn = replace(
+            self.turns[-1],
+            messages=reply.messages,
+            num_reply_tokens=len(reply.ids),
+            reward=reply.reward,
+            state=reply.state,
+        )
+        return replace(self, turns=(*self.turns[:-1], turn))
 
     def _append_weights(self, continuation: "Sample") -> np.ndarray | None:
         """Return the route weights of both, as `append` joins routes."""

@@ -1,12 +1,14 @@
 """Files of samples: numpy archives of a few flat arrays, read without unpickling.
 
-- `about`: uint8, JSON: for each sample its number, lengths, spans, finish, reward and failure.
+- `about`: uint8, JSON: for each sample its number, lengths, spans, finish, reward, failure and turns.
 - `tokens`, `logprobs`, `routes`, `recorded` (the route mask): of all samples, one after the other.
+- `sampled` (the sampled mask): likewise; files of older heads have none.
 - `route_weights`: likewise, of samples that have them (`weighted` in `about`).
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -15,6 +17,7 @@ import numpy as np
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.sample import LOST, Sample
+from megatron_bai.rollout.turns import Turn
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
 
 
@@ -39,6 +42,7 @@ def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: 
         "logprobs": _concatenate([sample.logprobs for sample in values], np.float32),
         "routes": _concatenate([sample.routes for sample in values], signature.dtype, layers, topk),
         "recorded": _concatenate([sample.full_route_mask for sample in values], bool),
+        "sampled": _concatenate([sample.full_sampled_mask for sample in values], bool),
         "route_weights": _concatenate(
             [sample.route_weights for sample in values if sample.route_weights is not None], np.float32, layers, topk
         ),
@@ -64,8 +68,9 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             about = json.loads(archive["about"].tobytes())
             names = ("tokens", "logprobs", "routes", "recorded")
             tokens, logprobs, routes, recorded = (archive[name] for name in names)
-            # a file of an older head has none
+            # files of older heads have neither
             weights = archive["route_weights"] if "route_weights" in archive else np.zeros((0, *routes.shape[1:]))
+            sampled = archive["sampled"] if "sampled" in archive else np.ones(len(logprobs), dtype=bool)
         check_ids(routes, signature, str(path))
         totals = [entry["tokens"] for entry in about]
         responses = [entry["tokens"] - entry["prompt"] for entry in about]
@@ -78,6 +83,7 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             _split_rows(
                 weights, [count if entry.get("weighted") else 0 for entry, count in zip(about, rows, strict=True)]
             ),
+            _split_rows(sampled, responses),
         )
         return [(entry["number"], _make_sample(entry, *values)) for entry, *values in zip(about, *arrays, strict=True)]
     except OSError as error:
@@ -91,7 +97,8 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     spans = [[span.version, span.start, span.end] for span in sample.spans]
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
-    return {"number": number, **lengths, "spans": spans, **outcome, "weighted": sample.route_weights is not None}
+    weighted, turns = sample.route_weights is not None, [asdict(turn) for turn in sample.turns]
+    return {"number": number, **lengths, "spans": spans, **outcome, "weighted": weighted, "turns": turns}
 
 
 def _make_sample(
@@ -101,6 +108,7 @@ def _make_sample(
     routes: np.ndarray,
     route_mask: np.ndarray,
     route_weights: np.ndarray,
+    sampled_mask: np.ndarray,
 ) -> Sample:
     """Make one sample of its metadata and arrays."""
     return Sample(
@@ -115,6 +123,8 @@ def _make_sample(
         reward=about["reward"],
         failure=about["failure"],
         route_weights=route_weights if about.get("weighted") else None,
+        sampled_mask=None if sampled_mask.all() else sampled_mask,
+        turns=tuple(Turn(**turn | {"messages": tuple(turn["messages"])}) for turn in about.get("turns", ())),
     )
 
 

@@ -95,7 +95,9 @@ class Parts(FakeInference):
         self.budget, self.fault, self.failing = rollout.get("partial_tokens", LONGEST), fault, set(fault and FAILING)
         self.version, self.rounds, self.threads, self.recovered = version, [], set(), []
 
-    def sample_partial(self, wanted: list[SampleRequest], max_failures: int) -> list[Sample | UserError]:
+    def sample_partial(
+        self, wanted: list[SampleRequest], max_failures: int, prompts: Any = None
+    ) -> list[Sample | UserError]:
         self.threads.add(threading.current_thread().name)
         self.rounds.append(len(wanted))
         fails, self.failing = self.version in self.failing, self.failing - {self.version}

@@ -79,7 +79,7 @@ class Rollouts:
         routes, reward = random_routes(len(tokens) - 1, random), float(number % 2)
         return Sample(place, tokens, len(prompt.ids), logprobs, routes, spans, "stop", reward=reward)
 
-    def sample_partial(self, wanted: list[SampleRequest], max_failures: int) -> list[Sample]:
+    def sample_partial(self, wanted: list[SampleRequest], max_failures: int, prompts: Any = None) -> list[Sample]:
         """Parts of samples, of `rollout.partial_tokens` each."""
         self.seen(self.version)
         return [self._part(each) for each in wanted]

@@ -49,7 +49,7 @@ def from_samples(
         total = len(sample.tokens)
         tokens[i, :total] = sample.tokens
         predicted = slice(sample.prompt_length - 1, total - 1)
-        response_mask[i, predicted] = True
+        response_mask[i, predicted] = sample.full_sampled_mask  # what an environment said is no action
         logprobs[i, predicted] = sample.logprobs
     columns = samples[0].columns
     assert all(sample.columns == columns for sample in samples), "samples with the routes of different layers"
@@ -80,10 +80,12 @@ def _stack_version_ages(samples: list[Sample], length: int, version: int | None)
     if version is None:
         return ages
     for row, sample in enumerate(samples):
+        shift = sample.prompt_length - 1
         for span in sample.spans:
-            age, shift = version - int(span.version), sample.prompt_length - 1
+            age = version - int(span.version)
             assert age >= 0, f"a token of version {span.version} in the step of version {version}"
             ages[row, span.start + shift : span.end + shift] = age
+        ages[row, shift : len(sample.tokens) - 1] *= sample.full_sampled_mask
     return ages
 
 

@@ -191,7 +191,7 @@ class Collector:
 
     def _add_responses(self, samples: list[Sample], stats: Stats) -> None:
         """Add metrics of responses."""
-        lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.int64)
+        lengths = torch.tensor([sample.num_sampled for sample in samples], dtype=torch.int64)
         truncated = torch.tensor([sample.finish != "stop" for sample in samples], dtype=torch.bool)
         sampled = torch.tensor([not sample.lost for sample in samples], dtype=torch.bool)
         rewards, valid = map(torch.from_numpy, rewards_and_mask(samples))

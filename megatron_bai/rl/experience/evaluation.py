@@ -45,8 +45,8 @@ def evaluate(session: Session, inference: InferenceEngine, stats: Stats) -> list
             rewards[sample.prompt_index].append(sample.reward)
         sampled = not sample.lost
         if sampled and settings.reward.name != "exact" and task.has_check(prompts[sample.prompt_index]):
-            stats.ratio("eval_exact", task.reward(prompts[sample.prompt_index], sample.response.tolist()), 1)
-        stats.ratio("eval_length", len(sample.response), sampled)
+            stats.ratio("eval_exact", task.reward(prompts[sample.prompt_index], sample.last_turn.tolist()), 1)
+        stats.ratio("eval_length", sample.num_sampled, sampled)
         stats.ratio("eval_truncated", sampled and sample.finish != "stop", sampled)
     gathered: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, rewards if session.is_replica_leader else [])

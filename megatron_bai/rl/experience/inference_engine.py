@@ -15,16 +15,18 @@ from megatron_bai.data.task import Prompt
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
-from megatron_bai.rewards import score_samples
+from megatron_bai.rewards import make_scoring, score_samples
 from megatron_bai.rl.batches.token_batch import padded_length
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
+from megatron_bai.rollout.conversation import OnComplete
 from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout.servers import fleet, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
 from megatron_bai.rollout.servers.quantize import fake_quantize
 from megatron_bai.rollout.servers.weight_sync import WeightTransport
+from megatron_bai.rollout.turns import TurnEnvironment
 from megatron_bai.routing.layout import ServedColumns
 
 _PROBES = 4  # held-out prompts whose log-probabilities verify that new weights arrived
@@ -106,9 +108,8 @@ class InferenceEngine:
             if session.is_replica_leader:
                 end, version = session.task.end_tokens, str(self.version)
                 arguments = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
-                results = self._client.generate(
-                    *arguments, version=version, max_failures=max_failures, previous=results
-                )
+                limits = (version, max_failures, results)
+                results = self._client.generate(*arguments, *limits, *self._sample_hooks(prompts))
                 self._refuse_aborted(results)
             failures = [result for result in results if isinstance(result, UserError)]
             if not self.any_failed(failures) or not self.recover(failures, max_failures):
@@ -121,24 +122,35 @@ class InferenceEngine:
         ]
         return session.send_to_replica(self.add_rewards(prompts, samples) if session.is_replica_leader else None)
 
+    def _sample_hooks(self, prompts: list[Prompt]) -> tuple[TurnEnvironment | None, OnComplete | None]:
+        """Return what replies to turns of these prompts' samples, and what rewards a sample that is complete."""
+        session = self._session
+        assert session.scorer
+        environment = session.environment.for_prompts(prompts) if session.environment else None
+        return environment, make_scoring(session.scorer, session.task, prompts)
+
     def add_rewards(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
-        """Return the samples with rewards. Called on leaders.
+        """Return the samples with rewards, those that were not rewarded as they ended. Called on leaders.
 
         Args:
             prompts: indexed by `Sample.prompt_index`.
-            samples: of this replica, in any order, which the result keeps; lost ones are returned unchanged.
+            samples: of this replica, in any order, which the result keeps; those with a reward or a failure and lost
+                ones are returned unchanged.
         """
         assert self._session.scorer
         return score_samples(self._session.scorer, self._session.task, prompts, samples)
 
     def sample_partial(
-        self, wanted: list[SampleRequest], max_failures: int, tokens: int = 0
+        self, wanted: list[SampleRequest], max_failures: int, prompts: list[Prompt] | None = None, tokens: int = 0
     ) -> list[Sample | UserError]:
-        """Sample a few more tokens each, without rewards. Called on leaders, not collective.
+        """Sample a few more tokens each; what is then complete has a reward, or gets it by `add_rewards`.
+
+        Called on leaders, not collective.
 
         Args:
             wanted: samples to start or to continue.
             max_failures: how many may fail.
+            prompts: indexed by `SampleRequest.prompt_index`; None: no turn is replied to, and nothing is rewarded.
             tokens: the most new tokens of each; 0: `rollout.partial_tokens`.
 
         Returns:
@@ -149,7 +161,9 @@ class InferenceEngine:
         """
         session = self._session
         end, budget = session.task.end_tokens, tokens or session.settings.rollout.partial_tokens
-        results = self._client.sample(wanted, end, budget=budget, version=str(self.version), max_failures=max_failures)
+        limits = (budget, str(self.version), max_failures)
+        hooks = (None, None) if prompts is None else self._sample_hooks(prompts)
+        results = self._client.sample(wanted, end, None, *limits, *hooks)
         self._refuse_aborted(results)
         return results
 

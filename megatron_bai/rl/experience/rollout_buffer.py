@@ -212,15 +212,18 @@ class RolloutBuffer:
             sample_seed = sampling_seed(seed, group.prompt_index, member)
             position, prompt_ids = positions[group.prompt_index], list(group.prompt.ids)
             requests.append(SampleRequest(position, prompt_ids, sample_seed, group.samples[member]))
-        for slot, result in zip(slots, self.inference.sample_partial(requests, self._max_failures), strict=True):
+        prompts = [group.prompt for group in self._groups]
+        results = self.inference.sample_partial(requests, self._max_failures, prompts)
+        for slot, result in zip(slots, results, strict=True):
+            group, member = slot
             if isinstance(result, UserError):  # the tokens that the sample has already stay
                 self._failed.append((slot, result))
+                group.samples[member] = getattr(result, "partial", group.samples[member])
             else:
-                group, member = slot
                 group.samples[member] = result
 
     def _reward(self, groups: list[SampleGroup]) -> None:
-        """Add rewards to complete groups, in place."""
+        """Add rewards to complete groups, in place: those that samples did not get as they ended."""
         samples = [
             replace(sample, prompt_index=i) for i, group in enumerate(groups) for sample in group.started_samples()
         ]

@@ -63,7 +63,7 @@ def _sample_batch(collector: Collector) -> RolloutBatch:
     samples: list[Sample] = []
 
     def sample() -> None:
-        for result in inference.sample_partial(requests, 0, _TOKENS) if session.is_replica_leader else ():
+        for result in inference.sample_partial(requests, 0, tokens=_TOKENS) if session.is_replica_leader else ():
             if isinstance(result, UserError):
                 raise result
             samples.append(result)

@@ -1,0 +1,157 @@
+"""One sample from its first request to its end: requests, and between them the environment's replies."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from megatron_bai.errors import UserError
+from megatron_bai.rollout.http_client import HttpRequest, Post
+from megatron_bai.rollout.sample import PARTIAL, TURN, Sample
+from megatron_bai.rollout.turns import TurnEnvironment, TurnReply
+
+OnComplete: TypeAlias = Callable[[Sample], Awaitable[Sample]]
+
+
+class SampleError(UserError):
+    """A sample whose request failed for good.
+
+    Attributes:
+        partial: the tokens that it has, which another call continues; None: none.
+    """
+
+    def __init__(self, message: str, partial: Sample | None):
+        super().__init__(message)
+        self.partial = partial
+
+
+class FatalError(Exception):
+    """An error of an environment or a reward that is not one sample's: it stops the call, and is in `cause`."""
+
+    def __init__(self, cause: UserError):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """Limits of one request.
+
+    Attributes:
+        request: new tokens of the request.
+        reaches: what they reach: `budget` of the call, `turn` or `response`.
+    """
+
+    request: int
+    reaches: str
+
+
+MakeRequest: TypeAlias = Callable[[Sample | None, tuple[int, ...], int], HttpRequest[Sample]]
+
+
+class SampleDriver:
+    """Carries one sample to its end, or as far as a call's budget goes.
+
+    Args:
+        make_request: makes the request that continues a sample, None at its beginning, by at most so many tokens after
+            the ids of a reply. Its result is the continued sample, of finish `stop`, `length` or `abort`.
+        max_new_tokens: of the response, the environment's tokens included.
+        budget: tokens to sample in this call.
+        vocab_size: of the model.
+        environment: replies to turns; None: the sample has one.
+        on_complete: is awaited with the sample once it is complete, for what replaces it; None: nothing is.
+        partial: the sample so far; None: it begins.
+
+    Attributes:
+        sample: the tokens so far, whole turns of which stay where a request fails; None: none.
+    """
+
+    def __init__(
+        self,
+        make_request: MakeRequest,
+        max_new_tokens: int,
+        budget: int,
+        vocab_size: int,
+        environment: TurnEnvironment | None,
+        on_complete: OnComplete | None,
+        partial: Sample | None,
+    ):
+        self._make_request, self._max_new_tokens, self._budget = make_request, max_new_tokens, budget
+        self._vocab_size, self._environment, self._on_complete = vocab_size, environment, on_complete
+        self.sample = partial
+
+    async def run(self, post: Post) -> Sample:
+        """Request turn after turn until the sample is complete or the budget is used up.
+
+        Args:
+            post: of `http_client.run_all`.
+
+        Raises:
+            UserError: a request failed for good.
+            FatalError: the environment or a reward cannot be used at all.
+        """
+        while True:
+            ids: tuple[int, ...] = ()
+            continued = self.sample
+            if continued is not None and continued.finish == TURN:
+                continued, ids = await self._reply(continued)
+            if continued is not None and continued.complete:
+                self.sample = continued
+                break
+            if self._budget <= 0:
+                assert continued is not None, "a call samples at least a token"
+                return continued
+            limits = self._limits(continued, len(ids))
+            before = 0 if continued is None else continued.num_sampled
+            sample: Sample = await post(self._make_request(continued, ids, limits.request))
+            self._budget -= sample.num_sampled - before
+            self.sample = self._end_request(sample, limits)
+            if self.sample.finish == TURN and self._budget <= 0:
+                return self.sample
+        if self._on_complete:
+            self.sample = await _guard(self._on_complete(self.sample))
+        return self.sample
+
+    def _limits(self, sample: Sample | None, num_reply_tokens: int) -> TokenLimits:
+        """Return the limits of the next request: the least that there is, and of equal ones the last that ends most."""
+        used = 0 if sample is None else len(sample.response)
+        limits = {"response": self._max_new_tokens - used - num_reply_tokens}
+        if self._environment and self._environment.max_turn_tokens:
+            in_turn = 0 if sample is None or sample.finish == TURN else used - sample.next_turn_start
+            limits["turn"] = self._environment.max_turn_tokens - in_turn
+        limits["budget"] = self._budget
+        reaches = min(limits, key=lambda name: limits[name])
+        assert limits[reaches] > 0, f"a request without tokens: {limits}"
+        return TokenLimits(limits[reaches], reaches)
+
+    def _end_request(self, sample: Sample, limits: TokenLimits) -> Sample:
+        """Return the sample with the finish that its limits give it, and the turn that has ended."""
+        if sample.finish == "length" and limits.reaches == "budget":
+            return replace(sample, finish=PARTIAL)
+        if self._environment is None:
+            return sample
+        ended = sample.finish == "stop"
+        return replace(sample, finish=TURN if ended else sample.finish).end_turn(ended)
+
+    async def _reply(self, sample: Sample) -> tuple[Sample, tuple[int, ...]]:
+        """Return the sample after the environment's reply to its last turn, and the ids to append; () if it ends."""
+        environment = self._environment
+        assert environment, "a turn ended, and no environment is there to reply"
+        reply: TurnReply = await _guard(environment.respond(sample))
+        if reply.failure:
+            return replace(sample, finish="stop", failure=reply.failure), ()
+        if reply.ids and not 0 <= min(reply.ids) <= max(reply.ids) < self._vocab_size:
+            raise FatalError(UserError(f"the environment's reply has a token id outside [0, {self._vocab_size})"))
+        fits = len(reply.ids) <= environment.max_reply_tokens
+        fits &= len(sample.response) + len(reply.ids) < self._max_new_tokens
+        if reply.done or not fits or len(sample.turns) >= environment.max_turns:
+            # what ends here is no one's to read: its messages are shown alone
+            return replace(sample.add_reply(replace(reply, ids=())), finish="stop" if reply.done else "length"), ()
+        return sample.add_reply(reply), reply.ids
+
+
+async def _guard(call: Awaitable[Sample | TurnReply]) -> "Sample | TurnReply":
+    """Await a call; a UserError of it is no failed request."""
+    try:
+        return await call
+    except UserError as error:
+        raise FatalError(error) from error
