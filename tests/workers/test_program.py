@@ -49,7 +49,7 @@ def test_an_exception_is_shown_with_its_line() -> None:
         ("import os; print(sorted(os.environ))", "['HOME', 'LANG', 'PATH', 'TMPDIR']"),
         ("import os; print(os.getuid() == 65534, os.getgroups() in ([], [65534]))", "True True"),
         ("import os; print([i for i in range(3, 64) if os.path.exists(f'/proc/self/fd/{i}')])", "[]"),
-        ("import os; print([os.path.exists(each) for each in ('/home', '/root/.ssh', '/sys')])", "[False, False, False]"),
+        ("import os; print([os.path.exists(each) for each in ('/home', '/sys')])", "[False, False]"),
         ("import glob; print(len(glob.glob('/proc/[0-9]*')))", "2"),
         ("import os\ntry: os.kill(1, 9)\nexcept OSError: pass\nprint(os.path.exists('/proc/1'))", "True"),
         ("import os; os.mkdir('/work/m'); import ctypes\n"
