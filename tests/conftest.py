@@ -33,7 +33,10 @@ SHARED = {
         *(f"distributed/test_{name}.py" for name in ("layouts", "packed", "critic")),
         "model/test_conversion.py",
     ],
-    "server": [f"live/test_{name}.py" for name in ("contract", "server", "server_faults", "fleet", "served_rewards")],
+    "server": [
+        f"live/test_{name}.py"
+        for name in ("contract", "server", "server_faults", "fleet", "served_rewards", "conversations")
+    ],
     "facts": ["routing/test_replay.py", "routing/test_routers.py"],
 }
 GROUPS = {f"tests/{file}": name for name, files in SHARED.items() for file in files}

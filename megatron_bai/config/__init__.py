@@ -28,7 +28,7 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import Exact, Function, MathVerify, PerSample, Reward, RewardModel
+from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, PerSample, Reward, RewardModel
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.schema import Config, initial_checkpoint, register_schema
@@ -52,6 +52,7 @@ __all__ = [
     "Dppo",
     "Drpo",
     "Env",
+    "EnvironmentReward",
     "Exact",
     "Function",
     "Gmpo",

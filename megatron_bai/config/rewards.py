@@ -22,6 +22,13 @@ class Exact(Reward):
 
 
 @dataclass
+class EnvironmentReward(Reward):
+    """The sum of the environment's rewards of turns: a conversation's own (docs/conversations.md)."""
+
+    name: str = "environment"
+
+
+@dataclass
 class PerSample(Reward):
     """Settings of every reward that is a Python function of one sample and runs in worker processes."""
 

@@ -24,7 +24,7 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import Exact, Function, MathVerify, Reward, RewardModel
+from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, Reward, RewardModel
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.trainer import Supervised, Trainer
@@ -69,7 +69,7 @@ def register_schema() -> None:
     choices = {
         "data": (Arithmetic, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
-        "reward": (Exact, MathVerify, Function, RewardModel),
+        "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward),
         "env": (NoEnvironment, UserEnvironment),
         "objective": (Sft, Minirl, Sequence, Dppo, Drpo, Grpo, Dapo, Cispo, Gspo, Gmpo, Sapo, Ppo),
     }

@@ -17,7 +17,7 @@ from megatron_bai import config
 from megatron_bai.config.limits import validate_group
 from megatron_bai.environments.messages import conversation_messages, decode_turn
 from megatron_bai.errors import UserError
-from megatron_bai.rewards import exact_match, math_verify_reward, reward_model, user_function
+from megatron_bai.rewards import environment_reward, exact_match, math_verify_reward, reward_model, user_function
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer, convert_reward
 from megatron_bai.rewards.sample_function import per_sample
 
@@ -41,7 +41,7 @@ __all__ = [
     "score_samples",
 ]
 
-_BUILT_IN = (exact_match, math_verify_reward, user_function, reward_model)
+_BUILT_IN = (exact_match, math_verify_reward, user_function, reward_model, environment_reward)
 _REGISTRY: dict[str, Reward] = {module.REWARD.settings.name: module.REWARD for module in _BUILT_IN}
 
 
@@ -170,4 +170,4 @@ def _with_score(sample: Sample, prompt: Prompt, score: Score) -> Sample:
             value, failure = None, f"it is {error}"
     if value is None:
         failure = f"{failure} (prompt {ascii(prompt.text[-60:])})"
-    return replace(sample, reward=value, failure=failure)
+    return replace(sample, reward=value, failure=failure, turn_weight=score.turn_weight)

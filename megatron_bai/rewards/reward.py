@@ -40,10 +40,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """The reward, a finite number; or None, and why."""
+    """The reward, a finite number; or None, and why.
+
+    Attributes:
+        turn_weight: by which `Item.environment_reward` is in the value: a critic has the share of each turn at its end.
+    """
 
     value: float | None
     failure: str = ""
+    turn_weight: float = 0.0
 
 
 def convert_reward(value: Any) -> float:

@@ -112,8 +112,8 @@ def _make_body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]
     def chat(item: Item) -> dict[str, Any]:
         if not item.prompt.messages:
             raise UserError("reward.send=chat needs prompts that are chats: data=dataset with data.chat_template=true")
-        messages = [*item.prompt.messages, {"role": "assistant", "content": item.response}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        turn = {"role": "assistant", "content": item.response}
+        text = tokenizer.apply_chat_template(list(item.messages) or [*item.prompt.messages, turn], tokenize=False)
         return {"input_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     return chat

@@ -45,7 +45,7 @@ from megatron_bai.rl.experience.inference_engine import InferenceEngine, start_i
 from megatron_bai.rl.experience.route_recorder import RouteRecorder, open_route_recorder
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
 from megatron_bai.rl.experience.server_probe import verify_engines
-from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies, select_sampled_logprobs
+from megatron_bai.rl.experience.staleness import PreviousWeights, add_discrepancies
 from megatron_bai.rl.merge_routing import measure_merge_routing
 from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy.exactness import require_exact
@@ -316,13 +316,11 @@ class TrainingLoop:
         if self.previous_weights:
             previous = self.previous_weights.score(micro_batches, inference if mode == "r3" else None)
             self.previous_weights.capture()
-        reference, sampled, live = None, None, None if live_scores is None else live_scores.logprobs
+        reference, live = None, None if live_scores is None else live_scores.logprobs
         if self.reference:
             with self.reference.swapped_in():  # with its live router: it is one distribution for the whole run
                 reference = engine.score(micro_batches).logprobs
-        if old.logprobs is not None:
-            sampled = select_sampled_logprobs(rollouts.version_age, old.logprobs, previous)
-        scored = make_scored_batch(rollouts, old.logprobs, sampled, reference)
+        scored = make_scored_batch(rollouts, old.logprobs, previous, reference)
         if old.entropy is not None:
             add_discrepancies(stats, scored, live, weighted)
             stats.mean("entropy", old.entropy.cpu()[scored.usable_mask])

@@ -93,9 +93,17 @@ def require_packages(settings: config.Config) -> None:
 def _validate_environment(settings: config.Config, rollouts: bool) -> None:
     """Refuse an environment where nothing converses, and one whose prompts are no chats."""
     environments.resolve_environment(settings.env)
+    reward = settings.reward
     if not isinstance(settings.env, config.PerTurn):
+        if isinstance(reward, config.EnvironmentReward):
+            raise UserError("reward=environment is what an environment pays, and env=none: choose one with env=NAME")
         return
     name = settings.env.name
+    if isinstance(reward, config.RewardModel) and reward.send != "chat":
+        raise UserError(
+            f"reward.send is {reward.send}, and env={name} makes conversations, which a reward model reads in its own "
+            "template: set reward.send=chat"
+        )
     if not rollouts:
         raise UserError(f"env={name} answers rollouts, and objective={settings.objective.name} has none: leave it out")
     if not getattr(settings.data, "chat_template", False):

@@ -39,6 +39,7 @@ class Sample:
         sampled_mask: `[T − prompt_length]` bool, tokens of the response that the model sampled, the last one among
             them; the others are the environment's. None: all.
         turns: of a conversation, in order, without one that is in progress; empty where there is no environment.
+        turn_weight: by which the environment's rewards of turns are in `reward`; 0: they are not.
     """
 
     prompt_index: int
@@ -56,6 +57,7 @@ class Sample:
     columns: tuple[int, ...] | None = None
     sampled_mask: np.ndarray | None = None
     turns: tuple[Turn, ...] = ()
+    turn_weight: float = 0.0
 
     @property
     def lost(self) -> bool:

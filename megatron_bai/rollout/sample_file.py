@@ -98,7 +98,8 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
     weighted, turns = sample.route_weights is not None, [asdict(turn) for turn in sample.turns]
-    return {"number": number, **lengths, "spans": spans, **outcome, "weighted": weighted, "turns": turns}
+    about = {"number": number, **lengths, "spans": spans, **outcome, "weighted": weighted}
+    return about | {"turns": turns, "turn_weight": sample.turn_weight}
 
 
 def _make_sample(
@@ -125,6 +126,7 @@ def _make_sample(
         route_weights=route_weights if about.get("weighted") else None,
         sampled_mask=None if sampled_mask.all() else sampled_mask,
         turns=tuple(Turn(**turn | {"messages": tuple(turn["messages"])}) for turn in about.get("turns", ())),
+        turn_weight=about.get("turn_weight", 0.0),
     )
 
 

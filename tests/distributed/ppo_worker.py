@@ -34,9 +34,9 @@ class Given:
     def collect(self, stats: Any, last: bool) -> tuple[list, Any]:
         from megatron_bai.rl.batches.batch import from_samples
 
-        rollouts = [sample.select_layers(self.columns) for sample in samples(SAMPLES, np.random.default_rng(7))]
-        made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, rewards=self.rewards)
-        return rollouts, made
+        sampled = zip(samples(SAMPLES, np.random.default_rng(7)), self.rewards, strict=True)
+        rollouts = [replace(sample.select_layers(self.columns), reward=reward) for sample, reward in sampled]
+        return rollouts, from_samples(rollouts, None, LENGTH, 0, SIGNATURE)
 
     def sync(self) -> None:
         self.synced += 1

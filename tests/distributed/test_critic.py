@@ -71,7 +71,7 @@ def test_the_norm_reported_is_that_of_the_critics_whole_gradient(case: str, layo
 def batch() -> tuple[RolloutBatch, torch.Tensor]:
     rollouts, _, noise = problem()
     counted = np.array([sample not in LEFT_OUT for sample in range(SAMPLES)])
-    made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, in_loss=counted, rewards=REWARDS)
+    made = from_samples(rollouts, None, LENGTH, 0, SIGNATURE, in_loss=counted)
     return made, torch.from_numpy(noise)
 
 

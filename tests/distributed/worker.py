@@ -103,10 +103,10 @@ QUICK = ("one", "tp2", "tp2_ep2", "one_row24", "tp2_ep2_row42")
 def problem() -> tuple[list, np.ndarray, np.ndarray]:
     """Rollouts, their advantages, and how far `old_logprobs` lie from the current policy's: enough to be clipped."""
     random, others = np.random.default_rng(7), np.random.default_rng(8)
-    rollouts = [
-        replace(each, route_weights=1.5 * others.dirichlet(np.ones(MODEL.moe_topk), each.routes.shape[:2]).astype("f4"))
-        for each in samples(SAMPLES, random)
-    ]
+    rollouts = []
+    for each, reward in zip(samples(SAMPLES, random), REWARDS, strict=True):
+        weights = 1.5 * others.dirichlet(np.ones(MODEL.moe_topk), each.routes.shape[:2]).astype("f4")
+        rollouts.append(replace(each, reward=float(reward), route_weights=weights))
     return rollouts, random.normal(size=SAMPLES), random.normal(0, 0.2, (SAMPLES, LENGTH))
 
 
@@ -154,7 +154,7 @@ class Run:
         mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
         in_loss = np.array([not (leaves_out and sample in LEFT_OUT) for sample in range(SAMPLES)])[own]
         of_samples = None if has_critic else advantages[own]
-        rollouts = from_samples(mine, of_samples, LENGTH, 0, SIGNATURE, in_loss, REWARDS[own], weighted=True)
+        rollouts = from_samples(mine, of_samples, LENGTH, 0, SIGNATURE, in_loss, weighted=True)
         self.batch, (self.micros,) = make_mini_batches(
             make_training_batch(make_scored_batch(rollouts)), self.settings, Stats()
         )

@@ -90,11 +90,14 @@ class Case:
         """With what objectives read, in the precision of the arrays; samples that do not count are out of the mask."""
         b, length = self.mask.shape
         advantages = torch.from_numpy(self.advantages)
-        rollouts = make_rollout_batch(
+        text = make_rollout_batch(
             torch.zeros(b, length, dtype=torch.int64),
             torch.full((b,), length),
             torch.from_numpy(self.mask),
             torch.from_numpy(self.infer),
+        )
+        rollouts = replace(
+            text,
             sample_advantages=advantages if advantages.dim() == 1 else advantages[:, 0],
             prompt_index=torch.from_numpy(self.prompt_index),
             in_loss=torch.from_numpy(self.in_loss),

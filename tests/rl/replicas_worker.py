@@ -25,10 +25,10 @@ from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.advantages import group_centred
+from megatron_bai.rl.batches.advantages import GroupRewards
 from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
-from megatron_bai.rl.experience.collector import Collector, rewards_and_mask
+from megatron_bai.rl.experience.collector import Collector
 from megatron_bai.rl.experience.evaluation import evaluate
 from megatron_bai.rl.experience.sample_recorder import SampleRecorder
 from megatron_bai.rollout.client import SampleRequest, sampling_seed
@@ -241,9 +241,9 @@ def recorded(replicas: int, rank: int) -> list[list[dict[str, Any]]]:
     collector, recorder, steps = Collector(here, engine), SampleRecorder(here), []
     for step in range(STEPS):
         samples = collector._sample_groups(Stats())
-        rewards, valid = rewards_and_mask(samples)
+        advantages = GroupRewards.of([sample.reward for sample in samples], SIZE).compute_advantages("centred")
         length = max(len(sample.tokens) for sample in samples) + rank  # padded otherwise
-        batch = from_samples(samples, group_centred(rewards, SIZE, valid), length, 0, here.signature)
+        batch = from_samples(samples, advantages, length, 0, here.signature)
         numbers = torch.tensor([s.stream_index * SIZE + i % SIZE for i, s in enumerate(samples)])
         scored = make_scored_batch(batch, -((numbers * 7 % 11) / 10)[:, None] * batch.usable_mask)
         batch = make_training_batch(scored).reorder(list(reversed(range(len(batch)))))

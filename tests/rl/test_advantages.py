@@ -12,15 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bai.rl.batches.advantages import (
-    at_last_token,
+    GroupRewards,
+    place_rewards,
     explained_variance,
     gae,
-    group_advantages,
-    group_centred,
-    group_normalised,
-    has_peer,
-    in_uniform_group,
-    leave_one_out,
     whiten,
 )
 
@@ -34,21 +29,22 @@ def groups(rewards: list[float], size: int) -> list[list[float]]:
 
 @given(rewards_of_6, st.sampled_from([1, 2, 3, 6]))
 def test_centred_is_the_reward_less_its_groups_mean(rewards: list[float], size: int) -> None:
-    found = group_centred(np.array(rewards), size)
+    found = GroupRewards.of(rewards, size).compute_advantages("centred")
     wanted = [reward - sum(group) / size for reward, group in zip(rewards, groups(rewards, size))]
     assert found == pytest.approx(wanted, abs=1e-9) and found.dtype == np.float64
 
 
 def test_centred_is_not_divided_by_the_deviation() -> None:
-    assert group_centred(np.array([1.0, 0, 0, 0, 10, 0]), 2).tolist() == [0.5, -0.5, 0, 0, 5, -5]
+    rewards = GroupRewards.of([1.0, 0, 0, 0, 10, 0], 2)
+    assert rewards.compute_advantages("centred").tolist() == [0.5, -0.5, 0, 0, 5, -5]
 
 
 @pytest.mark.parametrize("estimator", ["centred", "normalised", "leave_one_out"])
 @pytest.mark.parametrize("reward", [0.1, -1e30, 1e9 + 0.1, 3e38])
 def test_equal_rewards_have_no_advantage_at_all(reward: float, estimator: str) -> None:
     """Their mean is rounded; a deviation of that rounding would make advantages of 1."""
-    valid = np.array([True] * 7 + [False] + [True, True, False] + [False] * 5)
-    assert not group_advantages(np.full(16, reward), 8, estimator, valid).any()
+    rewards = GroupRewards.of([reward] * 7 + [None] + [reward, reward, None] + [None] * 5, 8)
+    assert not rewards.compute_advantages(estimator).any()
 
 
 @given(rewards_of_6, st.sampled_from([2, 3, 6]))
@@ -57,30 +53,33 @@ def test_normalised_is_also_divided_by_the_groups_deviation(rewards: list[float]
         (reward - statistics.fmean(group)) / (statistics.stdev(group) + 1e-6)
         for reward, group in zip(rewards, groups(rewards, size))
     ]
-    assert group_normalised(np.array(rewards), size) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    found = GroupRewards.of(rewards, size).compute_advantages("normalised")
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 @given(rewards_of_6, st.sampled_from([2, 3, 6]))
 def test_leave_one_out_compares_with_the_others(rewards: list[float], size: int) -> None:
     wanted = [reward - (sum(group) - reward) / (size - 1) for reward, group in zip(rewards, groups(rewards, size))]
-    assert leave_one_out(np.array(rewards), size) == pytest.approx(wanted, abs=1e-9)
+    assert GroupRewards.of(rewards, size).compute_advantages("leave_one_out") == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, 1e6 / 3])
 def test_equal_rewards_give_no_advantage(reward: float) -> None:
     for name in ("centred", "normalised", "leave_one_out"):
-        assert np.abs(group_advantages(np.full(6, reward), 3, name)).max() <= 1e-3 * 1e-6 * max(1.0, reward)
+        found = GroupRewards.of([reward] * 6, 3).compute_advantages(name)
+        assert np.abs(found).max() <= 1e-3 * 1e-6 * max(1.0, reward)
 
 
 def test_each_name_is_its_estimator() -> None:
-    rewards = np.array([1.0, 0, 0, 1, 1, 0])
-    found = {name: group_advantages(rewards, 3, name) for name in ("centred", "normalised", "leave_one_out")}
+    rewards = GroupRewards.of([1.0, 0, 0, 1, 1, 0], 3)
+    found = {name: rewards.compute_advantages(name) for name in ("centred", "normalised", "leave_one_out")}
     assert found["centred"][0] == pytest.approx(2 / 3) and found["leave_one_out"][0] == pytest.approx(1)
     assert found["normalised"][0] == pytest.approx(2 / 3 / 3**-0.5, rel=1e-5)
 
 
 def test_uniform_groups_are_those_whose_rewards_are_all_equal() -> None:
-    assert in_uniform_group(np.array([0.7, 0.7, 0, 1, 1, 1]), 2).tolist() == [True, True, False, False, True, True]
+    rewards = GroupRewards.of([0.7, 0.7, 0, 1, 1, 1], 2)
+    assert rewards.in_uniform_group.tolist() == [True, True, False, False, True, True]
 
 
 @given(
@@ -118,8 +117,34 @@ def test_gae_without_decay_is_the_return_less_the_value() -> None:
 
 def test_a_reward_belongs_to_the_last_token_of_its_response() -> None:
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    found = at_last_token(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    found = place_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
     assert found.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 4]]
+
+
+def test_rewards_of_turns_lie_at_their_ends_and_sum_to_the_rewards() -> None:
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1], [1, 0, 0, 1, 1, 1, 0]]).bool()
+    turns = torch.zeros(2, 7)
+    turns[0, 2], turns[1, 1] = 0.25, 5.0  # the second is of a token that may not be learned from
+    found = place_rewards(torch.tensor([1.0, 2.0]), mask, turns)
+    assert found.tolist() == [[0, 0, 0.25, 0, 0, 0, 0.75], [0, 0, 0, 0, 0, 2.0, 0]]
+
+
+def test_gae_of_turns_is_the_closed_form_over_sampled_tokens() -> None:
+    """A_t = Σ_l (γλ)^l δ_{t+l} over the tokens that were sampled, with the turns' rewards at their ends."""
+    gamma, lam, generator = 0.9, 0.8, torch.Generator().manual_seed(0)
+    mask = torch.tensor([[0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0]]).bool()
+    values, turns = torch.randn(1, 12, generator=generator), torch.zeros(1, 12)
+    turns[0, 2], turns[0, 8] = 0.5, -2.0
+    found, returns = gae(place_rewards(torch.tensor([3.0]), mask, turns), values, mask, gamma, lam)
+    positions = mask[0].nonzero().flatten().tolist()
+    rewards = {2: 0.5, 8: -2.0, 10: 3.0 - 0.5 + 2.0}
+    v = [float(values[0, t]) for t in positions] + [0.0]
+    deltas = [rewards.get(t, 0.0) + gamma * v[i + 1] - v[i] for i, t in enumerate(positions)]
+    for i, t in enumerate(positions):
+        wanted = sum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(positions)))
+        assert float(found[0, t]) == pytest.approx(wanted, abs=1e-5)
+        assert float(returns[0, t]) == pytest.approx(wanted + v[i], abs=1e-5)
+    assert not found[~mask].any() and not returns[~mask].any()
 
 
 def over_ranks(function: Callable, *parts: tuple) -> list:
@@ -166,15 +191,15 @@ def test_explained_variance_is_that_of_all_ranks() -> None:
 
 def test_a_sample_without_reward_is_in_no_mean_and_no_deviation() -> None:
     """Two groups of four; the second has a single reward, which has nothing to be compared with."""
-    nan = float("nan")
-    rewards = np.array([1.0, nan, 0.0, 0.5, nan, 3.0, nan, nan])
-    valid = ~np.isnan(rewards)
+    rewards = GroupRewards.of([1.0, None, 0.0, 0.5, None, 3.0, None, None], 4)
     nothing = [0.0] * 4
-    assert group_advantages(rewards, 4, "centred", valid).tolist() == [0.5, 0, -0.5, 0, *nothing]
-    assert group_advantages(rewards, 4, "leave_one_out", valid).tolist() == [0.75, 0, -0.75, 0, *nothing]
+    assert rewards.compute_advantages("centred").tolist() == [0.5, 0, -0.5, 0, *nothing]
+    assert rewards.compute_advantages("leave_one_out").tolist() == [0.75, 0, -0.75, 0, *nothing]
     wanted = [0.5 / (0.5 + 1e-6), 0, -0.5 / (0.5 + 1e-6), 0, *nothing]  # the deviation of 1, 0 and 0.5 is 0.5
-    assert group_advantages(rewards, 4, "normalised", valid).tolist() == pytest.approx(wanted, abs=1e-15)
-    assert has_peer(valid, 4).tolist() == [True, False, True, True, False, False, False, False]
+    assert rewards.compute_advantages("normalised").tolist() == pytest.approx(wanted, abs=1e-15)
+    assert rewards.has_peer.tolist() == [True, False, True, True, False, False, False, False]
+    assert not rewards.in_complete_group.any()
+    assert GroupRewards.of([1.0, None, 0.0, 0.5], 2).in_complete_group.tolist() == [False, False, True, True]
 
 
 @given(
@@ -186,18 +211,18 @@ def test_advantages_are_those_of_the_group_without_what_has_no_reward(
     samples: list[tuple[float, bool]], size: int, estimator: str
 ) -> None:
     rewards, valid = np.array([reward for reward, _ in samples]), np.array([has for _, has in samples])
-    found = group_advantages(np.where(valid, rewards, np.nan), size, estimator, valid)
+    found = GroupRewards.of([r if has else None for r, has in samples], size).compute_advantages(estimator)
     for start in range(0, 6, size):
         inside = np.arange(start, start + size)
         known = inside[valid[inside]]
         assert not found[np.setdiff1d(inside, known)].any()
         if len(known) > 1:
-            alone = group_advantages(rewards[known], len(known), estimator)
+            alone = GroupRewards.of(list(rewards[known]), len(known)).compute_advantages(estimator)
             assert found[known] == pytest.approx(alone, rel=1e-9, abs=1e-9)
         else:
             assert not found[known].any()
 
 
 def test_a_group_is_uniform_when_the_rewards_it_has_are_equal() -> None:
-    rewards = np.array([1.0, np.nan, 1.0, 1, np.nan, 0, np.nan, np.nan, np.nan])
-    assert in_uniform_group(rewards, 3, ~np.isnan(rewards)).tolist() == [True] * 3 + [False] * 3 + [True] * 3
+    rewards = GroupRewards.of([1.0, None, 1.0, 1.0, None, 0.0, None, None, None], 3)
+    assert rewards.in_uniform_group.tolist() == [True] * 3 + [False] * 3 + [True] * 3

@@ -12,7 +12,8 @@ from megatron_bai.rl.batches.batch import from_samples, from_sft
 from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 from megatron_bai.rl.batches.token_batch import make_token_batch, padded_length
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.routes import RouteSignature
+from megatron_bai.rollout.turns import Turn
+from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
 SIGNATURE = RouteSignature(moe_layers=3, num_experts=16, topk=2)
 PAD = 63
@@ -29,6 +30,7 @@ def sample(total: int, prompt: int, seed: int) -> Sample:
         routes=np.argsort(random.random((total - 1, 3, 16)), axis=-1)[..., :2].astype(np.uint8),
         spans=(),
         finish="stop",
+        reward=seed / 7 if seed % 3 else None,
     )
 
 
@@ -54,7 +56,46 @@ def test_every_field_lies_where_its_token_is(shape: list[tuple[int, int]], spare
             if t < total - 1:
                 assert batch.routes[i, t].tolist() == s.routes[t].tolist()
         assert batch.sample_advantages[i] == np.float32(advantages[i])
+        assert batch.rewards[i] == np.float32(s.reward or 0)
     assert int(batch.response_mask.sum()) == sum(len(s.response) for s in samples)
+
+
+def conversation(weight: float = 0.0) -> Sample:
+    """Two prompt tokens; turns of three and two tokens, and a reply of two between."""
+    mask = np.array([True] * 3 + [False] * 2 + [True] * 2)
+    one = sample(9, 2, 1)
+    return replace(
+        one,
+        logprobs=np.where(mask, one.logprobs, 0),
+        sampled_mask=mask,
+        turns=(Turn(0, 3, num_reply_tokens=2, reward=0.5), Turn(5, 7, reward=2.0)),
+        turn_weight=weight,
+        spans=(VersionSpan("3", 0, 3), VersionSpan("5", 3, 7)),
+    )
+
+
+def test_what_an_environment_said_is_in_no_mask_and_has_routes() -> None:
+    batch = from_samples([conversation(), sample(9, 2, 2)], np.zeros(2), 10, PAD, SIGNATURE)
+    wanted = [False, True, True, True, False, False, True, True, False, False]
+    assert batch.response_mask[0].tolist() == batch.usable_mask[0].tolist() == batch.loss_mask[0].tolist()
+    assert batch.response_mask[0].tolist() == wanted and int(batch.response_mask[1].sum()) == 7
+    assert not batch.infer_logprobs[0][~batch.response_mask[0]].any()
+    assert batch.routed[0].tolist() == [True] * 8 + [False] * 2 and not batch.missing.any()
+    assert batch.turn_rewards is None  # the reward has nothing of the environment's
+
+
+def test_ages_are_those_of_sampled_tokens() -> None:
+    batch = from_samples([conversation()], np.zeros(1), 10, PAD, SIGNATURE, version=6)
+    assert batch.version_age[0].tolist() == [0, 3, 3, 3, 0, 0, 1, 1, 0, 0]
+
+
+def test_rewards_of_earlier_turns_are_at_their_last_tokens_by_their_weight() -> None:
+    batch = from_samples([conversation(2.0), sample(9, 2, 2)], np.zeros(2), 10, PAD, SIGNATURE)
+    assert batch.turn_rewards is not None
+    assert batch.turn_rewards.tolist() == [[0, 0, 0, 1.0, 0, 0, 0, 0, 0, 0], [0.0] * 10]
+    failed = from_samples([replace(conversation(2.0), reward=None)], np.zeros(1), 10, PAD, SIGNATURE)
+    assert failed.turn_rewards is None
+    assert make_training_batch(make_scored_batch(batch)).turn_rewards is not None
 
 
 def test_an_empty_response_counts_nothing_and_a_single_token_counts_once() -> None:
@@ -148,7 +189,8 @@ def test_each_stage_has_what_the_former_has_and_adds_to_it() -> None:
     training = make_training_batch(scored)
     for former, later in ((rollouts, scored), (scored, training)):
         assert all(getattr(later, field.name) is getattr(former, field.name) for field in fields(former))
-    assert scored.sampled_logprobs is old and scored.reference_logprobs is reference
+    assert scored.old_logprobs is old and scored.reference_logprobs is reference
+    assert torch.equal(scored.sampled_logprobs, old)
     assert training.advantages.tolist() == [[1.0] * 6, [2.0] * 6, [-0.5] * 6]
     assert training.prompt_tokens.tolist() == [3, 3, 3]  # of the two samples of a prompt one is left out
     assert not (training.values.any() or training.returns.any() or training.router_shift.any())

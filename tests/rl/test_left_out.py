@@ -9,6 +9,7 @@ from moe import SIGNATURE, samples
 
 from megatron_bai import config
 from megatron_bai.monitor.stats import Stats
+from megatron_bai.rl.batches.advantages import GroupRewards
 from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
 from megatron_bai.rl.experience import collector
@@ -36,7 +37,7 @@ def test_uniform_groups_and_overlong_responses_are_left_out_where_asked(
     finished = [SimpleNamespace(finish="length" if i in CUT else "stop") for i in range(8)]
     stats = Stats()
     settings = config.Config(objective=config.Minirl(**options), trainer=GROUPS)
-    counted = collector._samples_in_loss(finished, REWARDS, np.ones(8, dtype=bool), settings, stats)
+    counted = collector._samples_in_loss(finished, GroupRewards.of(list(REWARDS[:8]), 4), settings, stats)
     assert np.nonzero(~counted)[0].tolist() == left_out
     assert stats.values() == {"left_out_fraction": len(left_out) / 8}
 
@@ -55,9 +56,9 @@ def test_samples_without_reward_are_left_out_alone_or_with_their_group(
 ) -> None:
     """Three groups: one lacks a reward, one lacks none, one has nothing to compare its only one with."""
     finished = [SimpleNamespace(finish="stop") for _ in range(12)]
-    valid = np.array([True, False, True, True, *[True] * 4, False, False, True, False])
+    rewards = GroupRewards.of([0.0, None, 0, 0, 0.0, 1, 0, 0, None, None, 0.0, None], 4)
     settings = config.Config(objective=objective, rollout=config.Rollout(incomplete_groups=rule), trainer=GROUPS)
-    counted = collector._samples_in_loss(finished, np.tile([0.0, 1, 0, 0], 3), valid, settings, Stats())
+    counted = collector._samples_in_loss(finished, rewards, settings, Stats())
     assert np.nonzero(~counted)[0].tolist() == left_out
 
 

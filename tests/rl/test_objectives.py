@@ -16,7 +16,7 @@ from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl import objectives
-from megatron_bai.rl.batches.advantages import group_advantages
+from megatron_bai.rl.batches.advantages import GroupRewards
 from megatron_bai.rl.batches.batch import Batch
 from megatron_bai.rl.objectives import aggregate
 
@@ -85,7 +85,7 @@ def test_nothing_to_learn_gives_nothing(settings: config.Objective) -> None:
 @pytest.mark.parametrize("estimator", ["centred", "normalised", "leave_one_out"])
 def test_groups_with_equal_rewards_give_no_gradient(settings: config.Objective, estimator: str) -> None:
     for reward in (0.0, 1.0, 0.7):
-        case = replace(drawn(6, 5, 1, 0.5), advantages=group_advantages(np.full(6, reward), 3, estimator))
+        case = replace(drawn(6, 5, 1, 0.5), advantages=GroupRewards.of([reward] * 6, 3).compute_advantages(estimator))
         value, gradient, _ = loss(settings, case)
         assert abs(value) <= 1e-8 and np.abs(gradient).max() <= 1e-8
 

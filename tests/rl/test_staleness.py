@@ -76,8 +76,7 @@ def test_the_two_factors_are_of_the_weights_that_sampled(kept: bool) -> None:
     """Against sums over tokens one by one."""
     rollouts, _, ages = batch_of()
     former = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(1)) - 2
-    sampled = staleness.select_sampled_logprobs(rollouts.version_age, old_logprobs(), former if kept else None)
-    batch = make_training_batch(make_scored_batch(rollouts, old_logprobs(), sampled))
+    batch = make_training_batch(make_scored_batch(rollouts, old_logprobs(), former if kept else None))
     new = batch.old_logprobs + 0.1
     stats = Stats()
     staleness.add_discrepancies(stats, batch, None)
@@ -105,9 +104,9 @@ def test_the_two_factors_are_of_the_weights_that_sampled(kept: bool) -> None:
 
 def test_fresh_rollouts_have_the_metrics_they_always_had() -> None:
     rollouts, stats = replace(batch_of()[0], version_age=torch.zeros(len(SPANS), 12, dtype=torch.int64)), Stats()
-    sampled = staleness.select_sampled_logprobs(rollouts.version_age, old_logprobs(), None)
-    assert torch.equal(sampled, old_logprobs())
-    staleness.add_discrepancies(stats, make_scored_batch(rollouts, old_logprobs(), sampled), old_logprobs())
+    scored = make_scored_batch(rollouts, old_logprobs())
+    assert torch.equal(scored.sampled_logprobs, old_logprobs())
+    staleness.add_discrepancies(stats, scored, old_logprobs())
     names = set(stats.values())
     assert {"kl_k3", "kl_k3_live"} <= names and not [name for name in names if name.endswith("_stale")]
 

@@ -1,13 +1,12 @@
 """The charts of a report, as the table of metrics has them: one line per run and metric, alarms on the curves."""
 
 import math
-from collections.abc import Sequence
 from html import escape
 from itertools import cycle
 from textwrap import wrap
 from typing import Any
 
-from megatron_bai.monitor.metrics.table.metric import Metric, MetricChart, MetricSection
+from megatron_bai.monitor.metrics.table.metric import MetricChart, MetricSection
 from megatron_bai.monitor.metrics.table.sections import PHASES, find_metric
 from megatron_bai.monitor.metrics.table.speed import PHASE_PREFIX
 from megatron_bai.monitor.report.html_page import DASHES, Chart
@@ -27,25 +26,23 @@ def section_charts(section: MetricSection, runs: list[RunData]) -> list[Chart]:
         section: of the table of metrics.
         runs: share each chart of lines; phase bars, length buckets and heat maps are a chart for each run.
     """
-    drawn = [one for chart, metrics in section.charts.items() for one in _draw(chart, metrics, runs)]
-    return [chart for chart in drawn if chart]
+    charts: list[Chart | None] = []
+    for chart, metrics in section.charts.items():
+        drawn = [metric for metric in metrics if metric.label]
+        if chart.kind == "lines":
+            charts.append(_lines(runs, chart, {metric.name: metric.label for metric in drawn}))
+        elif chart.kind == "phases":
+            charts += [_phase_bars(run, chart.title) for run in runs]
+        else:
+            draw_family = _length_buckets if chart.kind == "buckets" else _layer_heatmap
+            charts += [draw_family(run, metric.family, chart.title) for metric in drawn for run in runs]
+    return [chart for chart in charts if chart]
 
 
 def own_charts(runs: list[RunData]) -> list[Chart]:
     """Return a chart for every metric that is the runs' own: it has no row in the table of metrics."""
     drawn = [_lines(runs, MetricChart(name), {name: name}) for name in _own_names(runs)]
     return [chart for chart in drawn if chart]
-
-
-def _draw(chart: MetricChart, metrics: Sequence[Metric], runs: list[RunData]) -> list[Chart | None]:
-    """Return a chart of lines for all runs, or one of another kind for each."""
-    drawn = [metric for metric in metrics if metric.label]
-    if chart.kind == "lines":
-        return [_lines(runs, chart, {metric.name: metric.label for metric in drawn})]
-    if chart.kind == "phases":
-        return [_phase_bars(run, chart.title) for run in runs]
-    draw_family = _length_buckets if chart.kind == "buckets" else _layer_heatmap
-    return [draw_family(run, metric.family, chart.title) for metric in drawn for run in runs]
 
 
 def _lines(runs: list[RunData], of: MetricChart, keys: dict[str, str]) -> Chart | None:
@@ -116,13 +113,6 @@ def _has_rewards_up_to_1(run: RunData) -> bool:
         return True
     means = [v for key in ("reward_mean", "eval_accuracy", "eval_best") for v in run.series(key)[1] if v is not None]
     return all(0 <= mean <= 1 for mean in means)
-
-
-def is_all_zero(chart: Chart) -> bool:
-    """Return whether a chart has numbers, and each is 0."""
-    rows = [row for trace in chart["traces"] for row in (trace["z"] if "z" in trace else [trace["y"]])]
-    values = [value for row in rows for value in row if value is not None]
-    return bool(values) and not any(values)
 
 
 def _line(steps: list[int], values: list[float | None], name: str, colour: str, dash: str = "solid") -> dict[str, Any]:

@@ -6,6 +6,8 @@ where zeros are drawn on a log axis.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -14,6 +16,22 @@ from plotly.offline import get_plotlyjs
 from megatron_bai.monitor.report import reader_page
 
 Chart = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChartSection:
+    """Charts under a heading. Those of nothing but zero are named in a line that unfolds.
+
+    Attributes:
+        title: heading, HTML.
+        intro: a sentence, HTML.
+        charts: in their order; without any the section is not shown.
+    """
+
+    title: str
+    intro: str
+    charts: list[Chart]
+
 
 # plotly's names of line styles, of a chart's first metric, the second, …, and CSS's
 DASHES = {"solid": "2px solid", "dot": "2px dotted", "dash": "2px dashed", "dashdot": "4px double"}
@@ -108,13 +126,31 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 """
 
 
-def figure_html(index: int, chart: Chart) -> str:
-    """Return the figure in which the script draws the chart of this index.
+def _section_html(section: ChartSection, page_charts: list[Chart]) -> str:
+    """Append the charts that are shown to the page's, and return the HTML in whose figures the script draws them."""
+    if not section.charts:
+        return ""
+    figures, names = "", []
+    for chart in section.charts:
+        if _is_all_zero(chart):
+            names.append(escape(chart["title"]))
+        else:
+            figures += _figure_html(len(page_charts), chart)
+            page_charts.append(chart)
+    count = f"{len(names)} chart{'s' if len(names) > 1 else ''} of nothing but zero"
+    folded = f"<details><summary>{count}</summary><p>{'<br>'.join(names)}</p></details>" if names else ""
+    return f'<h2>{section.title}</h2><p>{section.intro}</p><div class="charts">{figures}</div>{folded}'
 
-    Args:
-        index: of the chart in the list given to `render_page`.
-        chart: its title and legend are written here, its data by `render_page`.
-    """
+
+def _is_all_zero(chart: Chart) -> bool:
+    """Return whether a chart has numbers, and each is 0."""
+    rows = [row for trace in chart["traces"] for row in (trace["z"] if "z" in trace else [trace["y"]])]
+    values = [value for row in rows for value in row if value is not None]
+    return bool(values) and not any(values)
+
+
+def _figure_html(index: int, chart: Chart) -> str:
+    """Return the figure of a chart, with title and legend; the script draws the page's chart of this index in it."""
     keys = "".join(_legend_entry(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     title = f"<figcaption>{escape(chart['title'])}</figcaption>"
@@ -166,15 +202,16 @@ def table_html(header: list[str], rows: list[list[str]], compare: bool = True) -
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def render_page(title: str, body: str, charts: list[Chart], samples: list[dict[str, Any]] | None = None) -> str:
+def render_page(title: str, sections: Sequence[str | ChartSection], samples: list[dict[str, Any]] | None = None) -> str:
     """Return the whole document, which loads nothing from outside.
 
     Args:
         title: text.
-        body: HTML.
-        charts: drawn in the figures of their indices.
-        samples: shown by the reader, whose section is in `body`; None or none: there is no reader.
+        sections: HTML, or charts.
+        samples: shown by the reader, whose section is in `sections`; None or none: there is no reader.
     """
+    charts: list[Chart] = []
+    body = "".join(_section_html(part, charts) if isinstance(part, ChartSection) else part for part in sections)
     reader = f"{_data_html('samples', samples)}<script>{reader_page.SCRIPT}</script>" if samples else ""
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

@@ -8,8 +8,9 @@ from megatron_bai.monitor.metrics.metric_names import MERGE_ROUTING
 from megatron_bai.monitor.metrics.table.sections import METRICS, PHASES, SECTIONS
 from megatron_bai.monitor.metrics.table.speed import PHASE_PREFIX
 from megatron_bai.monitor.report import html_page
-from megatron_bai.monitor.report.charts import COLOURS, is_all_zero, own_charts, section_charts
+from megatron_bai.monitor.report.charts import COLOURS, own_charts, section_charts
 from megatron_bai.monitor.report.headline import describe_discrepancy, describe_run, format_change
+from megatron_bai.monitor.report.html_page import ChartSection
 from megatron_bai.monitor.report.reader import read_samples
 from megatron_bai.monitor.report.reader_page import reader_html
 from megatron_bai.monitor.report.run_data import RunData, load_run, run_names
@@ -36,13 +37,18 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
     runs = [
         load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, names, strict=True))
     ]
-    charts: list[html_page.Chart] = []
     samples = read_samples([(run.name, run.directory, [alarm.step for alarm in run.alarms()]) for run in runs])
-    sections = [_headlines(runs), _summary_cards(runs), _alarm_section(runs), reader_html(samples)]
-    sections += [_chart_section(one.title, one.intro, section_charts(one, runs), charts) for one in SECTIONS]
-    sections.append(_chart_section("Other", _OWN_INTRO, own_charts(runs), charts))
-    sections += [_merge_section(runs), _config_section(runs)]
-    page = html_page.render_page("megatron-bai · " + ", ".join(names), "".join(sections), charts, samples.samples)
+    sections = [
+        _headlines(runs),
+        _summary_cards(runs),
+        _alarm_section(runs),
+        reader_html(samples),
+        *(ChartSection(section.title, section.intro, section_charts(section, runs)) for section in SECTIONS),
+        ChartSection("Other", _OWN_INTRO, own_charts(runs)),
+        _merge_section(runs),
+        _config_section(runs),
+    ]
+    page = html_page.render_page("megatron-bai · " + ", ".join(names), sections, samples.samples)
     with os_errors_as_user_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         atomic_file.write_text(output, page)
@@ -56,22 +62,6 @@ def _headlines(runs: list[RunData]) -> str:
         + (f'<p class="headline discrepancy">{escape(discrepancy)}</p>' if discrepancy else "")
         for text, discrepancy in texts
     )
-
-
-def _chart_section(title: str, intro: str, drawn: list[html_page.Chart], charts: list[html_page.Chart]) -> str:
-    """Append the charts to the page's list and return the HTML that shows them; an empty text for no chart.
-
-    Charts of nothing but zero are named in a line that unfolds.
-    """
-    if not drawn:
-        return ""
-    shown = [chart for chart in drawn if not is_all_zero(chart)]
-    names = [escape(chart["title"]) for chart in drawn if is_all_zero(chart)]
-    figures = "".join(html_page.figure_html(len(charts) + i, chart) for i, chart in enumerate(shown))
-    charts.extend(shown)
-    count = f"{len(names)} chart{'s' if len(names) > 1 else ''} of nothing but zero"
-    folded = f"<details><summary>{count}</summary><p>{'<br>'.join(names)}</p></details>" if names else ""
-    return f'<h2>{title}</h2><p>{intro}</p><div class="charts">{figures}</div>{folded}'
 
 
 def _summary_cards(runs: list[RunData]) -> str:

@@ -1,143 +1,90 @@
 """Advantages: of samples, from their group's rewards, or of tokens, from a critic's values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megatron_bai.config.objectives import ADVANTAGES
+
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]  # a tensor's sum over the data-parallel ranks
 
 
-def group_centred(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
-    """Compute A = R − mean of the group's R, without a division by the standard deviation (arXiv 2512.01374).
+@dataclass(frozen=True)
+class GroupRewards:
+    """The rewards of B samples, the samples of a group side by side.
 
-    Args:
-        rewards: `[groups · group_size]`, the samples of a group side by side.
-        group_size: samples of a group.
-        valid: `[groups · group_size]` bool, the samples that have a reward; None: all. The others are in no mean and no
-            deviation, and their A is 0; so is that of a sample without another to compare it with.
-
-    Returns:
-        `[groups · group_size]` float64.
+    Attributes:
+        values: `[groups, group_size]` float64, 0 where there is none.
+        valid: `[groups, group_size]` bool, where there is one.
     """
-    groups, valid, count = _grouped(rewards, group_size, valid)
-    advantages: np.ndarray = _centred(groups, valid, count) * _compared(valid, count)
-    return advantages.reshape(-1)
 
+    values: np.ndarray
+    valid: np.ndarray
 
-def group_normalised(
-    rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None, epsilon: float = 1e-6
-) -> np.ndarray:
-    """Compute A = (R − mean of the group's R) / (their standard deviation + epsilon) (GRPO, arXiv 2402.03300).
+    @staticmethod
+    def of(rewards: Sequence[float | None], group_size: int) -> "GroupRewards":
+        """Return the rewards as groups.
 
-    The deviation has n − 1 in its denominator, n being the samples with a reward, as in the implementations; the paper
-    does not specify it.
+        Args:
+            rewards: of each sample; None: it has none.
+            group_size: samples of a group.
+        """
+        values = np.array([reward or 0.0 for reward in rewards], dtype=np.float64)
+        valid = np.array([reward is not None for reward in rewards], dtype=bool)
+        return GroupRewards(values.reshape(-1, group_size), valid.reshape(-1, group_size))
 
-    Args:
-        rewards: as in `group_centred`.
-        group_size: samples of a group.
-        valid: as in `group_centred`.
-        epsilon: added to the deviation.
+    def compute_advantages(self, estimator: str) -> np.ndarray:
+        """Compute the advantage A of each sample from the rewards R of its group.
 
-    Returns:
-        `[groups · group_size]` float64.
-    """
-    groups, valid, count = _grouped(rewards, group_size, valid)
-    centred = _centred(groups, valid, count)
-    deviation = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    advantages: np.ndarray = centred / (deviation + epsilon) * _compared(valid, count)
-    return advantages.reshape(-1)
+        Samples without a reward are in no mean and no deviation, and their A is 0; so is that of a sample without
+        another to compare it with, and exactly so in a group of equal rewards, whose mean may be rounded (three times
+        0.1).
 
+        Args:
+            estimator: `centred` is R − mean of the group's R, without a division by the standard deviation (arXiv
+                2512.01374). `normalised` is (R − mean) / (their standard deviation + 1e-6) (GRPO, arXiv 2402.03300),
+                with one less than the samples with a reward in the deviation's denominator, as in the implementations;
+                the paper does not specify it. `leave_one_out` is R − mean of the *other* samples' R (RLOO, arXiv
+                2402.14740), an unbiased baseline.
 
-def leave_one_out(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
-    """Compute A = R − mean of the *other* samples' R in the group (RLOO, arXiv 2402.14740): an unbiased baseline.
+        Returns:
+            `[B]` float64.
+        """
+        assert estimator in ADVANTAGES, f"no estimator {estimator!r}"
+        count = self.valid.sum(axis=1, keepdims=True)
+        num_others = np.maximum(count - 1, 1)
+        centred = self.values - self.values.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+        advantages = np.where(self.valid & ~self._is_uniform[:, None], centred, 0.0)
+        if estimator == "normalised":
+            deviation = np.sqrt((advantages**2).sum(axis=1, keepdims=True) / num_others)
+            advantages = advantages / (deviation + 1e-6)
+        elif estimator == "leave_one_out":
+            advantages = advantages * (count / num_others)
+        return advantages.reshape(-1) * self.has_peer
 
-    Args:
-        rewards: as in `group_centred`.
-        group_size: samples of a group.
-        valid: as in `group_centred`.
+    @property
+    def has_peer(self) -> np.ndarray:
+        """`[B]` bool, samples with a reward that another sample of their group has, too."""
+        return (self.valid & (self.valid.sum(axis=1, keepdims=True) > 1)).reshape(-1)
 
-    Returns:
-        `[groups · group_size]` float64.
-    """
-    groups, valid, count = _grouped(rewards, group_size, valid)
-    others = count / np.maximum(count - 1, 1)
-    advantages: np.ndarray = _centred(groups, valid, count) * others * _compared(valid, count)
-    return advantages.reshape(-1)
+    @property
+    def in_uniform_group(self) -> np.ndarray:
+        """`[B]` bool, samples of a group whose rewards are all equal, so that there is nothing to learn from it."""
+        return np.repeat(self._is_uniform, self.valid.shape[1])
 
+    @property
+    def in_complete_group(self) -> np.ndarray:
+        """`[B]` bool, samples of a group all of which have a reward."""
+        return np.repeat(self.valid.all(axis=1), self.valid.shape[1])
 
-def group_advantages(
-    rewards: np.ndarray, group_size: int, estimator: str, valid: np.ndarray | None = None
-) -> np.ndarray:
-    """Compute advantages by the estimator's name.
-
-    Args:
-        rewards: as in `group_centred`.
-        group_size: samples of a group.
-        estimator: one of `ESTIMATORS`.
-        valid: as in `group_centred`.
-
-    Returns:
-        `[groups · group_size]` float64.
-    """
-    return {"centred": group_centred, "normalised": group_normalised, "leave_one_out": leave_one_out}[estimator](
-        rewards, group_size, valid
-    )
-
-
-def in_uniform_group(rewards: np.ndarray, group_size: int, valid: np.ndarray | None = None) -> np.ndarray:
-    """Return whether all rewards in the sample's group are equal, so that there is nothing to learn from it.
-
-    Args:
-        rewards: as in `group_centred`.
-        group_size: samples of a group.
-        valid: as in `group_centred`.
-
-    Returns:
-        `[groups · group_size]` bool, of every sample.
-    """
-    groups, valid, _ = _grouped(rewards, group_size, valid)
-    return np.repeat(_all_equal(groups, valid), group_size)
-
-
-def has_peer(valid: np.ndarray, group_size: int) -> np.ndarray:
-    """Return whether the sample has a reward and another sample of its group has one, too.
-
-    Args:
-        valid: `[groups · group_size]` bool, the samples that have a reward.
-        group_size: samples of a group.
-
-    Returns:
-        `[groups · group_size]` bool, of every sample.
-    """
-    valid = valid.reshape(-1, group_size)
-    return _compared(valid, valid.sum(axis=1, keepdims=True)).reshape(-1)
-
-
-def _grouped(
-    rewards: np.ndarray, group_size: int, valid: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return `[groups, group_size]` rewards (0 where none), where there is one, and `[groups, 1]` their number."""
-    groups = np.asarray(rewards, dtype=np.float64).reshape(-1, group_size)
-    valid = np.ones(groups.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool).reshape(groups.shape)
-    return np.where(valid, groups, 0.0), valid, valid.sum(axis=1, keepdims=True)
-
-
-def _centred(groups: np.ndarray, valid: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return R − mean, exactly 0 in a group of equal rewards, whose mean may be rounded (three times 0.1)."""
-    centred = groups - groups.sum(axis=1, keepdims=True) / np.maximum(count, 1)
-    return np.where(valid & ~_all_equal(groups, valid)[:, None], centred, 0.0)
-
-
-def _all_equal(groups: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Return `[groups]` bool, whether the rewards that there are do not differ."""
-    lowest, highest = (np.where(valid, groups, fill) for fill in (np.inf, -np.inf))
-    equal: np.ndarray = lowest.min(axis=1) >= highest.max(axis=1)
-    return equal
-
-
-def _compared(valid: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return valid & (count > 1)
+    @property
+    def _is_uniform(self) -> np.ndarray:
+        """`[groups]` bool, whether the rewards that there are do not differ."""
+        lowest, highest = (np.where(self.valid, self.values, fill) for fill in (np.inf, -np.inf))
+        uniform: np.ndarray = lowest.min(axis=1) >= highest.max(axis=1)
+        return uniform
 
 
 @torch.no_grad()
@@ -170,18 +117,22 @@ def gae(
     return advantages, advantages + values
 
 
-def at_last_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Put each response's reward at its last token.
+def place_rewards(rewards: torch.Tensor, mask: torch.Tensor, turn_rewards: torch.Tensor | None = None) -> torch.Tensor:
+    """Put each response's reward at its last token, less what is of earlier turns, which is at theirs.
 
     Args:
-        rewards: `[B]`, of responses.
+        rewards: `[B]`, of responses, of all turns together.
         mask: `[B, T]` bool, the response's tokens.
+        turn_rewards: `[B, T]`, of earlier turns; None: nothing. What is outside the mask stays with the last token.
 
     Returns:
-        `[B, T]`, 0 elsewhere.
+        `[B, T]`, 0 elsewhere; it sums to `rewards`.
     """
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return rewards[:, None] * last
+    if turn_rewards is None:
+        return rewards[:, None] * last
+    earlier = turn_rewards.masked_fill(~mask, 0.0)
+    return (rewards - earlier.sum(1))[:, None] * last + earlier
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, sum_over_ranks: SumOverRanks) -> torch.Tensor:

@@ -24,7 +24,6 @@ def from_samples(
     pad_id: int,
     signature: RouteSignature,
     in_loss: np.ndarray | None = None,
-    rewards: np.ndarray | None = None,
     weighted: bool = False,
     version: int | None = None,
 ) -> RolloutBatch:
@@ -37,7 +36,6 @@ def from_samples(
         pad_id: token id of padding.
         signature: of the whole model's routes.
         in_loss: `[B]` bool; None counts every sample.
-        rewards: `[B]`; None: 0.
         weighted: whether the samples have `route_weights`; lost ones need none.
         version: of the step's weights, where samples may be of earlier ones; None: every token is of age 0.
     """
@@ -55,22 +53,25 @@ def from_samples(
     assert all(sample.columns == columns for sample in samples), "samples with the routes of different layers"
     recorded = [sample.route_mask for sample in samples]
     routes, routed, missing = assemble([sample.routes for sample in samples], length, signature, recorded, columns)
-    nothing = np.zeros(b)
-    return make_rollout_batch(
-        torch.from_numpy(tokens),
-        torch.tensor([len(sample.tokens) for sample in samples]),
-        torch.from_numpy(response_mask),
-        torch.from_numpy(logprobs),
+    usable = torch.from_numpy(response_mask)
+    return RolloutBatch(
+        tokens=torch.from_numpy(tokens),
+        lengths=torch.tensor([len(sample.tokens) for sample in samples]),
+        response_mask=usable,
+        usable_mask=usable,
+        infer_logprobs=torch.from_numpy(logprobs),
         version_age=torch.from_numpy(_stack_version_ages(samples, length, version)),
         routes=torch.from_numpy(routes),
         routed=torch.from_numpy(routed),
         missing=torch.from_numpy(missing),
         route_weights=torch.from_numpy(_stack_weights(samples, routes.shape)) if weighted else None,
         columns=tuple(range(signature.moe_layers)) if columns is None else columns,
-        rewards=torch.from_numpy((nothing if rewards is None else rewards).astype(np.float32)),
-        sample_advantages=torch.from_numpy((nothing if advantages is None else advantages).astype(np.float32)),
+        rewards=torch.tensor([sample.reward or 0.0 for sample in samples], dtype=torch.float32),
+        turn_rewards=_stack_turn_rewards(samples, length),
+        sample_advantages=torch.from_numpy((np.zeros(b) if advantages is None else advantages).astype(np.float32)),
         in_loss=torch.ones(b, dtype=torch.bool) if in_loss is None else torch.from_numpy(in_loss),
         prompt_index=torch.tensor([sample.prompt_index for sample in samples]),
+        sample_index=torch.arange(b),
     )
 
 
@@ -87,6 +88,20 @@ def _stack_version_ages(samples: list[Sample], length: int, version: int | None)
             ages[row, span.start + shift : span.end + shift] = age
         ages[row, shift : len(sample.tokens) - 1] *= sample.full_sampled_mask
     return ages
+
+
+def _stack_turn_rewards(samples: list[Sample], length: int) -> torch.Tensor | None:
+    """Stack the environment's rewards of turns before the last, by their share in the samples' rewards.
+
+    Returns:
+        `[B, T]` float32, position t of token t + 1; None where there are none.
+    """
+    rewards = torch.zeros(len(samples), length)
+    for row, sample in enumerate(samples):
+        for turn in sample.turns[:-1]:
+            if turn.reward and sample.reward is not None:
+                rewards[row, sample.prompt_length + turn.end - 2] = sample.turn_weight * turn.reward
+    return rewards if rewards.any() else None
 
 
 def _stack_weights(samples: list[Sample], shape: tuple[int, ...]) -> np.ndarray:

@@ -1,13 +1,13 @@
 """The stages of a step's batch: rollouts, scored, training. Each is made of the former by one function.
 
-    rollouts   what was sampled, and what of it may be learned from            `make_rollout_batch`
+    rollouts   what was sampled, and what of it may be learned from            `batch.from_samples`
     scored     with the log-probabilities of the policies that do not move     `make_scored_batch`
     training   with what an objective learns from                              `make_training_batch`
 
 Position t of the `[B, T]` fields below `tokens` belongs to the token *predicted* at t, which is token t + 1; that of
 routes and of what is said of them to input token t. Of tokens there are three sets, each a part of the one before:
 
-    response_mask   tokens of responses
+    response_mask   tokens of responses that were sampled; those of an environment are in no set
     usable_mask     those that may be learned from: fresh enough (`staleness.find_fresh_tokens`), and with a route
                     where one is needed (`missing.apply_missing_policy`); what is measured of the engines is over these
     loss_mask       those that the loss counts: of samples that are `in_loss`
@@ -27,7 +27,7 @@ class RolloutBatch(TokenBatch):
     """What was sampled, and what of it may be learned from.
 
     Attributes:
-        response_mask: `[B, T]` bool, tokens of responses.
+        response_mask: `[B, T]` bool, tokens of responses that the model sampled, in all turns.
         usable_mask: `[B, T]` bool, those that may be learned from.
         infer_logprobs: `[B, T]` float32, of the inference engine; 0 outside responses.
         version_age: `[B, T]` int64, weight versions between the one that sampled the token and the step's; 0 outside
@@ -40,6 +40,8 @@ class RolloutBatch(TokenBatch):
             asked for them.
         columns: MoE layers of the model, counted from 0, that `routes` has, in this order.
         rewards: `[B]` float32.
+        turn_rewards: `[B, T]` float32, what of `rewards` is an environment's for turns before the last, at their last
+            tokens; None: nothing.
         sample_advantages: `[B]` float32, of each sample in its group; 0 where a critic is to give each token one.
         in_loss: `[B]` bool, false for samples that the loss leaves out.
         prompt_index: `[B]` int64, the sample's prompt among this replica's.
@@ -56,6 +58,7 @@ class RolloutBatch(TokenBatch):
     route_weights: torch.Tensor | None = tensor_field("B T layers topk", "float", optional=True)
     columns: tuple[int, ...]
     rewards: torch.Tensor = tensor_field("B", "float")
+    turn_rewards: torch.Tensor | None = tensor_field("B T", "float", optional=True)
     sample_advantages: torch.Tensor = tensor_field("B", "float")
     in_loss: torch.Tensor = tensor_field("B", "bool")
     prompt_index: torch.Tensor = tensor_field("B", "int64")
@@ -114,66 +117,70 @@ class TrainingBatch(ScoredBatch):
 
 
 def make_rollout_batch(
-    tokens: torch.Tensor,
-    lengths: torch.Tensor,
-    response_mask: torch.Tensor,
-    infer_logprobs: torch.Tensor,
-    **known: Any,
+    tokens: torch.Tensor, lengths: torch.Tensor, response_mask: torch.Tensor, infer_logprobs: torch.Tensor
 ) -> RolloutBatch:
-    """Make the first stage.
+    """Make the first stage of given text: no routes, no rewards, and each sample of a prompt of its own.
+
+    Every token of `response_mask` is usable and in the loss.
 
     Args:
         tokens: as in `RolloutBatch`.
         lengths: likewise.
         response_mask: likewise.
         infer_logprobs: likewise.
-        known: its other fields. By default every response token is usable and in the loss, of the step's weights and of
-            a prompt of its own, there are no routes, and rewards and advantages are 0.
     """
-    b, length = tokens.shape
-    none, nothing, index = torch.zeros_like(response_mask), torch.zeros_like(infer_logprobs[:, 0]), torch.arange(b)
-    defaults: dict[str, Any] = {
-        "usable_mask": response_mask,
-        "version_age": torch.zeros_like(tokens),
-        "routes": tokens.new_zeros(b, length, 0, 0),
-        "routed": none,
-        "missing": none,
-        "route_weights": None,
-        "columns": (),
-        "rewards": nothing,
-        "sample_advantages": nothing,
-        "in_loss": torch.ones(b, dtype=torch.bool),
-        "prompt_index": index,
-        "sample_index": index,
-    }
-    given: dict[str, Any] = {"tokens": tokens, "lengths": lengths, "response_mask": response_mask}
-    return RolloutBatch(**given, infer_logprobs=infer_logprobs, **defaults | known)
+    (b, length), none, nothing = tokens.shape, torch.zeros_like(response_mask), torch.zeros_like(infer_logprobs[:, 0])
+    return RolloutBatch(
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=response_mask,
+        usable_mask=response_mask,
+        infer_logprobs=infer_logprobs,
+        version_age=torch.zeros_like(tokens),
+        routes=tokens.new_zeros(b, length, 0, 0),
+        routed=none,
+        missing=none,
+        route_weights=None,
+        columns=(),
+        rewards=nothing,
+        sample_advantages=nothing,
+        in_loss=torch.ones(b, dtype=torch.bool),
+        prompt_index=torch.arange(b),
+        sample_index=torch.arange(b),
+    )
 
 
 def make_scored_batch(
     rollouts: RolloutBatch,
     old_logprobs: torch.Tensor | None = None,
-    sampled_logprobs: torch.Tensor | None = None,
+    previous_logprobs: torch.Tensor | None = None,
     reference_logprobs: torch.Tensor | None = None,
 ) -> ScoredBatch:
-    """Make the second stage.
+    """Make the second stage. All log-probabilities may be on any device.
 
     Args:
         rollouts: the first.
-        old_logprobs: as in `ScoredBatch`, on any device; None: 0.
-        sampled_logprobs: likewise; None: `old_logprobs`.
-        reference_logprobs: likewise; None: 0.
+        old_logprobs: as in `ScoredBatch`; None: 0, and so are `sampled_logprobs`.
+        previous_logprobs: `[B, T]` float32, with the weights of the step before; None: the engine has them no longer.
+        reference_logprobs: as in `ScoredBatch`; None: 0.
     """
     nothing, device = torch.zeros_like(rollouts.infer_logprobs), rollouts.tokens.device
-    old, reference = (
-        nothing if logprobs is None else logprobs.to(device) for logprobs in (old_logprobs, reference_logprobs)
+    old, previous, reference = (
+        None if logprobs is None else logprobs.to(device)
+        for logprobs in (old_logprobs, previous_logprobs, reference_logprobs)
     )
     return ScoredBatch(
         **_fields(RolloutBatch, rollouts),
-        old_logprobs=old,
-        sampled_logprobs=old if sampled_logprobs is None else sampled_logprobs.to(device),
-        reference_logprobs=reference,
+        old_logprobs=nothing if old is None else old,
+        sampled_logprobs=nothing if old is None else _select_sampled(rollouts.version_age, old, previous),
+        reference_logprobs=nothing if reference is None else reference,
     )
+
+
+def _select_sampled(age: torch.Tensor, old: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    """Return log-probabilities with the weights that sampled each token: `old` at age 0, `previous` at 1, else NaN."""
+    unknown = torch.full_like(old, float("nan"))
+    return torch.where(age == 0, old, torch.where(age == 1, unknown if previous is None else previous, unknown))
 
 
 def make_training_batch(

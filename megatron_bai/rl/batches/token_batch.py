@@ -22,9 +22,10 @@ def tensor_field(axes: str, kind: str, optional: bool = False) -> Any:
     Args:
         axes: names of its axes, such as `B T`; an axis has one size in all fields of a batch.
         kind: of its elements, one of `_KINDS`.
-        optional: it may be None.
+        optional: it may be None, and is by default.
     """
-    return field(metadata={"axes": axes.split(), "kind": kind, "optional": optional})
+    metadata = {"axes": axes.split(), "kind": kind, "optional": optional}
+    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

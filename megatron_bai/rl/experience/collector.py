@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_bai import config
 from megatron_bai.monitor.metrics.response_metrics import add_response_metrics
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.advantages import group_advantages, has_peer, in_uniform_group
+from megatron_bai.rl.batches.advantages import GroupRewards
 from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.batches.stages import RolloutBatch
 from megatron_bai.rl.batches.token_batch import padded_length
@@ -101,14 +101,14 @@ class Collector:
         Raises:
             UserError: the server failed, or no sample has a reward.
         """
-        size, objective = self.settings.trainer.group_size, policy_settings(self.settings.objective)
+        objective = policy_settings(self.settings.objective)
         samples = self._from_buffer(last, stats) if self.buffer else self._sample_groups(stats)
-        rewards, valid = rewards_and_mask(samples)
+        rewards = GroupRewards.of([sample.reward for sample in samples], self.settings.trainer.group_size)
         has_critic = isinstance(objective, config.Ppo)  # which computes an advantage for each token, later
-        advantages = None if has_critic else group_advantages(rewards, size, objective.advantage, valid)
-        in_loss = _samples_in_loss(samples, rewards, valid, self.settings, stats)
+        advantages = None if has_critic else rewards.compute_advantages(objective.advantage)
+        in_loss = _samples_in_loss(samples, rewards, self.settings, stats)
         version = self.inference.version if self.buffer else None
-        rollouts = self.make_batch(samples, rewards, advantages, in_loss, version)
+        rollouts = self.make_batch(samples, advantages, in_loss, version)
         return samples, replace(rollouts, usable_mask=self._find_usable_tokens(rollouts, stats))
 
     def _find_usable_tokens(self, rollouts: RolloutBatch, stats: Stats) -> torch.Tensor:
@@ -194,8 +194,9 @@ class Collector:
         lengths = torch.tensor([sample.num_sampled for sample in samples], dtype=torch.int64)
         truncated = torch.tensor([sample.finish != "stop" for sample in samples], dtype=torch.bool)
         sampled = torch.tensor([not sample.lost for sample in samples], dtype=torch.bool)
-        rewards, valid = map(torch.from_numpy, rewards_and_mask(samples))
         size, width = self.settings.trainer.group_size, self.settings.monitor.bucket
+        groups = GroupRewards.of([sample.reward for sample in samples], size)
+        rewards, valid = (torch.from_numpy(array).flatten() for array in (groups.values, groups.valid))
         add_response_metrics(stats, lengths, truncated, rewards, size, width, valid, sampled)
 
     def _gather_per_replica(self, value: int) -> list[int]:
@@ -209,7 +210,6 @@ class Collector:
     def make_batch(
         self,
         samples: list[Sample],
-        rewards: np.ndarray | None = None,
         advantages: np.ndarray | None = None,
         in_loss: np.ndarray | None = None,
         version: int | None = None,
@@ -218,8 +218,7 @@ class Collector:
 
         Args:
             samples: of this replica.
-            rewards: as in `from_samples`.
-            advantages: likewise.
+            advantages: as in `from_samples`.
             in_loss: likewise.
             version: likewise.
         """
@@ -228,13 +227,7 @@ class Collector:
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         length = padded_length(int(longest), session.engine.place.multiple)
         pad, weighted = session.task.tokenizer.pad_token_id, self.settings.replay.weights == "server"
-        return from_samples(samples, advantages, length, pad, session.signature, in_loss, rewards, weighted, version)
-
-
-def rewards_and_mask(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
-    """Return `[B]` float64 rewards, 0 where there is none, and `[B]` bool, where there is one."""
-    valid = np.array([sample.reward is not None for sample in samples], dtype=bool)
-    return np.array([sample.reward or 0.0 for sample in samples]), valid
+        return from_samples(samples, advantages, length, pad, session.signature, in_loss, weighted, version)
 
 
 def _uninformative_groups(samples: list[Sample], group_size: int, incomplete: str) -> np.ndarray:
@@ -242,36 +235,23 @@ def _uninformative_groups(samples: list[Sample], group_size: int, incomplete: st
 
     Its rewards are all equal or fewer than two, or it lacks some and is dropped for it.
     """
-    rewards, valid = rewards_and_mask(samples)
-    informative = (
-        has_peer(valid, group_size)
-        & ~in_uniform_group(rewards, group_size, valid)
-        & _in_complete_group(valid, group_size, incomplete)
-    )
+    rewards = GroupRewards.of([sample.reward for sample in samples], group_size)
+    informative = rewards.has_peer & ~rewards.in_uniform_group
+    if incomplete == "drop":
+        informative &= rewards.in_complete_group
     uninformative: np.ndarray = ~informative.reshape(-1, group_size).any(axis=1)
     return uninformative
 
 
-def _in_complete_group(valid: np.ndarray, group_size: int, incomplete: str) -> np.ndarray:
-    """Return the samples that `rollout.incomplete_groups` keeps where a sample of a group has no reward, `[B]` bool."""
-    complete = np.repeat(valid.reshape(-1, group_size).all(axis=1), group_size)
-    return complete if incomplete == "drop" else np.ones_like(complete)
-
-
-def _samples_in_loss(
-    samples: list[Sample],
-    rewards: np.ndarray,
-    valid: np.ndarray,
-    settings: config.Config,
-    stats: Stats,
-) -> np.ndarray:
+def _samples_in_loss(samples: list[Sample], rewards: GroupRewards, settings: config.Config, stats: Stats) -> np.ndarray:
     """Return the samples that the loss counts, `[B]` bool; add `left_out_fraction`."""
-    objective, group_size = policy_settings(settings.objective), settings.trainer.group_size
+    objective = policy_settings(settings.objective)
     has_critic = isinstance(objective, config.Ppo)  # it compares a sample with its value and not with others
-    in_loss = valid.copy() if has_critic else has_peer(valid, group_size)
-    in_loss &= _in_complete_group(valid, group_size, settings.rollout.incomplete_groups)
+    in_loss = rewards.valid.flatten() if has_critic else rewards.has_peer
+    if settings.rollout.incomplete_groups == "drop":
+        in_loss &= rewards.in_complete_group
     if objective.drop_uniform_groups:
-        in_loss &= ~in_uniform_group(rewards, group_size, valid)
+        in_loss &= ~rewards.in_uniform_group
     if objective.mask_overlong:
         in_loss &= [sample.finish == "stop" for sample in samples]
     stats.mean("left_out_fraction", torch.from_numpy(~in_loss))

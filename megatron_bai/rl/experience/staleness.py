@@ -78,23 +78,6 @@ class PreviousWeights:
             return self._engine.score(micro_batches, routes).logprobs
 
 
-def select_sampled_logprobs(age: torch.Tensor, old: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
-    """Return log-probabilities in the training engine with the weights that sampled each token.
-
-    Args:
-        age: `[B, T]` int64, version ages.
-        old: `[B, T]` log-probabilities under the step's weights, on any device.
-        previous: likewise under the previous weights; None: no copy of them.
-
-    Returns:
-        `[B, T]`, NaN where the engine has these weights no longer.
-    """
-    old = old.to(age.device)
-    unknown = torch.full_like(old, float("nan"))
-    at_age_1 = unknown if previous is None else previous.to(age.device)
-    return torch.where(age == 0, old, torch.where(age == 1, at_age_1, unknown))
-
-
 def add_discrepancies(
     stats: Stats, batch: ScoredBatch, live: torch.Tensor | None, weighted: torch.Tensor | None = None
 ) -> None:

@@ -13,7 +13,7 @@ from megatron_bai.model import build, megatron_checkpoint
 from megatron_bai.model.build import MegatronModel
 from megatron_bai.model.param_shards import named_weights
 from megatron_bai.monitor.stats import Stats
-from megatron_bai.rl.batches.advantages import at_last_token, explained_variance, gae, whiten
+from megatron_bai.rl.batches.advantages import explained_variance, gae, place_rewards, whiten
 from megatron_bai.rl.batches.stages import ScoredBatch, TrainingBatch, make_training_batch
 from megatron_bai.rl.batches.token_batch import TokenBatch
 from megatron_bai.rl.objectives import aggregate
@@ -65,8 +65,9 @@ class Critic:
     ) -> tuple[TrainingBatch, Stats]:
         """Make the training stage, with values, and returns and advantages of its rewards. Collective.
 
-        The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it). Only ranks of the last
-        stage, which alone compute losses, have other values, returns and advantages than 0.
+        The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it), but what of it an
+        environment gave for an earlier turn, which is that of the turn's last token. Only ranks of the last stage,
+        which alone compute losses, have other values, returns and advantages than 0.
 
         Args:
             scored: of this rank.
@@ -83,7 +84,7 @@ class Critic:
         if not self._last_stage:
             return make_training_batch(scored), stats
         values, mask, loss_mask = torch.cat(outputs).to(scored.infer_logprobs), scored.usable_mask, scored.loss_mask
-        rewards = at_last_token(scored.rewards, mask)
+        rewards = place_rewards(scored.rewards, mask, scored.turn_rewards)
         advantages, returns = gae(rewards, values, mask, self.settings.gamma, self.settings.lam)
         if self.settings.whiten:
             advantages = whiten(advantages, loss_mask, self._sum_over_ranks)
