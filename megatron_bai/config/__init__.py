@@ -6,8 +6,8 @@ updated. An unknown key is refused by Hydra; what contradicts another setting is
 One file a group; everything is importable from here.
 """
 
-from megatron_bai.config.data import Arithmetic, Data, Dataset
-from megatron_bai.config.environment import Env, NoEnvironment, PerTurn, UserEnvironment
+from megatron_bai.config.data import Arithmetic, Data, Dataset, Generated, Tools
+from megatron_bai.config.environment import Calculator, Env, NoEnvironment, PerTurn, PythonTool, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -39,6 +39,7 @@ from megatron_bai.project_files import conf_dir
 __all__ = [
     "Arithmetic",
     "Backend",
+    "Calculator",
     "Calibrate",
     "CheckpointInit",
     "Cispo",
@@ -55,6 +56,7 @@ __all__ = [
     "EnvironmentReward",
     "Exact",
     "Function",
+    "Generated",
     "Gmpo",
     "Grpo",
     "Gspo",
@@ -73,6 +75,7 @@ __all__ = [
     "PerTurn",
     "Policy",
     "Ppo",
+    "PythonTool",
     "RandomInit",
     "Replay",
     "Report",
@@ -87,6 +90,7 @@ __all__ = [
     "Serve",
     "Sft",
     "Supervised",
+    "Tools",
     "Trainer",
     "UserEnvironment",
     "conf_dir",

@@ -5,8 +5,8 @@ from importlib.metadata import entry_points
 
 from omegaconf import MISSING
 
-from megatron_bai.config.data import Arithmetic, Data, Dataset
-from megatron_bai.config.environment import Env, NoEnvironment, UserEnvironment
+from megatron_bai.config.data import Arithmetic, Data, Dataset, Tools
+from megatron_bai.config.environment import Calculator, Env, NoEnvironment, PythonTool, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -67,10 +67,10 @@ def register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config(data=MISSING, reward=MISSING, env=MISSING, init=MISSING, objective=MISSING))
     choices = {
-        "data": (Arithmetic, Dataset),
+        "data": (Arithmetic, Tools, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
         "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward),
-        "env": (NoEnvironment, UserEnvironment),
+        "env": (NoEnvironment, UserEnvironment, Calculator, PythonTool),
         "objective": (Sft, Minirl, Sequence, Dppo, Drpo, Grpo, Dapo, Cispo, Gspo, Gmpo, Sapo, Ppo),
     }
     for group, kinds in choices.items():

@@ -9,7 +9,8 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_bai.config import Arithmetic
+from megatron_bai.config import Arithmetic, Generated, Tools
+from megatron_bai.data import tools_text
 from megatron_bai.data.arithmetic_text import ASSISTANT, USER, make_document, validate_arithmetic
 from megatron_bai.errors import UserError
 
@@ -17,7 +18,7 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 _TEXTS = 2000  # documents to train on: enough to meet every word and sign
 
 
-def build_tokenizer(data: Arithmetic, vocab_size: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(data: Generated, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train the task's tokenizer; the same settings give the same ids on every machine.
 
     `save_pretrained(folder)` writes what `AutoTokenizer.from_pretrained(folder)` reads. `<pad>` is id 0, `<eos>` id 1.
@@ -29,27 +30,48 @@ def build_tokenizer(data: Arithmetic, vocab_size: int) -> PreTrainedTokenizerFas
     Raises:
         UserError: the task's letters, digits and signs do not fit into `vocab_size`.
     """
-    validate_arithmetic(data)
-    rng = Random("tokenizer")
-    texts = [make_document(data, "pretrained", rng) for _ in range(_TEXTS)]
+    texts, chat_markers, template = _describe_language(data)
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNKNOWN, USER, ASSISTANT], show_progress=False
+        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNKNOWN, *chat_markers], show_progress=False
     )
-    # Special tokens have their ids already: in the training text their letters would only be mistaken for words.
-    bodies = (f"{t.prompt.removeprefix(USER).removesuffix(ASSISTANT)}\n{t.response}" for t in texts)
-    tokenizer.train_from_iterator((line for body in bodies for line in body.splitlines()), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"model.vocab_size is {vocab_size}: the task's signs and letters alone need {tokenizer.get_vocab_size()}"
         )
-    return PreTrainedTokenizerFast(
+    found = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT],
+        additional_special_tokens=chat_markers,
         clean_up_tokenization_spaces=False,
     )
+    found.chat_template = template
+    return found
+
+
+def _describe_language(data: Generated) -> tuple[list[str], list[str], str | None]:
+    """Return texts of a task to train on, its chat markers and its chat template; None where it has none.
+
+    Special tokens have their ids already: in the texts their letters would only be mistaken for words.
+
+    Raises:
+        UserError: the settings allow no such texts.
+    """
+    rng = Random("tokenizer")
+    if isinstance(data, Tools):
+        tools_text.validate_tools(data)
+        chats = [tools_text.make_messages(data, rng) for _ in range(_TEXTS)]
+        contents = [message["content"] for chat in chats for message in chat]
+        markers = [USER, ASSISTANT, tools_text.TOOL, tools_text.CALL, tools_text.END_CALL]
+        bodies = [text.removeprefix(tools_text.CALL).removesuffix(tools_text.END_CALL) for text in contents]
+        return bodies, markers, tools_text.CHAT_TEMPLATE
+    assert isinstance(data, Arithmetic), "`validate_data` refuses others"
+    validate_arithmetic(data)
+    documents = [make_document(data, "pretrained", rng) for _ in range(_TEXTS)]
+    texts = (f"{each.prompt.removeprefix(USER).removesuffix(ASSISTANT)}\n{each.response}" for each in documents)
+    return [line for text in texts for line in text.splitlines()], [USER, ASSISTANT], None

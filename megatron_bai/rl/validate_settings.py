@@ -54,7 +54,7 @@ def validate_settings(settings: config.Config) -> None:
         _validate_rows(settings.supervised.length, model.max_position_embeddings)
         return
     require_served(architecture, 1 if settings.rollout.urls else settings.rollout.tensor)
-    if isinstance(settings.data, config.Arithmetic) and not settings.data.eval_prompts:
+    if isinstance(settings.data, config.Generated) and not settings.data.eval_prompts:
         raise UserError(
             "data.eval_prompts is 0: it must be at least 1, since evaluations and the check of each weight sync take "
             "held-out prompts"
@@ -108,8 +108,8 @@ def _validate_environment(settings: config.Config, rollouts: bool) -> None:
         raise UserError(f"env={name} answers rollouts, and objective={settings.objective.name} has none: leave it out")
     if not getattr(settings.data, "chat_template", False):
         raise UserError(
-            f"env={name} continues chats, and data={settings.data.name} as set has none: choose data=dataset with "
-            "data.chat_template=true"
+            f"env={name} continues chats, and data={settings.data.name} as set has none: choose data=tools, or "
+            "data=dataset with data.chat_template=true"
         )
     if settings.env.max_turn_tokens > settings.rollout.max_new_tokens:
         raise UserError(

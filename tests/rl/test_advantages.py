@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_bai.rl.batches.advantages import (
     GroupRewards,
-    place_rewards,
     explained_variance,
     gae,
+    place_rewards,
     whiten,
 )
 
