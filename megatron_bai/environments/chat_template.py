@@ -9,14 +9,32 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from megatron_bai import config
 from megatron_bai.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from megatron_bai.data.task import Task
+
 Message = dict[str, str]
 _TURN, _THOUGHT = "fixed-turn-4711", "fixed-thought-1147"  # texts that no template has itself
 _QUESTION = {"role": "user", "content": "fixed-question"}
+
+
+def make_chat_template(settings: config.PerTurn, data: config.Data, task: Task) -> ChatTemplate:
+    """Make the template of a run's conversations.
+
+    Args:
+        settings: of the environment.
+        data: whose options of the template are those of the prompts.
+        task: whose tokenizer has the template.
+
+    Raises:
+        UserError: as `ChatTemplate`.
+    """
+    options = getattr(data, "template_options", {})
+    return ChatTemplate(task.tokenizer, options, task.end_tokens, settings.earlier_thinking == "keep")
 
 
 class ChatTemplate:
@@ -48,7 +66,8 @@ class ChatTemplate:
         self._tokenizer, self._options = tokenizer, options
         try:
             after = self._text_after_turn([], prompt=False)
-            self._special = {text for text in tokenizer.all_special_tokens if text}
+            added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+            self._special = {text for text in (*tokenizer.all_special_tokens, *added) if text}
             self.end_id, self._end = self._find_end(after, end_tokens)
             if not any(map(self._is_taken, ("tool", "user"))):
                 raise ValueError("it takes neither a tool's nor a user's message after an assistant's turn")

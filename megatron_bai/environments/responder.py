@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_bai import config
 from megatron_bai.environments import resolve_environment
-from megatron_bai.environments.chat_template import ChatTemplate
+from megatron_bai.environments.chat_template import ChatTemplate, make_chat_template
 from megatron_bai.environments.environment import parse_reply
 from megatron_bai.environments.messages import make_conversation
 from megatron_bai.environments.worker_target import make_target
@@ -35,16 +35,11 @@ class EnvironmentPool:
         submit: calls the environment with a conversation's JSON in one of its processes.
         settings: of the environment.
         task: whose tokenizer decodes turns and encodes replies.
-        options: of the chat template.
-
-    Raises:
-        UserError: the tokenizer's chat template cannot be used.
+        template: of its chats.
     """
 
-    def __init__(self, submit: Submit, settings: config.PerTurn, task: Task, options: dict[str, Any]):
-        self.submit, self.settings, self.task = submit, settings, task
-        keep = settings.earlier_thinking == "keep"
-        self.template = ChatTemplate(task.tokenizer, options, task.end_tokens, keep)
+    def __init__(self, submit: Submit, settings: config.PerTurn, task: Task, template: ChatTemplate):
+        self.submit, self.settings, self.task, self.template = submit, settings, task, template
 
     def for_prompts(self, prompts: Sequence[Prompt]) -> Responder:
         """Return what replies to samples of these prompts.
@@ -83,14 +78,14 @@ class Responder:
 
 @contextmanager
 def open_environment(
-    settings: config.Env, task: Task, options: dict[str, Any], log: Path
+    settings: config.Env, data: config.Data, task: Task, log: Path
 ) -> Iterator[EnvironmentPool | None]:
     """Open the environment's processes for the time of the block; None with `env=none`.
 
     Args:
         settings: of the environment.
-        task: the source of the prompts.
-        options: of the chat template, as for prompts.
+        data: of the prompts.
+        task: their source.
         log: a file for what the environment prints.
 
     Raises:
@@ -103,5 +98,6 @@ def open_environment(
     assert isinstance(settings, config.PerTurn), "`EnvironmentKind.settings` is one"
     kind.require(settings)
     name = kind.target if isinstance(kind.target, str) else kind.target(settings)
+    template = make_chat_template(settings, data, task)
     with WorkerPool(make_target(name, asdict(settings)), settings.workers, settings.timeout_s, log) as pool:
-        yield EnvironmentPool(pool.submit, settings, task, options)
+        yield EnvironmentPool(pool.submit, settings, task, template)

@@ -84,7 +84,9 @@ def _require_usable(settings: Config) -> None:
             each.require()
     _require_merge(settings)
     if isinstance(settings.reward, config.Function):
-        _require_module(settings.reward.function)
+        _require_module("reward.function", settings.reward.function)
+    if isinstance(settings.env, config.UserEnvironment):
+        _require_module("env.environment", settings.env.environment)
     if os.path.exists(settings.rollout.api_key_file):
         auth.read_key(settings.rollout.api_key_file)
     require_usable_run_dir(settings)
@@ -114,10 +116,20 @@ def _require_path(name: str, path: str, run_dir: str) -> bool:
     return False
 
 
-def _require_module(function: str) -> None:
-    """Refuse a reward whose module is not found; it is not imported, so whether it has the function is not known."""
-    top = function.partition(":")[0].partition(".")[0]
+def _require_module(setting: str, name: str) -> None:
+    """Refuse code whose module is not found; it is not imported, so whether it has what is named is not known.
+
+    Args:
+        setting: that names it.
+        name: `module:attribute`, or `path.py:attribute`.
+    """
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        if not os.path.isfile(module):
+            raise UserError(f"{setting}={name}: there is no file {module}")
+        return
+    top = module.partition(".")[0]
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if importlib.util.find_spec(top) is None:
-        raise UserError(f"reward.function={function}: there is no module {top} in this directory or on PYTHONPATH")
+        raise UserError(f"{setting}={name}: there is no module {top} in this directory or on PYTHONPATH")

@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "rollout.measure_sampled", "replay.measure_live", "replay.store", "replay.store_encoding",
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",
+    "env.workers",
     "trainer.save", "trainer.save_every", "trainer.save_async", "trainer.keep", "trainer.grace_s",
     "objective.critic_save", "monitor.", "cluster.", "init.routing_prompts", "merge.", "supervised.", "serve.",
     "convert.", "inspect.", "calibrate.", "samples.", "report.",

@@ -17,7 +17,10 @@ from megatron_bai.checkpoint import manifest
 from megatron_bai.errors import UserError
 
 _NAME = re.compile(r"step-(\d{5,})")
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "progress.json", "report.html", "reward.log", "server.log")
+_FILES = (
+    "config.yaml", "metrics.jsonl", "summary.json", "progress.json", "report.html", "reward.log", "environment.log",
+    "server.log",
+)  # fmt: skip
 # What a run keeps in `run.dir` beside its results.
 DIRECTORIES = ("checkpoints", "samples", "serve", "tensorboard", "tokenizer", "weights")
 

@@ -10,6 +10,7 @@ from megatron_bai.data import task_factory
 from megatron_bai.data.task import Task
 from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.data.vocabulary import validate_vocabulary
+from megatron_bai.environments.chat_template import make_chat_template
 from megatron_bai.errors import UserError
 from megatron_bai.rl import objectives
 from megatron_bai.rollout.client import max_request_tokens
@@ -54,6 +55,8 @@ def _make_task(settings: config.Config, tokenizer: Any, tokenizer_dir: Path, log
     validate_vocabulary(tokenizer, settings.model.vocab_size, tokenizer_dir)
     ends = [token for token in read_end_tokens(tokenizer_dir) if token < settings.model.vocab_size]
     task = task_factory.make_task(settings.data, tokenizer, length, supervised, log, ends)
+    if not supervised and isinstance(settings.env, config.PerTurn):
+        make_chat_template(settings.env, settings.data, task)  # refused before models are built
     if not supervised and settings.trainer.eval_every and task.eval_size:
         task.prompts("eval", settings.run.seed, task.eval_size - 1, 1)  # refused before a server is started
     return task

@@ -1,4 +1,4 @@
-"""Fingerprint what determines a run's samples beside its settings: rows, the reward's code, the tokenizer.
+"""Fingerprint what determines a run's samples beside its settings: rows, code of reward and environment, tokenizer.
 
 Contents count, not names, places or times of files. They are entered in every checkpoint and compared when the run is
 resumed, and between the ranks of a run, each of which reads its own machine's files.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bai import config, rewards
+from megatron_bai import config
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 
@@ -41,8 +41,12 @@ def compute_sample_sources(
     }
     if isinstance(settings.reward, config.Function):
         sources["reward.function"] = hash_files(module_files(settings.reward.function.partition(":")[0]))
-    elif module := _outside_module(settings.reward):
+    elif module := _outside_module(type(settings.reward)):
         sources["reward"] = hash_files(module_files(module))
+    if isinstance(settings.env, config.UserEnvironment):
+        sources["env.environment"] = hash_files(module_files(settings.env.environment.rpartition(":")[0]))
+    elif module := _outside_module(type(settings.env)):
+        sources["env"] = hash_files(module_files(module))
     if isinstance(settings.reward, config.RewardModel) and settings.reward.tokenizer:
         sources["reward.tokenizer"] = hash_files(_existing(Path(settings.reward.tokenizer), _TOKENIZER_FILES))
     sources["the tokenizer"] = hash_files(_existing(tokenizer_dir, ("tokenizer.json",)))
@@ -109,9 +113,12 @@ def module_files(module: str) -> list[Path]:
     Nothing is imported. A reward's process searches the working directory first.
 
     Args:
-        module: dotted.
+        module: dotted, or a path that ends in `.py`.
     """
-    found = _find_module(module, [Path.cwd(), *map(Path, filter(None, sys.path))])
+    roots = [Path.cwd(), *map(Path, filter(None, sys.path))]
+    if module.endswith(".py"):
+        roots, module = [Path(module).absolute().parent], Path(module).stem
+    found = _find_module(module, roots)
     if found is None:
         return []
     root, files, waiting = found[0], set(), [module]
@@ -148,10 +155,9 @@ def hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _outside_module(settings: config.Reward) -> str:
-    """Return the module of a reward that a package registered; empty for one of ours."""
-    module = rewards.resolve_reward(settings).settings.__module__
-    return "" if module.partition(".")[0] == "megatron_bai" else module
+def _outside_module(kind: type[Any]) -> str:
+    """Return the module of a reward's or an environment's settings that a package registered; empty for one of ours."""
+    return "" if kind.__module__.partition(".")[0] == "megatron_bai" else kind.__module__
 
 
 def _existing(directory: Path, names: tuple[str, ...]) -> list[Path]:

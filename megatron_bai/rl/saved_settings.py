@@ -23,13 +23,15 @@ def complete_settings(saved: Mapping[str, str], settings: config.Config) -> dict
 
     Args:
         saved: by dotted names, as `flatten` gives them.
-        settings: the present ones, whose kinds of data, reward, initial weights and objective have the defaults.
+        settings: the present ones, whose kinds of data, reward, environment, initial weights and objective have the
+            defaults. Of a choice that did not exist the kind was what it is unless it is chosen.
     """
     completed = {_present_name(name): text for name, text in saved.items()}
-    known = {_setting_of(name) for name in completed}
+    known, unchosen = {_setting_of(name) for name in completed}, config.Config()
     for group in fields(settings):
         for name, value in read_defaults(type(getattr(settings, group.name))).items():
             if value != MISSING and f"{group.name}.{name}" not in known:
+                value = getattr(getattr(unchosen, group.name), name) if name == "name" else value
                 completed |= flatten({f"{group.name}.{name}": value})
     return completed
 

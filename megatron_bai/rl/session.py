@@ -144,8 +144,8 @@ def open_session(settings: config.Config) -> Iterator[Session]:
             if session.is_replica_leader and has_rollouts:
                 log = Path(settings.run.dir) / "reward.log"
                 session.scorer = stack.enter_context(rewards.open_scorer(settings.reward, session.task, log))
-                log, options = log.with_name("environment.log"), getattr(settings.data, "template_options", {})
-                session.environment = stack.enter_context(open_environment(settings.env, session.task, options, log))
+                replies = open_environment(settings.env, settings.data, session.task, log.with_name("environment.log"))
+                session.environment = stack.enter_context(replies)
             yield session
     finally:
         backend.shutdown_backend()

@@ -138,7 +138,8 @@ class SampleDriver:
         assert environment, "a turn ended, and no environment is there to reply"
         reply: TurnReply = await _guard(environment.respond(sample))
         if reply.failure:
-            return replace(sample, finish="stop", failure=reply.failure), ()
+            turns = (*sample.turns[:-1], replace(sample.turns[-1], failed=True))
+            return replace(sample, finish="stop", failure=reply.failure, turns=turns), ()
         if reply.ids and not 0 <= min(reply.ids) <= max(reply.ids) < self._vocab_size:
             raise FatalError(UserError(f"the environment's reply has a token id outside [0, {self._vocab_size})"))
         fits = len(reply.ids) <= environment.max_reply_tokens

@@ -20,6 +20,7 @@ class Turn:
             up to where the next turn begins; 0 where nothing follows.
         reward: of the environment, for this turn; None: none.
         state: JSON of the environment, as of the reply.
+        failed: whether the environment had no reply, by a fault of its own; the sample ends there without a reward.
     """
 
     start: int
@@ -29,6 +30,7 @@ class Turn:
     num_reply_tokens: int = 0
     reward: float | None = None
     state: Any = None
+    failed: bool = False
 
     @property
     def next_start(self) -> int:

@@ -27,3 +27,14 @@ def kept(step: int = 1, response: str = "7+8=15", **changes: Any) -> KeptSample:
         routes_differ=[[0, 1], [1, 2]][: max(length, 0)], moe_layers=4, versions=[["7", 0, length]],
     )  # fmt: skip
     return KeptSample(**{**values, **changes})
+
+
+def conversation() -> KeptSample:
+    """Two turns with a reply between them, each token a character, and a reply that nobody read."""
+    given = [2, 3, 4, 5]
+    numbers = [None if i in given else -0.5 for i in range(9)]
+    turns = [
+        {"start": 0, "end": 2, "ended": True, "messages": [{"role": "tool", "content": "15"}], "reward": 0.25},
+        {"start": 6, "end": 9, "ended": True, "messages": [{"role": "user", "content": "well done"}], "reward": None},
+    ]
+    return kept(response="c;<15>15;", logprobs_inference=numbers, logprobs_training=numbers, turns=turns)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monitor.kept import NASTY, kept
+from monitor.kept import NASTY, conversation, kept
 
 from megatron_bai.cli import samples as verb
 from megatron_bai.config import Config, Run, Samples
@@ -275,3 +275,17 @@ def test_sorting_is_stable_and_bounded() -> None:
 def test_long_texts_lose_their_middle() -> None:
     text = format_sample(kept(response="a" * 50 + "b" * 50), 20)
     assert "a" * 10 + "\n[… 80 characters …]\n" + "b" * 10 in text and "a" * 11 not in text
+
+
+def test_turns_and_replies_of_a_conversation_are_apart() -> None:
+    sample = conversation()
+    assert KeptSample.from_json(sample.to_json()) == sample
+    assert sample.from_environment == [False] * 2 + [True] * 4 + [False] * 3
+    assert [value is None for value in sample.token_discrepancies] == sample.from_environment
+    text = format_sample(sample)
+    parts = ["[turn 1]\nc;", "[reply 1, reward 0.25]\n<15>", "[turn 2]\n15;", "[reply 2]\nuser: well done"]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+    assert "9 tokens in 2 turns" in text and "[response]" not in text
+    for wrong in ({"start": 0}, {"start": 0, "end": 1, "messages": "no"}, 3):
+        with pytest.raises(ValueError, match="turns"):
+            KeptSample.from_json(json.dumps(json.loads(sample.to_json()) | {"turns": [wrong]}))

@@ -216,7 +216,7 @@ def test_an_environments_failure_ends_its_sample_and_no_other() -> None:
         samples = client(url).generate([PROMPT], 2, 5, [STOP], environment=environment)
     for sample in samples:
         assert sample.complete and sample.failure == "it fell" and sample.reward is None and not sample.lost
-        assert len(sample.turns) == 1 and sample.sampled_mask is None
+        assert [turn.failed for turn in sample.turns] == [True] and sample.sampled_mask is None
 
 
 def test_what_an_environment_cannot_do_at_all_stops_the_call() -> None:

@@ -50,6 +50,24 @@ def add_response_metrics(
         stats.mean(f"{REWARD_PREFIX}{low}", rewards[valid & (lows == low)])
 
 
+def add_conversation_metrics(stats: Stats, turns: list[int], sampled: list[int], given: list[int], failed: int) -> None:
+    """Add the metrics of a replica's conversations, of samples that are not lost.
+
+    `turns_mean`; `env_tokens_fraction`, the share of response tokens that the environment gave; `env_failed_fraction`,
+    the share of samples that ended by a failure of the environment.
+
+    Args:
+        stats: to add to.
+        turns: of the model, of each sample.
+        sampled: tokens of each response that the model sampled.
+        given: those that the environment gave.
+        failed: samples that the environment failed.
+    """
+    stats.ratio("turns_mean", sum(turns), len(turns))
+    stats.ratio("env_tokens_fraction", sum(given), sum(given) + sum(sampled))
+    stats.ratio("env_failed_fraction", failed, len(turns))
+
+
 def _add_groups(stats: Stats, rewards: torch.Tensor, valid: torch.Tensor) -> None:
     """Add metrics of groups, from `[groups, group_size]` tensors; a group without a reward counts in none."""
     rewarded = valid.any(dim=1)

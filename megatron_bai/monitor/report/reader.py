@@ -101,11 +101,11 @@ def _make_entry(sample: KeptSample, run: str) -> dict[str, Any]:
     """Return a sample as the script reads it: texts are printable, and the middle of a long response is left out."""
     texts, routes = [make_printable(text) for text in sample.token_texts], sample.token_routes
     training = sample.logprobs_training or [None] * sample.length
-    tokens = list(zip(texts, training, sample.logprobs_inference, routes, strict=True))
+    tokens = list(zip(texts, training, sample.logprobs_inference, routes, sample.from_environment, strict=True))
     left_out = max(len(tokens) - _MAX_TOKENS, 0)
     if left_out:
         tokens[_MAX_TOKENS // 2 : -_MAX_TOKENS // 2] = []
-    columns = [list(column) for column in zip(*tokens, strict=True)] or [[], [], [], []]
+    columns = [list(column) for column in zip(*tokens, strict=True)] or [[], [], [], [], []]
     return {
         "run": run,
         "step": sample.step,
@@ -125,6 +125,7 @@ def _make_entry(sample: KeptSample, run: str) -> dict[str, Any]:
         "training": [None if value is None else round(value, 5) for value in columns[1]],
         "inference": [None if value is None else round(value, 5) for value in columns[2]],
         "routes": columns[3],
+        "given": [int(value) for value in columns[4]] if sample.turns else [],
         "left_out": left_out,
         "head": _MAX_TOKENS // 2 if left_out else 0,
     }

@@ -23,6 +23,7 @@ button { cursor: pointer; padding: .5rem 1rem }
   font: 13.5px/1.65 ui-monospace, SFMono-Regular, Menlo, monospace; margin: 0 }
 .text.prompt { max-height: 9rem; color: var(--soft) }
 .text span { border-radius: 3px; cursor: help } .text span.on { outline: 2px solid var(--text) }
+.text span.given { opacity: .55; font-style: italic }
 .detail { font-size: .8rem; color: var(--soft); min-height: 1.3em; margin: .4rem 0 0; max-width: none;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 .scale { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; font-size: .78rem; color: var(--soft);
@@ -82,7 +83,8 @@ function tokenNumbers(sample, i) {
 function describeToken(sample, i) {
   const a = sample.training[i], b = sample.inference[i], d = tokenNumbers(sample, i).discrepancy;
   const place = sample.left_out && i >= sample.head ? i + sample.left_out : i;
-  const words = [`token ${place + 1} ${JSON.stringify(sample.texts[i])}`, `log \\u03bc ${short(b)} (inference)`];
+  const words = [`token ${place + 1} ${JSON.stringify(sample.texts[i])}`];
+  words.push(sample.given[i] ? "the environment's" : `log \\u03bc ${short(b)} (inference)`);
   if (a !== null) words.push(`log \\u03c0 ${short(a)} (training)`);
   if (d !== null) words.push(`discrepancy ${d.toPrecision(2)} nats`);
   if (sample.mismatch !== null) words.push(`routes differ in ${sample.routes[i]} of ${sample.layers} layers`);
@@ -104,6 +106,7 @@ function card(sample, shade) {
     if (sample.left_out && i === sample.head) element(text, "i", `\\n[\\u2026 ${sample.left_out} tokens \\u2026]\\n`);
     const span = element(text, "span", token), value = shade ? tokenNumbers(sample, i)[shade] : null;
     span.dataset.i = i;
+    if (sample.given[i]) span.className = "given";
     if (value !== null && value > 0) span.style.background = tint(shade, strength[shade](value));
   });
   detail.className = "detail"; detail.textContent = sample.texts.length ? "" : "The response is empty.";

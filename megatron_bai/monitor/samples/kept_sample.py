@@ -21,23 +21,27 @@ class KeptSample:
         member: index in its group.
         prompt: text as the model read it.
         answer: what the reward compared with; empty where the data has none.
-        response: text of the response, its end token included.
+        response: text of the response, its end token included; of a conversation turns and replies as the model read
+            them.
         reward: None where it failed.
         failure: why there is no reward.
         advantage: mean over the response's tokens; None of an evaluation sample.
         length: tokens of the response.
-        finish: `stop` (end token) or `length` (cut off).
+        finish: `stop` (end token, or the environment's end) or `length` (cut off).
         discrepancy: mean |π_old/μ_old as a log-ratio| over the response's tokens, nats; None where it is not known.
         prompt_length: tokens of the prompt.
         tokens: ids of the prompt, then of the response.
         token_lengths: characters of `response` that each of its tokens adds; they sum to all.
-        logprobs_inference: of the response's tokens, in the inference engine that sampled them.
+        logprobs_inference: of the response's tokens, in the inference engine that sampled them; None of tokens that an
+            environment gave, which alone are None.
         logprobs_training: the same in the training engine before the step's first update; empty of an evaluation
             sample. None where a number is not finite.
         routes_differ: `[position, layers]`: the number of MoE layers in which the training engine's live router chooses
             other experts for input token `position` of `tokens`, where there are any; None where it was not measured.
         moe_layers: of the model.
         versions: `[version, start, end]`: weights that sampled the response's tokens from `start` to before `end`.
+        turns: of a conversation, `start` and `end` of each among the response's tokens, whether it `ended` by an end
+            token, and `messages` and `reward` of the environment's reply; empty where there is no environment.
     """
 
     step: int
@@ -62,6 +66,7 @@ class KeptSample:
     routes_differ: list[list[int]] | None = None
     moe_layers: int = 0
     versions: list[list[Any]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return the sample as one line of ASCII: a lone surrogate is an escape, and no text ends the line."""
@@ -106,6 +111,7 @@ class KeptSample:
             ("logprobs_training", self.logprobs_training, _is_number_or_none),
             ("routes_differ", pairs, lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_int, v))),
             ("versions", self.versions, lambda v: isinstance(v, list) and len(v) == 3),
+            ("turns", self.turns, _is_turn),
         ):
             if not isinstance(values, list) or not all(map(is_valid, values)):
                 yield name
@@ -116,6 +122,15 @@ class KeptSample:
             yield "logprobs"
         if sum(self.token_lengths) != len(self.response) or any(length < 0 for length in self.token_lengths):
             yield "token_lengths"
+
+    @property
+    def from_environment(self) -> list[bool]:
+        """Whether a token of the response is an environment's, and was not sampled."""
+        starts = [turn["start"] for turn in self.turns]
+        given = [False] * self.length
+        for turn, following in zip(self.turns, [*starts, self.length][1:], strict=True):
+            given[turn["end"] : following] = [True] * (following - turn["end"])
+        return given
 
     @property
     def token_texts(self) -> list[str]:
@@ -143,6 +158,16 @@ class KeptSample:
 
 def _is_int(value: Any) -> bool:
     return type(value) is int
+
+
+def _is_turn(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(_is_int(value.get(name)) and value[name] >= 0 for name in ("start", "end"))
+        and isinstance(value.get("messages"), list)
+        and all(isinstance(m, dict) and all(isinstance(t, str) for t in m.values()) for m in value["messages"])
+        and _is_number_or_none(value.get("reward"))
+    )
 
 
 def _is_number_or_none(value: Any) -> bool:

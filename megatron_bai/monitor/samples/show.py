@@ -54,7 +54,8 @@ def describe(sample: KeptSample) -> list[str]:
     facts = [reward]
     if sample.advantage is not None:
         facts.append(f"advantage {sample.advantage:+.3g}")
-    facts.append(f"{sample.length} tokens" + (", cut off" if sample.finish == "length" else ""))
+    turns = f" in {len(sample.turns)} turns" if sample.turns else ""
+    facts.append(f"{sample.length} tokens{turns}" + (", cut off" if sample.finish == "length" else ""))
     if sample.discrepancy is not None:
         facts.append(f"discrepancy {sample.discrepancy:.2g} nats")
     if sample.routes_differ is not None and sample.moe_layers:
@@ -75,12 +76,31 @@ def format_sample(sample: KeptSample, max_characters: int = 0) -> str:
     kept_as = ", ".join(map(make_printable, sample.kept_as))
     title = f"step {sample.step} · {sample.split} · prompt {sample.prompt_index}, sample {sample.member} · {kept_as}"
     lines = [_RULE, title, " · ".join(describe(sample)), ""]
-    texts = {"prompt": sample.prompt, "response": sample.response} | (
-        {"answer": sample.answer} if sample.answer else {}
-    )
-    for name, text in texts.items():
+    texts = [("prompt", sample.prompt), *list_parts(sample), *([("answer", sample.answer)] if sample.answer else [])]
+    for name, text in texts:
         lines += [f"[{name}]", make_printable(shorten(text, max_characters)), ""]
     return "\n".join(lines[:-1])
+
+
+def list_parts(sample: KeptSample) -> list[tuple[str, str]]:
+    """Return the response under its name; of a conversation each turn, and each reply as the model read it.
+
+    Returns:
+        Pairs of name and text. The reply that ended a conversation is its messages: the model did not read it.
+    """
+    if not sample.turns:
+        return [("response", sample.response)]
+    texts, parts = sample.token_texts, []
+    starts = [turn["start"] for turn in sample.turns]
+    for i, (turn, following) in enumerate(zip(sample.turns, [*starts, sample.length][1:], strict=True), start=1):
+        parts.append((f"turn {i}", "".join(texts[turn["start"] : turn["end"]])))
+        reply = "".join(texts[turn["end"] : following])
+        if not reply:
+            reply = "\n".join(f"{message.get('role')}: {message.get('content')}" for message in turn["messages"])
+        paid = "" if turn["reward"] is None else f", reward {turn['reward']:.4g}"
+        if reply or paid:
+            parts.append((f"reply {i}{paid}", reply))
+    return parts
 
 
 def shorten(text: str, limit: int) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.monitor.metrics.response_metrics import add_response_metrics
+from megatron_bai.monitor.metrics.response_metrics import add_conversation_metrics, add_response_metrics
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import GroupRewards
 from megatron_bai.rl.batches.batch import from_samples
@@ -198,6 +198,13 @@ class Collector:
         groups = GroupRewards.of([sample.reward for sample in samples], size)
         rewards, valid = (torch.from_numpy(array).flatten() for array in (groups.values, groups.valid))
         add_response_metrics(stats, lengths, truncated, rewards, size, width, valid, sampled)
+        if isinstance(self.settings.env, config.PerTurn):
+            conversations = [sample for sample in samples if not sample.lost]
+            num_sampled = [sample.num_sampled for sample in conversations]
+            num_given = [len(sample.response) - sample.num_sampled for sample in conversations]
+            num_failed = sum(bool(sample.turns and sample.turns[-1].failed) for sample in conversations)
+            num_turns = [len(sample.turns) for sample in conversations]
+            add_conversation_metrics(stats, num_turns, num_sampled, num_given, num_failed)
 
     def _gather_per_replica(self, value: int) -> list[int]:
         """Gather a value of each replica, by data-parallel rank. Collective."""

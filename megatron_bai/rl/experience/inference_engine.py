@@ -15,18 +15,17 @@ from megatron_bai.data.task import Prompt
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
-from megatron_bai.rewards import make_scoring, score_samples
+from megatron_bai.rewards import score_samples
 from megatron_bai.rl.batches.token_batch import padded_length
+from megatron_bai.rl.experience.sample_hooks import make_sample_hooks
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
-from megatron_bai.rollout.conversation import OnComplete
 from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout.servers import fleet, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
 from megatron_bai.rollout.servers.quantize import fake_quantize
 from megatron_bai.rollout.servers.weight_sync import WeightTransport
-from megatron_bai.rollout.turns import TurnEnvironment
 from megatron_bai.routing.layout import ServedColumns
 
 _PROBES = 4  # held-out prompts whose log-probabilities verify that new weights arrived
@@ -109,7 +108,7 @@ class InferenceEngine:
                 end, version = session.task.end_tokens, str(self.version)
                 arguments = ([prompt.ids for prompt in prompts], group_size, seed, end, first, temperature)
                 limits = (version, max_failures, results)
-                results = self._client.generate(*arguments, *limits, *self._sample_hooks(prompts))
+                results = self._client.generate(*arguments, *limits, *make_sample_hooks(session, prompts))
                 self._refuse_aborted(results)
             failures = [result for result in results if isinstance(result, UserError)]
             if not self.any_failed(failures) or not self.recover(failures, max_failures):
@@ -121,13 +120,6 @@ class InferenceEngine:
             for i, result in enumerate(results)
         ]
         return session.send_to_replica(self.add_rewards(prompts, samples) if session.is_replica_leader else None)
-
-    def _sample_hooks(self, prompts: list[Prompt]) -> tuple[TurnEnvironment | None, OnComplete | None]:
-        """Return what replies to turns of these prompts' samples, and what rewards a sample that is complete."""
-        session = self._session
-        assert session.scorer
-        environment = session.environment.for_prompts(prompts) if session.environment else None
-        return environment, make_scoring(session.scorer, session.task, prompts)
 
     def add_rewards(self, prompts: list[Prompt], samples: list[Sample]) -> list[Sample]:
         """Return the samples with rewards, those that were not rewarded as they ended. Called on leaders.
@@ -162,8 +154,7 @@ class InferenceEngine:
         session = self._session
         end, budget = session.task.end_tokens, tokens or session.settings.rollout.partial_tokens
         limits = (budget, str(self.version), max_failures)
-        hooks = (None, None) if prompts is None else self._sample_hooks(prompts)
-        results = self._client.sample(wanted, end, None, *limits, *hooks)
+        results = self._client.sample(wanted, end, None, *limits, *make_sample_hooks(session, prompts))
         self._refuse_aborted(results)
         return results
 

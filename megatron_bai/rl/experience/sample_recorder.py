@@ -60,13 +60,14 @@ class SampleRecorder:
         records = []
         for i, (index, row) in enumerate(own if self._session.reports_stats else ()):
             predicted = slice(samples[index].prompt_length - 1, len(samples[index].tokens) - 1)
-            advantage = batch.advantages[row, predicted].mean() if has_critic else batch.sample_advantages[row]
+            mask = batch.response_mask[row]
+            advantage = batch.advantages[row][mask].mean() if has_critic else batch.sample_advantages[row]
             fed = None if differ is None else differ[i, : len(samples[index].tokens)]
             key = (samples[index].stream_index, index % group_size)
             sample = self._make(
                 step, TRAIN, samples[index], key, chosen[key],
                 advantage=_rounded(advantage), discrepancy=discrepancies[row],
-                logprobs_training=_round(batch.old_logprobs[row, predicted].numpy()),
+                logprobs_training=_round(batch.old_logprobs[row, predicted].numpy(), mask[predicted].numpy()),
                 routes_differ=None if fed is None else [[int(t), int(fed[t])] for t in fed.nonzero().flatten()],
             )  # fmt: skip
             records.append(sample)
@@ -163,8 +164,14 @@ class SampleRecorder:
             prompt=prompt.text, answer=prompt.answer, response=text,
             reward=sample.reward, failure=sample.failure, length=len(sample.response), finish=sample.finish,
             prompt_length=sample.prompt_length, tokens=sample.tokens.tolist(), token_lengths=lengths,
-            logprobs_inference=_round(sample.logprobs), moe_layers=session.signature.moe_layers,
+            logprobs_inference=_round(sample.logprobs, sample.full_sampled_mask),
+            moe_layers=session.signature.moe_layers,
             versions=[[span.version, span.start, span.end] for span in sample.spans],
+            turns=[
+                {"start": turn.start, "end": turn.end, "ended": turn.ended,
+                 "messages": list(turn.messages), "reward": turn.reward}
+                for turn in sample.turns
+            ],
             **defaults | measured,
         )  # fmt: skip
 
@@ -197,10 +204,11 @@ def _mean_discrepancies(batch: ScoredBatch) -> list[float | None]:
     return [round(mean, _DECIMALS) if n else None for mean, n in zip(means.tolist(), number.tolist(), strict=True)]
 
 
-def _round(values: np.ndarray) -> list[float | None]:
-    """Round to what files hold; None where a number is not finite."""
+def _round(values: np.ndarray, mask: np.ndarray | None = None) -> list[float | None]:
+    """Round to what files hold; None where a number is not finite or outside the mask, `[len(values)]` bool."""
     rounded = np.round(values.astype(np.float64), _DECIMALS)
-    return [value if known else None for value, known in zip(rounded.tolist(), np.isfinite(rounded), strict=True)]
+    known = np.isfinite(rounded) if mask is None else np.isfinite(rounded) & mask
+    return [value if there else None for value, there in zip(rounded.tolist(), known, strict=True)]
 
 
 def _rounded(value: torch.Tensor) -> float | None:
