@@ -28,7 +28,17 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, PerSample, Reward, RewardModel
+from megatron_bai.config.rewards import (
+    Code,
+    EnvironmentReward,
+    Exact,
+    Function,
+    MathVerify,
+    PerSample,
+    Reward,
+    RewardModel,
+    Several,
+)
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.schema import Config, initial_checkpoint, register_schema
@@ -44,6 +54,7 @@ __all__ = [
     "CheckpointInit",
     "Cispo",
     "Cluster",
+    "Code",
     "Config",
     "Convert",
     "Corrected",
@@ -88,6 +99,7 @@ __all__ = [
     "Sapo",
     "Sequence",
     "Serve",
+    "Several",
     "Sft",
     "Supervised",
     "Tools",

@@ -24,7 +24,16 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, Reward, RewardModel
+from megatron_bai.config.rewards import (
+    Code,
+    EnvironmentReward,
+    Exact,
+    Function,
+    MathVerify,
+    Reward,
+    RewardModel,
+    Several,
+)
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.trainer import Supervised, Trainer
@@ -69,7 +78,7 @@ def register_schema() -> None:
     choices = {
         "data": (Arithmetic, Tools, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
-        "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward),
+        "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward, Code, Several),
         "env": (NoEnvironment, UserEnvironment, Calculator, PythonTool),
         "objective": (Sft, Minirl, Sequence, Dppo, Drpo, Grpo, Dapo, Cispo, Gspo, Gmpo, Sapo, Ppo),
     }

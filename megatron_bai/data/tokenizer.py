@@ -4,6 +4,7 @@ Digits and signs stay single tokens, words are learned, and nothing is added or 
 text back. A character that the task never uses becomes `<unk>`.
 """
 
+from dataclasses import dataclass
 from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,14 +31,14 @@ def build_tokenizer(data: Generated, vocab_size: int) -> PreTrainedTokenizerFast
     Raises:
         UserError: the task's letters, digits and signs do not fit into `vocab_size`.
     """
-    texts, chat_markers, template = _describe_language(data)
+    language = _describe_language(data)
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(language.pieces), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNKNOWN, *chat_markers], show_progress=False
+        vocab_size=vocab_size, special_tokens=[PAD, EOS, UNKNOWN, *language.markers], show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(language.texts, trainer)
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"model.vocab_size is {vocab_size}: the task's signs and letters alone need {tokenizer.get_vocab_size()}"
@@ -47,17 +48,33 @@ def build_tokenizer(data: Generated, vocab_size: int) -> PreTrainedTokenizerFast
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=chat_markers,
+        additional_special_tokens=language.markers,
         clean_up_tokenization_spaces=False,
     )
-    found.chat_template = template
+    found.chat_template = language.template
     return found
 
 
-def _describe_language(data: Generated) -> tuple[list[str], list[str], str | None]:
-    """Return texts of a task to train on, its chat markers and its chat template; None where it has none.
+@dataclass(frozen=True)
+class _Language:
+    """What a tokenizer is made for.
 
-    Special tokens have their ids already: in the texts their letters would only be mistaken for words.
+    Attributes:
+        texts: to train on, without chat markers: these have their ids already, and their letters would only be
+            mistaken for words.
+        markers: of chats, special tokens.
+        pieces: regular expression of what a token is at most.
+        template: of chats; None: there is none.
+    """
+
+    texts: list[str]
+    markers: list[str]
+    pieces: str
+    template: str | None = None
+
+
+def _describe_language(data: Generated) -> _Language:
+    """Return the language of a task.
 
     Raises:
         UserError: the settings allow no such texts.
@@ -69,9 +86,10 @@ def _describe_language(data: Generated) -> tuple[list[str], list[str], str | Non
         contents = [message["content"] for chat in chats for message in chat]
         markers = [USER, ASSISTANT, tools_text.TOOL, tools_text.CALL, tools_text.END_CALL]
         bodies = [text.removeprefix(tools_text.CALL).removesuffix(tools_text.END_CALL) for text in contents]
-        return bodies, markers, tools_text.CHAT_TEMPLATE
+        return _Language(bodies, markers, r"[0-9]|[-+*]|[^-+*0-9]+", tools_text.CHAT_TEMPLATE)
     assert isinstance(data, Arithmetic), "`validate_data` refuses others"
     validate_arithmetic(data)
     documents = [make_document(data, "pretrained", rng) for _ in range(_TEXTS)]
     texts = (f"{each.prompt.removeprefix(USER).removesuffix(ASSISTANT)}\n{each.response}" for each in documents)
-    return [line for text in texts for line in text.splitlines()], [USER, ASSISTANT], None
+    lines = [line for text in texts for line in text.splitlines()]
+    return _Language(lines, [USER, ASSISTANT], r"[a-z]+|[^a-z]")

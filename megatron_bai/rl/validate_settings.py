@@ -93,16 +93,18 @@ def require_packages(settings: config.Config) -> None:
 def _validate_environment(settings: config.Config, rollouts: bool) -> None:
     """Refuse an environment where nothing converses, and one whose prompts are no chats."""
     environments.resolve_environment(settings.env)
-    reward = settings.reward
+    of_rewards = rewards.list_reward_settings(settings.reward)
     if not isinstance(settings.env, config.PerTurn):
-        if isinstance(reward, config.EnvironmentReward):
+        if any(isinstance(reward, config.EnvironmentReward) for reward in of_rewards.values()):
             raise UserError("reward=environment is what an environment pays, and env=none: choose one with env=NAME")
         return
     name = settings.env.name
-    if isinstance(reward, config.RewardModel) and reward.send != "chat":
+    for label, reward in of_rewards.items():
+        if not isinstance(reward, config.RewardModel) or reward.send == "chat":
+            continue
         raise UserError(
-            f"reward.send is {reward.send}, and env={name} makes conversations, which a reward model reads in its own "
-            "template: set reward.send=chat"
+            f"{label}.send is {reward.send}, and env={name} makes conversations, which a reward model reads in its own "
+            f"template: set {label}.send=chat"
         )
     if not rollouts:
         raise UserError(f"env={name} answers rollouts, and objective={settings.objective.name} has none: leave it out")

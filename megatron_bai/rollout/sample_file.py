@@ -99,7 +99,7 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
     weighted, turns = sample.route_weights is not None, [asdict(turn) for turn in sample.turns]
     about = {"number": number, **lengths, "spans": spans, **outcome, "weighted": weighted}
-    return about | {"turns": turns, "turn_weight": sample.turn_weight}
+    return about | {"turns": turns, "turn_weight": sample.turn_weight, "reward_parts": sample.reward_parts}
 
 
 def _make_sample(
@@ -127,6 +127,7 @@ def _make_sample(
         sampled_mask=None if sampled_mask.all() else sampled_mask,
         turns=tuple(Turn(**turn | {"messages": tuple(turn["messages"])}) for turn in about.get("turns", ())),
         turn_weight=about.get("turn_weight", 0.0),
+        reward_parts=about.get("reward_parts", {}),
     )
 
 
