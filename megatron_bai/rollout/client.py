@@ -156,7 +156,7 @@ class RolloutClient:
                 continued = replace(request, partial=sample)
                 return self._sampling_request(continued, ids, stop_token_ids, temperature, limit, version)
 
-            tokens = (max_new_tokens, budget or max_new_tokens, self.vocab_size)
+            tokens = (max_new_tokens, budget or max_new_tokens, self.vocab_size, stop_token_ids)
             partial = request.partial and replace(request.partial, prompt_index=request.prompt_index)
             return SampleDriver(make_request, *tokens, environment, on_complete, partial)
 

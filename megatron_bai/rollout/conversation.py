@@ -1,6 +1,6 @@
 """One sample from its first request to its end: requests, and between them the environment's replies."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -57,6 +57,7 @@ class SampleDriver:
         max_new_tokens: of the response, the environment's tokens included.
         budget: tokens to sample in this call.
         vocab_size: of the model.
+        end_tokens: that end a turn by themselves.
         environment: replies to turns; None: the sample has one.
         on_complete: is awaited with the sample once it is complete, for what replaces it; None: nothing is.
         partial: the sample so far; None: it begins.
@@ -71,12 +72,14 @@ class SampleDriver:
         max_new_tokens: int,
         budget: int,
         vocab_size: int,
+        end_tokens: Collection[int],
         environment: TurnEnvironment | None,
         on_complete: OnComplete | None,
         partial: Sample | None,
     ):
         self._make_request, self._max_new_tokens, self._budget = make_request, max_new_tokens, budget
-        self._vocab_size, self._environment, self._on_complete = vocab_size, environment, on_complete
+        self._vocab_size, self._end_tokens = vocab_size, end_tokens
+        self._environment, self._on_complete = environment, on_complete
         self.sample = partial
 
     async def run(self, post: Post) -> Sample:
@@ -129,8 +132,8 @@ class SampleDriver:
             return replace(sample, finish=PARTIAL)
         if self._environment is None:
             return sample
-        ended = sample.finish == "stop"
-        return replace(sample, finish=TURN if ended else sample.finish).end_turn(ended)
+        finish = TURN if sample.finish == "stop" else sample.finish
+        return replace(sample, finish=finish).end_turn(finish == TURN and int(sample.tokens[-1]) in self._end_tokens)
 
     async def _reply(self, sample: Sample) -> tuple[Sample, tuple[int, ...]]:
         """Return the sample after the environment's reply to its last turn, and the ids to append; () if it ends."""

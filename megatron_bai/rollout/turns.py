@@ -14,7 +14,7 @@ class Turn:
     Attributes:
         start: first token of the turn, counted from the first of the response.
         end: after its last token.
-        ended: whether its last token is an end token; false where a limit cut it off.
+        ended: whether its last token is an end token; false where a limit cut it off, or other than a token ended it.
         messages: of the reply, `{"role", "content"}` each; empty before it, and where it has none.
         num_reply_tokens: tokens of the reply that follow in the sample: those of the chat template around the messages,
             up to where the next turn begins; 0 where nothing follows.

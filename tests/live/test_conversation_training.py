@@ -24,7 +24,7 @@ def test_both_engines_agree_on_every_sampled_token(name: str, tmp_path: Path) ->
     command = [
         "-m", "megatron_bai", "train", *conversation_settings(tmp_path), "init=checkpoint",
         f"init.checkpoint={checkpoint}", "rollout.max_new_tokens=36", "rollout.max_total_tokens=1024",
-        "trainer.steps=2", "trainer.learning_rate=1e-3", f"run.dir={tmp_path}/run",
+        "trainer.steps=2", "trainer.learning_rate=1e-3", "replay.weights=server", f"run.dir={tmp_path}/run",
     ]  # fmt: skip
     done = forking.run_script(command, os.environ | {"OMP_NUM_THREADS": "1"}, 600)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -21,6 +21,8 @@ MODEL = {
     "num_experts": 8, "moe_topk": 2, "moe_ffn_hidden_size": 64, "vocab_size": 64, "max_position_embeddings": 256,
 }  # fmt: skip
 MERGE = config.Merge(pretrained="p", members=["m"], weights=[1.0], output="b")
+TOY = config.UserEnvironment(environment="a.b:C")
+CHATS = {"data": config.Dataset(train="rows.jsonl"), "init": config.CheckpointInit(checkpoint="somewhere")}
 
 
 def changed(**values: Any) -> config.Config:
@@ -148,6 +150,21 @@ def test_routes_of_other_routers_are_not_predicted(
             ["supervised.aux_loss_coeff is 0.01", "supervised.load_balancing=none", "global_aux_loss"],
         ),
         ({"rollout__max_new_tokens": 256}, ["rollout.max_new_tokens (256)", "model.max_position_embeddings (256)"]),
+        ({"env": TOY}, ["env=class continues chats", "data=arithmetic"]),
+        ({"env": config.UserEnvironment()}, ["env.environment is ''", "module:Class"]),
+        ({"env": config.UserEnvironment(environment="a:B", max_turns=0)}, ["env.max_turns is 0"]),
+        ({"env": config.UserEnvironment(name="judge")}, ["env.name is 'judge'", "none, class"]),
+        ({"env": config.UserEnvironment(name="none")}, ["env.name is 'none'", "choose with env=none"]),
+        ({"env": TOY, "objective": config.Sft(), "reward": config.Exact()}, ["objective=sft has none"]),
+        (
+            {"env": TOY, **CHATS, "reward": config.RewardModel(url="http://127.0.0.1:1")},
+            ["reward.send is text", "reward.send=chat"],
+        ),
+        (
+            {"env": config.UserEnvironment(environment="a:B", max_turn_tokens=65), **CHATS},
+            ["env.max_turn_tokens (65)", "rollout.max_new_tokens (64)"],
+        ),
+        ({"reward": config.EnvironmentReward()}, ["reward=environment", "env=none"]),
     ],
 )
 def test_a_run_that_contradicts_itself_is_refused_by_name(values: dict[str, Any], named: list[str]) -> None:
