@@ -6,8 +6,8 @@ updated. An unknown key is refused by Hydra; what contradicts another setting is
 One file a group; everything is importable from here.
 """
 
-from megatron_bai.config.data import Arithmetic, Data, Dataset
-from megatron_bai.config.environment import Env, NoEnvironment, PerTurn, UserEnvironment
+from megatron_bai.config.data import Arithmetic, Data, Dataset, Generated, Tools
+from megatron_bai.config.environment import Calculator, Env, NoEnvironment, PerTurn, PythonTool, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -28,7 +28,17 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, PerSample, Reward, RewardModel
+from megatron_bai.config.rewards import (
+    Code,
+    EnvironmentReward,
+    Exact,
+    Function,
+    MathVerify,
+    PerSample,
+    Reward,
+    RewardModel,
+    Several,
+)
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.schema import Config, initial_checkpoint, register_schema
@@ -39,10 +49,12 @@ from megatron_bai.project_files import conf_dir
 __all__ = [
     "Arithmetic",
     "Backend",
+    "Calculator",
     "Calibrate",
     "CheckpointInit",
     "Cispo",
     "Cluster",
+    "Code",
     "Config",
     "Convert",
     "Corrected",
@@ -55,6 +67,7 @@ __all__ = [
     "EnvironmentReward",
     "Exact",
     "Function",
+    "Generated",
     "Gmpo",
     "Grpo",
     "Gspo",
@@ -73,6 +86,7 @@ __all__ = [
     "PerTurn",
     "Policy",
     "Ppo",
+    "PythonTool",
     "RandomInit",
     "Replay",
     "Report",
@@ -85,8 +99,10 @@ __all__ = [
     "Sapo",
     "Sequence",
     "Serve",
+    "Several",
     "Sft",
     "Supervised",
+    "Tools",
     "Trainer",
     "UserEnvironment",
     "conf_dir",

@@ -17,7 +17,12 @@ class Data:
 
 
 @dataclass
-class Arithmetic(Data):
+class Generated(Data):
+    """Problems that a program draws; they bring their tokenizer."""
+
+
+@dataclass
+class Arithmetic(Generated):
     """The generated arithmetic task (sums of several numbers), its styles of text and the tokenizer trained on them."""
 
     name: str = "arithmetic"
@@ -29,6 +34,17 @@ class Arithmetic(Data):
     min_terms: int = number(3, "numbers in one problem, at least", at_least=3)
     max_terms: int = number(5, "… and at most", at_least=3)
     max_number: int = number(9, "numbers are 1 … max_number", at_least=2)
+
+
+@dataclass
+class Tools(Generated):
+    """Generated calculations for env=calculator, as chats, and texts that call the tool or answer directly."""
+
+    name: str = "tools"
+    max_number: int = number(999, "numbers are 1 … max_number", at_least=2)
+    call_fraction: float = number(0.5, "of supervised texts: those that call the tool", at_least=0, at_most=1)
+
+    chat_template = True  # no setting: that of the tokenizer it brings
 
 
 @dataclass

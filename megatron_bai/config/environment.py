@@ -52,3 +52,25 @@ class UserEnvironment(PerTurn):
 
     name: str = "class"
     environment: str = setting("", "module:Class or path.py:Class, with a method respond(conversation)")
+
+
+@dataclass
+class Calculator(PerTurn):
+    """A calculator that the model calls as a tool."""
+
+    name: str = "calculator"
+    tool_parser: str = setting("hermes", "SGLang's parser that finds calls, as in --tool-call-parser")
+    call_reward: float = number(0.0, "of a turn whose calls are all right, for reward=environment; 0: none")
+
+
+@dataclass
+class PythonTool(PerTurn):
+    """Programs that the model writes, run without network and files in processes of their own."""
+
+    name: str = "python"
+    tool_parser: str = setting(
+        "hermes", "SGLang's parser that finds calls, as in --tool-call-parser; empty: programs in fenced blocks alone"
+    )
+    program_timeout_s: float = number(5.0, "of one program", above=0, at_most=LONGEST_S)
+    program_memory_mib: int = number(512, "of each process of a program", at_least=16)
+    max_output_characters: int = number(2000, "of what a program wrote; the middle of more is left out", at_least=16)

@@ -1,6 +1,7 @@
 """Settings of rewards: `reward=NAME` chooses one (docs/data.md)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -74,3 +75,25 @@ class RewardModel(Reward):
     concurrency: int = number(32, "requests in flight from each model replica", at_least=1)
     request_timeout_s: float = number(60.0, "of one request", above=0, at_most=LONGEST_S)
     retries: int = number(3, "of one request, with growing pauses, after a failure that may pass", at_least=0)
+
+
+@dataclass
+class Several(Reward):
+    """A weighted sum of rewards, each logged apart."""
+
+    name: str = "several"
+    parts: dict[str, Any] = setting(
+        dict, "by name: reward.parts.right.reward=exact reward.parts.right.weight=1, and the reward's own settings"
+    )
+
+
+@dataclass
+class Code(PerSample):
+    """The cases that a program in the response passes, run without network and files in processes of its own."""
+
+    name: str = "code"
+    timeout_s: float = number(60.0, above=0, at_most=LONGEST_S)
+    cases: str = setting("", "column with the row's cases; empty: the answer has them, as JSON")
+    pay: str = setting("all", "1 where all cases pass, or the share of those that do", choices=("all", "share"))
+    case_timeout_s: float = number(5.0, "of one case", above=0, at_most=LONGEST_S)
+    memory_mib: int = number(512, "of each process of a program", at_least=16)

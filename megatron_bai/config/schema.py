@@ -5,8 +5,8 @@ from importlib.metadata import entry_points
 
 from omegaconf import MISSING
 
-from megatron_bai.config.data import Arithmetic, Data, Dataset
-from megatron_bai.config.environment import Env, NoEnvironment, UserEnvironment
+from megatron_bai.config.data import Arithmetic, Data, Dataset, Tools
+from megatron_bai.config.environment import Calculator, Env, NoEnvironment, PythonTool, UserEnvironment
 from megatron_bai.config.merge import CheckpointInit, Init, Merge, MergeInit, RandomInit
 from megatron_bai.config.monitor import Monitor
 from megatron_bai.config.objectives import (
@@ -24,7 +24,16 @@ from megatron_bai.config.objectives import (
     Sequence,
     Sft,
 )
-from megatron_bai.config.rewards import EnvironmentReward, Exact, Function, MathVerify, Reward, RewardModel
+from megatron_bai.config.rewards import (
+    Code,
+    EnvironmentReward,
+    Exact,
+    Function,
+    MathVerify,
+    Reward,
+    RewardModel,
+    Several,
+)
 from megatron_bai.config.rollout import Replay, Rollout
 from megatron_bai.config.run import Backend, Cluster, Model, Parallel, Run
 from megatron_bai.config.trainer import Supervised, Trainer
@@ -67,10 +76,10 @@ def register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config(data=MISSING, reward=MISSING, env=MISSING, init=MISSING, objective=MISSING))
     choices = {
-        "data": (Arithmetic, Dataset),
+        "data": (Arithmetic, Tools, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
-        "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward),
-        "env": (NoEnvironment, UserEnvironment),
+        "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward, Code, Several),
+        "env": (NoEnvironment, UserEnvironment, Calculator, PythonTool),
         "objective": (Sft, Minirl, Sequence, Dppo, Drpo, Grpo, Dapo, Cispo, Gspo, Gmpo, Sapo, Ppo),
     }
     for group, kinds in choices.items():

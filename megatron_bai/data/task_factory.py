@@ -9,13 +9,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bai import config
-from megatron_bai.data import arithmetic_text, dataset_task
+from megatron_bai.data import arithmetic_text, dataset_task, tools_text
 from megatron_bai.data.arithmetic_task import ArithmeticTask
 from megatron_bai.data.dataset_task import DatasetTask
 from megatron_bai.data.task import Task
+from megatron_bai.data.tools_task import ToolsTask
 from megatron_bai.errors import UserError
 
-_KINDS = {kind.name: kind for kind in (config.Arithmetic, config.Dataset)}
+_KINDS = {kind.name: kind for kind in (config.Arithmetic, config.Tools, config.Dataset)}
 
 
 def validate_data(data: config.Data, supervised: bool, init: str) -> None:
@@ -35,6 +36,9 @@ def validate_data(data: config.Data, supervised: bool, init: str) -> None:
         raise UserError(f"data.name is {data.name!r}, but the settings are another's: choose with data={data.name}")
     if isinstance(data, config.Arithmetic):
         arithmetic_text.validate_arithmetic(data)
+        return
+    if isinstance(data, config.Tools):
+        tools_text.validate_tools(data)
         return
     dataset_task.validate_dataset(data, supervised)
     if not init:
@@ -64,8 +68,9 @@ def make_task(
     Raises:
         UserError: the tokenizer has no end token, or as `ArithmeticTask` and `DatasetTask`.
     """
-    if isinstance(data, config.Arithmetic):
-        task = ArithmeticTask(data, tokenizer, end_tokens)
+    if isinstance(data, config.Arithmetic | config.Tools):
+        is_tools = isinstance(data, config.Tools)
+        task = ToolsTask(data, tokenizer, end_tokens) if is_tools else ArithmeticTask(data, tokenizer, end_tokens)
         if not supervised:
             task.require_room(max_tokens)
         return task

@@ -9,6 +9,7 @@ import re
 
 from megatron_bai import config
 from megatron_bai.config.limits import validate_group
+from megatron_bai.environments import calculator, python_tool
 from megatron_bai.environments.environment import Conversation, Environment, EnvironmentKind, Reply, parse_reply
 from megatron_bai.errors import UserError
 
@@ -32,7 +33,9 @@ def _check_user_class(settings: config.UserEnvironment) -> None:
 _USER_CLASS = EnvironmentKind(
     config.UserEnvironment, lambda settings: str(settings.environment), check=_check_user_class
 )
-_REGISTRY: dict[str, EnvironmentKind] = {kind.settings.name: kind for kind in (_USER_CLASS,)}
+_REGISTRY: dict[str, EnvironmentKind] = {
+    kind.settings.name: kind for kind in (_USER_CLASS, calculator.ENVIRONMENT, python_tool.ENVIRONMENT)
+}
 
 
 def register(kind: EnvironmentKind) -> None:

@@ -64,7 +64,7 @@ def read_task(settings: Config) -> dict[str, str]:
     """
     source = architecture_source(settings)
     if source is None:
-        if isinstance(settings.data, config.Arithmetic):
+        if isinstance(settings.data, config.Generated):
             make_generated_task(settings, settings.data)
         return {}
     is_result = not isinstance(settings.init, config.MergeInit) or str(source) == config.initial_checkpoint(settings)

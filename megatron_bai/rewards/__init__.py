@@ -17,9 +17,18 @@ from megatron_bai import config
 from megatron_bai.config.limits import validate_group
 from megatron_bai.environments.messages import conversation_messages, decode_turn
 from megatron_bai.errors import UserError
-from megatron_bai.rewards import environment_reward, exact_match, math_verify_reward, reward_model, user_function
+from megatron_bai.rewards import (
+    code_reward,
+    environment_reward,
+    exact_match,
+    math_verify_reward,
+    reward_model,
+    several,
+    user_function,
+)
 from megatron_bai.rewards.reward import Item, Reward, Score, Scorer, convert_reward
 from megatron_bai.rewards.sample_function import per_sample
+from megatron_bai.rewards.several import list_reward_settings
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Prompt, Task
@@ -31,6 +40,8 @@ __all__ = [
     "Reward",
     "Score",
     "Scorer",
+    "list_reward_settings",
+    "list_rewards",
     "make_item",
     "make_scoring",
     "open_scorer",
@@ -41,7 +52,15 @@ __all__ = [
     "score_samples",
 ]
 
-_BUILT_IN = (exact_match, math_verify_reward, user_function, reward_model, environment_reward)
+_BUILT_IN = (
+    exact_match,
+    math_verify_reward,
+    user_function,
+    reward_model,
+    environment_reward,
+    code_reward,
+    several,
+)
 _REGISTRY: dict[str, Reward] = {module.REWARD.settings.name: module.REWARD for module in _BUILT_IN}
 
 
@@ -57,6 +76,11 @@ def register(reward: Reward) -> None:
     if _REGISTRY.setdefault(name, reward) is not reward:
         raise UserError(f"there is a reward {name!r} already: give {reward.settings.__qualname__} another name")
     ConfigStore.instance().store(group="reward", name=name, node=reward.settings)
+
+
+def list_rewards() -> dict[str, Reward]:
+    """Return the rewards that there are, by name."""
+    return dict(_REGISTRY)
 
 
 def resolve_reward(settings: config.Reward) -> Reward:
@@ -170,4 +194,4 @@ def _with_score(sample: Sample, prompt: Prompt, score: Score) -> Sample:
             value, failure = None, f"it is {error}"
     if value is None:
         failure = f"{failure} (prompt {ascii(prompt.text[-60:])})"
-    return replace(sample, reward=value, failure=failure, turn_weight=score.turn_weight)
+    return replace(sample, reward=value, failure=failure, turn_weight=score.turn_weight, reward_parts=dict(score.parts))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -44,11 +44,13 @@ class Score:
 
     Attributes:
         turn_weight: by which `Item.environment_reward` is in the value: a critic has the share of each turn at its end.
+        parts: of a sum, the score of each reward by name, without its weight.
     """
 
     value: float | None
     failure: str = ""
     turn_weight: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def convert_reward(value: Any) -> float:

@@ -186,7 +186,7 @@ def load_initial_weights(actor: MegatronModel, settings: config.Config) -> Path:
         megatron_checkpoint.reload_master_weights(actor)
         directory = Path(settings.run.dir) / "tokenizer"
         if dist.get_rank() == 0:
-            assert isinstance(settings.data, config.Arithmetic)  # other data brings the checkpoint's tokenizer
+            assert isinstance(settings.data, config.Generated)  # other data brings the checkpoint's tokenizer
             build_tokenizer(settings.data, settings.model.vocab_size).save_pretrained(directory)
         dist.barrier()
         return directory

@@ -31,7 +31,7 @@ def make_task(settings: config.Config, tokenizer_dir: Path, log: Callable[[str],
     return _make_task(settings, load_tokenizer(tokenizer_dir), tokenizer_dir, log)
 
 
-def make_generated_task(settings: config.Config, data: config.Arithmetic) -> Task:
+def make_generated_task(settings: config.Config, data: config.Generated) -> Task:
     """Make the generated task with the tokenizer that a run from random weights builds for it.
 
     Args:

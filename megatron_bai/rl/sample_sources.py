@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bai import config
+from megatron_bai import config, rewards
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 
@@ -39,22 +39,35 @@ def compute_sample_sources(
         for name in ("train", "eval")
         if (path := getattr(settings.data, name, ""))
     }
-    if isinstance(settings.reward, config.Function):
-        sources["reward.function"] = hash_files(module_files(settings.reward.function.partition(":")[0]))
-    elif module := _outside_module(type(settings.reward)):
-        sources["reward"] = hash_files(module_files(module))
+    for name, reward in rewards.list_reward_settings(settings.reward).items():
+        sources |= _reward_sources(name, reward)
     if isinstance(settings.env, config.UserEnvironment):
         sources["env.environment"] = hash_files(module_files(settings.env.environment.rpartition(":")[0]))
     elif module := _outside_module(type(settings.env)):
         sources["env"] = hash_files(module_files(module))
-    if isinstance(settings.reward, config.RewardModel) and settings.reward.tokenizer:
-        sources["reward.tokenizer"] = hash_files(_existing(Path(settings.reward.tokenizer), _TOKENIZER_FILES))
     sources["the tokenizer"] = hash_files(_existing(tokenizer_dir, ("tokenizer.json",)))
     named = {"the chat template": chat_template}
     if end_tokens:  # a single one as releases entered it that knew no other
         named["the end token"] = sorted(end_tokens) if len(end_tokens) > 1 else min(end_tokens)
     for name, value in named.items():
         sources[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return sources
+
+
+def _reward_sources(name: str, reward: config.Reward) -> dict[str, str]:
+    """Return the hashes of the files that determine a reward.
+
+    Args:
+        name: `reward`, or that of a part of several.
+        reward: its settings.
+    """
+    sources = {}
+    if isinstance(reward, config.Function):
+        sources[f"{name}.function"] = hash_files(module_files(reward.function.partition(":")[0]))
+    elif module := _outside_module(type(reward)):
+        sources[name] = hash_files(module_files(module))
+    if isinstance(reward, config.RewardModel) and reward.tokenizer:
+        sources[f"{name}.tokenizer"] = hash_files(_existing(Path(reward.tokenizer), _TOKENIZER_FILES))
     return sources
 
 

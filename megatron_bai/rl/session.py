@@ -242,7 +242,7 @@ def _make_task_of_checkpoint(settings: config.Config) -> Task | None:
     """Make the task before the model is built, where the tokenizer is a checkpoint's; None elsewhere. Collective."""
     source = config.initial_checkpoint(settings)
     if not source:
-        if isinstance(settings.data, config.Arithmetic):  # for its checks; the run's is read from its directory
+        if isinstance(settings.data, config.Generated):  # for its checks; the run's is read from its directory
             make_generated_task(settings, settings.data)
         return None
     tasks = []

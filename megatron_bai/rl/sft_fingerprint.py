@@ -32,6 +32,7 @@ _ORIGINAL: dict[type, tuple[str, ...]] = {
         "eval_every", "eval_samples", "eval_temperature",
     ),
     config.Arithmetic: ("name", "eval_prompts", "style", "min_terms", "max_terms", "max_number"),
+    config.Tools: ("name", "eval_prompts", "max_number", "call_fraction"),
     config.Dataset: (
         "name", "eval_prompts", "train", "eval", "hold_out", "prompt", "answer", "response", "system", "chat_template",
         "template_options", "max_prompt_tokens",

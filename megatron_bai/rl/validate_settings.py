@@ -55,7 +55,7 @@ def validate_settings(settings: config.Config) -> None:
         _validate_rows(settings.supervised.length, model.max_position_embeddings)
         return
     require_served(architecture, 1 if settings.rollout.urls else settings.rollout.tensor)
-    if isinstance(settings.data, config.Arithmetic) and not settings.data.eval_prompts:
+    if isinstance(settings.data, config.Generated) and not settings.data.eval_prompts:
         raise UserError(
             "data.eval_prompts is 0: it must be at least 1, since evaluations and the check of each weight sync take "
             "held-out prompts"
@@ -95,23 +95,25 @@ def require_packages(settings: config.Config) -> None:
 def _validate_environment(settings: config.Config, rollouts: bool) -> None:
     """Refuse an environment where nothing converses, and one whose prompts are no chats."""
     environments.resolve_environment(settings.env)
-    reward = settings.reward
+    of_rewards = rewards.list_reward_settings(settings.reward)
     if not isinstance(settings.env, config.PerTurn):
-        if isinstance(reward, config.EnvironmentReward):
+        if any(isinstance(reward, config.EnvironmentReward) for reward in of_rewards.values()):
             raise UserError("reward=environment is what an environment pays, and env=none: choose one with env=NAME")
         return
     name = settings.env.name
-    if isinstance(reward, config.RewardModel) and reward.send != "chat":
+    for label, reward in of_rewards.items():
+        if not isinstance(reward, config.RewardModel) or reward.send == "chat":
+            continue
         raise UserError(
-            f"reward.send is {reward.send}, and env={name} makes conversations, which a reward model reads in its own "
-            "template: set reward.send=chat"
+            f"{label}.send is {reward.send}, and env={name} makes conversations, which a reward model reads in its own "
+            f"template: set {label}.send=chat"
         )
     if not rollouts:
         raise UserError(f"env={name} answers rollouts, and objective={settings.objective.name} has none: leave it out")
     if not getattr(settings.data, "chat_template", False):
         raise UserError(
-            f"env={name} continues chats, and data={settings.data.name} as set has none: choose data=dataset with "
-            "data.chat_template=true"
+            f"env={name} continues chats, and data={settings.data.name} as set has none: choose data=tools, or "
+            "data=dataset with data.chat_template=true"
         )
     if settings.env.max_turn_tokens > settings.rollout.max_new_tokens:
         raise UserError(

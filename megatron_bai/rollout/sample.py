@@ -1,7 +1,7 @@
 """One sampled response, or conversation, with all that training needs of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Sample:
             them; the others are the environment's. None: all.
         turns: of a conversation, in order, without one that is in progress; empty where there is no environment.
         turn_weight: by which the environment's rewards of turns are in `reward`; 0: they are not.
+        reward_parts: of a reward that is a sum, each part by name, without its weight.
         kept_ids: `[T − prompt_length, K]` int32, the ids that each token was drawn from (`rollout.kept_ids`), which
             `logprobs` are over, `NO_ID` where a token has fewer, or is the environment's; None: all, no draw was
             truncated.
@@ -62,6 +63,7 @@ class Sample:
     sampled_mask: np.ndarray | None = None
     turns: tuple[Turn, ...] = ()
     turn_weight: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
     kept_ids: np.ndarray | None = None
 
     @property

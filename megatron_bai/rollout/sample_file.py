@@ -108,7 +108,8 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
     has = {"weighted": sample.route_weights is not None, "truncated": sample.kept_ids is not None}
     turns = {"turns": [asdict(turn) for turn in sample.turns], "turn_weight": sample.turn_weight}
-    return {"number": number, **lengths, "spans": spans, **outcome, **has, **turns}
+    parts = {"reward_parts": sample.reward_parts}
+    return {"number": number, **lengths, "spans": spans, **outcome, **has, **turns, **parts}
 
 
 def _make_sample(
@@ -136,6 +137,7 @@ def _make_sample(
         sampled_mask=None if sampled_mask.all() else sampled_mask,
         turns=tuple(Turn(**turn | {"messages": tuple(turn["messages"])}) for turn in about.get("turns", ())),
         turn_weight=about.get("turn_weight", 0.0),
+        reward_parts=about.get("reward_parts", {}),
     )
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -78,32 +79,51 @@ def _import_file(file: Path) -> Any:
     return module
 
 
-def map_future(future: "Future[T]", function: Callable[[T], S]) -> "Future[S]":
-    """Return a future of `function` of a future's result. Cancelling it cancels the one that it waits for.
+def join_futures(futures: "Sequence[Future[T]]", function: Callable[[list[T]], S]) -> "Future[S]":
+    """Return a future of `function` of the results of futures. Cancelling it cancels those that it waits for.
 
     Args:
-        future: whose exception, or cancellation, is the result's too.
-        function: called in the thread that sets the result; quick.
+        futures: whose exceptions, or cancellation, are the result's too.
+        function: called in the thread that sets the last result; quick.
     """
-    mapped: Future[S] = Future()
+    joined: Future[S] = Future()
+    waiting, lock = len(futures), threading.Lock()
 
-    def copy(done: "Future[T]") -> None:
-        if done.cancelled():
-            mapped.cancel()
-        if not mapped.set_running_or_notify_cancel():
+    def finish(done: "Future[T]") -> None:
+        nonlocal waiting
+        with lock:
+            waiting -= 1
+            is_last = not waiting
+        if not is_last:
+            return
+        if any(future.cancelled() for future in futures):
+            joined.cancel()
+        if not joined.set_running_or_notify_cancel():
             return
         try:
-            mapped.set_result(function(done.result()))
+            joined.set_result(function([future.result() for future in futures]))
         except BaseException as error:
-            mapped.set_exception(error)
+            joined.set_exception(error)
 
     def cancel(done: "Future[S]") -> None:
         if done.cancelled():
-            future.cancel()
+            for future in futures:
+                future.cancel()
 
-    future.add_done_callback(copy)
-    mapped.add_done_callback(cancel)
-    return mapped
+    joined.add_done_callback(cancel)
+    for future in futures:
+        future.add_done_callback(finish)
+    return joined
+
+
+def map_future(future: "Future[T]", function: Callable[[T], S]) -> "Future[S]":
+    """Return a future of `function` of one future's result, as `join_futures` does of several.
+
+    Args:
+        future: to wait for.
+        function: called in the thread that sets its result; quick.
+    """
+    return join_futures([future], lambda results: function(results[0]))
 
 
 def wait_for_all(futures: "Sequence[Future[T]]") -> list[T]:

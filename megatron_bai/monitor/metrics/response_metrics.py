@@ -1,8 +1,10 @@
 """Metrics of a step's responses: lengths, rewards, and rewards by length."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
-from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX, TOKENS_METRIC
+from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, PART_PREFIX, REWARD_PREFIX, TOKENS_METRIC
 from megatron_bai.monitor.stats import Stats, quantile
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -48,6 +50,17 @@ def add_response_metrics(
     lows = lengths // bucket * bucket
     for low in lows[valid].unique().tolist():
         stats.mean(f"{REWARD_PREFIX}{low}", rewards[valid & (lows == low)])
+
+
+def add_reward_parts(stats: Stats, parts: Sequence[Mapping[str, float]]) -> None:
+    """Add the mean of each part of a reward that is a sum: `reward_part/NAME`, without its weight.
+
+    Args:
+        stats: to add to.
+        parts: of each sample, by name; empty where it has no reward.
+    """
+    for name in sorted({name for each in parts for name in each}):
+        stats.mean(f"{PART_PREFIX}{name}", torch.tensor([each[name] for each in parts if name in each]).double())
 
 
 def add_conversation_metrics(stats: Stats, turns: list[int], sampled: list[int], given: list[int], failed: int) -> None:

@@ -6,7 +6,7 @@ from itertools import cycle
 from textwrap import wrap
 from typing import Any
 
-from megatron_bai.monitor.metrics.table.metric import MetricChart, MetricSection
+from megatron_bai.monitor.metrics.table.metric import Metric, MetricChart, MetricSection
 from megatron_bai.monitor.metrics.table.sections import PHASES, find_metric
 from megatron_bai.monitor.metrics.table.speed import PHASE_PREFIX
 from megatron_bai.monitor.report.html_page import DASHES, Chart
@@ -30,13 +30,25 @@ def section_charts(section: MetricSection, runs: list[RunData]) -> list[Chart]:
     for chart, metrics in section.charts.items():
         drawn = [metric for metric in metrics if metric.label]
         if chart.kind == "lines":
-            charts.append(_lines(runs, chart, {metric.name: metric.label for metric in drawn}))
+            charts.append(_lines(runs, chart, _line_labels(runs, drawn)))
         elif chart.kind == "phases":
             charts += [_phase_bars(run, chart.title) for run in runs]
         else:
             draw_family = _length_buckets if chart.kind == "buckets" else _layer_heatmap
             charts += [draw_family(run, metric.family, chart.title) for metric in drawn for run in runs]
     return [chart for chart in charts if chart]
+
+
+def _line_labels(runs: list[RunData], drawn: list[Metric]) -> dict[str, str]:
+    """Return the label of each metric of a chart of lines; of a family, of each member that the runs have."""
+    labels: dict[str, str] = {}
+    for metric in drawn:
+        if metric.family:
+            names = sorted({key for run in runs for record in run.records for key in record if metric.matches(key)})
+            labels |= {name: name.rpartition("/")[2] for name in names}
+        else:
+            labels[metric.name] = metric.label
+    return labels
 
 
 def own_charts(runs: list[RunData]) -> list[Chart]:

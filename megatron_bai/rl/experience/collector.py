@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_bai import config
-from megatron_bai.monitor.metrics.response_metrics import add_conversation_metrics, add_response_metrics
+from megatron_bai.monitor.metrics.response_metrics import (
+    add_conversation_metrics,
+    add_response_metrics,
+    add_reward_parts,
+)
 from megatron_bai.monitor.stats import Stats
 from megatron_bai.rl.batches.advantages import GroupRewards
 from megatron_bai.rl.batches.batch import from_samples
@@ -198,6 +202,7 @@ class Collector:
         groups = GroupRewards.of([sample.reward for sample in samples], size)
         rewards, valid = (torch.from_numpy(array).flatten() for array in (groups.values, groups.valid))
         add_response_metrics(stats, lengths, truncated, rewards, size, width, valid, sampled)
+        add_reward_parts(stats, [sample.reward_parts for sample in samples])
         if isinstance(self.settings.env, config.PerTurn):
             conversations = [sample for sample in samples if not sample.lost]
             num_sampled = [sample.num_sampled for sample in conversations]

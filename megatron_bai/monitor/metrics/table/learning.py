@@ -1,6 +1,6 @@
 """Rows of rewards, responses, held-out problems and the loss."""
 
-from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, REWARD_PREFIX, TOKENS_METRIC
+from megatron_bai.monitor.metrics.metric_names import COUNT_PREFIX, PART_PREFIX, REWARD_PREFIX, TOKENS_METRIC
 from megatron_bai.monitor.metrics.table.metric import Metric, MetricChart, MetricSection
 
 _RESPONSES = ("monitor/metrics/response_metrics.py",)
@@ -25,6 +25,10 @@ LEARNING = MetricSection(
         Metric("reward_mean", "reward", "mean over responses with a reward", _RESPONSES,
             "What the step's responses earned on average.",
             MetricChart("Reward, mean over the batch"), "mean", short="reward", form=".3f"),
+        Metric(f"{PART_PREFIX}NAME", "reward", "mean over responses with a reward of the part NAME, without its weight",
+            _RESPONSES,
+            "What each part of `reward=several` gave on average.",
+            MetricChart("Parts of the reward, mean over the batch"), "NAME"),
         Metric("eval_accuracy", "reward", "mean over prompts of the mean reward of a prompt's n samples", _EVALUATION,
             "The average reward on held-out prompts, avg@n; an accuracy where rewards are 0 and 1.",
             _HELD_OUT, "mean", detectors=("entropy_collapse",), short="held-out reward", form=".3f"),

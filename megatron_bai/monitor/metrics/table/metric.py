@@ -26,7 +26,8 @@ class Metric:
     """A metric that a run may write, or a family of them.
 
     Attributes:
-        name: in `metrics.jsonl`. That of a family ends in `/` and a word in capitals, which stands for digits.
+        name: in `metrics.jsonl`. That of a family ends in `/` and a word in capitals, which stands for digits, or for a
+            name where it is `NAME`.
         unit: of the values; `fraction` is a share from 0 to 1, an empty text a number without a unit.
         formula: how the values are computed.
         producers: modules that compute them, as paths below the package.
@@ -63,8 +64,9 @@ class Metric:
         """Return whether a name of a run's record is this metric's, or of this family."""
         if not self.family:
             return name == self.name
-        family, _, number = name.rpartition("/")
-        return family == self.family and number.isdigit()
+        family, _, member = name.rpartition("/")
+        is_member = member.isidentifier() if self.name.endswith("/NAME") else member.isdigit()
+        return family == self.family and is_member
 
     def in_other_way(self, suffix: str, chart: MetricChart, label: str) -> "Metric":
         """Return the row of this metric measured in another way.

@@ -1,0 +1,128 @@
+"""Tool calls in a model's turns, found by SGLang's own parsers."""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bai.config.limits import unknown_name
+from megatron_bai.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool of one argument, a text.
+
+    Attributes:
+        name: by which it is called.
+        argument: name of the argument.
+        description: of the tool.
+    """
+
+    name: str
+    argument: str
+    description: str
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a chat template is given, and a parser of SGLang: OpenAI's form of a function."""
+        parameters = {
+            "type": "object",
+            "properties": {self.argument: {"type": "string"}},
+            "required": [self.argument],
+            "additionalProperties": False,
+        }
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+    def read_argument(self, parameters: str) -> str:
+        """Return the argument of a call.
+
+        Args:
+            parameters: of the call, JSON.
+
+        Raises:
+            ValueError: it is not an object with this one text.
+        """
+        try:
+            values = json.loads(parameters)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict) or values.keys() != {self.argument} or not _is_text(values[self.argument]):
+            raise ValueError(f"{self.name} takes one argument, the text {self.argument}")
+        text: str = values[self.argument]
+        return text
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
+
+
+class ToolCallParser:
+    """A parser of SGLang's, which a worker process imports with the engine: seconds, and hundreds of MiB.
+
+    Args:
+        name: as in `--tool-call-parser`.
+        tool: the one tool that there is.
+
+    Raises:
+        UserError: there is no SGLang here, or no such parser in it.
+    """
+
+    def __init__(self, name: str, tool: Tool):
+        require_tool_parser(name)
+        from sglang.srt.entrypoints.openai.protocol import Tool as SGLangTool
+        from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+        self.tool = tool
+        self._make = lambda: FunctionCallParser([SGLangTool(**tool.describe())], name)
+
+    def parse(self, text: str) -> list[str]:
+        """Return the argument of each call in a turn, in order; empty where there is no call.
+
+        Args:
+            text: of the turn.
+
+        Raises:
+            ValueError: there is a call that is none of the tool's; says what is wrong in a few words.
+        """
+        parser = self._make()  # some have a state
+        if not parser.has_tool_call(text):
+            return []
+        _, calls = parser.parse_non_stream(text)
+        if not calls:
+            raise ValueError(f"no call of {self.tool.name} can be read")
+        if any(call.name != self.tool.name for call in calls):
+            raise ValueError(f"there is one tool, {self.tool.name}")
+        return [self.tool.read_argument(call.parameters) for call in calls]
+
+
+def require_tool_parser(name: str) -> None:
+    """Raise a UserError unless the installed SGLang has a parser of this name.
+
+    Args:
+        name: the setting `env.tool_parser`.
+    """
+    known = list_tool_parsers()
+    if not known:
+        raise UserError(f"env.tool_parser={name} is a parser of SGLang's, which is not installed here")
+    if name not in known:
+        raise UserError(unknown_name(f"env.tool_parser is {name!r}, and SGLang has no such parser", name, known))
+
+
+def list_tool_parsers() -> Sequence[str]:
+    """Return the names of the installed SGLang's parsers, read from its source: to import it takes seconds."""
+    spec = importlib.util.find_spec("sglang")
+    for directory in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(directory) / "srt" / "function_call" / "function_call_parser.py"
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            target = node.target if isinstance(node, ast.AnnAssign) else None
+            if isinstance(target, ast.Name) and target.id == "ToolCallParserEnum" and isinstance(node.value, ast.Dict):
+                return [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+    return []
