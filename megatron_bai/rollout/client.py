@@ -211,8 +211,8 @@ class RolloutClient:
         # samples of a prompt would be the same.
         done, kept = len(ids) - len(request.prompt_ids), max_kept(self.rollout.top_k)
         params = make_rollout_params(self.rollout, temperature, limit, stop_token_ids, request.seed, done)
-        body: dict[str, Any] = {"input_ids": ids, "sampling_params": params}
-        body |= {"return_logprob": True, "return_routed_experts": True}
+        body: dict[str, Any] = {"input_ids": ids, "sampling_params": params, "return_logprob": True}
+        body["return_routed_experts"] = True
         if kept:
             body["return_sampling_mask"] = True
         start = 0 if partial is None else len(partial.tokens) - 1  # rows that are here already are not sent again
