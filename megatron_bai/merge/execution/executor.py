@@ -10,15 +10,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, UnitWriter, WrittenItem
+from megatron_bai.checkpoint.writer import CheckpointWriter, UnitWriter, WrittenItem
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import journal, tiles
 from megatron_bai.merge.execution.journal import UnitResult
 from megatron_bai.merge.execution.thread_pool import OrderedMap, background_writer, thread_map
 from megatron_bai.merge.recipe.plan import Plan, WorkUnit
-from megatron_bai.merge.recipe.regions import Fate, Region
+from megatron_bai.merge.recipe.regions import Fate
 
 BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: the interpreter lock is taken for each
 
@@ -171,13 +170,9 @@ def _write_error(directories: Sequence[Path], error: OSError) -> UserError:
     return UserError(f"{directories[0]} cannot be written: {error.strerror}")
 
 
-ItemToMerge = tuple[Region, Box, list[ItemWriter]]
-"""A box to merge, and the item it is in each result."""
-
-
-def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list[ItemToMerge]]:
+def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list[tiles.ItemToMerge]]:
     """Yield a unit's items in order, many small ones together: a call for one expert's bias would cost more than it."""
-    batch: list[ItemToMerge] = []
+    batch: list[tiles.ItemToMerge] = []
     batch_nbytes = 0
     for region, box in unit.items:
         nbytes = math.prod(box[1]) * region.dtype.itemsize
@@ -191,13 +186,12 @@ def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list
 
 
 def _merge_batch(
-    plan: Plan, buffers: tiles.ThreadBuffers, on_bytes_read: Callable[[int], None], batch: list[ItemToMerge]
+    plan: Plan, buffers: tiles.ThreadBuffers, on_bytes_read: Callable[[int], None], batch: list[tiles.ItemToMerge]
 ) -> list[tuple[str, list[float]]]:
     """Merge and write a batch; return the key and each result's sum of squares for the items that are merged."""
     squares = []
     bytes_read = 0
-    for region, box, items in batch:
-        item_squares = tiles.merge_item(plan, region, box, items, buffers)
+    for (region, box, _), item_squares in zip(batch, tiles.merge_items(plan, batch, buffers), strict=True):
         if region.fate is Fate.MERGED:
             squares.append((region.key, item_squares))
         entries = [source.tensors.get(region.key) for source in plan.inputs]  # what is kept is the base's alone
