@@ -213,7 +213,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]
 def _parse_tensor(key: str, entry: dict[str, Any], file: Path, base: int) -> TensorInfo:
     """Return the tensor that an entry of a header describes; `base` is the first byte behind the header."""
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int for number in (*shape, start, end)):
+    if {*map(type, shape), type(start), type(end)} != {int}:
         raise ValueError(f"{key} has a shape or a place that is no number")
     if entry["dtype"] in _PACKED_DTYPES:
         raise UserError(

@@ -1,12 +1,14 @@
-"""The executor: any number of checkpoints are read once and merged in bounded memory, a unit of output after another.
+"""The executor: any number of checkpoints are read once and merged in bounded memory, unit by unit of the output.
 
-A unit's items are divided among this rank's threads, each of which reads, merges (`tiles`) and writes its own.
+Each of this rank's threads writes a unit of its own: two that write into one file wait for each other. The units that
+remain when there are fewer than threads are divided instead. A thread reads, merges (`tiles`) and writes its items.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -74,12 +76,19 @@ def execute_plan(
     def write_units() -> dict[str, list[UnitResult]]:
         units = assign_to_rank(tuple(unit for unit in plan.units if unit.name not in done), ranks)
         buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
+        num_undivided = len(units) // threads * threads
         written = {}
+
+        def write(run: OrderedMap, unit: WorkUnit) -> list[UnitResult]:
+            return _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
+
         with background_writer() as in_background, thread_map(threads) as run:  # a unit is flushed during the next
-            for unit in units:
-                results = _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
-                written[unit.name] = results
-                in_background(functools.partial(_record_unit, directories, unit.name, results))
+            undivided = run(functools.partial(write, run.in_turn), units[:num_undivided])
+            divided = (write(run, unit) for unit in units[num_undivided:])
+            with closing(undivided):
+                for unit, results in zip(units, chain(undivided, divided), strict=True):
+                    written[unit.name] = results
+                    in_background(functools.partial(_record_unit, directories, unit.name, results))
         return written
 
     ranks.run_on_first(prepare, directories[0])
@@ -134,7 +143,7 @@ def _write_unit(
     buffers: tiles.ThreadBuffers,
     on_bytes_read: Callable[[int], None],
 ) -> list[UnitResult]:
-    """Write one unit of every result: this thread allocates its items, those of `run` merge and write them."""
+    """Write one unit of every result: this thread allocates its items, which `run` has merged and written."""
     results = [UnitResult() for _ in plan.input_weights]
     try:
         with ExitStack() as stack:
