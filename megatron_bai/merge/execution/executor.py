@@ -75,21 +75,7 @@ def execute_plan(
 
     def write_units() -> dict[str, list[UnitResult]]:
         units = assign_to_rank(tuple(unit for unit in plan.units if unit.name not in done), ranks)
-        buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
-        num_undivided = len(units) // threads * threads
-        written = {}
-
-        def write(run: OrderedMap, unit: WorkUnit) -> list[UnitResult]:
-            return _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
-
-        with background_writer() as in_background, thread_map(threads) as run:  # a unit is flushed during the next
-            undivided = run(functools.partial(write, run.in_turn), units[:num_undivided])
-            divided = (write(run, unit) for unit in units[num_undivided:])
-            with closing(undivided):
-                for unit, results in zip(units, chain(undivided, divided), strict=True):
-                    written[unit.name] = results
-                    in_background(functools.partial(_record_unit, directories, unit.name, results))
-        return written
+        return _write_units(plan, units, checkpoint_writer, directories, on_bytes_read, threads)
 
     ranks.run_on_first(prepare, directories[0])
     done = {name: results for units in ranks.run_on_all(read_journals) for name, results in units.items()}
@@ -103,6 +89,32 @@ def execute_plan(
         ranks.run_on_first(functools.partial(checkpoint_writer.finalize, directory, outputs, items), directory)
         norms.append(_compute_norms(plan, results))
     return norms
+
+
+def _write_units(
+    plan: Plan,
+    units: Sequence[WorkUnit],
+    checkpoint_writer: CheckpointWriter,
+    directories: Sequence[Path],
+    on_bytes_read: Callable[[int], None],
+    threads: int,
+) -> dict[str, list[UnitResult]]:
+    """Write this rank's units of every result, and record each once it is complete."""
+    buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
+    num_undivided = len(units) // threads * threads
+    written = {}
+
+    def write(run: OrderedMap, unit: WorkUnit) -> list[UnitResult]:
+        return _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
+
+    with background_writer() as in_background, thread_map(threads) as run:  # a unit is flushed during the next
+        undivided = run(functools.partial(write, run.in_turn), units[:num_undivided])
+        divided = (write(run, unit) for unit in units[num_undivided:])
+        with closing(undivided):
+            for unit, results in zip(units, chain(undivided, divided), strict=True):
+                written[unit.name] = results
+                in_background(functools.partial(_record_unit, directories, unit.name, results))
+    return written
 
 
 def _compute_norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:

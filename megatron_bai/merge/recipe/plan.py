@@ -247,12 +247,7 @@ def _input_weights(
     for pattern in recipes[0].patterns:
         if not any(matches(pattern, region.key, region.layer) for region in merged):
             raise UserError(f"the pattern {pattern!r} of {_setting_with_pattern(recipes[0], pattern)} fits no tensor")
-    all_terms = [
-        {region.name: recipe.terms(region.key, region.layer) for region in merged}
-        if recipe.patterns
-        else dict.fromkeys((region.name for region in merged), recipe.terms())
-        for recipe in recipes
-    ]
+    all_terms = [{region.name: recipe.terms(region.key, region.layer) for region in merged} for recipe in recipes]
     needed = {term.source for terms in all_terms for row in terms.values() for term in row if term.coefficient != 0}
     needed |= always_needed
     if recipes[0].elementwise:  # its `combine` identifies the sources by their index
