@@ -64,12 +64,14 @@ def after_bytes(count: int, function: Callable, *arguments: Any) -> None:
         left -= len(data)
         return done if left > 0 else die()
 
-    def dying_stream(places: Any, crcs: Any, length: int, rows: Any, *rest: Any) -> int:
+    def dying_stream(places: Any, crcs: Any, lengths: Any, done: Any, rows: Any, *rest: Any) -> None:
         nonlocal left
-        stop = min(length, left // len(rows) // 2 * 2)  # sums are written side by side
-        done = stream(places, crcs, stop, rows, *rest)
-        left -= length * len(rows)
-        return done if left > 0 else die()
+        before = lengths.cumsum() - lengths
+        stops = (left // len(rows) - before).clip(0, lengths) // 2 * 2  # sums are written side by side
+        stream(places, crcs, stops, done, rows, *rest)
+        left -= int(lengths.sum()) * len(rows)
+        if left <= 0:
+            die()
 
     os.pwrite = dying_pwrite
     os.pwritev = lambda fd, parts, at: dying_pwrite(fd, b"".join(parts), at)

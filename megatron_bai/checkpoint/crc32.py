@@ -7,6 +7,7 @@ up to 32 bits is found, anything else but for one case in 4 · 10⁹), zlib-ng i
 so what a merge writes is not read again for it.
 """
 
+import os
 from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32 as compute
@@ -29,8 +30,9 @@ def compute_file(path: str | Path, start: int = 0, length: int | None = None) ->
         OSError: it cannot be read.
     """
     crc, remaining = 0, length
-    buffer = memoryview(bytearray(_BLOCK_BYTES if length is None else min(_BLOCK_BYTES, length)))
     with open(path, "rb", buffering=0) as file:
+        size = max(os.fstat(file.fileno()).st_size - start, 1)  # a buffer for a small file is not the largest one
+        buffer = memoryview(bytearray(min(_BLOCK_BYTES, size if length is None else length)))
         file.seek(start)
         while remaining != 0 and (count := file.readinto(buffer[:remaining])):
             crc = compute(buffer[:count], crc)

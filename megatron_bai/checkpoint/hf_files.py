@@ -162,7 +162,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
             f"{path} holds {SINGLE} and {INDEX}, which names other files: transformers takes the former, other readers"
             " the latter; move away the one that is not the model's"
         )
-    if missing := sorted({file for file in files.values() if not (path / file).is_file()}):
+    if missing := sorted(file for file in set(files.values()) if not (path / file).is_file()):
         raise UserError(f"{path / missing[0]} is missing, {INDEX} names it: restore the checkpoint from a copy")
     return files
 
@@ -174,7 +174,7 @@ def _parse_index(path: Path) -> dict[str, str] | None:
         return None
     try:
         files = parse(read_bounded(index, _MAX_INDEX_BYTES))["weight_map"]
-        for file in files.values():  # an index is untrusted: it names files beside it, nothing else
+        for file in dict.fromkeys(files.values()):  # an index is untrusted: it names files beside it, nothing else
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(SUFFIX):
                 raise UserError(f"{index} names the file {file!r}, which is damaged or outside its directory")
         return dict(files)
@@ -213,7 +213,7 @@ def _read_header(file: Path) -> tuple[int, dict[str, str], dict[str, TensorInfo]
 def _parse_tensor(key: str, entry: dict[str, Any], file: Path, base: int) -> TensorInfo:
     """Return the tensor that an entry of a header describes; `base` is the first byte behind the header."""
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int for number in (*shape, start, end)):
+    if {*map(type, shape), type(start), type(end)} != {int}:
         raise ValueError(f"{key} has a shape or a place that is no number")
     if entry["dtype"] in _PACKED_DTYPES:
         raise UserError(

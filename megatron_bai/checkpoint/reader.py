@@ -60,10 +60,9 @@ class ScratchBuffers(threading.local):
 class ChunkStream:
     """A box with contiguous elements in one record, read from its begin to its end and verified on the way.
 
-    One thread reads it, and meanwhile nothing else of the same reader; others may have other streams.
+    One thread reads it, and may read others in turn.
 
     Attributes:
-        fd: of the file.
         offset: of the next byte in the file.
         remaining: bytes yet to be read.
         crc: of the bytes before.
@@ -74,8 +73,12 @@ class ChunkStream:
     ):
         self._reader, self._info, self._chunk, self._record = reader, info, chunk, record
         self._begin, self._length = begin, length
-        self.fd = reader.files.get_fd(chunk.file)
         self.offset, self.remaining, self.crc = record.start + begin, length, 0
+
+    @property
+    def fd(self) -> int:
+        """This thread's descriptor of the file, valid until the thread opens `OPEN_FILES` others of the checkpoint."""
+        return self._reader.files.get_fd(self._chunk.file)
 
     def read_into(self, buffer: memoryview) -> None:
         """Fill `buffer` with the next bytes.
@@ -83,7 +86,7 @@ class ChunkStream:
         Raises:
             UserError: they cannot be read, or those of the record, now complete, are not those that were saved.
         """
-        self._reader.files.read_into(self._chunk.file, self.offset, buffer, self.fd)
+        self._reader.files.read_into(self._chunk.file, self.offset, buffer)
         self.advance(len(buffer), crc32.compute(buffer, self.crc))
 
     def advance(self, count: int, crc: int) -> None:

@@ -109,9 +109,10 @@ def read_metadata(path: Path) -> Any:
 
 def _check_index(metadata: Any) -> None:
     """Raise unless every item is in a file beside the index, and every number is a size or an offset."""
+    for file in dict.fromkeys(info.relative_path for info in metadata.storage_data.values()):
+        if Path(file).name != file:
+            raise _ForbiddenPickleError(f"it points to the file {file!r}")
     for info in metadata.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise _ForbiddenPickleError(f"it points to the file {info.relative_path!r}")
         _require_counts(info.offset, info.length)
     for key, stored in metadata.state_dict_metadata.items():
         if not isinstance(key, str):
@@ -128,8 +129,9 @@ def _check_index(metadata: Any) -> None:
 
 def _require_counts(*numbers: Any) -> None:
     """Raise unless all are integers of at least 0."""
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{numbers} are no sizes")
+    for number in numbers:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{numbers} are no sizes")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _PACKED = {
     "compressed-tensors": re.compile(r"\.(weight_packed|weight_scale|weight_scale_2)$"),
     "MXFP4": re.compile(r"_(blocks|scales)$"),
 }
+_ANY_PACKED = re.compile("|".join(f"(?:{form.pattern})" for form in _PACKED.values()))
 # Of optimizers, random-number generators and schedules, in Megatron-Core's checkpoints.
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\b|^(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
 _WEIGHT = re.compile(r"(^|\.)(weight|bias)\d*$")
@@ -58,7 +59,7 @@ def require_plain_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> None
 
 def _is_quantised(key: str, entry: TensorInfo) -> bool:
     """Return whether a tensor is packed, of float8, or a weight in whole numbers."""
-    packed = any(form.search(key) for form in _PACKED.values())
+    packed = bool(_ANY_PACKED.search(key))
     if entry.dtype.is_floating_point:
         return packed or entry.dtype.itemsize < 2
     return not entry.dtype.is_complex and (packed or bool(_WEIGHT.search(key)))

@@ -85,7 +85,8 @@ class ItemWriter:
         self.remaining -= len(data)
         if self.remaining == 0:
             buffers.append(self.make_tail(self.crc) if self.make_tail else b"")
-        positional_io.pwrite_all(self.fd, buffers, self.offset)
+        if any(map(len, buffers)):
+            positional_io.pwrite_all(self.fd, buffers, self.offset)
         self._length += sum(map(len, buffers))
         if self.remaining == 0:
             num_element_bytes = self._length - len(self.head) - len(buffers[-1])

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,7 +125,7 @@ def test_what_the_compiled_stream_leaves_is_done_by_the_tile(three, tmp_path, mo
     run(three)
     monkeypatch.setattr(tiles, "TILE", 7)
     stream = bf16_kernel.stream
-    few = lambda places, crcs, length, *rest: stream(places, crcs, min(length, 14), *rest)  # noqa: E731
+    few = lambda places, crcs, lengths, *rest: stream(places, crcs, np.minimum(lengths, 14), *rest)  # noqa: E731
     monkeypatch.setattr(bf16_kernel, "stream", few if at_once else None)
     run(three, output=str(tmp_path / "tiled"))
     assert content(tmp_path / "tiled") == content(Path(three.output))
@@ -532,7 +533,7 @@ def killed_at(settings: Merge, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "first tile":
-        tiles.merge_item = die
+        tiles.merge_items = die
     elif moment == "index":
         torch_dist.write_index = die
     elif moment == "provenance":

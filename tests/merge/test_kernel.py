@@ -162,8 +162,9 @@ def stream(descriptors: Sequence[int], length: int = 2 * COUNT):
     crcs, squares = np.arange(1, 6, dtype=np.uint32), np.ones(2)
     places = np.array([(descriptor, BEFORE if i < 3 else 5) for i, descriptor in enumerate(descriptors)])
     buffers = np.empty((3, TILE), np.uint16), np.empty(TILE, np.uint16)
-    done = bf16_kernel.stream(places, crcs, length, rows, factors, squares, *buffers)
-    return done, crcs.tolist(), squares.tolist()
+    done, num_bytes = np.zeros(1, np.int64), np.array([length])
+    bf16_kernel.stream(places[None], crcs[None], num_bytes, done, rows, factors, squares[None], *buffers)
+    return int(done[0]), crcs.tolist(), squares.tolist()
 
 
 def test_a_stream_is_the_same_sum_from_file_to_file(files):

@@ -5,13 +5,14 @@ of sums stays in the core's first cache from the first source to its rounding. T
 bits, are torch's: multiplication and addition in float32, each rounded (LLVM fuses them only if told to), then to the
 nearest bfloat16, ties to even.
 
-`stream` reads, verifies, sums, rounds and writes many tiles in one call, which releases the GIL. It reports no errors:
+`stream` reads, verifies, sums, rounds and writes many items in one call, which releases the GIL. It reports no errors:
 it stops before the tile that has one, and Python merges that tile, meets the same error and raises it. The CRC-32 is
 zlib-ng's, part of that library's interface, which Python's wheel of it exports as well. Where a wheel does not, there
 is no `stream`, and Python merges every tile.
 """
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,7 @@ def _weighted_sum(
             bits = np.float32(sums[j]).view(np.uint32)
             even = (bits >> np.uint32(16)) & np.uint32(1)
             rounded[j] = np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
-            largest = max(largest, bits & np.uint32(0x7FFFFFFF))
+            largest = max(largest, np.uint32(bits & np.uint32(0x7FFFFFFF)))  # Numba's & gives 64 bits: half as fast
         for j in range(size):
             squares[j] += np.float64(sums[j]) * np.float64(sums[j])
     width = BLOCK
@@ -91,7 +92,7 @@ _FILE = types.int64(types.int32, types.uintp, types.uintp, types.int64)
 _pread, _pwrite = types.ExternalFunction("pread", _FILE), types.ExternalFunction("pwrite", _FILE)
 _crc32 = types.ExternalFunction("zng_crc32_z", types.uint32(types.uint32, types.uintp, types.uintp))
 
-_STREAM = types.int64(
+_STREAM_ITEM = types.int64(
     types.int64[:, ::1],
     types.uint32[::1],
     types.int64,
@@ -101,9 +102,20 @@ _STREAM = types.int64(
     types.uint16[:, ::1],
     types.uint16[::1],
 )
+_STREAM = types.void(
+    types.int64[:, :, ::1],
+    types.uint32[:, ::1],
+    types.int64[::1],
+    types.int64[::1],
+    types.int64[:, ::1],
+    types.float32[:, ::1],
+    types.float64[:, ::1],
+    types.uint16[:, ::1],
+    types.uint16[::1],
+)
 
 
-def _stream(
+def _stream_item(
     file_offsets: npt.NDArray[np.int64],
     crcs: npt.NDArray[np.uint32],
     num_bytes: int,
@@ -113,22 +125,7 @@ def _stream(
     values: npt.NDArray[np.uint16],
     out: npt.NDArray[np.uint16],
 ) -> int:
-    """Merge bytes of every source into as many of every result, as `weighted_sum` does, up to the first error.
-
-    Args:
-        file_offsets: int64 `[sources + results, 2]`: for each its file descriptor and the first byte.
-        crcs: uint32 `[sources + results]`: CRC-32s of the bytes before, which are continued.
-        num_bytes: to merge.
-        rows: int64 `[results, 1 + sources]`: the number of sources of each result, and their indices.
-        coefficients: float32 `[results, sources]`, of those in `rows`.
-        squares: float64 `[results]`, to which the sums of squares are added.
-        values: bfloat16 bits `[sources, tile]`, scratch.
-        out: bfloat16 bits `[tile]`, scratch.
-
-    Returns:
-        The number of bytes done: fewer than `num_bytes` where a file cannot be read or written, or a value is not
-        finite.
-    """
+    """Merge one item; return the number of its bytes done. As `stream`, whose arrays have an axis of items before."""
     num_sources, num_results = len(values), len(rows)
     new_crcs, tile_squares = np.empty_like(crcs), np.empty(num_results)
     done = 0
@@ -156,4 +153,41 @@ def _stream(
     return done
 
 
-stream = jit_compile(_STREAM)(_stream) if _export("zng_crc32_z") else None
+_has_crc32 = _export("zng_crc32_z")
+_stream_compiled_item: Any = jit_compile(_STREAM_ITEM)(_stream_item) if _has_crc32 else None
+
+
+def _stream(
+    file_offsets: npt.NDArray[np.int64],
+    crcs: npt.NDArray[np.uint32],
+    num_bytes: npt.NDArray[np.int64],
+    done: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    coefficients: npt.NDArray[np.float32],
+    squares: npt.NDArray[np.float64],
+    values: npt.NDArray[np.uint16],
+    out: npt.NDArray[np.uint16],
+) -> None:
+    """Merge bytes of every source into as many of every result, as `weighted_sum` does, up to the first error.
+
+    Args:
+        file_offsets: int64 `[items, sources + results, 2]`: for each its file descriptor and the first byte.
+        crcs: uint32 `[items, sources + results]`: CRC-32s of the bytes before, which are continued.
+        num_bytes: int64 `[items]`, to merge.
+        done: int64 `[items]`, zeros, which become the number of bytes done: fewer than `num_bytes` for the first item
+            of which a file cannot be read or written, or a value is not finite, and none of those after it.
+        rows: int64 `[results, 1 + sources]`: the number of sources of each result, and their indices.
+        coefficients: float32 `[results, sources]`, of those in `rows`.
+        squares: float64 `[items, results]`, to which the sums of squares are added.
+        values: bfloat16 bits `[sources, tile]`, scratch.
+        out: bfloat16 bits `[tile]`, scratch.
+    """
+    for i in range(num_bytes.size):
+        done[i] = _stream_compiled_item(
+            file_offsets[i], crcs[i], num_bytes[i], rows, coefficients, squares[i], values, out
+        )
+        if done[i] < num_bytes[i]:
+            return
+
+
+stream = jit_compile(_STREAM)(_stream) if _has_crc32 else None

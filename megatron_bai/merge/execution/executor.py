@@ -1,24 +1,25 @@
-"""The executor: any number of checkpoints are read once and merged in bounded memory, a unit of output after another.
+"""The executor: any number of checkpoints are read once and merged in bounded memory, unit by unit of the output.
 
-A unit's items are divided among this rank's threads, each of which reads, merges (`tiles`) and writes its own.
+Each of this rank's threads writes a unit of its own: two that write into one file wait for each other. The units that
+remain when there are fewer than threads are divided instead. A thread reads, merges (`tiles`) and writes its items.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from megatron_bai.checkpoint.boxes import Box
-from megatron_bai.checkpoint.writer import CheckpointWriter, ItemWriter, UnitWriter, WrittenItem
+from megatron_bai.checkpoint.writer import CheckpointWriter, UnitWriter, WrittenItem
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge.execution import journal, tiles
 from megatron_bai.merge.execution.journal import UnitResult
 from megatron_bai.merge.execution.thread_pool import OrderedMap, background_writer, thread_map
 from megatron_bai.merge.recipe.plan import Plan, WorkUnit
-from megatron_bai.merge.recipe.regions import Fate, Region
+from megatron_bai.merge.recipe.regions import Fate
 
 BATCH_BYTES = 8 << 20  # of the output, that a thread merges at a time: the interpreter lock is taken for each
 
@@ -74,14 +75,7 @@ def execute_plan(
 
     def write_units() -> dict[str, list[UnitResult]]:
         units = assign_to_rank(tuple(unit for unit in plan.units if unit.name not in done), ranks)
-        buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
-        written = {}
-        with background_writer() as in_background, thread_map(threads) as run:  # a unit is flushed during the next
-            for unit in units:
-                results = _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
-                written[unit.name] = results
-                in_background(functools.partial(_record_unit, directories, unit.name, results))
-        return written
+        return _write_units(plan, units, checkpoint_writer, directories, on_bytes_read, threads)
 
     ranks.run_on_first(prepare, directories[0])
     done = {name: results for units in ranks.run_on_all(read_journals) for name, results in units.items()}
@@ -95,6 +89,32 @@ def execute_plan(
         ranks.run_on_first(functools.partial(checkpoint_writer.finalize, directory, outputs, items), directory)
         norms.append(_compute_norms(plan, results))
     return norms
+
+
+def _write_units(
+    plan: Plan,
+    units: Sequence[WorkUnit],
+    checkpoint_writer: CheckpointWriter,
+    directories: Sequence[Path],
+    on_bytes_read: Callable[[int], None],
+    threads: int,
+) -> dict[str, list[UnitResult]]:
+    """Write this rank's units of every result, and record each once it is complete."""
+    buffers = tiles.ThreadBuffers(len(plan.inputs), len(plan.input_weights))
+    num_undivided = len(units) // threads * threads
+    written = {}
+
+    def write(run: OrderedMap, unit: WorkUnit) -> list[UnitResult]:
+        return _write_unit(plan, unit, checkpoint_writer, directories, run, buffers, on_bytes_read)
+
+    with background_writer() as in_background, thread_map(threads) as run:  # a unit is flushed during the next
+        undivided = run(functools.partial(write, run.in_turn), units[:num_undivided])
+        divided = (write(run, unit) for unit in units[num_undivided:])
+        with closing(undivided):
+            for unit, results in zip(units, chain(undivided, divided), strict=True):
+                written[unit.name] = results
+                in_background(functools.partial(_record_unit, directories, unit.name, results))
+    return written
 
 
 def _compute_norms(plan: Plan, results: Sequence[UnitResult]) -> dict[str, float]:
@@ -135,7 +155,7 @@ def _write_unit(
     buffers: tiles.ThreadBuffers,
     on_bytes_read: Callable[[int], None],
 ) -> list[UnitResult]:
-    """Write one unit of every result: this thread allocates its items, those of `run` merge and write them."""
+    """Write one unit of every result: this thread allocates its items, which `run` has merged and written."""
     results = [UnitResult() for _ in plan.input_weights]
     try:
         with ExitStack() as stack:
@@ -171,13 +191,9 @@ def _write_error(directories: Sequence[Path], error: OSError) -> UserError:
     return UserError(f"{directories[0]} cannot be written: {error.strerror}")
 
 
-ItemToMerge = tuple[Region, Box, list[ItemWriter]]
-"""A box to merge, and the item it is in each result."""
-
-
-def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list[ItemToMerge]]:
+def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list[tiles.ItemToMerge]]:
     """Yield a unit's items in order, many small ones together: a call for one expert's bias would cost more than it."""
-    batch: list[ItemToMerge] = []
+    batch: list[tiles.ItemToMerge] = []
     batch_nbytes = 0
     for region, box in unit.items:
         nbytes = math.prod(box[1]) * region.dtype.itemsize
@@ -191,13 +207,12 @@ def _batch_items(unit: WorkUnit, writers: Sequence[UnitWriter]) -> Iterator[list
 
 
 def _merge_batch(
-    plan: Plan, buffers: tiles.ThreadBuffers, on_bytes_read: Callable[[int], None], batch: list[ItemToMerge]
+    plan: Plan, buffers: tiles.ThreadBuffers, on_bytes_read: Callable[[int], None], batch: list[tiles.ItemToMerge]
 ) -> list[tuple[str, list[float]]]:
     """Merge and write a batch; return the key and each result's sum of squares for the items that are merged."""
     squares = []
     bytes_read = 0
-    for region, box, items in batch:
-        item_squares = tiles.merge_item(plan, region, box, items, buffers)
+    for (region, box, _), item_squares in zip(batch, tiles.merge_items(plan, batch, buffers), strict=True):
         if region.fate is Fate.MERGED:
             squares.append((region.key, item_squares))
         entries = [source.tensors.get(region.key) for source in plan.inputs]  # what is kept is the base's alone

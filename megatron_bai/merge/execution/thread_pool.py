@@ -1,9 +1,10 @@
 """Threads of a merge, with their results in order, and what else of the process would slow them down."""
 
 import gc
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -70,31 +71,52 @@ def background_writer() -> Iterator[Callable[[Callable[[], None]], None]]:
         last.result()
 
 
-@contextmanager
-def thread_map(threads: int) -> Iterator[OrderedMap]:
-    """Yield a `map` over `threads` threads, which release the GIL while they read, check, add and write.
+class ThreadMap:
+    """An `OrderedMap` over threads, at most one item each ahead of the caller, or in the caller's with none.
 
-    They are at most one item each ahead of the caller. Once a map is closed, none of its calls is running.
+    Once a map is closed, none of its calls is running.
     """
 
-    def sequential(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-        yield from map(work, items)
+    def __init__(self, executor: ThreadPoolExecutor | None, threads: int):
+        self._executor, self._threads, self._failed = executor, threads, threading.Event()
 
-    def threaded(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+    def __call__(self, work: Callable[[T], R], items: Iterable[T], /) -> Generator[R, None, None]:
+        """Yield `work(item)` for each item in order, as `OrderedMap`."""
+        if self._executor is None:
+            yield from map(work, items)
+            return
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
-                waiting.append(executor.submit(work, item))
-                if len(waiting) > threads:
+                waiting.append(self._executor.submit(work, item))
+                if len(waiting) > self._threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BaseException:
+            self._failed.set()
+            raise
         finally:
             wait([future for future in waiting if not future.cancel()])
 
+    def in_turn(self, work: Callable[[T], R], items: Iterable[T], /) -> Generator[R, None, None]:
+        """Yield `work(item)` in order, in the thread of a call that is itself mapped; it stops once that map is closed.
+
+        Raises:
+            CancelledError: another call failed, or the caller did; nobody waits for this one's result.
+        """
+        for item in items:
+            if self._failed.is_set():
+                raise CancelledError
+            yield work(item)
+
+
+@contextmanager
+def thread_map(threads: int) -> Iterator[ThreadMap]:
+    """Open a map over `threads` threads, which release the GIL while they read, check, add and write."""
     with single_torch_thread():
         if threads == 1:  # a thread would only alternate with the caller
-            yield sequential
+            yield ThreadMap(None, threads)
             return
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-            yield threaded
+            yield ThreadMap(executor, threads)

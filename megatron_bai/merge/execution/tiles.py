@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: one item, tile by tile in the buffers of a thread.
+"""The arithmetic of a merge: a batch of items, tile by tile in the buffers of a thread.
 
 In a weighted sum Σ coefficient · value every source's tile is multiplied and added in the order of the sources; the
 sum is rounded once, to the output's dtype. It is formed in float32 for outputs of 16 bits or fewer and in float64 for
@@ -6,18 +6,20 @@ wider ones, so that its own rounding stays far below the output's. Multiplicatio
 fused ones would round differently at the ends of a tile, and the result would depend on the tiling. So no element
 depends on tiles, layouts or ranks.
 
-Weighted sums of bfloat16, the dtype of large checkpoints, are computed by a compiled kernel, a whole item at a time
-where it lies in one record of every source; others by torch, with the same bits where both can compute them. Methods
-that are no weighted sum have their own arithmetic (`Recipe.combine`).
+Weighted sums of bfloat16, the dtype of large checkpoints, are computed by a compiled kernel, many items at a time where
+each lies in one record of every source; others by torch, with the same bits where both can compute them. Methods that
+are no weighted sum have their own arithmetic (`Recipe.combine`).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_bai.checkpoint.boxes import Box
+from megatron_bai.checkpoint.positional_io import OPEN_FILES
 from megatron_bai.checkpoint.reader import ChunkStream, ScratchBuffers
 from megatron_bai.checkpoint.writer import ItemWriter
 from megatron_bai.errors import PermanentError
@@ -32,6 +34,9 @@ SMALL_TILE = 1 << 16  # for methods that hold a tile of every source in float64,
 Coefficients = tuple[np.ndarray, np.ndarray]
 """Number and indices of each result's inputs, int64 `[results, 1 + inputs]`; coefficients, float32 `[results, …]`."""
 
+ItemToMerge = tuple[Region, Box, list[ItemWriter]]
+"""A box to merge, and the item it is in each result."""
+
 TileResults = Iterator[tuple[memoryview, float]]
 """For each result, a tile's bytes, valid until the next is requested, and the sum of its squares."""
 
@@ -45,40 +50,40 @@ class ThreadBuffers(ScratchBuffers):
         self.value_bytes = [row.data.cast("B") for row in self.values]
         self.out = np.empty(TILE, np.uint16)
         self.out_bytes = self.out.data.cast("B")
-        self.file_offsets = np.empty((num_inputs + num_results, 2), np.int64)
-        self.crcs = np.empty(num_inputs + num_results, np.uint32)
-        self.coefficients: dict[str, Coefficients] = {}  # by region
+        self.coefficients: dict[tuple[tuple[float, ...], ...], Coefficients] = {}  # by those of each result
 
 
-def merge_item(
-    plan: Plan, region: Region, item_box: Box, items: Sequence[ItemWriter], buffers: ThreadBuffers
-) -> list[float]:
-    """Merge a box of a tensor into one item of each result.
+def merge_items(plan: Plan, batch: Sequence[ItemToMerge], buffers: ThreadBuffers) -> list[list[float]]:
+    """Merge boxes of tensors into one item of each result.
 
     Args:
         plan: the merge.
-        region: which the box lies in.
-        item_box: of the output tensor.
-        items: one for each result, which are written.
+        batch: the boxes, each with the items, which are written.
         buffers: of this thread.
 
     Returns:
-        For each result the sum of the squares, before rounding; 0 for what is not merged.
+        For each box and each result the sum of the squares, before rounding; 0 for what is not merged.
 
     Raises:
         PermanentError: a source holds NaN or Inf, a value leaves the dtype's range, or a tensor that must be equal
             is not.
         UserError: a source cannot be read.
     """
-    if _is_bf16_sum(plan, region):
-        return _Bf16Merger(plan, region, items, buffers).merge(item_box)
-    squares = [0.0] * len(items)
-    merge_tile, limit = _tile_merger(plan, region, buffers)
-    for box in plan.tiles(region, item_box, limit):
-        for k, (data, square) in enumerate(merge_tile(box)):
-            items[k].write(data)
-            squares[k] += square
-    return squares
+    squares = np.zeros((len(batch), len(plan.input_weights)))
+    bf16_merger: _Bf16Merger | None = None
+    for (region, item_box, items), item_squares in zip(batch, squares, strict=True):
+        if _is_bf16_sum(plan, region):
+            bf16_merger = bf16_merger or _Bf16Merger(plan, buffers)
+            bf16_merger.merge(region, item_box, items, item_squares)
+            continue
+        merge_tile, limit = _tile_merger(plan, region, buffers)
+        for box in plan.tiles(region, item_box, limit):
+            for k, (data, square) in enumerate(merge_tile(box)):
+                items[k].write(data)
+                item_squares[k] += square
+    if bf16_merger is not None:
+        bf16_merger.flush()
+    return squares.tolist()
 
 
 def _tile_merger(plan: Plan, region: Region, buffers: ThreadBuffers) -> tuple[Callable[[Box], TileResults], int]:
@@ -97,83 +102,121 @@ def _is_bf16_sum(plan: Plan, region: Region) -> bool:
     return all(source.tensors[region.key].dtype == torch.bfloat16 for source in plan.inputs)
 
 
-class _Bf16Merger:
-    """Weighted sums of bfloat16 values, by `bf16_kernel`."""
+@dataclass(slots=True)
+class _Bf16Box:
+    """A box to merge, whose elements are contiguous in each result's item; in a source, where it has a stream of it."""
 
-    def __init__(self, plan: Plan, region: Region, items: Sequence[ItemWriter], buffers: ThreadBuffers):
+    region: Region
+    box: Box
+    streams: list[ChunkStream | None]
+    items: list[ItemWriter]
+    squares: np.ndarray  # float64 `[results]`, to which those of the elements are added
+    remaining: int  # elements yet to be merged
+
+
+class _Bf16Merger:
+    """Weighted sums of bfloat16 values, by `bf16_kernel`, which streams many boxes at a time: `flush` does the last.
+
+    Between two boxes Python would run with cold caches, and wait for the lock that the other threads take for theirs.
+    """
+
+    def __init__(self, plan: Plan, buffers: ThreadBuffers):
         from megatron_bai.merge.execution import bf16_kernel  # its import takes half a second, and is not always needed
 
-        self._kernel, self._plan, self._region, self._items, self._buffers = bf16_kernel, plan, region, items, buffers
-        self._squares = np.zeros(len(items))
+        self._kernel, self._plan, self._buffers = bf16_kernel, plan, buffers
+        self._waiting: list[_Bf16Box] = []  # of different items, all with these:
+        self._coefficients: Coefficients | None = None
 
-    def merge(self, item_box: Box) -> list[float]:
-        """Merge an item as `merge_item` does; one that lies in one record of every source is streamed."""
-        self._streams = [source.stream(self._region.key, *item_box) for source in self._plan.inputs]
+    def merge(self, region: Region, item_box: Box, items: list[ItemWriter], squares: np.ndarray) -> None:
+        """Merge an item as `merge_items` does, at once or with the next `flush`."""
+        streams = [source.stream(region.key, *item_box) for source in self._plan.inputs]
         count = math.prod(item_box[1])
-        can_stream = self._kernel.stream is not None and count > 0 and None not in self._streams
-        for box in self._plan.tiles(self._region, item_box, count if can_stream else TILE):
-            rows, coefficients = self._coefficients(box)
-            remaining = math.prod(box[1])
-            while can_stream and remaining:
-                remaining -= self._stream(remaining, rows, coefficients)
-                if remaining:
-                    remaining -= self._tile(box, min(remaining, TILE), rows, coefficients)
+        can_stream = self._kernel.stream is not None and count > 0 and None not in streams
+        for box in self._plan.tiles(region, item_box, count if can_stream else TILE):
+            coefficients = self._choose_coefficients(region, box)
+            bf16_box = _Bf16Box(region, box, streams, items, squares, math.prod(box[1]))
             if not can_stream:
-                self._tile(box, remaining, rows, coefficients)
-        return self._squares.tolist()
+                self._merge_tile(bf16_box, bf16_box.remaining, coefficients)
+                continue
+            waiting = self._waiting
+            if waiting and (coefficients is not self._coefficients or waiting[-1].items is items):
+                self.flush()
+            self._coefficients = coefficients
+            self._waiting.append(bf16_box)
+            if len(self._waiting) == OPEN_FILES:  # each may be in another file, and all are open at once
+                self.flush()
 
-    def _coefficients(self, box: Box) -> Coefficients:
-        """Return the coefficients in a box, which are the same for all of its elements."""
+    def flush(self) -> None:
+        """Merge what waits; where the kernel stops, Python merges a tile, which raises the error if there is one."""
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            assert self._coefficients is not None
+            self._stream(waiting, self._coefficients)
+            waiting = [each for each in waiting if each.remaining]
+            if waiting:
+                self._merge_tile(waiting[0], min(waiting[0].remaining, TILE), self._coefficients)
+                waiting = waiting[not waiting[0].remaining :]
+
+    def _choose_coefficients(self, region: Region, box: Box) -> Coefficients:
+        """Return the coefficients in a box, which are the same for all of its elements; equal ones are one object."""
+        all_coefficients = tuple(self._plan.coefficients(region, box))
         cache = self._buffers.coefficients
-        if self._plan.slice_stats or self._region.name not in cache:
-            all_coefficients = self._plan.coefficients(self._region, box)
+        if all_coefficients not in cache:
             rows = np.zeros((len(all_coefficients), 1 + len(self._plan.inputs)), np.int64)
             numbers = np.zeros((len(all_coefficients), len(self._plan.inputs)), np.float32)
             for k, row in enumerate(all_coefficients):
                 used = [i for i, c in enumerate(row) if c != 0]  # adding 0 · x would turn -0 into 0
                 rows[k, : 1 + len(used)] = len(used), *used
                 numbers[k, : len(used)] = [row[i] for i in used]
-            cache[self._region.name] = rows, numbers
-        return cache[self._region.name]
+            if self._plan.slice_stats:
+                return rows, numbers  # of one slice: the next has others
+            cache[all_coefficients] = rows, numbers
+        return cache[all_coefficients]
 
-    def _stream(self, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
-        """Merge the next `count` elements of all streams; return how many are done, fewer where the kernel stopped."""
-        buffers, streams = self._buffers, [stream for stream in self._streams if stream is not None]
-        files: list[ChunkStream | ItemWriter] = [*streams, *self._items]
-        for item in self._items:
-            if item.offset == item.start:
-                item.write(b"")  # its head
-        buffers.file_offsets[:] = [(file.fd, file.offset) for file in files]
-        buffers.crcs[:] = [file.crc for file in files]
+    def _stream(self, boxes: Sequence[_Bf16Box], coefficients: Coefficients) -> None:
+        """Merge boxes of different items up to the first error, and count what is done of each."""
+        for box in boxes:
+            for item in box.items:
+                if item.offset == item.start:
+                    item.write(b"")  # its head
+        files = [[*filter(None, box.streams), *box.items] for box in boxes]
+        file_offsets = np.array([[(file.fd, file.offset) for file in row] for row in files], np.int64)
+        crcs = np.array([[file.crc for file in row] for row in files], np.uint32)
+        num_bytes = np.array([2 * box.remaining for box in boxes], np.int64)
+        done, squares = np.zeros_like(num_bytes), np.array([box.squares for box in boxes])
         assert self._kernel.stream is not None
-        in_files, scratch = (buffers.file_offsets, buffers.crcs), (buffers.values, buffers.out)
-        done: int = self._kernel.stream(*in_files, 2 * count, rows, coefficients, self._squares, *scratch)
-        for file, crc in zip(files, buffers.crcs.tolist(), strict=True):
-            file.advance(done, crc)
-        for item in self._items:
-            if item.remaining == 0:
-                item.write(b"")  # its tail
-        return done // 2
+        in_files, scratch = (file_offsets, crcs, num_bytes, done), (self._buffers.values, self._buffers.out)
+        self._kernel.stream(*in_files, *coefficients, squares, *scratch)
+        for box, row, box_squares, count, box_crcs in zip(
+            boxes, files, squares, done.tolist(), crcs.tolist(), strict=True
+        ):
+            box.squares[:] = box_squares
+            box.remaining -= count // 2
+            for file, crc in zip(row, box_crcs, strict=True):
+                file.advance(count, crc)
+            for item in box.items:
+                if item.remaining == 0:
+                    item.write(b"")  # its tail
 
-    def _tile(self, box: Box, count: int, rows: np.ndarray, coefficients: np.ndarray) -> int:
-        """Merge the next `count` elements, which are in `box`, or all of it where a source has no stream."""
-        buffers = self._buffers
-        for i, stream in enumerate(self._streams):
+    def _merge_tile(self, box: _Bf16Box, count: int, coefficients: Coefficients) -> None:
+        """Merge the next `count` elements of a box, or all of it where a source has no stream."""
+        buffers, (rows, numbers) = self._buffers, coefficients
+        for i, (source, stream) in enumerate(zip(self._plan.inputs, box.streams, strict=True)):
             if stream is not None:
                 stream.read_into(buffers.value_bytes[i][: count * 2])
             else:
-                values = torch.from_numpy(buffers.values[i, :count]).view(torch.bfloat16).view(box[1])
-                values.copy_(self._plan.inputs[i].read(self._region.key, *box))
-        for k, item in enumerate(self._items):
+                values = torch.from_numpy(buffers.values[i, :count]).view(torch.bfloat16).view(box.box[1])
+                values.copy_(source.read(box.region.key, *box.box))
+        for k, item in enumerate(box.items):
             terms = rows[k, 0]
             largest, squares = self._kernel.weighted_sum(
-                buffers.values, rows[k, 1 : 1 + terms], coefficients[k, :terms], buffers.out[:count]
+                buffers.values, rows[k, 1 : 1 + terms], numbers[k, :terms], buffers.out[:count]
             )
             if largest > self._kernel.MAX_FINITE_BITS:
-                raise_not_finite(self._plan, self._region, box)
+                raise_not_finite(self._plan, box.region, box.box)
             item.write(buffers.out_bytes[: count * 2])
-            self._squares[k] += squares
-        return count
+            box.squares[k] += squares
+        box.remaining -= count
 
 
 def _merge_weighted_sum(plan: Plan, region: Region, box: Box, scratch: ScratchBuffers) -> TileResults:

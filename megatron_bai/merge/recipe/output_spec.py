@@ -100,10 +100,10 @@ def choose_output_dtypes(
         members: the tensors of the other sources, by the same keys.
     """
     floating = {key: entry.dtype for key, entry in tensors.items() if entry.dtype.is_floating_point}
-    embeddings = [dtype.itemsize for key, dtype in floating.items() if param_group(key) == "embeddings"]
-    narrowest = min(embeddings or [dtype.itemsize for dtype in floating.values()], default=0)
     dtypes = {key: entry.dtype for key, entry in tensors.items()}
     if requested is not None:
+        embeddings = [dtype.itemsize for key, dtype in floating.items() if param_group(key) == "embeddings"]
+        narrowest = min(embeddings or [dtype.itemsize for dtype in floating.values()], default=0)
         for key, dtype in floating.items():
             if dtype.itemsize <= narrowest and not ROUTER_BIAS.search(key):
                 dtypes[key] = requested

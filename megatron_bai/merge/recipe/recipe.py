@@ -19,6 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -86,7 +87,7 @@ class Recipe(ABC):
         """The settings of the method, without the checkpoints; patterns last."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NON_SETTINGS}
 
-    @property
+    @cached_property  # asked for each tensor
     def patterns(self) -> tuple[str, ...]:
         """The patterns of all settings that have some."""
         return tuple(pattern for name, value in self.settings.items() if name.endswith("_for") for pattern, _ in value)

@@ -5,6 +5,7 @@ different heights. Only `config.json` (Hugging Face's, which our Megatron checkp
 Megatron-LM saves tell how many rows are a token's.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def _make_vocab_info(file: Path, size: Any, tied: Any) -> VocabInfo:
     return VocabInfo(size, str(file), tied if isinstance(tied, bool) else None)
 
 
+@functools.lru_cache(maxsize=1 << 16)  # asked for each tensor of each source, several times
 def is_vocab_tensor(key: str) -> bool:
     """Return whether a tensor has a row for each token."""
     return bool(EMBEDDING.search(key) or OUTPUT.search(key)) and not canonical_box(key, (1,)).axes
