@@ -29,11 +29,11 @@ STORE = REPOSITORY / "benchmarks" / "data" / "studies"
 ANYWHERE = Path("D")  # stands for the directory of checkpoints, merges and runs
 # What the tables read, and what else says whether a run was healthy. Of NUMBERED all NAME/NUMBER.
 METRICS = (
-    "step", "reward_mean", "eval_accuracy", "eval_exact", "response_length_mean", "truncated_fraction", "entropy",
-    "grad_norm", "clip_fraction", "staleness_ratio_max", "kl_k1", "kl_k1_live", "router_shift",
+    "step", "alarms", "reward_mean", "eval_accuracy", "eval_exact", "entropy", "grad_norm", "clip_fraction",
+    "response_length_mean", "response_tokens", "truncated_fraction", "staleness_ratio_max", "divergence_mean",
+    "kl_k1", "kl_k1_live", "router_shift_mean", "experts_effective",
     "route_mismatch", "tokens_route_mismatch", "route_coverage", "route_weight_gap",
     *(f"{name}{way}" for name in ("kl_k3", "f_1.5", "f_2", "logprob_gap") for way in ("", "_live", "_weights")),
-    "alarms",
 )  # fmt: skip
 NUMBERED = "merge_routes_kept", "reward_by_length", "responses_by_length"
 _ORIGIN = "origin.json"  # in a run's directory

@@ -128,6 +128,7 @@ def test_rows_of_runs_that_are_not_there_stay_and_are_named(stored: Path, tmp_pa
 def test_every_table_is_the_same_from_stored_runs(tmp_path: Path) -> None:
     """Of metrics drawn for all rows of the table of metrics, gaps and alarms among them."""
     random, store = Random(0), tmp_path / "store"
+    assert set(stored_runs.METRICS) <= METRICS.keys()
     rows = [metric for name, metric in METRICS.items() if name not in ("step", "alarms")]
     names = [f"{m.family}/{i}" if m.family else m.name for m in rows for i in ((0, 10) if m.family else (0,))]
     for study in STUDIES:
