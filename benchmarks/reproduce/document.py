@@ -19,7 +19,7 @@ class Table:
     Attributes:
         header: of the columns.
         rows: by variant, less its name.
-        source: a sentence about where and when the runs were made; empty where none is known.
+        source: sentences about where and when the runs were made; empty where none is known.
     """
 
     header: list[str]
@@ -27,10 +27,12 @@ class Table:
     source: str
 
     def text(self) -> str:
-        """Return it in Markdown."""
-        lines = [self.header, ["---"] * len(self.header), *([name, *cells] for name, cells in self.rows.items())]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{table}\n\n{self.source}" if self.source else table
+        """Return it in Markdown: rows of runs, and under them the names of variants without."""
+        rows = [[name, *cells] for name, cells in self.rows.items() if cells[0] != _NOT_RUN]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in [self.header, ["---"] * len(self.header), *rows])
+        missing = [name for name, cells in self.rows.items() if cells[0] == _NOT_RUN]
+        below = [self.source, f"Not run: {', '.join(missing)}." if missing else ""]
+        return "\n\n".join(filter(None, [table if rows else "", *below]))
 
 
 def make_table(directory: Path | None, store: Path, study: str) -> Table:
@@ -86,18 +88,16 @@ def _join(names: Iterable[str]) -> str:
 
 
 def _with_older_rows(study: str, table: Table, before: str) -> Table:
-    """Keep what the document has of variants without a run, if its columns are today's."""
-    lines = [line.split("|")[1:-1] for line in before.splitlines() if line.startswith("|")]
-    lines = [[cell.strip() for cell in line] for line in lines]
-    if not lines or lines[0] != table.header:
-        return table
-    rows = dict(table.rows)
-    kept = [name for name, size, *_ in lines[2:] if rows.get(name, [""])[0] == _NOT_RUN and size != _NOT_RUN]
-    for name, *cells in lines[2:]:
-        if name in kept:
-            rows[name] = [*cells[:-1], rows[name][-1]]
+    """Keep what the document has of variants without a run, in the columns that are still there."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in before.splitlines() if line.startswith("|")]
+    older = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+    older = {name: cells for name, cells in older.items() if cells[table.header[1]] != _NOT_RUN}
+    kept = [name for name, row in table.rows.items() if row[0] == _NOT_RUN and name in older]
     if not kept:
         return table
+    rows = dict(table.rows)
+    for name in kept:
+        rows[name] = [*(older[name].get(column, "") for column in table.header[1:-1]), rows[name][-1]]
     print(
         f"{study}: {len(kept)} rows stay as they are, of runs that are not stored: {', '.join(kept)}", file=sys.stderr
     )
