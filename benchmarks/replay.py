@@ -12,7 +12,7 @@
     plain     to every rank the envelopes of its own samples, cut to its own layers, which it decodes
     compact   likewise
 
-`step` measures training steps without replay, with R2 and with R3: see `replay_step.py`.
+`step` measures training steps without replay, with R2, R3 and RSPO, and with `rollout.exact`: see `replay_step.py`.
 
 Every other measurement is made in processes of its own; the best of `--repeat` runs counts, whose order alternates.
 Routes are drawn uniformly: the codes have fixed lengths, so sizes do not depend on them. Memory is the resident peak,

@@ -9,19 +9,22 @@ own engine:
     shift   live routing in both, with RSPO's router shift (`objective.router_shift`): the routers' scores are kept in
             the first, and compared with those of the update's weights in a forward pass of its own before it. A
             step's first update needs none: this is what each later one costs
+    exact   live routing in both, the forward passes by the server's own operations (`rollout.exact`); on a CPU only
 
-All modes do the same arithmetic, but for the shift's factor of 1: the learning rate is 0 and R3's routes are those that
-the router chooses. Rounds of all modes follow each other in alternating order; a mode's ratio is the median over rounds
-of its seconds by those of none in the same round. On a shared machine the seconds of the processor say more than those
-of the clock: both are given.
+All modes but the last do the same arithmetic, but for the shift's factor of 1: the learning rate is 0 and R3's routes
+are those that the router chooses. Rounds of all modes follow each other in alternating order; a mode's ratio is the
+median over rounds of its seconds by those of none in the same round. On a shared machine the seconds of the processor
+say more than those of the clock: both are given.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +32,11 @@ import torch
 from megatron_bai import config
 from megatron_bai.distributed import backend
 
-MODES = ("none", "r2", "r3", "shift")
+if TYPE_CHECKING:
+    from megatron_bai.rl.batches.stages import RolloutBatch
+    from megatron_bai.rl.policy.training_engine import TrainingEngine
+
+MODES = ("none", "r2", "r3", "shift", "exact")
 MODEL = config.Model(
     num_layers=8, hidden_size=256, num_attention_heads=4, num_query_groups=2, head_dim=64, num_experts=32, moe_topk=4,
     moe_ffn_hidden_size=128, vocab_size=1024, max_position_embeddings=1024, init_std=0.05,
@@ -47,27 +54,27 @@ def main(words: list[str]) -> None:
     run(parser.parse_args(words))
 
 
-def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float]]:
-    """A function that runs one step in a mode and returns its seconds, by the clock and by the processor."""
-    device = backend.init_backend(config.Backend(kind="auto"))
+def build_engine(settings: config.Config, device: backend.Device, exact: bool) -> "TrainingEngine":
+    """A training engine with weights that depend on the settings alone."""
     from megatron_bai.model import build, megatron_checkpoint, param_shards
-    from megatron_bai.rl import objectives
-    from megatron_bai.rl.batches.batch import from_samples
-    from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
-    from megatron_bai.rl.policy.router_shift import RouterShift
+    from megatron_bai.model.exact_layers import make_exact
     from megatron_bai.rl.policy.training_engine import TrainingEngine
-    from megatron_bai.rollout.sample import Sample
     from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
-    parallel = config.Parallel(recompute=arguments.recompute)
-    settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(learning_rate=0.0))
-    build.init_parallel(parallel, seed=0)
     actor = build.build_actor(settings, device)
-    param_shards.init_random(actor.modules, MODEL, seed=0)
+    if exact:
+        make_exact(actor.modules, actor.architecture)
+    param_shards.init_random(actor.modules, settings.model, seed=0)
     megatron_checkpoint.reload_master_weights(actor)
-    replay = RoutingReplay(actor.chunks)
-    engine = TrainingEngine(actor, replay, device.device, temperature=1.0)
-    random, signature = np.random.default_rng(0), replay.signature
+    return TrainingEngine(actor, RoutingReplay(actor.modules), device.device, temperature=1.0, exact=exact)
+
+
+def draw_batch(arguments: argparse.Namespace, engine: "TrainingEngine") -> "RolloutBatch":
+    """Samples of random tokens, with the routes that the engine's routers choose for them."""
+    from megatron_bai.rl.batches.batch import from_samples
+    from megatron_bai.rollout.sample import Sample
+
+    random, signature = np.random.default_rng(0), engine.replay.signature
     rows = arguments.tokens - 1
     samples = [
         Sample(
@@ -81,15 +88,37 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
         )
         for _ in range(arguments.samples)
     ]
-    advantages = random.normal(size=arguments.samples)
-    batch = from_samples(samples, advantages, arguments.tokens, 0, signature)
+    batch = from_samples(samples, random.normal(size=arguments.samples), arguments.tokens, 0, signature)
     micros = batch.split(arguments.micro)
     for micro, own in zip(micros, engine.score(micros, record=True).routes):
-        micro.routes.copy_(own.ids.unflatten(0, (arguments.tokens, -1)).transpose(0, 1))
+        micro.routes.copy_(own.ids.unflatten(0, (arguments.tokens, -1)).transpose(0, 1))  # a view of the batch's
+    return batch
+
+
+def stepper(arguments: argparse.Namespace, modes: Sequence[str]) -> Callable[[str], tuple[float, float]]:
+    """A function that runs one step in a mode and returns its seconds, by the clock and by the processor."""
+    device = backend.init_backend(config.Backend(kind="auto"))
+    from megatron_bai.model import build
+    from megatron_bai.rl import objectives
+    from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
+    from megatron_bai.rl.policy.router_shift import RouterShift
+
+    parallel = config.Parallel(recompute=arguments.recompute)
+    settings = config.Config(model=MODEL, parallel=parallel, trainer=config.Trainer(learning_rate=0.0))
+    build.init_parallel(parallel, seed=0)
+    ordinary = build_engine(settings, device, exact=False)
+    engines = {mode: build_engine(settings, device, exact=True) if mode == "exact" else ordinary for mode in modes}
+    batch = draw_batch(arguments, ordinary)
+    micros = batch.split(arguments.micro)
+    scores = [engine.score(micros).logprobs for engine in engines.values()]
+    assert all(torch.allclose(logprobs, scores[0], atol=1e-4) for logprobs in scores), (
+        "the modes differ in more than cost"
+    )
     objective, shifted = objectives.get("minirl"), config.Minirl(router_shift=True)
-    shift = RouterShift(engine, shifted)
+    shift = RouterShift(ordinary, shifted)
 
     def step(mode: str) -> tuple[float, float]:
+        engine = engines[mode]
         began = time.perf_counter(), time.process_time()
         routes = [engine.local_routes(micro) for micro in micros] if mode == "r3" else None
         with shift.record(len(micros)) if mode == "shift" else nullcontext():
@@ -109,16 +138,21 @@ def stepper(arguments: argparse.Namespace) -> Callable[[str], tuple[float, float
 
 def run(arguments: argparse.Namespace) -> None:
     """Steps of all modes in rounds, then medians and ratios."""
-    step = stepper(arguments)
-    for mode in MODES:
+    modes = MODES if not torch.cuda.is_available() else [mode for mode in MODES if mode != "exact"]
+    step = stepper(arguments, modes)
+    for mode in modes:
         step(mode)
-    seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+    seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
     for number in range(arguments.rounds):
-        for mode in MODES if number % 2 else reversed(MODES):
+        for mode in modes if number % 2 else reversed(modes):
             seconds[mode].append(step(mode))
-    found: dict[str, object] = {"rounds": arguments.rounds, "recompute": arguments.recompute}
+    found: dict[str, object] = {
+        "rounds": arguments.rounds,
+        "recompute": arguments.recompute,
+        "load": os.getloadavg()[0],
+    }
     for which, clock in enumerate(("clock", "processor")):
-        for mode in MODES:
+        for mode in modes:
             own = [pair[which] for pair in seconds[mode]]
             ratios = [a / pair[which] for a, pair in zip(own, seconds["none"])]
             found[f"{mode}_{clock}"] = {

@@ -1,11 +1,12 @@
 """The papers' experiments at small scale: whole runs of the real command, and tables made of what they wrote.
 
     python benchmarks/reproduce run --study bai --dir D [--seeds 3] [--updates 160] [--only reasoning bai-0.5]
-    python benchmarks/reproduce table --dir D [--out docs/results.md]
+    python benchmarks/reproduce table [--dir D] [--out docs/results.md]
 
 `run` does one run after another, each of one to three minutes on two idle cores, and may be interrupted: the same
-command goes on. `table` reads the runs in D and replaces what lies between a study's marks in the document; without
---out it prints.
+command goes on. What a table needs of a run that has ended is stored in a file of a few KB (--store), which is to be
+committed: a run that is there is not run again, on whatever machine. `table` reads the runs in D, if it is given, and
+those that are stored, and replaces what lies between a study's marks in the document; without --out it prints.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
+import document
 import runner
-import tables
+import stored_runs
 from studies import all_studies
 
 
@@ -31,7 +33,8 @@ def main() -> None:
     table.set_defaults(verb=_table)
     table.add_argument("--out", type=Path, help="a document with the studies' marks")
     for verb in (run, table):
-        verb.add_argument("--dir", type=Path, required=True, help="holds checkpoints, merges and runs")
+        verb.add_argument("--dir", type=Path, required=verb is run, help="holds checkpoints, merges and runs")
+        verb.add_argument("--store", type=Path, default=stored_runs.STORE, help="holds stored runs")
     options = parser.parse_args()
     options.verb(options)
 
@@ -41,15 +44,17 @@ def _run(options: argparse.Namespace) -> None:
     directory = options.dir.resolve()
     study = all_studies(directory)[options.study]
     updates = options.updates or study.updates
-    sys.exit(runner.run_study(directory, study, range(options.seeds), updates, options.only) > 0)
+    failed = runner.run_study(directory, study, range(options.seeds), updates, options.only, options.store)
+    sys.exit(failed > 0)
 
 
 def _table(options: argparse.Namespace) -> None:
-    texts = {name: tables.of_study(options.dir, name) for name in all_studies(options.dir)}
+    directory = options.dir.resolve() if options.dir else None
+    tables = {name: document.make_table(directory, options.store, name) for name in all_studies(Path())}
     if options.out:
-        tables.replace(options.out, texts)
+        document.replace(options.out, tables)
     else:
-        print("\n\n".join(texts.values()))
+        print("\n\n".join(table.text() for table in tables.values()))
 
 
 if __name__ == "__main__":

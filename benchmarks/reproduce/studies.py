@@ -5,7 +5,8 @@ mean as many fewer steps with N times the batch, as in arXiv 2512.01374. Everyth
 made once (`CHECKPOINTS`): seeds change prompts and samples, not these.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,8 @@ CHECKPOINTS = {
         for scope, coefficient in product(("seq", "global"), ("0.001", "0.01"))
     },
 }
+# What a checkpoint is trained further from.
+ORIGINS = {"instruct": "pretrained", "reasoning": "pretrained"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class Study:
     def steps(self, name: str, updates: int) -> int:
         """Global steps of a variant's run."""
         return updates // self.variants[name].updates_per_step
+
+    def needed_checkpoints(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Those that runs of these variants start from, and what these were trained from; in the order to make them."""
+        words = [word for name in names for word in (*self.settings, *self.variants[name].settings)]
+        needed = {found for word in words for found in re.findall(r"checkpoints/([\w.-]+)", word)}
+        needed |= {self.served} if self.served else set()
+        needed |= {ORIGINS[name] for name in needed if name in ORIGINS}
+        return {name: settings for name, settings in self.checkpoints.items() if name in needed}
 
     def overrides(self, name: str, seed: int, updates: int, run_dir: Path) -> list[str]:
         """The command line of one run, less the reward server's address."""

@@ -1,23 +1,18 @@
-"""Tables of stored runs: a row a variant, its seeds' mean with a 95 % interval, beside what the paper reports.
+"""The cells of the tables (`document`): of a variant's runs the mean over seeds with a 95 % interval.
 
 The interval is Student's over seeds (`rl.experience.evaluation.confidence_interval`): none for one seed, wide for two.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from runner import is_done, run_dir
-from studies import Study, all_studies
 
-from megatron_bai.errors import UserError
-from megatron_bai.monitor.report.run_data import RunData, load_run
+from megatron_bai.monitor.report.run_data import RunData
 from megatron_bai.rl.experience.evaluation import confidence_interval
 
 Runs = list[RunData]
 Cell = Callable[[Runs], str]
-_SEEDS = 100  # looked for
 _SHARE = 0.1  # of a run's steps is its start, and its end
 _COLLAPSED = 0.6  # of the best reward
 
@@ -210,41 +205,3 @@ TABLES["gap_rl"] = TABLES["minirl"] | {
     "routes that differ": _start_and_end("route_mismatch"),
     "gradient norm": _start_and_end("grad_norm"),
 }
-
-
-def of_study(directory: Path, name: str) -> str:
-    """A table in Markdown. Runs in progress count with the steps they have, and are named as such."""
-    study = all_studies(directory)[name]
-    header = ["", "runs × steps", *TABLES[name], "paper"]
-    rows = [_row(directory, name, study, variant) for variant in study.variants]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _row(directory: Path, name: str, study: Study, variant: str) -> list[str]:
-    targets = [run_dir(directory, name, variant, seed) for seed in range(_SEEDS)]
-    runs, steps, open_ends = [], set(), 0
-    for seed, target in enumerate(targets):
-        try:
-            runs.append(load_run(target, f"seed {seed}", ""))
-        except UserError:
-            continue  # not begun
-        steps.add(len(runs[-1].records))
-        open_ends += not is_done(target, len(runs[-1].records))
-    published = study.variants[variant].published
-    if not runs:
-        return [variant, "not run", *("" for _ in TABLES[name]), published]
-    size = f"{len(runs)} × {'/'.join(map(str, sorted(steps)))}" + (f", {open_ends} unfinished" if open_ends else "")
-    return [variant, size, *(cell(runs) for cell in TABLES[name].values()), published]
-
-
-def replace(document: Path, texts: dict[str, str]) -> None:
-    """Put each study's table between its marks."""
-    content = document.read_text(encoding="utf-8")
-    for name, text in texts.items():
-        begin, end = f"<!-- {name}: written by benchmarks/reproduce -->", f"<!-- end of {name} -->"
-        if content.count(begin) != 1 or content.count(end) != 1:
-            raise SystemExit(f"{document} lacks the marks {begin} and {end}, or has them twice")
-        head, rest = content.split(begin)
-        content = f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    document.write_text(content, encoding="utf-8")

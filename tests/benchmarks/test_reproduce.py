@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,11 +15,14 @@ from processes import TESTS
 
 sys.path.insert(0, str(TESTS.parent / "benchmarks" / "reproduce"))
 
+import document  # noqa: E402
 import runner  # noqa: E402
+import stored_runs  # noqa: E402
 import tables  # noqa: E402
-from studies import GROUP, all_studies  # noqa: E402
+from studies import CHECKPOINTS, GROUP, all_studies  # noqa: E402
 
 from megatron_bai import config  # noqa: E402
+from megatron_bai.monitor.metrics.table.sections import METRICS  # noqa: E402
 from megatron_bai.rl.validate_settings import validate_settings  # noqa: E402
 
 STUDIES = all_studies(Path("/study"))
@@ -82,10 +87,7 @@ def stored(tmp_path: Path) -> Path:
 
 
 def test_a_table_has_means_over_seeds_with_students_interval(stored: Path) -> None:
-    rows = {
-        row.split(" | ")[0].strip("| "): row.split(" | ")[1:]
-        for row in tables.of_study(stored, "discrepancy").splitlines()
-    }
+    rows = document.make_table(stored, stored / "store", "discrepancy").rows
     assert rows["float32"][0] == "not run"
     size, kl, f2 = rows["bfloat16"][:3]
     assert size == "3 × 2, 1 unfinished"
@@ -94,16 +96,72 @@ def test_a_table_has_means_over_seeds_with_students_interval(stored: Path) -> No
     assert "7.5e-4" in rows["bfloat16"][-1]  # the paper's
 
 
+MARKS = "<!-- discrepancy: written by benchmarks/reproduce -->", "<!-- end of discrepancy -->"
+
+
 def test_a_document_gets_the_tables_between_its_marks(stored: Path, tmp_path: Path) -> None:
-    document = tmp_path / "results.md"
-    marks = "<!-- discrepancy: written by benchmarks/reproduce -->", "<!-- end of discrepancy -->"
-    document.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter")
+    page = tmp_path / "results.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter")
+    table = document.make_table(stored, stored / "store", "discrepancy")
     for _ in range(2):
-        tables.replace(document, {"discrepancy": tables.of_study(stored, "discrepancy")})
-    text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text and text.count("not run") == 7
+        document.replace(page, {"discrepancy": table})
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text and text.count("\n| ") == 3
+    assert "\nNot run: float32, bfloat16-int8, bfloat16-fp8, wide-float32, " in text and "not run" not in text
     with pytest.raises(SystemExit, match="lacks the marks"):
-        tables.replace(document, {"bai": ""})
+        document.replace(page, {"bai": table})
+
+
+def test_rows_of_runs_that_are_not_there_stay_and_are_named(stored: Path, tmp_path: Path) -> None:
+    page, nowhere = tmp_path / "results.md", tmp_path / "nowhere"
+    page.write_text(f"{MARKS[0]}\n{document.make_table(stored, nowhere, 'discrepancy').text()}\n{MARKS[1]}")
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| bfloat16 |"))
+    none = document.make_table(None, nowhere, "discrepancy")
+    for _ in range(2):
+        document.replace(page, {"discrepancy": none})
+        assert row in page.read_text().splitlines()
+        assert "bfloat16: of runs that were not stored." in page.read_text().splitlines()
+    kl, *others = none.header[2:-1]
+    wider = {name: [size, "", *rest] for name, (size, *rest) in none.rows.items()}
+    document.replace(
+        page, {"discrepancy": document.Table(["", none.header[1], "new", kl, *others, "paper"], wider, "")}
+    )
+    assert row.replace("3 × 2, 1 unfinished |", "3 × 2, 1 unfinished |  |") in page.read_text().splitlines()
+
+
+def test_every_table_is_the_same_from_stored_runs(tmp_path: Path) -> None:
+    """Of metrics drawn for all rows of the table of metrics, gaps and alarms among them."""
+    random, store = Random(0), tmp_path / "store"
+    assert set(stored_runs.METRICS) <= METRICS.keys()
+    rows = [metric for name, metric in METRICS.items() if name not in ("step", "alarms")]
+    names = [f"{m.family}/{i}" if m.family else m.name for m in rows for i in ((0, 10) if m.family else (0,))]
+    for study in STUDIES:
+        for variant in list(STUDIES[study].variants)[:2]:
+            for seed in range(2):
+                records = [draw_record(random, step, names) for step in range(1, 9)]
+                target = runner.run_dir(tmp_path / "D", study, variant, seed)
+                write_run(target, records)
+                stored_runs.write_origin(target, study, variant, seed, 8, 60.0, 30.0)
+                assert stored_runs.write_run(target, store, study, variant, seed)
+        from_store = document.make_table(None, store, study)
+        assert document.make_table(tmp_path / "D", tmp_path / "nothing", study) == from_store
+        assert all("–" not in cell for row in list(from_store.rows.values())[:2] for cell in row[1:-1])  # of every cell
+
+
+def draw_record(random: Random, step: int, names: list[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {name: random.random() / 3 for name in names} | {"step": step, "alarms": []}
+    for name in random.sample(names, 3):
+        record[name] = None
+    record |= {name: 100 * random.random() for name in names if name.startswith("responses_by_length/")}
+    if step % 2:  # not evaluated in every step
+        record = {name: value for name, value in record.items() if not name.startswith("eval_")}
+    facts = {"level": random.random(), "baseline": 1.0, "depth": random.random()}
+    for detector in ("length_collapse", "reward_hockey_stick", "entropy_collapse") if step > 6 else ():
+        record["alarms"].append(
+            dict(step=step, detector=detector, metric="m", deviations=random.random(), evidence="", advice="",
+                 since=step - 1, action="warn", facts=facts)
+        )  # fmt: skip
+    return record
 
 
 def test_where_runs_collapse_is_read_from_their_alarms() -> None:
@@ -159,13 +217,60 @@ def test_a_collapse_of_the_reward_is_measured_at_its_best_level() -> None:
 
 
 def test_what_is_complete_is_not_run_again(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.run_study(stored, STUDIES["discrepancy"], range(2), 2, ["bfloat16"]) == 0
+    store = stored / "store"
+    assert runner.run_study(stored, STUDIES["discrepancy"], range(2), 2, ["bfloat16"], store) == 0
     assert "2 of 2 runs are there" in capsys.readouterr().out
+    assert not store.exists()  # an older runner's: where they come from is not known
     assert not runner.is_done(runner.run_dir(stored, "discrepancy", "bfloat16", 2), 2)  # in progress
     assert not runner.is_done(runner.run_dir(stored, "discrepancy", "bfloat16", 0), 6)  # shorter than asked for
     for updates, only, says in ((9, [], "--updates 9 is not a multiple of 2"), (8, ["n3"], "no variant 'n3'")):
         with pytest.raises(SystemExit, match=says):
-            runner.run_study(stored, STUDIES["minirl"], [0], updates, only)
+            runner.run_study(stored, STUDIES["minirl"], [0], updates, only, store)
+
+
+def test_a_stored_run_stands_for_its_directory_while_its_settings_are_todays(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, elsewhere, study = tmp_path / "store", tmp_path / "elsewhere", STUDIES["discrepancy"]
+    run = ("discrepancy", "bfloat16", 0)
+    stored_runs.write_origin(runner.run_dir(stored, *run), *run, 2, 60.0, 30.0)
+    assert runner.run_study(stored, study, [0], 2, ["bfloat16"], store) == 0  # what is there is stored
+    assert not stored_runs.write_run(runner.run_dir(stored, "discrepancy", "bfloat16", 2), store, *run[:2], 2)
+    assert runner.run_study(elsewhere, study, [0], 2, ["bfloat16"], store) == 0
+    assert "1 of 1 runs are there" in capsys.readouterr().out
+    assert not runner._is_there(elsewhere, study, *run[1:], 6, store)  # shorter than asked for
+    assert not runner._is_there(elsewhere, study, "bfloat16", 1, 2, store)
+    file = stored_runs.store_file(store, *run)
+    for old, new, says in (
+        ("learning_rate=0", "learning_rate=1", "has trainer.learning_rate=1, which studies.py does not declare today"),
+        ("=demo_pretrained", "=nothing", "was made from pretrained, which has experiment=nothing"),
+    ):
+        whole = file.read_text()
+        assert whole.count(old) == 1
+        file.write_text(whole.replace(old, new))
+        assert not runner._is_there(elsewhere, study, *run[1:], 2, store)
+        assert f"{file} is left out: it {says}" in capsys.readouterr().err
+        assert document.make_table(None, store, "discrepancy").rows["bfloat16"][0] == "not run"
+        file.write_text(whole)
+    assert document.make_table(None, store, "discrepancy").rows["bfloat16"][0] == "1 × 2"
+    target = runner.run_dir(stored, *run)
+    origin = target / "origin.json"
+    origin.write_text(origin.read_text().replace("learning_rate=0", "learning_rate=1"))
+    with pytest.raises(SystemExit, match="seed-0 has a run with other settings: remove it"):
+        runner.run_study(stored, study, [0], 2, ["bfloat16"], store)
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="is no stored run"):
+        document.make_table(None, store, "discrepancy")
+
+
+def test_only_checkpoints_that_runs_start_from_are_made() -> None:
+    assert list(STUDIES["gap"].needed_checkpoints(["global-0.01-fp8"])) == ["gap-global-0.01"]
+    assert list(STUDIES["bai"].needed_checkpoints(["bai-0.5"])) == ["pretrained", "instruct", "reasoning"]
+    alone = replace(STUDIES["bai"], served="")  # which has the shape of `pretrained`
+    assert list(alone.needed_checkpoints(["reasoning"])) == ["pretrained", "reasoning"]  # which was trained from it
+    for study in STUDIES.values():
+        assert study.needed_checkpoints(study.variants) == study.checkpoints
+        assert study.checkpoints.items() <= CHECKPOINTS.items()
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:

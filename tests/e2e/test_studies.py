@@ -1,4 +1,4 @@
-"""The studies of benchmarks/reproduce in short: two steps of two variants each, on sums of three numbers up to 4.
+"""The studies of benchmarks/reproduce in short: two steps of a few variants each, on sums of three numbers up to 4.
 
 What a run learns depends on its seed and on how the processor rounds, so nothing of that is asserted: docs/results.md
 has it, over seeds, from the long form. Nor are two runs compared: a server's log-probabilities depend on which requests
@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forke
 
 SMALL = "data.max_terms=3", "data.max_number=4", "data.eval_prompts=4"
 STEPS = {"pretrained": 60, "instruct": 5, "reasoning": 5}
+ACROSS = "gap-global-0.01"  # its routers are as unsure after two steps as they are random
 SERVED = "rollout.dtype=bfloat16", "rollout.sync_tolerance=1", "rollout.max_new_tokens=64"
 JUDGED = "reward=function", "reward.function=judging:judged"  # responses of other lengths earn other rewards
 DISCREPANCY = "kl_k1", "kl_k3", "f_1.5", "f_2", "f_5", "perplexity_ratio", "perplexity_ratio_max", "ess_discrepancy"
@@ -52,6 +53,20 @@ def server(directory: Path) -> Iterator[str]:
     """For both studies: a run gives it its own weights."""
     with servers.policy(directory / "checkpoints" / "pretrained", list(SERVED), directory / "servers") as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def gap(directory: Path) -> Path:
+    """With the checkpoint of the study across the gap."""
+    made = directory / "checkpoints"
+    words = [*CHECKPOINTS[ACROSS], *SMALL, f"run.dir={made}", "supervised.length=64"]
+    all_succeeded(directory / "across", {ACROSS: ["train", *words, "trainer.steps=2", f"trainer.save={made / ACROSS}"]})
+    return directory
+
+
+def shorten(study: Study, *words: str) -> Study:
+    """Two prompts an update, short responses."""
+    return replace(study, settings=(*study.settings, "rollout.max_new_tokens=16", *words), prompts=2)
 
 
 def run(directory: Path, study: Study, *variants: str) -> list[dict[str, Any]]:
@@ -128,3 +143,41 @@ def test_variants_of_replay_differ_in_what_they_force(
         assert step["clip_fraction"] == pytest.approx(parts) and 0 <= step["clip_fraction"] <= 1
     for step in (*bare, *recorded, *replayed):  # of eight updates a step seven have another policy than sampled
         assert step["grad_norm"] > 0 and step["staleness_ratio_max"] > 1
+
+
+def test_the_gap_is_one_of_routes_and_of_their_weights(gap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """arXiv 2510.11370's table for routers that a load-balancing loss trained: fp8 served, nothing learned."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    study = shorten(all_studies(gap)["gap"])
+    [summary] = run(gap, study, "global-0.01-fp8")
+    assert Path(summary["init"]) == gap / "checkpoints" / ACROSS
+    for step in summary["steps"]:
+        assert step["route_coverage"] == 1 and step["tokens_route_mismatch"] >= step["route_mismatch"] > 0
+        assert step["experts_effective"] <= 64
+        # Where routes differ, and where their weights do, others compute: three distances of one rollout
+        for name in ("kl_k3", "logprob_gap"):
+            assert len({step[name], step[f"{name}_live"], step[f"{name}_weights"]}) == 3, name
+            assert min(step[name], step[f"{name}_live"], step[f"{name}_weights"]) > 0
+        assert 0 < step["route_weight_gap"] <= step["route_weight_gap_max"] <= 1
+
+
+def test_guards_of_the_routes_are_what_they_say_across_the_gap(gap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiniRL with RSPO's ratio, with routers that stay, and DPPO with R3: two updates a step, fp8 served."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    study = all_studies(gap)["gap_rl"]
+    with servers.policy(gap / "checkpoints" / ACROSS, list(study.settings), gap / "servers") as url:
+        study = shorten(study, *JUDGED, f"rollout.urls=[{url}]")
+        found = run(gap, study, "minirl-n2-rspo", "minirl-n2-frozen", "dppo-n2-r3")
+    assert [summary["objective"] for summary in found] == ["minirl", "minirl", "dppo"]
+    shifted, frozen, replayed = (summary["steps"] for summary in found)
+    for step in (*shifted, *frozen):  # nothing of the server's is forced: the pass is the live one
+        assert step["route_coverage"] is None and all(step[f"{name}_live"] == step[name] for name in DISCREPANCY)
+    for step in replayed:
+        assert step["route_coverage"] == 1 and step["kl_k3"] != step["kl_k3_live"] > 0
+    for step in (*shifted, *frozen, *replayed):
+        assert step["route_mismatch"] > 0 and step["grad_norm"] > 0 and step["staleness_ratio_max"] > 1
+        assert 0 <= step["clip_fraction"] <= 1
+    for step in shifted:  # the second update's routers are others than the first's
+        assert 0 < step["router_shift_mean"] < 1 and 0 <= step["router_shift_floor_fraction"] <= 1
+    assert all("router_shift_mean" not in step for step in (*frozen, *replayed))
+    assert all(step["divergence_mean"] >= 0 for step in replayed)  # of the trust region that DPPO masks by
