@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from megatron_bai.config.limits import LARGEST_PORT, LONGEST_S, number, path, setting
 
+# Of SGLang's, those for unquantised weights under which it chooses a token's experts itself and so records them. Others
+# leave that to a kernel (triton_kernel, flashinfer_trtllm, …), or choose one of those by model and GPU (auto).
+MOE_RUNNERS = ("triton", "flashinfer_cutlass", "flashinfer_trtllm_routed", "deep_gemm")
+
 
 @dataclass
 class Rollout:
@@ -70,6 +74,18 @@ class Rollout:
     )
     max_total_tokens: int = number(16384, "tokens in a server's key/value cache", at_least=1)
     max_running_requests: int = number(64, "requests that a server works on at a time; others wait", at_least=1)
+    base_gpu_id: int = number(
+        0, "GPUs: first one of a machine that its servers take; training has those from 0 on", at_least=0
+    )
+    mem_fraction_static: float | None = number(
+        None,
+        "GPUs: share of the memory free at a server's start that its weights and cache may have; unset: SGLang's",
+        above=0,
+        below=1,
+    )
+    moe_runner_backend: str = setting(
+        "triton", "GPUs: SGLang's kernels of the experts, of those that record routes", choices=MOE_RUNNERS
+    )
 
 
 @dataclass

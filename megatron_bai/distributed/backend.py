@@ -32,6 +32,13 @@ class Device:
     use_transformer_engine: bool = False  # its layers replace Megatron-Core's local ones
 
 
+def resolve_kind(settings: config.Backend) -> str:
+    """Return `cpu` or `cuda`, what `backend.kind` means on this machine, whether or not that is here."""
+    if settings.kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.kind
+
+
 def select_device(settings: config.Backend) -> Device:
     """Resolve `backend.kind` and `backend.dtype` on this machine.
 
@@ -39,9 +46,7 @@ def select_device(settings: config.Backend) -> Device:
         UserError: a value that is none of its choices, `cuda` where torch sees no device, or as `device_index`.
     """
     validate_group("backend", settings)
-    kind = settings.kind
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = resolve_kind(settings)
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("backend.kind is cuda, and torch sees no GPU here: set backend.kind=cpu or see `doctor`")
     device = torch.device("cpu")

@@ -47,7 +47,7 @@ MAY_CHANGE = (
     "rollout.max_failed_fraction", "rollout.restarts", "rollout.api_key_file",
     "rollout.port", "rollout.servers", "rollout.tensor", "rollout.urls", "rollout.router", "rollout.sync",
     "rollout.sync_bucket_mib", "rollout.sync_host", "rollout.sync_tolerance", "rollout.max_total_tokens",
-    "rollout.max_running_requests",
+    "rollout.max_running_requests", "rollout.base_gpu_id", "rollout.mem_fraction_static", "rollout.moe_runner_backend",
     "rollout.measure_sampled", "replay.measure_live", "replay.store", "replay.store_encoding",
     "trainer.steps", "trainer.micro_batch_size", "trainer.tokens_per_micro_batch", "trainer.eval_every",
     "trainer.eval_samples", "trainer.eval_temperature", "reward.workers", "reward.concurrency", "reward.url",

@@ -17,6 +17,8 @@ from megatron_bai.rollout.servers.weight_sync import on_all_servers
 
 _log = logging.getLogger(__name__)
 _HEALTH_S = 30.0  # for an answer of a server's scheduler
+_OF_GPUS = ("base_gpu_id", "mem_fraction_static", "moe_runner_backend")
+_OF_OWN_SERVERS = ("servers", "tensor", "port", *_OF_GPUS)
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,37 @@ def validate(rollout: Rollout) -> None:
             f"rollout.port is {rollout.port} and rollout.servers {rollout.servers}: the last one's port would be above "
             f"{LARGEST_PORT}"
         )
-    if rollout.urls and (rollout.servers, rollout.tensor, rollout.port) != (1, 1, 0):
-        raise UserError("rollout.urls names servers that run already: leave out rollout.servers, tensor and port")
+    if rollout.urls and any(_is_set(rollout, name) for name in _OF_OWN_SERVERS):
+        names = ", ".join(f"rollout.{name}" for name in _OF_OWN_SERVERS if _is_set(rollout, name))
+        raise UserError(f"rollout.urls names servers that run already: leave out {names}")
     if rollout.router and not rollout.urls:
         raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
     if len({url.rstrip("/").lower() for url in rollout.urls}) < len(rollout.urls):
         raise UserError("rollout.urls names a server twice")
     auth.require_key_or_loopback(rollout)
+
+
+def validate_kind(rollout: Rollout, kind: str) -> None:
+    """Refuse settings of servers on GPUs where servers are on a CPU, which would not read them.
+
+    Args:
+        rollout: settings of the servers.
+        kind: of their device, `cpu` or `cuda`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name in _OF_GPUS:
+        if kind == "cpu" and _is_set(rollout, name):
+            raise UserError(
+                f"rollout.{name} is {getattr(rollout, name)}: it is for servers on GPUs, and these are on a CPU "
+                "(backend.kind): leave it out"
+            )
+
+
+def _is_set(rollout: Rollout, name: str) -> bool:
+    """Return whether a setting has another value than its default."""
+    return bool(getattr(rollout, name) != getattr(Rollout, name))
 
 
 def require_local_addresses(rollout: Rollout) -> None:
