@@ -47,7 +47,10 @@ class Rollout:
         "both engines compute by the same functions, in float32 on a CPU: their log-probabilities are equal bit "
         "for bit, or the run ends; slower (docs/rollout.md)",
     )
-    servers: int = number(1, "started by rank 0 on its machine, each with all weights", at_least=1)
+    servers: int = number(1, "that the run starts, each with all weights, on its machines in order", at_least=1)
+    servers_per_machine: int = number(
+        0, "at most; 0: as many as its GPUs have room for, on a CPU all on the first", at_least=0
+    )
     tensor: int = number(1, "tensor-parallel ranks of a server", at_least=1)
     urls: list[str] = setting(list, "servers that run already, instead of those")
     router: str = setting("", "URL of an SGLang router in front of `urls`: samples are requested from it")
