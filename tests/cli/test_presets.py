@@ -108,7 +108,13 @@ def test_plan_refuses_by_name(words: list[str], says: str) -> None:
             "both",
         ),
         (
-            ["rollout.servers=2", "rollout.base_gpu_id=8", "cluster.gpus_per_machine=16", "rollout.sync=group"],
+            [
+                "rollout.servers=2",
+                "rollout.base_gpu_id=8",
+                "cluster.gpus_per_machine=16",
+                "rollout.sync=group",
+                "rollout.sync_host=10.0.0.1",
+            ],
             "2 × 8 GPUs: machine 0: 8-15; machine 1: 8-15",
             "trainer",
         ),

@@ -27,7 +27,7 @@ def test_servers_fill_one_machine_after_another() -> None:
         ServerPlacement(0, 0, True),
         ServerPlacement(1, 0, True),
     ]
-    assert place([HALF, HALF], servers=4, tensor=2, base_gpu_id=4, sync="group") == [
+    assert place([HALF, HALF], servers=4, tensor=2, base_gpu_id=4, sync="group", sync_host="10.0.0.1") == [
         ServerPlacement(0, 4),
         ServerPlacement(0, 6),
         ServerPlacement(1, 4),
@@ -82,6 +82,7 @@ def test_no_gpu_has_two_servers_or_is_outside_its_machine() -> None:
         ([Machine(1)], {"servers": 2, "servers_per_machine": 1}, "is 2: one machine has room for 1, rollout.servers_p"),
         ([HALF], {"tensor": 4, "base_gpu_id": 2}, "give a server GPUs 2-5 of a machine, of which training has 0 to 3"),
         ([HALF], {"tensor": 4, "sync": "group"}, "rollout.sync=group needs servers on GPUs of their own"),
+        ([Machine(1)] * 2, {"servers": 2, "servers_per_machine": 1, "sync": "group"}, "rollout.sync_host=127.0.0.1 is"),
         ([BUSY, BUSY], {"servers": 2, "tensor": 8, "host": "10.0.0.1"}, "rollout.host=10.0.0.1 is an address of one"),
     ],
 )

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 
 from megatron_bai.config import Rollout
+from megatron_bai.distributed.hosts import is_loopback
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 
@@ -106,10 +107,17 @@ def _require_reachable(rollout: Rollout, placements: Sequence[ServerPlacement]) 
             "rollout.sync=group needs servers on GPUs of their own (rollout.base_gpu_id, or rollout.urls): NCCL takes "
             "no two ranks on one GPU"
         )
-    if any(placement.machine for placement in placements) and rollout.host != "0.0.0.0":
+    if not any(placement.machine for placement in placements):
+        return
+    if rollout.host != "0.0.0.0":
         raise UserError(
             f"rollout.host={rollout.host} is an address of one machine, and servers are on several: set "
             "rollout.host=0.0.0.0 and rollout.api_key_file"
+        )
+    if rollout.sync == "group" and is_loopback(rollout.sync_host):
+        raise UserError(
+            f"rollout.sync_host={rollout.sync_host} is reached from rank 0's machine alone, and servers are on others: "
+            "name an address of rank 0's machine"
         )
 
 
