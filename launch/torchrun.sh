@@ -15,7 +15,9 @@ Runs `megatron-bai VERB` under torchrun. On many nodes, run the same line on eac
   --id NAME       of the meeting, for several on one head (default: megatron-bai)
   --restarts N    start all processes again, at most N times, when one is lost (default 0)
   --grace S       seconds that a run has after SIGTERM to end its step and save (trainer.grace_s; default 20)
-  --logs DIR      every rank's output, a file each, below DIR (default runs/logs); rank 0's is shown as well
+  --logs DIR      every rank's output, a file each, below DIR (default: logs in run.dir); rank 0's is shown as well
+
+The environment is MEGATRON_BAI_VENV, if that is set, else the checkout's .venv, else the one that is active.
 
 e.g. launch/torchrun.sh --processes 2 train experiment=demo
      launch/torchrun.sh --nodes 2 --head 10.0.0.1 --processes 8 --restarts 3 train experiment=demo run.dir=/shared/demo
@@ -32,7 +34,7 @@ number() { # NAME VALUE LEAST
     [ "$2" -ge "$3" ] || fail "$1 is $2: it must be at least $3"
 }
 
-processes=auto nodes=1 head='' node_rank='' id=megatron-bai restarts=0 grace=20 logs=runs/logs
+processes=auto nodes=1 head='' node_rank='' id=megatron-bai restarts=0 grace=20 logs=''
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage && exit ;;
@@ -52,10 +54,14 @@ number --nodes "$nodes" 1
 number --restarts "$restarts" 0
 number --grace "$grace" 0
 
-# Of the checkout, of the environment that the package is installed in, or of whatever environment is active.
+# Of the environment that is named, of the checkout, of the one that the package is installed in, or of the active one.
 here=$(cd "$(dirname "$0")" && pwd) bin=''
+if [ -n "${MEGATRON_BAI_VENV:-}" ]; then
+    bin=$MEGATRON_BAI_VENV/bin
+    [ -x "$bin/megatron-bai" ] || fail "MEGATRON_BAI_VENV is $MEGATRON_BAI_VENV, and there is no bin/megatron-bai in it"
+fi
 for each in "$here/../.venv/bin/megatron-bai" "${here%/lib*/python*/*}/bin/megatron-bai" "$(command -v megatron-bai)"; do
-    [ ! -x "$each" ] || { bin=$(dirname "$each") && break; }
+    [ -n "$bin" ] || [ ! -x "$each" ] || bin=$(dirname "$each")
 done
 [ -n "$bin" ] || fail "no megatron-bai here: run \`make install\` in a checkout, or activate the environment that has it"
 
@@ -105,7 +111,9 @@ export PYTHONUNBUFFERED=1
 # The verbs that do not train refuse settings that they never read.
 settings=()
 [ "$1" != train ] || settings=("trainer.grace_s=$grace")
+options=() # without --log-dir the files are in run.dir, which the settings say
+[ -z "$logs" ] || options=(--log-dir "$logs/$(hostname)")
 # torchrun waits a little longer than the ranks do before it kills.
 exec "$bin/megatron-bai" torchrun "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "$restarts" \
-    --shutdown-timeout $((grace + 10)) --log-dir "$logs/$(hostname)" --redirects 3 --tee 0:3 \
+    --shutdown-timeout $((grace + 10)) "${options[@]}" --redirects 3 --tee 0:3 \
     "$@" ${settings[@]+"${settings[@]}"}

@@ -242,7 +242,7 @@ def stubs(installed: Installation) -> Path:
     place = installed.prefix / "bin"
     place.mkdir(exist_ok=True)
     (place / "megatron-bai").write_text('#!/bin/sh\necho megatron-bai of the environment: "$@"\n')
-    (place / "srun").write_text('#!/bin/sh\n[ "${1#--}" = "$1" ] || shift\nexec "$@"\n')
+    (place / "srun").write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
     launch = installed.site / "megatron_bai" / "launch"
     shown = f'echo "JobId=7"; echo "   Command={launch}/slurm/$SCRIPT --some words/slurm/$SCRIPT"'
     (place / "scontrol").write_text(f'#!/bin/sh\n[ "$2" = job ] && {{ {shown}; }} || echo node1\n')

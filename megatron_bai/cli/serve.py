@@ -16,6 +16,7 @@ from megatron_bai.model.convert import convert
 from megatron_bai.model.hf_reader import HFReader
 from megatron_bai.model.required_tensors import require_tensors
 from megatron_bai.rl.writable_dirs import require_writable
+from megatron_bai.rollout.servers import fleet
 from megatron_bai.rollout.servers.ports import require_local_address
 from megatron_bai.rollout.servers.releases import is_untested
 from megatron_bai.rollout.servers.sglang_server import SGLangServer, installed_release
@@ -38,6 +39,7 @@ def run(settings: config.Config) -> None:
             "rollout.exact is for train, whose forward passes it changes along with its servers': leave it out"
         )
     kind = backend.select_device(settings.backend).kind
+    fleet.validate_kind(settings.rollout, kind)
     admit_untested(settings.backend.untested)
     require_writable("run.dir", settings.run.dir)
     require_local_address("rollout.host", settings.rollout.host, settings.rollout.port)

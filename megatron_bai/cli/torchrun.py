@@ -2,12 +2,14 @@
 
 torchrun's own command prints what its agent logged, a traceback and a table of failures whenever a rank ends with an
 error, some forty lines around the one that says what to do. Here the agent and its options are torch's; the settings
-are read once before it starts any rank, and its report is a line where no rank has said one.
+are read once before it starts any rank, and its report is a line where no rank has said one. Where ranks write to files
+(`--redirects`, `--tee`) and no `--log-dir` is given, these are below `run.dir/logs`, in a directory for each host.
 """
 
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from argparse import ArgumentParser
@@ -17,7 +19,7 @@ from megatron_bai import config
 from megatron_bai.cli.compose import compose
 from megatron_bai.cli.verbs import VERBS, Verb
 from megatron_bai.config.limits import unknown_name
-from megatron_bai.errors import UserError
+from megatron_bai.errors import UserError, os_errors_as_user_errors
 from megatron_bai.utils.stop_signals import stop_signals
 
 _USER_MISTAKE = 2  # exit code of a rank that has said in a line what is wrong
@@ -38,6 +40,9 @@ def launch(arguments: list[str]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = _parse(run.get_args_parser(), arguments)
+    if args.log_dir:
+        with os_errors_as_user_errors(args.log_dir):
+            os.makedirs(args.log_dir, exist_ok=True)
     if args.nproc_per_node != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would choose, with a warning
     if signal.SIGHUP not in stop_signals():  # torch's agent would handle it under nohup, too
@@ -73,16 +78,19 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Any:
         raise UserError("megatron-bai torchrun takes a verb: leave out --module, --no-python and --run-path")
     if name not in VERBS:
         raise UserError(unknown_name(f"there is no verb {name!r}", name, VERBS))
-    _read_settings(VERBS[name], words)
+    settings = _read_settings(VERBS[name], words)
+    if not args.log_dir and (args.redirects, args.tee) != ("0", "0"):  # each rank's output to a file
+        args.log_dir = os.path.join(settings.run.dir if settings else "runs", "logs", socket.gethostname())
     args.module, args.training_script, args.training_script_args = True, "megatron_bai", [name, *words]
     return args
 
 
-def _read_settings(verb: Verb, words: list[str]) -> None:
-    """Refuse wrong settings before there are ranks; flags, such as --help, are left to the verb."""
-    if not any(word.startswith("-") for word in words):
-        config.register_schema()
-        compose(words, verb)
+def _read_settings(verb: Verb, words: list[str]) -> config.Config | None:
+    """Refuse wrong settings before there are ranks; with flags, such as --help, which are the verb's, return None."""
+    if any(word.startswith("-") for word in words):
+        return None
+    config.register_schema()
+    return compose(words, verb)
 
 
 def _refuse(message: str) -> NoReturn:

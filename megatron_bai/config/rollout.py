@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from megatron_bai.config.limits import LARGEST_PORT, LONGEST_S, number, path, setting
 
 LARGEST_TOP_K = 1000  # each token of a response keeps so many ids, in every rank's memory
+# Of SGLang's, those for unquantised weights under which it chooses a token's experts itself and so records them. Others
+# leave that to a kernel (triton_kernel, flashinfer_trtllm, …), or choose one of those by model and GPU (auto).
+MOE_RUNNERS = ("triton", "flashinfer_cutlass", "flashinfer_trtllm_routed", "deep_gemm")
 
 
 @dataclass
@@ -62,7 +65,10 @@ class Rollout:
         "both engines compute by the same functions, in float32 on a CPU: their log-probabilities are equal bit "
         "for bit, or the run ends; slower (docs/rollout.md)",
     )
-    servers: int = number(1, "started by rank 0 on its machine, each with all weights", at_least=1)
+    servers: int = number(1, "that the run starts, each with all weights, on its machines in order", at_least=1)
+    servers_per_machine: int = number(
+        0, "at most; 0: as many as its GPUs have room for, on a CPU all on the first", at_least=0
+    )
     tensor: int = number(1, "tensor-parallel ranks of a server", at_least=1)
     urls: list[str] = setting(list, "servers that run already, instead of those")
     router: str = setting("", "URL of an SGLang router in front of `urls`: samples are requested from it")
@@ -92,6 +98,18 @@ class Rollout:
     )
     max_total_tokens: int = number(16384, "tokens in a server's key/value cache", at_least=1)
     max_running_requests: int = number(64, "requests that a server works on at a time; others wait", at_least=1)
+    base_gpu_id: int = number(
+        0, "GPUs: first one of a machine that its servers take; training has those from 0 on", at_least=0
+    )
+    mem_fraction_static: float | None = number(
+        None,
+        "GPUs: share of the memory free at a server's start that its weights and cache may have; unset: SGLang's",
+        above=0,
+        below=1,
+    )
+    moe_runner_backend: str = setting(
+        "triton", "GPUs: SGLang's kernels of the experts, of those that record routes", choices=MOE_RUNNERS
+    )
 
 
 @dataclass

@@ -102,4 +102,7 @@ class Cluster:
 
     processes: int = number(0, "of the training, one a GPU; 0: as many as are started", at_least=0)
     per_machine: int = number(8, "of them on one machine", at_least=1)
+    gpus_per_machine: int = number(
+        0, "of a machine, for `plan`; 0: as many as processes. Servers may have the others", at_least=0
+    )
     memory_gb: float = number(80.0, "of one GPU, in 10⁹ bytes", above=0, finite=False)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron_bai import compat, config
 from megatron_bai.compat.releases import admit_untested
 from megatron_bai.config.limits import validate_group
-from megatron_bai.distributed.hosts import set_gloo_interface
+from megatron_bai.distributed.devices import device_index
+from megatron_bai.distributed.hosts import set_network_interface
 from megatron_bai.distributed.kernel_packages import prepare_kernel_packages
 from megatron_bai.distributed.release_admission import admit_release, require_known_release
 from megatron_bai.errors import UserError
@@ -31,19 +32,26 @@ class Device:
     use_transformer_engine: bool = False  # its layers replace Megatron-Core's local ones
 
 
+def resolve_kind(settings: config.Backend) -> str:
+    """Return `cpu` or `cuda`, what `backend.kind` means on this machine, whether or not that is here."""
+    if settings.kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.kind
+
+
 def select_device(settings: config.Backend) -> Device:
     """Resolve `backend.kind` and `backend.dtype` on this machine.
 
     Raises:
-        UserError: a value that is none of its choices, or `cuda` where torch sees no device.
+        UserError: a value that is none of its choices, `cuda` where torch sees no device, or as `device_index`.
     """
     validate_group("backend", settings)
-    kind = settings.kind
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = resolve_kind(settings)
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("backend.kind is cuda, and torch sees no GPU here: set backend.kind=cpu or see `doctor`")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if kind == "cuda":
+        device = torch.device("cuda", device_index(torch.cuda.device_count(), os.environ))
     return Device(kind, device, DTYPES[settings.dtype])
 
 
@@ -80,7 +88,7 @@ def join_world(settings: config.Backend) -> Device:
     backend = "gloo" if device.kind == "cpu" else "nccl"
     timeout = timedelta(seconds=settings.timeout_s)
     if "RANK" in os.environ:  # torchrun's own description of the world
-        set_gloo_interface()
+        set_network_interface()
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()

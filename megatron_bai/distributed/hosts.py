@@ -54,18 +54,22 @@ def host_address() -> str:
     return address
 
 
-def set_gloo_interface() -> None:
-    """Make gloo use the interface of `host_address`; to be called before any process group is made.
+def set_network_interface() -> None:
+    """Make gloo and NCCL use the interface of `host_address`; to be called before any process group is made.
 
-    By itself gloo takes the interface that the host name resolves to: loopback on many hosts, Debian's among them.
-    GLOO_SOCKET_IFNAME, torch's own variable, is left alone where it is set.
+    By themselves gloo takes the interface that the host name resolves to, loopback on many hosts, Debian's among them,
+    and NCCL the first of some that it finds. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are left alone where they are
+    set; NCCL's is gloo's where that alone is.
 
     Raises:
         UserError: as `host_address`.
     """
-    if not is_multi_host() or "GLOO_SOCKET_IFNAME" in os.environ:
+    if not is_multi_host():
         return
-    address = host_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address.partition("%")[0] == address for known in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        address = host_address()
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(known.address.partition("%")[0] == address for known in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" all that begin so

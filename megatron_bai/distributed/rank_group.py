@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_bai.distributed.hosts import set_gloo_interface
+from megatron_bai.distributed.hosts import set_network_interface
 from megatron_bai.errors import UserError, from_os_error
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def merge_ranks() -> Iterator[RankGroup]:
         finally:
             dist.destroy_process_group(group)
     elif dist.is_torchelastic_launched():
-        set_gloo_interface()
+        set_network_interface()
         dist.init_process_group("gloo", timeout=timeout)
         try:
             yield current_ranks()

@@ -4,6 +4,7 @@ import math
 
 from megatron_bai import config
 from megatron_bai.config import Config
+from megatron_bai.distributed.backend import resolve_kind
 from megatron_bai.errors import UserError
 from megatron_bai.memory_plan import rank_memory
 from megatron_bai.model import build
@@ -11,6 +12,7 @@ from megatron_bai.rl import objectives
 from megatron_bai.rl.batches import micro_batches
 from megatron_bai.rl.validate_settings import validate_settings
 from megatron_bai.rollout.client import max_request_tokens
+from megatron_bai.rollout.servers.placement import Machine, describe_placements, place_servers
 
 GB = 1e9
 # Of each process on a GPU: CUDA's context, NCCL's buffers, workspaces, what the allocator cannot use. An allowance.
@@ -34,7 +36,7 @@ def validate_plan(settings: Config) -> int:
     """
     require_rollouts(settings)
     validate_settings(settings)
-    parallel, cluster, rollout = settings.parallel, settings.cluster, settings.rollout
+    parallel, cluster = settings.parallel, settings.cluster
     fewest = math.lcm(parallel.tensor, parallel.expert) * parallel.pipeline
     processes = cluster.processes or fewest
     build.validate_layout(settings.model, parallel, processes)
@@ -45,22 +47,37 @@ def validate_plan(settings: Config) -> int:
             f"a sample may have {longest} tokens, more than trainer.tokens_per_micro_batch ({row}): raise it, or lower "
             "rollout.max_new_tokens or data.max_prompt_tokens"
         )
-    first = min(cluster.per_machine, processes)
-    if not rollout.urls and rollout.tensor > first:
-        raise UserError(
-            f"rollout.tensor ({rollout.tensor}) is more than the GPUs of the first machine ({first}), where a run's "
-            "own servers are"
-        )
-    if not rollout.urls and rollout.servers > 1 and settings.backend.kind == "cuda":
-        raise UserError(
-            f"rollout.servers is {rollout.servers}: on GPUs a run's own servers would all begin at the first one; "
-            "start them yourself (rollout.urls)"
-        )
-    if not rollout.urls and rollout.sync == "group" and settings.backend.kind == "cuda":
-        raise UserError(
-            "rollout.sync=group needs servers on GPUs of their own (rollout.urls): NCCL takes no two ranks on one GPU"
-        )
+    if not settings.rollout.urls:
+        place_servers(settings.rollout, _list_machines(settings, processes))
+        _validate_memory_fraction(settings)
     return processes
+
+
+def _list_machines(settings: Config, processes: int) -> list[Machine]:
+    """List the machines that the processes are started on."""
+    cluster = settings.cluster
+    if 0 < cluster.gpus_per_machine < cluster.per_machine:
+        raise UserError(
+            f"cluster.gpus_per_machine ({cluster.gpus_per_machine}) is less than cluster.per_machine "
+            f"({cluster.per_machine}), of which each has a GPU"
+        )
+    on_gpus = resolve_kind(settings.backend) == "cuda"
+    sizes = [min(cluster.per_machine, processes - first) for first in range(0, processes, cluster.per_machine)]
+    return [Machine(size, (cluster.gpus_per_machine or size) if on_gpus else None) for size in sizes]
+
+
+def _validate_memory_fraction(settings: Config) -> None:
+    """Refuse a share of a GPU's memory that a server does not fit into: SGLang would make its cache smaller."""
+    rollout, memory_gb = settings.rollout, settings.cluster.memory_gb
+    if rollout.mem_fraction_static is None:
+        return
+    sizes = rank_memory.server_bytes(settings.model, rollout.tensor, rollout.max_total_tokens, rollout.dtype)
+    if (needed := sum(sizes) / GB) > rollout.mem_fraction_static * memory_gb:
+        raise UserError(
+            f"rollout.mem_fraction_static is {rollout.mem_fraction_static:g}: of {memory_gb:g} GB (cluster.memory_gb) "
+            f"less than the {needed:.1f} GB of a server's weights and cache: raise it, or lower "
+            "rollout.max_total_tokens"
+        )
 
 
 def max_sample_tokens(settings: Config) -> int:
@@ -95,15 +112,22 @@ def describe_batches(settings: Config, processes: int) -> dict[str, str]:
         "updates": f"{trainer.mini_batches} a step, on {samples // trainer.mini_batches} responses each",
         "micro-batch": micro,
         "responses": f"up to {rollout.max_new_tokens} tokens, {rollout.concurrency * replicas} asked for at once",
-        "servers": ", ".join(rollout.urls) or f"{rollout.servers} on {rollout.tensor} GPUs each, beside the trainer",
+        "servers": ", ".join(rollout.urls) or _describe_servers(settings, processes),
         "routes": kept,
     }
+
+
+def _describe_servers(settings: Config, processes: int) -> str:
+    """Describe which GPUs of which machine each of a run's own servers has."""
+    machines = _list_machines(settings, processes)
+    return describe_placements(place_servers(settings.rollout, machines), settings.rollout, machines)
 
 
 def gpu_bytes(settings: Config, processes: int) -> dict[str, float]:
     """Compute the bytes of the fullest GPU, by what holds them.
 
-    That is one of the first machine, with the servers of the run's own if it starts some.
+    That is one of a machine with servers of the run's own, if they are on GPUs of the training; if they have others, a
+    server's where that holds more.
 
     Args:
         settings: that `validate_plan` has accepted.
@@ -115,7 +139,14 @@ def gpu_bytes(settings: Config, processes: int) -> dict[str, float]:
     parallel = settings.parallel
     stages = [_rank_bytes(settings, processes, stage) for stage in range(parallel.pipeline)]
     fullest = max(stages, key=lambda held: sum(held.values()))
-    return fullest | ({} if settings.rollout.urls else _server_bytes(settings.model, settings.rollout))
+    if settings.rollout.urls:
+        return fullest
+    server = _server_bytes(settings.model, settings.rollout)
+    machines = _list_machines(settings, processes)
+    on_gpus = machines[0].num_gpus is not None
+    if on_gpus and not any(each.with_trainer for each in place_servers(settings.rollout, machines)):
+        return max(fullest, server, key=lambda held: sum(held.values()))
+    return fullest | server
 
 
 def _rank_bytes(settings: Config, processes: int, stage: int) -> dict[str, float]:

@@ -37,6 +37,7 @@ from megatron_bai.rl.validate_settings import require_packages, validate_setting
 from megatron_bai.rl.writable_dirs import require_writable_dirs
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import auth, fleet
+from megatron_bai.rollout.servers.placement import find_machines, place_servers
 from megatron_bai.routing.replay.routing_replay import RoutingReplay
 from megatron_bai.routing.routes import RouteSignature
 
@@ -134,6 +135,8 @@ def open_session(settings: config.Config) -> Iterator[Session]:
     device = backend.init_backend(settings.backend, has_rollouts)
     try:
         _validate_world(settings, dist.get_world_size())
+        if has_rollouts and not settings.rollout.urls:
+            place_servers(settings.rollout, find_machines(device.kind).machines)
         if dist.get_rank() == 0:
             _log.info("training kernels: %s", format_kernels(device.use_transformer_engine))
         if is_multi_host():

@@ -3,6 +3,7 @@
 from megatron_bai import config, environments, rewards
 from megatron_bai.config.limits import validate_group, validate_ranges
 from megatron_bai.data import task_factory
+from megatron_bai.distributed.backend import resolve_kind
 from megatron_bai.distributed.hosts import is_loopback, is_multi_host
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import architecture_of, require_served
@@ -75,6 +76,7 @@ def validate_settings(settings: config.Config) -> None:
         )
     fleet.validate(settings.rollout)
     validate_sampling(settings.rollout, model.vocab_size)
+    fleet.validate_kind(settings.rollout, resolve_kind(settings.backend))
     validate_stale_rollouts(settings)
     validate_exact(settings, architecture)
     _validate_lengths(settings)

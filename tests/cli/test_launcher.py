@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.run import get_args_parser
 
-from megatron_bai.cli import entry_point
+from megatron_bai.cli import entry_point, torchrun
 from megatron_bai.errors import UserError
 
 TORCHRUN = [sys.executable, "-m", "megatron_bai", "torchrun"]
@@ -35,6 +36,30 @@ def test_a_mistake_in_the_words_is_one_line_before_there_are_ranks(words: list[s
     done = run(*words)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert done.stderr.startswith("megatron-bai: error: ") and says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "directory"),
+    [
+        (["--tee", "0:3", "--redirects", "3"], ["run.dir=/shared/x"], "/shared/x/logs/node7"),
+        (["--redirects", "3"], ["run.name=mine"], "runs/mine/logs/node7"),
+        (["--redirects", "3", "--log-dir", "/elsewhere"], ["run.name=mine"], "/elsewhere"),
+        (["--redirects", "3"], ["--help"], "runs/logs/node7"),  # no settings are read
+        ([], ["run.dir=/shared/x"], None),
+    ],
+)
+def test_what_ranks_write_is_below_the_runs_directory(
+    options: list[str], settings: list[str], directory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchrun.socket, "gethostname", lambda: "node7")
+    args = torchrun._parse(get_args_parser(), [*options, "train", "experiment=demo", *settings])
+    assert args.log_dir == directory
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/file"):
+        torchrun.launch(["--redirects", "3", "train", "experiment=demo", f"run.dir={tmp_path}/file"])
 
 
 @pytest.mark.distributed

@@ -80,8 +80,14 @@ def test_bai_in_the_papers_settings() -> None:
         (["cluster.processes=12"], r"processes \(12\) is not a multiple of parallel.expert"),
         (["parallel.tensor=8"], r"model.num_query_groups \(4\) is not a multiple of parallel.tensor \(8\)"),
         (["rollout.max_new_tokens=16000"], r"a sample may have 18048 tokens, more than .* \(16384\)"),
-        (["rollout.tensor=16"], r"rollout.tensor \(16\) is more than the GPUs of the first machine \(8\)"),
-        (["rollout.servers=2"], "rollout.servers is 2: on GPUs .* would all begin at the first one"),
+        (["rollout.tensor=16"], r"rollout.tensor \(16\) is more than the GPUs of a machine \(8\)"),
+        (["rollout.servers=3"], "rollout.servers is 3: 2 machines have room for 2 of 8 GPUs each"),
+        (["rollout.servers=2", "rollout.host=10.0.0.1"], "rollout.host=10.0.0.1 is an address of one machine"),
+        (["rollout.base_gpu_id=4", "rollout.tensor=4", "cluster.gpus_per_machine=6"], "gpus_per_machine .* is less"),
+        (
+            ["rollout.mem_fraction_static=0.2"],
+            r"0.2: of 80 GB .* less than the 17.3 GB of a server's weights",
+        ),
         (["rollout.sync=group"], "NCCL takes no two ranks on one GPU"),
         (["objective=sft", "trainer.tokens_per_micro_batch=0"], "plan is for reinforcement learning"),
         (["parallel.recompute=none"], r"GB are needed of a GPU"),
@@ -90,6 +96,37 @@ def test_bai_in_the_papers_settings() -> None:
 def test_plan_refuses_by_name(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         plan.run(composed(MINIRL, *words))
+
+
+@pytest.mark.parametrize(
+    ("words", "servers", "on_the_fullest"),
+    [
+        (["rollout.servers=2"], "2 × 8 GPUs: machine 0: 0-7 (beside the trainer); machine 1: 0-7 (beside the", "both"),
+        (
+            ["rollout.servers=3", "rollout.servers_per_machine=2", "rollout.tensor=4"],
+            "3 × 4 GPUs: machine 0: 0-3, 4-7 (beside the trainer); machine 1: 0-3 (beside the trainer)",
+            "both",
+        ),
+        (
+            [
+                "rollout.servers=2",
+                "rollout.base_gpu_id=8",
+                "cluster.gpus_per_machine=16",
+                "rollout.sync=group",
+                "rollout.sync_host=10.0.0.1",
+            ],
+            "2 × 8 GPUs: machine 0: 8-15; machine 1: 8-15",
+            "trainer",
+        ),
+    ],
+)
+def test_plan_shows_where_servers_are(words: list[str], servers: str, on_the_fullest: str) -> None:
+    """On GPUs of their own they take nothing of the training's."""
+    settings = composed(MINIRL, *words)
+    processes = run_plan.validate_plan(settings)
+    assert run_plan.describe_batches(settings, processes)["servers"].startswith(servers)
+    held = run_plan.gpu_bytes(settings, processes)
+    assert "actor: weights" in held and ("server: weights" in held) == (on_the_fullest == "both")
 
 
 OTHER = {

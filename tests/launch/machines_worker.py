@@ -50,12 +50,13 @@ def main(directory: Path) -> None:
     assert other.exitcode == 0
     os.environ["GROUP_WORLD_SIZE"] = "2"
     del os.environ["GLOO_SOCKET_IFNAME"]
+    os.environ.pop("NCCL_SOCKET_IFNAME", None)
     for name, head in {"address": "10.77.0.1", "name": "node1", "own name": "node2", "nowhere": "192.0.2.1"}.items():
         os.environ["MASTER_ADDR"] = head
         found[name] = said(hosts.host_address)
     os.environ["MASTER_ADDR"] = "node1"
-    hosts.set_gloo_interface()
-    found["interface"] = os.environ["GLOO_SOCKET_IFNAME"]
+    hosts.set_network_interface()
+    found["interfaces"] = [os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]]
     found["own files"] = [path.name for path in (directory / "both").iterdir()]
     (directory / "found.json").write_text(json.dumps(found))
 

@@ -30,7 +30,6 @@ SlurmdPidFile={directory}/slurmd-%n.pid
 SlurmctldLogFile={directory}/slurmctld.log
 SlurmdLogFile={directory}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
@@ -44,9 +43,13 @@ JobRequeue=1
 KillWait=30
 ReturnToService=2
 {nodes}
+{extra}
 PartitionName=low Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=60
 PartitionName=high Nodes=node[1-2] PriorityTier=2 MaxTime=60
 """
+
+# A site that hands out GPUs, and binds a task to the CPUs that it asked for.
+_BINDING = "TaskPlugin=task/affinity\nTaskPluginParam=autobind=threads\nGresTypes=gpu"
 
 
 def missing() -> str:
@@ -103,12 +106,19 @@ class Slurm:
 
 
 @contextmanager
-def slurm(directory: Path, nodes: tuple[Node, Node], root: Path) -> Iterator[Slurm]:
-    """Started, with both nodes idle."""
+def slurm(directory: Path, nodes: tuple[Node, Node], root: Path, gpus: int = 0) -> Iterator[Slurm]:
+    """Started, with both nodes idle. `gpus` of each are files that no driver stands behind, by which Slurm counts."""
     for name in ("state", "spool-node1", "spool-node2"):
         (directory / name).mkdir()
-    lines = "\n".join(f"NodeName={n.name} NodeAddr={n.address} CPUs=4 RealMemory=1000 State=UNKNOWN" for n in nodes)
-    (directory / "slurm.conf").write_text(_CONF.format(directory=directory, address=nodes[0].address, nodes=lines))
+    cpus = max(os.cpu_count() or 1, 2) if gpus else 4  # tasks are bound to none but real ones
+    has = f"CPUs={cpus} RealMemory=1000 State=UNKNOWN" + (f" Gres=gpu:{gpus}" if gpus else "")
+    lines = "\n".join(f"NodeName={node.name} NodeAddr={node.address} {has}" for node in nodes)
+    for index in range(gpus):
+        (directory / f"gpu{index}").symlink_to("/dev/null")
+    (directory / "gres.conf").write_text(f"Name=gpu File={directory}/gpu[0-{gpus - 1}]\n" if gpus else "")
+    extra = _BINDING if gpus else "TaskPlugin=task/none"
+    conf = _CONF.format(directory=directory, address=nodes[0].address, nodes=lines, extra=extra)
+    (directory / "slurm.conf").write_text(conf)
     (directory / "munge.key").write_bytes(os.urandom(128))
     (directory / "munge.key").chmod(0o600)
     own = [f"--{name}={directory}/munge.{end}" for name, end in _MUNGE.items()]

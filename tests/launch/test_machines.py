@@ -1,6 +1,7 @@
 """What a process knows of the machines of its run, on a node whose own name means loopback."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from netnodes import Node
 from processes import TESTS
 
 from megatron_bai import config
+from megatron_bai.distributed import hosts
 from megatron_bai.errors import UserError
 from megatron_bai.rl.validate_settings import validate_settings
 
@@ -23,7 +25,7 @@ def found(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.long
 def test_its_address_is_the_one_it_reaches_the_others_by(found: dict) -> None:
     assert (found["alone"], found["address"], found["name"]) == ("127.0.0.1", "10.77.0.2", "10.77.0.2")
-    assert found["interface"] == "eth0"
+    assert found["interfaces"] == ["eth0", "=eth0"]  # NCCL takes a name without "=" for the beginning of one
 
 
 @pytest.mark.distributed
@@ -39,6 +41,21 @@ def test_a_run_directory_that_is_not_shared_is_refused_on_all_ranks(found: dict)
     both, own = found["shared"]
     assert both is None and own.startswith("error: node2 does not see what rank 0 writes to run.dir=")
     assert found["own files"] == []
+
+
+def test_a_named_interface_is_that_of_gloo_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a site names for one of them holds for the other, unless it names both; one machine needs neither."""
+    monkeypatch.setattr(hosts, "host_address", lambda: pytest.fail("the interface is named"))
+    for given, gloo, nccl in (
+        ({"GLOO_SOCKET_IFNAME": "bond0,bond1"}, "bond0,bond1", "=bond0,bond1"),
+        ({"GLOO_SOCKET_IFNAME": "bond0", "NCCL_SOCKET_IFNAME": "ib"}, "bond0", "ib"),
+    ):
+        monkeypatch.setattr(os, "environ", {"GROUP_WORLD_SIZE": "2"} | given)
+        hosts.set_network_interface()
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (gloo, nccl)
+    monkeypatch.setattr(os, "environ", {})
+    hosts.set_network_interface()
+    assert os.environ == {}
 
 
 def test_a_server_on_loopback_is_refused_on_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:

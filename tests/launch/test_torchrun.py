@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import TORCHRUN, TRAIN, Run, launched
+from launching import REINFORCE, TORCHRUN, TRAIN, Run, launched, logs
 from netnodes import Node
 
 pytestmark = pytest.mark.distributed
@@ -65,3 +67,26 @@ def test_two_machines_compute_what_one_does(reference: Run, nodes: tuple[Node, N
     found = launched(tmp_path, nodes, "--nodes", 2, "--head", "node1:29600", "--processes", 1, *TRAIN, ranked=True)
     assert len(found.steps) == 4 and found.steps == reference.steps  # every bit of every loss and gradient norm
     assert "step    4/4" in found.shown[0] and found.shown[1] == ""
+
+
+@pytest.mark.live
+@pytest.mark.long
+def test_each_machine_has_a_server_and_restarts_it(
+    nodes: tuple[Node, Node], key: str, unbroken: Run, tmp_path: Path
+) -> None:
+    """The second machine's is killed after a step. The samples are those of one server, whichever answered."""
+    words = ["--nodes", 2, "--head", "node1:29610", "--processes", 1, *REINFORCE, key, "rollout.host=0.0.0.0"]
+    words += ["rollout.servers=2", "rollout.servers_per_machine=1"]
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(launched, tmp_path, nodes, *words, ranked=True)
+        while not (tmp_path / "metrics.jsonl").exists() and not run.done():
+            time.sleep(0.1)
+        own = [node.processes("rollout.servers.server_main") for node in nodes]
+        assert run.running() and all(own), run.result()
+        own[1][0].kill()
+        found = run.result()
+    assert found.steps == unbroken.steps
+    said = "".join(logs(tmp_path, "stderr").values()) + "".join(found.said)
+    assert f"SGLang at http://{nodes[1].address}" in said and "it is started anew (1 of 2)" in said
+    assert {path.name for path in tmp_path.glob("server*.log")} == {"server.log", "server-1.log"}
+    assert not any(node.processes("rollout.servers.server_main") for node in nodes[1:])

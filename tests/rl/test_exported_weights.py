@@ -44,11 +44,10 @@ def test_nothing_stays_of_a_start_that_fails(
     def start(*_: Any) -> Iterator[Any]:
         if where == "server":
             raise error
-        yield SimpleNamespace(fleet=FleetInfo([], [], []))
+        yield FleetInfo([], [], []), None
 
     monkeypatch.setattr(inference_engine, "_export_weights", export)
-    monkeypatch.setattr(inference_engine.fleet, "start_servers", start)
-    monkeypatch.setattr(inference_engine.dist, "broadcast_object_list", lambda *_, **__: None)
+    monkeypatch.setattr(inference_engine, "open_servers", start)
     monkeypatch.setattr(Failing, "sync", lambda _: (_ for _ in ()).throw(error))
     monkeypatch.setattr(inference_engine, "InferenceEngine", Failing)
     with pytest.raises(type(error)), inference_engine.start_inference(session):

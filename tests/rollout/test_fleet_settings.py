@@ -20,7 +20,12 @@ GOOD = {"version": "0.5.21", "enable_return_routed_experts": True, "enable_deter
         ({"tensor": 0}, "rollout.tensor is 0"),
         ({"sync_bucket_mib": 0}, "rollout.sync_bucket_mib is 0"),
         ({"sync": "carrier pigeon"}, "rollout.sync is 'carrier pigeon': choose disk, tensors or group"),
-        ({"urls": ["http://a"], "servers": 2}, "leave out rollout.servers"),
+        ({"urls": ["http://a"], "servers": 2, "port": 7}, "leave out rollout.servers, rollout.port$"),
+        ({"urls": ["http://a"], "mem_fraction_static": 0.5}, "leave out rollout.mem_fraction_static$"),
+        ({"mem_fraction_static": 1.0}, "rollout.mem_fraction_static is 1: it must be above 0 and below 1"),
+        ({"base_gpu_id": -1}, "rollout.base_gpu_id is -1"),
+        ({"moe_runner_backend": "flashinfer_trtllm"}, "rollout.moe_runner_backend is 'flashinfer_trtllm': "),
+        ({"moe_runner_backend": "auto"}, "rollout.moe_runner_backend is 'auto': choose triton, "),
         ({"router": "http://a"}, "rollout.router needs rollout.urls"),
         ({"urls": ["http://a", "http://a"]}, "rollout.urls names a server twice"),
         ({"urls": ["http://a:1", "http://A:1/"]}, "rollout.urls names a server twice"),
@@ -34,6 +39,19 @@ def test_what_contradicts_itself_is_refused(settings: dict[str, Any], named: str
 def test_defaults_are_fine() -> None:
     fleet.validate(Rollout())
     fleet.validate(Rollout(urls=["http://127.0.0.1:1", "http://localhost:2"], router="http://127.0.0.1:3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("base_gpu_id", 4), ("mem_fraction_static", 0.5), ("moe_runner_backend", "deep_gemm")],
+)
+def test_what_is_for_gpus_is_refused_on_a_cpu(name: str, value: Any) -> None:
+    rollout = Rollout(**{name: value})
+    fleet.validate(rollout)
+    fleet.validate_kind(rollout, "cuda")
+    fleet.validate_kind(Rollout(), "cpu")
+    with pytest.raises(UserError, match=rf"rollout\.{name} is {value}: it is for servers on GPUs"):
+        fleet.validate_kind(rollout, "cpu")
 
 
 def found(info: dict[str, Any], **settings: Any) -> fleet.FleetInfo:
@@ -78,6 +96,7 @@ def test_one_that_comes_back_as_another_release_without_a_row_is_refused(monkeyp
         ({"enable_return_routed_experts": False}, "was started without --enable-return-routed-experts"),
         ({"enable_deterministic_inference": False}, "was started without --enable-deterministic-inference"),
         ({"dp_size": 2}, "has --dp-size 2: start 2 servers"),
+        ({"moe_runner_backend": "triton_kernel"}, "has --moe-runner-backend triton_kernel, .* records no routes"),
     ],
 )
 def test_a_server_that_cannot_be_used_is_named(change: dict[str, Any], says: str) -> None:

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
 from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample, lost_sample
-from megatron_bai.rollout.servers import fleet, weight_sync
+from megatron_bai.rollout.servers import weight_sync
 from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
+from megatron_bai.rollout.servers.machine_servers import open_servers, recover_servers
 from megatron_bai.rollout.servers.quantize import fake_quantize
 from megatron_bai.routing.layout import ServedColumns
 
@@ -49,7 +49,7 @@ class InferenceEngine:
             session: of the run.
             servers: addresses and layouts.
             version: of the weights before the first sync.
-            server_fleet: restarts the same servers, on rank 0.
+            server_fleet: supervises them, on rank 0; on other ranks that started some, restarts these.
         """
         settings = session.settings
         self._session, self._servers, self._fleet = session, servers, server_fleet
@@ -205,14 +205,9 @@ class InferenceEngine:
             )
 
     def _recover_servers(self) -> bool:
-        """Restart failed servers on rank 0, and return whether there were any. Collective."""
+        """Restart failed servers, each on its machine, and return whether there were any. Collective."""
         checkpoint, version = _weights_dir(self._session, self._disk_version), str(self.version)
-
-        def revive() -> list[str]:
-            assert self._fleet
-            return self._fleet.recover(checkpoint, version)
-
-        if not current_ranks().run_on_first(revive):
+        if not recover_servers(self._fleet, checkpoint, version):
             return False
         self.close()  # restarted servers are no members of the process groups that weights are sent through
         return True
@@ -350,25 +345,11 @@ def start_inference(session: Session, version: int = 0) -> Iterator[InferenceEng
             rmtree(weights, ignore_errors=True)
             stack.callback(rmtree, weights, ignore_errors=True)
         directory = None if settings.rollout.urls else _export_weights(session, version)
-        server_fleet: ServerFleet | None = None
-        info: list[Any] = [None]
-        if session.is_rank_0:
-            server_fleet = (
-                fleet.connect_servers(settings.rollout)
-                if directory is None
-                else stack.enter_context(
-                    fleet.start_servers(
-                        directory,
-                        settings.rollout,
-                        Path(settings.run.dir),
-                        session.device.kind,
-                        settings.replay.weights == "server",
-                    )
-                )
-            )
-            info[0] = server_fleet.fleet
-        dist.broadcast_object_list(info, src=0)
-        inference = InferenceEngine(session, info[0], version - 1, server_fleet)
+        run_dir, returns_weights = Path(settings.run.dir), settings.replay.weights == "server"
+        info, server_fleet = stack.enter_context(
+            open_servers(directory, settings.rollout, run_dir, session.device.kind, returns_weights)
+        )
+        inference = InferenceEngine(session, info, version - 1, server_fleet)
         stack.callback(inference.close)
         inference.sync()
         yield inference

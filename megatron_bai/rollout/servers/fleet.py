@@ -1,7 +1,7 @@
 """The servers of a run, all with the same weights: started and supervised by it, or already running elsewhere."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +11,15 @@ from megatron_bai.config.limits import LARGEST_PORT, validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import auth, control, releases
 from megatron_bai.rollout.servers.logprob_temperature import require_sampled_logprobs
+from megatron_bai.rollout.servers.placement import Machine, ServerPlacement, place_servers
 from megatron_bai.rollout.servers.ports import require_local_address
 from megatron_bai.rollout.servers.sglang_server import SGLangServer, installed_release
 from megatron_bai.rollout.servers.weight_sync import on_all_servers
 
 _log = logging.getLogger(__name__)
 _HEALTH_S = 30.0  # for an answer of a server's scheduler
+_OF_GPUS = ("base_gpu_id", "mem_fraction_static", "moe_runner_backend")
+_OF_OWN_SERVERS = ("servers", "servers_per_machine", "tensor", "port", *_OF_GPUS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class FleetInfo:
 class ServerFleet:
     """The servers as rank 0 supervises them: finds those that failed, and recovers them.
 
+    Where servers are on several machines (`machine_servers.py`), each process that started some restarts those.
+
     Attributes:
         fleet: their addresses.
         owned: those started by this process, by URL.
@@ -53,37 +58,65 @@ class ServerFleet:
         self._num_restarts = 0
 
     def recover(self, model_dir: Path, version: str | None = None) -> list[str]:
-        """Recover every server that ended, hangs, or has other weights than `version`.
-
-        Servers started by this process are restarted; others are waited for. A recovered server must be given its
-        weights before any request.
+        """Recover every server that ended, hangs, or has other weights than `version`, all from this process.
 
         Args:
-            model_dir: a checkpoint of the model served.
+            model_dir: as in `restart`.
+            version: as in `find_faults`.
+
+        Returns:
+            The faults, one line a server; empty where there are none.
+
+        Raises:
+            UserError: as `find_faults` and `restart`.
+        """
+        faults = self.find_faults(version)
+        self.restart(list(faults), model_dir)
+        return list(faults.values())
+
+    def find_faults(self, version: str | None = None) -> dict[str, str]:
+        """Find every server that ended, hangs, or has other weights than `version`, and log what is wrong with it.
+
+        Args:
             version: of the weights that they must have; None: any.
 
         Returns:
-            The faults, one line a server, which are logged as well; empty where there are none.
+            The faults, a line a server, by URL.
 
         Raises:
-            UserError: more faults than `rollout.restarts`, or a server does not recover.
+            UserError: more faults than `rollout.restarts`.
         """
         results = on_all_servers(self.fleet.urls, lambda url: self._find_fault(url, version))
         faults = {url: fault for url, fault in zip(self.fleet.urls, results, strict=True) if fault}
-        for url, fault in faults.items():
+        action = "it is waited for and given the run's weights" if self._rollout.urls else "it is started anew"
+        for fault in faults.values():
             self._num_restarts += 1
             if self._num_restarts > self._rollout.restarts:
                 raise UserError(f"{fault}: the server failed more than rollout.restarts={self._rollout.restarts} times")
-            server = self.owned.get(url)
-            action = "it is started anew" if server else "it is waited for and given the run's weights"
             _log.warning("%s: %s (%d of %d)", fault, action, self._num_restarts, self._rollout.restarts)
-            if server:
-                server.stop(graceful=False)
-                server.model_dir = model_dir
-                server.launch()
-        for url in faults:
-            self.owned[url].wait() if url in self.owned else self._wait_for_server(url)
-        return list(faults.values())
+        return faults
+
+    def restart(self, urls: list[str], model_dir: Path) -> None:
+        """Restart those of these servers that this process started, and wait for them, or for those at `rollout.urls`.
+
+        They must be given their weights before any request.
+
+        Args:
+            urls: of servers that failed.
+            model_dir: a checkpoint of the model served.
+
+        Raises:
+            UserError: one does not recover.
+        """
+        own = [self.owned[url] for url in urls if url in self.owned]
+        for server in own:
+            server.stop(graceful=False)
+            server.model_dir = model_dir
+            server.launch()
+        for server in own:
+            server.wait()
+        for url in urls if self._rollout.urls else []:
+            self._wait_for_server(url)
 
     def _find_fault(self, url: str, version: str | None) -> str:
         """Find what keeps a server from sampling with the right weights; return an empty string where nothing does."""
@@ -124,13 +157,37 @@ def validate(rollout: Rollout) -> None:
             f"rollout.port is {rollout.port} and rollout.servers {rollout.servers}: the last one's port would be above "
             f"{LARGEST_PORT}"
         )
-    if rollout.urls and (rollout.servers, rollout.tensor, rollout.port) != (1, 1, 0):
-        raise UserError("rollout.urls names servers that run already: leave out rollout.servers, tensor and port")
+    if rollout.urls and any(_is_set(rollout, name) for name in _OF_OWN_SERVERS):
+        names = ", ".join(f"rollout.{name}" for name in _OF_OWN_SERVERS if _is_set(rollout, name))
+        raise UserError(f"rollout.urls names servers that run already: leave out {names}")
     if rollout.router and not rollout.urls:
         raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
     if len({url.rstrip("/").lower() for url in rollout.urls}) < len(rollout.urls):
         raise UserError("rollout.urls names a server twice")
     auth.require_key_or_loopback(rollout)
+
+
+def validate_kind(rollout: Rollout, kind: str) -> None:
+    """Refuse settings of servers on GPUs where servers are on a CPU, which would not read them.
+
+    Args:
+        rollout: settings of the servers.
+        kind: of their device, `cpu` or `cuda`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name in _OF_GPUS:
+        if kind == "cpu" and _is_set(rollout, name):
+            raise UserError(
+                f"rollout.{name} is {getattr(rollout, name)}: it is for servers on GPUs, and these are on a CPU "
+                "(backend.kind): leave it out"
+            )
+
+
+def _is_set(rollout: Rollout, name: str) -> bool:
+    """Return whether a setting has another value than its default."""
+    return bool(getattr(rollout, name) != getattr(Rollout, name))
 
 
 def require_local_addresses(rollout: Rollout) -> None:
@@ -148,9 +205,14 @@ def require_local_addresses(rollout: Rollout) -> None:
 
 @contextmanager
 def start_servers(
-    model_dir: Path, rollout: Rollout, logs: Path, device: str, route_weights: bool = False
+    model_dir: Path,
+    rollout: Rollout,
+    logs: Path,
+    device: str,
+    route_weights: bool = False,
+    placements: Mapping[int, ServerPlacement] | None = None,
 ) -> Iterator[ServerFleet]:
-    """Start `rollout.servers` servers on this machine, all at once; stop them however the block ends.
+    """Start servers on this machine, all at once; stop them however the block ends.
 
     Args:
         model_dir: a Hugging Face checkpoint.
@@ -158,14 +220,18 @@ def start_servers(
         device: `cpu` or `cuda`.
         logs: directory of `server.log`, `server-1.log` and so on.
         route_weights: as in `SGLangServer`.
+        placements: of those of the run's servers that are on this machine, by index; None: all are, on its CPU.
 
     Raises:
         UserError: one did not start.
     """
+    if placements is None:
+        placements = dict(enumerate(place_servers(rollout, [Machine(1)])))
     with ExitStack() as stack:
         servers = []
-        for i in range(rollout.servers):
-            settings = replace(rollout, port=rollout.port + i if rollout.port else 0)
+        for i, placement in placements.items():
+            port = rollout.port + i if rollout.port else 0
+            settings = replace(rollout, port=port, base_gpu_id=placement.base_gpu_id)
             log = logs / (f"server-{i}.log" if i else "server.log")
             server = SGLangServer(model_dir, settings, log, device, route_weights=route_weights)
             stack.callback(server.stop)

@@ -31,6 +31,9 @@ _FORBIDDEN_FLAGS = {
 }
 _DEFAULTS = "preferred_sampling_params"
 _MASK_TOKENS, _NO_TOKENIZER = "sampling_mask_max_tokens", "skip_tokenizer_init"
+_MOE_RUNNER = "moe_runner_backend"
+# A kernel chooses the experts: routes that such a server returns are whatever its buffer had (SGLang 0.5.21, topk.py).
+_WITHOUT_ROUTES = ("flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4", "triton_kernel")
 
 
 def require_startable(found: str | None, where: str, device: str = "cpu") -> None:
@@ -118,6 +121,11 @@ def check_server_info(url: str, info: dict[str, Any], deterministic: bool) -> No
         raise UserError(f"the server at {url} was started without {' and '.join(missing)}, which rollouts need")
     if barred := [flag for name, flag in _FORBIDDEN_FLAGS.items() if info.get(name)]:
         raise UserError(f"the server at {url} was started with {' and '.join(barred)}, under which routes may be wrong")
+    if info.get(_MOE_RUNNER) in _WITHOUT_ROUTES:
+        raise UserError(
+            f"the server at {url} has --moe-runner-backend {info[_MOE_RUNNER]}, whose kernel chooses the experts and "
+            "records no routes: start it with --moe-runner-backend triton"
+        )
     refuse_other_defaults(url, info.get(_DEFAULTS))
     if info.get("dp_size", 1) != 1:
         raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")

@@ -234,6 +234,10 @@ class SGLangServer:
             options |= {"attention-backend": "torch_native", "sampling-backend": "pytorch"}
             # An idle scheduler would keep a core busy; one that overlaps computes a token too many.
             flags += ["disable-cuda-graph", "sleep-on-idle", "disable-overlap-schedule"]
+        else:
+            options |= {"base-gpu-id": rollout.base_gpu_id, "moe-runner-backend": rollout.moe_runner_backend}
+            if rollout.mem_fraction_static is not None:
+                options["mem-fraction-static"] = rollout.mem_fraction_static
         if rollout.deterministic:
             flags.append("enable-deterministic-inference")
         if not (self.text or needs_tokenizer(rollout)):
