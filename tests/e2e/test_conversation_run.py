@@ -75,6 +75,7 @@ def train(directory: Path, steps: int, *more: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_run_stopped_amid_conversations_is_the_run_that_was_not(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", 3)
