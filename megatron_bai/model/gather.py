@@ -89,7 +89,8 @@ def gather_buckets(
     spare: torch.Tensor | None = None
     pending: deque[_Receipt] = deque()  # the frame of a generator would hold what a variable names
     for bucket in plan:
-        messages, works = {}, []
+        messages: dict[int, torch.Tensor] = {}
+        works: list[Any] = []
         if bucket.collector == rank:
             messages, works = _start_receiving(bucket, shards)
         elif rank in bucket.message_bytes:
