@@ -17,7 +17,7 @@ from megatron_bai.rollout.servers import control, fleet, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport, SenderGroup, ServerGroups
 from megatron_bai.rollout.servers.fleet import FleetInfo
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
-from megatron_bai.rollout.servers.weight_buckets import flatten_bucket, make_buckets
+from megatron_bai.rollout.servers.weight_buckets import Bucket, flatten_bucket, make_buckets
 
 pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
 PROBE = [list(range(2, 22))]
@@ -58,7 +58,7 @@ def test_weights_out_of_memory_are_those_on_disk(
     sent: list[int] = []
 
     class Seen:
-        def start(self, bucket: weight_sync.Bucket) -> Callable[[], object]:
+        def start(self, bucket: Bucket) -> Callable[[], object]:
             sent.append(sum(tensor.nbytes for _, tensor in bucket))
             return carrier.start(bucket)
 
