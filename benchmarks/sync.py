@@ -34,6 +34,7 @@ from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.weight_buckets import Shapes
 from megatron_bai.routing.routes import RouteSignature
 
 VOCAB, LAYERS, EXPERTS, TOPK = 512, 4, 16, 4
@@ -119,7 +120,7 @@ def through_file(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def through_disk(
-    urls: list[str], weights: dict[str, torch.Tensor], directory: Path, version: str, shapes: weight_sync.Shapes
+    urls: list[str], weights: dict[str, torch.Tensor], directory: Path, version: str, shapes: Shapes
 ) -> None:
     """As the trainer does: the file is new each time, the server reads it."""
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

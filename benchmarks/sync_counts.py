@@ -77,8 +77,9 @@ def build_infos(layout: str, layers: int) -> tuple[list[list[ShardInfo]], Archit
     from megatron_bai.model.architecture import architecture_of
     from megatron_bai.model.gather import describe, main_shards
 
-    cluster, shape = (OmegaConf.load(conf_dir() / path) for path in
+    loaded: Any = (OmegaConf.load(conf_dir() / path) for path in
                       (f"cluster/{layout}.yaml", "model/qwen3_30b_a3b.yaml"))  # fmt: skip
+    cluster, shape = loaded
     model = replace(config.Model(**shape), num_layers=layers)
     parallel = config.Parallel(**cluster.parallel)
     device = backend.Device("cpu", torch.device("cpu"), torch.bfloat16, False)

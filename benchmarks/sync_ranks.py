@@ -48,10 +48,10 @@ def shapes_of(mib: int) -> dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ..
     layers = max(1, round((mib << 20) / layer))
     num_experts = min(EXPERTS, max(8, round(EXPERTS * (mib << 20) / layer / layers) // 8 * 8))
     shapes: dict[Any, Any] = {("embedding", ()): ((VOCABULARY * layers // 48 // TP * TP, HIDDEN), 0)}
-    for index in range(layers):
-        shapes["qkv", (index,)] = ((QKV, HIDDEN), 0)
-        shapes["proj", (index,)] = ((HIDDEN, QKV - 1024), 1)
-        shapes["norm", (index,)] = ((HIDDEN,), None)
+    for layer_index in range(layers):
+        shapes["qkv", (layer_index,)] = ((QKV, HIDDEN), 0)
+        shapes["proj", (layer_index,)] = ((HIDDEN, QKV - 1024), 1)
+        shapes["norm", (layer_index,)] = ((HIDDEN,), None)
     for index in product(range(layers), range(num_experts)):
         shapes["fc1", index], shapes["fc2", index] = ((2 * WIDTH, HIDDEN), None), ((HIDDEN, WIDTH), None)
     return shapes
@@ -242,7 +242,8 @@ def main() -> None:
     server.start()
     found = context.SimpleQueue()
     arguments = (asked, store_port, port, found)
-    torch.multiprocessing.start_processes(rank_main, arguments, nprocs=asked.ranks, start_method="fork", join=True)
+    start: Any = torch.multiprocessing.start_processes  # type: ignore[attr-defined]  # public, and not in __all__
+    start(rank_main, arguments, nprocs=asked.ranks, start_method="fork", join=True)
     total, slices, best = found.get()
     server.terminate()
     print(f"{total / 2**20:.0f} MiB in {slices} slices on {asked.ranks} ranks, buckets of {asked.bucket_mib} MiB, best "

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron_bai.model.gather_plan import GatherBucket, Index, ShardInfo, make_gather_plan
 from megatron_bai.model.param_shards import Shard, local_shards
 
-BUCKET_BYTES = 256 << 20  # of an export that no setting says otherwise of
+# Of an export. Larger memory is taken from the system anew for each bucket: glibc keeps none above 32 MiB.
+BUCKET_BYTES = 32 << 20
 
 T = TypeVar("T")
 NamedSlice = tuple[str, Index, torch.Tensor]
@@ -89,7 +90,8 @@ def gather_buckets(
     spare: torch.Tensor | None = None
     pending: deque[_Receipt] = deque()  # the frame of a generator would hold what a variable names
     for bucket in plan:
-        messages, works = {}, []
+        messages: dict[int, torch.Tensor] = {}
+        works: list[Any] = []
         if bucket.collector == rank:
             messages, works = _start_receiving(bucket, shards)
         elif rank in bucket.message_bytes:

@@ -22,7 +22,8 @@ SliceId = tuple[str, Index]  # key and index, as in `param_shards.Shard`
 _ALIGNMENT = 16  # bytes: a message holds numbers of any size, which lie at multiples of it
 
 
-class ShardInfo(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
     """What a rank tells the others of a shard that it holds: the fields of `param_shards.Shard`, and the dtype."""
 
     key: str
@@ -47,7 +48,8 @@ class PlannedShard(NamedTuple):
     start: int
 
 
-class PlannedSlice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PlannedSlice:
     """A slice, and the shards that cover it."""
 
     key: str
@@ -132,7 +134,7 @@ def make_gather_plan(
         loads[collector] += num_bytes
         sizes[collector] += num_bytes
     turns = zip_longest(*([(rank, bucket) for bucket in buckets] for rank, buckets in queues.items()))
-    return [_make_bucket(*entry, slices) for turn in turns for entry in turn if entry is not None]
+    return [_make_bucket(entry[0], entry[1], slices) for turn in turns for entry in turn if entry is not None]
 
 
 def _require_cover(slice_id: SliceId, infos: list[ShardInfo]) -> None:

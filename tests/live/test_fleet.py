@@ -15,9 +15,10 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import control, fleet, weight_sync
-from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
+from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport, SenderGroup, ServerGroups
 from megatron_bai.rollout.servers.fleet import FleetInfo
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
+from megatron_bai.rollout.servers.weight_buckets import Bucket, flatten_bucket, make_buckets
 
 pytestmark = [pytest.mark.live, pytest.mark.long, pytest.mark.usefixtures("forked_servers")]
 PROBE = [list(range(2, 22))]
@@ -58,7 +59,7 @@ def test_weights_out_of_memory_are_those_on_disk(
     sent: list[int] = []
 
     class Seen:
-        def start(self, bucket: weight_sync.Bucket) -> Callable[[], object]:
+        def start(self, bucket: Bucket) -> Callable[[], object]:
             sent.append(sum(tensor.nbytes for _, tensor in bucket))
             return carrier.start(bucket)
 
@@ -77,6 +78,29 @@ def test_weights_out_of_memory_are_those_on_disk(
             np.testing.assert_array_equal(scores(url), was)
             assert control.weight_version(url) == f"{version}-again"
     assert len(sent) > 4 and max(sent) <= 1 << 16
+
+
+def test_two_ranks_send_in_turn(both: FleetInfo, checkpoints: dict[str, Path]) -> None:
+    """Each through a group of its own with all servers, which take one bucket after the other."""
+    device, order = torch.device("cpu"), []
+    shapes, named = weight_sync.tensor_shapes(checkpoints["v1"]), list(weights(checkpoints, "v1").items())
+    weight_sync.sync_from_disk(both.urls, checkpoints["v1"], "v1", shapes)
+    expected = [scores(url) for url in both.urls]
+    weight_sync.sync_from_disk(both.urls, checkpoints["v0"], "v0", shapes)
+    with closing(ServerGroups(both.urls, both.tp_sizes, "127.0.0.1", device, 2, 60)) as groups:
+        joining = groups.start_joining()
+        senders = [SenderGroup(groups.address, i, device, 60) for i in range(2)]
+        joining.result()
+        buckets = [flatten_bucket(bucket) for bucket in make_buckets(([each] for each in named), 1 << 16)]
+        with weight_sync.tensor_update(both.urls, "v1-again"):
+            loading = groups.start_loading([(i % 2, infos) for i, (_, infos) in enumerate(buckets)])
+            for i, (flat, _) in enumerate(buckets):
+                senders[i % 2].finish(senders[i % 2].broadcast(flat), loading)
+                order.append(i % 2)
+            loading.result()
+    assert order.count(1) > 2
+    for url, was in zip(both.urls, expected, strict=True):
+        np.testing.assert_array_equal(scores(url), was)
 
 
 def without(named: Weights) -> None:

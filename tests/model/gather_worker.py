@@ -25,7 +25,7 @@ from weight_receiver import WeightReceiver, digests
 from megatron_bai.distributed.rank_group import current_ranks
 from megatron_bai.errors import UserError
 from megatron_bai.model.gather import drained, gather_buckets
-from megatron_bai.model.gather_plan import GatherBucket, make_gather_plan
+from megatron_bai.model.gather_plan import GatherBucket, PlannedSlice, make_gather_plan
 from megatron_bai.model.hf_gather import TensorInfo
 from megatron_bai.rollout.servers.group_sync import GroupSync
 from megatron_bai.rollout.servers.weight_buckets import Bucket
@@ -116,7 +116,7 @@ def synced(server: WeightReceiver, fails: bool = False, twice: bool = False) -> 
         try:
             for left_out in [set(), ROUTERS][: 1 + twice]:
                 plan = make_gather_plan(infos_of(grid, MODEL), BUCKET, WORLD, unchanged=left_out)
-                shown = [(each.collector, [info_of(*each_slice[:4]) for each_slice in each.slices]) for each in plan]
+                shown = [(each.collector, [info_of(each_slice) for each_slice in each.slices]) for each in plan]
                 buckets = named(gather_buckets(shards_of(grid, rank, MODEL), plan))
                 names = {f"{key}{index}" for key, index in left_out}
                 group.send(shown, failing(buckets) if fails else buckets, "v1", SHAPES, names)
@@ -130,8 +130,8 @@ def synced(server: WeightReceiver, fails: bool = False, twice: bool = False) -> 
     return {"errors": everyone(found["error"]), "received": found["received"]} | {"waited": found.get("was_waiting")}
 
 
-def info_of(key: str, index: Any, shape: Any, dtype: torch.dtype) -> TensorInfo:
-    return TensorInfo(f"{key}{index}", dtype, tuple(shape))
+def info_of(planned: PlannedSlice) -> TensorInfo:
+    return TensorInfo(f"{planned.key}{planned.index}", planned.dtype, planned.shape)
 
 
 def stopped() -> list[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,6 @@ def test_shards_that_do_not_cover_a_slice_are_refused() -> None:
     of_ranks = [describe(shards_of(grid, rank, MODEL)) for rank in range(2)]
     with pytest.raises(RuntimeError, match=r"shards of embedding\[\] do not cover its shape \(24, 6\)"):
         make_gather_plan([of_ranks[0], [info for info in of_ranks[1] if info.key != "embedding"]], 300)
-    twice = [info._replace(offset=(0, 0)) if info.key == "embedding" else info for info in of_ranks[1]]
+    twice = [replace(info, offset=(0, 0)) if info.key == "embedding" else info for info in of_ranks[1]]
     with pytest.raises(RuntimeError, match="do not cover"):
         make_gather_plan([of_ranks[0], twice], 300)
