@@ -33,7 +33,8 @@ def open_servers(
     Raises:
         UserError: on every rank, where one did not start or cannot be used.
     """
-    group, own = current_ranks(), []
+    group = current_ranks()
+    own: list[ServerFleet] = []
     with ExitStack() as stack:
 
         def start() -> FleetInfo | None:
