@@ -1,6 +1,7 @@
 """A rank's threads: each writes a unit of its own, the remaining units are divided, and none goes on after an error."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -34,10 +35,11 @@ def test_each_thread_writes_a_unit_of_its_own_and_the_rest_is_divided(three, tmp
         names = {items[0].file for _, _, items in batch}
         assert len(names) == 1, "a batch is of one unit"
         threads_of.setdefault(names.pop(), set()).add(threading.get_ident())
+        time.sleep(0.005)  # so that another thread would take the next batch of a unit that is divided
         return merge_items(plan, batch, buffers)
 
     monkeypatch.setattr(tiles, "merge_items", record)
-    monkeypatch.setattr(executor, "BATCH_BYTES", 64)  # many batches, so that several threads have the chance
+    monkeypatch.setattr(executor, "BATCH_BYTES", 64)  # many batches
     three.output = str(tmp_path / "threads")
     num_threads = next(n for n in (2, 3, 4, 5) if len(alone) % n)
     assert merge(three, num_threads) == alone

@@ -179,7 +179,7 @@ class _Bf16Merger:
             for item in box.items:
                 if item.offset == item.start:
                     item.write(b"")  # its head
-        files = [[*filter(None, box.streams), *box.items] for box in boxes]
+        files: list[list[ChunkStream | ItemWriter]] = [[*filter(None, box.streams), *box.items] for box in boxes]
         file_offsets = np.array([[(file.fd, file.offset) for file in row] for row in files], np.int64)
         crcs = np.array([[file.crc for file in row] for row in files], np.uint32)
         num_bytes = np.array([2 * box.remaining for box in boxes], np.int64)
