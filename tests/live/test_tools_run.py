@@ -1,4 +1,4 @@
-"""The short form of `experiment=tools`: a real server, SGLang's parser, the calculator's processes, training with R3."""
+"""The short form of `experiment=tools`: a real server, SGLang's parser, the calculator's processes, R3."""
 
 import gzip
 import json
