@@ -32,6 +32,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.client import RolloutClient
 from megatron_bai.rollout.parse_reply import parse_sample
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.routing.routes import RouteSignature
@@ -98,7 +99,7 @@ def report(url: str, rollout: Rollout, signature: RouteSignature, concurrency: i
             began = time.perf_counter()
             if name == "checked":
                 limited = Rollout(**(vars(rollout) | {"concurrency": concurrency}))
-                client = RolloutClient([url], limited, signature, VOCAB, 4096)
+                client = RolloutClient([url], limited, RouteFormat(signature), VOCAB, 4096)
                 found = client.generate([PROMPT], samples, 0, [NEVER])
                 for each in found:
                     assert isinstance(each, Sample) and len(each.response) == asked.tokens, "a response ended early"
@@ -108,7 +109,7 @@ def report(url: str, rollout: Rollout, signature: RouteSignature, concurrency: i
     replies = asyncio.run(ask(url, samples, asked.tokens, concurrency, True))
     began = time.perf_counter()
     for reply in replies:
-        parse_sample(reply, 0, PROMPT, signature, asked.tokens, [NEVER])
+        parse_sample(reply, 0, PROMPT, RouteFormat(signature), asked.tokens, [NEVER])
     checks = time.perf_counter() - began
     speeds = "".join(f"{samples * asked.tokens / best[name]:12.0f}" for name in ("plain", "routes", "checked"))
     print(f"{concurrency:>10}{speeds}{'':9}{checks / best['checked']:>17.1%}", flush=True)
@@ -132,7 +133,7 @@ def alone(signature: RouteSignature, prompt: int, tokens: int, repeat: int) -> N
         began = time.process_time()
         reply = json.loads(text)
         parsed = time.process_time()
-        parse_sample(reply, 0, [2] * prompt, signature, tokens, [NEVER])
+        parse_sample(reply, 0, [2] * prompt, RouteFormat(signature), tokens, [NEVER])
         parsing.append(parsed - began)
         checking.append(time.process_time() - parsed)
     print(f"{prompt} + {tokens} tokens, {signature.moe_layers} layers, {signature.topk} of "

@@ -30,6 +30,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_bai.config import Rollout
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
@@ -73,7 +74,7 @@ def _measure(root: Path, asked: argparse.Namespace) -> None:
     with SGLangServer(sources[0], rollout, root / "server.log") as server:
         urls = [server.url]
         signature = RouteSignature(moe_layers=LAYERS, num_experts=EXPERTS, topk=TOPK)
-        client = RolloutClient(urls, rollout, signature, VOCAB, 256)
+        client = RolloutClient(urls, rollout, RouteFormat(signature), VOCAB, 256)
         expected = []
         for which, source in enumerate(sources):
             weight_sync.sync_from_disk(urls, source, f"reference-{which}", shapes)

@@ -30,12 +30,12 @@ SHARED = {
     ],
     "nodes": ["launch/test_torchrun.py", "launch/test_machines.py", "launch/test_elastic.py", "launch/test_slurm.py"],
     "layouts": [
-        *(f"distributed/test_{name}.py" for name in ("layouts", "packed", "critic")),
+        *(f"distributed/test_{name}.py" for name in ("layouts", "packed", "critic", "drawn")),
         "model/test_conversion.py",
     ],
     "server": [
         f"live/test_{name}.py"
-        for name in ("contract", "server", "server_faults", "fleet", "served_rewards", "conversations")
+        for name in ("contract", "server", "server_faults", "fleet", "served_rewards", "conversations", "drawn_from")
     ],
     "facts": ["routing/test_replay.py", "routing/test_routers.py"],
 }

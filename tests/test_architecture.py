@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "utils",
     "errors",
+    "workers",
     "project_files",
     "compat",
     "config",
@@ -26,6 +27,7 @@ LAYERS = (
     "routing",
     "monitor",
     "rollout",
+    "environments",
     "rewards",
     "rl",
     "memory_plan",

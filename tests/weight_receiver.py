@@ -37,6 +37,13 @@ def digests(named: Named) -> list[Digest]:
     return found
 
 
+def unflatten(flattened_tensor: torch.Tensor, metadata: list[Any]) -> Named:
+    """Split what came in a request as SGLang does."""
+    for each in metadata:
+        assert each.numel == each.end_idx - each.start_idx
+        yield each.name, flattened_tensor[each.start_idx : each.end_idx].view(each.dtype).reshape(each.shape)
+
+
 class WeightReceiver:
     """A handler for `fake_sglang.serve`. Tensors outside a session are refused, as is what no weight sync says.
 
@@ -46,7 +53,8 @@ class WeightReceiver:
 
     def __init__(self) -> None:
         self.requests: list[list[list[Digest]]] = []
-        self.version, self.in_session, self.groups = "", False, []
+        self.version, self.in_session = "", False
+        self.groups: dict[str, list[Any]] = {}
 
     def take(self) -> list[list[list[Digest]]]:
         """Return the requests and forget them."""
@@ -90,8 +98,9 @@ class WeightReceiver:
 
     def update_weights_from_tensor(self, body: dict[str, Any]) -> None:
         assert self.in_session
+        assert body["load_format"] == "flattened_bucket"
         ranks = [pickle.loads(base64.b64decode(each)) for each in body["serialized_named_tensors"]]
-        self.requests.append([digests(named) for named in ranks])
+        self.requests.append([digests(unflatten(**each)) for each in ranks])
 
     def init_weights_update_group(self, body: dict[str, Any]) -> None:
         """Join as torch and SGLang 0.5.21 do, every rank at once."""
@@ -105,7 +114,7 @@ class WeightReceiver:
             return dist.ProcessGroupGloo(store, body["rank_offset"] + rank, world, LIMIT)
 
         with ThreadPoolExecutor(RANKS) as pool:
-            self.groups = list(pool.map(join, range(RANKS)))
+            self.groups[name] = list(pool.map(join, range(RANKS)))
 
     def update_weights_from_distributed(self, body: dict[str, Any]) -> None:
         """Split the bytes as SGLang's `FlattenedTensorBucket` does, which cannot read a number at any offset."""
@@ -123,7 +132,7 @@ class WeightReceiver:
             return digests((name, piece.view(dtype).reshape(shape)) for (name, dtype, shape), piece in pieces)
 
         with ThreadPoolExecutor(RANKS) as pool:
-            self.requests.append(list(pool.map(receive, self.groups)))
+            self.requests.append(list(pool.map(receive, self.groups[body["group_name"]])))
 
     def destroy_weights_update_group(self, body: dict[str, Any]) -> None:
-        self.groups = []
+        del self.groups[body["group_name"]]

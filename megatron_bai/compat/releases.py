@@ -180,17 +180,19 @@ class SGLangRelease:
         has_topk_layers: every model tells its routers their layer, without which routes are not captured.
         has_stage_facts: a model's layers declare whether they have experts in a function of their own
             (`stage_facts`), which their neighbours ask.
+        has_sampling_masks: a reply says which tokens a truncated draw kept, as the sampler itself had them.
     """
 
     starts_here: bool = True
     needs_update_session: bool = True
     has_topk_layers: bool = True
     has_stage_facts: bool = True
+    has_sampling_masks: bool = True
 
 
 SERVERS = {
-    "0.5.19": SGLangRelease(False, needs_update_session=False, has_topk_layers=False, has_stage_facts=False),
-    "0.5.20": SGLangRelease(False, needs_update_session=False, has_topk_layers=False, has_stage_facts=False),
+    "0.5.19": SGLangRelease(False, False, has_topk_layers=False, has_stage_facts=False, has_sampling_masks=False),
+    "0.5.20": SGLangRelease(False, False, has_topk_layers=False, has_stage_facts=False, has_sampling_masks=False),
     SGLANG: SGLangRelease(has_topk_layers=False, has_stage_facts=False),
     "0.5.22": SGLangRelease(),
     "0.5.23": SGLangRelease(),

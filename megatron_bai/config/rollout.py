@@ -4,13 +4,32 @@ from dataclasses import dataclass
 
 from megatron_bai.config.limits import LARGEST_PORT, LONGEST_S, number, path, setting
 
+LARGEST_TOP_K = 1000  # each token of a response keeps so many ids, in every rank's memory
+
 
 @dataclass
 class Rollout:
     """Sampling from SGLang servers, and how weights reach them."""
 
     temperature: float = number(1.0, "of samples", above=0)
+    top_k: int = number(
+        0,
+        "sample from the K likeliest tokens, which training renormalises over as well; 0: from all",
+        at_least=0,
+        at_most=LARGEST_TOP_K,
+    )
+    top_p: float = number(1.0, "within top_k: from the likeliest tokens up to this probability", above=0, at_most=1)
+    min_p: float = number(
+        0.0, "within top_k: from tokens of at least this share of the likeliest one's probability", at_least=0, below=1
+    )
     max_new_tokens: int = number(64, "longest response, in tokens", at_least=1)
+    min_new_tokens: int = number(
+        0, "tokens of a response before which no end token is sampled, or counted in the policy", at_least=0
+    )
+    stop: list[str] = setting(list, "texts that end a response, and belong to it")
+    stop_token_ids: list[int] = number(
+        list, "ids that end a response, beside the model's own, and belong to it", at_least=0
+    )
     concurrency: int = number(64, "requests in flight from one client", at_least=1)
     request_timeout_s: float = number(120.0, "of one request", above=0, at_most=LONGEST_S)
     start_timeout_s: float = number(600.0, "from launch to the first healthy answer", above=0, at_most=LONGEST_S)
@@ -63,7 +82,10 @@ class Rollout:
         "how weights travel: disk (a checkpoint they read), tensors (over HTTP) or group (gloo, NCCL)",
         choices=("disk", "tensors", "group"),
     )
-    sync_bucket_mib: int = number(256, "tensors, group: sent together", at_least=1)
+    sync_bucket_mib: int = number(256, "tensors, group: gathered and sent together", at_least=1)
+    sync_senders: int = number(
+        8, "group: ranks that send in turn what they gathered from those next to them, at most", at_least=1
+    )
     sync_host: str = setting("127.0.0.1", "group: an address of rank 0's machine that the servers reach")
     sync_tolerance: float = number(
         0.01, "nats: how far the probe's mean log-probability may be off after a weight sync", above=0, finite=False

@@ -139,7 +139,7 @@ class EnvironmentKind:
 
     Attributes:
         settings: the dataclass of its settings, a `config.PerTurn`; its `name` is what `env=NAME` chooses.
-        target: its class, `module:Class` or `path.py:Class`, or a function of the settings that returns this. It is
+        target: its class, `module:Class` or `./path.py:Class`, or a function of the settings that returns this. It is
             constructed with the settings as attributes, or without arguments where it takes none.
         check: refuses its settings by name with a `UserError`.
         require: refuses, likewise, a machine that lacks what it needs. `plan` does not ask for it.

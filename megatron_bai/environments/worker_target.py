@@ -13,7 +13,7 @@ def make_target(name: str, settings: dict[str, JSON] | None) -> Target:
     """Return what a pool calls with `[Conversation.to_json()]` and whose outcome's value `parse_reply` reads.
 
     Args:
-        name: of the class, `module:Class` or `path.py:Class`.
+        name: of the class, `module:Class` or `./path.py:Class`.
         settings: that it is constructed with, as attributes, where it takes an argument; None: nothing.
     """
     opener = "megatron_bai.environments.worker_target:open_environment"

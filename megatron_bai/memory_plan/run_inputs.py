@@ -121,7 +121,7 @@ def _require_module(setting: str, name: str) -> None:
 
     Args:
         setting: that names it.
-        name: `module:attribute`, or `path.py:attribute`.
+        name: `module:attribute`, or `./path.py:attribute`.
     """
     module = name.rpartition(":")[0]
     if module.endswith(".py"):

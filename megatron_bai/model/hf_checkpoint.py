@@ -4,11 +4,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -19,9 +19,11 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import hf_mapping
 from megatron_bai.model.architecture import architecture_of
 from megatron_bai.model.architecture import read_architecture as read_config  # its documented name
+from megatron_bai.model.gather import drained
 from megatron_bai.model.hf_config_file import hf_config, write_config
+from megatron_bai.model.hf_gather import HFGather
 from megatron_bai.model.hf_reader import HFReader
-from megatron_bai.model.param_shards import Shard, fill_parameters, gather_slices, local_shards
+from megatron_bai.model.param_shards import Shard, fill_parameters
 
 __all__ = ["HFReader", "hf_config", "hf_shapes", "iter_hf_tensors", "load_hf", "read_config", "save_hf", "write_config"]
 
@@ -65,22 +67,12 @@ def iter_hf_tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tu
         model: the architecture.
 
     Yields:
-        Names and complete tensors in the same order on every rank; values are defined on rank 0 alone.
+        Names and complete tensors in the same order on every rank; values are defined on rank 0 alone. A tensor may be
+        a view of a parameter, so what is kept is copied.
     """
-    architecture = architecture_of(model)
-    whole: list[torch.Tensor] = []  # of a layer whose experts are published together
-    for key, index, tensor in gather_slices(modules):
-        mapping = hf_mapping.mapping_of(key, architecture)
-        parts = mapping.split(tensor, architecture) if dist.get_rank() == 0 else [tensor] * len(mapping.hf)
-        if mapping.experts_together:
-            expert, count = index[-1], architecture.num_experts  # one after another: slices are sorted
-            whole = whole or [part.new_empty(count, *part.shape) for part in parts]
-            for experts, part in zip(whole, parts, strict=True):
-                experts[expert].copy_(part)
-            if expert < count - 1:
-                continue
-            parts, whole = whole, []
-        yield from zip(mapping.names(index), parts, strict=True)
+    gather = HFGather(modules, model)
+    for bucket, named in gather.iter_buckets(gather.plan()):
+        yield from named if named is not None else ((info.name, torch.empty(0)) for info in bucket.tensors)
 
 
 def hf_shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
@@ -90,15 +82,7 @@ def hf_shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[i
         modules: the bare model of each chunk.
         model: the architecture.
     """
-    architecture = architecture_of(model)
-    local = {(shard.key, shard.index) for shard in local_shards(modules)}
-    of_ranks: list[set[tuple[str, tuple[int, ...]]]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, local)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key, index in sorted(set().union(*of_ranks)):
-        mapping = hf_mapping.mapping_of(key, architecture)
-        shapes |= zip(mapping.names(index), mapping.published_shapes(architecture), strict=True)
-    return shapes
+    return {info.name: info.shape for bucket in HFGather(modules, model).plan() for info in bucket.tensors}
 
 
 def save_hf(
@@ -131,7 +115,8 @@ def save_hf(
     with ExitStack() as stack:
         ranks.run_on_first(lambda: stack.enter_context(atomic_dir.lock(Path(target))))
         stage = ranks.run_on_first(lambda: manifest.make_staging_dir(target))
-        files, dtype = _write_files(modules, model, stage, ranks.rank == 0, transform)
+        write = partial(_write_files, modules, model, stage, ranks.rank == 0, transform)
+        files, dtype = ranks.run_on_all(write, stage)[0]
 
         def finalize() -> None:
             _name_and_index_files(stage, files, model)
@@ -164,13 +149,14 @@ def _write_files(
         files[len(files)] = list(pending)
         pending, num_bytes = {}, 0
 
-    for name, tensor in iter_hf_tensors(modules, model):
-        if not is_writer:
-            continue
-        pending[name] = transform(name, tensor).contiguous().cpu()
-        num_bytes += tensor.nbytes
-        if num_bytes >= MAX_FILE_BYTES:
-            flush()
+    with drained(iter_hf_tensors(modules, model)) as tensors:
+        for name, tensor in tensors:
+            if not is_writer:
+                continue
+            pending[name] = transform(name, tensor).contiguous().cpu()
+            num_bytes += tensor.nbytes
+            if num_bytes >= MAX_FILE_BYTES:
+                flush()
     if pending:
         flush()
     return files, dtype

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from megatron_bai.config import Model
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 _NUMBERED_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
-# What ranks say of a piece: key, index, offset and shape of the piece, shape of the whole, dtype.
-_ShardInfo = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -136,49 +133,3 @@ def init_random(modules: list[torch.nn.Module], model: Model, seed: int) -> None
         return torch.randn(shard.shape, generator=generator) * model.init_std
 
     fill_parameters(modules, sample)
-
-
-def gather_slices(modules: list[torch.nn.Module]) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """Gather the model on rank 0, one slice at a time. *Collective*: every rank consumes the iterator.
-
-    Yields:
-        `(key, index, tensor)` in the same order on every rank; the tensor has the slice's global shape, and its
-        content is defined on rank 0 alone. At most one slice is held.
-
-    Raises:
-        RuntimeError: the main replicas do not cover a slice exactly.
-    """
-    rank = dist.get_rank()
-    main_shards = [shard for shard in local_shards(modules) if shard.is_main_replica]
-    local_infos = [(s.key, s.index, s.offset, tuple(s.data.shape), s.shape, s.data.dtype) for s in main_shards]
-    all_infos: list[list[_ShardInfo]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(all_infos, local_infos)
-    slices: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, _ShardInfo]]] = {}
-    for owner, infos in enumerate(all_infos):
-        for i, info in enumerate(infos):
-            slices.setdefault(info[:2], []).append((owner, i, info))
-    device = next(modules[0].parameters()).device
-    for key, index in sorted(slices):
-        shards = slices[key, index]
-        shape, dtype = shards[0][2][4:]
-        if sum(torch.Size(info[3]).numel() for _, _, info in shards) != torch.Size(shape).numel():
-            raise RuntimeError(f"the ranks' shards of {key}{list(index)} do not cover its shape {shape}")
-        full_tensor = torch.empty(shape, dtype=dtype, device=device) if rank == 0 else torch.empty(0)
-        for owner, i, info in shards:
-            _gather_shard(full_tensor, owner, main_shards[i].data if owner == rank else None, info)
-        yield key, index, full_tensor
-
-
-def _gather_shard(full_tensor: torch.Tensor, owner: int, data: torch.Tensor | None, info: _ShardInfo) -> None:
-    """Copy one shard from its owner into `full_tensor` on rank 0."""
-    rank, offset, shape = dist.get_rank(), info[2], info[3]
-    if rank == owner:
-        assert data is not None
-        if rank == 0:
-            full_tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(data.detach())
-        else:
-            dist.send(data.detach().contiguous(), dst=0)
-    elif rank == 0:
-        received = torch.empty(shape, dtype=full_tensor.dtype, device=full_tensor.device)
-        dist.recv(received, src=owner)
-        full_tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].copy_(received)

@@ -14,6 +14,7 @@ from megatron_bai.environments.chat_template import make_chat_template
 from megatron_bai.errors import UserError
 from megatron_bai.rl import objectives
 from megatron_bai.rollout.client import max_request_tokens
+from megatron_bai.rollout.sampling_params import needs_tokenizer, servers_end_tokens
 
 
 def make_task(settings: config.Config, tokenizer_dir: Path, log: Callable[[str], None]) -> Task:
@@ -54,6 +55,9 @@ def _make_task(settings: config.Config, tokenizer: Any, tokenizer_dir: Path, log
         length = settings.supervised.length
     validate_vocabulary(tokenizer, settings.model.vocab_size, tokenizer_dir)
     ends = [token for token in read_end_tokens(tokenizer_dir) if token < settings.model.vocab_size]
+    ends += list(settings.rollout.stop_token_ids)
+    if needs_tokenizer(settings.rollout):
+        ends += servers_end_tokens(tokenizer.get_added_vocab())
     task = task_factory.make_task(settings.data, tokenizer, length, supervised, log, ends)
     if not supervised and isinstance(settings.env, config.PerTurn):
         make_chat_template(settings.env, settings.data, task)  # refused before models are built

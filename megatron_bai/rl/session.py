@@ -28,6 +28,7 @@ from megatron_bai.rewards import Scorer
 from megatron_bai.rl import init_weights, objectives
 from megatron_bai.rl.batches.micro_batches import validate_batches
 from megatron_bai.rl.policy.critic import Critic
+from megatron_bai.rl.policy.held_back import HeldBack
 from megatron_bai.rl.policy.training_engine import TrainingEngine
 from megatron_bai.rl.run_architecture import plain_settings, resolve_architecture
 from megatron_bai.rl.run_dir import require_usable_run_dir
@@ -207,6 +208,7 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
         if not objectives.get(settings.objective.name).rollouts:
             warnings.simplefilter("ignore")  # of losses that contradict replay: nothing is replayed
         replay = RoutingReplay(actor.modules)
+    task = task or _make_task(settings, tokenizer_dir)
     group = parallel_state.get_model_parallel_group()
     replica_moe_layers: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(replica_moe_layers, replay.columns, group=group)
@@ -214,8 +216,8 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
         settings=settings,
         device=device,
         actor=actor,
-        engine=TrainingEngine(actor, replay, device.device, settings.rollout.temperature, settings.rollout.exact),
-        task=task or _make_task(settings, tokenizer_dir),
+        engine=_make_engine(actor, replay, device, settings.rollout, task),
+        task=task,
         tokenizer_dir=tokenizer_dir,
         signature=replay.signature,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -226,6 +228,14 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
         replica_moe_layers=replica_moe_layers,
         critic=Critic(actor, settings, device) if isinstance(settings.objective, config.Ppo) else None,
     )
+
+
+def _make_engine(
+    actor: MegatronModel, replay: RoutingReplay, device: backend.Device, rollout: config.Rollout, task: Task
+) -> TrainingEngine:
+    """Make the training engine of the distribution that servers sample from."""
+    held_back = HeldBack(rollout.min_new_tokens, task.end_tokens) if rollout.min_new_tokens else None
+    return TrainingEngine(actor, replay, device.device, rollout.temperature, rollout.exact, held_back)
 
 
 def _make_task_of_checkpoint(settings: config.Config) -> Task | None:

@@ -232,7 +232,11 @@ class TrainingLoop:
             assert routes is not None, "a store belongs to a replay"
             with clock("store"):
                 self.route_recorder.record_step(step, version, samples, micro_batches, routes)
-        training = self._make_training_batch(scored, micro_batches, stats, clock)
+        if self.session.critic:
+            with clock("values"):
+                training = self.session.critic.estimate_advantages(scored, micro_batches, stats)
+        else:
+            training = make_training_batch(scored)
         with clock("samples"):
             self.sample_recorder.add_train(step + 1, samples, training, micro_batches, differing)
         mini_batches = split_alike(training, rollout_parts)
@@ -246,13 +250,7 @@ class TrainingLoop:
         rows = self._sum_over_ranks(
             [self.session.engine.replay.rows - rows_before, expected if self.session.reports_stats else 0]
         )
-        if self.settings.rollout.overlap:
-            with clock("ahead"):
-                self.collector.wait()
-        with clock("sync"):
-            self.inference.sync()
-        if self.settings.rollout.overlap:
-            self.collector.finish_next()
+        self._sync(clock)
         every = self.settings.trainer.eval_every
         if every and ((step + 1) % every == 0 or step == 0):
             with clock("eval"):
@@ -266,7 +264,19 @@ class TrainingLoop:
             "sync_gap": self.inference.sync_gap,
             **clock.metrics(self._sum_over_ranks([int(rollouts.routed.sum()) if self.session.reports_stats else 0])[0]),
         }
-        return self._with_alarms(values)
+        if alarms := self.monitor.step(values):  # the same on every rank
+            values["alarms"] = [alarm.json() for alarm in alarms]
+        return values
+
+    def _sync(self, clock: StepTimer) -> None:
+        """Send the weights to the servers once nothing is sampled with the former ones. Collective."""
+        if self.settings.rollout.overlap:
+            with clock("ahead"):
+                self.collector.wait()
+        with clock("sync"):
+            self.inference.sync()
+        if self.settings.rollout.overlap:
+            self.collector.finish_next()
 
     @contextmanager
     def _recording_routers(self, step: int, mini_batches: MiniBatches[RolloutBatch]) -> Iterator[None]:
@@ -281,11 +291,6 @@ class TrainingLoop:
         lengths = compute_response_metrics(stats, self.settings.monitor.bucket)
         load = router.compute_load_metrics(router_stats, self.session.signature.num_experts)
         return {**stats.values(), **lengths, **router_stats.values(), **load}
-
-    def _with_alarms(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the metrics with `alarms`, if there are any; they are the same on every rank."""
-        alarms = self.monitor.step(values)
-        return values | ({"alarms": [alarm.json() for alarm in alarms]} if alarms else {})
 
     def _score_old_policy(
         self, rollouts: RolloutBatch, micro_batches: list[RolloutBatch], stats: Stats, router_stats: Stats
@@ -329,17 +334,6 @@ class TrainingLoop:
         routes = inference if mode == "r3" else old.routes
         router.add_expert_load(router_stats, routes, engine.replay.columns)
         return scored, None if mode == "none" else routes, differing
-
-    def _make_training_batch(
-        self, scored: ScoredBatch, micro_batches: list[RolloutBatch], stats: Stats, clock: StepTimer
-    ) -> TrainingBatch:
-        """Make the training stage, with the samples' advantages or those of a critic."""
-        if not self.session.critic:
-            return make_training_batch(scored)
-        with clock("values"):
-            training, critic_stats = self.session.critic.estimate_advantages(scored, micro_batches)
-            stats.add(critic_stats)
-        return training
 
     def _update(
         self,

@@ -16,6 +16,7 @@ from megatron_bai.rl.objectives.objective import policy_settings
 from megatron_bai.rl.policy import lr_schedule
 from megatron_bai.rl.policy.exactness import validate_exact
 from megatron_bai.rollout.client import max_request_tokens
+from megatron_bai.rollout.sampling_params import validate_sampling
 from megatron_bai.rollout.servers import fleet
 from megatron_bai.routing.store.expert_set_code import MAX_EXPERTS, MAX_TOPK
 
@@ -73,6 +74,7 @@ def validate_settings(settings: config.Config) -> None:
             f"({trainer.mini_batches})"
         )
     fleet.validate(settings.rollout)
+    validate_sampling(settings.rollout, model.vocab_size)
     validate_stale_rollouts(settings)
     validate_exact(settings, architecture)
     _validate_lengths(settings)

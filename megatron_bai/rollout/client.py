@@ -11,14 +11,14 @@ from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.conversation import FatalError, OnComplete, SampleDriver, SampleError
 from megatron_bai.rollout.http_client import HttpRequest, Post, RequestLimits, run_all
+from megatron_bai.rollout.kept_ids import max_kept
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.sample_request import SampleRequest, sampling_seed
-from megatron_bai.rollout.sampling_params import make_sampling_params
+from megatron_bai.rollout.sampling_params import make_rollout_params, make_sampling_params
 from megatron_bai.rollout.servers.auth import register_key
 from megatron_bai.rollout.turns import TurnEnvironment
-from megatron_bai.routing.layout import ServedColumns
-from megatron_bai.routing.routes import RouteSignature
 
 T = TypeVar("T")
 # Positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py).
@@ -35,28 +35,23 @@ class RolloutClient:
     Args:
         urls: of servers with the same weights, `http://host:port`.
         rollout: sampling settings, limits and time-outs.
-        signature: of the served model's routes.
+        route_format: of the servers' replies.
         vocab_size: rows of its embedding. A larger id in a prompt would kill the server.
         max_length: its longest sequence, in tokens.
         first_server: index of the server of the first prompt, so that several clients begin at different ones.
-        served: the columns of the servers' routes; None: one for each MoE layer.
-        weight_limit: replies also have the weights of a token's experts, whose sum in a layer is at most this; None:
-            they have not.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         rollout: Rollout,
-        signature: RouteSignature,
+        route_format: RouteFormat,
         vocab_size: int,
         max_length: int,
         first_server: int = 0,
-        served: ServedColumns | None = None,
-        weight_limit: float | None = None,
     ):
-        self.urls, self.rollout, self.signature, self.served = list(urls), rollout, signature, served
-        self.vocab_size, self.first_server, self.weight_limit = vocab_size, first_server, weight_limit
+        self.urls, self.rollout, self.route_format = list(urls), rollout, route_format
+        self.vocab_size, self.first_server = vocab_size, first_server
         self.max_length = max_request_tokens(rollout, max_length)
         register_key(self.urls, rollout.api_key_file)
 
@@ -214,22 +209,34 @@ class RolloutClient:
         temperature = self.rollout.temperature if temperature is None else temperature
         # Without its flag for deterministic inference a server ignores the seed; with it, but without a seed, the
         # samples of a prompt would be the same.
-        params = make_sampling_params(temperature, limit, stop_token_ids, request.seed)
-        body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "return_routed_experts": True}
+        done, kept = len(ids) - len(request.prompt_ids), max_kept(self.rollout.top_k)
+        params = make_rollout_params(self.rollout, temperature, limit, stop_token_ids, request.seed, done)
+        body: dict[str, Any] = {"input_ids": ids, "sampling_params": params}
+        body |= {"return_logprob": True, "return_routed_experts": True}
+        if kept:
+            body["return_sampling_mask"] = True
         start = 0 if partial is None else len(partial.tokens) - 1  # rows that are here already are not sent again
         if start:
             body["routed_experts_start_len"] = start
 
         def parse(reply: Any) -> Sample:
-            about = (request.prompt_index, ids, self.signature, limit, stop_token_ids, start)
-            sample = parse_sample(reply, *about, self.served, self.weight_limit)
-            if sample.tokens.max() >= self.vocab_size:
-                raise ValueError(f"token {sample.tokens.max()} is outside the vocabulary of {self.vocab_size}")
+            index, form = request.prompt_index, self.route_format
+            sample = parse_sample(reply, index, ids, form, limit, stop_token_ids, start, self.rollout.stop, kept)
+            largest = max(sample.tokens.max(), 0 if sample.kept_ids is None else sample.kept_ids.max(initial=0))
+            if largest >= self.vocab_size:
+                raise ValueError(f"token {largest} is outside the vocabulary of {self.vocab_size}")
+            if self._ended_early(sample, params["min_new_tokens"], stop_token_ids):
+                raise ValueError(f"token {len(sample.response)} ends the response, before rollout.min_new_tokens")
             if version is not None and (wrong := {span.version for span in sample.spans} - {version}):
                 raise ValueError(f"sampled with weights {sorted(wrong)}, the trainer is at {version}")
             return sample if partial is None else partial.append(sample)
 
         return HttpRequest(self.first_server + request.prompt_index, body, parse)
+
+    @staticmethod
+    def _ended_early(sample: Sample, min_new_tokens: int, stop_token_ids: Collection[int]) -> bool:
+        """Return whether an end token was sampled where it has no probability."""
+        return 0 < len(sample.response) <= min_new_tokens and int(sample.tokens[-1]) in stop_token_ids
 
     def _scoring_request(self, ids: list[int]) -> HttpRequest[np.ndarray]:
         """Make the HTTP request of tokens' log-probabilities."""
@@ -248,7 +255,7 @@ class RolloutClient:
             max_failures: as in `generate`.
         """
         rollout = self.rollout
-        reply_bytes = max_reply_bytes(longest, self.signature, self.served, self.weight_limit is not None)
+        reply_bytes = max_reply_bytes(longest, self.route_format, max_kept(rollout.top_k))
         setting = "rollout.request_timeout_s"
         limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
         results = run_all(self.urls, "/generate", calls, limits, max_failures or 0)

@@ -2,13 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.http_client import HttpRequest, Post
 from megatron_bai.rollout.sample import PARTIAL, TURN, Sample
-from megatron_bai.rollout.turns import TurnEnvironment, TurnReply
+from megatron_bai.rollout.turns import TurnEnvironment
 
+T = TypeVar("T")
 OnComplete: TypeAlias = Callable[[Sample], Awaitable[Sample]]
 
 
@@ -111,11 +112,11 @@ class SampleDriver:
             if self.sample.finish == TURN and self._budget <= 0:
                 return self.sample
         if self._on_complete:
-            self.sample = await _guard(self._on_complete(self.sample))
-        return self.sample
+            self.sample = continued = await _guard(self._on_complete(continued))
+        return continued
 
     def _limits(self, sample: Sample | None, num_reply_tokens: int) -> TokenLimits:
-        """Return the limits of the next request: the least that there is, and of equal ones the last that ends most."""
+        """Return the limits of the next request: the least that there is, and of equal ones the one that ends most."""
         used = 0 if sample is None else len(sample.response)
         limits = {"response": self._max_new_tokens - used - num_reply_tokens}
         if self._environment and self._environment.max_turn_tokens:
@@ -139,7 +140,7 @@ class SampleDriver:
         """Return the sample after the environment's reply to its last turn, and the ids to append; () if it ends."""
         environment = self._environment
         assert environment, "a turn ended, and no environment is there to reply"
-        reply: TurnReply = await _guard(environment.respond(sample))
+        reply = await _guard(environment.respond(sample))
         if reply.failure:
             turns = (*sample.turns[:-1], replace(sample.turns[-1], failed=True))
             return replace(sample, finish="stop", failure=reply.failure, turns=turns), ()
@@ -153,7 +154,7 @@ class SampleDriver:
         return sample.add_reply(reply), reply.ids
 
 
-async def _guard(call: Awaitable[Sample | TurnReply]) -> "Sample | TurnReply":
+async def _guard(call: Awaitable[T]) -> T:
     """Await a call; a UserError of it is no failed request."""
     try:
         return await call

@@ -1,53 +1,49 @@
 """Parsing of SGLang 0.5.21's JSON to a `Sample`. Replies that training could not rely on are refused.
 
 The server answers `/generate` with `output_ids` and a `meta_info` that holds, for P prompt and C completion tokens:
-`output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (base64 of little-endian
-int32 `[P + C − 1, layers, topk]`, shape not sent; layers without experts have zeros), `weight_versions` (spans over the
-completion) and `finish_reason`. With `compat/sglang_route_weights.py` a layer of `routed_experts` has topk more int32:
-the bits of the experts' float32 weights, in the order of their ids.
+`output_token_logprobs` (C entries of [log-probability, token id, text]), `routed_experts` (P + C − 1 rows, in the form
+that `route_format.py` reads), `weight_versions` (spans over the completion) and `finish_reason`; for a truncated draw
+also what `kept_ids.py` parses.
 """
 
-import base64
-import binascii
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
+from megatron_bai.rollout.kept_ids import parse_kept
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
-from megatron_bai.routing.layout import ServedColumns, filler_routes
+from megatron_bai.routing.layout import filler_routes
 from megatron_bai.routing.missing import last_version_rows
-from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
+from megatron_bai.routing.routes import VersionSpan
 
 FINISHES = ("stop", "length", "abort")
 _LARGEST = float(np.finfo(np.float32).max)
+_ID_BYTES = 12  # of an id and what JSON puts after it
 
 
-def max_reply_bytes(
-    tokens: int, signature: RouteSignature, served: ServedColumns | None = None, weighted: bool = False
-) -> int:
+def max_reply_bytes(tokens: int, route_format: RouteFormat, kept: int = 0) -> int:
     """Compute the bytes that no reply about so many tokens exceeds: routes in base64, and log-probabilities.
 
     Args:
         tokens: of prompt and response.
-        signature: of the served model's routes.
-        served: the columns of the server's routes; None: one for each MoE layer.
-        weighted: whether replies have weights of the experts, too.
+        route_format: of the server's replies.
+        kept: the most ids that a token is drawn from, where replies have them; 0: they have not.
     """
-    rows = tokens * (served.total if served else signature.moe_layers) * signature.topk * (8 if weighted else 4)
-    return -(-rows // 3) * 4 + 256 * tokens + (1 << 16)
+    return -(-tokens * route_format.row_bytes // 3) * 4 + (256 + _ID_BYTES * kept) * tokens + (1 << 16)
 
 
 def parse_sample(
     reply: Any,
     prompt: int,
     prompt_ids: list[int],
-    signature: RouteSignature,
+    route_format: RouteFormat,
     max_new_tokens: int,
     stop_token_ids: Collection[int],
     start: int = 0,
-    served: ServedColumns | None = None,
-    weight_limit: float | None = None,
+    stop: Collection[str] = (),
+    max_kept: int = 0,
 ) -> Sample:
     """Parse one reply, having checked it. A `routed_experts` of null becomes a sample without a recorded row.
 
@@ -55,12 +51,12 @@ def parse_sample(
         reply: the decoded JSON.
         prompt: index of the prompt in its batch.
         prompt_ids: its tokens.
-        signature: of the served model's routes.
+        route_format: of the server's replies.
         max_new_tokens: as requested.
         stop_token_ids: as requested.
         start: the first row of routes that was requested; those before it are not recorded.
-        served: the columns of the server's routes; None: one for each MoE layer.
-        weight_limit: the reply has weights of the experts, whose sum in a layer is at most this; None: it has none.
+        stop: texts that end a response, as requested.
+        max_kept: the most ids that a token of a truncated draw was drawn from; 0: no draw was truncated.
 
     Raises:
         ValueError: names what is missing or contradicts the other fields.
@@ -70,15 +66,20 @@ def parse_sample(
         _check_output(output, max_new_tokens)
         logprobs = _convert_logprobs(meta["output_token_logprobs"], output)
         spans = _parse_spans(meta["weight_versions"], len(output))
-        encoded = meta["routed_experts"]
-        about = (len(prompt_ids), len(output), spans, signature, start, served, weight_limit)
-        routes, route_mask, weights = _parse_routes(encoded, *about)
-        finish = meta["finish_reason"]["type"]
+        routes, route_mask, weights = _parse_routes(
+            meta["routed_experts"], len(prompt_ids), len(output), spans, route_format, start
+        )
+        finish, matched = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
+        kept_ids = None
+        if max_kept:
+            kept_ids, logprobs = parse_kept(meta, output, logprobs, max_kept)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
-    _check_finish(finish, output, max_new_tokens, stop_token_ids)
+    if not (finish == "stop" and output and isinstance(matched, str) and matched in stop):
+        _check_finish(finish, output, max_new_tokens, stop_token_ids)
     tokens = np.array([*prompt_ids, *output], dtype=np.int64)
-    return Sample(prompt, tokens, len(prompt_ids), logprobs, routes, spans, finish, route_mask, route_weights=weights)
+    about_response = (logprobs, routes, spans, finish, route_mask)
+    return Sample(prompt, tokens, len(prompt_ids), *about_response, route_weights=weights, kept_ids=kept_ids)
 
 
 def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
@@ -107,108 +108,25 @@ def parse_logprobs(reply: Any, ids: list[int], vocab_size: int) -> np.ndarray:
         raise ValueError(f"the reply is not SGLang's: {type(error).__name__} {error}") from error
 
 
-def decode_routes(
-    encoded: str, rows: int, signature: RouteSignature, served: ServedColumns | None = None
-) -> np.ndarray:
-    """Decode expert ids from base64 of little-endian int32.
-
-    Args:
-        encoded: base64.
-        rows: number of rows that it must hold.
-        signature: of the served model's routes.
-        served: the columns it has; None: one for each MoE layer.
-
-    Returns:
-        `[rows, moe_layers, topk]` in the signature's dtype.
-
-    Raises:
-        ValueError: not base64, another number of bytes, ids that no route can have, or those of a dense layer.
-    """
-    return check_ids(_decode_rows(encoded, rows, signature.topk, signature, served), signature, "SGLang's reply")
-
-
-def decode_weighted_routes(
-    encoded: str, rows: int, signature: RouteSignature, served: ServedColumns | None, limit: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decode expert ids, and the weights that follow them in each layer as the bits of float32.
-
-    Args:
-        encoded: as in `decode_routes`.
-        rows: likewise.
-        signature: likewise.
-        served: likewise.
-        limit: the largest sum of a token's weights in a layer, to a hundredth.
-
-    Returns:
-        Ids as `decode_routes` returns them, and their weights, `[rows, moe_layers, topk]` float32.
-
-    Raises:
-        ValueError: as `decode_routes`, or weights that no router can have.
-    """
-    topk = signature.topk
-    both = _decode_rows(encoded, rows, 2 * topk, signature, served)
-    ids = check_ids(both[..., :topk], signature, "SGLang's reply")
-    weights = np.ascontiguousarray(both[..., topk:]).view("<f4").astype(np.float32, copy=False)
-    sums = weights.sum(axis=-1, dtype=np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and (sums > 0).all() and (sums <= 1.01 * limit).all()):
-        raise ValueError(
-            f"weights of experts are not finite, negative, or sum to {sums.min():.3g} to {sums.max():.3g} in a layer,"
-            f" where {limit:g} is the most"
-        )
-    return ids, weights
-
-
-def _decode_rows(
-    encoded: str, rows: int, width: int, signature: RouteSignature, served: ServedColumns | None
-) -> np.ndarray:
-    """Decode `[rows, moe_layers, width]` int32, having checked their number and that dense layers have zeros."""
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"routes are not base64: {error}") from error
-    columns = served.total if served else signature.moe_layers
-    row_bytes = 4 * columns * width
-    if len(data) != rows * row_bytes:
-        raise ValueError(f"routes have {len(data)} bytes, {rows} tokens of {row_bytes} bytes need {rows * row_bytes}")
-    values = np.frombuffer(data, dtype="<i4").reshape(rows, columns, width)
-    if served and columns != len(served.moe):
-        dense = sorted(set(range(columns)) - set(served.moe))
-        if values[:, dense].any():
-            raise ValueError(
-                f"routes of layer {next(layer for layer in dense if values[:, layer].any())}, which has no experts: the"
-                " server takes it for a layer that has, and lacks patches/sglang-0.5.21/dense-layers.patch"
-            )
-        values = values[:, list(served.moe)]
-    return values
-
-
 def _parse_routes(
-    encoded: str | None,
-    prompt: int,
-    output: int,
-    spans: tuple[VersionSpan, ...],
-    signature: RouteSignature,
-    start: int,
-    served: ServedColumns | None,
-    weight_limit: float | None,
+    encoded: str | None, prompt: int, output: int, spans: tuple[VersionSpan, ...], route_format: RouteFormat, start: int
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Parse routes; return them, the mask of rows that are those of the weights that sampled (None: all), and weights.
 
-    The weights are 0 in rows that the reply lacks, and None without a limit.
+    The weights are 0 in rows that the reply lacks, and None where replies have none.
     """
     rows = prompt + output - 1
-    routes, weights = filler_routes(rows, signature), None
-    if weight_limit is not None:
+    routes, weights = filler_routes(rows, route_format.signature), None
+    if route_format.weight_limit is not None:
         weights = np.zeros(routes.shape, dtype=np.float32)
     if encoded is None:
         return routes, np.zeros(rows, dtype=bool), weights
     pairs = zip(spans, (None, *spans), strict=False)
     changes = [span.start for span, before in pairs if not before or span.version != before.version]
     route_mask = last_version_rows(rows, prompt, changes) & (np.arange(rows) >= start)
-    if weights is None or weight_limit is None:
-        routes[start:] = decode_routes(encoded, rows - start, signature, served)
-    else:
-        routes[start:], weights[start:] = decode_weighted_routes(encoded, rows - start, signature, served, weight_limit)
+    routes[start:], sent_weights = route_format.decode(encoded, rows - start)
+    if weights is not None:
+        weights[start:] = sent_weights
     return routes, None if route_mask.all() else route_mask, weights
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from megatron_bai.rollout.kept_ids import NO_ID, concatenate_kept
 from megatron_bai.rollout.turns import Turn, TurnReply
 from megatron_bai.routing.routes import RouteSignature, VersionSpan
 
@@ -41,6 +42,9 @@ class Sample:
         turns: of a conversation, in order, without one that is in progress; empty where there is no environment.
         turn_weight: by which the environment's rewards of turns are in `reward`; 0: they are not.
         reward_parts: of a reward that is a sum, each part by name, without its weight.
+        kept_ids: `[T − prompt_length, K]` int32, the ids that each token was drawn from (`rollout.kept_ids`), which
+            `logprobs` are over, `NO_ID` where a token has fewer, or is the environment's; None: all, no draw was
+            truncated.
     """
 
     prompt_index: int
@@ -60,6 +64,7 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     turn_weight: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
+    kept_ids: np.ndarray | None = None
 
     @property
     def lost(self) -> bool:
@@ -151,6 +156,7 @@ class Sample:
             route_weights=self._append_weights(continuation),
             sampled_mask=None if sampled_mask.all() else sampled_mask,
             turns=self.turns,
+            kept_ids=self._append_kept(continuation, num_reply_tokens),
         )
 
     def end_turn(self, ended: bool) -> "Sample":
@@ -182,6 +188,14 @@ class Sample:
         if self.route_weights is None or continuation.route_weights is None:
             return None
         return np.concatenate([self.route_weights, continuation.route_weights[len(self.tokens) - 1 :]])
+
+    def _append_kept(self, continuation: "Sample", num_reply_tokens: int) -> np.ndarray | None:
+        """Return the kept ids of both, and of a reply's tokens between them, which have none."""
+        if self.kept_ids is None and continuation.kept_ids is None:
+            return None
+        assert self.kept_ids is not None and continuation.kept_ids is not None, "one part of a sample was truncated"
+        reply = np.full((num_reply_tokens, 1), NO_ID, dtype=np.int32)
+        return concatenate_kept([self.kept_ids, reply, continuation.kept_ids])
 
     def select_layers(self, columns: Sequence[int]) -> "Sample":
         """Return the sample with the routes of some of its MoE layers.

@@ -4,11 +4,13 @@
 - `tokens`, `logprobs`, `routes`, `recorded` (the route mask): of all samples, one after the other.
 - `sampled` (the sampled mask): likewise; files of older heads have none.
 - `route_weights`: likewise, of samples that have them (`weighted` in `about`).
+- `kept_counts`, `kept_ids`: of each response token the number of ids it was drawn from, and these, of samples that have
+  them (`truncated` in `about`).
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,9 +18,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megatron_bai.errors import UserError
+from megatron_bai.rollout.kept_ids import NO_ID, pad_rows
 from megatron_bai.rollout.sample import LOST, Sample
 from megatron_bai.rollout.turns import Turn
 from megatron_bai.routing.routes import RouteSignature, VersionSpan, check_ids
+
+_KEPT = ("kept_counts", "kept_ids")
 
 
 def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: RouteSignature) -> None:
@@ -46,6 +51,7 @@ def write_samples(path: Path, samples: Sequence[tuple[int, Sample]], signature: 
         "route_weights": _concatenate(
             [sample.route_weights for sample in values if sample.route_weights is not None], np.float32, layers, topk
         ),
+        **_kept_arrays(values),
     }
     np.savez(path, **arrays)
 
@@ -71,6 +77,7 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             # files of older heads have neither
             weights = archive["route_weights"] if "route_weights" in archive else np.zeros((0, *routes.shape[1:]))
             sampled = archive["sampled"] if "sampled" in archive else np.ones(len(logprobs), dtype=bool)
+            kept = {name: archive[name] for name in _KEPT if name in archive}
         check_ids(routes, signature, str(path))
         totals = [entry["tokens"] for entry in about]
         responses = [entry["tokens"] - entry["prompt"] for entry in about]
@@ -85,7 +92,9 @@ def read_samples(path: Path, signature: RouteSignature) -> list[tuple[int, Sampl
             ),
             _split_rows(sampled, responses),
         )
-        return [(entry["number"], _make_sample(entry, *values)) for entry, *values in zip(about, *arrays, strict=True)]
+        samples = [_make_sample(entry, *values) for entry, *values in zip(about, *arrays, strict=True)]
+        samples = _with_kept(samples, [bool(entry.get("truncated")) for entry in about], kept)
+        return [(entry["number"], sample) for entry, sample in zip(about, samples, strict=True)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, BadZipFile) as error:
@@ -97,9 +106,10 @@ def _sample_metadata(number: int, sample: Sample) -> dict[str, Any]:
     spans = [[span.version, span.start, span.end] for span in sample.spans]
     lengths = {"tokens": len(sample.tokens), "prompt": sample.prompt_length}
     outcome = {"finish": sample.finish, "reward": sample.reward, "failure": sample.failure}
-    weighted, turns = sample.route_weights is not None, [asdict(turn) for turn in sample.turns]
-    about = {"number": number, **lengths, "spans": spans, **outcome, "weighted": weighted}
-    return about | {"turns": turns, "turn_weight": sample.turn_weight, "reward_parts": sample.reward_parts}
+    has = {"weighted": sample.route_weights is not None, "truncated": sample.kept_ids is not None}
+    turns = {"turns": [asdict(turn) for turn in sample.turns], "turn_weight": sample.turn_weight}
+    parts = {"reward_parts": sample.reward_parts}
+    return {"number": number, **lengths, "spans": spans, **outcome, **has, **turns, **parts}
 
 
 def _make_sample(
@@ -129,6 +139,32 @@ def _make_sample(
         turn_weight=about.get("turn_weight", 0.0),
         reward_parts=about.get("reward_parts", {}),
     )
+
+
+def _kept_arrays(samples: list[Sample]) -> dict[str, Any]:
+    """Return the ids that tokens were drawn from as flat arrays; nothing where no sample has them."""
+    kept = [sample.kept_ids for sample in samples if sample.kept_ids is not None]
+    if not kept:
+        return {}
+    return {
+        "kept_counts": np.concatenate([(ids != NO_ID).sum(axis=1) for ids in kept]),
+        "kept_ids": np.concatenate([ids[ids != NO_ID] for ids in kept]),
+    }
+
+
+def _with_kept(samples: list[Sample], truncated: list[bool], arrays: dict[str, np.ndarray]) -> list[Sample]:
+    """Return the samples with what `_kept_arrays` returned of those that were truncated."""
+    responses = [len(sample.response) if has else 0 for sample, has in zip(samples, truncated, strict=True)]
+    nothing = np.zeros(0, dtype=np.int64)
+    all_counts, all_ids = (arrays.get(name, nothing) for name in _KEPT)
+    if any(values.dtype.kind != "i" or values.min(initial=0) < 0 for values in (all_counts, all_ids)):
+        raise ValueError("an id that a token was drawn from is none")
+    counts = _split_rows(all_counts, responses)
+    ids = _split_rows(all_ids, [int(count.sum()) for count in counts])
+    return [
+        replace(sample, kept_ids=pad_rows(flat, count)) if has else sample
+        for sample, has, flat, count in zip(samples, truncated, ids, counts, strict=True)
+    ]
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type, *shape: int) -> np.ndarray:

@@ -20,7 +20,12 @@ from megatron_bai.workers.outcomes import UnusableValueError, describe_error, im
 
 
 def call_target(target: Callable[..., Any], arguments: list[Any]) -> dict[str, Any]:
-    """Return `{"value": …}` of one call, or `{"failure": reason}` where it raised."""
+    """Return `{"value": …}` of one call, or `{"failure": reason}` where it raised.
+
+    Args:
+        target: what the pool calls.
+        arguments: of the call, positional.
+    """
     try:
         return {"value": target(*arguments)}
     except UnusableValueError as error:

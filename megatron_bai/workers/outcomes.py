@@ -22,7 +22,7 @@ class Target:
         opener: `module:function`, called once in each process as `opener(name, settings)`; what it returns is called
             with the arguments of each call and returns JSON. It runs before the first call, so that what cannot be
             imported is known at the start.
-        name: of the foreign code, `module:attribute` or `path.py:attribute`.
+        name: of the foreign code, `module:attribute` or `./path.py:attribute`.
         settings: JSON.
         title: for messages: "the reward a:b".
         timeout_setting: name of the setting of a call's seconds, for messages.
@@ -57,7 +57,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def import_attribute(name: str) -> Any:
-    """Import `module:attribute` or `path.py:attribute`; beside the file of a path it finds other modules."""
+    """Import `module:attribute` or `./path.py:attribute`; beside the file of a path it finds other modules."""
     module_name, _, path = name.rpartition(":")
     found: Any = (
         _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)

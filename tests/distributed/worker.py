@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_bai import config
 from megatron_bai.distributed import backend
 from megatron_bai.rl.policy import lr_schedule
+from megatron_bai.rollout.kept_ids import NO_ID
 
 SAMPLES, LENGTH = 8, 24
 LEARNING_RATE = 1e-3
@@ -48,6 +49,7 @@ SHIFTED = config.Gspo(router_shift=True, router_shift_min=0.95, clip_low=0.9, cl
 MOVED = 0.03  # of the way to other weights
 LEFT_OUT = (3, 6)  # samples that do not count
 TEMPERATURE = 0.7  # of sampling, in one comparison of all layouts
+KEPT, HELD, ENDS = 6, 3, (1, 40)  # ids of a truncated draw; tokens that are no end, and the ends
 COOLED = config.Dapo(entropy_bonus=0.5)
 # Advantages and targets of which every part counts; the critic's rate is what `gradient` needs.
 PPO = config.Ppo(gamma=0.97, lam=0.9, whiten=True, critic_learning_rate=EPSILON * SCALE)
@@ -110,6 +112,22 @@ def problem() -> tuple[list, np.ndarray, np.ndarray]:
     return rollouts, random.normal(size=SAMPLES), random.normal(0, 0.2, (SAMPLES, LENGTH))
 
 
+def drawn_rollouts(rollouts: list, draws: str) -> list:
+    """The rollouts as if each token had been drawn from six ids of anywhere in the vocabulary, or from three; or, with
+    draws of `held` ids, without ends. No draws: as they are."""
+    random, drawn = np.random.default_rng(9), []
+    for sample in rollouts if draws else ():
+        if draws == "held":
+            drawn.append(replace(sample, tokens=np.where(np.isin(sample.tokens, ENDS), 2, sample.tokens)))
+            continue
+        order = random.random((len(sample.response), MODEL.vocab_size))
+        np.put_along_axis(order, sample.response[:, None], 2.0, axis=1)  # the token itself is the last one
+        kept = order.argsort(axis=1)[:, -KEPT:].astype(np.int32)
+        kept[::3, : KEPT // 2] = NO_ID
+        drawn.append(replace(sample, kept_ids=kept[:, ::-1]))
+    return drawn or rollouts
+
+
 class Run:
     """A fresh actor in a layout, with this rank's part of the batch."""
 
@@ -120,9 +138,13 @@ class Run:
         temperature: float = 1.0,
         leaves_out: bool = False,
         has_critic: bool = False,
+        draws: str = "",
         **changes: Any,
     ):
-        """Some samples are left out of the loss; the rollouts give samples no advantage if there is a critic."""
+        """Some samples are left out of the loss; the rollouts give samples no advantage if there is a critic.
+
+        With draws of `kept` ids each token is of some ids alone; with `held` ones the first tokens are none of `ENDS`.
+        """
         from megatron.core import parallel_state
 
         from megatron_bai.model import build, megatron_checkpoint, param_shards
@@ -130,6 +152,7 @@ class Run:
         from megatron_bai.rl.batches.batch import from_samples
         from megatron_bai.rl.batches.micro_batches import make_mini_batches
         from megatron_bai.rl.batches.stages import make_scored_batch, make_training_batch
+        from megatron_bai.rl.policy.held_back import HeldBack
         from megatron_bai.rl.policy.training_engine import TrainingEngine
         from megatron_bai.routing.replay.routing_replay import RoutingReplay
 
@@ -147,10 +170,12 @@ class Run:
         megatron_checkpoint.reload_master_weights(self.actor)
         self.replay = RoutingReplay(self.actor.chunks)
         assert self.replay.signature == SIGNATURE
-        self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature)
+        held = HeldBack(HELD, ENDS) if draws == "held" else None
+        self.engine = TrainingEngine(self.actor, self.replay, device.device, temperature, held_back=held)
         size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         self.own = own = slice(rank * SAMPLES // size, (rank + 1) * SAMPLES // size)
         rollouts, advantages, noise = problem()
+        rollouts = drawn_rollouts(rollouts, draws)
         mine = [sample.select_layers(self.replay.columns) for sample in rollouts[own]]
         in_loss = np.array([not (leaves_out and sample in LEFT_OUT) for sample in range(SAMPLES)])[own]
         of_samples = None if has_critic else advantages[own]
@@ -213,10 +238,10 @@ class Run:
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     """Every tensor of a model by its Hugging Face name, on rank 0."""
-    from megatron_bai.model import hf_mapping, param_shards
+    from megatron_bai.model import gather, hf_mapping
 
     found = {}
-    for key, index, whole in param_shards.gather_slices(model.modules):
+    for key, index, whole in gather.gather_slices(model.modules):
         if dist.get_rank() == 0:
             kind = hf_mapping.mapping_of(key, ARCHITECTURE)
             found |= {name: t.clone() for name, t in zip(kind.names(index), kind.split(whole, ARCHITECTURE))}
@@ -269,6 +294,16 @@ def cooled(case: Case, device: backend.Device) -> dict[str, Any]:
     probe = run.engine.score_probe(tokens)
     found["probe"] = next(each for each in gathered(probe) if each is not None)
     found["first"], found["gradient"] = measured(run.actor, lambda: run.update("r3", COOLED))
+    return found
+
+
+def drawn(case: Case, device: backend.Device) -> dict[str, Any]:
+    """Scores and one measured gradient of draws that were not from the whole vocabulary."""
+    found = {}
+    for draws in ("kept", "held"):
+        run = Run(case, device, TEMPERATURE, draws=draws)
+        scores, (first, whole) = run.score("r3"), measured(run.actor, lambda run=run: run.update("r3", COOLED))
+        found[draws] = {"scores": scores, "first": first, "gradient": whole}
     return found
 
 
@@ -388,6 +423,7 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
         loads, saves: where a critic's checkpoint is, and where to leave one.
     """
     from megatron_bai.model import megatron_checkpoint, param_shards
+    from megatron_bai.monitor.stats import Stats
     from megatron_bai.rl.policy.critic import Critic
 
     run = Run(case, device, leaves_out=True, has_critic=True)
@@ -400,7 +436,8 @@ def ppo(case: Case, device: backend.Device, loads: str = "", saves: str = "") ->
     if saves:
         megatron_checkpoint.save(critic.model, saves, Path("none"), {})
     run.score("none")
-    run.batch, stats = critic.estimate_advantages(run.batch, run.micros)
+    stats = Stats()
+    run.batch = critic.estimate_advantages(run.batch, run.micros, stats)
     found["statistics"] = stats.gather_sum(run.reports_stats).values()
     names = ("values", "returns", "advantages")
     mine = (run.dp_rank, [getattr(run.batch, name).clone() for name in names]) if run.reports_stats else None
@@ -423,6 +460,7 @@ def packed(case: Case, device: backend.Device) -> dict[str, Any]:
         scores, (first, whole) = run.score(mode), measured(run.actor, partial(run.update, mode))
         found[mode] = {"scores": scores, "first": first, "gradient": whole, "rows": sum(gathered(run.replay.rows))}
     found["shifted"] = shifted(case, device, "r2")
+    found["drawn"] = drawn(case, device)
     found["weighted"] = Run(case, device).score_weights()
     found["held"] = gathered([len(micro) for micro in run.micros])
     found["fed"] = gathered({tuple(micro.pack(micro.tokens).shape) for micro in run.micros})
@@ -595,6 +633,7 @@ def work(name: str, directory: Path, device: backend.Device) -> dict[str, Any]:
     for mode in ("none", "r3"):
         found[mode] = step(case, device, mode)
     found["cooled"] = cooled(case, device)
+    found["drawn"] = drawn(case, device)
     found["overflowing"] = overflowing(case, device)
     found["objectives"] = {objective: gradient(case, device, "none", objective) for objective in OBJECTIVES}
     loads = str(directory / case.loads / "critic") if case.loads else ""

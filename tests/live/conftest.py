@@ -8,6 +8,7 @@ import pytest
 from tiny import LENGTH, ROLLOUT, SIGNATURE, VOCAB, save_tiny
 
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.rollout.servers.weight_sync import sync_from_disk, tensor_shapes
 
@@ -30,7 +31,7 @@ def client(server: SGLangServer) -> Callable[..., RolloutClient]:
     """Makes a client with the given `Rollout` settings changed."""
 
     def make(**changes: object) -> RolloutClient:
-        return RolloutClient([server.url], replace(ROLLOUT, **changes), SIGNATURE, VOCAB, LENGTH)
+        return RolloutClient([server.url], replace(ROLLOUT, **changes), RouteFormat(SIGNATURE), VOCAB, LENGTH)
 
     return make
 

@@ -28,6 +28,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item
 from megatron_bai.rewards.reward_model import _make_body
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import control, fleet, releases, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
@@ -72,8 +73,14 @@ def said(server: SGLangServer, checkpoints: dict[str, Path]) -> list[Said]:
     with fake_sglang.serve(pass_on) as url:
         assert control.is_healthy(url)
         servers = fleet.connect_servers(replace(ROLLOUT, urls=[url])).fleet
-        client = RolloutClient(servers.sampling_urls, replace(ROLLOUT, max_new_tokens=4), SIGNATURE, VOCAB, LENGTH)
+        client = RolloutClient(
+            servers.sampling_urls, replace(ROLLOUT, max_new_tokens=4), RouteFormat(SIGNATURE), VOCAB, LENGTH
+        )
         client.generate([[5, 6, 7]], 2, 0, [STOP])
+        truncated = replace(ROLLOUT, max_new_tokens=4, top_k=3, top_p=0.9)
+        RolloutClient(servers.sampling_urls, truncated, RouteFormat(SIGNATURE), VOCAB, LENGTH).generate(
+            [[5, 6, 7]], 1, 0, [STOP]
+        )
         client.score([[5, 6, 7]])
         shapes, weights = (
             weight_sync.tensor_shapes(checkpoints["v0"]),
@@ -139,6 +146,8 @@ def test_what_is_read_of_a_server_is_what_it_says(said: list[Said]) -> None:
         *releases._SEED_FLAGS,
         *releases._FORBIDDEN_FLAGS,
         releases._DEFAULTS,
+        releases._MASK_TOKENS,
+        releases._NO_TOKENIZER,
     } <= set(info)
     assert info["version"] == version("sglang")
     (model, *_) = [each.reply for each in said if each.path == "/model_info"]

@@ -21,6 +21,7 @@ from megatron_bai.model.architecture import read_architecture
 from megatron_bai.rollout import client as client_module
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 from megatron_bai.rollout.servers.weight_sync import sync_from_disk, tensor_shapes
@@ -60,9 +61,9 @@ def test_other_families_conversations_are_one_forward(name: str, cached: bool, t
         return logprobs[0, :-1].numpy(), found, np.ones(len(ids) - 1, dtype=bool)
 
     with serve(directory, tmp_path / "log", cached) as server:
-        rollout = replace(ROLLOUT, max_new_tokens=40)
-        served = ServedColumns(total, tuple(moe))
-        client = RolloutClient([server.url], rollout, signature, model.vocab_size, 64, served=served)
+        rollout = replace(ROLLOUT, max_new_tokens=40, request_timeout_s=600.0)
+        form = RouteFormat(signature, ServedColumns(total, tuple(moe)))
+        client = RolloutClient([server.url], rollout, form, model.vocab_size, 64)
         for sample in converse(client):
             require_fresh(sample, forward)
 
@@ -77,7 +78,13 @@ def running(
 
 @pytest.fixture
 def client(running: SGLangServer) -> RolloutClient:
-    return RolloutClient([running.url], replace(ROLLOUT, max_new_tokens=60), SIGNATURE, VOCAB, LENGTH)
+    return RolloutClient(
+        [running.url],
+        replace(ROLLOUT, max_new_tokens=60, request_timeout_s=600.0),
+        RouteFormat(SIGNATURE),
+        VOCAB,
+        LENGTH,
+    )
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, VOCAB
 from transformers_forward import Reference
 
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
 pytestmark = pytest.mark.live
@@ -19,7 +20,8 @@ def test_a_conversation_is_one_forward_of_its_tokens(
     server: SGLangServer, serving: Callable[[str], None], checkpoints: dict[str, Path]
 ) -> None:
     serving("v0")
-    client, reference = RolloutClient([server.url], ROLLOUT, SIGNATURE, VOCAB, LENGTH), Reference(checkpoints["v0"])
+    client = RolloutClient([server.url], ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH)
+    reference = Reference(checkpoints["v0"])
     samples = converse(client, version="v0")
     scores = client.score([sample.tokens.tolist() for sample in samples])
     for sample, score in zip(samples, scores, strict=True):

@@ -13,6 +13,7 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import control, fleet, weight_sync
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.fleet import FleetInfo
@@ -47,7 +48,7 @@ def weights(checkpoints: dict[str, Path], version: str) -> Weights:
 
 
 def scores(url: str) -> np.ndarray:
-    return RolloutClient([url], ROLLOUT, SIGNATURE, VOCAB, LENGTH).score(PROBE)[0]
+    return RolloutClient([url], ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH).score(PROBE)[0]
 
 
 def test_weights_out_of_memory_are_those_on_disk(
@@ -57,9 +58,9 @@ def test_weights_out_of_memory_are_those_on_disk(
     sent: list[int] = []
 
     class Seen:
-        def send(self, bucket: weight_sync.Bucket) -> None:
+        def start(self, bucket: weight_sync.Bucket) -> Callable[[], object]:
             sent.append(sum(tensor.nbytes for _, tensor in bucket))
-            carrier.send(bucket)
+            return carrier.start(bucket)
 
     assert both.tp_sizes == [1, 2]
     shapes = weight_sync.tensor_shapes(checkpoints["v0"])
@@ -110,11 +111,11 @@ def test_servers_with_some_of_the_weights_stay_paused(
         )
     hurried = replace(ROLLOUT, request_timeout_s=1.0, retries=0)
     with pytest.raises(UserError, match="no answer within"):
-        RolloutClient(both.urls[:1], hurried, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, [STOP])
+        RolloutClient(both.urls[:1], hurried, RouteFormat(SIGNATURE), VOCAB, LENGTH).generate([[5]], 1, 0, [STOP])
     for url in both.urls:  # a whole set of weights makes them good again
         control.post(url, "/end_weight_update", {})
     weight_sync.sync_from_disk(both.urls, checkpoints["v0"], "v0", shapes)
-    assert RolloutClient(both.urls[:1], ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5]], 1, 0, [STOP])
+    assert RolloutClient(both.urls[:1], ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH).generate([[5]], 1, 0, [STOP])
 
 
 def test_both_answer_alike_and_each_is_asked(
@@ -123,7 +124,9 @@ def test_both_answer_alike_and_each_is_asked(
     weight_sync.sync_from_disk(both.urls, checkpoints["v0"], "v0", weight_sync.tensor_shapes(checkpoints["v0"]))
     before = server.log_path.read_text().count("POST /generate")
     found = [
-        RolloutClient(urls, ROLLOUT, SIGNATURE, VOCAB, LENGTH).generate([[5, 6], [7], [9, 8]], 2, 3, [STOP])
+        RolloutClient(urls, ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH).generate(
+            [[5, 6], [7], [9, 8]], 2, 3, [STOP]
+        )
         for urls in (both.sampling_urls, both.sampling_urls[1:])
     ]
     assert server.log_path.read_text().count("POST /generate") - before == 4  # the first and the third prompt's

@@ -13,6 +13,7 @@ from forked_servers import fork_server
 from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
@@ -41,7 +42,7 @@ def test_a_fork_serves_and_ends_with_the_process_that_stands_for_it(checkpoints,
         fork = fork_of(server)
         assert len(fork) >= 3, "server, scheduler, detokenizer"
         assert psutil.Process(server.pid).children() == []
-        client = RolloutClient([server.url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+        client = RolloutClient([server.url], ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH)
         assert len(client.generate([[5, 6]], 2, 0, [STOP])) == 2
         server.stop(graceful)
     gone_by = time.monotonic() + 60

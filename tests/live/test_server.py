@@ -18,6 +18,7 @@ from transformers_forward import Reference
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient, SampleRequest, sampling_seed
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import control
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
@@ -254,7 +255,7 @@ def test_kill_9_of_the_parent_leaves_no_process(checkpoints: dict[str, Path], tm
     with trainer(checkpoints["v0"], tmp_path / "log") as parent:
         assert parent.stdout is not None
         url = parent.stdout.readline().strip()
-        client = RolloutClient([url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+        client = RolloutClient([url], ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH)
         assert client.generate([[5]], 1, 0, [STOP])
         processes = family(parent.pid)
         assert len(processes) >= 3, "server, scheduler, detokenizer"

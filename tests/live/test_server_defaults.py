@@ -10,6 +10,7 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import fleet, sglang_server
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
 
@@ -38,7 +39,7 @@ def url(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def test_its_samples_are_of_the_policy_that_its_log_probabilities_are_of(url: str) -> None:
     """At temperature 1 the scores of a response are the log-probabilities it was sampled with."""
     fleet.connect_servers(replace(ROLLOUT, urls=[url]))
-    client = RolloutClient([url], ROLLOUT, SIGNATURE, VOCAB, LENGTH)
+    client = RolloutClient([url], ROLLOUT, RouteFormat(SIGNATURE), VOCAB, LENGTH)
     samples = client.generate([[5, 6, 7], [9]], 8, 0, [STOP])
     assert len({tuple(sample.tokens) for sample in samples}) > 8
     for sample, scores in zip(samples, client.score([sample.tokens.tolist() for sample in samples]), strict=True):

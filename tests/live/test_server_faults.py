@@ -20,6 +20,7 @@ from tiny import LENGTH, ROLLOUT, SIGNATURE, STOP, VOCAB
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.rollout.servers import auth, control, fleet
 from megatron_bai.rollout.servers.fleet import ServerFleet
@@ -34,7 +35,7 @@ Note = Callable[[str, str, str, float | None], None]  # the fixture `fault`
 
 
 def client(*urls: str, **changes: Any) -> RolloutClient:
-    return RolloutClient(urls, replace(ROLLOUT, **changes), SIGNATURE, VOCAB, LENGTH)
+    return RolloutClient(urls, replace(ROLLOUT, **changes), RouteFormat(SIGNATURE), VOCAB, LENGTH)
 
 
 async def _late(reply: bytes) -> web.Response:

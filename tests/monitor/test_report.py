@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monitor.kept import NASTY, kept
+from monitor.kept import NASTY, conversation, kept
 
 from megatron_bai.cli import report as report_verb
 from megatron_bai.config import Config, Report, Run
@@ -102,7 +102,9 @@ def test_one_file_with_headlines_and_charts(tmp_path, steps):
 def test_every_metric_of_every_chart_is_drawn_at_once(tmp_path: Path) -> None:
     names = [re.sub("/[A-Z]+$", f"/{number}", name) for name in METRICS for number in (0, 1)]
     steps = [dict.fromkeys(names, 0.5) | {"step": s, "alarms": []} for s in (1, 2)]
-    shown = section_charts(reported(make_run(tmp_path / "all", steps)))
+    shown = section_charts(html := reported(make_run(tmp_path / "all", steps)))
+    captions = [unescape(caption) for caption in re.findall("<figcaption>(.*?)</figcaption>", html)]
+    assert captions == list(shown) and html.count('<div class="plot">') == len(captions)  # the script fills them so
     charts = {chart: metrics for section in SECTIONS for chart, metrics in section.charts.items()}
     per_run = {"lines": "", "phases": ": all", "buckets": ": all", "layers": ": all"}
     assert shown.keys() == {chart.title + per_run[chart.kind] for chart in charts}
@@ -474,6 +476,14 @@ def test_the_reader_has_the_samples_with_the_numbers_of_each_token(tmp_path: Pat
     assert (second["texts"], second["training"], second["inference"]) == (["a", "b"], [-1.5, None], [-0.5, -0.5])
     assert (second["routes"], second["layers"]) == ([2, 0], 4)
     assert "<h2>Samples</h2>" in html and 'id="pick-shade"' in html and "Show more" in html
+
+
+def test_the_reader_knows_what_an_environment_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path, LEARNING)
+    keep(run, {1: [conversation()]})
+    (entry,) = embedded(reported(run), "samples")
+    assert entry["given"] == [0, 0, 1, 1, 1, 1, 0, 0, 0] and entry["last_reply"] == "user: well done"
+    assert "9 tokens in 2 turns" in entry["facts"] and entry["inference"][2:6] == [None] * 4
 
 
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)

@@ -60,9 +60,10 @@ def updated(rank: int, settings: config.Objective) -> dict[str, Any]:
 
     passes._run_schedule = schedule
     engine = TrainingEngine.__new__(TrainingEngine)
-    engine.forward_backward, engine.temperature, engine.last_stage, engine.exact = passes, 1.0, True, False
-    engine.replay, engine._replaying = SimpleNamespace(moves_bias=False), lambda routes: nullcontext()
-    training_engine._logprobs_and_entropy = lambda logits, micro, temperature, exact: (logits, torch.ones_like(logits))
+    engine.forward_backward, engine.temperature, engine.last_stage = passes, 1.0, True
+    engine.exact, engine.held_back = False, None
+    engine.replay = SimpleNamespace(moves_bias=False, force=lambda routes: nullcontext())
+    training_engine._logprobs_and_entropy = lambda logits, *rest: (logits, torch.ones_like(logits))
     stats, _ = engine.update(micros, None, objectives.get(settings.name), settings)
     return {"loss": stats.gather_sum(True).values()["loss"], "gradient": table.gradient}
 

@@ -25,6 +25,7 @@ from megatron_bai.rewards import Score
 from megatron_bai.rl.experience.inference_engine import InferenceEngine
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
 
 PROMPTS, SIZE, VERSION = 3, 4, 7
@@ -59,12 +60,12 @@ def inference(rank: int, url: str, server: Server, **rollout: Any) -> InferenceE
     made._session = SimpleNamespace(
         settings=settings, is_replica_leader=True, is_rank_0=rank == 0, task=task, signature=SIGNATURE,
         send_to_replica=lambda samples: samples,
-        scorer=lambda items: [Score(1.0) for _ in items],
+        scorer=lambda items: [Score(1.0) for _ in items], environment=None,
     )  # fmt: skip
     made._servers = FleetInfo([url], [1], [url])
     made._fleet = ServerFleet(made._servers, settings.rollout) if rank == 0 else None
-    made._client = RolloutClient([url], settings.rollout, SIGNATURE, 64, 64)
-    made.version, made._disk_version, made._transport = VERSION, VERSION, None
+    made._client = RolloutClient([url], settings.rollout, RouteFormat(SIGNATURE), 64, 64)
+    made.version, made._disk_version, made._memory = VERSION, VERSION, SimpleNamespace(close=lambda: None)
 
     def give(again: bool = False) -> None:
         assert again

@@ -20,6 +20,7 @@ from megatron_bai.rewards import open_scorer, score_samples
 from megatron_bai.rl.run_task import make_task
 from megatron_bai.rl.sample_sources import compute_sample_sources, list_changed_sources
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 
 VOCAB = 64
 # What a checkpoint's two files name, and at which a response ends
@@ -83,7 +84,7 @@ def test_each_is_asked_for_belongs_to_the_response_and_is_no_text(checkpoint: tu
 
     asked = [[10 + number] for number in range(len(ends))]
     with serve(answer) as url:
-        client = RolloutClient([url], Rollout(max_new_tokens=NEW_TOKENS, retries=0), SIGNATURE, VOCAB, 64)
+        client = RolloutClient([url], Rollout(max_new_tokens=NEW_TOKENS, retries=0), RouteFormat(SIGNATURE), VOCAB, 64)
         samples = client.generate(asked, 1, 0, task.end_tokens)
         with pytest.raises(Exception, match=r"stopped at token .* and not at one of \[3\]"):
             client.generate(asked, 1, 0, [3])

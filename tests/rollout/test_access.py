@@ -12,6 +12,7 @@ from fake_sglang import SIGNATURE, STOP, good_reply, serve
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import auth, control, fleet
 from megatron_bai.rollout.servers.server_main import keep_out_of_logs, parse_args
 from megatron_bai.rollout.servers.sglang_server import SGLangServer
@@ -28,7 +29,7 @@ def key_file(tmp_path: Path) -> str:
 
 
 def client(url: str, **settings: Any) -> RolloutClient:
-    return RolloutClient([url], Rollout(max_new_tokens=4, retries=0, **settings), SIGNATURE, 16, 64)
+    return RolloutClient([url], Rollout(max_new_tokens=4, retries=0, **settings), RouteFormat(SIGNATURE), 16, 64)
 
 
 def locked(request: web.Request, body: dict[str, Any]) -> Any:

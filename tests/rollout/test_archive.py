@@ -10,6 +10,7 @@ from moe import SIGNATURE, samples
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import sample_file
+from megatron_bai.rollout.kept_ids import NO_ID
 from megatron_bai.rollout.sample import PARTIAL, TURN, Sample, lost_sample
 from megatron_bai.rollout.turns import Turn
 from megatron_bai.routing.routes import VersionSpan
@@ -25,6 +26,10 @@ def made() -> list[tuple[int, Sample]]:
     found[4] = replace(found[4], reward=0.1, route_mask=np.arange(len(found[4].routes)) > 2)
     found[5] = lost_sample(0, [5, 6, 7], SIGNATURE, "no server")
     found[2] = replace(found[2], route_weights=np.random.default_rng(0).random(found[2].routes.shape, np.float32))
+    for i in (2, 4):  # some tokens were drawn from fewer ids, as many as the token before them has
+        ids = np.tile(np.arange(i, dtype=np.int32), (len(found[i].response), 1))
+        ids[1::2, 1:] = NO_ID
+        found[i] = replace(found[i], kept_ids=ids)
     length = len(found[7].response)
     assert length > 4, "the test's premise"
     turns = (
@@ -58,10 +63,11 @@ def test_no_samples_are_none(tmp_path: Path) -> None:
 def test_a_file_of_a_head_without_conversations_is_read(made: list[tuple[int, Sample]], tmp_path: Path) -> None:
     sample_file.write_samples(tmp_path / "a.npz", made[:6], SIGNATURE)
     arrays = dict(np.load(tmp_path / "a.npz"))
-    del arrays["sampled"]
+    for name in ("sampled", "kept_counts", "kept_ids"):
+        del arrays[name]
     about = json.loads(arrays["about"].tobytes())
     for entry in about:
-        del entry["turns"], entry["turn_weight"]
+        del entry["turns"], entry["turn_weight"], entry["truncated"]
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     np.savez(tmp_path / "old.npz", **arrays)
     for (_, wrote), (_, read) in zip(made, sample_file.read_samples(tmp_path / "old.npz", SIGNATURE), strict=False):
@@ -69,7 +75,7 @@ def test_a_file_of_a_head_without_conversations_is_read(made: list[tuple[int, Sa
         np.testing.assert_array_equal(read.logprobs, wrote.logprobs)
 
 
-@pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded", "route_weights"])
+@pytest.mark.parametrize("name", ["about", "tokens", "logprobs", "routes", "recorded", "route_weights", "kept_ids"])
 def test_what_is_not_whole_is_refused(name: str, made: list[tuple[int, Sample]], tmp_path: Path) -> None:
     sample_file.write_samples(tmp_path / "a.npz", made, SIGNATURE)
     arrays = dict(np.load(tmp_path / "a.npz"))

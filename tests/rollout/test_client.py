@@ -14,6 +14,7 @@ from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient, SampleRequest, sampling_seed
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.routing.routes import VersionSpan
 
 
@@ -24,7 +25,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def client(*urls: str, first_server: int = 0, **settings: Any) -> RolloutClient:
     rollout = Rollout(**({"max_new_tokens": NEW_TOKENS, "retries": 1} | settings))
-    return RolloutClient(urls, rollout, SIGNATURE, vocab_size=16, max_length=64, first_server=first_server)
+    return RolloutClient(urls, rollout, RouteFormat(SIGNATURE), vocab_size=16, max_length=64, first_server=first_server)
 
 
 def test_samples_come_by_prompt_then_member_whatever_answers_first() -> None:

@@ -15,6 +15,8 @@ from megatron_bai.errors import UserError
 from megatron_bai.rollout import http_client
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
 from megatron_bai.rollout.conversation import SampleError
+from megatron_bai.rollout.kept_ids import MASK_FIELDS, NO_ID
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import PARTIAL, TURN, Sample
 from megatron_bai.rollout.turns import Turn, TurnReply
 from megatron_bai.routing.routes import VersionSpan
@@ -51,9 +53,14 @@ class Server:
         output, first = output[:limit], body.get("routed_experts_start_len", 0)
         rows = range(first, start + len(output) - 1)
         routes = [[[row % 8, (row + 1 + call) % 8 if (1 + call) % 8 else (row + 1) % 8]] * 2 for row in rows]
+        drawn: dict[str, Any] = {}
+        if body.get("return_sampling_mask"):  # of one id more in each call
+            masks = [[token, *range(10, 11 + call)] for token in output]
+            drawn = dict(zip(MASK_FIELDS, (masks, [-0.5 - call] * len(output)), strict=True))
         return {
             "output_ids": output,
             "meta_info": {
+                **drawn,
                 "finish_reason": {"type": finish},
                 "weight_versions": [{"version": self.versions[call], "start": 0, "end": len(output)}],
                 "output_token_logprobs": [[-1.0 - call, token, None] for token in output],
@@ -83,7 +90,7 @@ class Environment:
 
 def client(url: str, **settings: Any) -> RolloutClient:
     rollout = Rollout(**({"max_new_tokens": 40, "retries": 0} | settings))
-    return RolloutClient([url], rollout, SIGNATURE, vocab_size=16, max_length=99)
+    return RolloutClient([url], rollout, RouteFormat(SIGNATURE), vocab_size=16, max_length=99)
 
 
 def converse(server: Server, environment: Any, *, partial: Sample | None = None, **settings: Any) -> Sample:
@@ -284,3 +291,48 @@ def test_append_refuses_another_prefix_other_replies_and_rows_twice() -> None:
             replied.append(wrong)
     with pytest.raises(AssertionError):
         first.append(make(tokens[:11], 8))  # nobody replied
+
+
+def test_the_ids_of_truncated_draws_stay_with_their_turns() -> None:
+    """A reply's tokens were drawn from nothing; turns may have been drawn from different numbers of ids."""
+    sample = converse(Server(), Environment(), top_k=4)
+    require_whole(sample)
+    assert sample.kept_ids is not None and sample.kept_ids.shape == (13, 4)
+    counts = (sample.kept_ids != NO_ID).sum(axis=1).tolist()
+    assert counts == [2] * 3 + [0] * 2 + [3] * 3 + [0] * 2 + [4] * 3
+    assert (sample.kept_ids[sample.full_sampled_mask, 0] == sample.response[sample.full_sampled_mask]).all()
+    assert sample.logprobs.tolist() == [-0.5] * 3 + [0.0] * 2 + [-1.5] * 3 + [0.0] * 2 + [-2.5] * 3
+
+
+def test_a_minimum_counts_all_tokens_of_a_conversation() -> None:
+    """Replies count where a request says what is left of the minimum, as where training holds end tokens back."""
+    server = Server()
+    converse(server, Environment(), min_new_tokens=2, max_new_tokens=20)
+    assert [body["sampling_params"]["min_new_tokens"] for body in server.bodies] == [2, 0, 0]
+    server = Server()
+    partial = converse(server, Environment(), min_new_tokens=2, budget=1)
+    converse(server, Environment(), min_new_tokens=2, partial=partial)
+    assert [body["sampling_params"]["min_new_tokens"] for body in server.bodies] == [1, 1, 0, 0]
+
+
+def test_a_stop_text_ends_a_turn_without_an_end_token() -> None:
+    """What the template ends a turn by then comes with the reply."""
+
+    def answer(request: web.Request, body: dict[str, Any]) -> Any:
+        reply = Server()(request, body)
+        meta = reply["meta_info"]
+        if reply["output_ids"][-1] == STOP:  # instead of the end token another one, with which the text ends
+            reply["output_ids"][-1] = meta["output_token_logprobs"][-1][1] = 14
+            meta["finish_reason"] = {"type": "stop", "matched": "so."}
+        return reply
+
+    @dataclass
+    class Any14(Environment):
+        async def respond(self, sample: Sample) -> TurnReply:
+            assert sample.tokens[-1] == 14 and not sample.turns[-1].ended
+            return TurnReply((STOP, *REPLY)) if len(sample.turns) < 2 else TurnReply(done=True)
+
+    with serve(answer) as url:
+        request = SampleRequest(0, PROMPT, 77)
+        (sample,) = client(url, stop=["so."]).sample([request], [STOP], environment=Any14())
+    assert [turn.ended for turn in sample.turns] == [False, False] and sample.finish == "stop"

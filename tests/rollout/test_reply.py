@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply
 
-from megatron_bai.rollout.parse_reply import decode_routes, max_reply_bytes, parse_logprobs, parse_sample
+from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample, VersionSpan
 from megatron_bai.routing.layout import ServedColumns
 
 PROMPT = [7, 8, 9]
+FORMAT, WEIGHTED = RouteFormat(SIGNATURE), RouteFormat(SIGNATURE, weight_limit=1.0)
 
 
 def convert(reply: Any) -> Sample:
-    return parse_sample(reply, 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP])
+    return parse_sample(reply, 2, PROMPT, FORMAT, NEW_TOKENS, [STOP])
 
 
 def test_good_reply() -> None:
@@ -57,11 +59,11 @@ def test_a_reply_without_routes_has_no_recorded_row() -> None:
 def test_columns_of_dense_layers_are_left_out_and_must_be_zeros() -> None:
     ids = np.zeros((5, 4, 2), dtype="<i4")
     ids[:, [1, 3]] = [3, 6]
-    served = ServedColumns(4, (1, 3))
-    assert (decode_routes(_routes(ids), 5, SIGNATURE, served) == [3, 6]).all()
+    served = RouteFormat(SIGNATURE, ServedColumns(4, (1, 3)))
+    assert (served.decode(_routes(ids), 5)[0] == [3, 6]).all()
     ids[4, 2] = [0, 1]
     with pytest.raises(ValueError, match="routes of layer 2, which has no experts: .*dense-layers.patch"):
-        decode_routes(_routes(ids), 5, SIGNATURE, served)
+        served.decode(_routes(ids), 5)
 
 
 def test_stop_token_belongs_to_the_response() -> None:
@@ -171,7 +173,7 @@ def test_refuses(fault: str) -> None:
 
 def test_refuses_a_response_cut_short() -> None:
     with pytest.raises(ValueError, match="cut at 4 tokens, 5 were asked for"):
-        parse_sample(good_reply(PROMPT), 0, PROMPT, SIGNATURE, NEW_TOKENS + 1, [STOP])
+        parse_sample(good_reply(PROMPT), 0, PROMPT, FORMAT, NEW_TOKENS + 1, [STOP])
 
 
 @pytest.mark.parametrize("reply", [None, [], {}, "text", {"output_ids": [1]}, {"output_ids": 3, "meta_info": {}}])
@@ -182,7 +184,8 @@ def test_refuses_what_is_no_reply(reply: Any) -> None:
 
 def test_routes_are_little_endian_int32_in_row_order() -> None:
     encoded = base64.b64encode(bytes([i for e in range(8) for i in (e, 0, 0, 0)])).decode()
-    assert decode_routes(encoded, 2, SIGNATURE).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert FORMAT.decode(encoded, 2)[0].tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert FORMAT.decode("", 0)[0].shape == (0, 2, 2)  # of a continuation without a token
 
 
 def weighted_reply(weights: Any, rows: int = 6) -> dict[str, Any]:
@@ -200,32 +203,26 @@ def test_weights_are_taken_apart_from_ids_and_keep_their_order() -> None:
         weighted_reply(weights),
         2,
         PROMPT,
-        SIGNATURE,
+        RouteFormat(SIGNATURE, ServedColumns(2, (0, 1)), weight_limit=1.0),
         NEW_TOKENS,
         [STOP],
-        served=ServedColumns(2, (0, 1)),
-        weight_limit=1.0,
     )
     assert (sample.routes == [6, 3]).all() and sample.routes.dtype == np.uint8
     assert sample.route_weights is not None and sample.route_weights.dtype == np.float32
     np.testing.assert_array_equal(sample.route_weights, weights)
-    later = parse_sample(
-        weighted_reply(weights[2:], 4), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], start=2, weight_limit=1.0
-    )
+    later = parse_sample(weighted_reply(weights[2:], 4), 2, PROMPT, WEIGHTED, NEW_TOKENS, [STOP], start=2)
     assert later.route_weights is not None and not later.route_weights[:2].any()
     np.testing.assert_array_equal(later.route_weights[2:], weights[2:])
     encoded = weighted_reply(weights)["meta_info"]["routed_experts"]
-    assert len(encoded) <= max_reply_bytes(7, SIGNATURE, weighted=True)
-    assert max_reply_bytes(1 << 20, SIGNATURE, weighted=True) > max_reply_bytes(1 << 20, SIGNATURE) + (1 << 20) * 16
+    assert len(encoded) <= max_reply_bytes(7, WEIGHTED)
+    assert max_reply_bytes(1 << 20, WEIGHTED) > max_reply_bytes(1 << 20, FORMAT) + (1 << 20) * 16
 
 
 def test_weights_are_appended_and_selected_as_routes_are() -> None:
     weights = np.random.default_rng(0).dirichlet([1, 1], (10, 2)).astype(np.float32)
-    first = parse_sample(weighted_reply(weights[:6]), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], weight_limit=1.0)
+    first = parse_sample(weighted_reply(weights[:6]), 2, PROMPT, WEIGHTED, NEW_TOKENS, [STOP])
     start, ids = 6, first.tokens.tolist()
-    rest = parse_sample(
-        weighted_reply(weights[6:], 4), 2, ids, SIGNATURE, NEW_TOKENS, [STOP], start=start, weight_limit=1.0
-    )
+    rest = parse_sample(weighted_reply(weights[6:], 4), 2, ids, WEIGHTED, NEW_TOKENS, [STOP], start=start)
     whole = first.append(rest)
     assert whole.route_weights is not None and whole.routes.shape == whole.route_weights.shape
     np.testing.assert_array_equal(whole.route_weights, weights)
@@ -237,7 +234,7 @@ def test_weights_are_appended_and_selected_as_routes_are() -> None:
 
 def convert_rest(ids: list[int]) -> Sample:
     """What follows `ids`, from a server that keeps no weights."""
-    return parse_sample(good_reply(ids), 2, ids, SIGNATURE, NEW_TOKENS, [STOP])
+    return parse_sample(good_reply(ids), 2, ids, FORMAT, NEW_TOKENS, [STOP])
 
 
 @pytest.mark.parametrize(
@@ -253,12 +250,12 @@ def convert_rest(ids: list[int]) -> Sample:
 )
 def test_weights_that_no_router_has_are_refused(weights: list[float], limit: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_sample(weighted_reply(weights), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], weight_limit=limit)
+        parse_sample(weighted_reply(weights), 2, PROMPT, RouteFormat(SIGNATURE, weight_limit=limit), NEW_TOKENS, [STOP])
 
 
 def test_a_server_that_keeps_no_weights_is_refused_and_one_that_should_not() -> None:
     with pytest.raises(ValueError, match="routes have 96 bytes, 6 tokens of 32 bytes need 192"):
-        parse_sample(good_reply(PROMPT), 2, PROMPT, SIGNATURE, NEW_TOKENS, [STOP], weight_limit=1.0)
+        parse_sample(good_reply(PROMPT), 2, PROMPT, WEIGHTED, NEW_TOKENS, [STOP])
     with pytest.raises(ValueError, match="routes have 192 bytes, 6 tokens of 16 bytes need 96"):
         convert(weighted_reply([0.5, 0.5]))
 

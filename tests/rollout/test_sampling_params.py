@@ -12,6 +12,7 @@ from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.servers import fleet
 
 # Set by SGLang itself from other parameters; a server that prefers one is refused.
@@ -57,7 +58,7 @@ def asked(**settings: Any) -> dict[str, dict[str, Any]]:
 
     with serve(answer) as url:
         rollout = Rollout(**({"max_new_tokens": NEW_TOKENS, "temperature": 0.7} | settings))
-        client = RolloutClient([url], rollout, SIGNATURE, vocab_size=16, max_length=64)
+        client = RolloutClient([url], rollout, RouteFormat(SIGNATURE), vocab_size=16, max_length=64)
         client.sample([SampleRequest(0, [2, 3], 77)], [STOP])
         client.sample([SampleRequest(0, [2, 3], 77)], [STOP], budget=NEW_TOKENS)
         client.generate([[2, 3]], 1, seed=5, stop_token_ids=[STOP], temperature=0.2)

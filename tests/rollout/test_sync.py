@@ -15,16 +15,16 @@ from aiohttp import web
 from fake_sglang import serve
 from model.families import published
 from safetensors.numpy import save_file
-from weight_receiver import RANKS, WeightReceiver, digests
+from weight_receiver import RANKS, WeightReceiver, digests, unflatten
 
 from megatron_bai.errors import UserError
 from megatron_bai.model.architecture import Architecture, read_architecture
 from megatron_bai.model.hf_mapping import slice_indices
 from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
+from megatron_bai.rollout.servers.weight_buckets import pickle_bucket
 from megatron_bai.rollout.servers.weight_sync import (
     HttpTransport,
     check_shapes,
-    pickle_tensors,
     sync_from_disk,
     sync_from_tensors,
     tensor_shapes,
@@ -129,12 +129,13 @@ class Recorder:
     def __init__(self) -> None:
         self.buckets: list[list[str]] = []
 
-    def send(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+    def start(self, bucket: list[tuple[str, torch.Tensor]]) -> Any:
         self.buckets.append([name for name, _ in bucket])
+        return lambda: None
 
 
 def names_as_gathered(model: Architecture) -> list[str]:
-    """A model's names in the order in which `param_shards.gather_slices` comes to them."""
+    """A model's names in the order in which `gather.gather_slices` comes to them."""
     kinds = sorted(model.mappings.values(), key=lambda kind: kind.megatron)
     return [name for kind in kinds for index in slice_indices(kind, model) for name in kind.names(index)]
 
@@ -197,7 +198,7 @@ def test_a_pickle_names_torch_alone_whatever_loads_storages_here(monkeypatch: py
     """SGLang unpickles no function that it does not know."""
     monkeypatch.setattr(torch.storage, "_load_from_bytes", load_storage)
     assert __name__.encode() in pickle.dumps(ODD)
-    data = pickle_tensors(list(ODD.items()))
+    data = pickle_bucket(list(ODD.items()))
     words = [word for _, word, _ in pickletools.genops(data) if isinstance(word, str)]
     assert "_load_from_bytes" in words and __name__ not in words and "load_storage" not in words
-    assert all(torch.equal(found, ODD[name]) for name, found in pickle.loads(data))
+    assert sorted(digests(unflatten(**pickle.loads(data)))) == sorted(digests(ODD.items()))

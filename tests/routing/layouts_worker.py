@@ -157,9 +157,9 @@ def delivery(device: backend.Device, parallel: config.Parallel) -> dict[str, Any
 
 def state(modules: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Every tensor, on rank 0."""
-    from megatron_bai.model import param_shards
+    from megatron_bai.model import gather
 
-    found = {(key, index): whole.clone() for key, index, whole in param_shards.gather_slices(modules)}
+    found = {(key, index): whole.clone() for key, index, whole in gather.gather_slices(modules)}
     return found if dist.get_rank() == 0 else {}
 
 

@@ -76,14 +76,14 @@ class Bench:
 
     def named(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors shaped like the parameters, under Hugging Face's names: what the export does with weights."""
-        from megatron_bai.model import hf_mapping, param_shards
+        from megatron_bai.model import gather, hf_mapping
 
         kept = {name: p.detach().clone() for name, p in self.gpt.named_parameters()}
         found = {}
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
                 parameter.copy_(values[name])
-            for key, index, whole in param_shards.gather_slices([self.gpt]):
+            for key, index, whole in gather.gather_slices([self.gpt]):
                 kind = hf_mapping.mapping_of(key, ARCHITECTURE)
                 found |= {n: t.clone() for n, t in zip(kind.names(index), kind.split(whole, ARCHITECTURE))}
             for name, parameter in self.gpt.named_parameters():

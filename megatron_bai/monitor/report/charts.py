@@ -76,25 +76,28 @@ def _lines(runs: list[RunData], of: MetricChart, keys: dict[str, str]) -> Chart 
             traces.append(_line(steps, values, " · ".join(parts), run.colour, dash))
             marks += _alarms(run, key)
             bands += _band(run, key)
+    if not traces:
+        return None
     legend = len(runs) > 1 or len(traces) > 1 or bool(marks) or bool(bands)
     chart = {"title": of.title, "traces": bands + traces + marks, "log": of.log, "legend": legend}
-    return (_with_zeros(chart) if of.log else chart) if traces else None
+    if of.log:
+        _lift_zeros(chart)
+    return chart
 
 
-def _with_zeros(chart: Chart) -> Chart:
+def _lift_zeros(chart: Chart) -> None:
     """Draw what is not above 0 at a floor a decade or more below the smallest value: a log axis has no place for it."""
     values = [y for trace in chart["traces"] for y in trace["y"] if y is not None]
     positive = [y for y in values if y > 0]
     if not positive:
-        return chart | {"log": False}
-    if len(positive) == len(values):
-        return chart
-    floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1)
+        chart["log"] = False
+    if len(positive) in (0, len(values)):
+        return
+    chart["floor"] = floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1)
     for trace in chart["traces"]:
         trace.setdefault("hovertemplate", "%{customdata:.4~g}")
         trace["customdata"] = trace["y"]
         trace["y"] = [floor if y is not None and y <= 0 else y for y in trace["y"]]
-    return chart | {"floor": floor}
 
 
 def _band(run: RunData, key: str) -> list[dict[str, Any]]:

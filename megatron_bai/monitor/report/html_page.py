@@ -32,6 +32,21 @@ class ChartSection:
     intro: str
     charts: list[Chart]
 
+    @property
+    def drawn(self) -> list[Chart]:
+        """The charts that have a figure, in the order of the figures."""
+        return [chart for chart in self.charts if not _is_all_zero(chart)]
+
+    def format_html(self) -> str:
+        """Return the section with a figure for each chart that is drawn; the page's script fills them."""
+        if not self.charts:
+            return ""
+        figures = "".join(_figure_html(chart) for chart in self.drawn)
+        names = [escape(chart["title"]) for chart in self.charts if _is_all_zero(chart)]
+        count = f"{len(names)} chart{'s' if len(names) > 1 else ''} of nothing but zero"
+        folded = f"<details><summary>{count}</summary><p>{'<br>'.join(names)}</p></details>" if names else ""
+        return f'<h2>{self.title}</h2><p>{self.intro}</p><div class="charts">{figures}</div>{folded}'
+
 
 # plotly's names of line styles, of a chart's first metric, the second, …, and CSS's
 DASHES = {"solid": "2px solid", "dot": "2px dotted", "dash": "2px dashed", "dashdot": "4px double"}
@@ -119,27 +134,12 @@ function layout(chart) {
       exponentformat: "e", ...(chart.log ? ticks(chart) : {}) },
   };
 }
+const plots = document.querySelectorAll(".plot");  // in the order of the charts
 const draw = () => charts.forEach((chart, i) =>
-  Plotly.react("chart" + i, chart.traces, layout(chart), { responsive: true, displayModeBar: false }));
+  Plotly.react(plots[i], chart.traces, layout(chart), { responsive: true, displayModeBar: false }));
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 """
-
-
-def _section_html(section: ChartSection, page_charts: list[Chart]) -> str:
-    """Append the charts that are shown to the page's, and return the HTML in whose figures the script draws them."""
-    if not section.charts:
-        return ""
-    figures, names = "", []
-    for chart in section.charts:
-        if _is_all_zero(chart):
-            names.append(escape(chart["title"]))
-        else:
-            figures += _figure_html(len(page_charts), chart)
-            page_charts.append(chart)
-    count = f"{len(names)} chart{'s' if len(names) > 1 else ''} of nothing but zero"
-    folded = f"<details><summary>{count}</summary><p>{'<br>'.join(names)}</p></details>" if names else ""
-    return f'<h2>{section.title}</h2><p>{section.intro}</p><div class="charts">{figures}</div>{folded}'
 
 
 def _is_all_zero(chart: Chart) -> bool:
@@ -149,12 +149,12 @@ def _is_all_zero(chart: Chart) -> bool:
     return bool(values) and not any(values)
 
 
-def _figure_html(index: int, chart: Chart) -> str:
-    """Return the figure of a chart, with title and legend; the script draws the page's chart of this index in it."""
+def _figure_html(chart: Chart) -> str:
+    """Return the figure of a chart, with title and legend; the script draws its traces."""
     keys = "".join(_legend_entry(t) for t in chart["traces"] if "unnamed" not in t) if chart["legend"] else ""
     legend = f'<div class="legend">{keys}</div>' if keys else ""
     title = f"<figcaption>{escape(chart['title'])}</figcaption>"
-    return f'<figure>{title}{legend}<div class="plot" id="chart{index}"></div></figure>'
+    return f'<figure>{title}{legend}<div class="plot"></div></figure>'
 
 
 def _legend_entry(trace: dict[str, Any]) -> str:
@@ -210,8 +210,8 @@ def render_page(title: str, sections: Sequence[str | ChartSection], samples: lis
         sections: HTML, or charts.
         samples: shown by the reader, whose section is in `sections`; None or none: there is no reader.
     """
-    charts: list[Chart] = []
-    body = "".join(_section_html(part, charts) if isinstance(part, ChartSection) else part for part in sections)
+    body = "".join(part if isinstance(part, str) else part.format_html() for part in sections)
+    charts = [chart for part in sections if isinstance(part, ChartSection) for chart in part.drawn]
     reader = f"{_data_html('samples', samples)}<script>{reader_page.SCRIPT}</script>" if samples else ""
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

@@ -13,7 +13,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.monitor.samples import store
 from megatron_bai.monitor.samples.kept_sample import KeptSample
 from megatron_bai.monitor.samples.printable import make_printable
-from megatron_bai.monitor.samples.show import describe, differing_fraction, shorten
+from megatron_bai.monitor.samples.show import describe, differing_fraction, format_last_reply, shorten
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def _make_entry(sample: KeptSample, run: str) -> dict[str, Any]:
         "training": [None if value is None else round(value, 5) for value in columns[1]],
         "inference": [None if value is None else round(value, 5) for value in columns[2]],
         "routes": columns[3],
+        "last_reply": make_printable(shorten(format_last_reply(sample), _MAX_PROMPT)),
         "given": [int(value) for value in columns[4]] if sample.turns else [],
         "left_out": left_out,
         "head": _MAX_TOKENS // 2 if left_out else 0,
@@ -133,6 +134,6 @@ def _make_entry(sample: KeptSample, run: str) -> dict[str, Any]:
 
 def _estimate_characters(entry: dict[str, Any]) -> int:
     """Estimate the size of an entry in the page; what is not ASCII is an escape of six characters there."""
-    texts = (entry["prompt"], entry["answer"], *entry["texts"], *entry["facts"])
+    texts = (entry["prompt"], entry["answer"], entry["last_reply"], *entry["texts"], *entry["facts"])
     characters = sum(len(text) if text.isascii() else 6 * len(text) for text in texts)
     return characters + _TOKEN_CHARACTERS * len(entry["texts"]) + _SAMPLE_CHARACTERS

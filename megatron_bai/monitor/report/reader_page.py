@@ -119,6 +119,10 @@ function card(sample, shade) {
   };
   text.addEventListener("mouseover", show); text.addEventListener("click", show);
   box.appendChild(detail);
+  if (sample.last_reply) {
+    element(box, "h4", "Last reply, which the model did not read");
+    element(box, "div", sample.last_reply, "text").dir = "auto";
+  }
   if (sample.answer) { element(box, "h4", "Answer"); element(box, "div", sample.answer, "text").dir = "auto"; }
   return box;
 }

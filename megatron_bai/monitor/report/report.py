@@ -38,7 +38,7 @@ def write_report(run_dirs: list[Path], output: Path) -> None:
         load_run(d, name, COLOURS[i % len(COLOURS)]) for i, (d, name) in enumerate(zip(run_dirs, names, strict=True))
     ]
     samples = read_samples([(run.name, run.directory, [alarm.step for alarm in run.alarms()]) for run in runs])
-    sections = [
+    sections: list[str | ChartSection] = [
         _headlines(runs),
         _summary_cards(runs),
         _alarm_section(runs),

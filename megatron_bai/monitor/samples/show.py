@@ -95,12 +95,17 @@ def list_parts(sample: KeptSample) -> list[tuple[str, str]]:
     for i, (turn, following) in enumerate(zip(sample.turns, [*starts, sample.length][1:], strict=True), start=1):
         parts.append((f"turn {i}", "".join(texts[turn["start"] : turn["end"]])))
         reply = "".join(texts[turn["end"] : following])
-        if not reply:
-            reply = "\n".join(f"{message.get('role')}: {message.get('content')}" for message in turn["messages"])
+        reply = reply or (format_last_reply(sample) if i == len(sample.turns) else "")
         paid = "" if turn["reward"] is None else f", reward {turn['reward']:.4g}"
         if reply or paid:
             parts.append((f"reply {i}{paid}", reply))
     return parts
+
+
+def format_last_reply(sample: KeptSample) -> str:
+    """Return the messages of the reply that ended a conversation, which the model did not read; empty without any."""
+    messages = sample.turns[-1]["messages"] if sample.turns else []
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
 def shorten(text: str, limit: int) -> str:

@@ -62,12 +62,14 @@ class GroupRewards:
             advantages = advantages / (deviation + 1e-6)
         elif estimator == "leave_one_out":
             advantages = advantages * (count / num_others)
-        return advantages.reshape(-1) * self.has_peer
+        compared: np.ndarray = advantages.reshape(-1) * self.has_peer
+        return compared
 
     @property
     def has_peer(self) -> np.ndarray:
         """`[B]` bool, samples with a reward that another sample of their group has, too."""
-        return (self.valid & (self.valid.sum(axis=1, keepdims=True) > 1)).reshape(-1)
+        has_peer: np.ndarray = self.valid & (self.valid.sum(axis=1, keepdims=True) > 1)
+        return has_peer.reshape(-1)
 
     @property
     def in_uniform_group(self) -> np.ndarray:

@@ -10,6 +10,7 @@ from megatron_bai.rl.batches.stages import (
     make_scored_batch,
     make_training_batch,
 )
+from megatron_bai.rollout.kept_ids import NO_ID
 from megatron_bai.rollout.sample import Sample
 from megatron_bai.routing.layout import assemble
 from megatron_bai.routing.routes import RouteSignature
@@ -65,6 +66,7 @@ def from_samples(
         routed=torch.from_numpy(routed),
         missing=torch.from_numpy(missing),
         route_weights=torch.from_numpy(_stack_weights(samples, routes.shape)) if weighted else None,
+        kept_ids=_stack_kept_ids(samples, tokens),
         columns=tuple(range(signature.moe_layers)) if columns is None else columns,
         rewards=torch.tensor([sample.reward or 0.0 for sample in samples], dtype=torch.float32),
         turn_rewards=_stack_turn_rewards(samples, length),
@@ -112,6 +114,28 @@ def _stack_weights(samples: list[Sample], shape: tuple[int, ...]) -> np.ndarray:
         if sample.route_weights is not None:
             weights[i, : len(sample.route_weights)] = sample.route_weights
     return weights
+
+
+def _stack_kept_ids(samples: list[Sample], tokens: np.ndarray) -> torch.Tensor | None:
+    """Stack the ids that tokens were drawn from as `[B, T, K]` int32 in front of the tokens, or return None.
+
+    Args:
+        samples: of which all that have a response have them, or none.
+        tokens: `[B, T]` of the batch.
+    """
+    widths = [sample.kept_ids.shape[1] for sample in samples if sample.kept_ids is not None]
+    if not widths:
+        return None
+    kept = np.full((*tokens.shape, max(widths)), NO_ID, dtype=np.int32)
+    for row, sample in enumerate(samples):
+        if sample.kept_ids is None:
+            assert not len(sample.response), "a sample whose draws were not truncated beside others"
+            continue
+        first, end = sample.prompt_length - 1, len(sample.tokens) - 1
+        kept[row, first:end, : sample.kept_ids.shape[1]] = sample.kept_ids
+        drawn = (kept[row, first:end] == tokens[row, first + 1 : end + 1, None]).any(axis=1)
+        assert (drawn == sample.full_sampled_mask).all(), "a token is none of those it was drawn from"
+    return torch.from_numpy(kept)
 
 
 def from_sft(tokens: np.ndarray, target_mask: np.ndarray) -> TrainingBatch:

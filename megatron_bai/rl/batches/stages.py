@@ -38,6 +38,8 @@ class RolloutBatch(TokenBatch):
         missing: `[B, T]` bool, tokens it was fed whose route is not known. In neither: padding.
         route_weights: `[B, T, layers, topk]` float32, the inference engine's weights of `routes`; None: it was not
             asked for them.
+        kept_ids: `[B, T, kept]` integer, the ids that the token at t + 1 was drawn from (`rollout.kept_ids`), which all
+            log-probabilities are over, −1 where it has fewer; None: no draw was truncated.
         columns: MoE layers of the model, counted from 0, that `routes` has, in this order.
         rewards: `[B]` float32.
         turn_rewards: `[B, T]` float32, what of `rewards` is an environment's for turns before the last, at their last
@@ -56,6 +58,7 @@ class RolloutBatch(TokenBatch):
     routed: torch.Tensor = tensor_field("B T", "bool")
     missing: torch.Tensor = tensor_field("B T", "bool")
     route_weights: torch.Tensor | None = tensor_field("B T layers topk", "float", optional=True)
+    kept_ids: torch.Tensor | None = tensor_field("B T kept", "integer", optional=True)
     columns: tuple[int, ...]
     rewards: torch.Tensor = tensor_field("B", "float")
     turn_rewards: torch.Tensor | None = tensor_field("B T", "float", optional=True)
@@ -141,6 +144,7 @@ def make_rollout_batch(
         routed=none,
         missing=none,
         route_weights=None,
+        kept_ids=None,
         columns=(),
         rewards=nothing,
         sample_advantages=nothing,
@@ -164,23 +168,19 @@ def make_scored_batch(
         previous_logprobs: `[B, T]` float32, with the weights of the step before; None: the engine has them no longer.
         reference_logprobs: as in `ScoredBatch`; None: 0.
     """
-    nothing, device = torch.zeros_like(rollouts.infer_logprobs), rollouts.tokens.device
-    old, previous, reference = (
-        None if logprobs is None else logprobs.to(device)
-        for logprobs in (old_logprobs, previous_logprobs, reference_logprobs)
-    )
+    device, age = rollouts.tokens.device, rollouts.version_age
+    old = sampled = nothing = torch.zeros_like(rollouts.infer_logprobs)
+    if old_logprobs is not None:
+        old = old_logprobs.to(device)
+        unknown = torch.full_like(old, float("nan"))
+        previous = unknown if previous_logprobs is None else previous_logprobs.to(device)
+        sampled = torch.where(age == 0, old, torch.where(age == 1, previous, unknown))
     return ScoredBatch(
         **_fields(RolloutBatch, rollouts),
-        old_logprobs=nothing if old is None else old,
-        sampled_logprobs=nothing if old is None else _select_sampled(rollouts.version_age, old, previous),
-        reference_logprobs=nothing if reference is None else reference,
+        old_logprobs=old,
+        sampled_logprobs=sampled,
+        reference_logprobs=nothing if reference_logprobs is None else reference_logprobs.to(device),
     )
-
-
-def _select_sampled(age: torch.Tensor, old: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
-    """Return log-probabilities with the weights that sampled each token: `old` at age 0, `previous` at 1, else NaN."""
-    unknown = torch.full_like(old, float("nan"))
-    return torch.where(age == 0, old, torch.where(age == 1, unknown if previous is None else previous, unknown))
 
 
 def make_training_batch(

@@ -17,15 +17,15 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import hf_checkpoint
 from megatron_bai.rewards import score_samples
 from megatron_bai.rl.batches.token_batch import padded_length
+from megatron_bai.rl.experience.memory_sync import MemorySync
 from megatron_bai.rl.experience.sample_hooks import make_sample_hooks
 from megatron_bai.rl.session import Session
 from megatron_bai.rollout.client import RolloutClient, SampleRequest
+from megatron_bai.rollout.route_format import RouteFormat
 from megatron_bai.rollout.sample import Sample, lost_sample
 from megatron_bai.rollout.servers import fleet, weight_sync
-from megatron_bai.rollout.servers.broadcast_transport import BroadcastTransport
 from megatron_bai.rollout.servers.fleet import FleetInfo, ServerFleet
 from megatron_bai.rollout.servers.quantize import fake_quantize
-from megatron_bai.rollout.servers.weight_sync import WeightTransport
 from megatron_bai.routing.layout import ServedColumns
 
 _PROBES = 4  # held-out prompts whose log-probabilities verify that new weights arrived
@@ -53,11 +53,12 @@ class InferenceEngine:
         """
         settings = session.settings
         self._session, self._servers, self._fleet = session, servers, server_fleet
-        self._transport: WeightTransport | None = None
         self._has_pushed = False
+        self._have_previous = False  # all servers got every tensor of the last sync from this process
         self._disk_version = version + 1  # the checkpoint below run.dir that a server can be started from
         self._client = self._make_client(servers.sampling_urls, session.dp_rank)
         self._shapes = hf_checkpoint.hf_shapes(session.actor.modules, session.actor.architecture)
+        self._memory = MemorySync(session, servers, self._shapes)
         probes = min(_PROBES, session.task.eval_size)
         self._probe = make_probe([prompt.ids for prompt in session.task.prompts("eval", settings.run.seed, 0, probes)])
         self.version = version
@@ -65,15 +66,14 @@ class InferenceEngine:
         self.sync_gap = float("nan")
 
     def _make_client(self, urls: list[str], first: int = 0) -> RolloutClient:
-        model, rollout = self._session.settings.model, self._session.settings.rollout
-        signature = self._session.signature
-        architecture = self._session.actor.architecture
-        served = ServedColumns(*architecture.family.route_columns(architecture))
-        longest = model.max_position_embeddings
-        limit = None
-        if self._session.settings.replay.weights == "server":
-            limit = self._session.actor.transformer_config.moe_router_topk_scaling_factor or 1.0
-        return RolloutClient(urls, rollout, signature, model.vocab_size, longest, first, served, limit)
+        session, settings, limit = self._session, self._session.settings, None
+        if settings.replay.weights == "server":
+            limit = session.actor.transformer_config.moe_router_topk_scaling_factor or 1.0
+        served = ServedColumns(*session.actor.architecture.family.route_columns(session.actor.architecture))
+        route_format, model = RouteFormat(session.signature, served, limit), settings.model
+        return RolloutClient(
+            urls, settings.rollout, route_format, model.vocab_size, model.max_position_embeddings, first
+        )
 
     def sample(
         self,
@@ -214,7 +214,7 @@ class InferenceEngine:
 
         if not current_ranks().run_on_first(revive):
             return False
-        self.close()  # restarted servers are no members of the process group that weights are sent through
+        self.close()  # restarted servers are no members of the process groups that weights are sent through
         return True
 
     def sync(self) -> None:
@@ -241,10 +241,10 @@ class InferenceEngine:
         if session.settings.rollout.sync == "disk":
             self._through_files(export=not again)
         else:
-            self._through_memory()
+            self._memory.send(str(self.version), self._have_previous and not again)
         dist.barrier()
         self._check_probe()
-        self._has_pushed = True
+        self._has_pushed = self._have_previous = True
 
     def _through_files(self, export: bool) -> None:
         """Have the servers read the weights from disk. Collective."""
@@ -256,34 +256,10 @@ class InferenceEngine:
                 rmtree(_weights_dir(session, self._disk_version), ignore_errors=True)
         self._disk_version = self.version
 
-    def _through_memory(self) -> None:
-        """Send the weights as tensors. Collective."""
-        session, rollout = self._session, self._session.settings.rollout
-        tensors = hf_checkpoint.iter_hf_tensors(session.actor.modules, session.actor.architecture)
-        if session.is_rank_0:
-            tensors = ((name, fake_quantize(name, tensor, rollout.quantize)) for name, tensor in tensors)
-            self._transport = self._transport or self._make_transport()
-            bucket = rollout.sync_bucket_mib << 20
-            together = session.actor.architecture.family.loaded_together
-            weight_sync.sync_from_tensors(
-                self._servers.urls, tensors, str(self.version), self._shapes, self._transport, bucket, together
-            )
-        else:
-            for _ in tensors:  # takes part in gathering, and sends nothing
-                pass
-
-    def _make_transport(self) -> WeightTransport:
-        """Make a transport of tensors to the current servers."""
-        servers, rollout, device = self._servers, self._session.settings.rollout, self._session.device.device
-        if rollout.sync == "tensors":
-            return weight_sync.HttpTransport(servers.urls, servers.tp_sizes)
-        return BroadcastTransport(servers.urls, servers.tp_sizes, rollout.sync_host, device)
-
     def close(self) -> None:
-        """Leave the process group shared with the servers, where there is one."""
-        if isinstance(self._transport, BroadcastTransport):
-            self._transport.close()
-        self._transport = None
+        """Leave the process groups shared with the servers, where there are any. The next sync sends everything."""
+        self._memory.close()
+        self._have_previous = False
 
     def _check_probe(self) -> None:
         """Compare a probe's log-probabilities between trainer and servers. Collective.

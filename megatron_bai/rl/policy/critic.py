@@ -61,28 +61,25 @@ class Critic:
 
     @torch.no_grad()
     def estimate_advantages(
-        self, scored: ScoredBatch, micro_batches: Sequence[TokenBatch]
-    ) -> tuple[TrainingBatch, Stats]:
+        self, scored: ScoredBatch, micro_batches: Sequence[TokenBatch], stats: Stats
+    ) -> TrainingBatch:
         """Make the training stage, with values, and returns and advantages of its rewards. Collective.
 
         The reward is that of the response's last token (arXiv 1506.02438 with r = 0 before it), but what of it an
         environment gave for an earlier turn, which is that of the turn's last token. Only ranks of the last stage,
-        which alone compute losses, have other values, returns and advantages than 0.
+        which alone compute losses, have other values, returns and advantages than 0; they add `value_mean`,
+        `return_mean` and `explained_variance`, of tokens in the loss.
 
         Args:
             scored: of this rank.
             micro_batches: its tokens in micro-batches, as many on every data-parallel rank.
-
-        Returns:
-            The training stage, and on those ranks `value_mean`, `return_mean` and `explained_variance`, of tokens in
-            the loss.
+            stats: gets the metrics.
         """
         outputs = self.forward_backward.forward(
             list(micro_batches), lambda output, micro_batch: micro_batch.unpack(output[..., 0])
         )
-        stats = Stats()
         if not self._last_stage:
-            return make_training_batch(scored), stats
+            return make_training_batch(scored)
         values, mask, loss_mask = torch.cat(outputs).to(scored.infer_logprobs), scored.usable_mask, scored.loss_mask
         rewards = place_rewards(scored.rewards, mask, scored.turn_rewards)
         advantages, returns = gae(rewards, values, mask, self.settings.gamma, self.settings.lam)
@@ -93,7 +90,7 @@ class Critic:
         explained = explained_variance(values[loss_mask], returns[loss_mask], self._sum_over_ranks)
         if explained is not None:
             stats.ratio("explained_variance", explained, 1)
-        return make_training_batch(scored, advantages, values, returns), stats
+        return make_training_batch(scored, advantages, values, returns)
 
     def update(self, mini_batches: list[list[TrainingBatch]], first: int) -> tuple[Stats, list[float], float]:
         """Make one optimizer step on each mini-batch, with `ppo.critic_loss` as a mean over its tokens. Collective.

@@ -7,7 +7,7 @@ by then.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -65,7 +65,7 @@ class RouterShift:
         ranks = engine.place.tensor[1]
         assert engine.place.context[1] == 1, "the trainer's layouts have no context parallelism"
         total = torch.zeros(count, length // ranks * batch, device=engine.device)
-        with torch.no_grad(), engine.replay.force(routes) if routes else nullcontext():
+        with torch.no_grad(), engine.replay.force(routes):
             with compare_scores(engine.replay, self._old[first : first + count], total):
                 engine.forward_backward.forward(micro_batches, lambda output, micro_batch: None)
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())

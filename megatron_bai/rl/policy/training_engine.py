@@ -1,9 +1,7 @@
 """The training engine: log-probabilities of a batch, and updates with an objective."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -15,7 +13,10 @@ from megatron_bai.rl.batches.stages import RolloutBatch, TrainingBatch
 from megatron_bai.rl.batches.token_batch import TokenBatch, make_token_batch
 from megatron_bai.rl.objectives import Objective, aggregate
 from megatron_bai.rl.policy.forward_backward import ForwardBackward
+from megatron_bai.rl.policy.held_back import HeldBack
+from megatron_bai.rl.policy.kept_logprobs import kept_logprobs_and_entropy
 from megatron_bai.rl.policy.logprobs import logprobs_and_entropy
+from megatron_bai.rollout.kept_ids import NO_ID
 from megatron_bai.routing.layout import Place, filler_routes
 from megatron_bai.routing.replay.replay_pass import MicroRoutes
 from megatron_bai.routing.replay.route_weights import WeightGap, force_weights
@@ -49,6 +50,7 @@ class TrainingEngine:
         device: torch.device,
         temperature: float,
         exact: bool = False,
+        held_back: HeldBack | None = None,
     ):
         """Build what the passes share.
 
@@ -58,11 +60,12 @@ class TrainingEngine:
             device: what this process computes on.
             temperature: of sampling.
             exact: compute log-probabilities as the server does (`rollout.exact`); the actor's layers do so already.
+            held_back: ids that the first tokens of a response were not sampled from; None: there are none.
         """
         from megatron.core import parallel_state
 
         self.actor, self.replay, self.device, self.temperature = actor, replay, device, temperature
-        self.exact = exact
+        self.exact, self.held_back = exact, held_back
         self.forward_backward = ForwardBackward(actor, device)
         self.tensor_rank: int = parallel_state.get_tensor_model_parallel_rank()
         self.last_stage: bool = parallel_state.is_pipeline_last_stage()
@@ -122,10 +125,9 @@ class TrainingEngine:
             record: record the routers' own choices instead of forcing any.
             shift: with `record`, added to the logits that choose (`RoutingReplay.record`).
         """
-        with self.replay.record(shift) if record else self._replaying(routes) as recorded:
-            outputs = self.forward_backward.forward(
-                micro_batches, partial(_logprobs_and_entropy, temperature=self.temperature, exact=self.exact)
-            )
+        with self.replay.record(shift) if record else self.replay.force(routes) as recorded:
+            how = {"temperature": self.temperature, "exact": self.exact, "held_back": self.held_back}
+            outputs = self.forward_backward.forward(micro_batches, partial(_logprobs_and_entropy, **how))
         fed = [
             self.place.rows(micro_batch.pack(micro_batch.routed | micro_batch.missing)).to(self.device)
             for micro_batch in micro_batches
@@ -184,7 +186,7 @@ class TrainingEngine:
             stats.ratio("loss", 0.0, local_count)
 
         def loss(logits: torch.Tensor, micro_batch: TrainingBatch) -> torch.Tensor:
-            logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature, self.exact)
+            logprobs, entropy = _logprobs_and_entropy(logits, micro_batch, self.temperature, self.exact, self.held_back)
             total, loss_stats = objectives.batch_loss(objective, settings, logprobs, micro_batch, entropy)
             loss_stats.ratio("loss", float(total.detach()), 0)
             stats.add(loss_stats)
@@ -192,17 +194,30 @@ class TrainingEngine:
 
         if routes is None and self.replay.moves_bias:
             routes = [self._live_routes(micro_batch) for micro_batch in micro_batches]
-        norm = self.forward_backward.update(micro_batches, loss, local_count, self._replaying(routes), mask_padding)
+        norm = self.forward_backward.update(micro_batches, loss, local_count, self.replay.force(routes), mask_padding)
         return stats, norm
-
-    def _replaying(self, routes: list[MicroRoutes] | None) -> AbstractContextManager[Any]:
-        return nullcontext() if routes is None else self.replay.force(routes)
 
 
 def _logprobs_and_entropy(
-    logits: torch.Tensor, micro_batch: TokenBatch, temperature: float, exact: bool = False
+    logits: torch.Tensor,
+    micro_batch: TokenBatch,
+    temperature: float,
+    exact: bool = False,
+    held_back: HeldBack | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute log-probabilities and entropy of a micro-batch, `[B, T]` each, 0 where no token follows."""
+    """Compute log-probabilities and entropy of a micro-batch, `[B, T]` each, 0 where no token follows.
+
+    They are of the distribution that a server samples from: over the kept ids of a truncated draw, where other tokens
+    than a response's have 0, and without ids that are held back.
+    """
     targets = micro_batch.pack(micro_batch.targets, filling=-1)
-    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature, exact=exact)
+    is_rollout = isinstance(micro_batch, RolloutBatch)
+    if is_rollout and micro_batch.kept_ids is not None:  # without ids that were held back
+        kept_ids = micro_batch.pack(micro_batch.kept_ids, filling=NO_ID)
+        scores = kept_logprobs_and_entropy(logits, targets, kept_ids, temperature)
+    else:
+        scores = logprobs_and_entropy(logits, targets, temperature, exact=exact)
+        if is_rollout and held_back:
+            scores = held_back.rescore(scores, logits, targets, micro_batch, temperature)
+    logprobs, entropy = scores
     return micro_batch.unpack(logprobs), micro_batch.unpack(entropy)

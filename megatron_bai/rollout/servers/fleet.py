@@ -206,5 +206,6 @@ def _check_server(url: str, rollout: Rollout) -> tuple[int, str]:
     """
     info = control.get(url, "/server_info")
     releases.check_server_info(url, info, rollout.deterministic)
+    releases.check_sampling(url, info, rollout)
     require_sampled_logprobs(url, rollout.temperature, rollout.request_timeout_s)
     return int(info.get("tp_size", 1)), info["version"]

@@ -15,8 +15,10 @@ from megatron_bai.compat.releases import (
     sglang_releases,
     untested_server,
 )
+from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
-from megatron_bai.rollout.sampling_params import refuse_other_defaults
+from megatron_bai.rollout.kept_ids import max_kept
+from megatron_bai.rollout.sampling_params import needs_tokenizer, refuse_other_defaults
 from megatron_bai.rollout.servers import control
 
 # Settings of a running server, by name, that rollouts need, and others under which routes were wrong or not tried.
@@ -28,6 +30,7 @@ _FORBIDDEN_FLAGS = {
     "enable_dp_attention": "--enable-dp-attention",
 }
 _DEFAULTS = "preferred_sampling_params"
+_MASK_TOKENS, _NO_TOKENIZER = "sampling_mask_max_tokens", "skip_tokenizer_init"
 
 
 def require_startable(found: str | None, where: str, device: str = "cpu") -> None:
@@ -118,3 +121,31 @@ def check_server_info(url: str, info: dict[str, Any], deterministic: bool) -> No
     refuse_other_defaults(url, info.get(_DEFAULTS))
     if info.get("dp_size", 1) != 1:
         raise UserError(f"the server at {url} has --dp-size {info['dp_size']}: start {info['dp_size']} servers")
+
+
+def check_sampling(url: str, info: dict[str, Any], rollout: Rollout) -> None:
+    """Refuse a running server that cannot sample as the settings say, or would not say from which tokens.
+
+    Args:
+        url: of the server.
+        info: its `/server_info`.
+        rollout: settings.
+
+    Raises:
+        UserError: names the setting and the server.
+    """
+    if rollout.top_k and not release_of(info.get("version"), f"answers at {url}").has_sampling_masks:
+        raise UserError(
+            f"rollout.top_k={rollout.top_k}: SGLang {info.get('version')} at {url} does not say which tokens a draw "
+            "kept, as its sampler had them: use a newer release, or leave it out"
+        )
+    if (most := max_kept(rollout.top_k)) > info.get(_MASK_TOKENS, most):
+        raise UserError(
+            f"rollout.top_k={rollout.top_k}: the server at {url} has --sampling-mask-max-tokens {info[_MASK_TOKENS]}, "
+            f"and ties may keep {most}: start it with as many"
+        )
+    if needs_tokenizer(rollout) and info.get(_NO_TOKENIZER):
+        raise UserError(
+            f"rollout.stop and rollout.min_new_tokens need a server with the model's tokenizer: start the one at {url} "
+            "without --skip-tokenizer-init"
+        )

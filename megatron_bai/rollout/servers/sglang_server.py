@@ -19,6 +19,7 @@ from megatron_bai.config import Rollout
 from megatron_bai.distributed.hosts import host_address, is_loopback
 from megatron_bai.errors import UserError, os_errors_as_user_errors
 from megatron_bai.model.families.registry import all_families
+from megatron_bai.rollout.sampling_params import needs_tokenizer
 from megatron_bai.rollout.served_models import SERVED_MODULE
 from megatron_bai.rollout.servers import auth, control, releases
 from megatron_bai.rollout.servers.ports import PortReservation, reserve_port
@@ -44,7 +45,8 @@ class SGLangServer:
         rollout: port, precision, layout, limits and time-outs.
         log_path: where everything the server prints goes.
         device: `cpu` or `cuda`.
-        text: also load the checkpoint's tokenizer, for SGLang's OpenAI endpoints. Rollouts need token ids only.
+        text: also load the checkpoint's tokenizer, for SGLang's OpenAI endpoints. Rollouts need it only where
+            `sampling_params.needs_tokenizer` says so.
         route_weights: return the weights of a token's experts beside their ids (`replay.weights=server`).
     """
 
@@ -234,7 +236,7 @@ class SGLangServer:
             flags += ["disable-cuda-graph", "sleep-on-idle", "disable-overlap-schedule"]
         if rollout.deterministic:
             flags.append("enable-deterministic-inference")
-        if not self.text:
+        if not (self.text or needs_tokenizer(rollout)):
             flags.append("skip-tokenizer-init")
         pairs = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return pairs + [f"--{flag}" for flag in flags]

@@ -12,24 +12,29 @@ Order: pause and abort → drain → load → flush → continue. SGLang 0.5.21 
 Weights travel in one of three ways: as a checkpoint that the servers read (`sync_from_disk`), or as tensors out of the
 trainer's memory (`sync_from_tensors`), in buckets of bounded size that a weight transport sends:
 `HttpTransport` in the request's body, or `broadcast_transport.BroadcastTransport` through a process group that trainer
-and servers share.
+and servers share. Several ranks of a trainer send theirs by `group_sync.GroupSync`.
 """
 
 import base64
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import control, releases
+from megatron_bai.rollout.servers.weight_buckets import (
+    Bucket,
+    Coverage,
+    Shapes,
+    group_together,
+    make_buckets,
+    pickle_bucket,
+)
 
-Shapes = dict[str, tuple[int, ...]]
-Bucket = list[tuple[str, torch.Tensor]]
 T = TypeVar("T")
 _DRAIN_S = 60.0  # for requests to leave the server after they were aborted
 
@@ -98,8 +103,12 @@ def sync_from_disk(
 class WeightTransport(Protocol):
     """A way of tensors from the trainer to the servers."""
 
-    def send(self, bucket: Bucket) -> None:
-        """Send tensors, under Hugging Face's names and unsharded, and wait until every server has loaded them."""
+    def start(self, bucket: Bucket) -> Callable[[], object]:
+        """Start to send tensors, under Hugging Face's names and unsharded.
+
+        Returns:
+            Waits until every server has loaded them; raises what a server refused them with.
+        """
 
 
 class HttpTransport:
@@ -111,30 +120,22 @@ class HttpTransport:
 
     def __init__(self, urls: Sequence[str], sizes: Sequence[int], timeout_s: float = 600.0):
         self._sizes, self._timeout_s = dict(zip(urls, sizes, strict=True)), timeout_s
+        self._thread = ThreadPoolExecutor(1)
 
-    def send(self, bucket: Bucket) -> None:
-        """Send a bucket, and wait until every server has loaded it."""
-        # A clone, since a view would take its whole storage along.
-        named = [(name, tensor.detach().cpu().clone()) for name, tensor in bucket]
-        data = base64.b64encode(pickle_tensors(named)).decode()
+    def start(self, bucket: Bucket) -> Callable[[], object]:
+        """Start to send a bucket; it is copied before this returns."""
+        data = base64.b64encode(pickle_bucket(bucket)).decode()
 
         def post(url: str) -> None:
-            body = {"serialized_named_tensors": [data] * self._sizes[url], "flush_cache": False}
+            body = {
+                "serialized_named_tensors": [data] * self._sizes[url],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
             control.post(url, "/update_weights_from_tensor", body, self._timeout_s)
 
-        on_all_servers(list(self._sizes), post)
-
-
-def pickle_tensors(bucket: Bucket) -> bytes:
-    """Pickle tensors on the host as SGLang unpickles them: by names of torch's functions alone.
-
-    Plain pickle carries the values; torch's own for processes would carry names of shared memory. Megatron-Core (from
-    0.17.1, where it is imported) puts a function of its own, a stricter one, in the place of torch's that loads
-    storages, and a pickle would name that: SGLang's scheduler ends on names that it does not know.
-    """
-    load_storage: Any = torch.storage._load_from_bytes
-    load_storage.__module__, load_storage.__qualname__ = "torch.storage", "_load_from_bytes"  # where it is found
-    return pickle.dumps(bucket)
+        loading = self._thread.submit(on_all_servers, list(self._sizes), post)
+        return loading.result
 
 
 def sync_from_tensors(
@@ -145,10 +146,12 @@ def sync_from_tensors(
     transport: WeightTransport,
     bucket_bytes: int,
     together: Sequence[str] = (),
+    unchanged: Collection[str] = (),
 ) -> None:
     """Send the servers tensors; from then on their samples carry `version`.
 
-    A failure on the way leaves servers with some of the new weights: they stay paused, and sample nothing.
+    While a bucket is sent, the next one is made of `named`, in the caller's thread. A failure on the way leaves servers
+    with some of the new weights: they stay paused, and sample nothing.
 
     Args:
         urls: of the servers.
@@ -158,60 +161,49 @@ def sync_from_tensors(
         transport: sends the tensors.
         bucket_bytes: of tensors that are held and sent together; a larger one goes alone.
         together: endings of names that share what precedes them, and go in one bucket: `Family.loaded_together`.
+        unchanged: names that are not in `named`, since the servers have those tensors.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape; a server refused, broke, or does not report
             `version`.
     """
-    missing = dict(expected)
+    coverage = Coverage(version, expected, unchanged)
+    with tensor_update(urls, version):
+        wait: Callable[[], object] | None = None
+        for bucket in make_buckets(group_together(named, together), bucket_bytes):
+            if wait:
+                wait()
+            for name, tensor in bucket:
+                coverage.add(name, tuple(tensor.shape))
+            wait = transport.start(bucket)
+        if wait:
+            wait()
+        coverage.require_complete()
+
+
+@contextmanager
+def tensor_update(urls: Sequence[str], version: str) -> Iterator[None]:
+    """Let servers take tensors in the block; from its end on their samples carry `version`.
+
+    After a failure in the block they stay paused.
+
+    Args:
+        urls: of the servers.
+        version: a name for the weights.
+
+    Raises:
+        UserError: a server refused, broke, or does not report `version`.
+    """
     with_session = [url for url, release in releases.releases(urls).items() if release.needs_update_session]
     with _paused(urls, resume_on_error=False):
         on_all_servers(urls, _flush_cache)
         on_all_servers(with_session, lambda url: control.post(url, "/begin_weight_update", {}))
-        for bucket in _make_buckets(_group(named, together), bucket_bytes):
-            for name, tensor in bucket:
-                shape = tuple(tensor.shape)
-                if missing.pop(name, None) != shape:
-                    served = expected.get(name, "none, or sent before")
-                    raise UserError(f"weight sync {version}: {name} has shape {shape}, the servers' has {served}")
-            transport.send(bucket)
-        if missing:
-            raise UserError(f"weight sync {version}: {len(missing)} tensors were not sent, first {min(missing)}")
+        yield
         on_all_servers(with_session, lambda url: control.post(url, "/end_weight_update", {}))
         body = {"new_version": version, "abort_all_requests": False}
         on_all_servers(urls, lambda url: control.post(url, "/update_weight_version", body))
         on_all_servers(urls, _flush_cache)
     _check_versions(urls, version)
-
-
-def _group(named: Iterable[tuple[str, torch.Tensor]], together: Sequence[str]) -> Iterator[Bucket]:
-    """Yield tensors alone, but those that belong together when the last of them has come."""
-    waiting: dict[str, Bucket] = {}
-    for name, tensor in named:
-        ending = next((each for each in together if name.endswith(each)), None)
-        if ending is None:
-            yield [(name, tensor)]
-            continue
-        stem = name.removesuffix(ending)
-        waiting.setdefault(stem, []).append((name, tensor))
-        if len(waiting[stem]) == len(together):
-            yield waiting.pop(stem)
-    yield from waiting.values()  # a layer that has not all of them
-
-
-def _make_buckets(groups: Iterable[Bucket], limit: int) -> Iterator[Bucket]:
-    """Join groups of tensors into buckets of at most `limit` bytes; a larger group is a bucket alone."""
-    bucket: Bucket = []
-    size = 0
-    for group in groups:
-        num_bytes = sum(tensor.nbytes for _, tensor in group)
-        if bucket and size + num_bytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket += group
-        size += num_bytes
-    if bucket:
-        yield bucket
 
 
 def _check_versions(urls: Sequence[str], version: str) -> None:

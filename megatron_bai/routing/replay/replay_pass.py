@@ -1,9 +1,10 @@
 """The state of one run of a schedule: queues of routes, cursors and checks. Imports nothing of Megatron."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from megatron_bai.routing.routes import RouteSignature, check_bounds, check_distinct
 
 # Relative: recomputed activations repeat to rounding, those of another micro-batch share nothing.
 _INPUT_TOLERANCE = 0.1
@@ -29,28 +30,48 @@ class ReplayPass:
     """One run of a schedule: routes forced or recorded, how far each router is, and what was checked.
 
     Attributes:
-        routes: what to force, or None to record.
+        routes: what to force, as it is added; None: the pass records.
         layer_queues: by layer, `[rows, topk]` ids of each micro-batch.
     """
 
-    def __init__(self, layers: list[int], routes: Sequence[MicroRoutes] | None):
-        self.routes = None if routes is None else list(routes)
-        self.layer_queues = {layer: [m.ids[:, i] for m in routes or ()] for i, layer in enumerate(layers)}
+    def __init__(self, layers: list[int], signature: RouteSignature, forces: bool):
+        self.routes: list[MicroRoutes] | None = [] if forces else None
+        self.layer_queues: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        self._signature = signature
         self._cursors = {backward: dict.fromkeys(layers, 0) for backward in (False, True)}
         self._inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
         self._num_checked: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # rows, one entry a router's call
         self._wrong: list[tuple[int, str, torch.Tensor]] = []  # layer, what went wrong, in how many rows
 
     def add(self, micro: MicroRoutes) -> None:
-        """Add what to force in the next micro-batch.
+        """Add what to force in the next micro-batch, before its forward pass.
 
         Args:
             micro: routes of this rank's layers.
+
+        Raises:
+            ValueError: routes that do not fit these layers, or that the dispatcher could not follow.
         """
         assert self.routes is not None, "this pass records"
+        self._check_routes(micro, f"micro-batch {len(self.routes)}")
         self.routes.append(micro)
         for i, queue in enumerate(self.layer_queues.values()):
             queue.append(micro.ids[:, i])
+
+    def _check_routes(self, micro: MicroRoutes, where: str) -> None:
+        """Refuse routes that do not fit this rank's layers, or that the dispatcher could not follow."""
+        ids, shape = micro.ids, (len(self.layer_queues), self._signature.topk)
+        if ids.dim() != 3 or ids.shape[1:] != shape or ids.is_floating_point():
+            needed = f"[rows, {shape[0]}, {shape[1]}]"
+            raise ValueError(f"{where}: routes are {ids.dtype} {tuple(ids.shape)}, this rank needs {needed}")
+        for name, mask in (("checked", micro.checked), ("live", micro.live)):
+            if mask is not None and (mask.shape != ids.shape[:1] or mask.dtype != torch.bool):
+                raise ValueError(f"{where}: `{name}` is {mask.dtype} {tuple(mask.shape)}, not bool [{len(ids)}]")
+        if not ids.numel():
+            return
+        low, high = (int(value) for value in ids.aminmax())
+        check_bounds(low, high, self._signature, where)
+        check_distinct(ids.sort(dim=-1).values.movedim(-1, 0), where)
 
     def cursor(self, layer: int, backward: bool) -> int:
         """Return how many micro-batches a layer's router has run, in forward passes or recomputed in the backward.

@@ -21,7 +21,7 @@ from megatron_bai.routing.replay import preflight
 from megatron_bai.routing.replay.replay_pass import MicroRoutes, ReplayPass
 from megatron_bai.routing.replay.router_binding import bind_routers, moe_layer_indices
 from megatron_bai.routing.replay.shifted_topk import LogitShift, record_shifted_topk
-from megatron_bai.routing.routes import RouteSignature, check_bounds, check_distinct
+from megatron_bai.routing.routes import RouteSignature
 
 
 class RoutingReplay:
@@ -84,24 +84,27 @@ class RoutingReplay:
             RuntimeError: a router did not run as often as the others, or does not run.
         """
         recorded: list[MicroRoutes] = []
-        with self._hooked(ReplayPass(self.layers, None), shift) as run:
+        with self._hooked(ReplayPass(self.layers, self.signature, forces=False), shift) as run:
             yield recorded
         recorded.extend(run.recorded_routes())
 
     @contextmanager
-    def force(self, routes: Sequence[MicroRoutes]) -> Iterator[None]:
+    def force(self, routes: Sequence[MicroRoutes] | None) -> Iterator[None]:
         """Force experts while a schedule runs: `routes[i]` in the i-th forward pass, and where it is recomputed.
 
         Megatron's schedules (1F1B, interleaved) work, and any loop that steps back through micro-batches in the order
         of their forward passes.
 
         Args:
-            routes: of each micro-batch.
+            routes: of each micro-batch; None: the routers choose.
 
         Raises:
             ValueError: routes that do not fit this model, before anything runs.
             RuntimeError: a router that did not run once for each micro-batch, or did not choose what it was given.
         """
+        if routes is None:
+            yield
+            return
         with self.force_added() as add:
             for micro in routes:
                 add(micro)
@@ -118,15 +121,8 @@ class RoutingReplay:
         Raises:
             RuntimeError: as `force`.
         """
-        run = ReplayPass(self.layers, [])
-
-        def add(micro: MicroRoutes) -> None:
-            assert run.routes is not None
-            self._check_routes(micro, f"micro-batch {len(run.routes)}")
-            run.add(micro)
-
-        with self._hooked(run):
-            yield add
+        with self._hooked(ReplayPass(self.layers, self.signature, forces=True)) as run:
+            yield run.add
         self.rows += run.num_checked(backward=False)
         self.recomputed += run.num_checked(backward=True)
 
@@ -199,21 +195,6 @@ class RoutingReplay:
             if micro is not None and self.moves_bias and torch.is_grad_enabled():
                 _count_own_choice(router, chosen, micro)
         _clear_handle(handle)
-
-    def _check_routes(self, micro: MicroRoutes, where: str) -> None:
-        """Refuse routes that do not fit this rank's layers, or that the dispatcher could not follow."""
-        ids, shape = micro.ids, (len(self.layers), self.signature.topk)
-        if ids.dim() != 3 or ids.shape[1:] != shape or ids.is_floating_point():
-            needed = f"[rows, {shape[0]}, {shape[1]}]"
-            raise ValueError(f"{where}: routes are {ids.dtype} {tuple(ids.shape)}, this rank needs {needed}")
-        for name, mask in (("checked", micro.checked), ("live", micro.live)):
-            if mask is not None and (mask.shape != ids.shape[:1] or mask.dtype != torch.bool):
-                raise ValueError(f"{where}: `{name}` is {mask.dtype} {tuple(mask.shape)}, not bool [{len(ids)}]")
-        if not ids.numel():
-            return
-        low, high = (int(value) for value in ids.aminmax())
-        check_bounds(low, high, self.signature, where)
-        check_distinct(ids.sort(dim=-1).values.movedim(-1, 0), where)
 
 
 def _dtype(signature: RouteSignature) -> torch.dtype:

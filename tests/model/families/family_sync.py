@@ -72,16 +72,30 @@ def build_bfloat16(bench: Any, device: Any) -> Any:
 
 @contextmanager
 def in_buckets(num_bytes: int) -> Iterator[None]:
-    """Send tensors in buckets of so many bytes; 0 changes nothing."""
-    from megatron_bai.rollout.servers import weight_sync
+    """Gather and send tensors in buckets of so many bytes; 0 changes nothing."""
+    from megatron_bai.rl.experience.memory_sync import MemorySync
 
-    upstream = weight_sync._make_buckets
-    with patch.object(weight_sync, "_make_buckets", lambda groups, limit: upstream(groups, num_bytes or limit)):
+    with patch.object(MemorySync, "_bucket_bytes", lambda self: num_bytes) if num_bytes else nullcontext():
         yield
 
 
+@contextmanager
+def frozen_routers(actor: Any) -> Iterator[list[torch.Tensor]]:
+    """Train all but the routers, which are given, within the block."""
+    named = [pair for module in actor.modules for pair in module.named_parameters()]
+    before = [parameter.requires_grad for _, parameter in named]
+    for name, parameter in named:
+        parameter.requires_grad_(".router." not in name)
+    yield [parameter for name, parameter in named if ".router." in name]
+    for (_, parameter), requires_grad in zip(named, before, strict=True):
+        parameter.requires_grad_(requires_grad)
+
+
 def receive(bench: Any, device: Any, run_dir: Path, cases: dict[str, Case]) -> dict[str, Any]:
-    """What a server receives of a family's weights, on rank 0: by case, requests of its ranks' digests."""
+    """What a server receives of a family's weights, on rank 0: by case, requests of its ranks' digests.
+
+    Out of memory they are sent twice more in buckets, with routers that are frozen: as they were, and after they moved.
+    """
     from megatron_bai.rl.experience import inference_engine
 
     actors = {torch.float32: bench.actor, BFLOAT16: build_bfloat16(bench, device)}
@@ -89,9 +103,21 @@ def receive(bench: Any, device: Any, run_dir: Path, cases: dict[str, Case]) -> d
     with serve(server) if dist.get_rank() == 0 else nullcontext("") as url:
         for name, case in cases.items():
             rollout = config.Rollout(urls=[url], sync=case.way, quantize=case.quantize)
-            session = session_of(bench, actors[case.dtype], device, run_dir, rollout)
+            actor = actors[case.dtype]
+            session = session_of(bench, actor, device, run_dir, rollout)
             # The server computes nothing that could be compared
             with patch.object(inference_engine.InferenceEngine, "_check_probe"), in_buckets(case.bucket_bytes):
-                with inference_engine.start_inference(session):
+                with frozen_routers(actor) as routers, inference_engine.start_inference(session) as inference:
                     found[name] = server.take()
+                    if not case.bucket_bytes:
+                        continue
+                    inference.sync()
+                    found[f"{name}, frozen"] = server.take()
+                    kept = [router.detach().clone() for router in routers]
+                    for router in routers:
+                        router.data.add_(1)
+                    inference.sync()
+                    found[f"{name}, moved"] = server.take()
+                    for router, before in zip(routers, kept, strict=True):
+                        router.data.copy_(before)
     return found

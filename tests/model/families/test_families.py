@@ -20,6 +20,7 @@ from weight_receiver import digests
 
 from megatron_bai.compat.releases import megatron_release
 from megatron_bai.model.architecture import read_architecture
+from megatron_bai.model.hf_mapping import slice_indices
 from megatron_bai.rollout.servers.quantize import fake_quantize
 
 pytestmark = pytest.mark.distributed
@@ -131,11 +132,34 @@ def require_same_sync(results: Results, name: str, layout: str) -> None:
         wanted = digests((key, sent(key, tensor, case)) for key, tensor in exported.items())
         assert sorted(on_first) == sorted(wanted), title
         assert (len(requests) > 5) == bool(case.bucket_bytes)
+        if case.bucket_bytes:
+            require_changed_alone(results, name, received, title)
         for first, _ in requests:
             keys = {each[0] for each in first}
             for ending in family.loaded_together:
                 stems = {key.removesuffix(ending) for key in keys if key.endswith(ending)}
                 assert {stem + other for stem in stems for other in family.loaded_together} & exported.keys() <= keys
+
+
+def require_changed_alone(results: Results, name: str, received: dict[str, Any], title: str) -> None:
+    """Of frozen routers a server gets those that moved all the same; of buffers none that did not."""
+    first, frozen, moved = (
+        {each[0]: each for ranks in received[case] for each in ranks[0]}
+        for case in (title, f"{title}, frozen", f"{title}, moved")
+    )
+    architecture = read_architecture(results.directory / name / "published")
+    of_router = [kind for kind in architecture.mappings.values() if ".router." in kind.megatron]
+    routers = {
+        key
+        for kind in of_router
+        if kind.trained
+        for index in slice_indices(kind, architecture)
+        for key in kind.names(index)
+    }
+    assert routers and routers <= first.keys()
+    assert frozen.keys() == {key for key in first if key not in routers and not key.endswith(EXPERT_BIASES)}
+    assert moved.keys() == frozen.keys() | routers
+    assert all(moved[key] != first[key] for key in routers) and all(moved[key] == first[key] for key in frozen)
 
 
 @pytest.mark.parametrize("name", published.NAMES)
