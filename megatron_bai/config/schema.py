@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -75,7 +76,7 @@ def register_schema() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config(data=MISSING, reward=MISSING, env=MISSING, init=MISSING, objective=MISSING))
-    choices = {
+    choices: dict[str, tuple[type[Any], ...]] = {
         "data": (Arithmetic, Tools, Dataset),
         "init": (RandomInit, CheckpointInit, MergeInit),
         "reward": (Exact, MathVerify, Function, RewardModel, EnvironmentReward, Code, Several),

@@ -3,8 +3,9 @@
 import ast
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class ToolCallParser:
         from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
         self.tool = tool
-        self._make = lambda: FunctionCallParser([SGLangTool(**tool.describe())], name)
+        self._make: Callable[[], Any] = partial(FunctionCallParser, [SGLangTool(**tool.describe())], name)
 
     def parse(self, text: str) -> list[str]:
         """Return the argument of each call in a turn, in order; empty where there is no call.
@@ -122,7 +123,8 @@ def list_tool_parsers() -> Sequence[str]:
         except (OSError, ValueError, SyntaxError):
             continue
         for node in ast.walk(tree):
-            target = node.target if isinstance(node, ast.AnnAssign) else None
-            if isinstance(target, ast.Name) and target.id == "ToolCallParserEnum" and isinstance(node.value, ast.Dict):
-                return [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Dict):
+                continue
+            if isinstance(node.target, ast.Name) and node.target.id == "ToolCallParserEnum":
+                return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
     return []

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outside import install
@@ -10,16 +11,18 @@ from megatron_bai import config
 from megatron_bai.rewards.worker_pool import RewardPool
 
 HEAVY = {"torch", "numpy", "transformers", "megatron", "sglang", "aiohttp", "psutil", "hydra"}
-SAMPLE = ["1+2", r"\boxed{3}", "3", {}]
+SAMPLE = ["1+2", r"\boxed{3}", "3", {"tests": ["pass"]}]
+CODE = {"cases": "tests", "pay": "all", "timeout_s": 60.0, "case_timeout_s": 30.0, "memory_mib": 512}
 # name → function, settings, and what the reward itself needs of the above
-KINDS: dict[str, tuple[str, dict[str, float] | None, set[str]]] = {
+KINDS: dict[str, tuple[str, dict[str, Any] | None, set[str]]] = {
+    "code": ("megatron_bai.rewards.code_reward:score", CODE, set()),
     "function": ("functions:length", None, set()),
     "math_verify": ("megatron_bai.rewards.math_verify_reward:score", {}, set()),
     "from outside": ("outside:score", {"bonus": 0.5}, {"hydra"}),  # where it registers its settings
 }
 
 
-def imported(function: str, settings: dict[str, float] | None, log: Path) -> set[str]:
+def imported(function: str, settings: dict[str, Any] | None, log: Path) -> set[str]:
     """Packages that a worker imported until it had scored a sample, as Python itself lists them on stderr."""
     with RewardPool(function, settings, 1, 60.0, log) as pool:
         (score,) = pool.scores([SAMPLE])
