@@ -111,7 +111,9 @@ def stepper(arguments: argparse.Namespace, modes: Sequence[str]) -> Callable[[st
     batch = draw_batch(arguments, ordinary)
     micros = batch.split(arguments.micro)
     scores = [engine.score(micros).logprobs for engine in engines.values()]
-    assert all(torch.allclose(logprobs, scores[0], atol=1e-4) for logprobs in scores), (
+    first = scores[0]
+    assert first is not None, "one rank has the last stage"
+    assert all(each is not None and torch.allclose(each, first, atol=1e-4) for each in scores), (
         "the modes differ in more than cost"
     )
     objective, shifted = objectives.get("minirl"), config.Minirl(router_shift=True)

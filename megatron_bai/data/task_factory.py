@@ -69,8 +69,11 @@ def make_task(
         UserError: the tokenizer has no end token, or as `ArithmeticTask` and `DatasetTask`.
     """
     if isinstance(data, config.Arithmetic | config.Tools):
-        is_tools = isinstance(data, config.Tools)
-        task = ToolsTask(data, tokenizer, end_tokens) if is_tools else ArithmeticTask(data, tokenizer, end_tokens)
+        task: ToolsTask | ArithmeticTask
+        if isinstance(data, config.Tools):
+            task = ToolsTask(data, tokenizer, end_tokens)
+        else:
+            task = ArithmeticTask(data, tokenizer, end_tokens)
         if not supervised:
             task.require_room(max_tokens)
         return task

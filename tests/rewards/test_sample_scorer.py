@@ -12,6 +12,7 @@ from fake_sglang import serve
 from megatron_bai import config, rewards
 from megatron_bai.data.task import Prompt
 from megatron_bai.rewards import Item, Score
+from megatron_bai.rewards.reward import SampleScorer
 from megatron_bai.rollout import http_client, http_thread
 
 HERE = Path(__file__).parent
@@ -35,6 +36,7 @@ def test_one_by_one_or_as_a_list_the_scores_are_the_same(
             "model": config.RewardModel(url=url),
         }[name]
         with rewards.open_scorer(settings, TASK, tmp_path / "reward.log") as scorer:
+            assert isinstance(scorer, SampleScorer)
             listed = scorer(ITEMS)
 
             async def each() -> list[Score]:

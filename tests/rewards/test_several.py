@@ -10,6 +10,7 @@ from megatron_bai import config, rewards
 from megatron_bai.data.task import Prompt
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Item, Score, several
+from megatron_bai.rewards.reward import SampleScorer
 
 TASK = SimpleNamespace(reward=lambda prompt, ids: float(ids[0]))
 PARTS = {
@@ -31,7 +32,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sum_and_its_parts(tmp_path: Path) -> None:
     with rewards.open_scorer(config.Several(parts=PARTS), TASK, tmp_path / "log") as scorer:
         first, failed, last = scorer([item(), item("raise"), item(right=0, environment=None)])
-        assert scorer.submit(item()).result(60) == first
+        assert isinstance(scorer, SampleScorer) and scorer.submit(item()).result(60) == first
     assert first == Score(1.0, turn_weight=-0.5, parts={"right": 1.0, "calls": 4.0, "length": 1.0})
     assert failed == Score(None, "part length: ZeroDivisionError: division by zero")
     assert last == Score(1.0, turn_weight=-0.5, parts={"right": 0.0, "calls": 0.0, "length": 1.0})

@@ -126,8 +126,10 @@ class TrainingEngine:
             shift: with `record`, added to the logits that choose (`RoutingReplay.record`).
         """
         with self.replay.record(shift) if record else self.replay.force(routes) as recorded:
-            how = {"temperature": self.temperature, "exact": self.exact, "held_back": self.held_back}
-            outputs = self.forward_backward.forward(micro_batches, partial(_logprobs_and_entropy, **how))
+            compute = partial(
+                _logprobs_and_entropy, temperature=self.temperature, exact=self.exact, held_back=self.held_back
+            )
+            outputs = self.forward_backward.forward(micro_batches, compute)
         fed = [
             self.place.rows(micro_batch.pack(micro_batch.routed | micro_batch.missing)).to(self.device)
             for micro_batch in micro_batches
@@ -211,13 +213,13 @@ def _logprobs_and_entropy(
     than a response's have 0, and without ids that are held back.
     """
     targets = micro_batch.pack(micro_batch.targets, filling=-1)
-    is_rollout = isinstance(micro_batch, RolloutBatch)
-    if is_rollout and micro_batch.kept_ids is not None:  # without ids that were held back
-        kept_ids = micro_batch.pack(micro_batch.kept_ids, filling=NO_ID)
+    rollouts = micro_batch if isinstance(micro_batch, RolloutBatch) else None  # the probe's text was not sampled
+    if rollouts and rollouts.kept_ids is not None:  # without ids that were held back
+        kept_ids = rollouts.pack(rollouts.kept_ids, filling=NO_ID)
         scores = kept_logprobs_and_entropy(logits, targets, kept_ids, temperature)
     else:
         scores = logprobs_and_entropy(logits, targets, temperature, exact=exact)
-        if is_rollout and held_back:
-            scores = held_back.rescore(scores, logits, targets, micro_batch, temperature)
+        if rollouts and held_back:
+            scores = held_back.rescore(scores, logits, targets, rollouts, temperature)
     logprobs, entropy = scores
     return micro_batch.unpack(logprobs), micro_batch.unpack(entropy)
