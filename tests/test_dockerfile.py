@@ -62,10 +62,10 @@ def test_its_shell_applies_every_diff_of_what_the_lock_names(tmp_path: Path) -> 
     (tmp_path / "requirements").symlink_to(ROOT / "requirements")
     stubs = {"pip": "", "python3.12": "", "python": f"echo {site}"}
     for name, text in stubs.items():
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
+        stub = tmp_path / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f"#!/bin/sh\n{text}\n")
+        stub.chmod(0o755)
     (step,) = [rest for rest in arguments("RUN") if "patch -p1" in rest]
     step = step.replace("/tmp/rest.lock", str(tmp_path / "rest.lock"))
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "VIRTUAL_ENV": "/nowhere"}
