@@ -340,8 +340,9 @@ def test_the_setting_that_a_message_names_is_the_one_that_bounds(task) -> None:
 def test_every_setting_that_a_message_names_exists() -> None:
     groups = {field.name: read_defaults(type(getattr(config.Config(), field.name))) for field in fields(config.Config)}
     kinds_by_group: dict[str, list[type]] = {
-        "data": [Arithmetic, Dataset],
-        "reward": [config.Function, config.RewardModel],
+        "data": [Arithmetic, config.Tools, Dataset],
+        "reward": [config.Function, config.RewardModel, config.Code, config.Several],
+        "env": [config.Calculator, config.PythonTool],
         "objective": [config.Ppo],
         "init": [config.CheckpointInit, config.MergeInit],
     }

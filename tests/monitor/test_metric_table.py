@@ -30,7 +30,7 @@ OTHER_STATISTICS = {"rl/route_probe.py"}
 
 def written_name(metric: Metric) -> str:
     """A name that a run may write."""
-    return re.sub("/[A-Z]+$", "/0", metric.name)
+    return re.sub("/[A-Z]+$", "/0", metric.name.replace("/NAME", "/part"))
 
 
 def pattern_of(node: ast.expr) -> str:
