@@ -32,7 +32,12 @@ class ArithmeticTask(GeneratedTask[Problem]):
         self.data = data
 
     def draw(self, rng: Random, held_out: bool) -> Problem:
-        """Draw a problem of a split."""
+        """Draw a problem of a split.
+
+        Args:
+            rng: decides all of it.
+            held_out: whether the split is `eval`.
+        """
         return draw_problem(self.data, rng, held_out)
 
     def largest(self) -> Problem:

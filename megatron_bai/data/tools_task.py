@@ -32,7 +32,12 @@ class ToolsTask(GeneratedTask[Calculation]):
         self.data = data
 
     def draw(self, rng: Random, held_out: bool) -> Calculation:
-        """Draw a problem of a split."""
+        """Draw a problem of a split.
+
+        Args:
+            rng: decides all of it.
+            held_out: whether the split is `eval`.
+        """
         return draw_calculation(self.data, rng, held_out)
 
     def largest(self) -> Calculation:

@@ -45,6 +45,7 @@ def test_a_run_whose_engines_round_differently_is_refused(values: dict[str, Any]
 
 def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match=r"rollout\.exact needs backend\.kind=cpu, and it is cuda"):
         validate_settings(changed(rollout__exact=True))
 

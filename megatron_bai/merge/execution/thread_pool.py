@@ -102,6 +102,10 @@ class ThreadMap:
     def in_turn(self, work: Callable[[T], R], items: Iterable[T], /) -> Generator[R, None, None]:
         """Yield `work(item)` in order, in the thread of a call that is itself mapped; it stops once that map is closed.
 
+        Args:
+            work: is called with each item.
+            items: in order.
+
         Raises:
             CancelledError: another call failed, or the caller did; nobody waits for this one's result.
         """

@@ -69,12 +69,24 @@ class SenderGroup:
             ) from None
 
     def broadcast(self, flat: torch.Tensor) -> Sending:
-        """Start to send bytes, `[bytes] uint8`, to all servers."""
+        """Start to send bytes to all servers.
+
+        Args:
+            flat: `[bytes]` uint8, which must stay as they are until it has ended.
+        """
         flat = flat.to(self._device)
         return Sending(self._group.broadcast(flat, 0), flat)
 
     def finish(self, sending: Sending, loading: Future[Any] | None = None) -> None:
-        """Wait until a broadcast has ended; as `wait_until`."""
+        """Wait until a broadcast has ended.
+
+        Args:
+            sending: of `broadcast`.
+            loading: as in `wait_until`.
+
+        Raises:
+            UserError: as `wait_until`.
+        """
         self.wait_until(sending.work.is_completed, loading)
         sending.work.wait()
 

@@ -122,7 +122,13 @@ def _require_reachable(rollout: Rollout, placements: Sequence[ServerPlacement]) 
 
 
 def describe_placements(placements: Sequence[ServerPlacement], rollout: Rollout, machines: Sequence[Machine]) -> str:
-    """Describe in a line where servers are, such as `2 × 4 GPUs: machine 0: 0-3, 4-7 (beside the trainer)`."""
+    """Describe in a line where servers are, such as `2 × 4 GPUs: machine 0: 0-3, 4-7 (beside the trainer)`.
+
+    Args:
+        placements: by machine.
+        rollout: its settings.
+        machines: of the run.
+    """
     size = f"{len(placements)} × {rollout.tensor} {'GPU' if rollout.tensor == 1 else 'GPUs'}"
     if machines[0].num_gpus is None:
         size = f"{len(placements)}, on CPUs"

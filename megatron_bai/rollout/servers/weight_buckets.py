@@ -35,6 +35,9 @@ def order_infos(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
 
     SGLang views parts of one tensor of bytes as numbers, which must lie at multiples of their size: of two dtypes the
     wider comes first, whatever number of elements the other has.
+
+    Args:
+        infos: of the bucket's tensors.
     """
     return sorted(infos, key=lambda info: -info.dtype.itemsize)
 
@@ -92,7 +95,12 @@ class Coverage:
 
 
 def group_together(named: Iterable[tuple[str, torch.Tensor]], together: Sequence[str]) -> Iterator[Bucket]:
-    """Yield tensors alone, but those that belong together when the last of them has come."""
+    """Yield tensors alone, but those that belong together when the last of them has come.
+
+    Args:
+        named: tensors by name.
+        together: endings of names that belong together where what is before them is equal.
+    """
     waiting: dict[str, Bucket] = {}
     for name, tensor in named:
         ending = next((each for each in together if name.endswith(each)), None)
@@ -107,7 +115,12 @@ def group_together(named: Iterable[tuple[str, torch.Tensor]], together: Sequence
 
 
 def make_buckets(groups: Iterable[Bucket], limit: int) -> Iterator[Bucket]:
-    """Join groups of tensors into buckets of at most `limit` bytes; a larger group is a bucket alone."""
+    """Join groups of tensors into buckets; a group larger than the limit is a bucket alone.
+
+    Args:
+        groups: of tensors that stay together.
+        limit: bytes of a bucket.
+    """
     bucket: Bucket = []
     size = 0
     for group in groups:
