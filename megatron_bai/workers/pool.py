@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from megatron_bai.errors import UserError
 from megatron_bai.workers.outcomes import Outcome, Target
@@ -47,7 +47,7 @@ class WorkerPool:
         self._stop = False
         self._started: Future[None] = Future()
 
-    def __enter__(self) -> "WorkerPool":
+    def __enter__(self) -> Self:
         """Start one worker.
 
         Raises:

@@ -34,7 +34,8 @@ def test_one_by_one_or_as_a_list_the_scores_are_the_same(
             "function": config.Function(function="functions:length", timeout_s=60.0),
             "model": config.RewardModel(url=url),
         }[name]
-        with rewards.open_scorer(settings, TASK, tmp_path / "reward.log") as scorer:
+        opened: Any = rewards.open_scorer(settings, TASK, tmp_path / "reward.log")
+        with opened as scorer:
             listed = scorer(ITEMS)
 
             async def each() -> list[Score]:
