@@ -30,7 +30,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_sum_and_its_parts(tmp_path: Path) -> None:
-    with rewards.open_scorer(config.Several(parts=PARTS), TASK, tmp_path / "log") as scorer:
+    opened: Any = rewards.open_scorer(config.Several(parts=PARTS), TASK, tmp_path / "log")
+    with opened as scorer:
         first, failed, last = scorer([item(), item("raise"), item(right=0, environment=None)])
         assert isinstance(scorer, SampleScorer) and scorer.submit(item()).result(60) == first
     assert first == Score(1.0, turn_weight=-0.5, parts={"right": 1.0, "calls": 4.0, "length": 1.0})
