@@ -80,6 +80,10 @@ class Coverage:
     def add(self, name: str, shape: tuple[int, ...]) -> None:
         """Count a tensor.
 
+        Args:
+            name: of the tensor.
+            shape: of the tensor.
+
         Raises:
             UserError: it is unknown, of another shape, left out, or was counted before.
         """
