@@ -142,10 +142,11 @@ def _exec_program(job: dict[str, Any], is_root: bool) -> NoReturn:
 
 
 def _close_all() -> None:
-    """Close all descriptors, the standard ones too: the program's pipes end with the program."""
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            os.close(int(name))
+    """Close all descriptors, the standard ones too: the program's pipes end with the program.
+
+    Not by /proc, which the first process has perhaps replaced already by one in which this process is not.
+    """
+    os.closerange(0, os.sysconf("SC_OPEN_MAX"))
 
 
 def _wait_for(child: int) -> int:
@@ -167,7 +168,7 @@ def _run_first(job: dict[str, Any], is_root: bool, status: int) -> NoReturn:
             _exec_program(job, is_root)
     except BaseException as error:
         _fail(status, error)
-    os.closerange(0, 64)  # /proc may not be there
+    _close_all()
     os._exit(_wait_for(program))
 
 

@@ -24,8 +24,9 @@ NAMES = [
 TEXTS = [name for name, kind in setting_types().items() if kind == "str" and not name.endswith(".name")]
 LISTS = [name for name, kind in setting_types().items() if kind == "list[str]"]
 CHOICES = [  # the groups' choices that have all texts between them
-    ["data=dataset", "init=checkpoint", "objective=ppo", "reward=model"],
-    ["data=arithmetic", "init=random", "objective=dapo", "reward=function"],
+    ["data=dataset", "init=checkpoint", "objective=ppo", "reward=model", "env=class"],
+    ["data=arithmetic", "init=random", "objective=dapo", "reward=function", "env=calculator"],
+    ["reward=code"],
 ]
 
 
@@ -169,7 +170,7 @@ def test_mappings_are_read(word: str, value: dict[str, Any]) -> None:
         ("train", ["learning_rate=1"], "did you mean trainer.learning_rate?"),
         ("train", ["objectiv=sft"], "did you mean objective?"),
         ("train", ["objective=sftt"], "sapo, sequence, sft or tis; did you mean sft"),
-        ("train", ["data=jsonl"], "choose arithmetic or dataset"),
+        ("train", ["data=jsonl"], "choose arithmetic, dataset or tools"),
         ("train", ["experiment=dem"], "did you mean demo?"),
         ("train", ["data.train=x"], "add data=dataset"),
         ("train", ["monitor.actions={lenght_collapse:stop}"], "did you mean length_collapse?"),

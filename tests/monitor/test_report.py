@@ -100,7 +100,8 @@ def test_one_file_with_headlines_and_charts(tmp_path, steps):
 
 
 def test_every_metric_of_every_chart_is_drawn_at_once(tmp_path: Path) -> None:
-    names = [re.sub("/[A-Z]+$", f"/{number}", name) for name in METRICS for number in (0, 1)]
+    members = [name.replace("/NAME", "/part_N") for name in METRICS]
+    names = [re.sub("(?<=[/_])[A-Z]+$", str(number), name) for name in members for number in (0, 1)]
     steps = [dict.fromkeys(names, 0.5) | {"step": s, "alarms": []} for s in (1, 2)]
     shown = section_charts(html := reported(make_run(tmp_path / "all", steps)))
     captions = [unescape(caption) for caption in re.findall("<figcaption>(.*?)</figcaption>", html)]
