@@ -153,7 +153,7 @@ def test_routes_of_other_routers_are_not_predicted(
         ({"env": TOY}, ["env=class continues chats", "data=arithmetic"]),
         ({"env": config.UserEnvironment()}, ["env.environment is ''", "module:Class"]),
         ({"env": config.UserEnvironment(environment="a:B", max_turns=0)}, ["env.max_turns is 0"]),
-        ({"env": config.UserEnvironment(name="judge")}, ["env.name is 'judge'", "choose one of none, calculator, class, python"]),
+        ({"env": config.UserEnvironment(name="judge")}, ["env.name is 'judge'", "none, calculator, class, python"]),
         ({"env": config.UserEnvironment(name="none")}, ["env.name is 'none'", "choose with env=none"]),
         ({"env": TOY, "objective": config.Sft(), "reward": config.Exact()}, ["objective=sft has none"]),
         (
