@@ -1,7 +1,7 @@
 """Tables of a study's runs, a row a variant, beside what the paper reports; and the document they stand in."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,14 +73,18 @@ def _source(runs: list[StudyRun]) -> str:
     origins = [run.origin for run in runs if run.origin]
     if not origins:
         return ""
-    dates = sorted({origin.date for origin in origins})
-    loads = sorted(origin.load for origin in origins)
+    dates, loads = ([getattr(origin, name) for origin in origins] for name in ("date", "load"))
     return (
-        f"{len(origins)} runs, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
-        f"commit {_join(origin.commit for origin in origins)}, on {_join(origin.machine for origin in origins)}, "
-        f"load {loads[0]:g} to {loads[-1]:g}; together {sum(origin.seconds for origin in origins) / 3600:.1f} h, "
-        f"{sum(origin.processor_seconds for origin in origins) / 3600:.1f} h of a core."
+        f"{len(origins)} runs, {_range(dates)}, commit {_join(origin.commit for origin in origins)}, "
+        f"on {_join(origin.machine for origin in origins)}, load {_range(loads)}; together "
+        f"{sum(origin.seconds for origin in origins) / 60:.0f} minutes, "
+        f"{sum(origin.processor_seconds for origin in origins) / 60:.0f} of a core without shared servers."
     )
+
+
+def _range(values: Sequence[str] | Sequence[float]) -> str:
+    """Format the least and the largest, or the one that there is."""
+    return " to ".join(dict.fromkeys((str(min(values)), str(max(values)))))
 
 
 def _join(names: Iterable[str]) -> str:
