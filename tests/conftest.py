@@ -30,7 +30,7 @@ SHARED = {
     ],
     "nodes": ["launch/test_torchrun.py", "launch/test_machines.py", "launch/test_elastic.py", "launch/test_slurm.py"],
     "layouts": [
-        *(f"distributed/test_{name}.py" for name in ("layouts", "packed", "critic", "drawn")),
+        *(f"distributed/test_{name}.py" for name in ("layouts", "packed", "critic", "truncated_layouts")),
         "model/test_conversion.py",
     ],
     "server": [
