@@ -35,6 +35,8 @@ REFUSED = {
     "demo": "no checkpoint at",  # nothing was merged here
     "gap_pretrained": "plan is for reinforcement learning",
     "gap": "no checkpoint at",  # nothing was trained here
+    "tools_pretrained": "plan is for reinforcement learning",
+    "tools": "no checkpoint at",
     "qwen3_30b": "choose init=checkpoint or init=merge",  # what the two others are made from
 }
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]

@@ -76,7 +76,7 @@ def look(case: Case, directory: Path) -> dict[str, Any]:
     sys.path.insert(0, str(directory))
     if case.kind == "cuda":
         cuda: Any = torch.cuda
-        cuda.is_available, cuda.set_device = lambda: True, lambda device: None
+        cuda.is_available, cuda.device_count, cuda.set_device = lambda: True, lambda: 1, lambda device: None
         backend.dist.init_process_group = lambda *args, **named: None
     logged: list[str] = []
     handler = logging.Handler()
