@@ -69,8 +69,14 @@ class ChatTemplate:
             added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
             self._special = {text for text in (*tokenizer.all_special_tokens, *added) if text}
             self.end_id, self._end = self._find_end(after, end_tokens)
-            if not any(map(self._is_taken, ("tool", "user"))):
+            followed = [text for role in ("tool", "user") if "fixed-reply" in (text := self._text_before_turn(role))]
+            if not followed:
                 raise ValueError("it takes neither a tool's nor a user's message after an assistant's turn")
+            if not all(text.startswith(self._end) for text in followed):
+                raise ValueError(
+                    f"it ends an assistant's turn by {self._end!r}, and by another where messages follow: sampling "
+                    "stops at the first, and a conversation would go on after the second"
+                )
             drops_thinking = _THOUGHT not in self._render(
                 [_QUESTION, {"role": "assistant", "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_TURN}"}, _QUESTION]
             )
@@ -122,12 +128,12 @@ class ChatTemplate:
             )
         return ids[0], text
 
-    def _is_taken(self, role: str) -> bool:
-        """Return whether the template has messages of a role after a turn, in which they stand."""
+    def _text_before_turn(self, role: str) -> str:
+        """Return what stands between two turns with a message of a role; empty where the template refuses it."""
         try:
-            return "fixed-reply" in self._text_after_turn([{"role": role, "content": "fixed-reply"}], prompt=True)
+            return self._text_after_turn([{"role": role, "content": "fixed-reply"}], prompt=True)
         except ValueError:
-            return False
+            return ""
 
     def _text_after_turn(self, messages: Sequence[Message], prompt: bool) -> str:
         """Return what stands after the fixed assistant's turn, which must stand once.

@@ -1,7 +1,7 @@
 """Replies become tokens by the difference that they make to a fixed conversation, whatever was sampled before."""
 
 import pytest
-from chats import ALTERNATING, CHATML, LLAMA3, NO_END, SPECIAL, THINKING, TOOLS, UPPER, make_tokenizer
+from chats import ALTERNATING, CHATML, LLAMA3, NO_END, OTHER_END, SPECIAL, THINKING, TOOLS, UPPER, make_tokenizer
 
 from megatron_bai.environments.chat_template import ChatTemplate
 from megatron_bai.errors import UserError
@@ -63,6 +63,7 @@ def test_a_template_that_drops_earlier_thinking_is_refused_or_kept_as_sampled() 
         ("", {4}, "no chat template"),
         (NO_END, {1}, "ends an assistant's turn by '.n'"),
         (CHATML, {1}, r"by '<\|im_end\|>', at which sampling does not stop"),
+        (OTHER_END, {4, 7}, r"ends an assistant's turn by '<\|eot_id\|>', and by another where messages follow"),
         (UPPER, {4}, "does not give an assistant's turn as it is, once"),
         ("{{ messages[2].content }}", {4}, "does not give an assistant's turn|refuses messages"),
         ("{{ raise_exception('no') }}", {4}, "refuses messages of user, assistant: no"),
