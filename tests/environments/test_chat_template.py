@@ -1,9 +1,13 @@
 """Replies become tokens by the difference that they make to a fixed conversation, whatever was sampled before."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from chats import ALTERNATING, CHATML, LLAMA3, NO_END, OTHER_END, SPECIAL, THINKING, TOOLS, UPPER, make_tokenizer
 
-from megatron_bai.environments.chat_template import ChatTemplate
+from megatron_bai import config
+from megatron_bai.environments.chat_template import ChatTemplate, make_chat_template
 from megatron_bai.errors import UserError
 
 END = {name: SPECIAL.index(name) for name in SPECIAL}
@@ -74,6 +78,17 @@ def test_a_template_that_drops_earlier_thinking_is_refused_or_kept_as_sampled() 
 def test_a_template_that_cannot_converse_is_refused_by_name(template: str, ends: set[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ChatTemplate(make_tokenizer(template), {}, ends)
+
+
+def test_a_template_without_tools_is_refused_where_the_environment_is_one() -> None:
+    """Else each call would fail its sample, and only turns without one would be learned from."""
+    task: Any = SimpleNamespace(tokenizer=make_tokenizer(ALTERNATING), end_tokens={1})
+    assert make_chat_template(config.UserEnvironment(environment="a:B"), config.Tools(), task).roles == {"user"}
+    for settings in (config.Calculator(), config.PythonTool()):
+        with pytest.raises(UserError, match=f"env={settings.name} answers by messages of the role tool"):
+            make_chat_template(settings, config.Tools(), task)
+    task = SimpleNamespace(tokenizer=make_tokenizer(LLAMA3), end_tokens={7})
+    assert make_chat_template(config.Calculator(), config.Tools(), task).roles == {"tool", "user"}
 
 
 def test_messages_that_the_template_has_no_place_for_fail() -> None:
