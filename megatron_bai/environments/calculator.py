@@ -46,4 +46,6 @@ def _require(settings: config.Calculator) -> None:
     require_tool_parser(settings.tool_parser)
 
 
-ENVIRONMENT = EnvironmentKind(config.Calculator, "megatron_bai.environments.calculator:Calculator", require=_require)
+ENVIRONMENT = EnvironmentKind(
+    config.Calculator, "megatron_bai.environments.calculator:Calculator", require=_require, roles=("tool",)
+)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from megatron_bai import config
+from megatron_bai.environments import resolve_environment
 from megatron_bai.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,10 +32,16 @@ def make_chat_template(settings: config.PerTurn, data: config.Data, task: Task) 
         task: whose tokenizer has the template.
 
     Raises:
-        UserError: as `ChatTemplate`.
+        UserError: as `ChatTemplate`; or the environment's messages are of a role that it does not take.
     """
-    options = getattr(data, "template_options", {})
-    return ChatTemplate(task.tokenizer, options, task.end_tokens, settings.earlier_thinking == "keep")
+    kind, options = resolve_environment(settings), getattr(data, "template_options", {})
+    template = ChatTemplate(task.tokenizer, options, task.end_tokens, settings.earlier_thinking == "keep")
+    if missing := sorted(set(kind.roles if kind else ()) - template.roles):
+        raise UserError(
+            f"env={settings.name} answers by messages of the role {missing[0]}, and after an assistant's turn the "
+            f"tokenizer's chat template takes those of {', '.join(sorted(template.roles))} alone: give it another one"
+        )
+    return template
 
 
 class ChatTemplate:
@@ -49,6 +56,7 @@ class ChatTemplate:
 
     Attributes:
         end_id: the token that ends an assistant's turn in the template.
+        roles: of `tool` and `user` those that a message after a turn may have.
 
     Raises:
         UserError: the template cannot be used in conversations; says why.
@@ -69,8 +77,15 @@ class ChatTemplate:
             added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
             self._special = {text for text in (*tokenizer.all_special_tokens, *added) if text}
             self.end_id, self._end = self._find_end(after, end_tokens)
-            if not any(map(self._is_taken, ("tool", "user"))):
+            replies = {role: self._text_before_turn(role) for role in ("tool", "user")}
+            self.roles = {role for role, text in replies.items() if "fixed-reply" in text}
+            if not self.roles:
                 raise ValueError("it takes neither a tool's nor a user's message after an assistant's turn")
+            if not all(replies[role].startswith(self._end) for role in self.roles):
+                raise ValueError(
+                    f"it ends an assistant's turn by {self._end!r}, and by another where messages follow: sampling "
+                    "stops at the first, and a conversation would go on after the second"
+                )
             drops_thinking = _THOUGHT not in self._render(
                 [_QUESTION, {"role": "assistant", "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_TURN}"}, _QUESTION]
             )
@@ -118,16 +133,16 @@ class ChatTemplate:
         if ids[0] not in end_tokens:
             raise ValueError(
                 f"it ends an assistant's turn by {text!r}, at which sampling does not stop: name it as the tokenizer's "
-                "eos_token, or in the model's generation_config.json"
+                "eos_token, in the model's generation_config.json or in rollout.stop_token_ids"
             )
         return ids[0], text
 
-    def _is_taken(self, role: str) -> bool:
-        """Return whether the template has messages of a role after a turn, in which they stand."""
+    def _text_before_turn(self, role: str) -> str:
+        """Return what stands between two turns with a message of a role; empty where the template refuses it."""
         try:
-            return "fixed-reply" in self._text_after_turn([{"role": role, "content": "fixed-reply"}], prompt=True)
+            return self._text_after_turn([{"role": role, "content": "fixed-reply"}], prompt=True)
         except ValueError:
-            return False
+            return ""
 
     def _text_after_turn(self, messages: Sequence[Message], prompt: bool) -> str:
         """Return what stands after the fixed assistant's turn, which must stand once.

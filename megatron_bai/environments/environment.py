@@ -143,9 +143,11 @@ class EnvironmentKind:
             constructed with the settings as attributes, or without arguments where it takes none.
         check: refuses its settings by name with a `UserError`.
         require: refuses, likewise, a machine that lacks what it needs. `plan` does not ask for it.
+        roles: that its messages have; a chat template that does not take one is refused.
     """
 
     settings: type[Any]
     target: str | Callable[[Any], str]
     check: Callable[[Any], None] = _nothing
     require: Callable[[Any], None] = _nothing
+    roles: tuple[str, ...] = ()

@@ -82,5 +82,5 @@ def _require(settings: config.PythonTool) -> None:
 
 
 ENVIRONMENT = EnvironmentKind(
-    config.PythonTool, "megatron_bai.environments.python_tool:PythonTool", check=_check, require=_require
+    config.PythonTool, "megatron_bai.environments.python_tool:PythonTool", _check, _require, roles=("tool",)
 )

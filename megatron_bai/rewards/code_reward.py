@@ -72,7 +72,8 @@ def passes(program: str, case: Case, limits: ProgramLimits) -> bool:
         result = run_program(program, case.stdin, limits)
         return not result.failure and _lines(result.output) == _lines(case.stdout)
     mark = secrets.token_hex(16)  # of a program that ends itself before the case nothing is shown
-    result = run_program(f"{program}\n{case.code}\nprint({mark!r})\n", "", limits)
+    shown = f"\n{mark}"  # on a line of its own, wherever the program stopped writing
+    result = run_program(f"{program}\n{case.code}\nprint({shown!r})\n", "", limits)
     return not result.failure and _lines(result.output)[-1:] == [mark]
 
 

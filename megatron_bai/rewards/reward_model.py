@@ -49,7 +49,13 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
 
         def submit(item: Item) -> Future[Score]:
             added = checked(item)
-            return map_future(thread.submit(make_request(item)), lambda result: make_score(result, added))
+            try:
+                request = make_request(item)
+            except ValueError as error:
+                refused: Future[Score] = Future()
+                refused.set_result(Score(None, str(error)))
+                return refused
+            return map_future(thread.submit(request), lambda result: make_score(result, added))
 
         yield SampleScorer(submit)
 
@@ -89,7 +95,7 @@ def parse_reward(reply: Any, label: int | None) -> float:
 
 
 def _make_body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]:
-    """Return a function that makes the request's JSON of an item."""
+    """Return a function that makes the request's JSON of an item; it raises a ValueError for one that has none."""
     if settings.send == "text":
         return lambda item: {"text": item.prompt.text + item.response}
     if settings.send == "ids":
@@ -113,7 +119,12 @@ def _make_body(settings: config.RewardModel) -> Callable[[Item], dict[str, Any]]
         if not item.prompt.messages:
             raise UserError("reward.send=chat needs prompts that are chats: data=dataset with data.chat_template=true")
         turn = {"role": "assistant", "content": item.response}
-        text = tokenizer.apply_chat_template(list(item.messages) or [*item.prompt.messages, turn], tokenize=False)
+        messages = list(item.messages) or [*item.prompt.messages, turn]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # the template's own: Jinja's and whatever it raises
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"reward.tokenizer's chat template refuses messages of {roles}: {error}") from None
         return {"input_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     return chat

@@ -219,7 +219,7 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
         settings=settings,
         device=device,
         actor=actor,
-        engine=_make_engine(actor, replay, device, settings.rollout, task),
+        engine=_make_engine(actor, replay, device, settings, task),
         task=task,
         tokenizer_dir=tokenizer_dir,
         signature=replay.signature,
@@ -234,10 +234,12 @@ def _build_session(settings: config.Config, device: backend.Device, task: Task |
 
 
 def _make_engine(
-    actor: MegatronModel, replay: RoutingReplay, device: backend.Device, rollout: config.Rollout, task: Task
+    actor: MegatronModel, replay: RoutingReplay, device: backend.Device, settings: config.Config, task: Task
 ) -> TrainingEngine:
-    """Make the training engine of the distribution that servers sample from."""
-    held_back = HeldBack(rollout.min_new_tokens, task.end_tokens) if rollout.min_new_tokens else None
+    """Make the training engine of the distribution that servers sample from, where there are any."""
+    rollout, held_back = settings.rollout, None
+    if rollout.min_new_tokens and objectives.get(settings.objective.name).rollouts:
+        held_back = HeldBack(rollout.min_new_tokens, task.end_tokens)
     return TrainingEngine(actor, replay, device.device, rollout.temperature, rollout.exact, held_back)
 
 

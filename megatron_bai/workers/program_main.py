@@ -38,6 +38,7 @@ _TWO_USERS, _ONE_USER = b"2", b"1"
 FAILED = 125  # exit code where STATUS says why
 _ROOT = "/tmp"  # where the new root is mounted, in the new namespace alone
 _WORK = "/work"
+_MORE_DESCRIPTORS = 256  # than the highest that this process is given: it and its children open some dozens
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -142,7 +143,7 @@ def _exec_program(job: dict[str, Any], is_root: bool) -> NoReturn:
 
 
 def _close_all() -> None:
-    """Close all descriptors, the standard ones too: the program's pipes end with the program.
+    """Close all descriptors up to `main`'s limit, the standard ones too: the program's pipes end with the program.
 
     Not by /proc, which the first process has perhaps replaced already by one in which this process is not.
     """
@@ -227,6 +228,11 @@ def main() -> NoReturn:
     """Run the job, and exit as its program does."""
     job_file, status = map(int, sys.argv[1:3])
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Containers allow 2^30, and a Python that was built with an old libc closes a range one by one.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(job_file, status) + _MORE_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft > limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     with os.fdopen(job_file, encoding="utf-8") as file:
         job = json.load(file)
     outside = os.getpid()

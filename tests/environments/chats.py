@@ -77,6 +77,10 @@ NO_END = """
 {% endfor -%}
 {%- if add_generation_prompt -%}assistant:{%- endif -%}
 """
+# The last turn ends otherwise than earlier ones, as gpt-oss's.
+OTHER_END = CHATML.replace(
+    "<|im_end|>", "{{ '<|eot_id|>' if loop.last and message.role == 'assistant' else '<|im_end|>' }}"
+)
 UPPER = CHATML.replace("message.content", "message.content | upper")
 SPECIAL = [
     "<pad>",

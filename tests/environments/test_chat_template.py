@@ -1,9 +1,13 @@
 """Replies become tokens by the difference that they make to a fixed conversation, whatever was sampled before."""
 
-import pytest
-from chats import ALTERNATING, CHATML, LLAMA3, NO_END, SPECIAL, THINKING, TOOLS, UPPER, make_tokenizer
+from types import SimpleNamespace
+from typing import Any
 
-from megatron_bai.environments.chat_template import ChatTemplate
+import pytest
+from chats import ALTERNATING, CHATML, LLAMA3, NO_END, OTHER_END, SPECIAL, THINKING, TOOLS, UPPER, make_tokenizer
+
+from megatron_bai import config
+from megatron_bai.environments.chat_template import ChatTemplate, make_chat_template
 from megatron_bai.errors import UserError
 
 END = {name: SPECIAL.index(name) for name in SPECIAL}
@@ -63,6 +67,7 @@ def test_a_template_that_drops_earlier_thinking_is_refused_or_kept_as_sampled() 
         ("", {4}, "no chat template"),
         (NO_END, {1}, "ends an assistant's turn by '.n'"),
         (CHATML, {1}, r"by '<\|im_end\|>', at which sampling does not stop"),
+        (OTHER_END, {4, 7}, r"ends an assistant's turn by '<\|eot_id\|>', and by another where messages follow"),
         (UPPER, {4}, "does not give an assistant's turn as it is, once"),
         ("{{ messages[2].content }}", {4}, "does not give an assistant's turn|refuses messages"),
         ("{{ raise_exception('no') }}", {4}, "refuses messages of user, assistant: no"),
@@ -73,6 +78,17 @@ def test_a_template_that_drops_earlier_thinking_is_refused_or_kept_as_sampled() 
 def test_a_template_that_cannot_converse_is_refused_by_name(template: str, ends: set[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ChatTemplate(make_tokenizer(template), {}, ends)
+
+
+def test_a_template_without_tools_is_refused_where_the_environment_is_one() -> None:
+    """Else each call would fail its sample, and only turns without one would be learned from."""
+    task: Any = SimpleNamespace(tokenizer=make_tokenizer(ALTERNATING), end_tokens={1})
+    assert make_chat_template(config.UserEnvironment(environment="a:B"), config.Tools(), task).roles == {"user"}
+    for settings in (config.Calculator(), config.PythonTool()):
+        with pytest.raises(UserError, match=f"env={settings.name} answers by messages of the role tool"):
+            make_chat_template(settings, config.Tools(), task)
+    task = SimpleNamespace(tokenizer=make_tokenizer(LLAMA3), end_tokens={7})
+    assert make_chat_template(config.Calculator(), config.Tools(), task).roles == {"tool", "user"}
 
 
 def test_messages_that_the_template_has_no_place_for_fail() -> None:

@@ -57,6 +57,7 @@ def test_all_or_nothing() -> None:
     [
         ("def add(a, b):\n    return a + b", 1.0),
         ("def add(a, b):\n    return 5", 0.5),
+        ("def add(a, b):\n    return a + b\nprint(add(1, 1), end='')", 1.0),  # it ends no line
         ("import sys; sys.exit(0)", 0.0),  # it ends well, before the assertion
         ("import os; os._exit(0)", 0.0),
         ("def add(a, b):\n    import os; os._exit(0)", 0.0),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from fake_sglang import serve
 
 from megatron_bai import config, rewards
 from megatron_bai.data.task import Prompt
+from megatron_bai.data.tokenizer import build_tokenizer
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import Item, Score
 from megatron_bai.rollout import http_client
@@ -130,3 +132,19 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(settings: dict[str, A
         rewards.resolve_reward(config.RewardModel(**({"url": "http://[::1]:1"} | settings)))
     rewards.resolve_reward(config.RewardModel(url="http://rewards.example", remote=True))
     rewards.resolve_reward(config.RewardModel(url="http://localhost:30000"))
+
+
+def test_a_conversation_that_the_models_template_refuses_has_no_reward(tmp_path: Path) -> None:
+    """A tool's message under a template of two roles costs its sample, and no traceback; other samples are scored."""
+    tokenizer = build_tokenizer(config.Arithmetic(), 64)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ message.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    turns = ({"role": "user", "content": "1+2"}, {"role": "assistant", "content": "three"})
+    plain = replace(ITEM, messages=turns)
+    tools = replace(ITEM, messages=(*turns, {"role": "tool", "content": "3"}))
+    found, bodies = scores(lambda body, call: reply(1.0), [tools, plain], send="chat", tokenizer=str(tmp_path))
+    assert found[1] == Score(1.0) and len(bodies) == 1
+    assert found[0].value is None and "refuses messages of user, assistant, tool: no tools" in found[0].failure

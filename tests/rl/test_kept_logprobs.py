@@ -11,6 +11,8 @@ from megatron.core import parallel_state
 from moe import SIGNATURE, samples
 from transformers import MinNewTokensLengthLogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from megatron_bai import config
+from megatron_bai.rl import session
 from megatron_bai.rl.batches.batch import from_samples
 from megatron_bai.rl.batches.micro_batches import pack_rows
 from megatron_bai.rl.policy import kept_logprobs, logprobs, training_engine
@@ -180,3 +182,13 @@ def test_the_minimum_counts_from_a_responses_first_token_whoever_the_next_are_of
     first = int(batch.response_mask[0].int().argmax())
     batch.response_mask[0, first + 1] = False
     assert HeldBack(4, [1]).find_tokens(batch)[0].nonzero()[:, 0].tolist() == [first, first + 2, first + 3]
+
+
+def test_supervised_training_holds_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minimum is of what servers sample: given texts may end earlier, and would have no probability."""
+    monkeypatch.setattr(session, "TrainingEngine", lambda *arguments: arguments[-1])
+    actor: Any = None
+    for objective, held in ((config.Minirl(), HeldBack(3, {1})), (config.Sft(), None)):
+        settings = config.Config(objective=objective, rollout=config.Rollout(min_new_tokens=3))
+        task: Any = SimpleNamespace(end_tokens={1})
+        assert session._make_engine(actor, actor, SimpleNamespace(device="cpu"), settings, task) == held

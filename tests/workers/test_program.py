@@ -148,3 +148,20 @@ def test_a_machine_without_them_is_refused_in_one_line(monkeypatch: pytest.Monke
         IsolationError, match=r"^a program cannot be run in namespaces of its own: no namespaces of .*: "
     ):
         require_isolation()
+
+
+def test_no_more_descriptors_are_closed_than_there_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all that the limit allows, one by one where libc cannot close a range: containers allow 2^30."""
+    wrapper = tmp_path / "recorded.py"
+    wrapper.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(Path(program_main.__file__).parent)!r})
+import program_main
+close = os.closerange
+os.closerange = lambda first, end: (os.write(2, b"%d\\n" % end), close(first, end))
+program_main.main()
+""")
+    monkeypatch.setattr(program_main, "__file__", str(wrapper))
+    result = run_program("pass", limits=ROOMY)
+    ends = [int(line) for line in result.errors.split()]
+    assert not result.failure and len(ends) == 3 and max(ends) < 1024
