@@ -9,9 +9,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from moe import ARCHITECTURE
 
-from megatron_bai.model import gather, hf_gather
-from megatron_bai.model.gather_plan import make_gather_plan
+from megatron_bai.model import gather, hf_checkpoint, hf_gather
+from megatron_bai.model.gather_plan import ShardInfo, make_gather_plan
 from megatron_bai.model.param_shards import Shard
 from megatron_bai.rl.experience import memory_sync
 
@@ -71,3 +72,12 @@ def test_a_rank_that_cannot_publish_or_round_a_bucket_still_sends_the_others_the
     with patch.object(memory_sync, "fake_quantize", fail), pytest.raises(MemoryError, match="no memory"):
         list(sync._iter_buckets(SimpleNamespace(iter_buckets=gather_buckets), plan))  # type: ignore[arg-type]
     assert len(gathered) == len(PLAN)
+
+
+def test_the_shapes_that_are_expected_are_the_architectures_whatever_the_shards_have() -> None:
+    shape = ARCHITECTURE.vocab_size + 8, ARCHITECTURE.hidden_size
+    padded = [ShardInfo("embedding.word_embeddings.weight", (), (0, 0), shape, shape, torch.float32)]
+    stubs: dict[str, Any] = {"main_shards": lambda _: [], "exchange_infos": lambda _: [padded]}
+    with patch.multiple(hf_checkpoint, **stubs):
+        shapes = hf_checkpoint.hf_shapes([], ARCHITECTURE)  # type: ignore[arg-type]
+    assert shapes == {"model.embed_tokens.weight": (ARCHITECTURE.vocab_size, ARCHITECTURE.hidden_size)}
