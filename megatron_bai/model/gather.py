@@ -69,7 +69,6 @@ def gather_slices(
         yield from slices if slices is not None else ((s.key, s.index, torch.empty(0)) for s in bucket.slices)
 
 
-@torch.no_grad()
 def gather_buckets(
     shards: list[Shard], plan: list[GatherBucket]
 ) -> Iterator[tuple[GatherBucket, list[NamedSlice] | None]]:

@@ -19,7 +19,7 @@ from megatron_bai.errors import UserError
 from megatron_bai.model import hf_mapping
 from megatron_bai.model.architecture import architecture_of
 from megatron_bai.model.architecture import read_architecture as read_config  # its documented name
-from megatron_bai.model.gather import drained
+from megatron_bai.model.gather import drained, exchange_infos, main_shards
 from megatron_bai.model.hf_config_file import hf_config, write_config
 from megatron_bai.model.hf_gather import HFGather
 from megatron_bai.model.hf_reader import HFReader
@@ -78,11 +78,20 @@ def iter_hf_tensors(modules: list[torch.nn.Module], model: Model) -> Iterator[tu
 def hf_shapes(modules: list[torch.nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of what `iter_hf_tensors` yields, on every rank. *Collective*.
 
+    The shapes are the architecture's, and not those of the shards: what is sent is compared with them
+    (`weight_buckets.Coverage`).
+
     Args:
         modules: the bare model of each chunk.
         model: the architecture.
     """
-    return {info.name: info.shape for bucket in HFGather(modules, model).plan() for info in bucket.tensors}
+    architecture = architecture_of(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    slice_ids = {(info.key, info.index) for infos in exchange_infos(main_shards(modules)) for info in infos}
+    for key, index in sorted(slice_ids):
+        mapping = hf_mapping.mapping_of(key, architecture)
+        shapes |= zip(mapping.names(index), mapping.published_shapes(architecture), strict=True)
+    return shapes
 
 
 def save_hf(

@@ -15,7 +15,15 @@ from megatron_bai.config import Model
 from megatron_bai.model import hf_mapping
 from megatron_bai.model.architecture import architecture_of
 from megatron_bai.model.families.architecture import Architecture
-from megatron_bai.model.gather import BUCKET_BYTES, NamedSlice, describe, exchange_infos, gather_buckets, main_shards
+from megatron_bai.model.gather import (
+    BUCKET_BYTES,
+    NamedSlice,
+    describe,
+    drained,
+    exchange_infos,
+    gather_buckets,
+    main_shards,
+)
 from megatron_bai.model.gather_plan import GatherBucket, Index, SliceId, make_gather_plan
 from megatron_bai.model.param_shards import Shard
 
@@ -99,10 +107,10 @@ class HFGather:
         Raises:
             RuntimeError: the model has other shards than the plan was made of.
         """
-        slices = gather_buckets(self._current_shards(), [bucket.gather for bucket in plan])
-        for bucket in plan:  # no variable holds the last bucket while the next one is gathered
-            yield bucket, self._publish(next(slices)[1])
-        assert next(slices, None) is None, "more buckets than planned"
+        with drained(gather_buckets(self._current_shards(), [bucket.gather for bucket in plan])) as slices:
+            for bucket in plan:  # no variable holds the last bucket while the next one is gathered
+                yield bucket, self._publish(next(slices)[1])
+            assert next(slices, None) is None, "more buckets than planned"
 
     def _publish(self, gathered: list[NamedSlice] | None) -> Named | None:
         """Return a bucket's slices as they are published, where this rank has them."""

@@ -1,5 +1,6 @@
 """A weight update is checked before it is sent, ordered, proven, and always lets the server go on."""
 
+import asyncio
 import io
 import pickle
 import pickletools
@@ -187,6 +188,27 @@ def test_every_rank_gets_every_bit_once_whatever_dtypes_share_a_bucket(way: str,
         received = [each for ranks in server.requests for each in ranks[rank]]
         assert sorted(received) == sorted(digests(ODD.items()))
     assert len(server.requests) == {1: len(ODD), 24: 3, 1 << 20: 1}[bucket_bytes]
+
+
+class Leaving(WeightReceiver):
+    """Its ranks end while they receive, and what is left of it answers some time after."""
+
+    def update_weights_from_distributed(self, body: dict[str, Any]) -> Any:
+        self.groups.clear()
+
+        async def answer() -> web.Response:
+            await asyncio.sleep(0.2)
+            return web.Response(status=400, text="the scheduler has ended")
+
+        return answer()
+
+
+def test_a_server_that_ends_in_a_broadcast_is_named_in_one_line() -> None:
+    large = {"a": torch.zeros(8 << 20)}  # more than the sockets hold
+    with serve(Leaving()) as url:
+        transport = BroadcastTransport([url], [RANKS], "127.0.0.1", torch.device("cpu"), 60)
+        with closing(transport), pytest.raises(UserError, match="the scheduler has ended"):
+            sync_from_tensors([url], large.items(), "v1", {"a": (8 << 20,)}, transport, 1 << 30)
 
 
 def load_storage(data: bytes) -> Any:

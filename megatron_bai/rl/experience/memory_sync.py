@@ -87,10 +87,10 @@ class MemorySync:
 
     def _iter_buckets(self, gather: HFGather, plan: list[HFBucket]) -> Iterator[Bucket | None]:
         """Yield the tensors of each bucket as servers get them, where this rank has it. Collective."""
-        buckets = gather.iter_buckets(plan)
-        for _ in plan:  # no variable holds the last bucket while the next one is gathered
-            yield self._quantize(next(buckets)[1])
-        assert next(buckets, None) is None, "more buckets than planned"
+        with drained(gather.iter_buckets(plan)) as buckets:
+            for _ in plan:  # no variable holds the last bucket while the next one is gathered
+                yield self._quantize(next(buckets)[1])
+            assert next(buckets, None) is None, "more buckets than planned"
 
     def _quantize(self, bucket: Bucket | None) -> Bucket | None:
         """Round weights as the settings have it; None stays."""

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from megatron_bai.rollout.servers.weight_sync import on_all_servers
 GROUP_NAME = "megatron_bai_weights"
 _FAILED = "failed"  # key of the store: why a rank does not go on
 _POLL_S, _POLL_FAILED_S = 0.001, 0.5
+_ANSWER_S = 10.0  # for a server's answer to a request whose broadcast broke off
 
 
 class GroupAddress(NamedTuple):
@@ -59,7 +61,7 @@ class SenderGroup:
 
     def __init__(self, address: GroupAddress, sender: int, device: torch.device, timeout_s: float):
         limit = timedelta(seconds=timeout_s)
-        self._device = device
+        self._device, self._servers = device, address.servers
         try:
             self._store = dist.TCPStore(address.host, address.port, None, False, limit, wait_for_workers=False)
             self._group = _make_process_group(address.backend, _name(sender), self._store, address.world, limit)
@@ -85,10 +87,16 @@ class SenderGroup:
             loading: as in `wait_until`.
 
         Raises:
-            UserError: as `wait_until`.
+            UserError: as `wait_until`, or a server has gone.
         """
         self.wait_until(sending.work.is_completed, loading)
-        sending.work.wait()
+        try:
+            sending.work.wait()
+        except RuntimeError as error:  # a server has gone: what it, or its neighbour, answers says more
+            if loading is not None:
+                with suppress(TimeoutError):
+                    loading.result(_ANSWER_S)
+            raise UserError(f"a broadcast of weights to the servers {self._servers} broke off: {error}") from None
 
     def wait_until(self, is_done: Callable[[], bool], loading: Future[Any] | None = None) -> None:
         """Wait until something is done, unless a server refuses to take part in it, or another rank has failed.
