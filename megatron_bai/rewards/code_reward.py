@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_bai import config
@@ -69,7 +69,8 @@ def passes(program: str, case: Case, limits: ProgramLimits) -> bool:
         limits: of the program.
     """
     if case.stdin is not None:
-        result = run_program(program, case.stdin, limits)
+        room = max(limits.output_bytes, 2 * len(case.stdout.encode("utf-8", "replace")))
+        result = run_program(program, case.stdin, replace(limits, output_bytes=room))
         return not result.failure and _lines(result.output) == _lines(case.stdout)
     mark = secrets.token_hex(16)  # of a program that ends itself before the case nothing is shown
     shown = f"\n{mark}"  # on a line of its own, wherever the program stopped writing

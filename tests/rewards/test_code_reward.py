@@ -48,6 +48,11 @@ def test_the_share_of_cases_of_standard_output(response: str, share: float) -> N
     assert of(response) == share
 
 
+def test_a_case_may_have_a_long_output() -> None:
+    cases = json.dumps([{"input": "", "output": "5" * 100_000}])
+    assert of("print('5' * 100_000)", cases) == 1.0 and of("print('5' * 1_000_000)", cases) == 0.0
+
+
 def test_all_or_nothing() -> None:
     assert of(ADDS, pay="all") == 1.0 and of(FIVE, pay="all") == 0.0
 

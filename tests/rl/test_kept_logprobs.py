@@ -188,7 +188,8 @@ def test_supervised_training_holds_nothing_back(monkeypatch: pytest.MonkeyPatch)
     """A minimum is of what servers sample: given texts may end earlier, and would have no probability."""
     monkeypatch.setattr(session, "TrainingEngine", lambda *arguments: arguments[-1])
     actor: Any = None
+    device: Any = SimpleNamespace(device="cpu")
     for objective, held in ((config.Minirl(), HeldBack(3, {1})), (config.Sft(), None)):
         settings = config.Config(objective=objective, rollout=config.Rollout(min_new_tokens=3))
         task: Any = SimpleNamespace(end_tokens={1})
-        assert session._make_engine(actor, actor, SimpleNamespace(device="cpu"), settings, task) == held
+        assert session._make_engine(actor, actor, device, settings, task) == held
