@@ -73,4 +73,7 @@ class PythonTool(PerTurn):
     )
     program_timeout_s: float = number(5.0, "of one program", above=0, at_most=LONGEST_S)
     program_memory_mib: int = number(512, "of each process of a program", at_least=16)
+    max_reply_tokens: int = number(
+        2048, "that the environment's messages may add at once; more end the conversation", at_least=1
+    )  # what `max_output_characters` leaves of an output has fewer
     max_output_characters: int = number(2000, "of what a program wrote; the middle of more is left out", at_least=16)

@@ -67,7 +67,7 @@ LEARNING = MetricSection(
         Metric("response_length_p90", "tokens", _QUANTILE, _RESPONSES,
             "Nine tenths of the responses are at most this long.", _QUANTILES, "90 %"),
         Metric("truncated_fraction", "fraction", "of responses that are not lost", _RESPONSES,
-            "Responses that ended without an end token.",
+            "Responses that a limit of tokens or turns ended.",
             MetricChart("Responses cut off at the limit, fraction"), "fraction"),
         Metric("turns_mean", "turns", "mean over conversations that are not lost", _RESPONSES,
             "How many turns of the model a conversation has, with an environment.",
