@@ -12,6 +12,7 @@ from megatron_bai.config import Config
 from megatron_bai.distributed.rank_group import RankGroup
 from megatron_bai.errors import UserError
 from megatron_bai.merge import pipeline
+from megatron_bai.rewards import list_reward_settings
 from megatron_bai.rl.init_weights import find_merged_tokenizer, list_sources
 from megatron_bai.rl.run_architecture import architecture_source
 from megatron_bai.rl.run_dir import require_usable_run_dir
@@ -83,8 +84,9 @@ def _require_usable(settings: Config) -> None:
         if os.path.exists(each.path):
             each.require()
     _require_merge(settings)
-    if isinstance(settings.reward, config.Function):
-        _require_module("reward.function", settings.reward.function)
+    for label, reward in list_reward_settings(settings.reward).items():
+        if isinstance(reward, config.Function):
+            _require_module(f"{label}.function", reward.function)
     if isinstance(settings.env, config.UserEnvironment):
         _require_module("env.environment", settings.env.environment)
     if os.path.exists(settings.rollout.api_key_file):

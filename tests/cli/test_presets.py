@@ -176,6 +176,10 @@ def test_plan_is_for_the_model_of_the_checkpoint(tmp_path: Path, capsys: pytest.
             "data.train=/no.jsonl does",
         ),
         (["reward=function", "reward.function=no_such:f"], "there is no module no_such"),
+        (
+            ["reward=several", "reward.parts.short.reward=function", "reward.parts.short.function=no_such:f"],
+            "reward.parts.short.function=no_such:f: there is no module no_such",
+        ),
         (["objective=ppo", "objective.critic_checkpoint=/c"], "objective.critic_checkpoint=/c does not exist"),
         (["init=checkpoint", "init.checkpoint={empty}"], "empty holds neither .*: it is empty"),
     ],
