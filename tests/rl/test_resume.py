@@ -237,7 +237,8 @@ def test_the_settings_a_run_writes_down_are_those_it_has(tmp_path: Path) -> None
 
 def test_every_setting_that_may_change_exists() -> None:
     choices = [config.Config(model=TINY), config.Config(objective=config.Ppo(), reward=config.Function(), model=TINY)]
-    choices.append(config.Config(init=config.MergeInit(), reward=config.RewardModel(), model=TINY))
+    environment = config.UserEnvironment()
+    choices.append(config.Config(init=config.MergeInit(), reward=config.RewardModel(), env=environment, model=TINY))
     names = {name for settings in choices for name in flatten(asdict(settings))}
     for free in checkpointing.MAY_CHANGE:
         assert any(name == free or free.endswith(".") and name.startswith(free) for name in names), free
