@@ -1,16 +1,15 @@
 """The client of SGLang servers: many requests at a time, of which only replies that pass every check are returned."""
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 
 from megatron_bai.config import Rollout
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.conversation import FatalError, OnComplete, SampleDriver, SampleError
-from megatron_bai.rollout.http_client import HttpRequest, Post, RequestLimits, run_all
+from megatron_bai.rollout.http_client import HttpRequest, RequestLimits, post_all, run_all
 from megatron_bai.rollout.kept_ids import max_kept
 from megatron_bai.rollout.parse_reply import max_reply_bytes, parse_logprobs, parse_sample
 from megatron_bai.rollout.route_format import RouteFormat
@@ -20,7 +19,6 @@ from megatron_bai.rollout.sampling_params import make_rollout_params, make_sampl
 from megatron_bai.rollout.servers.auth import register_key
 from megatron_bai.rollout.turns import TurnEnvironment
 
-T = TypeVar("T")
 # Positions of its context that SGLang 0.5.21 gives to no request (managers/tp_worker.py, scheduler.py).
 _RESERVED_TOKENS = 7
 __all__ = ["RolloutClient", "SampleRequest", "max_request_tokens", "sampling_seed"]
@@ -157,10 +155,13 @@ class RolloutClient:
 
         drivers = [make_driver(request) for request in requests]
         longest = max((len(r.prompt_ids) for r in requests), default=0) + max_new_tokens
+        calls = [driver.run for driver in drivers]
         try:
-            results = self._run_all([driver.run for driver in drivers], longest, max_failures)
+            results = run_all(self.urls, "/generate", calls, self._limit_requests(longest), max_failures or 0)
         except FatalError as error:
             raise error.cause from None
+        if max_failures is None:
+            _require_all(results)
         return [
             SampleError(str(result), driver.sample) if isinstance(result, UserError) else result
             for result, driver in zip(results, drivers, strict=True)
@@ -181,8 +182,10 @@ class RolloutClient:
         for index, ids in enumerate(token_lists):
             self._check_ids(ids, 0, f"sequence {index}")
         requests = [self._scoring_request(list(ids)) for ids in token_lists]
-        calls = [partial(_post_one, request) for request in requests]
-        return cast(list[np.ndarray], self._run_all(calls, max(map(len, token_lists))))  # a failure is raised
+        limits = self._limit_requests(max(map(len, token_lists)))
+        results = post_all(self.urls, "/generate", requests, limits)
+        _require_all(results)
+        return cast(list[np.ndarray], results)
 
     def _check_ids(self, ids: Sequence[int], new_tokens: int, where: str) -> None:
         """Refuse token ids that the model cannot take, with `new_tokens` more."""
@@ -244,31 +247,19 @@ class RolloutClient:
         body = {"input_ids": ids, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         return HttpRequest(self.first_server, body, lambda reply: parse_logprobs(reply, ids, self.vocab_size))
 
-    def _run_all(
-        self, calls: Sequence[Callable[[Post], Awaitable[T]]], longest: int, max_failures: int | None = None
-    ) -> list[T | UserError]:
-        """Run calls that post requests, and return their results in order.
-
-        Args:
-            calls: as in `http_client.run_all`; they post to `/generate`.
-            longest: the most tokens of a request and its reply together.
-            max_failures: as in `generate`.
-        """
+    def _limit_requests(self, longest: int) -> RequestLimits:
+        """Return the limits of requests that have at most so many tokens, those of their replies among them."""
         rollout = self.rollout
         reply_bytes = max_reply_bytes(longest, self.route_format, max_kept(rollout.top_k))
         setting = "rollout.request_timeout_s"
-        limits = RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
-        results = run_all(self.urls, "/generate", calls, limits, max_failures or 0)
-        if max_failures is None:
-            for result in results:
-                if isinstance(result, UserError):
-                    raise result
-        return results
+        return RequestLimits(rollout.concurrency, rollout.request_timeout_s, rollout.retries, setting, reply_bytes)
 
 
-async def _post_one(request: HttpRequest[T], post: Post) -> T:
-    result: T = await post(request)
-    return result
+def _require_all(results: Sequence[object]) -> None:
+    """Raise the first result that is a UserError."""
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
 
 
 def _check_version(sample: Sample, version: str) -> None:

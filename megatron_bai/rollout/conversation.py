@@ -1,7 +1,7 @@
 """One sample from its first request to its end: requests, and between them the environment's replies."""
 
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 from megatron_bai.errors import UserError
@@ -31,19 +31,6 @@ class FatalError(Exception):
     def __init__(self, cause: UserError):
         super().__init__(str(cause))
         self.cause = cause
-
-
-@dataclass(frozen=True)
-class TokenLimits:
-    """Limits of one request.
-
-    Attributes:
-        request: new tokens of the request.
-        reaches: what they reach: `budget` of the call, `turn` or `response`.
-    """
-
-    request: int
-    reaches: str
 
 
 MakeRequest: TypeAlias = Callable[[Sample | None, tuple[int, ...], int], HttpRequest[Sample]]
@@ -101,35 +88,36 @@ class SampleDriver:
             if continued is not None and continued.complete:
                 self.sample = continued
                 break
-            if self._budget <= 0:
-                assert continued is not None, "a call samples at least a token"
-                return continued
-            limits = self._limits(continued, len(ids))
+            room = self._count_room(continued, len(ids))  # of the turn and the response, whatever the budget
+            limit = min(room, self._budget)
+            assert limit > 0, f"a request without tokens: {room} fit, of the budget there are {self._budget}"
             before = 0 if continued is None else continued.num_sampled
-            sample: Sample = await post(self._make_request(continued, ids, limits.request))
+            sample: Sample = await post(self._make_request(continued, ids, limit))
             self._budget -= sample.num_sampled - before
-            self.sample = self._end_request(sample, limits)
-            if self.sample.finish == TURN and self._budget <= 0:
+            self.sample = self._end_request(sample, used_up=limit < room)
+            if self._budget <= 0 and not self.sample.complete:
                 return self.sample
         if self._on_complete:
             self.sample = continued = await _guard(self._on_complete(continued))
         return continued
 
-    def _limits(self, sample: Sample | None, num_reply_tokens: int) -> TokenLimits:
-        """Return the limits of the next request: the least that there is, and of equal ones the one that ends most."""
+    def _count_room(self, sample: Sample | None, num_reply_tokens: int) -> int:
+        """Return how many tokens fit into the sample's turn and response, after those of a reply."""
         used = 0 if sample is None else len(sample.response)
-        limits = {"response": self._max_new_tokens - used - num_reply_tokens}
+        room = self._max_new_tokens - used - num_reply_tokens
         if self._environment and self._environment.max_turn_tokens:
             in_turn = 0 if sample is None or sample.finish == TURN else used - sample.next_turn_start
-            limits["turn"] = self._environment.max_turn_tokens - in_turn
-        limits["budget"] = self._budget
-        reaches = min(limits, key=lambda name: limits[name])
-        assert limits[reaches] > 0, f"a request without tokens: {limits}"
-        return TokenLimits(limits[reaches], reaches)
+            room = min(room, self._environment.max_turn_tokens - in_turn)
+        return room
 
-    def _end_request(self, sample: Sample, limits: TokenLimits) -> Sample:
-        """Return the sample with the finish that its limits give it, and the turn that has ended."""
-        if sample.finish == "length" and limits.reaches == "budget":
+    def _end_request(self, sample: Sample, used_up: bool) -> Sample:
+        """Return the sample with its finish, and the turn that has ended.
+
+        Args:
+            sample: as its request ended.
+            used_up: whether it had all that the budget left, and more tokens would fit.
+        """
+        if sample.finish == "length" and used_up:
             return replace(sample, finish=PARTIAL)
         if self._environment is None:
             return sample

@@ -96,7 +96,7 @@ def run_all(
     async def run() -> list[T | UserError]:
         semaphore = asyncio.Semaphore(limits.concurrency)
         async with open_session(limits.timeout_s) as session:
-            post = partial(_post_with_retries, session, semaphore, urls, path, limits)
+            post = partial(post_with_retries, session, semaphore, urls, path, limits)
             return await _gather_until([asyncio.ensure_future(call(post)) for call in calls], max_failures)
 
     return asyncio.run(run())
@@ -121,7 +121,7 @@ async def _gather_until(tasks: Sequence[asyncio.Future[Any]], max_failures: int)
     return [first_failure if isinstance(result, asyncio.CancelledError) else result for result in results]
 
 
-async def _post_with_retries(
+async def post_with_retries(
     session: aiohttp.ClientSession,
     semaphore: asyncio.Semaphore,
     urls: Sequence[str],
@@ -129,7 +129,19 @@ async def _post_with_retries(
     limits: RequestLimits,
     request: HttpRequest[T],
 ) -> T:
-    """Post one request until it succeeds or has failed for good."""
+    """Post one request until it succeeds or has failed for good.
+
+    Args:
+        session: of `open_session`.
+        semaphore: of all requests that may be in flight together.
+        urls: as in `post_all`.
+        path: likewise.
+        limits: likewise.
+        request: see `HttpRequest`.
+
+    Raises:
+        UserError: it has failed; names the server and what went wrong last.
+    """
     failure, attempts = "", limits.retries + 1
     for attempt in range(attempts):
         if attempt:
@@ -151,22 +163,3 @@ async def _post_with_retries(
             failure = str(error)[:500]  # a reply may be quoted in it
     last = f" ({url})" if len(urls) > 1 else ""
     raise UserError(f"SGLang at {', '.join(urls)} failed {attempts} times at {path}: {failure}{last}")
-
-
-async def post_alone(
-    urls: Sequence[str], path: str, request: HttpRequest[T], limits: RequestLimits, semaphore: asyncio.Semaphore
-) -> T | UserError:
-    """Post one request of which `post_all` would post many; no connection is held afterwards.
-
-    Args:
-        urls: as in `post_all`.
-        path: likewise.
-        request: likewise.
-        limits: likewise.
-        semaphore: of all requests that may be in flight together.
-    """
-    async with open_session(limits.timeout_s) as session:
-        try:
-            return await _post_with_retries(session, semaphore, urls, path, limits, request)
-        except UserError as error:
-            return error

@@ -15,6 +15,7 @@ from fake_sglang import serve
 import megatron_bai
 from megatron_bai.errors import UserError
 from megatron_bai.rollout import http_client
+from megatron_bai.rollout.http_thread import PostingThread
 from megatron_bai.rollout.servers import control, http_policy
 
 PATH = "/model_info"
@@ -139,6 +140,21 @@ def test_a_failure_of_tls_says_that_it_is_one(ask: Callable[[str], Any]) -> None
     with serve(lambda request, body: {}) as url, pytest.raises(UserError) as raised:
         ask(url.replace("http:", "https:"))
     assert "SSL" in str(raised.value) and "not permitted" not in str(raised.value)
+
+
+def test_requests_that_come_one_by_one_share_a_connection() -> None:
+    peers: set[Any] = set()
+
+    def answer(request: web.Request, body: dict[str, Any]) -> web.Response:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        return web.json_response({})
+
+    limits = http_client.RequestLimits(1, LIMIT_S, 0, "a.timeout_s")
+    request = http_client.HttpRequest(0, {}, lambda reply: reply)
+    with serve(answer) as url, PostingThread([url], PATH, limits) as thread:
+        assert [thread.submit(request).result() for _ in range(3)] == [{}] * 3
+    assert len(peers) == 1
 
 
 def fails_of_two(url: str) -> str:
