@@ -245,6 +245,16 @@ def _values(label: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield label, value
 
 
+def is_set(group: Any, name: str) -> bool:
+    """Return whether a setting has another value than its default.
+
+    Args:
+        group: of settings, a dataclass whose fields all have defaults.
+        name: of the field.
+    """
+    return bool(getattr(group, name) != getattr(type(group)(), name))
+
+
 def unknown_name(said: str, name: str, known: Iterable[str]) -> str:
     """Return a line about a name that is none of the known ones, with the nearest of them or all.
 

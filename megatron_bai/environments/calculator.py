@@ -5,7 +5,7 @@ from typing import Any
 from megatron_bai import config
 from megatron_bai.environments.environment import Conversation, EnvironmentKind, Reply
 from megatron_bai.environments.expression import evaluate
-from megatron_bai.environments.tool_calls import Tool, ToolCallParser, require_tool_parser
+from megatron_bai.environments.tool_calls import Tool, ToolCallParser, make_tool_reply, require_tool_parser
 
 TOOL = Tool("calculator", "expression", "Evaluate an arithmetic expression of numbers, + - * / and parentheses.")
 
@@ -33,13 +33,8 @@ class Calculator:
                 return Reply(done=True)
             results = [evaluate(expression) for expression in expressions]
         except ValueError as error:
-            return self._reply([f"error: {error}"], right=False)
-        return self._reply(results, right=True)
-
-    def _reply(self, results: list[str], right: bool) -> Reply:
-        """Return the results as messages, with the turn's reward where there are any."""
-        reward = self._call_reward * right if self._call_reward else None
-        return Reply(tuple({"role": "tool", "content": result} for result in results), reward=reward)
+            return make_tool_reply([f"error: {error}"], 0.0 if self._call_reward else None)
+        return make_tool_reply(results, self._call_reward or None)
 
 
 def _require(settings: config.Calculator) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megatron_bai.data.plain_values import find_half_surrogate
+
 JSON = Any  # what `json` makes: None, bool, int, float, str, and lists and dicts of such
 _MESSAGE_KEYS = {"role", "content"}
 
@@ -115,18 +117,8 @@ def _is_message(value: JSON) -> bool:
         and value.keys() == _MESSAGE_KEYS
         and all(isinstance(value[key], str) for key in _MESSAGE_KEYS)
         and value["role"] not in ("assistant", "")
-        and _is_text(value["content"])
-        and _is_text(value["role"])
+        and find_half_surrogate(value) is None
     )
-
-
-def _is_text(value: str) -> bool:
-    """Return whether a text can be encoded: JSON also has halves of surrogate pairs."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _nothing(settings: Any) -> None:

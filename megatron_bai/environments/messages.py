@@ -35,19 +35,14 @@ def conversation_messages(task: Task, prompt: Prompt, sample: Sample) -> tuple[d
     messages = [*(prompt.messages or ({"role": "user", "content": prompt.text},))]
     response = sample.response.tolist()
     for turn in sample.turns:
-        messages.append({"role": "assistant", "content": decode_turn(task, response[turn.start : turn.end])})
+        messages.append({"role": "assistant", "content": _decode_turn(task, response[turn.start : turn.end])})
         messages += turn.messages
     if not sample.turns:
-        messages.append({"role": "assistant", "content": decode_turn(task, response)})
+        messages.append({"role": "assistant", "content": _decode_turn(task, response)})
     return tuple(messages)
 
 
-def decode_turn(task: Task, ids: list[int]) -> str:
-    """Return the text of a turn, without the end token.
-
-    Args:
-        task: of the tokenizer.
-        ids: of the turn.
-    """
+def _decode_turn(task: Task, ids: list[int]) -> str:
+    """Return the text of a turn, without the end token."""
     text = str(task.tokenizer.decode(ids[:-1] if ids and ids[-1] in task.end_tokens else ids))
     return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_bai import config
 from megatron_bai.environments.environment import Conversation, EnvironmentKind, Reply
-from megatron_bai.environments.tool_calls import Tool, ToolCallParser, require_tool_parser
+from megatron_bai.environments.tool_calls import Tool, ToolCallParser, make_tool_reply, require_tool_parser
 from megatron_bai.errors import UserError
 from megatron_bai.workers.program import ProgramLimits, ProgramResult, require_isolation, run_program
 
@@ -41,11 +41,11 @@ class PythonTool:
         try:
             programs = (self._parser.parse(text) if self._parser else []) or find_fenced_programs(text)
         except ValueError as error:
-            return Reply(({"role": "tool", "content": f"error: {error}"},))
+            return make_tool_reply([f"error: {error}"])
         if not programs:
             return Reply(done=True)
-        results = [describe_result(run_program(each, limits=self._limits), self._max_characters) for each in programs]
-        return Reply(tuple({"role": "tool", "content": result} for result in results))
+        results = [run_program(program, limits=self._limits) for program in programs]
+        return make_tool_reply([describe_result(result, self._max_characters) for result in results])
 
 
 def find_fenced_programs(text: str) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bai.config.limits import unknown_name
+from megatron_bai.data.plain_values import find_half_surrogate
+from megatron_bai.environments.environment import Reply
 from megatron_bai.errors import UserError
 
 
@@ -52,14 +54,20 @@ class Tool:
             values = json.loads(parameters)
         except (ValueError, RecursionError):
             values = None
-        if not isinstance(values, dict) or values.keys() != {self.argument} or not _is_text(values[self.argument]):
+        text = values[self.argument] if isinstance(values, dict) and values.keys() == {self.argument} else None
+        if not isinstance(text, str) or find_half_surrogate(text) is not None:
             raise ValueError(f"{self.name} takes one argument, the text {self.argument}")
-        text: str = values[self.argument]
         return text
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
+def make_tool_reply(results: Sequence[str], reward: float | None = None) -> Reply:
+    """Return the reply with a tool's results.
+
+    Args:
+        results: a message each.
+        reward: of the turn that called the tool; None: none.
+    """
+    return Reply(tuple({"role": "tool", "content": result} for result in results), reward=reward)
 
 
 class ToolCallParser:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bai import config
 from megatron_bai.config.limits import validate_group
-from megatron_bai.environments.messages import conversation_messages, decode_turn
+from megatron_bai.environments.messages import conversation_messages
 from megatron_bai.errors import UserError
 from megatron_bai.rewards import (
     code_reward,
@@ -174,9 +174,9 @@ def make_item(task: Task, prompt: Prompt, sample: Sample) -> Item:
         prompt: the sample's.
         sample: complete.
     """
-    ids = sample.last_turn.tolist()
     messages = conversation_messages(task, prompt, sample)
-    return Item(prompt, decode_turn(task, ids), ids, messages, sample.environment_reward)
+    last_turn = next(message["content"] for message in reversed(messages) if message["role"] == "assistant")
+    return Item(prompt, last_turn, sample.last_turn.tolist(), messages, sample.environment_reward)
 
 
 def _lacks_score(sample: Sample) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_bai import config
 from megatron_bai.rewards.reward import Item, Reward, SampleScorer, Score, Scorer
+from megatron_bai.workers.outcomes import make_completed_future
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -22,12 +22,7 @@ def score(item: Item) -> Score:
 
 @contextmanager
 def _open(settings: config.EnvironmentReward, task: Task, log: Path) -> Iterator[Scorer]:
-    def submit(item: Item) -> Future[Score]:
-        future: Future[Score] = Future()
-        future.set_result(score(item))
-        return future
-
-    yield SampleScorer(submit)
+    yield SampleScorer(lambda item: make_completed_future(score(item)))
 
 
 REWARD = Reward(config.EnvironmentReward, _open)

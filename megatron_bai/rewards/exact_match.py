@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_bai import config
-from megatron_bai.rewards.reward import Item, Reward, SampleScorer, Score, Scorer
+from megatron_bai.rewards.reward import Reward, SampleScorer, Score, Scorer
+from megatron_bai.workers.outcomes import make_completed_future
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _open(settings: config.Exact, task: Task, log: Path) -> Iterator[Scorer]:
-    def submit(item: Item) -> Future[Score]:
-        score: Future[Score] = Future()
-        score.set_result(Score(task.reward(item.prompt, item.ids)))
-        return score
-
-    yield SampleScorer(submit)
+    yield SampleScorer(lambda item: make_completed_future(Score(task.reward(item.prompt, item.ids))))
 
 
 REWARD = Reward(config.Exact, _open)

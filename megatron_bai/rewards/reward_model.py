@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from megatron_bai import config
 from megatron_bai.errors import UserError
 from megatron_bai.rewards.reward import Item, Reward, SampleScorer, Score, Scorer
-from megatron_bai.workers.outcomes import map_future
+from megatron_bai.workers.outcomes import make_completed_future, map_future
 
 if TYPE_CHECKING:
     from megatron_bai.data.task import Task
@@ -52,9 +52,7 @@ def _open(settings: config.RewardModel, task: Task, log: Path) -> Iterator[Score
             try:
                 request = make_request(item)
             except ValueError as error:
-                refused: Future[Score] = Future()
-                refused.set_result(Score(None, str(error)))
-                return refused
+                return make_completed_future(Score(None, str(error)))
             return map_future(thread.submit(request), lambda result: make_score(result, added))
 
         yield SampleScorer(submit)

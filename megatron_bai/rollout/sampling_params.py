@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_bai.config import Rollout
+from megatron_bai.config.limits import is_set
 from megatron_bai.errors import UserError
 
 _TRUNCATION = ("top_p", "min_p", "top_k")  # the last one alone is a truncation that a server says the ids of
@@ -120,7 +121,7 @@ def validate_sampling(rollout: Rollout, vocab_size: int) -> None:
     Raises:
         UserError: names the setting.
     """
-    truncation = next((f"rollout.{n}={getattr(rollout, n):g}" for n in _TRUNCATION if _is_set(rollout, n)), "")
+    truncation = next((f"rollout.{n}={getattr(rollout, n):g}" for n in _TRUNCATION if is_set(rollout, n)), "")
     minimum = f"rollout.min_new_tokens={rollout.min_new_tokens}" if rollout.min_new_tokens else ""
     for is_fault, fault in (
         (rollout.top_k == 1, "rollout.top_k is 1: every sample of a prompt would be the same; set at least 2, or 0"),
@@ -157,11 +158,6 @@ def validate_sampling(rollout: Rollout, vocab_size: int) -> None:
     ):
         if is_fault:
             raise UserError(fault)
-
-
-def _is_set(rollout: Rollout, name: str) -> bool:
-    """Return whether a setting is not the default."""
-    return bool(getattr(rollout, name) != getattr(Rollout, name))
 
 
 def refuse_other_defaults(url: str, preferred: object) -> None:

@@ -116,6 +116,13 @@ def join_futures(futures: "Sequence[Future[T]]", function: Callable[[list[T]], S
     return joined
 
 
+def make_completed_future(value: T) -> "Future[T]":
+    """Return a future whose result is known already."""
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
 def map_future(future: "Future[T]", function: Callable[[T], S]) -> "Future[S]":
     """Return a future of `function` of one future's result, as `join_futures` does of several.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bai.config import Rollout
-from megatron_bai.config.limits import LARGEST_PORT, validate_group
+from megatron_bai.config.limits import LARGEST_PORT, is_set, validate_group
 from megatron_bai.errors import UserError
 from megatron_bai.rollout.servers import auth, control, releases
 from megatron_bai.rollout.servers.logprob_temperature import require_sampled_logprobs
@@ -157,8 +157,8 @@ def validate(rollout: Rollout) -> None:
             f"rollout.port is {rollout.port} and rollout.servers {rollout.servers}: the last one's port would be above "
             f"{LARGEST_PORT}"
         )
-    if rollout.urls and any(_is_set(rollout, name) for name in _OF_OWN_SERVERS):
-        names = ", ".join(f"rollout.{name}" for name in _OF_OWN_SERVERS if _is_set(rollout, name))
+    if rollout.urls and any(is_set(rollout, name) for name in _OF_OWN_SERVERS):
+        names = ", ".join(f"rollout.{name}" for name in _OF_OWN_SERVERS if is_set(rollout, name))
         raise UserError(f"rollout.urls names servers that run already: leave out {names}")
     if rollout.router and not rollout.urls:
         raise UserError("rollout.router needs rollout.urls: weights go to the servers behind it, one by one")
@@ -178,16 +178,11 @@ def validate_kind(rollout: Rollout, kind: str) -> None:
         UserError: names the setting.
     """
     for name in _OF_GPUS:
-        if kind == "cpu" and _is_set(rollout, name):
+        if kind == "cpu" and is_set(rollout, name):
             raise UserError(
                 f"rollout.{name} is {getattr(rollout, name)}: it is for servers on GPUs, and these are on a CPU "
                 "(backend.kind): leave it out"
             )
-
-
-def _is_set(rollout: Rollout, name: str) -> bool:
-    """Return whether a setting has another value than its default."""
-    return bool(getattr(rollout, name) != getattr(Rollout, name))
 
 
 def require_local_addresses(rollout: Rollout) -> None:
