@@ -8,6 +8,8 @@ import random
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,26 @@ def prepare(*modules: str) -> None:
     for module in modules:
         importlib.import_module(module)
     gc.freeze()
+
+
+def fork_ranks(work: Callable[[int], None], count: int) -> None:
+    """Call `work(rank)` for each rank in a fork of its own, and wait for all.
+
+    Raises:
+        AssertionError: one failed; its traceback is on standard error.
+    """
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert not any([os.waitpid(child, 0)[1] for child in children])
 
 
 def free_port() -> int:

@@ -5,10 +5,9 @@ brings weights to servers are left out.
 """
 
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from aiohttp import web
 from fake_sglang import NEW_TOKENS, SIGNATURE, STOP, good_reply, serve
+from processes import fork_ranks
 
 from megatron_bai.compat.releases import SGLANG
 from megatron_bai.config import Config, Model, Rollout
@@ -120,18 +120,7 @@ def work(directory: Path, rank: int) -> None:
 
 
 def main(directory: Path) -> None:
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            try:
-                work(directory, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert not any([os.waitpid(child, 0)[1] for child in children])
+    fork_ranks(partial(work, directory), 2)
 
 
 if __name__ == "__main__":

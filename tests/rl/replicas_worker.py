@@ -5,12 +5,10 @@ which no server can be asked for: rewards must be known.
 """
 
 import json
-import os
 import sys
 import threading
-import traceback
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from processes import fork_ranks
 
 from megatron_bai import config
 from megatron_bai.data.arithmetic_task import ArithmeticTask
@@ -287,18 +286,7 @@ def work(directory: Path, replicas: int, rank: int) -> None:
 def main(directory: Path) -> None:
     tokenizer()  # once for all
     for replicas in (1, 2, 4):
-        children = []
-        for rank in range(replicas):
-            child = os.fork()
-            if child == 0:
-                try:
-                    work(directory, replicas, rank)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        assert not any(os.waitpid(child, 0)[1] for child in children)
+        fork_ranks(partial(work, directory, replicas), replicas)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ The collectives are real, the servers stand-ins behind HTTP. Each rank's account
 import json
 import os
 import sys
-import traceback
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 from fake_sglang import serve
+from processes import fork_ranks
 
 from megatron_bai.compat.releases import SGLANG
 from megatron_bai.config import Rollout
@@ -92,18 +93,7 @@ def work(directory: Path, rank: int) -> None:
 
 
 def main(directory: Path) -> None:
-    children = []
-    for rank in range(len(MACHINES)):
-        child = os.fork()
-        if child == 0:
-            try:
-                work(directory, rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert not any([os.waitpid(child, 0)[1] for child in children])
+    fork_ranks(partial(work, directory), len(MACHINES))
 
 
 if __name__ == "__main__":
